@@ -1,0 +1,94 @@
+"""The backends by name, imported when asked for (SPEC.md §8). Importing fwpkm imports no framework."""
+
+import importlib
+import importlib.util
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any, NamedTuple
+
+
+class _Backend(NamedTuple):
+    module: str
+    framework: str
+    extra: str | None
+
+
+_BACKENDS = {
+    "numpy": _Backend("fwpkm.reference", "numpy", None),
+    "torch": _Backend("fwpkm.backends.torch", "torch", "torch"),
+    "jax": _Backend("fwpkm.backends.jax", "jax", "jax"),
+    "keras": _Backend("fwpkm.backends.keras", "keras", "keras"),
+}
+
+
+class BackendStatus(NamedTuple):
+    """One line of ``fwpkm backends``."""
+
+    name: str
+    version: str
+    """The framework's version, or "" where it cannot run."""
+    device: str
+    reason: str
+    """Why it cannot run and what to do, or ""."""
+
+
+def backend_names() -> tuple[str, ...]:
+    """The names that :func:`get_backend` knows, whether or not their frameworks are installed."""
+    return tuple(_BACKENDS)
+
+
+def get_backend(name: str) -> ModuleType:
+    """The module with the functions of SPEC.md §8 for one framework: "numpy", "torch", "jax" or "keras".
+
+    Raises:
+        ValueError: no backend has this name.
+        ImportError: its framework is not installed (names the extra to install), or it is not in this release.
+    """
+    if name not in _BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(map(repr, _BACKENDS))}. Received: {name!r}")
+    backend = _BACKENDS[name]
+    if not _shipped(backend):
+        raise ImportError(
+            f"the {name!r} backend is not part of this release of fwpkm; its extra, fwpkm[{backend.extra}], "
+            f"installs the framework alone. Available: {', '.join(n for n, b in _BACKENDS.items() if _shipped(b))}"
+        )
+    try:
+        return importlib.import_module(backend.module)
+    except ImportError as error:
+        # Only the framework's own absence means "install the extra"; any other failure must show itself.
+        if (error.name or "").partition(".")[0] != backend.framework:
+            raise
+        raise ImportError(
+            f"the {name!r} backend needs {backend.framework}, which could not be imported ({error}). "
+            f"Install it with: pip install 'fwpkm[{backend.extra}]'",
+            name=error.name,
+        ) from error
+
+
+def backend_of(array: Any) -> ModuleType:
+    """The backend whose native arrays ``array`` belongs to.
+
+    Raises:
+        ValueError: an array of no known framework.
+    """
+    package = type(array).__module__.partition(".")[0]
+    for name, backend in _BACKENDS.items():
+        if package in (backend.framework, f"{backend.framework}lib"):
+            return get_backend(name)
+    raise ValueError(f"expected an array of one of {', '.join(_BACKENDS)}. Received: {type(array)!r}")
+
+
+def backend_status() -> Iterator[BackendStatus]:
+    """What each backend would run on here, or why it cannot run."""
+    for name, backend in _BACKENDS.items():
+        try:
+            module = get_backend(name)
+        except ImportError as error:
+            yield BackendStatus(name, "", "", str(error))
+        else:
+            version = importlib.import_module(backend.framework).__version__
+            yield BackendStatus(name, version, module.device_name(), "")
+
+
+def _shipped(backend: _Backend) -> bool:
+    return importlib.util.find_spec(backend.module) is not None

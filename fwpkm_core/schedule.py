@@ -1,0 +1,71 @@
+"""When chunks are written: one integer schedule for every backend (SPEC.md §5).
+
+Chunk c holds the tokens [cC, (c+1)C) since the sequence began or was last flushed. It is written once ``lag`` more
+tokens have been read, where lag is 0 under boundary="drop" and L under "wait". Everything follows from that one rule.
+
+``written`` and ``pending`` use nothing but +, -, *, // and abs, so Python integers and traced arrays both pass.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from fwpkm.config import FwPKMConfig
+from fwpkm.containers import Array
+
+MAX_POSITION = 2**31 - 1  # positions are int32
+
+
+class Segment(NamedTuple):
+    """A run of one call's tokens that reads the same tables.
+
+    ``start`` and ``stop`` count from the call's first token. With ``writes`` the tables are rewritten after ``stop``:
+    the ``pending`` tokens and these together are then exactly C + lag.
+    """
+
+    start: int
+    stop: int
+    writes: bool
+
+
+def lag(cfg: FwPKMConfig) -> int:
+    """Tokens read between a chunk's end and its write."""
+    return cfg.lookahead if cfg.boundary == "wait" else 0
+
+
+def capacity(cfg: FwPKMConfig) -> int:
+    """P, the pending tokens that a state has room for: C + L - 1."""
+    return cfg.chunk_size + cfg.lookahead - 1
+
+
+def written(cfg: FwPKMConfig, position: Array) -> Array:
+    """How many chunks have been written once ``position`` tokens were read: max(0, (position - lag) // C)."""
+    chunks = (position - lag(cfg)) // cfg.chunk_size
+    return (chunks + abs(chunks)) // 2
+
+
+def pending(cfg: FwPKMConfig, position: Array) -> Array:
+    """How many of ``position`` tokens no write has consumed yet; at most ``capacity``."""
+    return position - written(cfg, position) * cfg.chunk_size
+
+
+def max_writes(cfg: FwPKMConfig, length: int) -> int:
+    """W, the most writes that ``length`` tokens can cause: ceil(T/C)."""
+    return -(-length // cfg.chunk_size)
+
+
+def flush_writes(cfg: FwPKMConfig, pending: Array) -> Array:
+    """1 where a flush has a chunk to write, else 0: under "wait" the last lag tokens belong to a chunk already written.
+
+    The published sense of "a chunk was pending": more than lag tokens.
+    """
+    return 1 * (pending > lag(cfg))
+
+
+def segments(cfg: FwPKMConfig, position: int, length: int) -> Iterator[Segment]:
+    """The runs of ``length`` tokens that begin at ``position``, in order; none is empty."""
+    start = 0
+    while start < length:
+        missing = cfg.chunk_size + lag(cfg) - pending(cfg, position + start)
+        stop = min(length, start + missing)
+        yield Segment(start, stop, writes=stop - start == missing)
+        start = stop
