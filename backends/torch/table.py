@@ -1,0 +1,247 @@
+"""The value table (SPEC.md §2 to §4): read and rewritten through the rows that a window touches, and no others.
+
+A window is a run of tokens that read the same table; after it the chunk at its beginning may be written. One
+``torch.autograd.Function`` walks all windows of a call. Its forward keeps the touched rows of each window; its
+backward walks the windows in reverse with one gradient row for each row that the call touched. So neither time nor
+memory depends on the number of slots, apart from the one copy of the table that a functional call makes.
+
+E = B·n·H·k entries of a window. All shapes are fixed by E, so nothing here waits for the device.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fwpkm.config import FwPKMConfig
+
+
+class Window(NamedTuple):
+    """Tokens [start, stop) of the concatenated windows; whether a chunk is written after them."""
+
+    start: int
+    stop: int
+    writes: bool
+
+
+class _Rows(NamedTuple):
+    """The distinct rows that E entries touch, in E places: those past the last distinct row repeat it, unused."""
+
+    ids: Tensor
+    """``[E]`` row of the table at each place."""
+    place: Tensor
+    """``[B*n, K]``: the place of each entry."""
+    order: Tensor
+    """``[E]`` entries sorted by row, first come first."""
+    starts: Tensor
+    """``[E]`` where each place's entries begin in ``order``; E past the last."""
+
+    @classmethod
+    def of(cls, slots: Tensor) -> "_Rows":
+        """``slots``: [B*n, K] rows of the flat table."""
+        flat = slots.flatten()
+        ids, order = flat.sort(stable=True)
+        fresh = F.pad((ids[1:] != ids[:-1]).long(), (1, 0))
+        rank = fresh.cumsum(0)
+        sizes = torch.zeros_like(rank).scatter_add_(0, rank, torch.ones_like(rank))
+        starts = sizes.cumsum(0) - sizes
+        place = torch.empty_like(rank).scatter_(0, order, rank)
+        return cls(ids[starts.clamp(max=len(ids) - 1)], place.view_as(slots), order, starts)
+
+    def count(self, counted: Tensor) -> Tensor:
+        """``[E]``: N_i, how many entries of the counted tokens [B*n] each place has."""
+        entries = counted.long()[:, None].expand_as(self.place)
+        return torch.zeros_like(self.ids).scatter_add_(0, self.place.flatten(), entries.flatten())
+
+    def read(self, rows: Tensor, weights: Tensor) -> Tensor:
+        """``[B*n, D]``: Σ over a token's entries of weight · row."""
+        return F.embedding_bag(self.place, rows, mode="sum", per_sample_weights=weights)
+
+    def spread(self, tokens: Tensor, weights: Tensor) -> Tensor:
+        """``[E, D]``: Σ over a place's entries of weight · token, in the order of the tokens. The adjoint of read."""
+        token = self.order.div(self.place.shape[1], rounding_mode="floor")
+        sorted_weights = weights.flatten().index_select(0, self.order)
+        return F.embedding_bag(token, tokens, self.starts, mode="sum", per_sample_weights=sorted_weights)
+
+    def dot(self, rows: Tensor, tokens: Tensor) -> Tensor:
+        """``[B*n, K]``: ⟨row, token⟩ of each entry. The adjoint of read for the weights."""
+        entries = rows.index_select(0, self.place.flatten()).view(*self.place.shape, -1)
+        return (entries * tokens[:, None]).sum(-1)
+
+
+def read_and_write(
+    cfg: FwPKMConfig,
+    values: Tensor,
+    windows: list[Window],
+    slots: Tensor,
+    weights: Tensor,
+    strength: Tensor,
+    target: Tensor,
+    counted: Tensor,
+    active: Tensor,
+    owned: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Read every window and write those that end a chunk, in order.
+
+    Args:
+        cfg: the configuration.
+        values: ``[M, N, Dv]``.
+        windows: runs of the n tokens.
+        slots: ``[B, n, K]`` ids in [0, N), K = H·k.
+        weights: ``[B, n, K]``.
+        strength: ``[B, n]``: κ g of the tokens that have a pair, else 0.
+        target: ``[B, n, Dv]``: u of the tokens that have a pair.
+        counted: ``[B, n]`` bool: the tokens whose reads count in N_i.
+        active: ``[len(windows), M]`` bool: the memories in which a window's chunk has a pair.
+        owned: the table may be overwritten.
+
+    Returns:
+        reads ``[B, n, Dv]``, the table afterwards (``values`` itself where nothing is written), and ‖u - v̂‖²
+        ``[B, n]`` of the written windows, without gradient.
+    """
+    reads, squared, written = _Table.apply(
+        cfg, windows, values, weights, strength, target, slots, counted, active, owned
+    )
+    return reads, values if written is None else written, squared
+
+
+class _Table(torch.autograd.Function):
+    """``read_and_write``; its gradients are those of values, weights, strength and target."""
+
+    @staticmethod
+    def forward(ctx: Any, cfg, windows, values, weights, strength, target, slots, counted, active, owned):  # noqa: D102
+        batch, (memories, num_slots, width) = slots.shape[0], values.shape
+        writes = any(window.writes for window in windows)
+        if writes and owned and values.is_contiguous():
+            ctx.mark_dirty(values)
+        elif writes:
+            values = values.clone(memory_format=torch.contiguous_format)
+        table = values.reshape(-1, width)
+        first_row = num_slots * torch.arange(memories, device=slots.device)
+        slots = slots + first_row.expand(batch)[:, None, None]
+        keep, kept = any(ctx.needs_input_grad), []
+        reads, squared = weights.new_empty(*weights.shape[:2], width), weights.new_zeros(weights.shape[:2])
+        for i, (start, stop, write) in enumerate(windows):
+            rows = _Rows.of(slots[:, start:stop].flatten(0, 1))
+            w, c, u, n = (x[:, start:stop].flatten(0, 1) for x in (weights, strength, target, counted))
+            local = table.index_select(0, rows.ids)
+            read = rows.read(local, w)
+            reads[:, start:stop] = read.view(batch, -1, width)
+            written: list[Tensor] = []
+            if write:
+                error = read - u
+                squared[:, start:stop] = error.square().sum(-1).view(batch, -1)
+                count = rows.count(n)
+                may_move = active[i].index_select(0, rows.ids // num_slots) & (count > 0)
+                change, *written = _change(cfg, rows, local, error, c[:, None] * w, count, may_move)
+                table.index_add_(0, rows.ids, change)
+            if keep:
+                kept.append((local, *rows, *written))
+        ctx.save_for_backward(*(kept and (weights, strength, slots)), *(x for tensors in kept for x in tensors))
+        ctx.cfg, ctx.windows, ctx.lengths, ctx.shape = cfg, windows, [len(x) for x in kept], values.shape
+        ctx.mark_non_differentiable(squared)
+        ctx.set_materialize_grads(False)
+        return reads, squared, values if writes else None
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_reads, _, d_values):  # noqa: D102
+        if d_reads is None and d_values is None:
+            return (None,) * 10
+        weights, strength, slots, *saved = ctx.saved_tensors
+        gradient, places = _gradient_rows(weights, slots, d_values, ctx.shape, dense=ctx.needs_input_grad[2])
+        d_weights, d_strength = torch.zeros_like(weights), torch.zeros_like(strength)
+        d_target = weights.new_zeros(*weights.shape[:2], ctx.shape[-1])
+        reached = d_values is not None  # whether anything later has read the rows: until then their gradient is 0
+        end = len(saved)
+        for (start, stop, write), length in zip(reversed(ctx.windows), reversed(ctx.lengths)):
+            local, *fields = saved[end - length : end]
+            end -= length
+            rows, written = _Rows(*fields[:4]), fields[4:]
+            w, c = (x[:, start:stop].flatten(0, 1) for x in (weights, strength))
+            d_read = None if d_reads is None else d_reads[:, start:stop].flatten(0, 1)
+            place = places(rows.ids)
+            d_w, delta = torch.zeros_like(w), None
+            if write and reached:
+                d_pull, delta = _change_backward(ctx.cfg, gradient.index_select(0, place), *written)
+                error = written[0]
+                d_error, d_entry = rows.read(d_pull, c[:, None] * w), rows.dot(d_pull, error)
+                d_w += c[:, None] * d_entry
+                d_strength[:, start:stop] = (w * d_entry).sum(-1).view(len(weights), -1)
+                d_target[:, start:stop] = d_error.neg().view(len(weights), stop - start, -1)
+                d_read = d_error if d_read is None else d_read + d_error
+            if d_read is not None:
+                d_w += rows.dot(local, d_read)
+                spread = rows.spread(d_read, w)
+                delta = spread if delta is None else delta + spread
+                reached = True
+            if delta is not None:
+                gradient.index_add_(0, place, delta)
+            d_weights[:, start:stop] = d_w.view(len(weights), stop - start, -1)
+        d_table = gradient.view(ctx.shape) if ctx.needs_input_grad[2] else None
+        return None, None, d_table, d_weights, d_strength, d_target, None, None, None, None
+
+
+def _change(
+    cfg: FwPKMConfig, rows: _Rows, local: Tensor, error: Tensor, pull: Tensor, count: Tensor, may_move: Tensor
+) -> tuple[Tensor, ...]:
+    """What a write adds to its rows, -η (clip(G) + λ rows), and what its backward needs.
+
+    Args:
+        cfg: the configuration.
+        rows: the places.
+        local: ``[E, Dv]`` rows before the write.
+        error: ``[B*n, Dv]``, v̂ - u.
+        pull: ``[B*n, K]``, κ g w of each entry.
+        count: ``[E]``, N_i.
+        may_move: ``[E]`` bool: read by a counted token, in a memory where the chunk has a pair.
+
+    Returns:
+        the change ``[E, Dv]``, the error without infinities, η / N_i of the rows that moved (else 0), and, where
+        gradients are clipped, which elements were not.
+    """
+    share = count.clamp(min=1).to(local.dtype)
+    gradient = rows.spread(error, pull).div_(share[:, None])
+    unclipped = ()
+    if cfg.grad_clip is not None:
+        unclipped = (gradient.abs() <= cfg.grad_clip,)
+        gradient = gradient.clamp_(-cfg.grad_clip, cfg.grad_clip)
+    if cfg.weight_decay:
+        gradient = gradient.add_(local, alpha=cfg.weight_decay)
+    change = gradient.mul_(-cfg.learning_rate)
+    # A sum is finite only if every term is; float64 keeps finite float32 terms from overflowing it.
+    moves = may_move & (local + change).sum(-1, dtype=torch.float64).isfinite()
+    step = (cfg.learning_rate / share).masked_fill_(~moves, 0)
+    # x + -0.0 is x, bit for bit, for every x: rows that stay, and the unused places, change nothing.
+    return change.masked_fill_(~moves[:, None], -0.0), error.nan_to_num(0, 0, 0), step, *unclipped
+
+
+def _change_backward(
+    cfg: FwPKMConfig, d_rows: Tensor, error: Tensor, step: Tensor, unclipped: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """From the gradient of the rows after a write: that of N_i G_i, and what decay adds to that of the rows before."""
+    d_pull = d_rows * -step[:, None]
+    if unclipped is not None:
+        d_pull *= unclipped
+    if not cfg.weight_decay:
+        return d_pull, None
+    decay = (step != 0).to(d_rows.dtype) * (-cfg.learning_rate * cfg.weight_decay)
+    return d_pull, d_rows * decay[:, None]
+
+
+def _gradient_rows(
+    like: Tensor, slots: Tensor, d_values: Tensor | None, shape: torch.Size, dense: bool
+) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """The table's gradient, and where in it each table row lies: the whole table, or only the rows the call touched."""
+    if dense:
+        whole = like.new_zeros(shape) if d_values is None else d_values.clone(memory_format=torch.contiguous_format)
+        return whole.view(-1, shape[-1]), lambda rows: rows
+    ids = _Rows.of(slots.flatten(0, 1)).ids
+    if d_values is None:
+        gradient = like.new_zeros(len(ids), shape[-1])
+    else:
+        gradient = d_values.reshape(-1, shape[-1]).index_select(0, ids)
+    return gradient, lambda rows: torch.searchsorted(ids, rows)
