@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import numbers
 import operator
 from typing import Any, Self
 
@@ -106,8 +107,8 @@ class FwPKMConfig:
     def _number(self, name: str, *, positive: bool) -> None:
         value = getattr(self, name)
         try:
-            number = math.nan if isinstance(value, (bool, str)) else float(value)
-        except (TypeError, ValueError, OverflowError):
+            number = float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else math.nan
+        except OverflowError:
             number = math.nan
         if not math.isfinite(number) or number < 0 or (positive and number == 0):
             rule = "a finite number above 0" if positive else "a finite number of at least 0"

@@ -3,7 +3,7 @@
 The equations are in equations.py; here is what calls them: reads, writes, and the stream of chunks.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -211,7 +211,7 @@ def detach(state: State) -> State:
     return state
 
 
-def reset(state: State, memory: Memory, rows) -> State:
+def reset(state: State, memory: Memory, rows: Any) -> State:
     """Give rows their initial memory back and mask their pending tokens; the count goes on (§5).
 
     Args:
@@ -227,11 +227,11 @@ def reset(state: State, memory: Memory, rows) -> State:
     chosen = validation.row_mask(rows, batch, memories)
     tables = chosen if memories == batch else chosen[:1]
     fresh = (np.where(_rows(tables, x), y.astype(x.dtype), x) for x, y in zip(state.memory, memory))
-    zeroed = (np.where(_rows(chosen, x), x.dtype.type(0), x) for x in state[1:5])
-    return State(Memory(*fresh), *zeroed, state.position)
+    zeroed = Tokens(*(np.where(_rows(chosen, x), x.dtype.type(0), x) for x in state[1:5]))
+    return State(Memory(*fresh), *zeroed, position=state.position)
 
 
-def asarray(x, dtype: str) -> Array:
+def asarray(x: Any, dtype: str) -> Array:
     """``x`` as an array of the named dtype."""
     return np.asarray(x, dtype)
 
@@ -283,8 +283,8 @@ def _state(cfg: FwPKMConfig, memory: Memory, waiting: Tokens, position: int) -> 
     """Pad the waiting tokens to P, so that shapes never change."""
     batch, count = waiting.mask.shape
     room = schedule.capacity(cfg) - count
-    padded = (np.pad(x, [(0, 0), (0, room)] + [(0, 0)] * (x.ndim - 2)) for x in waiting)
-    return State(memory, *padded, np.full(batch, position, np.int32))
+    padded = Tokens(*(np.pad(x, [(0, 0), (0, room)] + [(0, 0)] * (x.ndim - 2)) for x in waiting))
+    return State(memory, *padded, position=np.full(batch, position, np.int32))
 
 
 def _empty_trace(

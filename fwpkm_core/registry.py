@@ -54,9 +54,9 @@ def get_backend(name: str) -> ModuleType:
         )
     try:
         return importlib.import_module(backend.module)
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         # Only the framework's own absence means "install the extra"; any other failure must show itself.
-        if (error.name or "").partition(".")[0] != backend.framework:
+        if error.name != backend.framework:
             raise
         raise ImportError(
             f"the {name!r} backend needs {backend.framework}, which could not be imported ({error}). "

@@ -40,7 +40,7 @@ def capacity(cfg: FwPKMConfig) -> int:
 def written(cfg: FwPKMConfig, position: Array) -> Array:
     """How many chunks have been written once ``position`` tokens were read: max(0, (position - lag) // C)."""
     chunks = (position - lag(cfg)) // cfg.chunk_size
-    return (chunks + abs(chunks)) // 2
+    return chunks - (chunks - abs(chunks)) // 2  # max(0, chunks) without a branch, and without overflow of int32
 
 
 def pending(cfg: FwPKMConfig, position: Array) -> Array:
@@ -54,10 +54,7 @@ def max_writes(cfg: FwPKMConfig, length: int) -> int:
 
 
 def flush_writes(cfg: FwPKMConfig, pending: Array) -> Array:
-    """1 where a flush has a chunk to write, else 0: under "wait" the last lag tokens belong to a chunk already written.
-
-    The published sense of "a chunk was pending": more than lag tokens.
-    """
+    """1 where a flush has a chunk to write, else 0: more than lag tokens, since fewer make no pair under "wait"."""
     return 1 * (pending > lag(cfg))
 
 

@@ -18,17 +18,18 @@ ArrayType = type | tuple[type, ...]
 
 def check_array(name: str, array: Any, axes: Sequence[Axis], kind: str, array_type: ArrayType) -> None:
     """Raise unless ``array`` is a native array of this kind ("float", "bool" or "int32") and shape."""
+    given: Any = array
     if not isinstance(array, array_type):
         types = array_type if isinstance(array_type, tuple) else (array_type,)
         expected = " or ".join(f"{t.__module__.partition('.')[0]}.{t.__name__}" for t in types)
         raise ValueError(f"{name} must be a {expected}. Received: {type(array).__name__}")
-    shape = tuple(array.shape)
+    shape = tuple(given.shape)
     fits = len(shape) == len(axes) and all(size in (None, got) for (_, size), got in zip(axes, shape))
     if not fits:
         expected = ", ".join(label if size is None else f"{label}={size}".removeprefix("=") for label, size in axes)
         raise ValueError(f"{name} must have shape [{expected}]. Received: shape {shape}")
-    dtype = str(array.dtype).removeprefix("torch.")
-    if kind not in dtype:
+    dtype = str(given.dtype).removeprefix("torch.")
+    if not (dtype == kind or (kind == "float" and kind in dtype)):
         wanted = "a floating dtype" if kind == "float" else f"dtype {kind}"
         raise ValueError(f"{name} must have {wanted}. Received: dtype {dtype}")
 

@@ -1,5 +1,6 @@
 """The PyTorch backend: the functions of SPEC.md §8, and the layer."""
 
+from fwpkm.backends.torch.layer import FwPKM
 from fwpkm.backends.torch.ops import (
     apply,
     asarray,
@@ -16,6 +17,7 @@ from fwpkm.backends.torch.ops import (
 )
 
 __all__ = [
+    "FwPKM",
     "apply",
     "asarray",
     "chunk_update",

@@ -1,6 +1,7 @@
 """The PyTorch backend's functions (SPEC.md §8): pure, sparse, differentiable."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,6 +18,25 @@ from fwpkm.containers import Lookup, Losses, Memory, State, Trace
 from fwpkm.initial import initial_arrays
 
 
+def _outside_graphs(fn: Callable) -> Callable:
+    """Let torch.compile run ``fn`` as it is, between its graphs.
+
+    The schedule decides in Python how many chunks a call writes, so tracing would compile anew for every position.
+    The check comes first because merely naming ``disable`` imports the compiler, which takes seconds.
+    """
+    untraced: dict[str, Callable] = {}  # made once: a new object each time would compile anew each time
+
+    @functools.wraps(fn)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_compiling():
+            return fn(*args, **kwargs)
+        if "fn" not in untraced:
+            untraced["fn"] = torch.compiler.disable(fn)
+        return untraced["fn"](*args, **kwargs)
+
+    return call
+
+
 def init_memory(cfg: FwPKMConfig, memories: int = 1, seed: int = 0) -> Memory:
     """Fresh tables on the CPU (SPEC.md §7), the same numbers in every backend for one seed.
 
@@ -29,6 +49,7 @@ def init_memory(cfg: FwPKMConfig, memories: int = 1, seed: int = 0) -> Memory:
     return Memory(*map(torch.from_numpy, initial_arrays(cfg, memories, seed)))
 
 
+@_outside_graphs
 def init_state(cfg: FwPKMConfig, memory: Memory, batch_size: int) -> State:
     """A state at position 0 that owns a copy of ``memory``; M = 1 is broadcast to B rows in "sequence" scope.
 
@@ -43,6 +64,7 @@ def init_state(cfg: FwPKMConfig, memory: Memory, batch_size: int) -> State:
     return _state(cfg, Memory(*tables), _no_tokens(cfg, memory.keys, batch_size), _position(batch_size, 0))
 
 
+@_outside_graphs
 def apply(
     cfg: FwPKMConfig,
     state: State,
@@ -107,6 +129,7 @@ def apply(
     return torch.cat(outputs, dim=1).to(query.dtype), state, trace
 
 
+@_outside_graphs
 def flush(cfg: FwPKMConfig, state: State, *, inplace: bool = False) -> tuple[State, Trace]:
     """Write the pending chunk, empty it and restart the count (SPEC.md §5).
 
@@ -135,6 +158,7 @@ def flush(cfg: FwPKMConfig, state: State, *, inplace: bool = False) -> tuple[Sta
     return _state(cfg, memory, nothing, torch.zeros_like(state.position)), trace
 
 
+@_outside_graphs
 def lookup(cfg: FwPKMConfig, memory: Memory, query: Tensor) -> Lookup:
     """Read the tables (SPEC.md §2): query ``[B, n, H*Dk]`` -> output ``[B, n, Dv]``, slots, weights ``[B, n, H*k]``.
 
@@ -155,6 +179,7 @@ def lookup(cfg: FwPKMConfig, memory: Memory, query: Tensor) -> Lookup:
     return Lookup(read.masked_fill(dead, torch.nan).to(query.dtype), seen.slots, weights)
 
 
+@_outside_graphs
 def chunk_update(
     cfg: FwPKMConfig,
     memory: Memory,
@@ -219,7 +244,8 @@ def reset(state: State, memory: Memory, rows: Sequence[int] | Sequence[bool] | T
         return torch.where(pick, fresh.to(current.dtype), current)
 
     tables = Memory(*map(blend, memory, state.memory))
-    return State(tables, *(blend(torch.zeros_like(x[:1]), x) for x in state[1:5]), state.position)
+    pending = Tokens(*(blend(torch.zeros_like(x[:1]), x) for x in state[1:5]))
+    return State(tables, *pending, position=state.position)
 
 
 def asarray(x: Any, dtype: str) -> Tensor:
@@ -254,7 +280,8 @@ def vjp(
     live = [(y, c) for y, c in zip(outputs, cotangents, strict=True) if y.requires_grad]
     if not live:
         return tuple(torch.zeros_like(x) for x in inputs)
-    return torch.autograd.grad(*zip(*live), inputs=inputs, allow_unused=True, materialize_grads=True)
+    outputs, cotangents = zip(*live)
+    return torch.autograd.grad(outputs, inputs, cotangents, allow_unused=True, materialize_grads=True)
 
 
 def device_name() -> str:
@@ -328,6 +355,6 @@ def _trace(
     none = memory.keys.new_zeros(memory.keys.shape[0], 0)
     kinds = losses, [v.addressing for v in visits if v.addressing is not None]
     columns_of = (torch.cat([none, *(x[:, None] for x in kind)], dim=1) for kind in kinds)
-    padded = (F.pad(x, (0, columns - x.shape[1])).detach() for x in columns_of)
-    weights = torch.cat([empty.to(memory.keys.dtype), *weights], dim=1)
-    return Trace(torch.cat(slots, dim=1), weights, *padded, torch.tensor(len(losses)))
+    padded = Losses(*(F.pad(x, (0, columns - x.shape[1])).detach() for x in columns_of))
+    all_weights = torch.cat([empty.to(memory.keys.dtype), *weights], dim=1)
+    return Trace(torch.cat(slots, dim=1), all_weights, *padded, writes=torch.tensor(len(losses)))

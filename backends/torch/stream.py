@@ -84,12 +84,13 @@ def settle(
         windows.append(Window(start, start + v.tokens.length, v.addressing is not None))
         start += v.tokens.length
     strength = [torch.where(v.pair, _write_scale(cfg, v.weights) * v.tokens.gate, 0) for v in visits]
-    along_time = (
-        torch.cat(parts, dim=1)
-        for parts in zip(*((v.slots, v.weights, c, v.target, v.counted) for v, c in zip(visits, strength)))
+    slots, weights, target, counted = (
+        torch.cat(parts, dim=1) for parts in zip(*((v.slots, v.weights, v.target, v.counted) for v in visits))
     )
     active = torch.stack([v.active for v in visits])
-    reads, values, squared = read_and_write(cfg, values, windows, *along_time, active, owned)
+    reads, values, squared = read_and_write(
+        cfg, values, windows, slots, weights, torch.cat(strength, dim=1), target, counted, active, owned
+    )
     losses = []
     for v, (begin, end, writes) in zip(visits, windows):
         if writes:

@@ -9,7 +9,7 @@ E = B·n·H·k entries of a window. All shapes are fixed by E, so nothing here w
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -51,7 +51,7 @@ class _Rows(NamedTuple):
         place = torch.empty_like(rank).scatter_(0, order, rank)
         return cls(ids[starts.clamp(max=len(ids) - 1)], place.view_as(slots), order, starts)
 
-    def count(self, counted: Tensor) -> Tensor:
+    def reads_of(self, counted: Tensor) -> Tensor:
         """``[E]``: N_i, how many entries of the counted tokens [B*n] each place has."""
         entries = counted.long()[:, None].expand_as(self.place)
         return torch.zeros_like(self.ids).scatter_add_(0, self.place.flatten(), entries.flatten())
@@ -112,7 +112,9 @@ class _Table(torch.autograd.Function):
     """``read_and_write``; its gradients are those of values, weights, strength and target."""
 
     @staticmethod
-    def forward(ctx: Any, cfg, windows, values, weights, strength, target, slots, counted, active, owned):  # noqa: D102
+    def forward(
+        ctx, cfg, windows, values, weights, strength, target, slots, counted, active, owned
+    ):
         batch, (memories, num_slots, width) = slots.shape[0], values.shape
         writes = any(window.writes for window in windows)
         if writes and owned and values.is_contiguous():
@@ -134,7 +136,7 @@ class _Table(torch.autograd.Function):
             if write:
                 error = read - u
                 squared[:, start:stop] = error.square().sum(-1).view(batch, -1)
-                count = rows.count(n)
+                count = rows.reads_of(n)
                 may_move = active[i].index_select(0, rows.ids // num_slots) & (count > 0)
                 change, *written = _change(cfg, rows, local, error, c[:, None] * w, count, may_move)
                 table.index_add_(0, rows.ids, change)
@@ -148,7 +150,7 @@ class _Table(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_reads, _, d_values):  # noqa: D102
+    def backward(ctx, d_reads, _, d_values):
         if d_reads is None and d_values is None:
             return (None,) * 10
         weights, strength, slots, *saved = ctx.saved_tensors
@@ -205,7 +207,7 @@ def _change(
     """
     share = count.clamp(min=1).to(local.dtype)
     gradient = rows.spread(error, pull).div_(share[:, None])
-    unclipped = ()
+    unclipped: tuple[Tensor, ...] = ()
     if cfg.grad_clip is not None:
         unclipped = (gradient.abs() <= cfg.grad_clip,)
         gradient = gradient.clamp_(-cfg.grad_clip, cfg.grad_clip)

@@ -47,8 +47,8 @@ class Tokens(NamedTuple):
     def pad(self, length: int) -> "Tokens":
         """Zeros and mask False up to a length, so that a state's shapes never change."""
         room = length - self.length
-        wide = (F.pad(x, (0, 0, 0, room)) for x in (self.query, self.value))
-        return Tokens(*wide, F.pad(self.gate, (0, room)), F.pad(self.mask, (0, room)))
+        query, value = (F.pad(x, (0, 0, 0, room)) for x in (self.query, self.value))
+        return Tokens(query, value, F.pad(self.gate, (0, room)), F.pad(self.mask, (0, room)))
 
     def finite(self) -> Tensor:
         """``[B, n]``: query, value and gate are all finite."""

@@ -1,0 +1,229 @@
+"""The PyTorch module (SPEC.md §7)."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fwpkm import validation
+from fwpkm.backends.torch import ops
+from fwpkm.config import FwPKMConfig
+from fwpkm.containers import Memory, State
+
+_NORM_EPS = 1e-5
+_ZSCORE_EPS = 1e-6
+
+
+class InitialMemory(nn.Module):
+    """The tables that a fresh sequence starts from; float32 or float64, whatever the rest of a model is cast to.
+
+    Attributes:
+        keys: ``[H, 2, S, Dk/2]``, uniform in ±1/√Dk.
+        values: ``[N, Dv]``, normal with std 1/√Dv.
+    """
+
+    keys: Tensor
+    values: Tensor
+
+    def __init__(self, config: FwPKMConfig, *, learn: bool, device: Any = None, dtype: Any = None):
+        """Parameters if ``learn``, else buffers."""
+        super().__init__()
+        half = (config.num_heads, 2, config.num_subkeys, config.key_dim // 2)
+        shapes = {"keys": half, "values": (config.num_slots, config.value_dim)}
+        dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        for name, shape in shapes.items():
+            table = torch.empty(shape, device=device, dtype=dtype)
+            if learn:
+                self.register_parameter(name, nn.Parameter(table))
+            else:
+                self.register_buffer(name, table)
+        self._bounds = config.key_dim**-0.5, config.value_dim**-0.5
+
+    def reset_parameters(self) -> None:
+        """Draw fresh tables from torch's generator."""
+        with torch.no_grad():
+            self.keys.uniform_(-self._bounds[0], self._bounds[0])
+            self.values.normal_(std=self._bounds[1])
+
+    def forward(self) -> Memory:
+        """The tables with M = 1."""
+        return Memory(self.keys[None], self.values[None])
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "InitialMemory":
+        def keep_precision(table: Tensor) -> Tensor:
+            moved = fn(table)
+            if moved.is_floating_point() and moved.element_size() < 4:
+                return table.to(moved.device, torch.float32)
+            return moved
+
+        return super()._apply(keep_precision, recurse)
+
+
+class FwPKM(nn.Module):
+    """A fast-weight product-key memory between two projections (SPEC.md §7); no residual inside.
+
+    ``y, state = layer(x)`` starts from the layer's initial memory, so nothing leaks between calls;
+    ``y, state = layer(x, state)`` reads on. Training on a carried state needs ``fwpkm.backends.torch.detach(state)``
+    between steps, as truncated backpropagation always does.
+
+    Args:
+        hidden_size: width of x and y.
+        config: the memory's configuration; ``config_fields`` (key_dim, num_subkeys, ...) override it or stand alone.
+        gated: weigh reads and writes by a learned gate; without it, reads and values are added.
+        value_norm: "zscore" standardises each value over its features, None leaves it.
+        learn_memory: train the initial tables; by default they are buffers that optimizers do not see.
+        device: of parameters and tables.
+        dtype: of the slow weights; the tables are float32, or float64 if this is.
+        config_fields: fields of :class:`fwpkm.FwPKMConfig`.
+
+    Raises:
+        ValueError: a field breaks its rule; names the field, the rule and the value.
+    """
+
+    query_norm: nn.RMSNorm
+    query_proj: nn.Linear
+    value_norm: nn.RMSNorm
+    value_proj: nn.Linear
+    gate_norm: nn.RMSNorm
+    gate_proj: nn.Linear
+    memory: InitialMemory
+
+    def __init__(
+        self,
+        hidden_size: int,
+        config: FwPKMConfig | None = None,
+        *,
+        gated: bool = True,
+        value_norm: str | None = "zscore",
+        learn_memory: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+        **config_fields: Any,
+    ):
+        """Build the projections and draw all weights."""
+        super().__init__()
+        if config is None:
+            config = FwPKMConfig()
+        validation.check_config(config)
+        config = dataclasses.replace(config, **config_fields)
+        validation.check_count("hidden_size", hidden_size)
+        if value_norm not in ("zscore", None):
+            raise ValueError(f"value_norm must be 'zscore' or None. Received: value_norm={value_norm!r}")
+        if value_norm == "zscore" and config.value_dim < 2:
+            raise ValueError(f"value_dim must be at least 2 for value_norm='zscore'. Received: {config.value_dim}")
+        self.hidden_size, self.config, self.gated = hidden_size, config, gated
+        self.value_normalization = value_norm
+        self.learn_memory = learn_memory
+        factory = {"device": device, "dtype": dtype}
+        outputs = {"query": config.num_heads * config.key_dim, "value": config.value_dim}
+        if gated:
+            outputs["gate"] = 1
+        for name, width in outputs.items():
+            self.add_module(f"{name}_norm", nn.RMSNorm(hidden_size, eps=_NORM_EPS, **factory))
+            self.add_module(f"{name}_proj", nn.Linear(hidden_size, width, **factory))
+        self.output_norm = nn.RMSNorm(config.value_dim, eps=_NORM_EPS, **factory)
+        self.output_proj = nn.Linear(config.value_dim, hidden_size, **factory)
+        self.memory = InitialMemory(config, learn=learn_memory, **factory)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw weights (normal, std 0.02; biases 0, norms 1) and initial tables from torch's generator."""
+        for module in self.children():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+            else:
+                assert isinstance(module, (nn.RMSNorm, InitialMemory))
+                module.reset_parameters()
+
+    def forward(
+        self, x: Tensor, state: State | None = None, mask: Tensor | None = None, update: bool = True
+    ) -> tuple[Tensor, State]:
+        """Read T tokens, writing every chunk that they complete.
+
+        Args:
+            x: ``[B, T, hidden_size]``.
+            state: where the sequence stands; None starts from the initial memory.
+            mask: ``[B, T]`` bool, False for tokens that never write (padding); None for True.
+            update: False only reads and leaves the state as it is.
+
+        Returns:
+            y ``[B, T, hidden_size]`` in the projections' dtype, and the next state.
+
+        Raises:
+            ValueError: an argument does not fit; names it, what was expected and what was received.
+        """
+        validation.check_array("x", x, [("B", None), ("T", None), ("hidden_size", self.hidden_size)], "float", Tensor)
+        # Under autocast x may be narrower than the norms' weights, which the fused kernel refuses.
+        x = x.to(self.query_norm.weight.dtype)
+        query = self.query_proj(self.query_norm(x))
+        value = self.value_proj(self.value_norm(x))
+        if self.value_normalization == "zscore":
+            value = zscore(value)
+        gate = self.gate_proj(self.gate_norm(x)).squeeze(-1).sigmoid() if self.gated else None
+        # A fresh state is this call's own, so its table is written in place: one copy of the initial memory in all.
+        fresh = state is None
+        if state is None:
+            state = self.init_state(x.shape[0])
+        read, state, _ = ops.apply(
+            self.config, state, query, value, gate, mask, update, inplace=fresh and not self.learn_memory
+        )
+        mixed = read + value if gate is None else gate[..., None] * read + (1 - gate[..., None]) * value
+        return self.output_proj(self.output_norm(mixed.to(x.dtype))), state
+
+    def init_state(self, batch_size: int) -> State:
+        """The state that a call without one starts from: the initial memory for each row, at position 0."""
+        return ops.init_state(self.config, self.memory(), batch_size)
+
+    def extra_repr(self) -> str:
+        """The arguments of the layer."""
+        shown = {"gated": self.gated, "value_norm": self.value_normalization, "learn_memory": self.learn_memory}
+        return ", ".join(
+            [f"hidden_size={self.hidden_size}", *(f"{k}={v!r}" for k, v in shown.items()), str(self.config)]
+        )
+
+    def spec(self) -> dict[str, Any]:
+        """What a file of this layer's weights must have been saved from."""
+        return {
+            "hidden_size": self.hidden_size,
+            "gated": self.gated,
+            "value_norm": self.value_normalization,
+            "config": dataclasses.asdict(self.config),
+        }
+
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The canonical names (SPEC.md §8) and their shapes."""
+        return {name: tuple(x.shape) for name, x in self.state_dict(keep_vars=True).items()}
+
+    def export_tensors(self, variables: None = None) -> dict[str, np.ndarray]:
+        """Weights and initial tables by canonical name; bfloat16 and float16 as float32."""
+        tensors = {name: ops.to_numpy(x) for name, x in self.state_dict().items()}
+        return {name: x.astype(np.float32) if x.dtype == np.float16 else x for name, x in tensors.items()}
+
+    def import_tensors(self, tensors: Mapping[str, np.ndarray]) -> None:
+        """Fill weights and initial tables; names and shapes are those of :meth:`tensor_shapes`.
+
+        Raises:
+            ValueError: the layer is on the meta device, where nothing can be stored.
+        """
+        own = self.state_dict(keep_vars=True)
+        if any(x.is_meta for x in own.values()):
+            raise ValueError("layer must hold memory before it is filled: call layer.to_empty(device=...) first")
+        with torch.no_grad():
+            for name, x in own.items():
+                x.copy_(torch.from_numpy(tensors[name]))
+
+
+def zscore(z: Tensor) -> Tensor:
+    """(z - mean) / (std + 1e-6) over the last axis, std unbiased; a constant row gives 0 and gradient 0 (SPEC.md §7).
+
+    At least float32, whatever the input.
+    """
+    z = z.float() if z.element_size() < 4 else z
+    constant = (z == z[..., :1]).all(-1, keepdim=True)
+    centred = z - z.mean(-1, keepdim=True)
+    variance = centred.square().sum(-1, keepdim=True) / (z.shape[-1] - 1)
+    return torch.where(constant, 0, centred / (torch.where(constant, 1, variance).sqrt() + _ZSCORE_EPS))

@@ -1,0 +1,104 @@
+"""Time, memory, and what they were measured on."""
+
+import ctypes
+import gc
+import importlib.metadata
+import os
+import platform
+import time
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+
+class Summary(NamedTuple):
+    """A median with its spread."""
+
+    median: float
+    low: float
+    """The lower quartile."""
+    high: float
+    """The upper quartile."""
+    size: int
+    """How many samples."""
+
+
+def summarize(samples: Iterable[float]) -> Summary | None:
+    """Median and quartiles, or None where nothing was measured."""
+    array = np.asarray(list(samples))
+    if not len(array):
+        return None
+    median, low, high = np.percentile(array, (50, 25, 75)).tolist()
+    return Summary(median, low, high, len(array))
+
+
+def timed(function: Callable[..., Any], *args: Any) -> tuple[float, Any]:
+    """Wall-clock seconds of one call and its result, which is thus not freed while the clock runs. Python's garbage
+    collector waits meanwhile, as in :mod:`timeit`.
+    """
+    gc.disable()
+    try:
+        start = time.perf_counter()
+        result = function(*args)
+        return time.perf_counter() - start, result
+    finally:
+        gc.enable()
+
+
+def environment() -> dict[str, str]:
+    """Device and versions, for the head of every table."""
+    packages = ("fwpkm", "torch", "numpy")
+    return {
+        "device": f"{_cpu_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads",
+        "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
+        "versions": ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages),
+    }
+
+
+def peak_extra_bytes(function: Callable[..., Any], *args: Any) -> int | None:
+    """How far the process's resident memory rose above its start while ``function`` ran, results included.
+
+    The kernel's own count of resident pages (VmHWM, reset before the call), so a page written for the first time counts
+    and one that the caller had touched does not. None where the system keeps no such count (not Linux).
+    Set MALLOC_MMAP_THRESHOLD_ before the process starts, so that the C library gives freed blocks back.
+    """
+    gc.collect()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")
+        before = _status_bytes("VmRSS")
+        result = function(*args)
+        peak = _status_bytes("VmHWM")
+    except (OSError, AttributeError):  # no /proc, no permission, or a C library without malloc_trim
+        return None
+    del result
+    return max(0, peak - before)
+
+
+def available_bytes() -> int | None:
+    """Memory that can be had without swapping, or None where the system does not say (not Linux)."""
+    try:
+        return _read_bytes("/proc/meminfo", "MemAvailable")
+    except OSError:
+        return None
+
+
+def _status_bytes(field: str) -> int:
+    return _read_bytes("/proc/self/status", field)
+
+
+def _read_bytes(path: str, field: str) -> int:
+    with open(path) as file:
+        line = next(line for line in file if line.startswith(f"{field}:"))
+    return int(line.split()[1]) * 1024
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

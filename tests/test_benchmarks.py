@@ -1,0 +1,194 @@
+"""What the benchmarks compare computes the same thing, and the command runs, prints and judges."""
+
+import importlib.util
+import json
+import pathlib
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from fwpkm import FwPKMConfig, Memory, get_backend, reference
+from fwpkm.agreement import BOUNDS, relative_error
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+def _find_benchmarks() -> None:
+    """Make ``benchmarks`` importable without the root on the path, where ``kernels`` would shadow another package."""
+    folder = ROOT / "benchmarks"
+    spec = importlib.util.spec_from_file_location(
+        "benchmarks", folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
+    sys.modules["benchmarks"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules["benchmarks"])
+
+
+_find_benchmarks()
+
+from benchmarks import cpu, data, dense, measure, report, static_pkm  # noqa: E402
+from benchmarks.workloads import WORKLOADS, Workload  # noqa: E402
+
+SMALL = {"key_dim": 8, "value_dim": 6, "num_subkeys": 8, "top_k": 3, "chunk_size": 5}
+CONFIGS = {
+    "plain": {},
+    "two heads, normalized": {"num_heads": 2, "write_scale": "normalized"},
+    "dot product, unit": {"score": "dot_product", "write_scale": "unit", "temperature": 0.5},
+    "clipped, decayed": {"grad_clip": 0.01, "weight_decay": 0.1, "addressing_weight": 2.0},
+    "no lookahead": {"lookahead": 0, "learning_rate": 0.5},
+    "two ahead": {"lookahead": 2},
+}
+BOUND = BOUNDS["float64"]
+
+
+@pytest.fixture(params=CONFIGS.values(), ids=CONFIGS)
+def cfg(request):
+    return FwPKMConfig(**SMALL, **request.param)
+
+
+def draw(cfg, length=13):
+    """A small workload in float64: ``memory, query, value, gate, cotangent``."""
+    workload = Workload("small", cfg, batch=2, length=length)
+    memory = Memory(*(table.double() for table in data.make_memory(workload)))
+    return memory, *(tensor.detach().double() for tensor in data.make_inputs(workload, seed=1))
+
+
+def arrays(tensors):
+    return [tensor.detach().numpy() for tensor in tensors]
+
+
+def assert_agree(actual, expected, bound):
+    errors = [relative_error(a, e) for a, e in zip(arrays(actual), map(np.asarray, expected), strict=True)]
+    assert max(errors) <= bound, errors
+
+
+def test_dense_agrees_with_the_reference(cfg):
+    memory, query, value, gate, _ = draw(cfg)
+    output, written = dense.apply(cfg, memory, query, value, gate, flush=True)
+
+    state = reference.init_state(cfg, Memory(*arrays(memory)), batch_size=2)
+    expected, state, trace = reference.apply(cfg, state, *arrays((query, value, gate)))
+    state, flushed = reference.flush(cfg, state)
+
+    assert int(trace.writes) == 2
+    assert int(flushed.writes) == 1
+    assert_agree((output, *written), (expected, *state.memory), BOUND.forward)
+
+
+def test_dense_gradients_agree_with_the_torch_backend(cfg):
+    be = get_backend("torch")
+    memory, *inputs, cotangent = draw(cfg)
+
+    def gradients(run):
+        leaves = [tensor.clone().requires_grad_() for tensor in (*memory, *inputs)]
+        output, written = run(Memory(*leaves[:2]), *leaves[2:])
+        return torch.autograd.grad((output, *written), leaves, (cotangent, *memory))
+
+    def run_torch(memory, *inputs):
+        output, state, _ = be.apply(cfg, be.init_state(cfg, memory, batch_size=2), *inputs)
+        return output, be.flush(cfg, state)[0].memory
+
+    actual = gradients(lambda memory, *inputs: dense.apply(cfg, memory, *inputs, flush=True))
+    assert_agree(actual, arrays(gradients(run_torch)), BOUND.gradient)
+
+
+def test_dense_leaves_a_partial_chunk_unwritten():
+    cfg = FwPKMConfig(**SMALL)
+    memory, query, value, gate, _ = draw(cfg, length=9)
+    whole = dense.apply(cfg, memory, query, value, gate)[1]
+    first = dense.apply(cfg, memory, query[:, :5], value[:, :5], gate[:, :5])[1]
+    assert_agree(whole, arrays(first), 0.0)
+
+
+@pytest.mark.parametrize("field", [{"boundary": "wait"}, {"memory_scope": "batch"}])
+def test_dense_refuses_what_it_leaves_out(field):
+    with pytest.raises(ValueError, match="expected boundary='drop' and memory_scope='sequence'"):
+        dense.apply(FwPKMConfig(**SMALL, **field), *draw(FwPKMConfig(**SMALL))[:4])
+
+
+def test_static_agrees_with_lookups(cfg):
+    be = get_backend("torch")
+    memory, query, *_, cotangent = draw(cfg)
+    query.requires_grad_()
+    output, expected = static_pkm.apply(cfg, memory, query), be.lookup(cfg, memory, query).output
+    assert_agree((output, expected), (reference.lookup(cfg, *map_numpy(memory, query)).output,) * 2, BOUND.forward)
+    gradient, other = (torch.autograd.grad(tensor, query, cotangent) for tensor in (output, expected))
+    assert_agree(gradient, arrays(other), BOUND.gradient)
+
+
+def map_numpy(memory, query):
+    return Memory(*arrays(memory)), query.detach().numpy()
+
+
+def test_static_shares_one_memory_between_sequences():
+    cfg = FwPKMConfig(**SMALL)
+    memory, query, *_ = draw(cfg)
+    one = Memory(*(table[:1] for table in memory))
+    both = Memory(*(table.repeat(2, *(1,) * (table.ndim - 1)) for table in one))
+    assert_agree([static_pkm.apply(cfg, one, query)], arrays([static_pkm.apply(cfg, both, query)]), BOUND.forward)
+
+
+def test_extra_memory_counts_new_pages_only():
+    size = 64 * 2**20
+    touched = np.ones(size, dtype=np.uint8)
+    assert size <= measure.peak_extra_bytes(np.ones, size, np.uint8) < 1.25 * size
+    assert measure.peak_extra_bytes(touched.fill, 2) < size / 4
+
+
+def test_a_bound_that_was_not_measured_is_broken():
+    ratio = measure.summarize([2.0, 3.0, 4.0])
+    assert report.Claim("", ratio, at_least=3, at_most=3).verdict == "holds"
+    assert report.Claim("", ratio, at_least=3.1).verdict == "FAILS"
+    assert report.Claim("", ratio, at_most=2.9).broken
+    assert report.Claim("", measure.summarize([]), at_most=1).broken
+    assert not report.Claim("", None).broken
+
+
+@pytest.fixture(scope="module")
+def results():
+    return cpu.measure_all([WORKLOADS["tiny"], WORKLOADS["tiny-wide"]], repeats=2, seconds=60)
+
+
+@pytest.fixture
+def run(results, monkeypatch, capsys):
+    """``main`` on one shared measurement: its exit status, what it printed, and its errors."""
+
+    def run(*arguments):
+        monkeypatch.setattr(
+            cpu, "measure_all", lambda workloads, *_: results if workloads == results.workloads else None
+        )
+        lax = ("--dense-time", "0", "--dense-memory", "1e9", "--static-time", "1e9", "--growth", "1e9")
+        status = cpu.main(["--workload", "tiny-wide", "tiny", "--check", *lax, *arguments])
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def test_the_command_prints_and_saves_what_it_measured(run, tmp_path):
+    path = tmp_path / "measured.json"
+    status, printed, errors = run("--markdown", "--json", str(path))
+    assert (status, errors) == (0, "")
+    assert f"torch {torch.__version__}" in printed
+    for title in ("**tiny: B=1 T=128 N=16²", "**extra memory, MiB**", "**Ratios at tiny-wide**"):
+        assert title in printed
+    saved = json.loads(path.read_text())["workloads"]["tiny-wide"]
+    assert {len(samples) for samples in saved["seconds"].values()} == {2}
+    assert saved["extra_bytes"]["dense"] > 2 * WORKLOADS["tiny-wide"].table_bytes
+
+
+@pytest.mark.parametrize(
+    ("option", "line"),
+    [
+        ("--dense-time=1e9", "FAILS: time: dense / torch: "),
+        ("--dense-memory=0", "FAILS: extra memory: torch / dense: "),
+        ("--static-time=0", "FAILS: time: torch / static: "),
+        ("--growth=-1e9", "FAILS: everything but scoring, torch: N=128² / N=16²: "),
+    ],
+)
+def test_the_command_fails_where_a_bound_does_not_hold(run, option, line):
+    status, printed, errors = run(option)
+    assert status == 1
+    assert errors.startswith(line)
+    assert errors.count("\n") == 1
+    assert "tiny-wide: B=1 T=128 N=128²" in printed
