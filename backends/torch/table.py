@@ -12,10 +12,10 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fwpkm.backends.torch.entries import Entries, distinct
 from fwpkm.config import FwPKMConfig
 
 
@@ -25,51 +25,6 @@ class Window(NamedTuple):
     start: int
     stop: int
     writes: bool
-
-
-class _Rows(NamedTuple):
-    """The distinct rows that E entries touch, in E places: those past the last distinct row repeat it, unused."""
-
-    ids: Tensor
-    """``[E]`` row of the table at each place."""
-    place: Tensor
-    """``[B*n, K]``: the place of each entry."""
-    order: Tensor
-    """``[E]`` entries sorted by row, first come first."""
-    starts: Tensor
-    """``[E]`` where each place's entries begin in ``order``; E past the last."""
-
-    @classmethod
-    def of(cls, slots: Tensor) -> "_Rows":
-        """``slots``: [B*n, K] rows of the flat table."""
-        flat = slots.flatten()
-        ids, order = flat.sort(stable=True)
-        fresh = F.pad((ids[1:] != ids[:-1]).long(), (1, 0))
-        rank = fresh.cumsum(0)
-        sizes = torch.zeros_like(rank).scatter_add_(0, rank, torch.ones_like(rank))
-        starts = sizes.cumsum(0) - sizes
-        place = torch.empty_like(rank).scatter_(0, order, rank)
-        return cls(ids[starts.clamp(max=len(ids) - 1)], place.view_as(slots), order, starts)
-
-    def reads_of(self, counted: Tensor) -> Tensor:
-        """``[E]``: N_i, how many entries of the counted tokens [B*n] each place has."""
-        entries = counted.long()[:, None].expand_as(self.place)
-        return torch.zeros_like(self.ids).scatter_add_(0, self.place.flatten(), entries.flatten())
-
-    def read(self, rows: Tensor, weights: Tensor) -> Tensor:
-        """``[B*n, D]``: Σ over a token's entries of weight · row."""
-        return F.embedding_bag(self.place, rows, mode="sum", per_sample_weights=weights)
-
-    def spread(self, tokens: Tensor, weights: Tensor) -> Tensor:
-        """``[E, D]``: Σ over a place's entries of weight · token, in the order of the tokens. The adjoint of read."""
-        token = self.order.div(self.place.shape[1], rounding_mode="floor")
-        sorted_weights = weights.flatten().index_select(0, self.order)
-        return F.embedding_bag(token, tokens, self.starts, mode="sum", per_sample_weights=sorted_weights)
-
-    def dot(self, rows: Tensor, tokens: Tensor) -> Tensor:
-        """``[B*n, K]``: ⟨row, token⟩ of each entry. The adjoint of read for the weights."""
-        entries = rows.index_select(0, self.place.flatten()).view(*self.place.shape, -1)
-        return (entries * tokens[:, None]).sum(-1)
 
 
 def read_and_write(
@@ -127,21 +82,21 @@ class _Table(torch.autograd.Function):
         keep, kept = any(ctx.needs_input_grad), []
         reads, squared = weights.new_empty(*weights.shape[:2], width), weights.new_zeros(weights.shape[:2])
         for i, (start, stop, write) in enumerate(windows):
-            rows = _Rows.of(slots[:, start:stop].flatten(0, 1))
+            rows, entries = distinct(slots[:, start:stop].flatten(0, 1))
             w, c, u, n = (x[:, start:stop].flatten(0, 1) for x in (weights, strength, target, counted))
-            local = table.index_select(0, rows.ids)
-            read = rows.read(local, w)
+            local = table.index_select(0, rows)
+            read = entries.read(local, w)
             reads[:, start:stop] = read.view(batch, -1, width)
             written: list[Tensor] = []
             if write:
                 error = read - u
                 squared[:, start:stop] = error.square().sum(-1).view(batch, -1)
-                count = rows.reads_of(n)
-                may_move = active[i].index_select(0, rows.ids // num_slots) & (count > 0)
-                change, *written = _change(cfg, rows, local, error, c[:, None] * w, count, may_move)
-                table.index_add_(0, rows.ids, change)
+                count = entries.count(n)
+                may_move = active[i].index_select(0, rows // num_slots) & (count > 0)
+                change, *written = _change(cfg, entries, local, error, c[:, None] * w, count, may_move)
+                table.index_add_(0, rows, change)
             if keep:
-                kept.append((local, *rows, *written))
+                kept.append((local, rows, *entries, *written))
         ctx.save_for_backward(*(kept and (weights, strength, slots)), *(x for tensors in kept for x in tensors))
         ctx.cfg, ctx.windows, ctx.lengths, ctx.shape = cfg, windows, [len(x) for x in kept], values.shape
         ctx.mark_non_differentiable(squared)
@@ -160,25 +115,22 @@ class _Table(torch.autograd.Function):
         reached = d_values is not None  # whether anything later has read the rows: until then their gradient is 0
         end = len(saved)
         for (start, stop, write), length in zip(reversed(ctx.windows), reversed(ctx.lengths)):
-            local, *fields = saved[end - length : end]
+            local, rows, *fields = saved[end - length : end]
             end -= length
-            rows, written = _Rows(*fields[:4]), fields[4:]
+            entries, written = Entries(*fields[:3]), fields[3:]
             w, c = (x[:, start:stop].flatten(0, 1) for x in (weights, strength))
             d_read = None if d_reads is None else d_reads[:, start:stop].flatten(0, 1)
-            place = places(rows.ids)
-            d_w, delta = torch.zeros_like(w), None
+            place, d_w, delta = places(rows), torch.zeros_like(w), None
             if write and reached:
-                d_pull, delta = _change_backward(ctx.cfg, gradient.index_select(0, place), *written)
-                error = written[0]
-                d_error, d_entry = rows.read(d_pull, c[:, None] * w), rows.dot(d_pull, error)
-                d_w += c[:, None] * d_entry
-                d_strength[:, start:stop] = (w * d_entry).sum(-1).view(len(weights), -1)
+                delta, d_error, d_pull = _change_backward(ctx.cfg, entries, gradient, place, c[:, None] * w, *written)
+                d_w += c[:, None] * d_pull
+                d_strength[:, start:stop] = (w * d_pull).sum(-1).view(len(weights), -1)
                 d_target[:, start:stop] = d_error.neg().view(len(weights), stop - start, -1)
                 d_read = d_error if d_read is None else d_read + d_error
             if d_read is not None:
-                d_w += rows.dot(local, d_read)
-                spread = rows.spread(d_read, w)
-                delta = spread if delta is None else delta + spread
+                d_w += entries.dot(local, d_read)
+                spread = entries.spread(d_read, w)
+                delta = spread if delta is None else delta.add_(spread)
                 reached = True
             if delta is not None:
                 gradient.index_add_(0, place, delta)
@@ -188,25 +140,25 @@ class _Table(torch.autograd.Function):
 
 
 def _change(
-    cfg: FwPKMConfig, rows: _Rows, local: Tensor, error: Tensor, pull: Tensor, count: Tensor, may_move: Tensor
+    cfg: FwPKMConfig, entries: Entries, local: Tensor, error: Tensor, pull: Tensor, count: Tensor, may_move: Tensor
 ) -> tuple[Tensor, ...]:
     """What a write adds to its rows, -η (clip(G) + λ rows), and what its backward needs.
 
     Args:
         cfg: the configuration.
-        rows: the places.
-        local: ``[E, Dv]`` rows before the write.
-        error: ``[B*n, Dv]``, v̂ - u.
-        pull: ``[B*n, K]``, κ g w of each entry.
-        count: ``[E]``, N_i.
-        may_move: ``[E]`` bool: read by a counted token, in a memory where the chunk has a pair.
+        entries: which of the rows each token reads.
+        local: ``[P, Dv]`` rows before the write.
+        error: ``[T, Dv]``, v̂ - u.
+        pull: ``[T, K]``, κ g w of each entry.
+        count: ``[P]``, N_i.
+        may_move: ``[P]`` bool: read by a counted token, in a memory where the chunk has a pair.
 
     Returns:
-        the change ``[E, Dv]``, the error without infinities, η / N_i of the rows that moved (else 0), and, where
+        the change ``[P, Dv]``, the error without infinities, η / N_i of the rows that moved (else 0), and, where
         gradients are clipped, which elements were not.
     """
-    share = count.clamp(min=1).to(local.dtype)
-    gradient = rows.spread(error, pull).div_(share[:, None])
+    share = count.clamp(min=1).to(local.dtype).reciprocal_()
+    gradient = entries.spread(error, pull * share[entries.place])
     unclipped: tuple[Tensor, ...] = ()
     if cfg.grad_clip is not None:
         unclipped = (gradient.abs() <= cfg.grad_clip,)
@@ -214,24 +166,43 @@ def _change(
     if cfg.weight_decay:
         gradient = gradient.add_(local, alpha=cfg.weight_decay)
     change = gradient.mul_(-cfg.learning_rate)
-    # A sum is finite only if every term is; float64 keeps finite float32 terms from overflowing it.
-    moves = may_move & (local + change).sum(-1, dtype=torch.float64).isfinite()
-    step = (cfg.learning_rate / share).masked_fill_(~moves, 0)
+    moves = may_move & _finite_rows(local + change)
     # x + -0.0 is x, bit for bit, for every x: rows that stay, and the unused places, change nothing.
-    return change.masked_fill_(~moves[:, None], -0.0), error.nan_to_num(0, 0, 0), step, *unclipped
+    change = change.masked_fill_(~moves[:, None], -0.0)
+    return change, error.nan_to_num(0, 0, 0), (cfg.learning_rate * share).masked_fill_(~moves, 0), *unclipped
+
+
+def _finite_rows(rows: Tensor) -> Tensor:
+    """``[P]``: whether all of a row is finite, from its sum, scaled so that finite terms cannot overflow it."""
+    return rows.mv(rows.new_full((rows.shape[1],), 2.0**-20)).isfinite()
 
 
 def _change_backward(
-    cfg: FwPKMConfig, d_rows: Tensor, error: Tensor, step: Tensor, unclipped: Tensor | None = None
-) -> tuple[Tensor, Tensor | None]:
-    """From the gradient of the rows after a write: that of N_i G_i, and what decay adds to that of the rows before."""
-    d_pull = d_rows * -step[:, None]
-    if unclipped is not None:
-        d_pull *= unclipped
+    cfg: FwPKMConfig,
+    entries: Entries,
+    gradient: Tensor,
+    place: Tensor,
+    pull: Tensor,
+    error: Tensor,
+    step: Tensor,
+    unclipped: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Through one write, from the gradient of the rows after it, which lies at ``place`` [P] of ``gradient``.
+
+    Returns:
+        what decay adds to the gradient of the rows before (or None), and the gradients of error and pull.
+    """
+    rows, among = gradient, entries
+    if unclipped is None:  # read the large table where it lies
+        among = entries._replace(place=place[entries.place])
+    else:
+        rows = gradient.index_select(0, place) * unclipped
+    step_of = step[entries.place]
+    d_error, d_pull = among.read(rows, -pull * step_of), among.dot(rows, error) * -step_of
     if not cfg.weight_decay:
-        return d_pull, None
-    decay = (step != 0).to(d_rows.dtype) * (-cfg.learning_rate * cfg.weight_decay)
-    return d_pull, d_rows * decay[:, None]
+        return None, d_error, d_pull
+    decay = (step != 0).to(rows.dtype) * (-cfg.learning_rate * cfg.weight_decay)
+    return gradient.index_select(0, place) * decay[:, None], d_error, d_pull
 
 
 def _gradient_rows(
@@ -241,7 +212,7 @@ def _gradient_rows(
     if dense:
         whole = like.new_zeros(shape) if d_values is None else d_values.clone(memory_format=torch.contiguous_format)
         return whole.view(-1, shape[-1]), lambda rows: rows
-    ids = _Rows.of(slots.flatten(0, 1)).ids
+    ids, _ = distinct(slots.flatten(0, 1))
     if d_values is None:
         gradient = like.new_zeros(len(ids), shape[-1])
     else:
