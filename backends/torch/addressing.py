@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fwpkm.backends.torch.entries import Entries
+from fwpkm.backends.torch.entries import Entries, finite_rows
 from fwpkm.backends.torch.subkeys import pull, sub_scores
 from fwpkm.config import FwPKMConfig
 
@@ -39,10 +39,10 @@ class Address(NamedTuple):
 
 def address(cfg: FwPKMConfig, query: Tensor, keys: Tensor) -> Address:
     """Pick slots and weigh them (§2). Tokens that are not finite come back as if their query were zero."""
-    finite = query.isfinite().all(-1).all(1).all(1)
-    subkeys, ranks = select(cfg, query.masked_fill(~finite[:, None, None, :, None], 0), keys)
-    # Scores that overflow are found before autograd sees them: a gradient of 0 through an infinity is NaN.
-    finite = finite & ranks.isfinite().all(-1).all(1).all(1)
+    subkeys, ranks = select(cfg, query, keys)
+    # A query that is not finite has no finite rank. Both are blanked before autograd sees them: a gradient of 0
+    # through an infinity is NaN.
+    finite = ranks.isfinite().all(-1).all(1).all(1)
     dead = ~finite[:, None, None, :, None]
     query, ranks = query.masked_fill(dead, 0), ranks.masked_fill(dead, 0)
     groups = torch.arange(subkeys.shape[:3].numel(), device=keys.device).view(*subkeys.shape[:3], 1, 1)
@@ -66,29 +66,42 @@ def select(cfg: FwPKMConfig, query: Tensor, keys: Tensor) -> tuple[Tensor, Tenso
     key, and under any matmul precision: the error is observed on the chosen sub-keys, TF32 and all.
     """
     k = cfg.top_k
-    rough, scale = _expanded(cfg, query, keys)
+    shape, (query, keys) = query.shape[:-1], (x.flatten(0, 2) for x in (query, keys))
+    rough, origin, scale = _expanded(cfg, query, keys)
     best = rough.topk(k)
     ids = best.indices.sort(-1).values  # in order of id, so that a stable sort gives ties to the lower one
-    exact = torch.stack([_rank(cfg, query, _rows(keys, ids[..., j])) for j in range(k)], dim=-1)
-    error = ((rough.gather(-1, ids) - exact).abs().amax(-1) / scale).nan_to_num(0, 0, 0).amax()
+    exact = _rank_chosen(cfg, query, keys, ids)
+    error = ((rough.gather(-1, ids) - origin - exact).abs().amax(-1, keepdim=True) / scale).nan_to_num(0, 0, 0).amax()
     margin = scale * torch.clamp(4 * error, min=_MARGIN * torch.finfo(keys.dtype).eps / 2)
-    next_best = rough.scatter_(-1, ids, -torch.inf).amax(-1)
+    next_best = rough.scatter_(-1, ids, -torch.inf).amax(-1, keepdim=True) - origin
     order = exact.sort(dim=-1, descending=True, stable=True)
     ids, ranks = ids.gather(-1, order.indices), order.values
-    unsure = ~(ranks[..., -1] > next_best + margin)
+    unsure = ~(ranks[..., -1:] > next_best + margin).squeeze(-1)
     if not query.is_meta and k < cfg.num_subkeys and bool(unsure.any()):
         _rank_in_full(cfg, query, keys, unsure, ids, ranks)
-    return ids, ranks
+    return ids.view(*shape, k), ranks.view(*shape, k)
 
 
-def _expanded(cfg: FwPKMConfig, query: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-    """Approximate ranks ``[M, H, 2, R, S]`` from a product of matrices, and the scale of its error [M, H, 2, R]."""
-    product = query @ keys.mT
-    q, key = (torch.linalg.vector_norm(x, dim=-1) for x in (query, keys))
-    largest = key.amax(-1, keepdim=True)
+def _expanded(cfg: FwPKMConfig, query: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Approximate ranks from a product of matrices, for query [G, R, d] and keys [G, S, d].
+
+    Returns:
+        ranks plus origin ``[G, R, S]``, the origin ``[G, R, 1]``, and the scale of the error ``[G, R, 1]``.
+    """
+    q, key = (torch.linalg.vector_norm(x, dim=-1, keepdim=True) for x in (query, keys))
+    largest = key.amax(1, keepdim=True)
     if cfg.score == "dot_product":
-        return product, q * largest
-    return product.mul_(2).sub_(key.square()[..., None, :]).sub_(q.square()[..., None]), (q + largest).square()
+        return query @ keys.mT, torch.zeros_like(q), q * largest
+    return torch.baddbmm(key.square().mT, query, keys.mT, beta=-1, alpha=2), q.square(), (q + largest).square()
+
+
+def _rank_chosen(cfg: FwPKMConfig, query: Tensor, keys: Tensor, ids: Tensor) -> Tensor:
+    """Ranks ``[G, R, k]`` of chosen sub-keys, one place of the k at a time: a place's rows stay in cache."""
+    first = cfg.num_subkeys * torch.arange(len(keys), device=keys.device)
+    flat, rows = (ids + first[:, None, None]).flatten(0, 1), keys.flatten(0, 1)
+    query = query.flatten(0, 1)
+    ranks = [_rank(cfg, query, rows.index_select(0, place)) for place in flat.unbind(1)]
+    return torch.stack(ranks, dim=-1).view_as(ids)
 
 
 def _rank(cfg: FwPKMConfig, query: Tensor, keys: Tensor) -> Tensor:
@@ -98,20 +111,14 @@ def _rank(cfg: FwPKMConfig, query: Tensor, keys: Tensor) -> Tensor:
     return (query - keys).square_().sum(-1).neg_()
 
 
-def _rows(keys: Tensor, ids: Tensor) -> Tensor:
-    """``[M, H, 2, R, d]``: one sub-key for each token."""
-    return keys.gather(-2, ids[..., None].expand(*ids.shape, keys.shape[-1]))
-
-
 def _rank_in_full(cfg: FwPKMConfig, query: Tensor, keys: Tensor, which: Tensor, ids: Tensor, ranks: Tensor) -> None:
-    """Overwrite ids and ranks of the tokens ``which`` [M, H, 2, R] by ranking all S sub-keys from differences."""
-    for group in which.any(-1).nonzero().tolist():
-        m, h, codebook = group
-        for tokens in which[m, h, codebook].nonzero().squeeze(1).split(_BLOCK):
-            full = _rank(cfg, query[m, h, codebook, tokens, None], keys[m, h, codebook])
+    """Overwrite ids and ranks of the tokens ``which`` [G, R] by ranking all S sub-keys from differences."""
+    for group, some in enumerate(which):
+        for tokens in some.nonzero().squeeze(1).split(_BLOCK):
+            full = _rank(cfg, query[group, tokens, None], keys[group])
             order = full.sort(dim=-1, descending=True, stable=True)
-            ids[m, h, codebook, tokens] = order.indices[..., : cfg.top_k]
-            ranks[m, h, codebook, tokens] = order.values[..., : cfg.top_k]
+            ids[group, tokens] = order.indices[..., : cfg.top_k]
+            ranks[group, tokens] = order.values[..., : cfg.top_k]
 
 
 @cache
@@ -165,5 +172,5 @@ def write_keys(
     if cfg.weight_decay:
         gradient = gradient + cfg.weight_decay * keys
     new = keys - cfg.learning_rate * gradient
-    moves = active[:, None, None, None, None] & new.isfinite().all(-1, keepdim=True)
-    return torch.where(moves, new, keys), loss
+    finite = finite_rows(new.flatten(0, -2)).view(*keys.shape[:-1], 1)
+    return torch.where(active[:, None, None, None, None] & finite, new, keys), loss

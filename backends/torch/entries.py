@@ -20,12 +20,14 @@ class Entries(NamedTuple):
     order: Tensor
     """``[T*K]`` entries sorted by row, those of one row in the order of the tokens."""
     starts: Tensor
-    """``[P]`` where each row's entries begin in ``order``; T·K for the empty rows after the last."""
+    """``[P]`` where each row's entries begin in ``order``."""
 
     @classmethod
     def of(cls, place: Tensor, num_rows: int) -> "Entries":
         """Entries in a table of ``num_rows`` rows."""
-        return cls(place, place.flatten().sort(stable=True).indices, _starts(place.flatten(), num_rows))
+        flat = place.flatten()
+        sizes = flat.new_zeros(num_rows).scatter_add_(0, flat, torch.ones_like(flat))
+        return cls(place, flat.sort(stable=True).indices, sizes.cumsum(0) - sizes)
 
     def count(self, tokens: Tensor) -> Tensor:  # type: ignore[override]
         """``[P]``: how many entries of the chosen tokens (bool [T]) each row has."""
@@ -48,23 +50,25 @@ class Entries(NamedTuple):
 
     def dot(self, rows: Tensor, tokens: Tensor) -> Tensor:
         """``[T, K]``: ⟨row, token⟩ of each entry, the gradient of ``read`` for its weights."""
-        return torch.stack([(rows.index_select(0, p) * tokens).sum(-1) for p in self.place.unbind(1)], dim=1)
+        return torch.stack([rows.index_select(0, p).mul_(tokens).sum(-1) for p in self.place.unbind(1)], dim=1)
 
 
 def distinct(rows: Tensor) -> tuple[Tensor, Entries]:
-    """The distinct rows [P = T*K] that entries ``rows`` [T, K] touch, ascending, and the entries among them.
+    """The distinct rows [P], ascending, that entries ``rows`` [T, K] touch, and the entries among them.
 
-    The number of places is fixed, so that nothing waits for the device: places past the last distinct row repeat it,
-    and no entry lies there.
+    P is not known beforehand, so an accelerator is waited for; on the meta device it is taken as T*K.
     """
     ids, order = rows.flatten().sort(stable=True)
-    fresh = F.pad((ids[1:] != ids[:-1]).long(), (1, 0))
-    rank = fresh.cumsum(0)
-    place = torch.empty_like(rank).scatter_(0, order, rank)
-    starts = _starts(rank, len(rank))
-    return ids.index_select(0, starts.clamp(max=len(ids) - 1)), Entries(place.view_as(rows), order, starts)
+    fresh = F.pad(ids[1:] != ids[:-1], (1, 0), value=True)
+    starts = torch.arange(len(ids), device="meta") if rows.is_meta else fresh.nonzero().squeeze(1)
+    place = torch.empty_like(ids).scatter_(0, order, fresh.cumsum(0) - 1)
+    return ids.index_select(0, starts), Entries(place.view_as(rows), order, starts)
 
 
-def _starts(flat: Tensor, num_rows: int) -> Tensor:
-    sizes = flat.new_zeros(num_rows).scatter_add_(0, flat, torch.ones_like(flat))
-    return sizes.cumsum(0) - sizes
+def finite_rows(x: Tensor) -> Tensor:
+    """``[P]``: whether all of a row of [P, D] is finite, from its sum, scaled so that finite terms do not overflow it.
+
+    A fraction of the time of ``isfinite().all(-1)``, which passes over memory several times.
+    """
+    x = x.detach()
+    return x.mv(x.new_full((x.shape[1],), 2.0**-20)).isfinite()

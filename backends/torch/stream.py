@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fwpkm.backends.torch.addressing import Address, address, write_keys
+from fwpkm.backends.torch.entries import finite_rows
 from fwpkm.backends.torch.table import Window, read_and_write
 from fwpkm.backends.torch.tokens import Tokens, ahead, by_memory, halves
 from fwpkm.config import FwPKMConfig
@@ -58,7 +59,7 @@ def visit_and_write(cfg: FwPKMConfig, keys: Tensor, window: Tokens) -> tuple[Vis
 
 def visit_chunk(cfg: FwPKMConfig, keys: Tensor, chunk: Tokens, pair: Tensor | None) -> tuple[Visit, Tensor]:
     """Write a chunk whose values are its own targets, already shifted; those that are not finite make no pair."""
-    finite_target = chunk.value.isfinite().all(-1)
+    finite_target = finite_rows(chunk.value.flatten(0, 1)).view_as(chunk.mask)
     chunk = chunk._replace(value=chunk.value.masked_fill(~finite_target[..., None], 0))
     chosen, slots, weights, chunk, dead = _look(cfg, keys, chunk)
     pair = chunk.mask & finite_target & (True if pair is None else pair)

@@ -19,9 +19,7 @@ def sub_scores(cfg: FwPKMConfig, query: Tensor, keys: Tensor, entries: Entries, 
     return -torch.log(cfg.score_eps + _SquaredDistance.apply(query, keys, ranks.neg(), *entries))
 
 
-def pull(
-    cfg: FwPKMConfig, query: Tensor, keys: Tensor, entries: Entries, scores: Tensor, d_scores: Tensor
-) -> Tensor:
+def pull(cfg: FwPKMConfig, query: Tensor, keys: Tensor, entries: Entries, scores: Tensor, d_scores: Tensor) -> Tensor:
     """``[P, d]``: Σ over a sub-key's entries of d_score · ∂s/∂K (§4): 2(q - K)/(ε + ‖q - K‖²), or q."""
     if cfg.score == "dot_product":
         return _Pull.apply(query, keys, d_scores, False, *entries)

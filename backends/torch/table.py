@@ -5,7 +5,7 @@ A window is a run of tokens that read the same table; after it the chunk at its 
 backward walks the windows in reverse with one gradient row for each row that the call touched. So neither time nor
 memory depends on the number of slots, apart from the one copy of the table that a functional call makes.
 
-E = B·n·H·k entries of a window. All shapes are fixed by E, so nothing here waits for the device.
+T = B·n tokens of a window read K = H·k entries each, among P distinct rows.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fwpkm.backends.torch.entries import Entries, distinct
+from fwpkm.backends.torch.entries import Entries, distinct, finite_rows
 from fwpkm.config import FwPKMConfig
 
 
@@ -67,9 +67,7 @@ class _Table(torch.autograd.Function):
     """``read_and_write``; its gradients are those of values, weights, strength and target."""
 
     @staticmethod
-    def forward(
-        ctx, cfg, windows, values, weights, strength, target, slots, counted, active, owned
-    ):
+    def forward(ctx, cfg, windows, values, weights, strength, target, slots, counted, active, owned):
         batch, (memories, num_slots, width) = slots.shape[0], values.shape
         writes = any(window.writes for window in windows)
         if writes and owned and values.is_contiguous():
@@ -93,8 +91,8 @@ class _Table(torch.autograd.Function):
                 squared[:, start:stop] = error.square().sum(-1).view(batch, -1)
                 count = entries.count(n)
                 may_move = active[i].index_select(0, rows // num_slots) & (count > 0)
-                change, *written = _change(cfg, entries, local, error, c[:, None] * w, count, may_move)
-                table.index_add_(0, rows, change)
+                new, *written = _rewrite(cfg, entries, local, error, c[:, None] * w, count, may_move)
+                table.index_copy_(0, rows, new)
             if keep:
                 kept.append((local, rows, *entries, *written))
         ctx.save_for_backward(*(kept and (weights, strength, slots)), *(x for tensors in kept for x in tensors))
@@ -122,7 +120,7 @@ class _Table(torch.autograd.Function):
             d_read = None if d_reads is None else d_reads[:, start:stop].flatten(0, 1)
             place, d_w, delta = places(rows), torch.zeros_like(w), None
             if write and reached:
-                delta, d_error, d_pull = _change_backward(ctx.cfg, entries, gradient, place, c[:, None] * w, *written)
+                delta, d_error, d_pull = _rewrite_backward(ctx.cfg, entries, gradient, place, c[:, None] * w, *written)
                 d_w += c[:, None] * d_pull
                 d_strength[:, start:stop] = (w * d_pull).sum(-1).view(len(weights), -1)
                 d_target[:, start:stop] = d_error.neg().view(len(weights), stop - start, -1)
@@ -139,10 +137,10 @@ class _Table(torch.autograd.Function):
         return None, None, d_table, d_weights, d_strength, d_target, None, None, None, None
 
 
-def _change(
+def _rewrite(
     cfg: FwPKMConfig, entries: Entries, local: Tensor, error: Tensor, pull: Tensor, count: Tensor, may_move: Tensor
 ) -> tuple[Tensor, ...]:
-    """What a write adds to its rows, -η (clip(G) + λ rows), and what its backward needs.
+    """The rows after a write, rows - η (clip(G) + λ rows), and what its backward needs.
 
     Args:
         cfg: the configuration.
@@ -154,8 +152,8 @@ def _change(
         may_move: ``[P]`` bool: read by a counted token, in a memory where the chunk has a pair.
 
     Returns:
-        the change ``[P, Dv]``, the error without infinities, η / N_i of the rows that moved (else 0), and, where
-        gradients are clipped, which elements were not.
+        the new rows ``[P, Dv]``, the error (0 where it is not finite), η / N_i of the rows that moved (else 0), and,
+        where gradients are clipped, which elements were not.
     """
     share = count.clamp(min=1).to(local.dtype).reciprocal_()
     gradient = entries.spread(error, pull * share[entries.place])
@@ -165,19 +163,14 @@ def _change(
         gradient = gradient.clamp_(-cfg.grad_clip, cfg.grad_clip)
     if cfg.weight_decay:
         gradient = gradient.add_(local, alpha=cfg.weight_decay)
-    change = gradient.mul_(-cfg.learning_rate)
-    moves = may_move & _finite_rows(local + change)
-    # x + -0.0 is x, bit for bit, for every x: rows that stay, and the unused places, change nothing.
-    change = change.masked_fill_(~moves[:, None], -0.0)
-    return change, error.nan_to_num(0, 0, 0), (cfg.learning_rate * share).masked_fill_(~moves, 0), *unclipped
+    new = gradient.mul_(-cfg.learning_rate).add_(local)
+    moves = may_move & finite_rows(new)
+    new = new if new.is_meta else new.index_put_((~moves,), local[~moves])
+    error = error.masked_fill(~finite_rows(error)[:, None], 0)
+    return new, error, (cfg.learning_rate * share).masked_fill_(~moves, 0), *unclipped
 
 
-def _finite_rows(rows: Tensor) -> Tensor:
-    """``[P]``: whether all of a row is finite, from its sum, scaled so that finite terms cannot overflow it."""
-    return rows.mv(rows.new_full((rows.shape[1],), 2.0**-20)).isfinite()
-
-
-def _change_backward(
+def _rewrite_backward(
     cfg: FwPKMConfig,
     entries: Entries,
     gradient: Tensor,

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from fwpkm.backends.torch.entries import finite_rows
 from fwpkm.config import FwPKMConfig
 
 
@@ -52,7 +53,8 @@ class Tokens(NamedTuple):
 
     def finite(self) -> Tensor:
         """``[B, n]``: query, value and gate are all finite."""
-        return self.query.isfinite().all(-1) & self.value.isfinite().all(-1) & self.gate.isfinite()
+        query, value = (finite_rows(x.flatten(0, 1)).view_as(self.mask) for x in (self.query, self.value))
+        return query & value & self.gate.isfinite()
 
     def without(self, dead: Tensor) -> "Tokens":
         """The dead ones ``[B, n]`` as zeros with mask False (SPEC.md §5); no gradient passes through them."""
