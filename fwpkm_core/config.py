@@ -1,6 +1,7 @@
 """The configuration of a memory (SPEC.md §1 and §8)."""
 
 import dataclasses
+import decimal
 import json
 import math
 import numbers
@@ -107,7 +108,7 @@ class FwPKMConfig:
     def _number(self, name: str, *, positive: bool) -> None:
         value = getattr(self, name)
         try:
-            number = float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else math.nan
+            number = float(value) if isinstance(value, (numbers.Real, decimal.Decimal)) and not isinstance(value, bool) else math.nan
         except OverflowError:
             number = math.nan
         if not math.isfinite(number) or number < 0 or (positive and number == 0):

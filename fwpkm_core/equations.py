@@ -70,9 +70,9 @@ def select(cfg: FwPKMConfig, query: Array, keys: Array) -> Selection:
         first = np.take_along_axis(subkeys[:, h, 0], cell // k, -1)
         second = np.take_along_axis(subkeys[:, h, 1], cell % k, -1)
         slots[:, h] = first * cfg.num_subkeys + second
-    logits = sums.reshape(n, -1) / query.dtype.type(cfg.temperature)
+    logits = sums.reshape(n, cfg.slots_per_token) / query.dtype.type(cfg.temperature)
     finite = finite & np.isfinite(chosen).all((1, 2, 3)) & np.isfinite(logits).all(1)
-    return Selection(subkeys, chosen, slots.reshape(n, -1), softmax(logits), finite)
+    return Selection(subkeys, chosen, slots.reshape(n, cfg.slots_per_token), softmax(logits), finite)
 
 
 def read(values: Array, slots: Array, weights: Array) -> Array:

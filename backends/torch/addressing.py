@@ -13,11 +13,22 @@ import torch
 from torch import Tensor
 
 from fwpkm.backends.torch.entries import Entries, finite_rows
-from fwpkm.backends.torch.subkeys import pull, sub_scores
+from fwpkm.backends.torch.subkeys import ChosenKeys, pull, sub_scores
 from fwpkm.config import FwPKMConfig
 
 _MARGIN = 16  # units of rounding of a product of matrices beyond which a lower-ranked sub-key is not searched for
 _BLOCK = 16  # tokens ranked in full at a time: their differences to S sub-keys stay in a few MB
+
+
+class Choice(NamedTuple):
+    """The k best sub-keys of each codebook, in ascending order of id."""
+
+    subkeys: Tensor
+    """``[M, H, 2, R, k]`` ids."""
+    ranks: Tensor
+    """``[M, H, 2, R, k]``: q·K, or -‖q - K‖²; they order sub-keys as the scores do."""
+    differences: Tensor | None
+    """``[M, H, 2, R, k, d]``: q - K, or None for the dot product."""
 
 
 class Address(NamedTuple):
@@ -25,10 +36,10 @@ class Address(NamedTuple):
 
     query: Tensor
     """``[M, H, 2, R, d]``, zero for tokens that are not finite."""
-    entries: Entries
-    """The sub-keys of each token, as rows of ``keys.flatten(0, -2)``: T = M·H·2·R tokens, K = k, P = M·H·2·S rows."""
+    chosen: ChosenKeys
+    """The chosen sub-keys as rows of ``keys.flatten(0, -2)``, for T = M·H·2·R tokens."""
     sub_scores: Tensor
-    """``[M, H, 2, R, k]``, best first."""
+    """``[M, H, 2, R, k]``, in ascending order of id."""
     slots: Tensor
     """``[M, R, H*k]`` by head, then by descending sum."""
     weights: Tensor
@@ -39,47 +50,50 @@ class Address(NamedTuple):
 
 def address(cfg: FwPKMConfig, query: Tensor, keys: Tensor) -> Address:
     """Pick slots and weigh them (§2). Tokens that are not finite come back as if their query were zero."""
-    subkeys, ranks = select(cfg, query, keys)
+    subkeys, ranks, differences = select(cfg, query, keys)
     # A query that is not finite has no finite rank. Both are blanked before autograd sees them: a gradient of 0
     # through an infinity is NaN.
     finite = ranks.isfinite().all(-1).all(1).all(1)
-    dead = ~finite[:, None, None, :, None]
-    query, ranks = query.masked_fill(dead, 0), ranks.masked_fill(dead, 0)
+    if finite.is_meta or not bool(finite.all()):
+        dead = ~finite[:, None, None, :, None]
+        query, ranks = query.masked_fill(dead, 0), ranks.masked_fill(dead, 0)
+        differences = None if differences is None else differences.masked_fill_(dead[..., None], 0)
     groups = torch.arange(subkeys.shape[:3].numel(), device=keys.device).view(*subkeys.shape[:3], 1, 1)
     entries = Entries.of((subkeys + groups * cfg.num_subkeys).flatten(0, -2), keys.shape[:4].numel())
-    scores = sub_scores(cfg, query.flatten(0, -2), keys.flatten(0, -2), entries, ranks.flatten(0, -2))
-    scores = scores.view_as(ranks)
-    slots, sums = _combine(cfg, subkeys, scores)
+    chosen = ChosenKeys(entries, ranks.flatten(0, -2), None if differences is None else differences.flatten(0, 3))
+    scores = sub_scores(cfg, query.flatten(0, -2), keys.flatten(0, -2), chosen).view_as(ranks)
+    best = ranks.sort(dim=-1, descending=True, stable=True).indices  # ids ascend, so ties stay with the lower one
+    slots, sums = _combine(cfg, subkeys.gather(-1, best), scores.gather(-1, best))
     logits = sums.transpose(1, 2).flatten(2) / cfg.temperature
     finite = finite & logits.isfinite().all(-1)
     weights = logits.masked_fill(~finite[..., None], 0).softmax(-1)
-    return Address(query, entries, scores, slots.transpose(1, 2).flatten(2), weights, finite)
+    return Address(query, chosen, scores, slots.transpose(1, 2).flatten(2), weights, finite)
 
 
 @torch.no_grad()
-def select(cfg: FwPKMConfig, query: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-    """The k best sub-keys of each codebook, best first, ties to the lower id: ids and ranks ``[M, H, 2, R, k]``.
+def select(cfg: FwPKMConfig, query: Tensor, keys: Tensor) -> Choice:
+    """The k best sub-keys of each codebook, ties to the lower id.
 
-    Ranks order sub-keys as their scores do: q·K, or -‖q - K‖². A product of matrices proposes k sub-keys, and only
-    theirs are computed from differences. Where the worst of them does not beat the next proposal by more than the
-    product's rounding error, all S are ranked from differences. So the choice has the quality of differences near a
-    key, and under any matmul precision: the error is observed on the chosen sub-keys, TF32 and all.
+    A product of matrices proposes k sub-keys, and only theirs are computed from differences. Where the worst of them
+    does not beat the next proposal by more than the product's rounding error, all S are ranked from differences. So the
+    choice has the quality of differences near a key, and under any matmul precision: the error is observed on the
+    chosen sub-keys, TF32 and all.
     """
-    k = cfg.top_k
-    shape, (query, keys) = query.shape[:-1], (x.flatten(0, 2) for x in (query, keys))
+    k, shape = cfg.top_k, query.shape[:-1]
+    query, keys = (x.flatten(0, 2) for x in (query, keys))
     rough, origin, scale = _expanded(cfg, query, keys)
-    best = rough.topk(k)
-    ids = best.indices.sort(-1).values  # in order of id, so that a stable sort gives ties to the lower one
-    exact = _rank_chosen(cfg, query, keys, ids)
+    ids = rough.topk(k).indices.sort(-1).values
+    first = cfg.num_subkeys * torch.arange(len(keys), device=keys.device)[:, None, None]
+    rows = keys.flatten(0, 1).index_select(0, (ids + first).flatten()).view(*ids.shape, -1)
+    exact, rows = _rank(cfg, query[:, :, None], rows)
     error = ((rough.gather(-1, ids) - origin - exact).abs().amax(-1, keepdim=True) / scale).nan_to_num(0, 0, 0).amax()
     margin = scale * torch.clamp(4 * error, min=_MARGIN * torch.finfo(keys.dtype).eps / 2)
     next_best = rough.scatter_(-1, ids, -torch.inf).amax(-1, keepdim=True) - origin
-    order = exact.sort(dim=-1, descending=True, stable=True)
-    ids, ranks = ids.gather(-1, order.indices), order.values
-    unsure = ~(ranks[..., -1:] > next_best + margin).squeeze(-1)
+    unsure = ~(exact.amin(-1, keepdim=True) > next_best + margin).squeeze(-1)
     if not query.is_meta and k < cfg.num_subkeys and bool(unsure.any()):
-        _rank_in_full(cfg, query, keys, unsure, ids, ranks)
-    return ids.view(*shape, k), ranks.view(*shape, k)
+        _select_in_full(cfg, query, keys, unsure, ids, exact, rows)
+    differences = rows.view(*shape, k, -1) if cfg.score == "idw" else None
+    return Choice(ids.view(*shape, k), exact.view(*shape, k), differences)
 
 
 def _expanded(cfg: FwPKMConfig, query: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -95,30 +109,24 @@ def _expanded(cfg: FwPKMConfig, query: Tensor, keys: Tensor) -> tuple[Tensor, Te
     return torch.baddbmm(key.square().mT, query, keys.mT, beta=-1, alpha=2), q.square(), (q + largest).square()
 
 
-def _rank_chosen(cfg: FwPKMConfig, query: Tensor, keys: Tensor, ids: Tensor) -> Tensor:
-    """Ranks ``[G, R, k]`` of chosen sub-keys, one place of the k at a time: a place's rows stay in cache."""
-    first = cfg.num_subkeys * torch.arange(len(keys), device=keys.device)
-    flat, rows = (ids + first[:, None, None]).flatten(0, 1), keys.flatten(0, 1)
-    query = query.flatten(0, 1)
-    ranks = [_rank(cfg, query, rows.index_select(0, place)) for place in flat.unbind(1)]
-    return torch.stack(ranks, dim=-1).view_as(ids)
-
-
-def _rank(cfg: FwPKMConfig, query: Tensor, keys: Tensor) -> Tensor:
-    """q·K or -‖q - K‖² over the last axis."""
+def _rank(cfg: FwPKMConfig, query: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """q·K or -‖q - K‖² over the last axis, and what they are the sums of: ``rows`` overwritten by q·K or q - K."""
     if cfg.score == "dot_product":
-        return (query * keys).sum(-1)
-    return (query - keys).square_().sum(-1).neg_()
+        return rows.mul_(query).sum(-1), rows
+    return torch.linalg.vector_norm(rows.neg_().add_(query), dim=-1).square_().neg_(), rows
 
 
-def _rank_in_full(cfg: FwPKMConfig, query: Tensor, keys: Tensor, which: Tensor, ids: Tensor, ranks: Tensor) -> None:
-    """Overwrite ids and ranks of the tokens ``which`` [G, R] by ranking all S sub-keys from differences."""
+def _select_in_full(
+    cfg: FwPKMConfig, query: Tensor, keys: Tensor, which: Tensor, ids: Tensor, ranks: Tensor, rows: Tensor
+) -> None:
+    """Overwrite what was selected for the tokens ``which`` [G, R] by ranking all S sub-keys from differences."""
     for group, some in enumerate(which):
         for tokens in some.nonzero().squeeze(1).split(_BLOCK):
-            full = _rank(cfg, query[group, tokens, None], keys[group])
-            order = full.sort(dim=-1, descending=True, stable=True)
-            ids[group, tokens] = order.indices[..., : cfg.top_k]
-            ranks[group, tokens] = order.values[..., : cfg.top_k]
+            q = query[group, tokens, None]
+            full, _ = _rank(cfg, q, keys[group].repeat(len(tokens), 1, 1))
+            best = full.sort(dim=-1, descending=True, stable=True).indices[..., : cfg.top_k].sort(-1).values
+            ids[group, tokens] = best
+            ranks[group, tokens], rows[group, tokens] = _rank(cfg, q, keys[group][best])
 
 
 @cache
@@ -158,14 +166,14 @@ def write_keys(
     p = chosen.sub_scores.softmax(-1)
     counted = counted.to(p.dtype)
     share = (counted / counted.sum(-1, keepdim=True).clamp(min=1))[:, None, None, :, None] * p
-    flat = chosen.entries.place.flatten()
+    flat = chosen.chosen.entries.place.flatten()
     mean = keys.new_zeros(keys.shape[:4].numel()).index_add(0, flat, share.flatten())
     log = (mean + 1e-8).log()
     loss = (mean * log).view(keys.shape[0], -1).sum(-1) * active
     slope = (log + mean / (mean + 1e-8)).index_select(0, flat).view_as(p)
-    d_score = cfg.addressing_weight * share * (slope - (p * slope).sum(-1, keepdim=True))
-    tokens = chosen.query.flatten(0, -2), keys.flatten(0, -2)
-    gradient = pull(cfg, *tokens, chosen.entries, chosen.sub_scores.flatten(0, -2), d_score.flatten(0, -2))
+    d_score = (cfg.addressing_weight * share * (slope - (p * slope).sum(-1, keepdim=True))).flatten(0, -2)
+    scores = chosen.sub_scores.flatten(0, -2)
+    gradient = pull(cfg, chosen.query.flatten(0, -2), keys.flatten(0, -2), chosen.chosen, scores, d_score)
     gradient = gradient.view_as(keys)
     if cfg.grad_clip is not None:
         gradient = gradient.clamp(-cfg.grad_clip, cfg.grad_clip)

@@ -1,4 +1,4 @@
-"""Entries: which rows of a table each token reads, and the three sums over them that everything here is made of.
+"""Entries: which rows of a table each token reads, and the sums over them that everything here is made of.
 
 T tokens read K entries each; row ``place[t, j]`` of a table ``[P, D]`` is entry j of token t. ``read`` and ``spread``
 are adjoints, and both are one fused kernel (embedding_bag): no ``[T, K, D]`` is ever formed, and sums run in a fixed
@@ -47,6 +47,16 @@ class Entries(NamedTuple):
         token = self.order.div(self.place.shape[1], rounding_mode="floor")
         in_order = weights.flatten().index_select(0, self.order)
         return F.embedding_bag(token, tokens, self.starts, mode="sum", per_sample_weights=in_order)
+
+    def by_row(self, vectors: Tensor, weights: Tensor) -> Tensor:
+        """``[P, D]``: Σ over a row's entries of weight · the entry's own vector; vectors [T*K, D], weights [T, K]."""
+        in_order = weights.flatten().index_select(0, self.order)
+        return F.embedding_bag(self.order, vectors, self.starts, mode="sum", per_sample_weights=in_order)
+
+    def by_token(self, vectors: Tensor, weights: Tensor) -> Tensor:
+        """``[T, D]``: Σ over a token's entries of weight · the entry's own vector; vectors [T*K, D], weights [T, K]."""
+        entry = torch.arange(len(vectors), device=vectors.device).view_as(weights)
+        return F.embedding_bag(entry, vectors, mode="sum", per_sample_weights=weights)
 
     def dot(self, rows: Tensor, tokens: Tensor) -> Tensor:
         """``[T, K]``: ⟨row, token⟩ of each entry, the gradient of ``read`` for its weights."""

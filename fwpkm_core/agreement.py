@@ -1,0 +1,140 @@
+"""How two results are judged to agree (SPEC.md §6): the one place that holds tolerances.
+
+Everything takes NumPy arrays. The tests and ``fwpkm conform`` judge every backend by these functions.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fwpkm import reference
+from fwpkm.config import FwPKMConfig
+from fwpkm.containers import Array, Memory
+from fwpkm.schedule import segments, written
+
+GAP = 1e-5
+"""Slots must be equal wherever every gap that decided them exceeds this (§6)."""
+
+DIFFERENCE_STEP = 1e-6
+"""Step of a central difference in float64, along a direction of norm 1."""
+
+DIFFERENCE_BOUND = 1e-6
+"""Bound on \\|central difference - directional derivative\\| over the gradient's norm: the difference's own error."""
+
+
+class Bounds(NamedTuple):
+    """The largest relative errors that still count as agreement, for one dtype."""
+
+    forward: float
+    """Outputs, weights, losses and tables."""
+    gradient: float
+
+
+BOUNDS = {
+    "float64": Bounds(forward=1e-10, gradient=1e-9),
+    "float32": Bounds(forward=1e-5, gradient=1e-4),
+    # What is stored in 8 or 11 bits: outputs and the gradients of inputs. Tables stay float32 and are judged as such.
+    "bfloat16": Bounds(forward=4e-3, gradient=4e-3),
+    "float16": Bounds(forward=1e-3, gradient=1e-3),
+}
+"""By dtype name (§6)."""
+
+
+def relative_error(actual: Any, expected: Any) -> float:
+    """‖a - b‖ / ‖b‖, or ‖a - b‖ where ‖b‖ < 1e-6 (§6).
+
+    Infinite where shapes differ, where NaN do not coincide, or where an infinity on either side is not equal.
+    """
+    actual, expected = (np.asarray(array, dtype=np.float64) for array in (actual, expected))
+    if actual.shape != expected.shape or not np.array_equal(np.isnan(actual), np.isnan(expected)):
+        return float("inf")
+    infinite = np.isinf(actual) | np.isinf(expected)
+    if not np.array_equal(actual[infinite], expected[infinite]):
+        return float("inf")
+    finite = np.isfinite(expected) & ~infinite
+    actual, expected = actual[finite], expected[finite]
+    scale = max(np.abs(expected).max(initial=0.0), 1.0)  # so that squares of numbers near the largest do not overflow
+    size = float(np.linalg.norm(expected / scale))
+    error = float(np.linalg.norm(actual / scale - expected / scale))
+    return error * float(scale) if size * scale < 1e-6 else error / size
+
+
+def by_slot(cfg: FwPKMConfig, slots: Array, weights: Array) -> tuple[Array, Array]:
+    """Each head's entries ordered by slot id: sums that nearly tie inside a selection have no agreed order.
+
+    Args:
+        cfg: gives H and k.
+        slots: ``[B, n, H*k]``.
+        weights: ``[B, n, H*k]``.
+    """
+    shape = (*slots.shape[:-1], cfg.num_heads, cfg.top_k)
+    order = np.argsort(slots.reshape(shape), axis=-1, kind="stable")
+    return tuple(
+        np.take_along_axis(array.reshape(shape), order, axis=-1).reshape(array.shape) for array in (slots, weights)
+    )
+
+
+def deciding_gap(cfg: FwPKMConfig, memory: Memory, query: Array) -> Array:
+    """The smallest gap that decided a token's slots, computed in float64 (§6).
+
+    The smallest, over the heads, of: the kth sub-score less the next, in either codebook, and the kth sum less the
+    next. Infinite where nothing was left to choose, and for a token whose gaps are not finite.
+
+    Args:
+        cfg: the score, H and k.
+        memory: tables ``[M, ...]`` with M = B or 1.
+        query: ``[B, n, H*Dk]``.
+
+    Returns:
+        ``[B, n]`` float64.
+    """
+    batch, length, _ = query.shape
+    heads, k = cfg.num_heads, cfg.top_k
+    keys = np.asarray(memory.keys, dtype=np.float64)[:, None]  # [M, 1, H, 2, S, Dk/2]
+    halves = np.asarray(query, dtype=np.float64).reshape(batch, length, heads, 2, 1, -1)
+    with np.errstate(all="ignore"):
+        if cfg.score == "idw":
+            scores = -np.log(cfg.score_eps + np.square(halves - keys).sum(-1))
+        else:
+            scores = (halves * keys).sum(-1)
+        scores = -np.sort(-scores, axis=-1)  # [B, n, H, 2, S], descending
+        sums = scores[..., 0, :k, None] + scores[..., 1, None, :k]
+        sums = -np.sort(-sums.reshape(batch, length, heads, k * k), axis=-1)
+        gaps = np.concatenate([_gap_after(scores, k).reshape(batch, length, -1), _gap_after(sums, k)], axis=-1)
+    return np.where(np.isfinite(gaps), gaps, np.inf).min(axis=-1)
+
+
+def comparable_tokens(
+    cfg: FwPKMConfig,
+    memory: Memory,
+    query: Array,
+    value: Array,
+    gate: Array | None = None,
+    mask: Array | None = None,
+    gap: float = GAP,
+) -> int:
+    """How many tokens two float32 runs may be compared over: all before the first chunk that holds a smaller gap (§6).
+
+    Follows the float64 reference from the start of a sequence and looks at every read, those repeated by the writes
+    too. T where no gap is smaller; else a multiple of C. Runs cut there read nothing that could differ, flush included.
+    """
+    memory = Memory(*(np.asarray(table, dtype=np.float64) for table in memory))
+    query, value = np.asarray(query, dtype=np.float64), np.asarray(value, dtype=np.float64)
+    gate = None if gate is None else np.asarray(gate, dtype=np.float64)
+    batch, length, _ = query.shape
+    state = reference.init_state(cfg, memory, batch_size=batch)
+    for start, stop, _ in segments(cfg, 0, length):
+        first = written(cfg, start) * cfg.chunk_size  # from here on, tokens are read again by a write yet to come
+        close = deciding_gap(cfg, state.memory, query[:, first:stop]).min(axis=0) <= gap
+        if close.any():
+            return (first + int(close.argmax())) // cfg.chunk_size * cfg.chunk_size
+        piece = (None if array is None else array[:, start:stop] for array in (query, value, gate, mask))
+        state = reference.apply(cfg, state, *piece)[1]
+    return length
+
+
+def _gap_after(descending: Array, k: int) -> Array:
+    """The kth entry of the last axis less the next; infinite where there is no next."""
+    if descending.shape[-1] <= k:
+        return np.full(descending.shape[:-1], np.inf)
+    return descending[..., k - 1] - descending[..., k]

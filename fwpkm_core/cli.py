@@ -1,0 +1,140 @@
+"""The command ``fwpkm``: ``fwpkm demo`` and ``fwpkm backends``."""
+
+import argparse
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from fwpkm import __version__, backend_names, backend_status
+from fwpkm.demo import DemoError, command, recall
+
+DESCRIPTION = "Fast-weight Product Key Memory: a memory layer that is rewritten while a sequence is read."
+DEMO = """\
+Stream a text through an untrained memory, several times, and count how often it recalls the next token; beside it
+run two controls, one that never writes and one whose targets are shuffled. Prints a table and saves a picture."""
+
+
+class UsageError(Exception):
+    """Wrong arguments; the message is one line."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Complains by exception, and takes no abbreviated options: a later one could make them ambiguous."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (see {self.prog} --help)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0, 2 after an error (one line on stderr), 130 when interrupted."""
+    try:
+        arguments = _parser().parse_args(argv)
+        _print_anything()
+        return arguments.run(arguments)
+    except (UsageError, DemoError, ImportError) as error:
+        return _fail(str(error))
+    except MemoryError:
+        return _fail("not enough memory; try a smaller --num-subkeys or --chunk-size")
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    except BrokenPipeError:  # the reader of a pipe has left, as `fwpkm demo | head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="fwpkm", description=DESCRIPTION)
+    parser.add_argument("--version", action="version", version=f"fwpkm {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    demo = commands.add_parser("demo", help="stream a text through a memory and show what it recalls", description=DEMO)
+    demo.add_argument(
+        "files", nargs="*", metavar="FILE", help="UTF-8 text; several are read as one (default: a short story)"
+    )
+    names = ", ".join(backend_names())
+    demo.add_argument(
+        "--backend", metavar="NAME", help=f"one of {names} (default: torch where it is installed, else numpy)"
+    )
+    numbers: tuple[tuple[str, int, int, int | None, str], ...] = (
+        ("--passes", 3, 1, None, "how many times the text is read"),
+        (
+            "--num-subkeys",
+            256,
+            recall.TOP_K,
+            recall.MAX_SUBKEYS,
+            "S, sub-keys per codebook: the memory has S x S slots",
+        ),
+        ("--chunk-size", 512, 2, None, "tokens per write"),
+    )
+    for name, default, lowest, highest, text in numbers:
+        number = _integer(lowest, highest)
+        demo.add_argument(name, type=number, default=default, metavar="N", help=f"{text} (default: {default})")
+    demo.add_argument(
+        "--out", default="fwpkm-demo", metavar="DIR", help="folder for the picture (default: ./%(default)s)"
+    )
+    demo.set_defaults(run=_demo)
+    listing = "list every backend with version and device, or why it cannot run and what to install"
+    commands.add_parser("backends", help=listing, description=f"{listing.capitalize()}.").set_defaults(run=_backends)
+    return parser
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    backend = arguments.backend
+    if backend is None:
+        backend = "torch" if importlib.util.find_spec("torch") else "numpy"
+    if backend not in backend_names():
+        raise UsageError(f"argument --backend: must be one of {', '.join(backend_names())}. Received: {backend!r}")
+    # Read when a framework loads: threads that spin while they wait make torch twenty times slower on a busy machine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    command.run(
+        arguments.files,
+        backend,
+        passes=arguments.passes,
+        num_subkeys=arguments.num_subkeys,
+        chunk_size=arguments.chunk_size,
+        out=arguments.out,
+    )
+    return 0
+
+
+def _backends(arguments: argparse.Namespace) -> int:
+    for backend in backend_status():
+        state = backend.reason or f"{backend.version:<14} {backend.device}"
+        print(f"{backend.name:<7} {'cannot run: ' if backend.reason else ''}{state}")
+    return 0
+
+
+def _integer(lowest: int, highest: int | None) -> Callable[[str], int]:
+    """A reader of integers in a range, whose complaint says what was expected."""
+    rule = f"an integer of at least {lowest}" + (f" and at most {highest}" if highest else "")
+
+    def read(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = lowest - 1
+        if number < lowest or (highest is not None and number > highest):
+            raise argparse.ArgumentTypeError(f"must be {rule}. Received: {text!r}")
+        return number
+
+    return read
+
+
+def _print_anything() -> None:
+    """Escape what the terminal's encoding lacks, such as letters in a file's name, rather than stop."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _fail(message: str, code: int = 2) -> int:
+    print("fwpkm: error: " + " ".join(message.split()), file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,219 @@
+"""What the properties are tried on: configurations, tables and tokens of every shape that SPEC.md §1 allows.
+
+Choices are drawn by Hypothesis, numbers by NumPy from a drawn seed: an example then shrinks to a small configuration,
+and its repr is short.
+"""
+
+import dataclasses
+
+import numpy as np
+from hypothesis import strategies as st
+
+from fwpkm import FwPKMConfig, Memory, reference
+from fwpkm.agreement import GAP, comparable_tokens
+
+TWISTS = ("at_keys", "repeats", "masked_row", "masked_chunk", "twins")
+"""Queries exactly at keys; one query repeated; a row without unmasked tokens; likewise a chunk; equal keys (ties)."""
+
+ROWS = st.integers(1, 3)
+EITHER = st.booleans()
+FLOAT64 = st.just("float64")
+FLOATS = st.sampled_from(["float64", "float32"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+    """T tokens of B sequences as NumPy arrays; gate and mask may be None."""
+
+    query: np.ndarray
+    value: np.ndarray
+    gate: np.ndarray | None
+    mask: np.ndarray | None
+
+    def __iter__(self):
+        """In the order of ``apply``'s arguments."""
+        return iter((self.query, self.value, self.gate, self.mask))
+
+    def cut(self, start, stop):
+        return self.map(lambda array: array[:, start:stop])
+
+    def rows(self, rows):
+        return self.map(lambda array: array[rows])
+
+    def map(self, function):
+        return Tokens(*(None if array is None else function(array) for array in self))
+
+    def unmasked(self):
+        """``[B, T]`` bool, whether or not there is a mask."""
+        return np.ones(self.query.shape[:2], bool) if self.mask is None else self.mask
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One drawn configuration with tables and tokens."""
+
+    cfg: FwPKMConfig
+    seed: int
+    dtype: str
+    twists: frozenset
+    batch: int
+    length: int
+    memory: Memory
+    tokens: Tokens
+    flush_after: int | None = None
+
+    def _repr_pretty_(self, printer, cycle):
+        """All that the arrays follow from, and not the arrays: what Hypothesis prints."""
+        fields = ("cfg", "seed", "dtype", "twists", "batch", "length", "flush_after")
+        masks = [None if array is None else array.shape for array in (self.tokens.gate, self.tokens.mask)]
+        printer.text(f"Case({', '.join(f'{n}={getattr(self, n)!r}' for n in fields)}, gate and mask={masks})")
+
+
+def configs(**fixed):
+    """Any configuration of a few slots; ``fixed`` fields take the strategy or the value given instead."""
+    drawn = {
+        "key_dim": st.sampled_from(range(2, 13, 2)),
+        "value_dim": st.integers(1, 6),
+        "num_heads": st.integers(1, 3),
+        "num_subkeys": st.integers(1, 7),
+        "top_k": st.integers(1, 7),
+        "chunk_size": st.integers(1, 6),
+        "lookahead": st.integers(0, 5),
+        "boundary": st.sampled_from(["drop", "wait"]),
+        "score": st.sampled_from(["idw", "dot_product"]),
+        "score_eps": st.sampled_from([1e-3, 1e-2, 0.1]),
+        "temperature": st.sampled_from([0.5, 1.0, 2.0]),
+        "learning_rate": st.sampled_from([1.0, 0.5, 0.1, 0.0]),
+        "write_scale": st.sampled_from(["slots", "unit", "normalized"]),
+        "weight_decay": st.sampled_from([0.0, 0.01, 0.1]),
+        "grad_clip": st.sampled_from([None, 0.05, 1.0]),
+        "addressing_weight": st.sampled_from([1.0, 0.3, 0.0]),
+        "memory_scope": st.sampled_from(["sequence", "batch"]),
+    }
+    for name, value in fixed.items():
+        drawn[name] = value if isinstance(value, st.SearchStrategy) else st.just(value)
+    return st.fixed_dictionaries(drawn).map(_config)
+
+
+def _config(fields):
+    """Fit the fields that depend on others: k to S, and L to C."""
+    fields["top_k"] = min(fields["top_k"], fields["num_subkeys"])
+    fields["lookahead"] = min(fields["lookahead"], fields["chunk_size"] - 1)
+    return FwPKMConfig(**fields)
+
+
+@st.composite
+def cases(
+    draw,
+    *,
+    batch=ROWS,
+    dtype=FLOAT64,
+    gated=EITHER,
+    masked=EITHER,
+    twists=TWISTS,
+    flushed=False,
+    untied=False,
+    gap=GAP,
+    max_length=16,
+    min_length=1,
+    **fixed,
+):
+    """A configuration, its tables, and tokens for a little more than two chunks.
+
+    Args:
+        draw: Hypothesis'.
+        batch: strategy of B.
+        dtype: strategy of the dtype's name.
+        gated: strategy: whether there is a gate.
+        masked: strategy: whether there is a mask.
+        twists: the twists that may occur.
+        flushed: whether a flush is to follow after a drawn number of tokens (``flush_after``).
+        untied: only cases in which every gap exceeds ``gap`` at every read (§6), by drawing numbers again.
+        gap: the gap for ``untied``.
+        max_length: bound on T.
+        min_length: bound on T.
+        **fixed: fields of the configuration, as strategies or values.
+    """
+    cfg = draw(configs(**fixed))
+    rows, name = draw(batch), draw(dtype)
+    most = max(min_length, min(2 * cfg.chunk_size + cfg.lookahead + 2, max_length))
+    length = draw(st.integers(min_length, most))
+    chosen = draw(st.frozensets(st.sampled_from(twists), max_size=2)) if twists else frozenset()
+    if untied:
+        chosen -= {"twins"}
+    gate, mask = draw(gated), draw(masked) or bool(chosen & {"masked_row", "masked_chunk"})
+    flush_after = draw(st.integers(0, length)) if flushed else None
+    seed = draw(st.integers(0, 2**32 - 1))
+    case = _case(cfg, seed, name, chosen, rows, length, gate, mask, flush_after)
+    while untied and not is_untied(case, gap):
+        seed += 1
+        case = _case(cfg, seed, name, chosen, rows, length, gate, mask, flush_after)
+    return case
+
+
+def splits(length):
+    """Sizes of calls that make up ``length`` tokens: single tokens, or any sizes, empty calls among them."""
+    cuts = st.lists(st.integers(0, length), max_size=5).map(sorted)
+    sizes = cuts.map(lambda at: np.diff([0, *at, length]).tolist())
+    return st.one_of(st.just([1] * length or [0]), sizes)
+
+
+def _case(cfg, seed, dtype, twists, batch, length, gated, masked, flush_after):
+    rng = np.random.default_rng(seed)
+    memory, tokens = draw_memory(rng, cfg, batch, twists), draw_tokens(rng, cfg, batch, length, gated, masked)
+    if "at_keys" in twists:
+        tokens = dataclasses.replace(tokens, query=_at_keys(rng, cfg, memory, tokens.query))
+    if "repeats" in twists:
+        tokens.query[:, 1::2] = tokens.query[:, :1]
+    if "masked_row" in twists:
+        tokens.mask[-1] = False
+    if "masked_chunk" in twists:
+        tokens.mask[0, : cfg.chunk_size] = False
+    memory = Memory(*(table.astype(dtype) for table in memory))
+    tokens = tokens.map(lambda array: array if array.dtype == bool else array.astype(dtype))
+    return Case(cfg, seed, dtype, twists, batch, length, memory, tokens, flush_after)
+
+
+def draw_memory(rng, cfg, batch, twists=()):
+    """float64 tables; with "twins" the first half of each codebook stands in its second half again."""
+    memories = batch if cfg.memory_scope == "sequence" else 1
+    keys = rng.uniform(-1, 1, (memories, cfg.num_heads, 2, cfg.num_subkeys, cfg.key_dim // 2))
+    half = cfg.num_subkeys // 2
+    if "twins" in twists and half:
+        keys[..., -half:, :] = keys[..., :half, :]
+    return Memory(keys, rng.normal(size=(memories, cfg.num_slots, cfg.value_dim)))
+
+
+def draw_tokens(rng, cfg, batch, length, gated=True, masked=True):
+    """float64 tokens; queries about as large as keys, a quarter of them masked."""
+    return Tokens(
+        rng.uniform(-1.2, 1.2, (batch, length, cfg.num_heads * cfg.key_dim)),
+        rng.normal(size=(batch, length, cfg.value_dim)),
+        rng.uniform(size=(batch, length)) if gated else None,
+        rng.uniform(size=(batch, length)) < 0.75 if masked else None,
+    )
+
+
+def _at_keys(rng, cfg, memory, query):
+    """Every second query stands exactly at a key of each codebook."""
+    batch, length, _ = query.shape
+    halves = query.reshape(batch, length, cfg.num_heads, 2, -1).copy()
+    subkeys = rng.integers(cfg.num_subkeys, size=halves.shape[:-1])
+    keys = np.broadcast_to(memory.keys, (batch, *memory.keys.shape[1:]))[:, None]
+    at = np.take_along_axis(keys, subkeys[..., None, None], axis=-2)[..., 0, :]
+    halves[:, ::2] = at[:, ::2]
+    return halves.reshape(query.shape)
+
+
+def is_untied(case, gap=GAP):
+    """Whether every gap of every read exceeds ``gap``, before the flush in the middle and after it."""
+    memory = case.memory
+    first = case.length if case.flush_after is None else case.flush_after
+    for start, stop in ((0, first), (first, case.length)):
+        tokens = case.tokens.cut(start, stop)
+        if comparable_tokens(case.cfg, memory, *tokens, gap=gap) < stop - start:
+            return False
+        wide = tokens.map(lambda array: array if array.dtype == bool else array.astype(np.float64))
+        state = reference.init_state(case.cfg, Memory(*(t.astype(np.float64) for t in memory)), case.batch)
+        memory = reference.flush(case.cfg, reference.apply(case.cfg, state, *wide)[1])[0].memory
+    return True

@@ -1,0 +1,219 @@
+"""Bad arguments (SPEC.md §8): one ValueError that names the argument, the same words in every backend."""
+
+import re
+
+import numpy as np
+import pytest
+from running import as_numpy, assert_same_bits, native
+
+from fwpkm import FwPKMConfig, Memory, reference
+
+B, T = 2, 3
+CFG = FwPKMConfig(key_dim=4, value_dim=3, num_heads=2, num_subkeys=4, top_k=2, chunk_size=4, lookahead=1)
+SHARED = FwPKMConfig(
+    key_dim=4, value_dim=3, num_heads=2, num_subkeys=4, top_k=2, chunk_size=4, lookahead=1, memory_scope="batch"
+)
+NOT_ARRAYS = ["a text", 1.5, [[[0.0] * 8] * 3] * 2, object]
+
+
+def f32(*shape):
+    return np.zeros(shape, np.float32)
+
+
+def arguments(function):
+    """Good arguments, as NumPy arrays."""
+    memory = Memory(f32(B, 2, 2, 4, 2), f32(B, 16, 3))
+    state = reference.init_state(CFG, memory, batch_size=B)
+    query, value, gate, mask = f32(B, T, 8), f32(B, T, 3), f32(B, T), np.ones((B, T), bool)
+    return {
+        "apply": {"cfg": CFG, "state": state, "query": query, "value": value, "gate": gate, "mask": mask},
+        "flush": {"cfg": CFG, "state": state},
+        "lookup": {"cfg": CFG, "memory": memory, "query": query},
+        "chunk_update": {
+            "cfg": CFG,
+            "memory": memory,
+            "query": query,
+            "target": value,
+            "gate": gate,
+            "mask": mask,
+            "pair": mask.copy(),
+        },
+        "init_state": {"cfg": CFG, "memory": memory, "batch_size": B},
+        "reset": {"state": state, "memory": memory, "rows": [0]},
+        "init_memory": {"cfg": CFG, "memories": 1, "seed": 0},
+    }[function]
+
+
+def wrong_arrays(width):
+    """Wrong ranks, widths, batches, times and dtypes of a ``[B, T, width]`` array; width 0 stands for ``[B, T]``."""
+    tail = (width,) if width else ()
+    yield from (f32(B, *tail), f32(B, T, *tail, 1), f32(B + 1, T, *tail), f32(B, T + 1, *tail), f32(1, T, *tail))
+    yield from (np.zeros((B, T, *tail), dtype) for dtype in ("int64", "bool", "complex64"))
+    if width:
+        yield from (f32(B, T, width + 1), f32(B, T, 1), f32(B, T, 0))
+
+
+def wrong_flags():
+    yield from (np.ones(shape, bool) for shape in [(B,), (B, T, 1), (B + 1, T), (B, T + 1), (1, T), (T, B)])
+    yield from (np.ones((B, T), dtype) for dtype in ("float32", "int64", "uint8"))
+
+
+def wrong_calls():
+    """(function, argument, bad value, words the message must hold)."""
+    for function in ("apply", "lookup", "chunk_update"):
+        for query in (f32(B, 8), f32(B, T, 7), f32(B, T, 9), f32(B, T, 2, 4), np.zeros((B, T, 8), int)):
+            yield function, "query", query, "query"
+        yield function, "query", f32(0, T, 8), "query"
+        for bad in NOT_ARRAYS:
+            yield function, "query", bad, "query"
+        yield function, "query", None, "query"
+        yield function, "cfg", {"key_dim": 4}, "cfg"
+    for function, name in (("apply", "value"), ("chunk_update", "target")):
+        for array in (*wrong_arrays(3), None, *NOT_ARRAYS):
+            yield function, name, array, name
+        for gate in (*wrong_arrays(0), *NOT_ARRAYS):
+            yield function, "gate", gate, "gate"
+        for flags in (*wrong_flags(), *NOT_ARRAYS):
+            yield function, "mask", flags, "mask"
+    for flags in (*wrong_flags(), *NOT_ARRAYS):
+        yield "chunk_update", "pair", flags, "pair"
+    for function in ("apply", "flush"):
+        for words, state in wrong_states():
+            yield function, "state", state, words
+    yield "apply", "state", _state(3), "B"
+    for function in ("lookup", "chunk_update", "init_state"):
+        for words, memory in wrong_memories():
+            yield function, "memory", memory, words
+    for function in ("lookup", "chunk_update"):
+        for memories in (1, 3):
+            yield function, "memory", _memory(memories), "memory.keys"
+    yield "init_state", "memory", _memory(3), "memory"
+    for size in (0, -1, 1.5, "2", None, True):
+        yield "init_state", "batch_size", size, "batch_size"
+        yield "init_memory", "memories", size, "memories"
+    for rows in ([2], [-3], [0, 5], [0.5], ["a"], [[0, 1]], np.array([True]), np.ones((2, 2), bool), "a text", None):
+        yield "reset", "rows", rows, "rows"
+    yield "reset", "memory", _memory(3), "memory.keys"
+    yield "reset", "memory", "a text", "memory"
+    yield "reset", "state", "a text", "state"
+
+
+def _memory(memories):
+    return Memory(f32(memories, 2, 2, 4, 2), f32(memories, 16, 3))
+
+
+def _state(batch):
+    return reference.init_state(CFG, _memory(batch), batch_size=batch)
+
+
+def wrong_memories():
+    """Each table with each axis too long by one, of another rank, dtype or kind; and tables that do not match."""
+    good = _memory(B)
+    for name in Memory._fields:
+        shape = getattr(good, name).shape
+        for axis in range(1, len(shape)):
+            longer = f32(*(n + (i == axis) for i, n in enumerate(shape)))
+            yield f"memory.{name}", good._replace(**{name: longer})
+        yield f"memory.{name}", good._replace(**{name: f32(*shape[1:])})
+        yield f"memory.{name}", good._replace(**{name: np.zeros(shape, int)})
+        yield f"memory.{name}", good._replace(**{name: "a text"})
+    yield "memory.values", good._replace(values=f32(B + 1, 16, 3))
+    yield "memory.values", good._replace(values=np.zeros((B, 16, 3)))
+    yield "memory", "a text"
+    yield "memory", None
+
+
+def wrong_states():
+    """Each field with each axis too long by one, and of another dtype or kind."""
+    good = _state(B)
+    for name in good._fields[1:]:
+        array = getattr(good, name)
+        for axis in range(array.ndim):
+            if name == "position" and axis == 0:
+                continue  # another batch size: the other fields are then at odds with it, below
+            longer = np.zeros([n + (i == axis) for i, n in enumerate(array.shape)], array.dtype)
+            yield f"state.{name}", good._replace(**{name: longer})
+        yield f"state.{name}", good._replace(**{name: array[0]})
+        yield f"state.{name}", good._replace(**{name: array.astype("int64" if name != "pending_mask" else "uint8")})
+        yield f"state.{name}", good._replace(**{name: "a text"})
+    yield "", good._replace(position=np.zeros(B + 1, np.int32))  # which of them is wrong, nobody can say
+    for words, memory in wrong_memories():
+        yield words, good._replace(memory=memory)
+    yield "memory", good._replace(memory=_memory(B + 1))
+    yield "state", "a text"
+    yield "state", None
+    yield "state", tuple(good)
+
+
+CALLS = list(wrong_calls())
+
+
+def call(be, function, given):
+    return getattr(be, function)(**{name: native(be, value) for name, value in given.items()})
+
+
+def message(be, function, given):
+    with pytest.raises(ValueError, match="Received: ") as caught:
+        call(be, function, given)
+    assert type(caught.value) is ValueError
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("function", ["apply", "flush", "lookup", "chunk_update", "init_state", "reset", "init_memory"])
+def test_the_arguments_are_good_but_for_what_is_tried(be, function):
+    call(be, function, arguments(function))
+
+
+@pytest.mark.parametrize(
+    ("function", "argument", "bad", "words"), CALLS, ids=[f"{i}-{c[0]}-{c[1]}" for i, c in enumerate(CALLS)]
+)
+def test_a_bad_argument_is_named(be, function, argument, bad, words):
+    """What was expected stands before "Received:", what came after it; and all backends say the same."""
+    given = arguments(function) | {argument: bad}
+    text = message(be, function, given)
+    assert words in text.partition("Received: ")[0]
+    assert text.partition("Received: ")[2]
+    plain = re.sub(r"\b(numpy\.ndarray|torch\.Tensor|ndarray|Tensor)\b", "ARRAY", text).replace("torch.", "")
+    expected = re.sub(r"\b(numpy\.ndarray|ndarray)\b", "ARRAY", message(reference, function, given))
+    assert plain == expected
+
+
+@pytest.mark.parametrize("rows", [[0], [1], [True, False]])
+def test_one_row_of_a_shared_table_cannot_be_reset(be, rows):
+    memory = native(be, _memory(1))
+    state = be.init_state(SHARED, memory, batch_size=B)
+    with pytest.raises(ValueError, match=r"rows .*Received: "):
+        be.reset(state, memory, rows)
+
+
+@pytest.mark.parametrize("scope", ["lookup", "init_state"])
+def test_a_shared_memory_holds_one_table(be, scope):
+    arguments_of = {"memory": _memory(B), "cfg": SHARED}
+    given = arguments(scope) | arguments_of
+    assert "memory" in message(be, scope, given)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize(("argument", "bad"), [("mask", f32(B, T)), ("gate", f32(B, T + 1)), ("value", f32(B, T, 2))])
+def test_after_an_error_the_arguments_are_as_they_were(be, argument, bad, inplace):
+    rng = np.random.default_rng(0)
+    given = arguments("apply")
+    memory = Memory(*(rng.normal(size=table.shape).astype(np.float32) for table in _memory(B)))
+    state = be.init_state(CFG, native(be, memory), batch_size=B)
+    query, value = (be.asarray(rng.normal(size=(B, T, n)), "float32") for n in (8, 3))
+    _, state, _ = be.apply(CFG, state, query, value)
+    before = as_numpy(be, (state, (query, value)))
+    tokens = {"query": query, "value": value, "gate": native(be, given["gate"]), "mask": native(be, given["mask"])}
+    with pytest.raises(ValueError, match=argument):
+        be.apply(CFG, state, **(tokens | {argument: native(be, bad)}), inplace=inplace)
+    assert_same_bits(as_numpy(be, (state, (query, value))), before)
+
+
+def test_a_position_cannot_leave_int32(be):
+    state = native(be, _state(B))
+    state = state._replace(position=be.asarray(np.full(B, 2**31 - 3), "int32"))
+    query, value = (native(be, f32(B, T, n)) for n in (8, 3))
+    with pytest.raises(ValueError, match=r"position .*Received: "):
+        be.apply(CFG, state, query, value)
+    be.apply(CFG, state, query[:, :2], value[:, :2])
+    be.apply(CFG, state, query, value, update=False)

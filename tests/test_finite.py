@@ -1,0 +1,150 @@
+"""No input makes the tables non-finite, and none but the affected token reads NaN (SPEC.md §4, §5)."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from running import apply, as_numpy, assert_same_bits, native, read, start, stream
+from strategies import FLOATS, Case, Tokens, cases, draw_memory, draw_tokens
+
+from fwpkm import FwPKMConfig, Memory
+
+NUMBERS = [np.nan, np.inf, -np.inf, 1e20, -1e20, 1e38, 3e38, -3e38]
+PLACES = ("query", "value", "gate")
+GATED = st.just(True)
+
+
+def is_dead(cfg, dtype, place, number):
+    """Whether a token with one such number among small ones is not finite, or has scores that are not.
+
+    An idw score squares a query: in float32 it overflows from 2e19 on. A dot product with keys below 1 does not.
+    """
+    if not np.isfinite(number):
+        return True
+    return place == "query" and cfg.score == "idw" and dtype == "float32"
+
+
+def spoilt(case, place, number, row, token, column):
+    tokens = dataclasses.replace(case.tokens, **{place: getattr(case.tokens, place).copy()})
+    array = getattr(tokens, place)
+    array[(row, token, column % array.shape[2]) if array.ndim == 3 else (row, token)] = number
+    return dataclasses.replace(case, tokens=tokens)
+
+
+def draw_place(data, case):
+    row, token = data.draw(st.integers(0, case.batch - 1)), data.draw(st.integers(0, case.length - 1))
+    return row, token, data.draw(st.integers(0, 35))
+
+
+def as_masked(case, row, token):
+    """The case with zeros and mask False in that place."""
+    query, value, gate, mask = (array.copy() for array in (*list(case.tokens)[:3], case.tokens.unmasked()))
+    query[row, token], value[row, token], gate[row, token], mask[row, token] = 0, 0, 0, False
+    return dataclasses.replace(case, tokens=Tokens(query, value, gate, mask))
+
+
+@settings(max_examples=5 * settings.default.max_examples)
+@given(
+    cases(dtype=FLOATS, gated=GATED, twists=("at_keys", "repeats"), temperature=st.sampled_from([1.0, 2.0])),
+    st.sampled_from(PLACES),
+    st.sampled_from(NUMBERS),
+    st.data(),
+)
+def test_a_dead_token_is_a_masked_token_that_reads_nan(be, case, place, number, data):
+    """Others' outputs, the losses and the tables keep the very bits that masked zeros in its place would give."""
+    row, token, column = draw_place(data, case)
+    received = read(be, spoilt(case, place, number, row, token, column))
+    others = np.ones((case.batch, case.length), bool)
+    if is_dead(case.cfg, case.dtype, place, number):
+        others[row, token] = False
+        assert np.isnan(received.output[row, token]).all()
+        assert np.isnan(received.weights[row, token]).all()
+        expected = read(be, as_masked(case, row, token))
+        for a, b in zip(received[:3], expected[:3]):
+            assert_same_bits(a[others], b[others])
+        assert_same_bits(received[3:], expected[3:])
+    assert np.isfinite(received.output[others]).all()
+    assert np.isfinite(received.weights[others]).all()
+    assert received.slots.min() >= 0
+    assert received.slots.max() < case.cfg.num_slots
+    assert all(np.isfinite(table).all() for table in received.memory)
+
+
+@given(cases(dtype=FLOATS, gated=GATED), st.data())
+def test_many_bad_numbers_at_once_leave_the_tables_finite(be, case, data):
+    """Ties and huge numbers together can move the keys far; then later scores overflow, and those tokens read NaN."""
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
+    numbers = data.draw(st.lists(st.sampled_from(NUMBERS), min_size=1, max_size=4))
+    tokens = case.tokens.map(np.copy)
+    for array in list(tokens)[:3]:
+        array[rng.uniform(size=array.shape) < 0.2] = rng.choice(numbers)
+    received = read(be, dataclasses.replace(case, tokens=tokens), [case.length // 2, case.length - case.length // 2])
+    assert all(np.isfinite(table).all() for table in received.memory)
+    dead = np.isnan(received.weights).any(-1)
+    np.testing.assert_array_equal(np.isnan(received.weights).all(-1), dead)
+    assert np.isnan(received.output[dead]).all()
+    assert np.isfinite(received.output[~dead]).all()
+    assert received.slots.min() >= 0
+    assert received.slots.max() < case.cfg.num_slots
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_keys_stay_finite_when_their_step_overflows(be, dtype):
+    """dot_product: ∂s/∂K = q. Two tokens tie between keys 0 and 1 and 1 and 2, so no softmax hides the huge query."""
+    cfg = FwPKMConfig(2, 1, 1, 3, 2, 4, 0, score="dot_product", addressing_weight=100.0)
+    largest = float(np.finfo(dtype).max) / 4
+    keys = np.array([0.0, 0.0, -1.0], dtype)
+    memory = Memory(np.tile(keys[:, None], (1, 1, 2, 1, 1)), np.ones((1, 9, 1), dtype))
+    query = np.array([[[largest, 1.0], [1.0, 1.0], [-1.0, -1.0], [-1.0, 1.0]]], dtype)
+    case = Case(cfg, 0, dtype, frozenset(), 1, 4, memory, Tokens(query, np.zeros((1, 4, 1), dtype), None, None))
+    received = read(be, case)
+    assert all(np.isfinite(table).all() for table in received.memory)
+
+
+@pytest.mark.parametrize("place", ["target", "query", "gate"])
+@pytest.mark.parametrize("number", NUMBERS)
+def test_chunk_update_keeps_tables_finite(be, place, number):
+    cfg = FwPKMConfig(4, 3, 2, 4, 2, 5, 0)
+    rng = np.random.default_rng(0)
+    memory = Memory(*(table.astype("float32") for table in draw_memory(rng, cfg, 2)))
+    query, target, gate, _ = draw_tokens(rng, cfg, 2, 5).map(lambda array: array.astype("float32"))
+    arrays = {"query": query, "target": target, "gate": gate}
+    arrays[place][0, 2] = number
+    written = as_numpy(be, be.chunk_update(cfg, native(be, memory), *native(be, tuple(arrays.values()))))[0]
+    assert all(np.isfinite(table).all() for table in written)
+    arrays[place][0, 2] = 0.0
+    clean = as_numpy(be, be.chunk_update(cfg, native(be, memory), *native(be, tuple(arrays.values()))))[0]
+    assert_same_bits(tuple(table[1] for table in written), tuple(table[1] for table in clean))
+
+
+@pytest.mark.parametrize("write_scale", ["slots", "unit", "normalized"])
+@pytest.mark.parametrize("num_heads", [1, 3])
+@pytest.mark.parametrize("score", ["idw", "dot_product"])
+def test_a_hundred_rereads_stay_finite(be, write_scale, num_heads, score):
+    """Under "slots" the rows may grow until a step would overflow; then they stay as they are."""
+    cfg = FwPKMConfig(8, 3, num_heads, 4, 3, 4, 1, write_scale=write_scale, score=score)
+    rng = np.random.default_rng(0)
+    memory, tokens = draw_memory(rng, cfg, 2), draw_tokens(rng, cfg, 2, 4, masked=False)
+    state = be.init_state(cfg, native(be, Memory(*(table.astype("float32") for table in memory))), batch_size=2)
+    hundred = tokens.map(lambda array: np.concatenate([array.astype("float32")] * 100, axis=1))
+    output, state, trace = apply(be, cfg, state, hundred)
+    assert int(trace.writes) == 100
+    assert np.isfinite(as_numpy(be, output)).all()
+    assert all(np.isfinite(table).all() for table in as_numpy(be, state.memory))
+
+
+def test_rereads_do_overflow_where_a_step_overshoots(be):
+    """One slot, κ = 1: a gate of 3 doubles the error each time and flips its sign."""
+    cfg = FwPKMConfig(2, 1, 1, 1, 1, 1, 0)
+    memory = Memory(np.zeros((1, 1, 2, 1, 1), "float32"), np.ones((1, 1, 1), "float32"))
+    tokens = Tokens(np.zeros((1, 1, 2), "float32"), np.zeros((1, 1, 1), "float32"), np.full((1, 1), 3, "float32"), None)
+    case = Case(cfg, 0, "float32", frozenset(), 1, 1, memory, tokens)
+    state, outputs = start(be, case), []
+    for _ in range(140):
+        reading, state = stream(be, cfg, state, tokens)
+        outputs.append(reading.output.item())
+    assert outputs[:127] == [(-2.0) ** n for n in range(127)]
+    # 2^128 does not exist in float32: the row keeps 2^127.
+    assert outputs[127:] == [-(2.0**127)] * 13

@@ -1,0 +1,266 @@
+"""Outer gradients (SPEC.md §4): exact through reads, writes and κ, against central differences of the reference."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from running import as_numpy, assert_close, assert_same_bits, native
+from strategies import Case, Tokens, cases, draw_memory, draw_tokens, is_untied
+
+import fwpkm
+from fwpkm import FwPKMConfig, Memory, agreement, reference
+
+TORCH = fwpkm.get_backend("torch")
+CLEAR = 100 * agreement.DIFFERENCE_STEP / 1e-3**0.5
+"""A step of a difference moves no score by more than a hundredth of this: an idw score's slope is at most 1/√ε."""
+
+
+def forward(be, case, arrays, sizes=None, **options):
+    """Output, final keys and final values of a case with other arrays for its query, value, gate and tables."""
+    query, value, gate, keys, values = arrays
+    mask = native(be, case.tokens.mask)
+    state = be.init_state(case.cfg, Memory(keys, values), batch_size=case.batch)
+    outputs, at = [], 0
+    for size in sizes or [case.length]:
+        piece = (None if x is None else x[:, at : at + size] for x in (query, value, gate, mask))
+        output, state, _ = be.apply(case.cfg, state, *piece, **options)
+        outputs.append(output)
+        at += size
+    return (*outputs, *be.flush(case.cfg, state)[0].memory)
+
+
+def cotangents(case, rng):
+    shapes = ((case.batch, case.length, case.cfg.value_dim), *(table.shape for table in case.memory))
+    return tuple(rng.normal(size=shape) for shape in shapes)
+
+
+def gradients(be, case, weights, **options):
+    """Of Σ outputs · weights with respect to query, value, gate (None without one), keys and values."""
+    arrays = (*list(case.tokens)[:3], *case.memory)
+    present = [array is not None for array in arrays]
+
+    def function(*given):
+        given = iter(given)
+        return forward(be, case, [next(given) if here else None for here in present], **options)
+
+    args = native(be, tuple(array for array in arrays if array is not None))
+    received = iter(as_numpy(be, tuple(be.vjp(function, args, native(be, weights)))))
+    return [next(received) if here else None for here in present]
+
+
+def directional(case, index, direction, weights):
+    """Central difference of the float64 reference, along a direction of one array."""
+    ends = []
+    for sign in (1, -1):
+        arrays = [*list(case.tokens)[:3], *case.memory]
+        arrays[index] = arrays[index] + sign * agreement.DIFFERENCE_STEP * direction
+        ends.append(sum((a * b).sum() for a, b in zip(forward(reference, case, arrays), weights)))
+    return (ends[0] - ends[1]) / (2 * agreement.DIFFERENCE_STEP)
+
+
+@given(
+    cases(
+        untied=True,
+        gap=CLEAR,
+        learning_rate=st.sampled_from([1.0, 0.5]),
+        score_eps=st.sampled_from([1e-2, 0.1]),
+        max_length=12,
+        min_length=4,
+    )
+)
+def test_gradients_equal_central_differences_of_the_reference(gradient_be, case):
+    """Every input alone, over several chunks and a flush, into outputs and both final tables."""
+    rng = np.random.default_rng(case.seed)
+    weights = cotangents(case, rng)
+    for index, gradient in enumerate(gradients(gradient_be, case, weights)):
+        if gradient is None:
+            continue
+        direction = rng.normal(size=gradient.shape)
+        direction /= np.linalg.norm(direction)
+        difference = directional(case, index, direction, weights)
+        error = abs(difference - (gradient * direction).sum())
+        assert error <= agreement.DIFFERENCE_BOUND * max(1.0, np.linalg.norm(gradient)), f"argument {index}: {error}"
+
+
+@given(cases(untied=True, max_length=12), st.data())
+def test_gradients_do_not_depend_on_the_split(gradient_be, case, data):
+    at = data.draw(st.integers(0, case.length))
+    weights = cotangents(case, np.random.default_rng(case.seed))
+    whole = gradients(gradient_be, case, weights)
+    pieces = (weights[0][:, :at], weights[0][:, at:], *weights[1:])
+    split = gradients(gradient_be, case, pieces, sizes=[at, case.length - at])
+    for received, expected in zip(split, whole):
+        if expected is not None:
+            assert_close(received, expected, case.dtype, "gradient")
+
+
+@pytest.mark.parametrize("write_scale", ["slots", "unit", "normalized"])
+@pytest.mark.parametrize("output", ["output", "keys", "values"])
+def test_each_output_alone_reaches_the_first_chunk(gradient_be, write_scale, output):
+    """A cotangent on one output only: the last chunk's reads, the final keys, or the final values."""
+    cfg = FwPKMConfig(4, 3, 2, 4, 2, 3, 1, write_scale=write_scale, score_eps=0.1)
+    rng = np.random.default_rng(2)
+    case = _case(cfg, rng, 9)
+    weights = [np.zeros_like(array) for array in cotangents(case, rng)]
+    index = ("output", "keys", "values").index(output)
+    weights[index][...] = rng.normal(size=weights[index].shape)
+    weights[0][:, :6] = 0
+    received = gradients(gradient_be, case, tuple(weights))
+    first = [array[:, :3] for array in received[:3]]
+    assert np.any(first[0]), "queries of the first chunk"
+    assert np.any(first[1]) == np.any(first[2]) == (output != "keys"), "its values and gates"
+    for i, gradient in enumerate(received):
+        direction = rng.normal(size=gradient.shape)
+        direction /= np.linalg.norm(direction)
+        error = abs(directional(case, i, direction, weights) - (gradient * direction).sum())
+        assert error <= agreement.DIFFERENCE_BOUND * max(1.0, np.linalg.norm(gradient))
+
+
+def _case(cfg, rng, length):
+    """A case of two rows, drawn until no read is close to a tie."""
+    while True:
+        memory, tokens = draw_memory(rng, cfg, 2), draw_tokens(rng, cfg, 2, length, masked=False)
+        case = Case(cfg, int(rng.integers(2**32)), "float64", frozenset(), 2, length, memory, tokens)
+        if is_untied(case, CLEAR):
+            return case
+
+
+@given(cases(gated=st.just(True), masked=st.just(True), twists=("repeats",), untied=True), st.data())
+def test_no_gradient_passes_through_masked_contents_of_others_or_dead_tokens(gradient_be, case, data):
+    """Dead tokens get 0, though numbers that are not finite stand in the graph; others get what a mask would give."""
+    row, at = data.draw(st.integers(0, case.batch - 1)), data.draw(st.integers(0, case.length - 1))
+    weights = cotangents(case, np.random.default_rng(case.seed))
+    weights[0][row, at] = 0
+    place = data.draw(st.sampled_from(["query", "value", "gate"]))
+    number = data.draw(st.sampled_from([np.nan, np.inf, -np.inf, 1e200]))
+    if number == 1e200 and (place != "query" or case.cfg.score != "idw"):
+        number = np.nan
+    dead, masked = (dataclasses.replace(case, tokens=case.tokens.map(np.copy)) for _ in range(2))
+    getattr(dead.tokens, place)[(row, at, 0) if place != "gate" else (row, at)] = number
+    for name in ("query", "value", "gate", "mask"):
+        getattr(masked.tokens, name)[row, at] = 0
+    received, expected = gradients(gradient_be, dead, weights), gradients(gradient_be, masked, weights)
+    for gradient, other in zip(received, expected):
+        assert np.isfinite(gradient).all()
+        assert_close(gradient, other, case.dtype, "gradient")
+    for gradient in received[:3]:
+        assert not gradient[row, at].any()
+
+
+@given(cases(untied=True, max_length=12))
+def test_inplace_either_refuses_or_keeps_gradients_right(gradient_be, case):
+    """Tables without gradient, but queries, values and gates with one: the graph may hold what inplace overwrites."""
+    rng = np.random.default_rng(case.seed)
+    weights, memory = cotangents(case, rng), native(gradient_be, case.memory)
+    present = [array is not None for array in list(case.tokens)[:3]]
+    args = native(gradient_be, tuple(array for array in list(case.tokens)[:3] if array is not None))
+    received = []
+    for inplace in (False, True):
+
+        def function(*given, inplace=inplace):
+            given = iter(given)
+            return forward(
+                gradient_be, case, [*(next(given) if here else None for here in present), *memory], inplace=inplace
+            )
+
+        try:
+            received.append(as_numpy(gradient_be, tuple(gradient_be.vjp(function, args, native(gradient_be, weights)))))
+        except (ValueError, RuntimeError):
+            if not inplace:
+                raise
+            return
+    assert_same_bits(*received)
+
+
+def test_no_gradient_passes_through_the_traces():
+    cfg = FwPKMConfig(4, 2, 1, 4, 2, 3, 1)
+    rng = np.random.default_rng(0)
+    memory = Memory(*(table.requires_grad_() for table in native(TORCH, draw_memory(rng, cfg, 2))))
+    tokens = native(TORCH, tuple(draw_tokens(rng, cfg, 2, 5)))
+    for array in tokens[:3]:
+        array.requires_grad_()
+    output, state, trace = TORCH.apply(cfg, TORCH.init_state(cfg, memory, batch_size=2), *tokens)
+    assert output.requires_grad
+    assert all(table.requires_grad for table in state.memory)
+    flushed, last = TORCH.flush(cfg, state)
+    assert all(table.requires_grad for table in flushed.memory)
+    losses = TORCH.chunk_update(cfg, memory, *tokens)[1]
+    records = (*trace, *last, *losses)
+    assert not any(record.requires_grad for record in records if isinstance(record, torch.Tensor))
+
+
+def test_gradient_reaches_queries_through_lookup_weights(gradient_be):
+    cfg = FwPKMConfig(4, 3, 2, 4, 2, score_eps=0.1)
+    rng = np.random.default_rng(0)
+    memory, query = draw_memory(rng, cfg, 2), draw_tokens(rng, cfg, 2, 3).query
+    weights = (rng.normal(size=(2, 3, 3)), rng.normal(size=(2, 3, 4)))
+    step = agreement.DIFFERENCE_STEP
+
+    def function(query, keys, values):
+        look = gradient_be.lookup(cfg, Memory(keys, values), query)
+        return look.output, look.weights
+
+    args = (query, *memory)
+    received = as_numpy(
+        gradient_be, tuple(gradient_be.vjp(function, native(gradient_be, args), native(gradient_be, weights)))
+    )
+    for i, gradient in enumerate(received):
+        direction = rng.normal(size=gradient.shape)
+        direction /= np.linalg.norm(direction)
+        ends = []
+        for sign in (1, -1):
+            moved = [array + sign * step * direction if i == j else array for j, array in enumerate(args)]
+            look = reference.lookup(cfg, Memory(*moved[1:]), moved[0])
+            ends.append((look.output * weights[0]).sum() + (look.weights * weights[1]).sum())
+        error = abs((ends[0] - ends[1]) / (2 * step) - (gradient * direction).sum())
+        assert error <= agreement.DIFFERENCE_BOUND * max(1.0, np.linalg.norm(gradient))
+
+
+def test_vjp(gradient_be):
+    """One output or several, and zeros in its shape for an argument without influence."""
+    be = gradient_be
+    a, b, unused = (be.asarray(np.array(x), "float64") for x in ([1.0, 2.0], [3.0, 5.0], [[7.0]]))
+    one = be.asarray(np.array([1.0, 10.0]), "float64")
+    single = be.vjp(lambda a, b, unused: a * b, (a, b, unused), one)
+    assert [as_numpy(be, x).tolist() for x in single] == [[3.0, 50.0], [1.0, 20.0], [[0.0]]]
+    double = be.vjp(lambda a, b, unused: (a * b, a + a), (a, b, unused), (one, one))
+    assert isinstance(double, tuple)
+    assert [as_numpy(be, x).tolist() for x in double] == [[5.0, 70.0], [1.0, 20.0], [[0.0]]]
+    constant = be.vjp(lambda a, b, unused: (one, a), (a, b, unused), (one, one))
+    assert [as_numpy(be, x).tolist() for x in constant] == [[1.0, 10.0], [0.0, 0.0], [[0.0]]]
+
+
+@settings(max_examples=max(10, settings.default.max_examples // 3))
+@given(cases(max_length=12))
+def test_two_runs_give_equal_bits(gradient_be, case):
+    """Forward and backward, in deterministic algorithms' absence: sums have one order (twins and repeats included)."""
+    weights = cotangents(case, np.random.default_rng(case.seed))
+    arrays = (*list(case.tokens)[:3], *case.memory)
+    runs = []
+    for _ in range(2):
+        outputs = as_numpy(gradient_be, forward(gradient_be, case, native(gradient_be, arrays)))
+        runs.append((*outputs, *(x for x in gradients(gradient_be, case, weights) if x is not None)))
+    assert_same_bits(runs[0], runs[1])
+
+
+def test_two_large_runs_give_equal_bits(gradient_be):
+    """Large enough for several threads to share the sums."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        cfg = FwPKMConfig(16, 64, 2, 16, 8, 256, 1)
+        rng = np.random.default_rng(0)
+        memory, tokens = draw_memory(rng, cfg, 2), draw_tokens(rng, cfg, 2, 600)
+        arrays = [array.astype("float32") for array in (*list(tokens)[:3], *memory)]
+        case = Case(cfg, 0, "float32", frozenset(), 2, 600, Memory(*arrays[3:]), Tokens(*arrays[:3], tokens.mask))
+        weights = tuple(x.astype("float32") for x in cotangents(case, rng))
+        runs = []
+        for _ in range(2):
+            outputs = as_numpy(gradient_be, forward(gradient_be, case, native(gradient_be, tuple(arrays))))
+            runs.append((*outputs, *gradients(gradient_be, case, weights)))
+        assert_same_bits(runs[0], runs[1])
+    finally:
+        torch.set_num_threads(threads)
