@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fwpkm.backends.torch.entries import Entries, finite_rows
 from fwpkm.backends.torch.subkeys import ChosenKeys, pull, sub_scores
+from fwpkm.backends.torch.tokens import some
 from fwpkm.config import FwPKMConfig
 
 _MARGIN = 16  # units of rounding of a product of matrices beyond which a lower-ranked sub-key is not searched for
@@ -54,7 +55,7 @@ def address(cfg: FwPKMConfig, query: Tensor, keys: Tensor) -> Address:
     # A query that is not finite has no finite rank. Both are blanked before autograd sees them: a gradient of 0
     # through an infinity is NaN.
     finite = ranks.isfinite().all(-1).all(1).all(1)
-    if finite.is_meta or not bool(finite.all()):
+    if some(~finite):
         dead = ~finite[:, None, None, :, None]
         query, ranks = query.masked_fill(dead, 0), ranks.masked_fill(dead, 0)
         differences = None if differences is None else differences.masked_fill_(dead[..., None], 0)
@@ -90,7 +91,7 @@ def select(cfg: FwPKMConfig, query: Tensor, keys: Tensor) -> Choice:
     margin = scale * torch.clamp(4 * error, min=_MARGIN * torch.finfo(keys.dtype).eps / 2)
     next_best = rough.scatter_(-1, ids, -torch.inf).amax(-1, keepdim=True) - origin
     unsure = ~(exact.amin(-1, keepdim=True) > next_best + margin).squeeze(-1)
-    if not query.is_meta and k < cfg.num_subkeys and bool(unsure.any()):
+    if k < cfg.num_subkeys and not query.is_meta and some(unsure):
         _select_in_full(cfg, query, keys, unsure, ids, exact, rows)
     differences = rows.view(*shape, k, -1) if cfg.score == "idw" else None
     return Choice(ids.view(*shape, k), exact.view(*shape, k), differences)
@@ -113,15 +114,15 @@ def _rank(cfg: FwPKMConfig, query: Tensor, rows: Tensor) -> tuple[Tensor, Tensor
     """q·K or -‖q - K‖² over the last axis, and what they are the sums of: ``rows`` overwritten by q·K or q - K."""
     if cfg.score == "dot_product":
         return rows.mul_(query).sum(-1), rows
-    return torch.linalg.vector_norm(rows.neg_().add_(query), dim=-1).square_().neg_(), rows
+    return torch.linalg.vector_norm(torch.sub(query, rows, out=rows), dim=-1).square_().neg_(), rows
 
 
 def _select_in_full(
     cfg: FwPKMConfig, query: Tensor, keys: Tensor, which: Tensor, ids: Tensor, ranks: Tensor, rows: Tensor
 ) -> None:
     """Overwrite what was selected for the tokens ``which`` [G, R] by ranking all S sub-keys from differences."""
-    for group, some in enumerate(which):
-        for tokens in some.nonzero().squeeze(1).split(_BLOCK):
+    for group, chosen in enumerate(which):
+        for tokens in chosen.nonzero().squeeze(1).split(_BLOCK):
             q = query[group, tokens, None]
             full, _ = _rank(cfg, q, keys[group].repeat(len(tokens), 1, 1))
             best = full.sort(dim=-1, descending=True, stable=True).indices[..., : cfg.top_k].sort(-1).values

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fwpkm import schedule, validation
 from fwpkm.backends.torch.stream import Visit, settle, visit, visit_and_write, visit_chunk
-from fwpkm.backends.torch.tokens import Tokens
+from fwpkm.backends.torch.tokens import Tokens, some
 from fwpkm.config import FwPKMConfig
 from fwpkm.containers import Lookup, Losses, Memory, State, Trace
 from fwpkm.initial import initial_arrays
@@ -121,12 +121,15 @@ def apply(
                 waiting = waiting.join(seen.tokens)
             visits.append(seen)
         reads, values, losses = settle(cfg, memory.values, visits, owned=inplace)
-        outputs = [r.masked_fill(v.dead[..., None], torch.nan)[:, n:] for r, v, n in zip(reads, visits, first)]
+        output = _news(reads, first)
+        dead = _news([v.dead for v in visits], first)
+        if some(dead):
+            output = output.masked_fill(dead[..., None], torch.nan)
         trace = _trace(cfg, memory, tokens, visits, first, losses)
     if update:
         tables = Memory(keys, values) if losses else state.memory
         state = _state(cfg, tables, waiting, state.position + length)
-    return torch.cat(outputs, dim=1).to(query.dtype), state, trace
+    return output.to(query.dtype), state, trace
 
 
 @_outside_graphs
@@ -338,6 +341,11 @@ def _state(cfg: FwPKMConfig, memory: Memory, waiting: Tokens, position: Tensor) 
     return State(memory, *waiting.pad(schedule.capacity(cfg)), position)
 
 
+def _news(parts: list[Tensor], first: list[int]) -> Tensor:
+    """Windows ``[B, n, ...]`` end to end, each from the token on that this call brought."""
+    return torch.cat([x[:, n:] for x, n in zip(parts, first)], dim=1)
+
+
 def _trace(
     cfg: FwPKMConfig,
     memory: Memory,
@@ -350,11 +358,12 @@ def _trace(
     """The record of a call; the reads of window i that are news begin at its token first[i]."""
     columns = schedule.max_writes(cfg, tokens.length) if columns is None else columns
     empty = tokens.mask.new_zeros(tokens.mask.shape[0], 0, cfg.slots_per_token)
-    slots = [empty.long(), *(v.slots[:, n:] for v, n in zip(visits, first))]
-    weights = [v.weights.detach().masked_fill(v.dead[..., None], torch.nan)[:, n:] for v, n in zip(visits, first)]
+    slots, weights = empty.long(), empty.to(memory.keys.dtype)
+    if visits:
+        slots = _news([v.slots for v in visits], first)
+        weights = _news([v.weights.detach().masked_fill(v.dead[..., None], torch.nan) for v in visits], first)
     none = memory.keys.new_zeros(memory.keys.shape[0], 0)
     kinds = losses, [v.addressing for v in visits if v.addressing is not None]
     columns_of = (torch.cat([none, *(x[:, None] for x in kind)], dim=1) for kind in kinds)
     padded = Losses(*(F.pad(x, (0, columns - x.shape[1])).detach() for x in columns_of))
-    all_weights = torch.cat([empty.to(memory.keys.dtype), *weights], dim=1)
-    return Trace(torch.cat(slots, dim=1), all_weights, *padded, writes=torch.tensor(len(losses)))
+    return Trace(slots, weights, *padded, writes=torch.tensor(len(losses)))

@@ -104,9 +104,7 @@ def _look(cfg: FwPKMConfig, keys: Tensor, window: Tokens) -> tuple[Address, Tens
     chosen = address(cfg, halves(cfg, window.query, keys.shape[0]), keys)
     shape = window.mask.shape
     dead = ~(chosen.finite.view(shape) & window.finite())
-    if dead.is_meta or bool(dead.any()):  # blanking copies the tokens
-        window = window.without(dead)
-    return chosen, chosen.slots.view(*shape, -1), chosen.weights.view(*shape, -1), window, dead
+    return chosen, chosen.slots.view(*shape, -1), chosen.weights.view(*shape, -1), window.without(dead), dead
 
 
 def _write(cfg: FwPKMConfig, keys: Tensor, chosen: Address, v: Visit) -> tuple[Visit, Tensor]:

@@ -9,6 +9,7 @@ T = B·n tokens of a window read K = H·k entries each, among P distinct rows.
 """
 
 from collections.abc import Callable
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fwpkm.backends.torch.entries import Entries, distinct, finite_rows
+from fwpkm.backends.torch.tokens import some
 from fwpkm.config import FwPKMConfig
 
 
@@ -95,7 +97,7 @@ class _Table(torch.autograd.Function):
                 table.index_copy_(0, rows, new)
             if keep:
                 kept.append((local, rows, *entries, *written))
-        ctx.save_for_backward(*(kept and (weights, strength, slots)), *(x for tensors in kept for x in tensors))
+        ctx.save_for_backward(*(kept and (weights, strength)), *(x for tensors in kept for x in tensors))
         ctx.cfg, ctx.windows, ctx.lengths, ctx.shape = cfg, windows, [len(x) for x in kept], values.shape
         ctx.mark_non_differentiable(squared)
         ctx.set_materialize_grads(False)
@@ -106,32 +108,30 @@ class _Table(torch.autograd.Function):
     def backward(ctx, d_reads, _, d_values):
         if d_reads is None and d_values is None:
             return (None,) * 10
-        weights, strength, slots, *saved = ctx.saved_tensors
-        gradient, places = _gradient_rows(weights, slots, d_values, ctx.shape, dense=ctx.needs_input_grad[2])
+        weights, strength, *saved = ctx.saved_tensors
+        remaining = iter(saved)
+        kept = [list(islice(remaining, length)) for length in ctx.lengths]
+        dense = ctx.needs_input_grad[2]
+        gradient, locate = _gradient_rows(weights, [rows for _, rows, *_ in kept], d_values, ctx.shape, dense)
         d_weights, d_strength = torch.zeros_like(weights), torch.zeros_like(strength)
         d_target = weights.new_zeros(*weights.shape[:2], ctx.shape[-1])
         reached = d_values is not None  # whether anything later has read the rows: until then their gradient is 0
-        end = len(saved)
-        for (start, stop, write), length in zip(reversed(ctx.windows), reversed(ctx.lengths)):
-            local, rows, *fields = saved[end - length : end]
-            end -= length
+        for (start, stop, write), (local, rows, *fields) in zip(reversed(ctx.windows), reversed(kept)):
             entries, written = Entries(*fields[:3]), fields[3:]
             w, c = (x[:, start:stop].flatten(0, 1) for x in (weights, strength))
             d_read = None if d_reads is None else d_reads[:, start:stop].flatten(0, 1)
-            place, d_w, delta = places(rows), torch.zeros_like(w), None
+            place, d_w, decay = locate(rows), torch.zeros_like(w), None
             if write and reached:
-                delta, d_error, d_pull = _rewrite_backward(ctx.cfg, entries, gradient, place, c[:, None] * w, *written)
+                decay, d_error, d_pull = _rewrite_backward(ctx.cfg, entries, gradient, place, c[:, None] * w, *written)
                 d_w += c[:, None] * d_pull
                 d_strength[:, start:stop] = (w * d_pull).sum(-1).view(len(weights), -1)
                 d_target[:, start:stop] = d_error.neg().view(len(weights), stop - start, -1)
                 d_read = d_error if d_read is None else d_read + d_error
             if d_read is not None:
                 d_w += entries.dot(local, d_read)
-                spread = entries.spread(d_read, w)
-                delta = spread if delta is None else delta.add_(spread)
                 reached = True
-            if delta is not None:
-                gradient.index_add_(0, place, delta)
+                if dense or start > 0:  # else no window before this one reads what would be added
+                    _add(gradient, place, entries.spread(d_read, w), decay, dense)
             d_weights[:, start:stop] = d_w.view(len(weights), stop - start, -1)
         d_table = gradient.view(ctx.shape) if ctx.needs_input_grad[2] else None
         return None, None, d_table, d_weights, d_strength, d_target, None, None, None, None
@@ -165,8 +165,11 @@ def _rewrite(
         gradient = gradient.add_(local, alpha=cfg.weight_decay)
     new = gradient.mul_(-cfg.learning_rate).add_(local)
     moves = may_move & finite_rows(new)
-    new = new if new.is_meta else new.index_put_((~moves,), local[~moves])
-    error = error.masked_fill(~finite_rows(error)[:, None], 0)
+    if not moves.is_meta and some(~moves):
+        new[~moves] = local[~moves]
+    wild = ~finite_rows(error)
+    if some(wild):
+        error = error.masked_fill(wild[:, None], 0)
     return new, error, (cfg.learning_rate * share).masked_fill_(~moves, 0), *unclipped
 
 
@@ -199,15 +202,37 @@ def _rewrite_backward(
 
 
 def _gradient_rows(
-    like: Tensor, slots: Tensor, d_values: Tensor | None, shape: torch.Size, dense: bool
+    like: Tensor, touched: list[Tensor], d_values: Tensor | None, shape: torch.Size, dense: bool
 ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """The table's gradient, and where in it each table row lies: the whole table, or only the rows the call touched."""
+    """The table's gradient as far as it is needed, and where in it a table row lies.
+
+    That is the whole table where its own gradient is asked for; else the rows ``touched`` by any window; and without a
+    gradient from after the call only those that two windows touched, since one passes on what another receives. Rows
+    that have no place lie at the last one, which stays zero.
+    """
     if dense:
         whole = like.new_zeros(shape) if d_values is None else d_values.clone(memory_format=torch.contiguous_format)
         return whole.view(-1, shape[-1]), lambda rows: rows
-    ids, _ = distinct(slots.flatten(0, 1))
+    ids, windows = torch.cat(touched).unique(return_counts=True)
     if d_values is None:
-        gradient = like.new_zeros(len(ids), shape[-1])
+        ids = ids[windows > 1]
+        gradient = like.new_zeros(len(ids) + 1, shape[-1])
     else:
-        gradient = d_values.reshape(-1, shape[-1]).index_select(0, ids)
-    return gradient, lambda rows: torch.searchsorted(ids, rows)
+        gradient = torch.cat([d_values.reshape(-1, shape[-1]).index_select(0, ids), like.new_zeros(1, shape[-1])])
+
+    def locate(rows: Tensor) -> Tensor:
+        place = torch.searchsorted(ids, rows)
+        found = torch.cat([ids, ids.new_full((1,), -1)]).index_select(0, place) == rows
+        return place.masked_fill_(~found, len(ids))
+
+    return gradient, locate
+
+
+def _add(gradient: Tensor, place: Tensor, delta: Tensor, decay: Tensor | None, dense: bool) -> None:
+    """Add to the gradient what a window gives back to its rows."""
+    if decay is not None:
+        delta = delta.add_(decay)
+    if not dense:
+        kept = (place < len(gradient) - 1).nonzero().squeeze(1)
+        place, delta = place.index_select(0, kept), delta.index_select(0, kept)
+    gradient.index_add_(0, place, delta)

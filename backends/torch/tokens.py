@@ -58,8 +58,15 @@ class Tokens(NamedTuple):
 
     def without(self, dead: Tensor) -> "Tokens":
         """The dead ones ``[B, n]`` as zeros with mask False (SPEC.md §5); no gradient passes through them."""
+        if not some(dead):
+            return self
         query, value = (x.masked_fill(dead[..., None], 0) for x in (self.query, self.value))
         return Tokens(query, value, self.gate.masked_fill(dead, 0), self.mask & ~dead)
+
+
+def some(flags: Tensor) -> bool:
+    """Whether any flag is set, so that a copy of all tokens can be saved where none is; unknown on the meta device."""
+    return flags.is_meta or bool(flags.any())
 
 
 def ahead(x: Tensor, lookahead: int) -> Tensor:
@@ -76,4 +83,4 @@ def by_memory(x: Tensor, memories: int) -> Tensor:
 def halves(cfg: FwPKMConfig, query: Tensor, memories: int) -> Tensor:
     """``[B, n, H*Dk] -> [M, H, 2, R, Dk/2]``: what each codebook scores, R = (B/M)*n."""
     split = query.reshape(memories, -1, cfg.num_heads, 2, cfg.key_dim // 2)
-    return split.permute(0, 2, 3, 1, 4)
+    return split.permute(0, 2, 3, 1, 4).contiguous()
