@@ -95,24 +95,19 @@ def _dense_step(bench: Bench, inputs: Inputs) -> tuple[torch.Tensor, ...]:
     return output, *torch.autograd.grad(output, arguments, cotangent), *memory
 
 
-def _with_score(bench: Bench, score: str | None) -> FwPKMConfig:
-    return bench.config if score is None else dataclasses.replace(bench.config, score=score)
-
-
-def _static_step(score: str | None = None) -> Callable[[Bench, Inputs], tuple[torch.Tensor, ...]]:
+def _static_step(*, train: bool) -> Callable[[Bench, Inputs], tuple[torch.Tensor, ...]]:
     def step(bench: Bench, inputs: Inputs) -> tuple[torch.Tensor, ...]:
-        output = static_pkm.apply(_with_score(bench, score), bench.memory, inputs.query)
-        return output, *torch.autograd.grad(output, inputs.query, inputs.cotangent)
+        keys, rows = bench.memory.keys.detach(), bench.memory.values.detach().flatten(0, 1)
+        tables = (keys.requires_grad_(), rows.requires_grad_()) if train else ()
+        output = static_pkm.apply(bench.config, keys, rows, inputs.query)
+        return output, *torch.autograd.grad(output, (inputs.query, *tables), inputs.cotangent)
 
     return step
 
 
-def _static_score(score: str | None = None) -> Callable[[Bench, Inputs], Any]:
-    @torch.no_grad()
-    def select(bench: Bench, inputs: Inputs) -> Any:
-        return static_pkm.select(_with_score(bench, score), bench.memory.keys, inputs.query)
-
-    return select
+@torch.no_grad()
+def _static_score(bench: Bench, inputs: Inputs) -> Any:
+    return static_pkm.select(bench.config, bench.memory.keys, inputs.query)
 
 
 # In place comes last, so that all the others see the same tables in a round.
@@ -123,13 +118,18 @@ CONTESTANTS = {
             "dense", "(a) autograd through whole tables", _dense_step, _by_chunk(_dense_select), tables=6, writes=True
         ),
         Contestant(
-            "static", "(b) static product-key memory, frozen", _static_step(), _static_score(), tables=1, writes=False
+            "static",
+            "(b) static product-key memory",
+            _static_step(train=True),
+            _static_score,
+            tables=1,
+            writes=False,
         ),
         Contestant(
-            "static-dot",
-            "the same with dot-product scores",
-            _static_step("dot_product"),
-            _static_score("dot_product"),
+            "static-frozen",
+            "the same with frozen tables",
+            _static_step(train=False),
+            _static_score,
             tables=1,
             writes=False,
         ),

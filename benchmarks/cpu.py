@@ -82,7 +82,7 @@ def _claims(results: Results, options: argparse.Namespace) -> list[Claim]:
         Claim(f"everything but scoring, torch: {sizes}", results.growth("torch"), at_most=options.growth),
         Claim("time: dense / torch-copy", results.time_ratio("dense", "torch-copy")),
         Claim("extra memory: torch-copy / dense", results.memory_ratio("torch-copy", "dense")),
-        Claim("time: torch / static-dot", results.time_ratio("torch", "static-dot")),
+        Claim("time: torch / static-frozen", results.time_ratio("torch", "static-frozen")),
     ]
 
 

@@ -5,11 +5,10 @@ sums, softmax and ``embedding_bag``. Of the honest ways to write it this is the 
 
 - scores come from the expansion ‖q‖² + ‖K‖² − 2q·K alone, which autograd differentiates as two products; computing
   the chosen ones from differences, as SPEC.md §6 asks of the torch backend, is slower and more exact near a key;
-- tables are frozen, so backward yields the gradient of the query alone: values that train, with ``sparse=True``, take
-  longer.
+- the value table is given flat and its gradient is sparse, so that training it touches only rows that were read.
 
-``score="idw"`` makes it the torch backend's own lookup. With ``score="dot_product"``, the score of the original
-product-key memory, no logarithm or norm is left and it is faster still: the benchmark reports both.
+Nothing but training writes such a memory, so the benchmark's training step asks for the gradients of both tables; a
+second row leaves them frozen, which no layer in use would.
 """
 
 from typing import NamedTuple
@@ -18,7 +17,6 @@ import torch
 from torch.nn.functional import embedding_bag
 
 from fwpkm.config import FwPKMConfig
-from fwpkm.containers import Memory
 
 
 class Selection(NamedTuple):
@@ -30,23 +28,24 @@ class Selection(NamedTuple):
     """``[B, H, 2, T, k]`` their indices in [0, S)."""
 
 
-def apply(cfg: FwPKMConfig, memory: Memory, query: torch.Tensor) -> torch.Tensor:
+def apply(cfg: FwPKMConfig, keys: torch.Tensor, rows: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
     """SPEC.md §2: the output ``[B, T, Dv]`` for ``query [B, T, H*Dk]``.
 
     Args:
         cfg: the memory's config; what concerns writes is ignored.
-        memory: tables with M = B, or M = 1 for all sequences.
+        keys: ``[M, H, 2, S, Dk/2]`` with M = B, or M = 1 for all sequences.
+        rows: ``[M*N, Dv]``, the value tables.
         query: the queries.
     """
-    (first, second), (row, column) = (x.unbind(2) for x in select(cfg, memory.keys, query))
+    (first, second), (row, column) = (x.unbind(2) for x in select(cfg, keys, query))
     sums, position = (first[..., :, None] + second[..., None, :]).flatten(-2).topk(cfg.top_k)
     slots = row.gather(-1, position // cfg.top_k) * cfg.num_subkeys + column.gather(-1, position % cfg.top_k)
     weights = (sums.transpose(1, 2).flatten(2) / cfg.temperature).softmax(-1)
     slots = slots.transpose(1, 2).flatten(2)
-    if len(memory.values) > 1:
-        slots = slots + torch.arange(0, memory.values[..., 0].numel(), cfg.num_slots).view(-1, 1, 1)
-    weights, slots, rows = weights.flatten(0, 1), slots.flatten(0, 1), memory.values.flatten(0, 1)
-    output = embedding_bag(slots, rows, per_sample_weights=weights, mode="sum")
+    if len(keys) > 1:
+        slots = slots + torch.arange(0, len(rows), cfg.num_slots).view(-1, 1, 1)
+    weights, slots = weights.flatten(0, 1), slots.flatten(0, 1)
+    output = embedding_bag(slots, rows, per_sample_weights=weights, mode="sum", sparse=True)
     return output.view(*query.shape[:2], -1)
 
 

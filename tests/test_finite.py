@@ -93,7 +93,7 @@ def test_many_bad_numbers_at_once_leave_the_tables_finite(be, case, data):
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_keys_stay_finite_when_their_step_overflows(be, dtype):
     """dot_product: ∂s/∂K = q. Two tokens tie between keys 0 and 1 and 1 and 2, so no softmax hides the huge query."""
-    cfg = FwPKMConfig(2, 1, 1, 3, 2, 4, 0, score="dot_product", addressing_weight=100.0)
+    cfg = FwPKMConfig(2, 1, 1, 3, 2, 4, 0, score="dot_product", addressing_weight=1e4)
     largest = float(np.finfo(dtype).max) / 4
     keys = np.array([0.0, 0.0, -1.0], dtype)
     memory = Memory(np.tile(keys[:, None], (1, 1, 2, 1, 1)), np.ones((1, 9, 1), dtype))
@@ -101,6 +101,9 @@ def test_keys_stay_finite_when_their_step_overflows(be, dtype):
     case = Case(cfg, 0, dtype, frozenset(), 1, 4, memory, Tokens(query, np.zeros((1, 4, 1), dtype), None, None))
     received = read(be, case)
     assert all(np.isfinite(table).all() for table in received.memory)
+    moved = (received.memory.keys != memory.keys).any(axis=-1)[0, 0]
+    assert not moved[0, :2].any(), "the step of these two would overflow"
+    assert moved[1].any()
 
 
 @pytest.mark.parametrize("place", ["target", "query", "gate"])
