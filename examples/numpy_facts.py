@@ -1,6 +1,6 @@
 """Write a few facts into a memory, read them back, put the half-read sequence away and take it up again.
 
-    python examples/numpy_facts.py [--backend numpy]
+python examples/numpy_facts.py [--backend numpy]
 """
 
 import argparse

@@ -107,8 +107,9 @@ class FwPKMConfig:
 
     def _number(self, name: str, *, positive: bool) -> None:
         value = getattr(self, name)
+        is_number = isinstance(value, (numbers.Real, decimal.Decimal)) and not isinstance(value, bool)
         try:
-            number = float(value) if isinstance(value, (numbers.Real, decimal.Decimal)) and not isinstance(value, bool) else math.nan
+            number = float(value) if is_number else math.nan
         except OverflowError:
             number = math.nan
         if not math.isfinite(number) or number < 0 or (positive and number == 0):

@@ -121,13 +121,12 @@ def _select_in_full(
     cfg: FwPKMConfig, query: Tensor, keys: Tensor, which: Tensor, ids: Tensor, ranks: Tensor, rows: Tensor
 ) -> None:
     """Overwrite what was selected for the tokens ``which`` [G, R] by ranking all S sub-keys from differences."""
-    for group, chosen in enumerate(which):
-        for tokens in chosen.nonzero().squeeze(1).split(_BLOCK):
-            q = query[group, tokens, None]
-            full, _ = _rank(cfg, q, keys[group].repeat(len(tokens), 1, 1))
-            best = full.sort(dim=-1, descending=True, stable=True).indices[..., : cfg.top_k].sort(-1).values
-            ids[group, tokens] = best
-            ranks[group, tokens], rows[group, tokens] = _rank(cfg, q, keys[group][best])
+    for group, token in (x.unbind(1) for x in which.nonzero().split(_BLOCK)):
+        q = query[group, token, None]
+        full, _ = _rank(cfg, q, keys[group])
+        best = full.sort(dim=-1, descending=True, stable=True).indices[..., : cfg.top_k].sort(-1).values
+        ids[group, token] = best
+        ranks[group, token], rows[group, token] = _rank(cfg, q, keys[group[:, None], best])
 
 
 @cache

@@ -1,0 +1,315 @@
+"""The PyTorch module against SPEC.md §7: its mathematics, its precision, and what PyTorch users expect of a module."""
+
+import copy
+import dataclasses
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import fwpkm
+from fwpkm import FwPKMConfig, Memory, agreement
+from fwpkm.backends.torch import FwPKM, detach
+from fwpkm.backends.torch.layer import zscore
+
+HIDDEN = 6
+SMALL = {"key_dim": 8, "value_dim": 5, "num_heads": 2, "num_subkeys": 5, "top_k": 2, "chunk_size": 4}
+
+
+def make(dtype=torch.float64, **options):
+    torch.manual_seed(1)
+    layer = FwPKM(HIDDEN, **SMALL | options, dtype=dtype)
+    with torch.no_grad():  # weights large enough that every term matters, norms and biases that are not 1 and 0
+        for parameter in layer.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.5)
+    return layer
+
+
+def inputs(length=11, batch=2, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(2)
+    return torch.randn(batch, length, HIDDEN, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def error(actual, expected):
+    return agreement.relative_error(actual.detach().numpy(), expected.detach().numpy())
+
+
+def by_hand(layer, x, gated=True, normalised=True):
+    """§7 in NumPy, with the reference as the memory."""
+    w = {name: tensor.detach().numpy() for name, tensor in layer.state_dict().items()}
+    x = x.numpy()
+
+    def project(name, z):
+        normed = z / np.sqrt(np.square(z).mean(-1, keepdims=True) + 1e-5) * w[f"{name}_norm.weight"]
+        return normed @ w[f"{name}_proj.weight"].T + w[f"{name}_proj.bias"]
+
+    q, v = project("query", x), project("value", x)
+    if normalised:
+        v = (v - v.mean(-1, keepdims=True)) / (v.std(-1, ddof=1, keepdims=True) + 1e-6)
+    be, cfg = fwpkm.reference, layer.config
+    state = be.init_state(cfg, Memory(w["memory.keys"][None], w["memory.values"][None]), len(x))
+    g = 1 / (1 + np.exp(-project("gate", x)[..., 0])) if gated else None
+    read, state, _ = be.apply(cfg, state, q, v, g)
+    o = g[..., None] * read + (1 - g[..., None]) * v if gated else read + v
+    return project("output", o), state
+
+
+@pytest.mark.parametrize(
+    ("options", "gated", "normalised"),
+    [({}, True, True), ({"gated": False}, False, True), ({"value_norm": None}, True, False)],
+)
+def test_the_layer_is_what_section_7_says(options, gated, normalised):
+    layer, x = make(**options), inputs()
+    y, state = layer(x)
+    expected, expected_state = by_hand(layer, x, gated, normalised)
+    bound = agreement.BOUNDS["float64"].forward
+    assert agreement.relative_error(y.detach().numpy(), expected) < bound
+    assert agreement.relative_error(state.memory.values.detach().numpy(), expected_state.memory.values) < bound
+    assert agreement.relative_error(state.memory.keys.detach().numpy(), expected_state.memory.keys) < bound
+    assert any("gate" in name for name in layer.state_dict()) == gated
+
+
+def test_pieces_equal_the_whole_and_nothing_leaks_between_calls():
+    layer, x = make(), inputs()
+    whole, final = layer(x)
+    again, _ = layer(x)
+    assert torch.equal(whole, again)
+    state, pieces = None, []
+    for piece in x.split([3, 1, 5, 2], dim=1):
+        y, state = layer(piece, state)
+        pieces.append(y)
+    assert error(torch.cat(pieces, dim=1), whole) < 1e-10
+    for a, b in zip(state.memory, final.memory):
+        assert error(a, b) < 1e-10
+    frozen, same = layer(x, state, update=False)
+    assert same is state
+    assert not torch.equal(frozen, whole)
+
+
+def test_padding_and_a_default_state_change_nothing_else():
+    layer, x = make(), inputs()
+    mask = torch.ones(2, 11, dtype=torch.bool)
+    mask[:, 8:] = False
+    padded = x.clone()
+    padded[:, 8:] = 100.0
+    y, _ = layer(padded, mask=mask)
+    assert torch.equal(y[:, :8], layer(x[:, :8])[0])
+    assert torch.equal(layer(x, layer.init_state(2))[0], layer(x)[0])
+
+
+def test_gradients_reach_every_parameter_through_the_writes():
+    layer, x = make(learn_memory=True), inputs().requires_grad_()
+    assert torch.autograd.gradcheck(lambda z: layer(z)[0][:, -2:], x, atol=1e-6)
+    layer(x)[0].square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in layer.parameters())
+    assert {"memory.keys", "memory.values"} < {name for name, _ in layer.named_parameters()}
+
+
+def test_a_fixed_memory_is_a_buffer_that_no_step_changes():
+    layer = make()
+    before = {name: tensor.clone() for name, tensor in layer.named_buffers()}
+    assert set(before) == {"memory.keys", "memory.values"}
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    layer(inputs())[0].square().sum().backward()
+    optimizer.step()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in layer.named_buffers())
+
+
+def test_a_carried_state_trains_once_it_is_detached():
+    layer, x = make(), inputs()
+    _, state = layer(x)
+    layer(x, detach(state))[0].sum().backward()
+    assert layer.query_proj.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_tables_stay_float32_when_a_model_is_cast(dtype):
+    layer, x = make(torch.float32), inputs(dtype=torch.float32)
+    model = nn.Sequential(layer).to(dtype)
+    assert model[0].memory.values.dtype == model[0].memory.keys.dtype == torch.float32
+    assert model[0].query_proj.weight.dtype == dtype
+    y, state = model(x.to(dtype))
+    assert y.dtype == dtype
+    assert state.memory.values.dtype == state.pending_query.dtype == torch.float32
+    y.sum().backward()
+    assert layer.query_proj.weight.grad.isfinite().all()
+
+
+def test_a_learned_memory_stays_float32_too_and_double_is_double():
+    layer = make(torch.float32, learn_memory=True).to(torch.bfloat16)
+    assert isinstance(layer.memory.values, nn.Parameter)
+    assert layer.memory.values.dtype == torch.float32
+    assert layer.double().memory.values.dtype == torch.float64
+    assert layer(inputs())[1].memory.values.dtype == torch.float64
+    assert layer.half().memory.values.dtype == torch.float32
+
+
+def test_autocast_changes_neither_the_tables_precision_nor_their_dtype():
+    layer, x = make(torch.float32), inputs(dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y, state = layer(x)
+        again, _ = layer(x.bfloat16())
+    assert y.dtype == again.dtype == torch.bfloat16
+    assert state.memory.values.dtype == torch.float32
+    y.float().sum().backward()
+    be, (q, v) = fwpkm.get_backend("torch"), torch.randn(2, 2, 9, 16).split(1)
+    fresh = be.init_state(layer.config, be.init_memory(layer.config), 2)
+    plain, *_ = be.apply(layer.config, fresh, q[0], v[0, ..., :5].contiguous())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast, *_ = be.apply(layer.config, fresh, q[0], v[0, ..., :5].contiguous())
+    assert torch.equal(plain, cast)
+
+
+def test_meta_device_then_real():
+    layer = FwPKM(HIDDEN, **SMALL, device="meta")
+    y, state = layer(torch.empty(2, 11, HIDDEN, device="meta"))
+    assert y.shape == (2, 11, HIDDEN)
+    assert y.is_meta
+    assert state.memory.values.is_meta
+    layer = layer.to_empty(device="cpu")
+    layer.reset_parameters()
+    assert layer(inputs(dtype=torch.float32))[0].isfinite().all()
+
+
+def test_initial_numbers():
+    torch.manual_seed(0)
+    layer = FwPKM(64, key_dim=64, value_dim=48, num_subkeys=32)
+    keys, values = layer.memory.keys, layer.memory.values
+    assert keys.shape == (1, 2, 32, 32)
+    assert 0.95 * 64**-0.5 < keys.abs().max() <= 64**-0.5
+    assert values.std().item() == pytest.approx(48**-0.5, rel=0.02)
+    assert layer.query_proj.weight.std().item() == pytest.approx(0.02, rel=0.1)
+    assert all(p.eq(0).all() for name, p in layer.named_parameters() if name.endswith("bias"))
+    assert all(p.eq(1).all() for name, p in layer.named_parameters() if "norm" in name)
+    assert not torch.equal(values, FwPKM(64, layer.config).memory.values)  # stacked layers differ
+    before = values.clone()
+    layer.reset_parameters()
+    assert not torch.equal(before, layer.memory.values)
+
+
+def test_state_dict_has_the_canonical_names_and_round_trips():
+    layer, x = make(), inputs()
+    names = [f"{part}_{name}" for part in ("query", "value", "gate", "output") for name in ("norm.weight", "proj.bias")]
+    names += [f"{part}_proj.weight" for part in ("query", "value", "gate", "output")]
+    assert set(layer.state_dict()) == {*names, "memory.keys", "memory.values"}
+    other = FwPKM(HIDDEN, **SMALL, dtype=torch.float64)
+    other.load_state_dict(layer.state_dict())
+    assert torch.equal(other(x)[0], layer(x)[0])
+    for copied in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert torch.equal(copied(x)[0], layer(x)[0])
+
+
+def test_saved_layer_and_half_read_state_go_on_bit_for_bit(tmp_path):
+    layer, x = make(torch.float32), inputs(dtype=torch.float32)
+    fwpkm.save(tmp_path / "layer.safetensors", layer)
+    _, state = layer(x[:, :6])
+    fwpkm.save_state(tmp_path / "state.safetensors", state, layer.config)
+    other = FwPKM(HIDDEN, **SMALL)
+    assert fwpkm.load(tmp_path / "layer.safetensors", other) is None
+    loaded = fwpkm.load_state(tmp_path / "state.safetensors", layer.config, "torch")
+    assert torch.equal(other(x[:, 6:], loaded)[0], layer(x[:, 6:], state)[0])
+
+
+def test_a_file_of_another_layer_fills_nothing(tmp_path):
+    fwpkm.save(tmp_path / "layer.safetensors", make(torch.float32))
+    other = FwPKM(HIDDEN, **SMALL | {"learning_rate": 0.5})
+    before = copy.deepcopy(other.state_dict())
+    with pytest.raises(ValueError, match="learning_rate"):
+        fwpkm.load(tmp_path / "layer.safetensors", other)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in other.state_dict().items())
+    with pytest.raises(ValueError, match="to_empty"):
+        fwpkm.load(tmp_path / "layer.safetensors", FwPKM(HIDDEN, **SMALL, device="meta"))
+
+
+def test_a_bfloat16_layer_is_saved_without_loss(tmp_path):
+    layer = make(torch.float32).to(torch.bfloat16)
+    fwpkm.save(tmp_path / "layer.safetensors", layer)
+    other = FwPKM(HIDDEN, **SMALL).to(torch.bfloat16)
+    fwpkm.load(tmp_path / "layer.safetensors", other)
+    assert all(torch.equal(tensor, layer.state_dict()[name]) for name, tensor in other.state_dict().items())
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing(reentrant):
+    layer, x = make(), inputs().requires_grad_()
+    (expected,) = torch.autograd.grad(layer(x)[0].square().sum(), x)
+    y, _ = checkpoint(layer, x, use_reentrant=reentrant)
+    y.square().sum().backward()
+    assert torch.equal(x.grad, expected)
+
+
+# torch's own tracing looks at .grad of tensors that are no leaves.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_compile():
+    layer, x = make(torch.float32), inputs(dtype=torch.float32).requires_grad_()
+    y, _ = layer(x)
+    (expected,) = torch.autograd.grad(y.square().sum(), x)
+    compiled = torch.compile(layer, backend="aot_eager")
+    z, _ = compiled(x)
+    z.square().sum().backward()
+    assert error(z, y) < 1e-6
+    assert error(x.grad, expected) < 1e-5
+    with torch.no_grad():
+        state, tokens = None, []
+        for t in range(x.shape[1]):
+            token, state = compiled(x[:, t : t + 1], state)
+            tokens.append(token)
+    assert error(torch.cat(tokens, dim=1), y) < 1e-6
+
+
+def test_a_constant_row_of_values_gives_zero_and_no_gradient():
+    z = torch.tensor([[0.1] * 7, [0.0] * 7, [1.0, 2, 3, 4, 5, 6, 7]], requires_grad=True)
+    out = zscore(z)
+    out.mul(torch.arange(7.0)).sum().backward()
+    assert out[:2].eq(0).all()
+    assert z.grad[:2].eq(0).all()
+    assert z.grad[2].abs().sum() > 0
+    assert out[2].detach().numpy() == pytest.approx((np.arange(7) - 3) / np.std(np.arange(7), ddof=1), rel=1e-5)
+    assert zscore(z.bfloat16()).dtype == torch.float32
+
+
+def test_printing_shows_the_configuration():
+    assert "hidden_size=6, gated=True" in repr(make())
+    assert "num_subkeys=5" in repr(make())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"hidden_size": 0}, "hidden_size must be an integer of at least 1. Received: hidden_size=0"),
+        (
+            {"hidden_size": 4, "value_norm": "batch"},
+            "value_norm must be 'zscore' or None. Received: value_norm='batch'",
+        ),
+        ({"hidden_size": 4, "value_dim": 1}, "value_dim must be at least 2"),
+        ({"hidden_size": 4, "key_dim": 3}, "key_dim must be even"),
+        ({"hidden_size": 4, "config": {"key_dim": 4}}, "cfg must be an FwPKMConfig. Received: dict"),
+    ],
+)
+def test_wrong_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        FwPKM(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (torch.zeros(2, 11, 5), r"x must have shape \[B, T, hidden_size=6\]. Received: shape \(2, 11, 5\)"),
+        (torch.zeros(11, 6), r"x must have shape \[B, T, hidden_size=6\]"),
+        (torch.zeros(2, 3, 6, dtype=torch.int64), "x must have a floating dtype. Received: dtype int64"),
+        (np.zeros((2, 3, 6)), "x must be a torch.Tensor. Received: ndarray"),
+    ],
+)
+def test_wrong_inputs(x, message):
+    with pytest.raises(ValueError, match=message):
+        make(torch.float32)(x)
+
+
+def test_fields_override_a_config_and_unknown_ones_are_refused():
+    layer = FwPKM(4, FwPKMConfig(**SMALL), chunk_size=7)
+    assert layer.config == dataclasses.replace(FwPKMConfig(**SMALL), chunk_size=7)
+    with pytest.raises(TypeError, match="chunk_sice"):
+        FwPKM(4, chunk_sice=7)
