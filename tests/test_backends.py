@@ -4,13 +4,13 @@ import dataclasses
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from running import as_numpy, assert_close, assert_same_bits, assert_same_reading, native, read, start, stream
 from strategies import Case, Tokens, cases, draw_memory, draw_tokens, is_untied, splits
 
 import fwpkm
-from fwpkm import FwPKMConfig, Memory, reference
+from fwpkm import FwPKMConfig, Memory, agreement, reference
 
 OTHERS = ["torch"]
 FUNCTIONS = """
@@ -37,10 +37,31 @@ def test_float64_equals_the_reference(other, case):
     assert_same_reading(case.cfg, read(other, case), read(reference, case), "float64")
 
 
+def survives_rounding(case, expected):
+    """Whether a rounding of the inputs moves the reference by far less than the bound.
+
+    Overshooting writes (§4) multiply an error by up to κΣw² - 1 a chunk; where they do, no float32 run can be judged.
+    """
+    rng = np.random.default_rng(case.seed)
+
+    def nudge(array):
+        return array if array.dtype == bool else array * (1 + rng.choice([-1, 1], array.shape) * 2.0**-24)
+
+    moved = dataclasses.replace(case, memory=Memory(*map(nudge, case.memory)), tokens=case.tokens.map(nudge))
+    got = read(reference, moved)
+    pairs = zip(
+        (got.output, got.memorization, got.addressing, *got.memory), (*expected[:1], *expected[3:5], *expected[5])
+    )
+    return max(agreement.relative_error(a, b) for a, b in pairs) < agreement.BOUNDS["float32"].forward / 20
+
+
 @settings(max_examples=4 * settings.default.max_examples)
 @given(cases(untied=True, flushed=True, dtype=st.just("float32")))
 def test_float32_equals_the_float64_reference(be, case):
-    assert_same_reading(case.cfg, read(be, case), read(reference, widened(case)), "float32")
+    wide = widened(case)
+    expected = read(reference, wide)
+    assume(survives_rounding(wide, expected))
+    assert_same_reading(case.cfg, read(be, case), expected, "float32")
 
 
 @given(cases(untied=True), st.data())
