@@ -67,11 +67,11 @@ def by_slot(cfg: FwPKMConfig, slots: Array, weights: Array) -> tuple[Array, Arra
         slots: ``[B, n, H*k]``.
         weights: ``[B, n, H*k]``.
     """
-    shape = (*slots.shape[:-1], cfg.num_heads, cfg.top_k)
-    order = np.argsort(slots.reshape(shape), axis=-1, kind="stable")
-    return tuple(
-        np.take_along_axis(array.reshape(shape), order, axis=-1).reshape(array.shape) for array in (slots, weights)
-    )
+    flat, by_head = slots.shape, (*slots.shape[:-1], cfg.num_heads, cfg.top_k)
+    slots, weights = slots.reshape(by_head), weights.reshape(by_head)
+    order = np.argsort(slots, axis=-1, kind="stable")
+    slots, weights = (np.take_along_axis(array, order, axis=-1) for array in (slots, weights))
+    return slots.reshape(flat), weights.reshape(flat)
 
 
 def deciding_gap(cfg: FwPKMConfig, memory: Memory, query: Array) -> Array:
@@ -91,7 +91,7 @@ def deciding_gap(cfg: FwPKMConfig, memory: Memory, query: Array) -> Array:
     batch, length, _ = query.shape
     heads, k = cfg.num_heads, cfg.top_k
     keys = np.asarray(memory.keys, dtype=np.float64)[:, None]  # [M, 1, H, 2, S, Dk/2]
-    halves = np.asarray(query, dtype=np.float64).reshape(batch, length, heads, 2, 1, -1)
+    halves = np.asarray(query, dtype=np.float64).reshape(batch, length, heads, 2, 1, cfg.key_dim // 2)
     with np.errstate(all="ignore"):
         if cfg.score == "idw":
             scores = -np.log(cfg.score_eps + np.square(halves - keys).sum(-1))
@@ -100,7 +100,7 @@ def deciding_gap(cfg: FwPKMConfig, memory: Memory, query: Array) -> Array:
         scores = -np.sort(-scores, axis=-1)  # [B, n, H, 2, S], descending
         sums = scores[..., 0, :k, None] + scores[..., 1, None, :k]
         sums = -np.sort(-sums.reshape(batch, length, heads, k * k), axis=-1)
-        gaps = np.concatenate([_gap_after(scores, k).reshape(batch, length, -1), _gap_after(sums, k)], axis=-1)
+        gaps = np.concatenate([_gap_after(scores, k).reshape(batch, length, 2 * heads), _gap_after(sums, k)], axis=-1)
     return np.where(np.isfinite(gaps), gaps, np.inf).min(axis=-1)
 
 
@@ -128,8 +128,8 @@ def comparable_tokens(
         close = deciding_gap(cfg, state.memory, query[:, first:stop]).min(axis=0) <= gap
         if close.any():
             return (first + int(close.argmax())) // cfg.chunk_size * cfg.chunk_size
-        piece = (None if array is None else array[:, start:stop] for array in (query, value, gate, mask))
-        state = reference.apply(cfg, state, *piece)[1]
+        gates, masks = (None if array is None else array[:, start:stop] for array in (gate, mask))
+        state = reference.apply(cfg, state, query[:, start:stop], value[:, start:stop], gates, masks)[1]
     return length
 
 

@@ -79,6 +79,7 @@ def save(path: _PathLike, layer: Layer, variables: Any = None) -> None:
         IsADirectoryError: ``path`` is a folder.
         ValueError: the layer exports other names, shapes or dtypes than it declares.
     """
+    _check_layer(layer)
     tensors = layer.export_tensors(variables)
     _check_forms(path, _forms(tensors), _layer_forms(layer), "The layer's export_tensors and tensor_shapes disagree.")
     _write(path, "layer", layer.spec(), tensors)
@@ -95,6 +96,7 @@ def load(path: _PathLike, layer: Layer) -> Any:
         IsADirectoryError: ``path`` is a folder.
         ValueError: the file is damaged or of another format or kind, or was saved from a layer with another ``spec()``.
     """
+    _check_layer(layer)
     return layer.import_tensors(_read(path, "layer", layer.spec(), lambda _: _layer_forms(layer)))
 
 
@@ -111,6 +113,9 @@ def save_state(path: _PathLike, state: State, cfg: FwPKMConfig) -> None:
         IsADirectoryError: ``path`` is a folder.
         ValueError: the state does not fit ``cfg``.
     """
+    validation.check_config(cfg)
+    if not isinstance(state, State):
+        raise ValueError(f"state must be a fwpkm.State. Received: {type(state).__name__}")
     to_numpy = registry.backend_of(state.memory.values).to_numpy
     tensors = {name: np.asarray(to_numpy(array)) for name, array in _state_arrays(state).items()}
     forms = _forms(tensors)
@@ -136,6 +141,7 @@ def load_state(path: _PathLike, cfg: FwPKMConfig, backend: Any) -> State:
         IsADirectoryError: ``path`` is a folder.
         ValueError: the file is damaged or of another format or kind, or was saved with another config.
     """
+    validation.check_config(cfg)
     module = registry.get_backend(backend) if isinstance(backend, str) else backend
     tensors = _read(path, "state", json.loads(cfg.to_json()), lambda forms: _state_forms(cfg, forms))
     _check_position(path, tensors["position"], _DAMAGED)
@@ -176,8 +182,15 @@ def _forms(tensors: Mapping[str, np.ndarray]) -> _Forms:
     return {name: _Form(tensor.shape, (tensor.dtype.name,)) for name, tensor in tensors.items()}
 
 
+def _check_layer(layer: Any) -> None:
+    if not all(hasattr(layer, name) for name in ("spec", "tensor_shapes", "export_tensors", "import_tensors")):
+        raise ValueError(f"layer must be an FwPKM layer of one of the backends. Received: {type(layer).__name__}")
+
+
 def _write(path: _PathLike, kind: str, spec: dict[str, Any], tensors: _Tensors) -> None:
     """Write beside the target and put the file in its place in one step, or leave nothing behind."""
+    if not os.fspath(path) or os.fspath(path).endswith(os.sep):
+        raise ValueError(f"path must name a file. Received: {os.fspath(path)!r}")
     _refuse_folder(path)
     target = Path(os.path.realpath(path))  # a link keeps pointing at the file that it names
     if not target.parent.is_dir():

@@ -97,7 +97,7 @@ def apply(
     """
     validation.check_apply(cfg, state, query, value, gate, mask, Array)
     batch, length = query.shape[:2]
-    position = int(state.position[0])
+    position = validation.check_position(state.position.tolist())
     memory = _as_tables(state.memory, query)
     tokens = _tokens(memory.keys.dtype, query, value, gate, mask)
     trace = _empty_trace(cfg, len(memory.keys), batch, length, memory.keys.dtype)
@@ -138,6 +138,7 @@ def flush(cfg: FwPKMConfig, state: State, *, inplace: bool = False) -> tuple[Sta
         ValueError: the state does not fit ``cfg``.
     """
     validation.check_state(cfg, state, None, Array)
+    validation.check_position(state.position.tolist())
     memory = state.memory
     batch, dtype = len(state.position), memory.keys.dtype
     waiting = _pending(cfg, state, dtype)

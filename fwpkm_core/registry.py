@@ -44,7 +44,7 @@ def get_backend(name: str) -> ModuleType:
         ValueError: no backend has this name.
         ImportError: its framework is not installed (names the extra to install), or it is not in this release.
     """
-    if name not in _BACKENDS:
+    if not isinstance(name, str) or name not in _BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(map(repr, _BACKENDS))}. Received: {name!r}")
     backend = _BACKENDS[name]
     if not _shipped(backend):

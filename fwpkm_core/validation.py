@@ -130,7 +130,10 @@ def check_reset(state: Any, memory: Any, array_type: ArrayType) -> None:
     if not isinstance(state, State):
         raise ValueError(f"state must be a fwpkm.State, as init_state returns. Received: {type(state).__name__}")
     if not isinstance(memory, Memory):
-        raise ValueError(f"memory must be a fwpkm.Memory(keys, values). Received: {type(memory).__name__}")
+        raise ValueError(
+            f"memory must be a fwpkm.Memory(keys, values); a layer's is layer.memory(). "
+            f"Received: {type(memory).__name__}"
+        )
     for name, fresh, current in zip(Memory._fields, memory, state.memory):
         wanted = tuple(current.shape)
         check_array(f"memory.{name}", fresh, [("M", None), *(("", n) for n in wanted[1:])], "float", array_type)
@@ -139,6 +142,15 @@ def check_reset(state: Any, memory: Any, array_type: ArrayType) -> None:
                 f"memory.{name} must hold 1 or M={wanted[0]} tables, as the state does. "
                 f"Received: shape {tuple(fresh.shape)}"
             )
+
+
+def check_position(positions: list[int]) -> int:
+    """Where a state stands: the one position of all its rows."""
+    if len(set(positions)) != 1 or positions[0] < 0:
+        raise ValueError(
+            f"state.position must hold one number of at least 0, the same for all rows. Received: {positions}"
+        )
+    return positions[0]
 
 
 def check_length(position: int, length: int) -> None:

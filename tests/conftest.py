@@ -4,6 +4,7 @@ import os
 
 import hypothesis
 import pytest
+from layer_files import CFG, FakeLayer, half_read_state
 
 import fwpkm
 
@@ -56,3 +57,19 @@ def _filled_with_nan(allocate):
         return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
 
     return allocate_nan
+
+
+@pytest.fixture
+def layer_file(tmp_path):
+    """A saved layer."""
+    path = tmp_path / "layer.safetensors"
+    fwpkm.save(path, FakeLayer(0))
+    return path
+
+
+@pytest.fixture
+def state_file(tmp_path):
+    """A saved half-read state."""
+    path = tmp_path / "state.safetensors"
+    fwpkm.save_state(path, half_read_state(), CFG)
+    return path

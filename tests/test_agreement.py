@@ -56,6 +56,7 @@ def test_deciding_gap_is_infinite_without_a_choice():
     cfg = FwPKMConfig(key_dim=2, value_dim=1, num_subkeys=1, top_k=1)
     memory = reference.init_memory(cfg)
     assert agreement.deciding_gap(cfg, memory, np.ones((1, 2, 2))).tolist() == [[INF, INF]]
+    assert agreement.deciding_gap(cfg, memory, np.ones((1, 0, 2))).shape == (1, 0)
 
 
 @pytest.mark.parametrize("boundary", ["drop", "wait"])

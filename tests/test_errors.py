@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from running import as_numpy, assert_same_bits, native
 
+import fwpkm
 from fwpkm import FwPKMConfig, Memory, reference
 
 B, T = 2, 3
@@ -217,3 +218,35 @@ def test_a_position_cannot_leave_int32(be):
         be.apply(CFG, state, query, value)
     be.apply(CFG, state, query[:, :2], value[:, :2])
     be.apply(CFG, state, query, value, update=False)
+
+
+def test_rows_that_stand_at_different_positions(be):
+    cfg = FwPKMConfig(4, 3, 1, 4, 2, 3, 1)
+    state = be.init_state(cfg, be.init_memory(cfg), 2)
+    for positions in ([0, 3], [-1, -1]):
+        bad = state._replace(position=be.asarray(np.array(positions), "int32"))
+        query, value = (be.asarray(np.zeros((2, 2, width)), "float32") for width in (4, 3))
+        for call in (lambda bad=bad, q=query, v=value: be.apply(cfg, bad, q, v), lambda bad=bad: be.flush(cfg, bad)):
+            with pytest.raises(ValueError, match=r"state\.position must hold one number of at least 0"):
+                call()
+
+
+def test_a_lookup_of_no_tokens_is_empty(be):
+    cfg = FwPKMConfig(4, 3, 2, 4, 2, 3, 1)
+    look = be.lookup(cfg, be.init_memory(cfg, 2), be.asarray(np.zeros((2, 0, 8)), "float32"))
+    assert [tuple(part.shape) for part in look] == [(2, 0, 3), (2, 0, 4), (2, 0, 4)]
+
+
+@pytest.mark.parametrize("call", ["save", "load", "save_state", "load_state"])
+def test_files_of_what_is_no_layer_and_no_state(be, tmp_path, call):
+    cfg = FwPKMConfig(4, 3, 1, 4, 2, 3, 1)
+    state = be.init_state(cfg, be.init_memory(cfg), 1)
+    arguments, message = {
+        "save": ((state,), "layer must be an FwPKM layer"),
+        "load": ((None,), "layer must be an FwPKM layer"),
+        "save_state": ((state.memory, cfg), "state must be a fwpkm.State. Received: Memory"),
+        "load_state": ((None, be), "cfg must be an FwPKMConfig. Received: NoneType"),
+    }[call]
+    with pytest.raises(ValueError, match=message):
+        getattr(fwpkm, call)(tmp_path / "file", *arguments)
+    assert not list(tmp_path.iterdir())

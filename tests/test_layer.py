@@ -271,6 +271,28 @@ def test_a_constant_row_of_values_gives_zero_and_no_gradient():
     assert zscore(z.bfloat16()).dtype == torch.float32
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("wild", [float("nan"), float("inf"), 1e300])
+def test_a_token_that_is_not_finite_spoils_neither_others_nor_gradients(masked, wild):
+    layer, x = make(), inputs()
+    spoiled = x.clone()
+    spoiled[0, 6] = wild
+    mask = torch.ones(2, 11, dtype=torch.bool)
+    mask[0, 6] = not masked
+    y, _ = layer(spoiled.requires_grad_(), mask=mask)
+    hidden = torch.ones(2, 11, dtype=torch.bool)
+    hidden[0, 6] = False
+    expected, _ = layer(x, mask=hidden)
+    others = hidden[..., None].expand_as(y)
+    if wild != 1e300:  # finite in float64
+        assert y[0, 6].isnan().all()
+        assert torch.equal(y[others], expected[others])
+    assert y[others].isfinite().all()
+    y[others].square().sum().backward()
+    assert all(p.grad.isfinite().all() for p in layer.parameters())
+    assert spoiled.grad[others[..., :1].squeeze(-1)].isfinite().all()
+
+
 def test_printing_shows_the_configuration():
     assert "hidden_size=6, gated=True" in repr(make())
     assert "num_subkeys=5" in repr(make())

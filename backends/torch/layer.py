@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from fwpkm import validation
 from fwpkm.backends.torch import ops
+from fwpkm.backends.torch.entries import finite_rows
+from fwpkm.backends.torch.tokens import some
 from fwpkm.config import FwPKMConfig
 from fwpkm.containers import Memory, State
 
@@ -151,7 +153,7 @@ class FwPKM(nn.Module):
             update: False only reads and leaves the state as it is.
 
         Returns:
-            y ``[B, T, hidden_size]`` in the projections' dtype, and the next state.
+            y ``[B, T, hidden_size]`` in the projections' dtype, NaN for tokens that are not finite, and the next state.
 
         Raises:
             ValueError: an argument does not fit; names it, what was expected and what was received.
@@ -159,6 +161,11 @@ class FwPKM(nn.Module):
         validation.check_array("x", x, [("B", None), ("T", None), ("hidden_size", self.hidden_size)], "float", Tensor)
         # Under autocast x may be narrower than the norms' weights, which the fused kernel refuses.
         x = x.to(self.query_norm.weight.dtype)
+        # A token that is not finite must not reach the projections: their weights' gradients would be 0 · NaN.
+        dead = ~finite_rows(x.flatten(0, 1)).view(x.shape[:2])
+        if some(dead):
+            x = x.masked_fill(dead[..., None], 0)
+            mask = ~dead if mask is None else mask & ~dead
         query = self.query_proj(self.query_norm(x))
         value = self.value_proj(self.value_norm(x))
         if self.value_normalization == "zscore":
@@ -169,10 +176,21 @@ class FwPKM(nn.Module):
         if state is None:
             state = self.init_state(x.shape[0])
         read, state, _ = ops.apply(
-            self.config, state, query, value, gate, mask, update, inplace=fresh and not self.learn_memory
+            self.config,
+            state,
+            query,
+            value,
+            gate,
+            mask,
+            update,
+            inplace=fresh and not state.memory.values.requires_grad,
         )
+        dead = dead | ~finite_rows(read.flatten(0, 1)).view(dead.shape)
+        if some(dead):
+            read, value = (z.masked_fill(dead[..., None], 0) for z in (read, value))
         mixed = read + value if gate is None else gate[..., None] * read + (1 - gate[..., None]) * value
-        return self.output_proj(self.output_norm(mixed.to(x.dtype))), state
+        y = self.output_proj(self.output_norm(mixed.to(x.dtype)))
+        return (y.masked_fill(dead[..., None], torch.nan) if some(dead) else y), state
 
     def init_state(self, batch_size: int) -> State:
         """The state that a call without one starts from: the initial memory for each row, at position 0."""

@@ -98,7 +98,7 @@ def apply(
     validation.check_apply(cfg, state, query, value, gate, mask, Tensor)
     _check_device(query, value=value, gate=gate, mask=mask, **state._asdict())
     _check_inplace(state.memory, inplace)
-    length, position = query.shape[1], int(state.position[0])
+    length, position = query.shape[1], validation.check_position(state.position.tolist())
     if update:
         validation.check_length(position, length)
     memory = _as_tables(state.memory, query)
@@ -145,6 +145,7 @@ def flush(cfg: FwPKMConfig, state: State, *, inplace: bool = False) -> tuple[Sta
     """
     validation.check_state(cfg, state, None, Tensor)
     _check_device(state.pending_query, **state._asdict())
+    validation.check_position(state.position.tolist())
     _check_inplace(state.memory, inplace)
     memory = state.memory
     waiting = _pending(cfg, state, memory.keys.dtype)
@@ -173,6 +174,9 @@ def lookup(cfg: FwPKMConfig, memory: Memory, query: Tensor) -> Lookup:
     validation.check_lookup(cfg, memory, query, Tensor)
     _check_device(query, memory=memory)
     memory = _as_tables(memory, query)
+    if query.shape[1] == 0:
+        entries = memory.keys.new_zeros(query.shape[0], 0, cfg.slots_per_token)
+        return Lookup(query.new_zeros(query.shape[0], 0, cfg.value_dim), entries.long(), entries)
     nothing = query.new_zeros(*query.shape[:2], cfg.value_dim)
     with _full_precision(query):
         seen = visit(cfg, memory.keys, Tokens.of(memory.keys.dtype, query, nothing, None, None))
@@ -275,7 +279,7 @@ def vjp(
     Returns:
         a gradient for each argument, in its shape.
     """
-    with torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad():
         inputs = [x.detach().requires_grad_() for x in args]
         outputs = fn(*inputs)
     outputs = (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)

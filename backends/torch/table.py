@@ -194,7 +194,9 @@ def _rewrite_backward(
     else:
         rows = gradient.index_select(0, place) * unclipped
     step_of = step[entries.place]
-    d_error, d_pull = among.read(rows, -pull * step_of), among.dot(rows, error) * -step_of
+    d_error = among.read(rows, -pull * step_of)
+    # An error near the largest number may overflow here; an entry that does not pull must not turn that into NaN.
+    d_pull = torch.where(step_of == 0, 0, among.dot(rows, error) * -step_of).nan_to_num_()
     if not cfg.weight_decay:
         return None, d_error, d_pull
     decay = (step != 0).to(rows.dtype) * (-cfg.learning_rate * cfg.weight_decay)

@@ -1,0 +1,219 @@
+"""Files (SPEC.md §8) that are damaged, of another kind or of another config change nothing."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors
+import safetensors.numpy
+from layer_files import (
+    CFG,
+    FakeLayer,
+    Metadata,
+    Tensors,
+    assert_words,
+    contents,
+    edit,
+    half_read_state,
+    refused_layer,
+    refused_state,
+    same_bits,
+)
+
+import fwpkm
+from fwpkm import FwPKMConfig
+
+# Damaged files
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"no safetensors file at all", b"\xff" * 64, b"PK\x03\x04" + bytes(60)], ids=repr
+)
+def test_not_safetensors(tmp_path: Path, data: bytes) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(data)
+    refused_layer(path, "not a whole safetensors file")
+    refused_state(path, "not a whole safetensors file")
+
+
+def test_safetensors_of_someone_else(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(safetensors.numpy.save(FakeLayer(0).tensors))
+    refused_layer(path, "format_version", "'1'", "None")
+    refused_state(path, "format_version", "'1'", "None")
+
+
+def test_truncated_anywhere(layer_file: Path, state_file: Path) -> None:
+    for path, refused in ((layer_file, refused_layer), (state_file, refused_state)):
+        whole = path.read_bytes()
+        for size in {*range(0, len(whole), 7), 7, 8, 9, len(whole) - 1}:
+            path.write_bytes(whole[:size])
+            refused(path)
+        path.write_bytes(whole + b"\0")
+        refused(path)
+
+
+@pytest.mark.parametrize("flip", [0x01, 0x80])
+def test_no_flipped_byte_goes_unnoticed(layer_file: Path, flip: int) -> None:
+    """In the header too: each single flip is refused, or names the same tensors with the same bits."""
+    whole, expected, layer = layer_file.read_bytes(), FakeLayer(0).tensors, FakeLayer(1)
+    begin = 8 + int.from_bytes(whole[:8], "little")
+    unnoticed = []
+    for index in range(len(whole)):
+        layer_file.write_bytes(whole[:index] + bytes([whole[index] ^ flip]) + whole[index + 1 :])
+        try:
+            fwpkm.load(layer_file, layer)
+        except ValueError as error:
+            assert_words(error, layer_file, "Expected", "Received")
+        else:
+            assert same_bits(layer.tensors, expected)
+            unnoticed.append(index)
+    assert all(index < begin for index in unnoticed)
+    assert layer.imports == len(unnoticed)
+
+
+def test_flipped_byte_of_a_tensor_names_it(layer_file: Path, state_file: Path) -> None:
+    def flip(tensors: Tensors, metadata: Metadata) -> None:
+        tensors["memory.values"].view(np.uint8).flat[0] ^= 1
+
+    for path, refused in ((layer_file, refused_layer), (state_file, refused_state)):
+        edit(path, flip, sign=False)
+        refused(path, "contents of memory.values do not match their sha256")
+
+
+def test_swapped_tensors_are_noticed(tmp_path: Path) -> None:
+    layer = FakeLayer(0, hidden_size=1)
+
+    def swap(tensors: Tensors, metadata: Metadata) -> None:
+        weight, bias = tensors["query_proj.weight"], tensors["query_proj.bias"]
+        tensors |= {"query_proj.weight": bias.reshape(8, 1), "query_proj.bias": weight.reshape(8)}
+
+    fwpkm.save(tmp_path / "file", layer)
+    edit(tmp_path / "file", swap, sign=False)
+    refused_layer(tmp_path / "file", "query_proj.weight", "query_proj.bias", "sha256", layer=layer)
+
+
+@pytest.mark.parametrize("key", ["format_version", "kind", "config", "sha256"])
+@pytest.mark.parametrize("value", [None, "", "{", "3", "[]", "[" * 100_000, "9" * 5000])
+def test_unreadable_metadata(layer_file: Path, state_file: Path, key: str, value: str | None) -> None:
+    def change(tensors: Tensors, metadata: Metadata) -> None:
+        if value is None:
+            del metadata[key]
+        else:
+            metadata[key] = value
+
+    for path, refused in ((layer_file, refused_layer), (state_file, refused_state)):
+        edit(path, change, sign=False)
+        refused(path, {"kind": "not the file of a"}.get(key, key))
+
+
+@pytest.mark.parametrize("version", ["0", "2", "1.0", " 1"])
+def test_unknown_format_version(layer_file: Path, state_file: Path, version: str) -> None:
+    for path, refused in ((layer_file, refused_layer), (state_file, refused_state)):
+        edit(path, lambda _, metadata: metadata.update(format_version=version))
+        refused(path, "unknown format_version", "Expected: '1'", f"Received: {version!r}")
+
+
+# Whole files that do not fit
+
+
+def test_state_file_is_no_layer_file(layer_file: Path, state_file: Path) -> None:
+    refused_layer(state_file, "Expected: kind 'layer'", "Received: kind 'state'", "fwpkm.load_state")
+    refused_state(layer_file, "Expected: kind 'state'", "Received: kind 'layer'", "fwpkm.load")
+
+
+def test_layer_of_another_spec(layer_file: Path) -> None:
+    other = FakeLayer(1, hidden_size=6, config=FwPKMConfig.from_json(CFG.to_json().replace('"drop"', '"wait"')))
+    words = ("hidden_size=6, config.boundary='wait'", "hidden_size=5, config.boundary='drop'")
+    refused_layer(layer_file, f"Expected: {words[0]}", f"Received: {words[1]}", layer=other)
+
+
+@pytest.mark.parametrize("field", json.loads(CFG.to_json()))
+def test_each_field_of_the_config_counts(layer_file: Path, state_file: Path, field: str) -> None:
+    fields = json.loads(CFG.to_json())
+    choices = {"boundary": "wait", "score": "dot_product", "write_scale": "unit", "memory_scope": "batch"}
+    smaller = {"top_k": 1, "lookahead": 0, "grad_clip": 0.5}
+    fields[field] = {**choices, **smaller}.get(field, (fields[field] and fields[field] * 2) or 0.25)
+    cfg = FwPKMConfig(**fields)
+    wanted, saved = f"{field}={fields[field]!r}", f"{field}={getattr(CFG, field)!r}"
+    refused_state(state_file, f"differs in {field}. Expected: {wanted}. Received: {saved}", cfg=cfg)
+    story = f"differs in config.{field}. Expected: config.{wanted}. Received: config.{saved}"
+    refused_layer(layer_file, story, layer=FakeLayer(1, config=cfg))
+
+
+def test_fields_that_only_one_side_has(layer_file: Path) -> None:
+    def change(tensors: Tensors, metadata: Metadata) -> None:
+        spec = json.loads(metadata["config"])
+        del spec["gated"], spec["config"]["score"]
+        metadata["config"] = json.dumps({**spec, "depth": 2})
+
+    edit(layer_file, change)
+    story = "Expected: gated=True, config.score='idw', no depth. Received: no gated, no config.score, depth=2"
+    refused_layer(layer_file, story)
+
+
+def test_missing_and_extra_tensors(layer_file: Path, state_file: Path) -> None:
+    for path, refused in ((layer_file, refused_layer), (state_file, refused_state)):
+        whole = path.read_bytes()
+        for name in contents(path)[0]:
+            edit(path, lambda tensors, _, name=name: tensors.pop(name))
+            refused(path, f"missing ['{name}'], unknown []")
+            path.write_bytes(whole)
+        edit(path, lambda tensors, _: tensors.update(more=np.zeros(1, np.float32)))
+        refused(path, "missing [], unknown ['more']")
+
+
+def test_wrong_shapes(layer_file: Path, state_file: Path) -> None:
+    for path, refused in ((layer_file, refused_layer), (state_file, refused_state)):
+        whole = path.read_bytes()
+        for name, tensor in contents(path)[0].items():
+            for wrong in (np.concatenate([tensor, tensor]), tensor[:0], tensor[..., None], tensor[0]):
+                edit(path, lambda tensors, _, name=name, wrong=wrong: tensors.update({name: wrong}))
+                # B is what position says: where that is wrong, the others are what does not fit.
+                words = () if name == "position" else (f"{name} {wrong.shape}", f"{name} {tensor.shape}")
+                refused(path, "wrong shape or dtype", *words)
+                path.write_bytes(whole)
+
+
+def test_wrong_dtypes(layer_file: Path, state_file: Path) -> None:
+    kept = {"position": ("int32",), "pending_mask": ("bool",)}
+    for path, refused in ((layer_file, refused_layer), (state_file, refused_state)):
+        whole = path.read_bytes()
+        for name, tensor in contents(path)[0].items():
+            for dtype in {"float16", "float32", "float64", "int32", "uint32", "int64", "bool", "uint8"}:
+                if dtype in kept.get(name, ("float32", "float64")):
+                    continue
+                wrong = tensor.astype(dtype)
+                edit(path, lambda tensors, _, name=name, wrong=wrong: tensors.update({name: wrong}))
+                refused(path, "wrong shape or dtype", f"Expected: {name} {tensor.shape} {tensor.dtype}")
+                path.write_bytes(whole)
+
+
+def test_bfloat16_is_refused_not_misread(layer_file: Path) -> None:
+    whole = layer_file.read_bytes()
+    begin = 8 + int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8:begin])
+    header["query_proj.bias"]["dtype"] = "BF16"
+    header["query_proj.bias"]["shape"] = [16]
+    text = json.dumps(header).encode()
+    layer_file.write_bytes(len(text).to_bytes(8, "little") + text + whole[begin:])
+    refused_layer(layer_file, "query_proj.bias (16,) BF16")
+
+
+def test_tables_of_a_shared_memory_are_not_per_row(tmp_path: Path) -> None:
+    shared = FwPKMConfig.from_json(CFG.to_json().replace('"sequence"', '"batch"'))
+    fwpkm.save_state(tmp_path / "state", half_read_state(), CFG)
+    edit(tmp_path / "state", lambda _, metadata: metadata.update(config=shared.to_json()))
+    words = ("Expected: memory.keys (1, 2, 2, 3, 2)", "Received: memory.keys (2, 2, 2, 3, 2)")
+    refused_state(tmp_path / "state", *words, cfg=shared)
+
+
+@pytest.mark.parametrize("position", [[-1, -1], [7, 8], [-(2**31), 0]])
+def test_bad_positions(state_file: Path, tmp_path: Path, position: list[int]) -> None:
+    wrong = np.array(position, np.int32)
+    edit(state_file, lambda tensors, _: tensors.update(position=wrong))
+    refused_state(state_file, "position", "equal in all rows", position)
+    with pytest.raises(ValueError, match="position"):
+        fwpkm.save_state(tmp_path / "new", half_read_state()._replace(position=wrong), CFG)
+    assert not (tmp_path / "new").exists()
