@@ -54,7 +54,9 @@ def _torch_session():
 def _filled_with_nan(allocate):
     def allocate_nan(*args, **kwargs):
         tensor = allocate(*args, **kwargs)
-        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+        if tensor.is_floating_point():
+            tensor.detach().fill_(float("nan"))
+        return tensor
 
     return allocate_nan
 
