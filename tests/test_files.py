@@ -291,7 +291,6 @@ print(len(seen), len(list(path.parent.glob(".fwpkm-*.tmp"))), len(list(path.pare
 """
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_killed_saves_leave_the_old_file_or_the_new_one(tmp_path: Path) -> None:
     command = [sys.executable, "-c", KILLED, str(tmp_path / "state")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path)
