@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 from hypothesis import given, settings
-from strategies import cases, is_untied
 
 from fwpkm import FwPKMConfig, Memory, agreement, reference
+from fwpkm.conformance.strategies import cases, is_untied
 
 INF, NAN = float("inf"), float("nan")
 

@@ -4,13 +4,15 @@ import dataclasses
 
 import numpy as np
 import pytest
+from asserting import assert_close, assert_same_bits, assert_same_reading
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from running import as_numpy, assert_close, assert_same_bits, assert_same_reading, native, read, start, stream
-from strategies import Case, Tokens, cases, draw_memory, draw_tokens, is_untied, splits
 
 import fwpkm
-from fwpkm import FwPKMConfig, Memory, agreement, reference
+from fwpkm import FwPKMConfig, Memory, reference
+from fwpkm.conformance.rounding import survives_rounding
+from fwpkm.conformance.running import as_numpy, native, read, start, stream
+from fwpkm.conformance.strategies import Case, Tokens, cases, draw_memory, draw_tokens, is_untied, splits
 
 OTHERS = ["torch"]
 FUNCTIONS = """
@@ -24,41 +26,16 @@ def other(request):
     return fwpkm.get_backend(request.param)
 
 
-def widened(case):
-    """The same numbers in float64."""
-    memory = Memory(*(table.astype(np.float64) for table in case.memory))
-    tokens = case.tokens.map(lambda array: array if array.dtype == bool else array.astype(np.float64))
-    return dataclasses.replace(case, memory=memory, tokens=tokens, dtype="float64")
-
-
 @settings(max_examples=4 * settings.default.max_examples)
 @given(cases(untied=True, flushed=True))
 def test_float64_equals_the_reference(other, case):
     assert_same_reading(case.cfg, read(other, case), read(reference, case), "float64")
 
 
-def survives_rounding(case, expected):
-    """Whether a rounding of the inputs moves the reference by far less than the bound.
-
-    Overshooting writes (§4) multiply an error by up to κΣw² - 1 a chunk; where they do, no float32 run can be judged.
-    """
-    rng = np.random.default_rng(case.seed)
-
-    def nudge(array):
-        return array if array.dtype == bool else array * (1 + rng.choice([-1, 1], array.shape) * 2.0**-24)
-
-    moved = dataclasses.replace(case, memory=Memory(*map(nudge, case.memory)), tokens=case.tokens.map(nudge))
-    got = read(reference, moved)
-    pairs = zip(
-        (got.output, got.memorization, got.addressing, *got.memory), (*expected[:1], *expected[3:5], *expected[5])
-    )
-    return max(agreement.relative_error(a, b) for a, b in pairs) < agreement.BOUNDS["float32"].forward / 20
-
-
 @settings(max_examples=4 * settings.default.max_examples)
 @given(cases(untied=True, flushed=True, dtype=st.just("float32")))
 def test_float32_equals_the_float64_reference(be, case):
-    wide = widened(case)
+    wide = case.widened()
     expected = read(reference, wide)
     assume(survives_rounding(wide, expected))
     assert_same_reading(case.cfg, read(be, case), expected, "float32")
@@ -83,7 +60,7 @@ def test_many_subkeys(be, num_subkeys, score, far):
     """More sub-keys than a shortlist holds, also far from the origin, where an expanded square loses its digits."""
     cfg = FwPKMConfig(8, 3, 2, num_subkeys, 3, 4, 1, score=score)
     case = untied_case(cfg, np.random.default_rng(num_subkeys), 11, far)
-    assert_same_reading(cfg, read(be, case), read(reference, widened(case)), "float32")
+    assert_same_reading(cfg, read(be, case), read(reference, case.widened()), "float32")
 
 
 def untied_case(cfg, rng, length, shift):

@@ -4,12 +4,13 @@ import dataclasses
 
 import numpy as np
 import torch
+from asserting import assert_close, assert_same_bits
 from hypothesis import given
 from hypothesis import strategies as st
-from running import apply, as_numpy, assert_close, assert_same_bits, native, start
-from strategies import FLOATS, Case, Tokens, cases, draw_memory, draw_tokens
 
 from fwpkm import FwPKMConfig, Memory
+from fwpkm.conformance.running import apply, as_numpy, native, start
+from fwpkm.conformance.strategies import FLOATS, Case, Tokens, cases, draw_memory, draw_tokens
 
 PAIRS = st.sampled_from([None, 0.0, 0.5, 1.0])
 

@@ -4,10 +4,11 @@ import re
 
 import numpy as np
 import pytest
-from running import as_numpy, assert_same_bits, native
+from asserting import assert_same_bits
 
 import fwpkm
 from fwpkm import FwPKMConfig, Memory, reference
+from fwpkm.conformance.running import as_numpy, native
 
 B, T = 2, 3
 CFG = FwPKMConfig(key_dim=4, value_dim=3, num_heads=2, num_subkeys=4, top_k=2, chunk_size=4, lookahead=1)

@@ -4,12 +4,13 @@ import dataclasses
 
 import numpy as np
 import pytest
+from asserting import assert_same_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from running import apply, as_numpy, assert_same_bits, native, read, start, stream
-from strategies import FLOATS, Case, Tokens, cases, draw_memory, draw_tokens
 
 from fwpkm import FwPKMConfig, Memory
+from fwpkm.conformance.running import apply, as_numpy, native, read, start, stream
+from fwpkm.conformance.strategies import FLOATS, Case, Tokens, cases, draw_memory, draw_tokens
 
 NUMBERS = [np.nan, np.inf, -np.inf, 1e20, -1e20, 1e38, 3e38, -3e38]
 PLACES = ("query", "value", "gate")

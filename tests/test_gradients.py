@@ -5,13 +5,14 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from asserting import assert_close, assert_same_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from running import as_numpy, assert_close, assert_same_bits, native
-from strategies import Case, Tokens, cases, draw_memory, draw_tokens, is_untied
 
 import fwpkm
 from fwpkm import FwPKMConfig, Memory, agreement, reference
+from fwpkm.conformance.running import as_numpy, native
+from fwpkm.conformance.strategies import Case, Tokens, cases, draw_memory, draw_tokens, is_untied
 
 TORCH = fwpkm.get_backend("torch")
 CLEAR = 100 * agreement.DIFFERENCE_STEP / 1e-3**0.5

@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = {"fwpkm": "fwpkm_core", "fwpkm.backends": "backends", "fwpkm.kernels": "kernels"}
 FRAMEWORKS = {"torch", "jax", "jaxlib", "tensorflow", "keras", "triton"}
 SHOW = {"matplotlib", "rich"}
+DRAW = {"hypothesis"}
 
 # Refuses, and remembers, every attempt to import what must not be imported, installed or not.
 FORBID = f"""
@@ -23,7 +24,7 @@ import sys
 class Forbid:
     tried = []
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {FRAMEWORKS | SHOW}:
+        if name.partition(".")[0] in {FRAMEWORKS | SHOW | DRAW}:
             self.tried.append(name)
 forbid = Forbid()
 sys.meta_path.insert(0, forbid)
@@ -188,8 +189,9 @@ def test_core_imports_only_the_standard_library_numpy_and_safetensors() -> None:
     found = imports_of("fwpkm")
     assert len(found) > 20
     for name, _, where in found:
-        shows = SHOW if where.startswith(("fwpkm_core/demo/", "fwpkm_core/cli.py:")) else set()
-        assert name.partition(".")[0] in allowed | shows, (where, name)
+        extra = SHOW if where.startswith(("fwpkm_core/demo/", "fwpkm_core/cli.py:")) else set()
+        extra = DRAW | {"rich"} if where.startswith("fwpkm_core/conformance/") else extra
+        assert name.partition(".")[0] in allowed | extra, (where, name)
 
 
 def test_core_imports_neither_backends_nor_kernels() -> None:

@@ -2,12 +2,13 @@
 
 import numpy as np
 import pytest
+from asserting import assert_close
 from hypothesis import given
 from hypothesis import strategies as st
-from running import as_numpy, assert_close, native
-from strategies import FLOATS, cases, configs
 
 from fwpkm import FwPKMConfig, Memory, agreement, reference
+from fwpkm.conformance.running import as_numpy, native
+from fwpkm.conformance.strategies import FLOATS, cases, configs
 
 RNG = np.random.default_rng
 

@@ -5,11 +5,12 @@ import contextlib
 import numpy as np
 import pytest
 import torch
-from running import apply, as_numpy, assert_same_bits, native, stream
-from strategies import draw_memory, draw_tokens
+from asserting import assert_same_bits
 
 import fwpkm
 from fwpkm import FwPKMConfig, Memory
+from fwpkm.conformance.running import apply, as_numpy, native, stream
+from fwpkm.conformance.strategies import draw_memory, draw_tokens
 
 TORCH = fwpkm.get_backend("torch")
 

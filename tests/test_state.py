@@ -5,13 +5,14 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from asserting import assert_close, assert_same_bits
 from hypothesis import given
 from hypothesis import strategies as st
-from running import apply, as_numpy, assert_close, assert_same_bits, native, start, stream
-from strategies import FLOATS, cases, draw_memory, draw_tokens, splits
 
 import fwpkm
 from fwpkm import FwPKMConfig, Memory, State, reference
+from fwpkm.conformance.running import apply, as_numpy, native, start, stream
+from fwpkm.conformance.strategies import FLOATS, cases, draw_memory, draw_tokens, splits
 
 TORCH = fwpkm.get_backend("torch")
 SEQUENCE = {"memory_scope": "sequence", "batch": st.integers(2, 3)}

@@ -3,12 +3,13 @@
 import dataclasses
 
 import numpy as np
+from asserting import assert_close, assert_same_bits, assert_same_reading
 from hypothesis import given
 from hypothesis import strategies as st
-from running import apply, as_numpy, assert_close, assert_same_bits, assert_same_reading, native, read, start, stream
-from strategies import FLOATS, Tokens, cases, draw_tokens, splits
 
 from fwpkm import Memory
+from fwpkm.conformance.running import apply, as_numpy, native, read, start, stream
+from fwpkm.conformance.strategies import FLOATS, Tokens, cases, draw_tokens, splits
 
 OTHERS = st.integers(0, 2**32 - 1)
 

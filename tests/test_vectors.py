@@ -7,11 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from running import as_numpy, assert_close, native, stream
-from strategies import Tokens
+from asserting import assert_close
 
 import fwpkm
 from fwpkm import FwPKMConfig, Memory, agreement, schedule
+from fwpkm.conformance.running import as_numpy, native, stream
+from fwpkm.conformance.strategies import Tokens
 
 TORCH = fwpkm.get_backend("torch")
 FOLDER = Path(__file__).parent / "vectors"

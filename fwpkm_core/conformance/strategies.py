@@ -5,12 +5,16 @@ and its repr is short.
 """
 
 import dataclasses
+from collections.abc import Callable, Collection, Iterator
+from typing import Any
 
 import numpy as np
 from hypothesis import strategies as st
 
-from fwpkm import FwPKMConfig, Memory, reference
+from fwpkm import reference
 from fwpkm.agreement import GAP, comparable_tokens
+from fwpkm.config import FwPKMConfig
+from fwpkm.containers import Memory
 
 TWISTS = ("at_keys", "repeats", "masked_row", "masked_chunk", "twins")
 """Queries exactly at keys; one query repeated; a row without unmasked tokens; likewise a chunk; equal keys (ties)."""
@@ -30,20 +34,23 @@ class Tokens:
     gate: np.ndarray | None
     mask: np.ndarray | None
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[Any]:
         """In the order of ``apply``'s arguments."""
         return iter((self.query, self.value, self.gate, self.mask))
 
-    def cut(self, start, stop):
+    def cut(self, start: int, stop: int | None) -> "Tokens":
+        """Tokens start to stop of every row."""
         return self.map(lambda array: array[:, start:stop])
 
-    def rows(self, rows):
+    def rows(self, rows: Any) -> "Tokens":
+        """Some rows of the batch."""
         return self.map(lambda array: array[rows])
 
-    def map(self, function):
+    def map(self, function: Callable[[np.ndarray], np.ndarray]) -> "Tokens":
+        """The function of each array that is there."""
         return Tokens(*(None if array is None else function(array) for array in self))
 
-    def unmasked(self):
+    def unmasked(self) -> np.ndarray:
         """``[B, T]`` bool, whether or not there is a mask."""
         return np.ones(self.query.shape[:2], bool) if self.mask is None else self.mask
 
@@ -68,10 +75,23 @@ class Case:
         masks = [None if array is None else array.shape for array in (self.tokens.gate, self.tokens.mask)]
         printer.text(f"Case({', '.join(f'{n}={getattr(self, n)!r}' for n in fields)}, gate and mask={masks})")
 
+    def map(self, function: Callable[[np.ndarray], np.ndarray]) -> "Case":
+        """The same case with the function of each floating array."""
 
-def configs(**fixed):
+        def floats(array: np.ndarray) -> np.ndarray:
+            return array if array.dtype == bool else function(array)
+
+        memory, tokens = Memory(*map(floats, self.memory)), self.tokens.map(floats)
+        return dataclasses.replace(self, memory=memory, tokens=tokens, dtype=str(memory.keys.dtype))
+
+    def widened(self) -> "Case":
+        """The same numbers in float64."""
+        return self.map(lambda array: array.astype(np.float64))
+
+
+def configs(**fixed: Any) -> st.SearchStrategy[FwPKMConfig]:
     """Any configuration of a few slots; ``fixed`` fields take the strategy or the value given instead."""
-    drawn = {
+    drawn: dict[str, st.SearchStrategy] = {
         "key_dim": st.sampled_from(range(2, 13, 2)),
         "value_dim": st.integers(1, 6),
         "num_heads": st.integers(1, 3),
@@ -104,20 +124,20 @@ def _config(fields):
 
 @st.composite
 def cases(
-    draw,
+    draw: st.DrawFn,
     *,
-    batch=ROWS,
-    dtype=FLOAT64,
-    gated=EITHER,
-    masked=EITHER,
-    twists=TWISTS,
-    flushed=False,
-    untied=False,
-    gap=GAP,
-    max_length=16,
-    min_length=1,
-    **fixed,
-):
+    batch: st.SearchStrategy[int] = ROWS,
+    dtype: st.SearchStrategy[str] = FLOAT64,
+    gated: st.SearchStrategy[bool] = EITHER,
+    masked: st.SearchStrategy[bool] = EITHER,
+    twists: Collection[str] = TWISTS,
+    flushed: bool = False,
+    untied: bool = False,
+    gap: float = GAP,
+    max_length: int = 16,
+    min_length: int = 1,
+    **fixed: Any,
+) -> Case:
     """A configuration, its tables, and tokens for a little more than two chunks.
 
     Args:
@@ -138,43 +158,57 @@ def cases(
     rows, name = draw(batch), draw(dtype)
     most = max(min_length, min(2 * cfg.chunk_size + cfg.lookahead + 2, max_length))
     length = draw(st.integers(min_length, most))
-    chosen = draw(st.frozensets(st.sampled_from(twists), max_size=2)) if twists else frozenset()
+    chosen = draw(st.frozensets(st.sampled_from(list(twists)), max_size=2)) if twists else frozenset()
     if untied:
         chosen -= {"twins"}
     gate, mask = draw(gated), draw(masked) or bool(chosen & {"masked_row", "masked_chunk"})
     flush_after = draw(st.integers(0, length)) if flushed else None
     seed = draw(st.integers(0, 2**32 - 1))
-    case = _case(cfg, seed, name, chosen, rows, length, gate, mask, flush_after)
-    while untied and not is_untied(case, gap):
-        seed += 1
-        case = _case(cfg, seed, name, chosen, rows, length, gate, mask, flush_after)
-    return case
+    arguments = (name, chosen, rows, length, gate, mask, flush_after)
+    return untied_case(cfg, seed, *arguments, gap=gap) if untied else make_case(cfg, seed, *arguments)
 
 
-def splits(length):
+def splits(length: int) -> st.SearchStrategy[list[int]]:
     """Sizes of calls that make up ``length`` tokens: single tokens, or any sizes, empty calls among them."""
     cuts = st.lists(st.integers(0, length), max_size=5).map(sorted)
     sizes = cuts.map(lambda at: np.diff([0, *at, length]).tolist())
     return st.one_of(st.just([1] * length or [0]), sizes)
 
 
-def _case(cfg, seed, dtype, twists, batch, length, gated, masked, flush_after):
+def untied_case(cfg: FwPKMConfig, seed: int, *arguments: Any, gap: float = GAP) -> Case:
+    """``make_case`` with the first seed from ``seed`` on that gives no gap of ``gap`` or less."""
+    while not is_untied(case := make_case(cfg, seed, *arguments), gap):
+        seed += 1
+    return case
+
+
+def make_case(
+    cfg: FwPKMConfig,
+    seed: int,
+    dtype: str,
+    twists: frozenset,
+    batch: int,
+    length: int,
+    gated: bool,
+    masked: bool,
+    flush_after: int | None,
+) -> Case:
+    """The case that follows from choices and a seed."""
     rng = np.random.default_rng(seed)
     memory, tokens = draw_memory(rng, cfg, batch, twists), draw_tokens(rng, cfg, batch, length, gated, masked)
     if "at_keys" in twists:
         tokens = dataclasses.replace(tokens, query=_at_keys(rng, cfg, memory, tokens.query))
     if "repeats" in twists:
         tokens.query[:, 1::2] = tokens.query[:, :1]
-    if "masked_row" in twists:
+    if tokens.mask is not None and "masked_row" in twists:
         tokens.mask[-1] = False
-    if "masked_chunk" in twists:
+    if tokens.mask is not None and "masked_chunk" in twists:
         tokens.mask[0, : cfg.chunk_size] = False
-    memory = Memory(*(table.astype(dtype) for table in memory))
-    tokens = tokens.map(lambda array: array if array.dtype == bool else array.astype(dtype))
-    return Case(cfg, seed, dtype, twists, batch, length, memory, tokens, flush_after)
+    case = Case(cfg, seed, dtype, twists, batch, length, memory, tokens, flush_after)
+    return case.map(lambda array: array.astype(dtype))
 
 
-def draw_memory(rng, cfg, batch, twists=()):
+def draw_memory(rng: np.random.Generator, cfg: FwPKMConfig, batch: int, twists: Collection[str] = ()) -> Memory:
     """float64 tables; with "twins" the first half of each codebook stands in its second half again."""
     memories = batch if cfg.memory_scope == "sequence" else 1
     keys = rng.uniform(-1, 1, (memories, cfg.num_heads, 2, cfg.num_subkeys, cfg.key_dim // 2))
@@ -184,7 +218,9 @@ def draw_memory(rng, cfg, batch, twists=()):
     return Memory(keys, rng.normal(size=(memories, cfg.num_slots, cfg.value_dim)))
 
 
-def draw_tokens(rng, cfg, batch, length, gated=True, masked=True):
+def draw_tokens(
+    rng: np.random.Generator, cfg: FwPKMConfig, batch: int, length: int, gated: bool = True, masked: bool = True
+) -> Tokens:
     """float64 tokens; queries about as large as keys, a quarter of them masked."""
     return Tokens(
         rng.uniform(-1.2, 1.2, (batch, length, cfg.num_heads * cfg.key_dim)),
@@ -205,15 +241,15 @@ def _at_keys(rng, cfg, memory, query):
     return halves.reshape(query.shape)
 
 
-def is_untied(case, gap=GAP):
+def is_untied(case: Case, gap: float = GAP) -> bool:
     """Whether every gap of every read exceeds ``gap``, before the flush in the middle and after it."""
+    case = case.widened()
     memory = case.memory
     first = case.length if case.flush_after is None else case.flush_after
     for start, stop in ((0, first), (first, case.length)):
         tokens = case.tokens.cut(start, stop)
         if comparable_tokens(case.cfg, memory, *tokens, gap=gap) < stop - start:
             return False
-        wide = tokens.map(lambda array: array if array.dtype == bool else array.astype(np.float64))
-        state = reference.init_state(case.cfg, Memory(*(t.astype(np.float64) for t in memory)), case.batch)
-        memory = reference.flush(case.cfg, reference.apply(case.cfg, state, *wide)[1])[0].memory
+        state = reference.init_state(case.cfg, memory, case.batch)
+        memory = reference.flush(case.cfg, reference.apply(case.cfg, state, *tokens)[1])[0].memory
     return True
