@@ -1,4 +1,4 @@
-"""The command ``fwpkm``: ``fwpkm demo`` and ``fwpkm backends``."""
+"""The command ``fwpkm``: ``demo``, ``backends`` and ``conform``."""
 
 import argparse
 import importlib.util
@@ -8,12 +8,17 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from fwpkm import __version__, backend_names, backend_status
+from fwpkm.conformance.command import run as judge
 from fwpkm.demo import DemoError, command, recall
 
 DESCRIPTION = "Fast-weight Product Key Memory: a memory layer that is rewritten while a sequence is read."
 DEMO = """\
 Stream a text through an untrained memory, several times, and count how often it recalls the next token; beside it
 run two controls, one that never writes and one whose targets are shuffled. Prints a table and saves a picture."""
+CONFORM = """\
+Judge backends by the NumPy reference (SPEC.md §6) on drawn cases: outputs, slots, weights, losses, tables, the state in
+mid-sequence, and gradients, which are held to torch's in float64. Exit status: 1 where a bound is broken, 2 where a
+backend cannot run."""
 
 
 class UsageError(Exception):
@@ -79,6 +84,24 @@ def _parser() -> argparse.ArgumentParser:
         "--out", default="fwpkm-demo", metavar="DIR", help="folder for the picture (default: ./%(default)s)"
     )
     demo.set_defaults(run=_demo)
+    conform = commands.add_parser("conform", help="judge backends by the reference", description=CONFORM)
+    conform.add_argument(
+        "--backends",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="numpy, torch, jax, keras-tensorflow, keras-jax, keras-torch, or any module that has the functions of "
+        "SPEC.md §8, such as mypackage.mymodule (default: every backend of this package)",
+    )
+    for name, default, lowest, text in (
+        ("--cases", 200, 1, "how many cases are drawn (default: 200)"),
+        ("--seed", 0, 0, "what they follow from (default: 0)"),
+        ("--case", None, 0, "run this case alone"),
+    ):
+        conform.add_argument(name, type=_integer(lowest, None), default=default, metavar="N", help=text)
+    conform.add_argument("--dtype", choices=("float32", "float64"), default="float32", help="(default: %(default)s)")
+    conform.add_argument("--markdown", action="store_true", help="print the table alone, as Markdown")
+    conform.set_defaults(run=_conform)
     listing = "list every backend with version and device, or why it cannot run and what to install"
     commands.add_parser("backends", help=listing, description=f"{listing.capitalize()}.").set_defaults(run=_backends)
     return parser
@@ -101,6 +124,17 @@ def _demo(arguments: argparse.Namespace) -> int:
         out=arguments.out,
     )
     return 0
+
+
+def _conform(arguments: argparse.Namespace) -> int:
+    return judge(
+        arguments.backends,
+        cases=arguments.cases,
+        seed=arguments.seed,
+        dtype=arguments.dtype,
+        case=arguments.case,
+        markdown=arguments.markdown,
+    )
 
 
 def _backends(arguments: argparse.Namespace) -> int:

@@ -11,45 +11,13 @@ from hypothesis import strategies as st
 
 import fwpkm
 from fwpkm import FwPKMConfig, Memory, agreement, reference
+from fwpkm.conformance.gradients import draw_cotangents, forward, gradients
 from fwpkm.conformance.running import as_numpy, native
 from fwpkm.conformance.strategies import Case, Tokens, cases, draw_memory, draw_tokens, is_untied
 
 TORCH = fwpkm.get_backend("torch")
 CLEAR = 100 * agreement.DIFFERENCE_STEP / 1e-3**0.5
 """A step of a difference moves no score by more than a hundredth of this: an idw score's slope is at most 1/√ε."""
-
-
-def forward(be, case, arrays, sizes=None, **options):
-    """Output, final keys and final values of a case with other arrays for its query, value, gate and tables."""
-    query, value, gate, keys, values = arrays
-    mask = native(be, case.tokens.mask)
-    state = be.init_state(case.cfg, Memory(keys, values), batch_size=case.batch)
-    outputs, at = [], 0
-    for size in sizes or [case.length]:
-        piece = (None if x is None else x[:, at : at + size] for x in (query, value, gate, mask))
-        output, state, _ = be.apply(case.cfg, state, *piece, **options)
-        outputs.append(output)
-        at += size
-    return (*outputs, *be.flush(case.cfg, state)[0].memory)
-
-
-def cotangents(case, rng):
-    shapes = ((case.batch, case.length, case.cfg.value_dim), *(table.shape for table in case.memory))
-    return tuple(rng.normal(size=shape) for shape in shapes)
-
-
-def gradients(be, case, weights, **options):
-    """Of Σ outputs · weights with respect to query, value, gate (None without one), keys and values."""
-    arrays = (*list(case.tokens)[:3], *case.memory)
-    present = [array is not None for array in arrays]
-
-    def function(*given):
-        given = iter(given)
-        return forward(be, case, [next(given) if here else None for here in present], **options)
-
-    args = native(be, tuple(array for array in arrays if array is not None))
-    received = iter(as_numpy(be, tuple(be.vjp(function, args, native(be, weights)))))
-    return [next(received) if here else None for here in present]
 
 
 def directional(case, index, direction, weights):
@@ -75,7 +43,7 @@ def directional(case, index, direction, weights):
 def test_gradients_equal_central_differences_of_the_reference(gradient_be, case):
     """Every input alone, over several chunks and a flush, into outputs and both final tables."""
     rng = np.random.default_rng(case.seed)
-    weights = cotangents(case, rng)
+    weights = draw_cotangents(case, rng)
     for index, gradient in enumerate(gradients(gradient_be, case, weights)):
         if gradient is None:
             continue
@@ -89,10 +57,9 @@ def test_gradients_equal_central_differences_of_the_reference(gradient_be, case)
 @given(cases(untied=True, max_length=12), st.data())
 def test_gradients_do_not_depend_on_the_split(gradient_be, case, data):
     at = data.draw(st.integers(0, case.length))
-    weights = cotangents(case, np.random.default_rng(case.seed))
+    weights = draw_cotangents(case, np.random.default_rng(case.seed))
     whole = gradients(gradient_be, case, weights)
-    pieces = (weights[0][:, :at], weights[0][:, at:], *weights[1:])
-    split = gradients(gradient_be, case, pieces, sizes=[at, case.length - at])
+    split = gradients(gradient_be, case, weights, sizes=[at, case.length - at])
     for received, expected in zip(split, whole):
         if expected is not None:
             assert_close(received, expected, case.dtype, "gradient")
@@ -105,11 +72,11 @@ def test_each_output_alone_reaches_the_first_chunk(gradient_be, write_scale, out
     cfg = FwPKMConfig(4, 3, 2, 4, 2, 3, 1, write_scale=write_scale, score_eps=0.1)
     rng = np.random.default_rng(2)
     case = _case(cfg, rng, 9)
-    weights = [np.zeros_like(array) for array in cotangents(case, rng)]
+    weights = [np.zeros_like(array) for array in draw_cotangents(case, rng)]
     index = ("output", "keys", "values").index(output)
     weights[index][...] = rng.normal(size=weights[index].shape)
     weights[0][:, :6] = 0
-    received = gradients(gradient_be, case, tuple(weights))
+    received = gradients(gradient_be, case, weights)
     first = [array[:, :3] for array in received[:3]]
     assert np.any(first[0]), "queries of the first chunk"
     assert np.any(first[1]) == np.any(first[2]) == (output != "keys"), "its values and gates"
@@ -133,7 +100,7 @@ def _case(cfg, rng, length):
 def test_no_gradient_passes_through_masked_contents_of_others_or_dead_tokens(gradient_be, case, data):
     """Dead tokens get 0, though numbers that are not finite stand in the graph; others get what a mask would give."""
     row, at = data.draw(st.integers(0, case.batch - 1)), data.draw(st.integers(0, case.length - 1))
-    weights = cotangents(case, np.random.default_rng(case.seed))
+    weights = draw_cotangents(case, np.random.default_rng(case.seed))
     weights[0][row, at] = 0
     place = data.draw(st.sampled_from(["query", "value", "gate"]))
     number = data.draw(st.sampled_from([np.nan, np.inf, -np.inf, 1e200]))
@@ -155,7 +122,7 @@ def test_no_gradient_passes_through_masked_contents_of_others_or_dead_tokens(gra
 def test_inplace_either_refuses_or_keeps_gradients_right(gradient_be, case):
     """Tables without gradient, but queries, values and gates with one: the graph may hold what inplace overwrites."""
     rng = np.random.default_rng(case.seed)
-    weights, memory = cotangents(case, rng), native(gradient_be, case.memory)
+    weights, memory = draw_cotangents(case, rng), native(gradient_be, case.memory)
     present = [array is not None for array in list(case.tokens)[:3]]
     args = native(gradient_be, tuple(array for array in list(case.tokens)[:3] if array is not None))
     received = []
@@ -238,7 +205,7 @@ def test_vjp(gradient_be):
 @given(cases(max_length=12))
 def test_two_runs_give_equal_bits(gradient_be, case):
     """Forward and backward, in deterministic algorithms' absence: sums have one order (twins and repeats included)."""
-    weights = cotangents(case, np.random.default_rng(case.seed))
+    weights = draw_cotangents(case, np.random.default_rng(case.seed))
     arrays = (*list(case.tokens)[:3], *case.memory)
     runs = []
     for _ in range(2):
@@ -257,7 +224,7 @@ def test_two_large_runs_give_equal_bits(gradient_be):
         memory, tokens = draw_memory(rng, cfg, 2), draw_tokens(rng, cfg, 2, 600)
         arrays = [array.astype("float32") for array in (*list(tokens)[:3], *memory)]
         case = Case(cfg, 0, "float32", frozenset(), 2, 600, Memory(*arrays[3:]), Tokens(*arrays[:3], tokens.mask))
-        weights = tuple(x.astype("float32") for x in cotangents(case, rng))
+        weights = tuple(x.astype("float32") for x in draw_cotangents(case, rng))
         runs = []
         for _ in range(2):
             outputs = as_numpy(gradient_be, forward(gradient_be, case, native(gradient_be, tuple(arrays))))

@@ -1,13 +1,22 @@
-"""Which cases a float32 run can be judged on at all."""
+"""Which cases a run can be judged on at all: those that a rounding of the inputs does not move (SPEC.md §6)."""
+
+from collections.abc import Iterable
 
 import numpy as np
 
-from fwpkm import agreement, reference
+from fwpkm import reference
+from fwpkm.conformance.judging import bound, errors, reading_errors
+from fwpkm.conformance.results import Result, expect
 from fwpkm.conformance.running import Reading, read
+from fwpkm.conformance.shapes import Passage
 from fwpkm.conformance.strategies import Case
 
 SHARE = 1 / 20
-"""A rounding of the inputs may move a result by this share of the bound."""
+"""A rounding of the inputs may move a result by this share of the bound.
+
+Overshooting writes (§4) multiply an error by up to κΣw² - 1 a chunk, and scores are steep near keys. Where that moves a
+result by more, no run of the dtype can be judged.
+"""
 
 
 def nudged(case: Case, dtype: str) -> Case:
@@ -17,18 +26,22 @@ def nudged(case: Case, dtype: str) -> Case:
     return case.map(lambda array: array * (1 + rng.choice([-1, 1], array.shape) * half_unit))
 
 
-def survives_rounding(case: Case, expected: Reading, dtype: str = "float32") -> bool:
-    """Whether a rounding of the inputs moves the reference by far less than the bound.
-
-    Overshooting writes (§4) multiply an error by up to κΣw² - 1 a chunk; where they do, no run of the dtype can be
-    judged.
+def passage_survives(passage: Passage, expected: Result) -> bool:
+    """Whether a rounding of a passage's inputs moves the reference, and torch's gradients, by far less than the bounds.
 
     Args:
-        case: float64.
-        expected: what the reference read.
-        dtype: that of the runs to be judged.
+        passage: in the dtype of the runs to be judged.
+        expected: what ``expect`` gave.
     """
-    got = read(reference, nudged(case, dtype))
-    names = ("output", "memorization", "addressing")
-    pairs = [(getattr(got, name), getattr(expected, name)) for name in names] + [*zip(got.memory, expected.memory)]
-    return max(agreement.relative_error(a, b) for a, b in pairs) < agreement.BOUNDS[dtype].forward * SHARE
+    dtype = passage.case.dtype
+    moved = expect(passage._replace(case=nudged(passage.case.widened(), dtype)))
+    return _unmoved(errors(passage.case.cfg, moved, expected), dtype)
+
+
+def survives_rounding(case: Case, expected: Reading, dtype: str = "float32") -> bool:
+    """The same of a float64 case that is read in one call, forward alone."""
+    return _unmoved(reading_errors(case.cfg, read(reference, nudged(case, dtype)), expected), dtype)
+
+
+def _unmoved(moves: Iterable[tuple[str, float]], dtype: str) -> bool:
+    return all(error <= SHARE * bound(quantity, dtype) for quantity, error in moves)

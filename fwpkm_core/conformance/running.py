@@ -75,8 +75,8 @@ def stream(
     """
     length = tokens.query.shape[1]
     sizes = [length] if sizes is None else sizes
-    if sum(sizes) != length:
-        raise ValueError(f"sizes must make up the {length} tokens. Received: {sizes}")
+    if sum(sizes) != length or not (sizes or flush):
+        raise ValueError(f"sizes must make up the {length} tokens, in one call or more. Received: {sizes}")
     outputs, traces, at = [], [], 0
     for size in sizes:
         output, state, trace = apply(be, cfg, state, tokens.cut(at, at + size), **options)
@@ -91,7 +91,8 @@ def stream(
     slots, weights = (np.concatenate([as_numpy(be, t[i]) for t in traces], axis=1) for i in (0, 1))
     losses = (np.concatenate([_used(be, t, i) for t in traces], axis=1) for i in (2, 3))
     memory = as_numpy(be, state.memory)
-    return Reading(np.concatenate(outputs, axis=1), slots, weights, *losses, memory), state
+    output = np.concatenate(outputs or [tokens.value[:, :0]], axis=1)
+    return Reading(output, slots, weights, *losses, memory), state
 
 
 def read(be: ModuleType, case: Case, sizes: Sequence[int] | None = None, **options: Any) -> Reading:

@@ -17,7 +17,10 @@ from fwpkm.config import FwPKMConfig
 from fwpkm.containers import Memory
 
 TWISTS = ("at_keys", "repeats", "masked_row", "masked_chunk", "twins")
-"""Queries exactly at keys; one query repeated; a row without unmasked tokens; likewise a chunk; equal keys (ties)."""
+"""Queries exactly at keys; one query repeated; a row without unmasked tokens; likewise a chunk; equal keys (ties).
+
+``make_case`` knows one more, "nonfinite": tokens that hold NaN or an infinity.
+"""
 
 ROWS = st.integers(1, 3)
 EITHER = st.booleans()
@@ -204,6 +207,8 @@ def make_case(
         tokens.mask[-1] = False
     if tokens.mask is not None and "masked_chunk" in twists:
         tokens.mask[0, : cfg.chunk_size] = False
+    if "nonfinite" in twists:
+        _spoil(rng, tokens)
     case = Case(cfg, seed, dtype, twists, batch, length, memory, tokens, flush_after)
     return case.map(lambda array: array.astype(dtype))
 
@@ -239,6 +244,13 @@ def _at_keys(rng, cfg, memory, query):
     at = np.take_along_axis(keys, subkeys[..., None, None], axis=-2)[..., 0, :]
     halves[:, ::2] = at[:, ::2]
     return halves.reshape(query.shape)
+
+
+def _spoil(rng, tokens):
+    """Some tokens hold a number that is not finite, in query, value or gate."""
+    for spoilt in (array for array in list(tokens)[:3] if array is not None):
+        row, at = (rng.integers(size) for size in spoilt.shape[:2])
+        spoilt[(row, at, *(rng.integers(size) for size in spoilt.shape[2:]))] = rng.choice([np.nan, np.inf, -np.inf])
 
 
 def is_untied(case: Case, gap: float = GAP) -> bool:

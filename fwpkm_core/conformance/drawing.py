@@ -1,0 +1,43 @@
+"""Drawing from Hypothesis strategies outside a test: the same seed gives the same cases."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import hypothesis
+from hypothesis import strategies as st
+
+from fwpkm.conformance.shapes import Passage, Shape, passages, shapes
+
+T = TypeVar("T")
+
+
+def draw(strategy: st.SearchStrategy[T], seed: int | str) -> T:
+    """One value of a strategy that follows from the seed, and from the version of Hypothesis."""
+    drawn: list[T] = []
+
+    # The first example is always the simplest, and the second the first that is random.
+    @hypothesis.seed(seed)  # type: ignore[arg-type]
+    @hypothesis.settings(
+        max_examples=2,
+        database=None,
+        deadline=None,
+        derandomize=False,
+        phases=[hypothesis.Phase.generate],
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )
+    @hypothesis.given(strategy)
+    def collect(value: Any) -> None:
+        drawn.append(value)
+
+    collect()
+    return drawn[-1]
+
+
+def drawer(seed: int, dtype: str) -> Callable[[int], Passage]:
+    """From a case's number to the case, whatever the number of cases: it is of shape number modulo ten."""
+    drawn: tuple[Shape, ...] = draw(shapes(), seed)
+
+    def passage(number: int) -> Passage:
+        return draw(passages(number, drawn[number % len(drawn)], dtype), f"{seed}/{number}")
+
+    return passage
