@@ -11,13 +11,15 @@ class _Backend(NamedTuple):
     module: str
     framework: str
     extra: str | None
+    arrays: tuple[str, ...]
+    """The packages that the types of its arrays belong to."""
 
 
 _BACKENDS = {
-    "numpy": _Backend("fwpkm.reference", "numpy", None),
-    "torch": _Backend("fwpkm.backends.torch", "torch", "torch"),
-    "jax": _Backend("fwpkm.backends.jax", "jax", "jax"),
-    "keras": _Backend("fwpkm.backends.keras", "keras", "keras"),
+    "numpy": _Backend("fwpkm.reference", "numpy", None, ("numpy",)),
+    "torch": _Backend("fwpkm.backends.torch", "torch", "torch", ("torch",)),
+    "jax": _Backend("fwpkm.backends.jax", "jax", "jax", ("jax", "jaxlib")),
+    "keras": _Backend("fwpkm.backends.keras", "keras", "keras", ("keras", "tensorflow")),
 }
 
 
@@ -73,7 +75,7 @@ def backend_of(array: Any) -> ModuleType:
     """
     package = type(array).__module__.partition(".")[0]
     for name, backend in _BACKENDS.items():
-        if package in (backend.framework, f"{backend.framework}lib"):
+        if package in backend.arrays:
             return get_backend(name)
     raise ValueError(f"expected an array of one of {', '.join(_BACKENDS)}. Received: {type(array)!r}")
 

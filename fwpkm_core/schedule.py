@@ -55,7 +55,8 @@ def max_writes(cfg: FwPKMConfig, length: int) -> int:
 
 def flush_writes(cfg: FwPKMConfig, pending: Array) -> Array:
     """1 where a flush has a chunk to write, else 0: more than lag tokens, since fewer make no pair under "wait"."""
-    return 1 * (pending > lag(cfg))
+    excess = pending - lag(cfg)
+    return (1 + abs(excess) - abs(excess - 1)) // 2  # excess > 0 as an int, which TensorFlow makes of no bool by 1 *
 
 
 def segments(cfg: FwPKMConfig, position: int, length: int) -> Iterator[Segment]:

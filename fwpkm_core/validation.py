@@ -24,11 +24,12 @@ def check_array(name: str, array: Any, axes: Sequence[Axis], kind: str, array_ty
         expected = " or ".join(f"{t.__module__.partition('.')[0]}.{t.__name__}" for t in types)
         raise ValueError(f"{name} must be a {expected}. Received: {type(array).__name__}")
     shape = tuple(given.shape)
-    fits = len(shape) == len(axes) and all(size in (None, got) for (_, size), got in zip(axes, shape))
+    # None is a size that a TensorFlow graph does not know yet.
+    fits = len(shape) == len(axes) and all(None in (size, got) or size == got for (_, size), got in zip(axes, shape))
     if not fits:
         expected = ", ".join(label if size is None else f"{label}={size}".removeprefix("=") for label, size in axes)
         raise ValueError(f"{name} must have shape [{expected}]. Received: shape {shape}")
-    dtype = str(given.dtype).removeprefix("torch.")
+    dtype = getattr(given.dtype, "name", str(given.dtype)).removeprefix("torch.")
     if not (dtype == kind or (kind == "float" and kind in dtype)):
         wanted = "a floating dtype" if kind == "float" else f"dtype {kind}"
         raise ValueError(f"{name} must have {wanted}. Received: dtype {dtype}")
@@ -115,7 +116,7 @@ def check_state(cfg: FwPKMConfig, state: Any, batch_size: int | None, array_type
     if not isinstance(state, State):
         raise ValueError(f"state must be a fwpkm.State, as init_state returns. Received: {type(state).__name__}")
     check_array("state.position", state.position, [("B", batch_size)], "int32", array_type)
-    b, p = int(state.position.shape[0]), schedule.capacity(cfg)
+    b, p = state.position.shape[0], schedule.capacity(cfg)
     check_memory(cfg, state.memory, memories_for(cfg, b), array_type)
     rows = [("B", b), ("P", p)]
     query_axes = [*rows, ("H*Dk", cfg.num_heads * cfg.key_dim)]

@@ -1,0 +1,39 @@
+"""The Keras 3 backend: the functions of SPEC.md §8, the layer, and a callback that resets its state.
+
+On torch and jax the functions are those of the native backend, on tensorflow they are written in keras.ops (ops.py).
+"""
+
+from fwpkm.backends.keras.callback import ResetState
+from fwpkm.backends.keras.layer import FwPKM
+from fwpkm.backends.keras.native import functions
+
+_functions = functions()
+apply = _functions.apply
+asarray = _functions.asarray
+chunk_update = _functions.chunk_update
+detach = _functions.detach
+device_name = _functions.device_name
+flush = _functions.flush
+init_memory = _functions.init_memory
+init_state = _functions.init_state
+lookup = _functions.lookup
+reset = _functions.reset
+to_numpy = _functions.to_numpy
+vjp = _functions.vjp
+
+__all__ = [
+    "FwPKM",
+    "ResetState",
+    "apply",
+    "asarray",
+    "chunk_update",
+    "detach",
+    "device_name",
+    "flush",
+    "init_memory",
+    "init_state",
+    "lookup",
+    "reset",
+    "to_numpy",
+    "vjp",
+]

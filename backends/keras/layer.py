@@ -1,0 +1,320 @@
+"""The Keras layer (SPEC.md §7), on the tensorflow, jax and torch backends of Keras 3."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+from keras import KerasTensor, initializers, ops
+
+from fwpkm import validation
+from fwpkm.backends.keras import native
+from fwpkm.backends.keras.layout import NAMES, flatten, forms, unflatten
+from fwpkm.backends.keras.norms import rms_normalised, zscore
+from fwpkm.backends.keras.tokens import blank, finite_rows
+from fwpkm.config import FwPKMConfig
+from fwpkm.containers import Array, Memory, State
+
+
+@keras.saving.register_keras_serializable(package="fwpkm")
+class FwPKM(keras.layers.Layer):
+    """A fast-weight product-key memory between two projections (SPEC.md §7); no residual inside.
+
+    ``y = layer(x)``: x and y are ``[B, T, hidden_size]``, T may be None. Each call starts from the layer's initial
+    memory, so nothing leaks between calls or between the rows of a batch. To read on, ask for the state with
+    ``return_state=True`` and pass it as ``initial_state``, or let the layer keep it with ``stateful=True``.
+
+    A mask, such as ``Embedding(mask_zero=True)`` makes, marks tokens that never write; it is passed on. Under a mixed
+    precision policy the projections run in its compute dtype; tables and states stay float32 (float64 under the
+    float64 policy).
+
+    On torch and jax the memory is the native backend's. On tensorflow it is written in keras.ops, and every write
+    copies the value table.
+
+    Args:
+        gated: weigh reads and writes by a learned gate; without it, reads and values are added.
+        value_norm: "zscore" standardises each value over its features, None leaves it.
+        learn_memory: train the initial tables; by default they are non-trainable weights.
+        return_state: return ``[y, *state]``, the arrays in the order and shapes of :class:`fwpkm.State`.
+        stateful: each call goes on where the last one stopped, until :meth:`reset_state`; every batch must have the
+            size that the layer was built with. The state is a non-trainable weight: a saved model goes on as well.
+        trainable: as in any Keras layer.
+        dtype: dtype or policy.
+        name: as in any Keras layer.
+        config_fields: fields of :class:`fwpkm.FwPKMConfig`, such as key_dim or num_subkeys.
+
+    Raises:
+        ValueError: a field breaks its rule; names the field, the rule and the value.
+    """
+
+    def __init__(
+        self,
+        *,
+        gated: bool = True,
+        value_norm: str | None = "zscore",
+        learn_memory: bool = False,
+        return_state: bool = False,
+        stateful: bool = False,
+        trainable: bool = True,
+        dtype: Any = None,
+        name: str | None = None,
+        **config_fields: Any,
+    ):
+        """See the class."""
+        # autocast would round the tables of a passed state: the layer casts for itself.
+        super().__init__(trainable=trainable, dtype=dtype, name=name, autocast=False)
+        self._config = FwPKMConfig(**config_fields)
+        if value_norm not in ("zscore", None):
+            raise ValueError(f"value_norm must be 'zscore' or None. Received: value_norm={value_norm!r}")
+        if value_norm and self._config.value_dim < 2:
+            raise ValueError(
+                "value_dim must be at least 2 for value_norm='zscore', whose standard deviation is unbiased. "
+                f"Received: value_dim={self._config.value_dim}"
+            )
+        if learn_memory and stateful:
+            raise ValueError(
+                "learn_memory must be False with stateful=True, where batches pass no gradient to the initial memory. "
+                "Received: learn_memory=True"
+            )
+        self.gated, self.value_norm, self.learn_memory = gated, value_norm, learn_memory
+        self.return_state, self.stateful = return_state, stateful
+        self.supports_masking = True
+
+    @property
+    def config(self) -> FwPKMConfig:
+        """The configuration of the memory."""
+        return self._config
+
+    def build(self, input_shape: Sequence[int | None]) -> None:
+        """Make the weights for inputs ``[B, T, hidden_size]``; B may be None unless the layer is stateful.
+
+        Raises:
+            ValueError: another rank, an unknown hidden_size, or an unknown B where the layer is stateful.
+        """
+        if len(input_shape) != 3 or input_shape[2] is None:
+            raise ValueError(
+                f"x must have shape [B, T, hidden_size] with a known hidden_size. Received: shape {tuple(input_shape)}"
+            )
+        if self.stateful and input_shape[0] is None:
+            raise ValueError(
+                "a stateful layer must know its batch size when it is built: use keras.Input(batch_shape=...), or call "
+                f"the layer on a batch first. Received: shape {tuple(input_shape)}"
+            )
+        cfg, hidden = self._config, input_shape[2]
+        self.hidden_size, self.batch_size = hidden, input_shape[0]
+        # Weights have the names and shapes of SPEC.md §8, "." written as "_".
+        widths = {"query": (cfg.num_heads * cfg.key_dim, hidden), "value": (cfg.value_dim, hidden)}
+        widths |= {"gate": (1, hidden)} if self.gated else {}
+        for part, (out, into) in (widths | {"output": (hidden, cfg.value_dim)}).items():
+            self._add(f"{part}_norm.weight", (into,), initializers.Ones())
+            self._add(f"{part}_proj.weight", (out, into), initializers.RandomNormal(stddev=0.02))
+            self._add(f"{part}_proj.bias", (out,), initializers.Zeros())
+        keys, values, *pending = forms(cfg, self.batch_size, self._table_dtype)
+        bound, spread = cfg.key_dim**-0.5, cfg.value_dim**-0.5
+        for name, form, start in (
+            ("memory.keys", keys, initializers.RandomUniform(-bound, bound)),
+            ("memory.values", values, initializers.RandomNormal(stddev=spread)),
+        ):
+            table = self._add(name, form.shape[1:], start, dtype=form.dtype, trainable=self.learn_memory)
+            if self.stateful:
+                self._add(f"state.{name}", form.shape, _copies_of(table), dtype=form.dtype, trainable=False)
+        if self.stateful:
+            for name, form in zip(NAMES[2:], pending):
+                self._add(f"state.{name}", form.shape, initializers.Zeros(), dtype=form.dtype, trainable=False)
+
+    def call(
+        self, x: Array, mask: Array | None = None, initial_state: Any = None, training: bool | None = None, update=True
+    ) -> Any:
+        """Read T tokens, writing every chunk that they complete.
+
+        Args:
+            x: ``[B, T, hidden_size]``.
+            mask: ``[B, T]`` bool, False for tokens that never write (padding); None for True.
+            initial_state: where the sequence stands, as a :class:`fwpkm.State` or the list of its arrays; None starts
+                from the initial memory, or where the last call of a stateful layer stopped.
+            training: makes no difference; the memory is written in training and at inference.
+            update: False only reads and leaves the state as it is.
+
+        Returns:
+            y ``[B, T, hidden_size]`` in the compute dtype, NaN for tokens that are not finite; with ``return_state``
+            ``[y, *state]``.
+
+        Raises:
+            ValueError: an argument does not fit; names it, what was expected and what was received.
+        """
+        self._check(x)
+        mask = getattr(x, "_keras_mask", None) if mask is None else mask  # Keras fills it in only for lone arguments
+        mask = None if mask is None else ops.cast(mask, "bool")
+        x = native.whole_batch(x, self.batch_size) if self.stateful else x
+        x = ops.cast(x, self.compute_dtype)
+        # A token that is not finite must not reach the projections: their weights' gradients would be 0 · NaN.
+        dead = ~finite_rows(x)
+        x = blank(x, dead)
+        query, value = self._project("query", x), self._project("value", x)
+        value = zscore(value) if self.value_norm == "zscore" else value
+        gate = ops.sigmoid(self._project("gate", x)[..., 0]) if self.gated else None
+        state = self._initial(x) if initial_state is None else unflatten(initial_state)
+        live = ~dead if mask is None else mask & ~dead
+        read, state = native.apply(self._config, state, query, value, gate, live, update, owned=initial_state is None)
+        dead = dead | ~finite_rows(read)
+        read, value = blank(read, dead), blank(value, dead)
+        mixed = read + value if gate is None else gate[..., None] * read + (1 - gate[..., None]) * value
+        y = self._project("output", mixed)
+        y = ops.where(dead[..., None], ops.cast(float("nan"), y.dtype), y)
+        if self.stateful and update:
+            for name, array in zip(NAMES, flatten(native.functions().detach(state))):
+                self._weight(f"state.{name}").assign(array)
+        return [y, *flatten(state)] if self.return_state else y
+
+    def compute_output_spec(
+        self, x: KerasTensor, mask: Any = None, initial_state: Any = None, training: Any = None, update: bool = True
+    ) -> Any:
+        """What ``call`` returns for symbolic inputs; no operation runs."""
+        self._check(x)
+        y = KerasTensor(x.shape, dtype=self.compute_dtype)
+        if not self.return_state:
+            return y
+        dtype = self._table_dtype if initial_state is None else unflatten(initial_state).memory.keys.dtype
+        return [y, *(KerasTensor(form.shape, dtype=form.dtype) for form in forms(self._config, x.shape[0], dtype))]
+
+    def compute_output_shape(self, input_shape: Sequence[int | None]) -> Any:
+        """The shape of y, or of ``[y, *state]``."""
+        shape = tuple(input_shape)
+        if not self.return_state:
+            return shape
+        return [shape, *(form.shape for form in forms(self._config, shape[0], self._table_dtype))]
+
+    def compute_mask(self, inputs: Any, previous_mask: Any = None) -> Any:
+        """The mask goes on with y; the arrays of a state have none."""
+        return [previous_mask, *[None] * len(NAMES)] if self.return_state else previous_mask
+
+    def get_config(self) -> dict[str, Any]:
+        """Every argument of the layer."""
+        own = {
+            "gated": self.gated,
+            "value_norm": self.value_norm,
+            "learn_memory": self.learn_memory,
+            "return_state": self.return_state,
+            "stateful": self.stateful,
+        }
+        return {**super().get_config(), **dataclasses.asdict(self._config), **own}
+
+    def init_state(self, batch_size: int) -> State:
+        """The state that a call without one starts from: the initial memory for each row, at position 0.
+
+        Raises:
+            ValueError: the layer is not built.
+        """
+        keys, values = (ops.convert_to_tensor(self._weight(name)) for name in NAMES[:2])
+        return native.functions().init_state(self._config, Memory(keys[None], values[None]), batch_size)
+
+    @property
+    def state(self) -> State:
+        """Where a stateful layer stands: a copy, since torch overwrites its weights in place.
+
+        Raises:
+            ValueError: the layer is not stateful, or not built.
+        """
+        if not self.stateful:
+            raise ValueError("only a layer with stateful=True keeps a state. Received: stateful=False")
+        arrays = [ops.stop_gradient(ops.copy(self._weight(f"state.{name}"))) for name in NAMES]
+        return native.on_host(unflatten(arrays))
+
+    def reset_state(self) -> None:
+        """Let a stateful layer start from its initial memory again; nothing happens before it is built.
+
+        Raises:
+            ValueError: the layer is not stateful.
+        """
+        if not self.stateful:
+            raise ValueError("reset_state needs a layer with stateful=True. Received: stateful=False")
+        if self.built:
+            for name, array in zip(NAMES, flatten(self.init_state(self.batch_size))):
+                self._weight(f"state.{name}").assign(ops.stop_gradient(array))
+
+    def spec(self) -> dict[str, Any]:
+        """What a file of this layer's weights must have been saved from."""
+        self._weight("memory.keys")
+        return {
+            "hidden_size": self.hidden_size,
+            "gated": self.gated,
+            "value_norm": self.value_norm,
+            "config": dataclasses.asdict(self._config),
+        }
+
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The canonical names (SPEC.md §8) and their shapes."""
+        return {name: tuple(weight.shape) for name, weight in self._canonical().items()}
+
+    def export_tensors(self, variables: None = None) -> dict[str, np.ndarray]:
+        """Weights and initial tables by canonical name; bfloat16 and float16 as float32."""
+        narrow = {name: "float16" in weight.dtype for name, weight in self._canonical().items()}
+        weights = {name: ops.convert_to_tensor(weight) for name, weight in self._canonical().items()}
+        return {
+            name: ops.convert_to_numpy(ops.cast(weight, "float32") if narrow[name] else weight)
+            for name, weight in weights.items()
+        }
+
+    def import_tensors(self, tensors: Mapping[str, np.ndarray]) -> None:
+        """Fill weights and initial tables; names and shapes are those of :meth:`tensor_shapes`. Resets the state."""
+        for name, weight in self._canonical().items():
+            weight.assign(tensors[name])
+        if self.stateful:
+            self.reset_state()
+
+    @property
+    def _table_dtype(self) -> str:
+        return "float64" if self.variable_dtype == "float64" else "float32"
+
+    def _add(self, name: str, shape: tuple[int | None, ...], initializer: Any, **options: Any) -> keras.Variable:
+        weight = self.add_weight(name=_attribute(name), shape=shape, initializer=initializer, **options)
+        setattr(self, _attribute(name), weight)
+        return weight
+
+    def _weight(self, name: str) -> keras.Variable:
+        if not self.built:
+            raise ValueError(
+                "the layer has no weights yet: build it first, by calling it on an input or by "
+                f"layer.build((None, None, hidden_size)). Received: {self.name}, not built"
+            )
+        return getattr(self, _attribute(name))
+
+    def _canonical(self) -> dict[str, keras.Variable]:
+        """Weights and initial tables by canonical name."""
+        parts = [part for part in ("query", "value", "gate", "output") if self.gated or part != "gate"]
+        names = [f"{part}_{weight}" for part in parts for weight in ("norm.weight", "proj.weight", "proj.bias")]
+        return {name: self._weight(name) for name in (*names, *NAMES[:2])}
+
+    def _check(self, x: Any) -> None:
+        axes = [("B", None), ("T", None), ("hidden_size", self.hidden_size)]
+        validation.check_array("x", x, axes, "float", object)
+        if self.stateful and x.shape[0] not in (None, self.batch_size):
+            raise ValueError(
+                f"x must have B={self.batch_size} rows, as the stateful layer was built with: leave out the last, "
+                f"smaller batch. Received: shape {tuple(x.shape)}"
+            )
+
+    def _initial(self, x: Array) -> State:
+        return self.state if self.stateful else self.init_state(ops.shape(x)[0])
+
+    def _project(self, part: str, x: Array) -> Array:
+        """W · RMSNorm(x) + b in the compute dtype; the norm at least in float32."""
+        norm, weight, bias = (
+            ops.cast(self._weight(f"{part}_{name}"), self.compute_dtype)
+            for name in ("norm.weight", "proj.weight", "proj.bias")
+        )
+        return ops.matmul(ops.cast(rms_normalised(x), self.compute_dtype) * norm, ops.transpose(weight)) + bias
+
+
+def _attribute(name: str) -> str:
+    return name.replace(".", "_")
+
+
+def _copies_of(table: keras.Variable) -> Any:
+    """An initializer: the table for every row."""
+
+    def initialize(shape: tuple[int, ...], dtype: Any = None) -> Array:
+        return ops.copy(ops.broadcast_to(ops.cast(table, dtype), shape))  # torch would write into a view
+
+    return initialize

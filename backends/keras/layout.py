@@ -1,0 +1,52 @@
+"""A state as Keras passes it: a list of its seven arrays, in the order of fwpkm.State."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from fwpkm import schedule
+from fwpkm.config import FwPKMConfig
+from fwpkm.containers import Array, Memory, State
+from fwpkm.validation import memories_for
+
+NAMES = ("memory.keys", "memory.values", *State._fields[1:])
+
+
+class Form(NamedTuple):
+    """The shape and dtype of one array of a state."""
+
+    shape: tuple[int | None, ...]
+    dtype: str
+
+
+def forms(cfg: FwPKMConfig, batch_size: int | None, dtype: str) -> list[Form]:
+    """What a state of ``batch_size`` rows, which may be unknown, consists of; ``dtype`` is that of the tables."""
+    memories, tokens = memories_for(cfg, batch_size), (batch_size, schedule.capacity(cfg))
+    floats = [
+        (memories, cfg.num_heads, 2, cfg.num_subkeys, cfg.key_dim // 2),
+        (memories, cfg.num_slots, cfg.value_dim),
+        (*tokens, cfg.num_heads * cfg.key_dim),
+        (*tokens, cfg.value_dim),
+        tokens,
+    ]
+    return [*(Form(shape, dtype) for shape in floats), Form(tokens, "bool"), Form((batch_size,), "int32")]
+
+
+def flatten(state: State) -> list[Array]:
+    """The arrays of a state."""
+    return [*state.memory, *state[1:]]
+
+
+def unflatten(arrays: Any) -> State:
+    """The inverse of :func:`flatten`; a State is itself.
+
+    Raises:
+        ValueError: neither a State nor seven arrays.
+    """
+    if isinstance(arrays, State):
+        return arrays
+    if not isinstance(arrays, Sequence) or len(arrays) != len(NAMES):
+        received = f"{len(arrays)} arrays" if isinstance(arrays, Sequence) else type(arrays).__name__
+        raise ValueError(
+            f"initial_state must be a fwpkm.State or the list of its arrays [{', '.join(NAMES)}]. Received: {received}"
+        )
+    return State(Memory(*arrays[:2]), *arrays[2:])
