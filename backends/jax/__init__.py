@@ -1,0 +1,31 @@
+"""The JAX backend: the functions of SPEC.md §8, and the layer."""
+
+from fwpkm.backends.jax.ops import (
+    apply,
+    asarray,
+    chunk_update,
+    detach,
+    device_name,
+    flush,
+    init_memory,
+    init_state,
+    lookup,
+    reset,
+    to_numpy,
+    vjp,
+)
+
+__all__ = [
+    "apply",
+    "asarray",
+    "chunk_update",
+    "detach",
+    "device_name",
+    "flush",
+    "init_memory",
+    "init_state",
+    "lookup",
+    "reset",
+    "to_numpy",
+    "vjp",
+]
