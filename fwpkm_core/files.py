@@ -9,6 +9,7 @@ process leaves its ``.fwpkm-*.tmp`` behind.
 A layer takes part by having the methods of :class:`Layer`.
 """
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -54,6 +55,12 @@ class Layer(Protocol):
 
     def import_tensors(self, tensors: dict[str, np.ndarray]) -> Any:
         """Fill the layer and return None, or return new variables (JAX). Names, shapes and dtypes are checked."""
+
+
+def layer_spec(hidden_size: int, gated: bool, value_norm: str | None, config: FwPKMConfig) -> dict[str, Any]:
+    """What :meth:`Layer.spec` returns."""
+    fields = dataclasses.asdict(config)
+    return {"hidden_size": hidden_size, "gated": gated, "value_norm": value_norm, "config": fields}
 
 
 class _Form(NamedTuple):

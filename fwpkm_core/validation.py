@@ -3,6 +3,7 @@
 Every failure is a ValueError that names the argument, what was expected and what was received.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -45,6 +46,26 @@ def check_count(name: str, value: Any) -> None:
     """Raise unless ``value`` is an integer of at least 1."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
         raise ValueError(f"{name} must be an integer of at least 1. Received: {name}={value!r}")
+
+
+def layer_config(hidden_size: Any, config: Any, value_norm: Any, config_fields: dict[str, Any]) -> FwPKMConfig:
+    """The configuration of a layer's memory: ``config``, or the defaults, with ``config_fields`` replaced (§7).
+
+    Raises:
+        ValueError: a field, the width or the norm of a layer breaks its rule.
+    """
+    config = FwPKMConfig() if config is None else config
+    check_config(config)
+    unknown = sorted(config_fields.keys() - {field.name for field in dataclasses.fields(FwPKMConfig)})
+    if unknown:
+        raise TypeError(f"FwPKM takes no argument {unknown[0]!r}; the fields of fwpkm.FwPKMConfig may be given by name")
+    config = dataclasses.replace(config, **config_fields)
+    check_count("hidden_size", hidden_size)
+    if value_norm not in ("zscore", None):
+        raise ValueError(f"value_norm must be 'zscore' or None. Received: value_norm={value_norm!r}")
+    if value_norm == "zscore" and config.value_dim < 2:
+        raise ValueError(f"value_dim must be at least 2 for value_norm='zscore'. Received: {config.value_dim}")
+    return config
 
 
 def check_memory(cfg: FwPKMConfig, memory: Any, memories: int | None, array_type: ArrayType) -> None:

@@ -1,5 +1,6 @@
 """The JAX backend: the functions of SPEC.md §8, and the layer."""
 
+from fwpkm.backends.jax.layer import FwPKM
 from fwpkm.backends.jax.ops import (
     apply,
     asarray,
@@ -16,6 +17,7 @@ from fwpkm.backends.jax.ops import (
 )
 
 __all__ = [
+    "FwPKM",
     "apply",
     "asarray",
     "chunk_update",

@@ -1,6 +1,5 @@
 """The PyTorch module (SPEC.md §7)."""
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,6 +13,7 @@ from fwpkm.backends.torch.entries import finite_rows
 from fwpkm.backends.torch.tokens import some
 from fwpkm.config import FwPKMConfig
 from fwpkm.containers import Memory, State
+from fwpkm.files import layer_spec
 
 _NORM_EPS = 1e-5
 _ZSCORE_EPS = 1e-6
@@ -107,15 +107,7 @@ class FwPKM(nn.Module):
     ):
         """Build the projections and draw all weights."""
         super().__init__()
-        if config is None:
-            config = FwPKMConfig()
-        validation.check_config(config)
-        config = dataclasses.replace(config, **config_fields)
-        validation.check_count("hidden_size", hidden_size)
-        if value_norm not in ("zscore", None):
-            raise ValueError(f"value_norm must be 'zscore' or None. Received: value_norm={value_norm!r}")
-        if value_norm == "zscore" and config.value_dim < 2:
-            raise ValueError(f"value_dim must be at least 2 for value_norm='zscore'. Received: {config.value_dim}")
+        config = validation.layer_config(hidden_size, config, value_norm, config_fields)
         self.hidden_size, self.config, self.gated = hidden_size, config, gated
         self.value_normalization = value_norm
         self.learn_memory = learn_memory
@@ -205,12 +197,7 @@ class FwPKM(nn.Module):
 
     def spec(self) -> dict[str, Any]:
         """What a file of this layer's weights must have been saved from."""
-        return {
-            "hidden_size": self.hidden_size,
-            "gated": self.gated,
-            "value_norm": self.value_normalization,
-            "config": dataclasses.asdict(self.config),
-        }
+        return layer_spec(self.hidden_size, self.gated, self.value_normalization, self.config)
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """The canonical names (SPEC.md §8) and their shapes."""

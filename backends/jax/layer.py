@@ -1,0 +1,223 @@
+"""The JAX layer (SPEC.md §7): pure functions of plain pytrees, to be used alone or inside a Flax or Equinox module."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from fwpkm import validation
+from fwpkm.backends.jax import ops
+from fwpkm.config import FwPKMConfig
+from fwpkm.containers import Memory, State
+from fwpkm.files import layer_spec
+
+Variables = dict[str, Any]
+_NORM_EPS = 1e-5
+_ZSCORE_EPS = 1e-6
+
+
+class FwPKM:
+    """A fast-weight product-key memory between two projections (SPEC.md §7); no residual inside.
+
+    ``variables = layer.init(key)`` draws ``{"params": ..., "buffers": ...}``; differentiate with respect to the params
+    alone. ``y, state = layer.apply(variables, x)`` starts from the layer's initial memory, so nothing leaks between
+    calls; ``y, state = layer.apply(variables, x, state)`` reads on. Training on a carried state needs
+    ``fwpkm.backends.jax.detach(state)`` between steps, as truncated backpropagation always does.
+
+    The layer itself holds no arrays: it is hashable and equal to another of the same arguments, so that ``jax.jit`` may
+    take it as a static argument.
+
+    Args:
+        hidden_size: width of x and y.
+        config: the memory's configuration; ``config_fields`` (key_dim, num_subkeys, ...) override it or stand alone.
+        gated: weigh reads and writes by a learned gate; without it, reads and values are added.
+        value_norm: "zscore" standardises each value over its features, None leaves it.
+        learn_memory: the initial tables are among the params; by default they are buffers.
+        config_fields: fields of :class:`fwpkm.FwPKMConfig`.
+
+    Raises:
+        ValueError: a field breaks its rule; names the field, the rule and the value.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        config: FwPKMConfig | None = None,
+        *,
+        gated: bool = True,
+        value_norm: str | None = "zscore",
+        learn_memory: bool = False,
+        **config_fields: Any,
+    ):
+        """Check the arguments; nothing is drawn before :meth:`init`."""
+        self.config = validation.layer_config(hidden_size, config, value_norm, config_fields)
+        self.hidden_size, self.gated = hidden_size, gated
+        self.value_norm, self.learn_memory = value_norm, learn_memory
+
+    def __eq__(self, other: object) -> bool:
+        """Whether the arguments are the same."""
+        return isinstance(other, FwPKM) and self._key() == other._key()
+
+    def __hash__(self) -> int:
+        """Of the arguments."""
+        return hash(self._key())
+
+    def __repr__(self) -> str:
+        """The arguments."""
+        flags = f"gated={self.gated}, value_norm={self.value_norm!r}, learn_memory={self.learn_memory}"
+        return f"FwPKM({self.hidden_size}, {self.config}, {flags})"
+
+    def init(self, key: Array, dtype: Any = jnp.float32) -> Variables:
+        """Draw weights (normal, std 0.02; biases 0, norms 1) and initial tables (SPEC.md §7).
+
+        Args:
+            key: a ``jax.random`` key.
+            dtype: of the slow weights; the tables are float32, or float64 if this is.
+
+        Returns:
+            ``{"params": ..., "buffers": {"memory": Memory}}``, or with ``learn_memory`` the memory among the params and
+            no buffers. The params are a dict by the first part of the canonical names: ``params["query_proj"]`` holds
+            "weight" ``[out, in]`` and "bias" ``[out]``, ``params["query_norm"]`` "weight" ``[in]``.
+        """
+        params: Variables = {}
+        wide = jnp.float64 if jnp.dtype(dtype) == jnp.float64 else jnp.float32
+        *keys, first, second = jax.random.split(key, 6)
+        for (name, (width, size)), each in zip(self._projections().items(), keys):
+            params[f"{name}_norm"] = {"weight": jnp.ones(width, dtype)}
+            weight = (0.02 * jax.random.normal(each, (size, width))).astype(dtype)
+            params[f"{name}_proj"] = {"weight": weight, "bias": jnp.zeros(size, dtype)}
+        cfg = self.config
+        half = (cfg.num_heads, 2, cfg.num_subkeys, cfg.key_dim // 2)
+        bound = cfg.key_dim**-0.5
+        memory = Memory(
+            jax.random.uniform(first, half, wide, -bound, bound),
+            cfg.value_dim**-0.5 * jax.random.normal(second, (cfg.num_slots, cfg.value_dim), wide),
+        )
+        if self.learn_memory:
+            return {"params": {**params, "memory": memory}, "buffers": {}}
+        return {"params": params, "buffers": {"memory": memory}}
+
+    def apply(
+        self,
+        variables: Variables,
+        x: Array,
+        state: State | None = None,
+        mask: Array | None = None,
+        update: bool = True,
+    ) -> tuple[Array, State]:
+        """Read T tokens, writing every chunk that they complete.
+
+        Args:
+            variables: as :meth:`init` returns them.
+            x: ``[B, T, hidden_size]``.
+            state: where the sequence stands; None starts from the initial memory.
+            mask: ``[B, T]`` bool, False for tokens that never write (padding); None for True.
+            update: False only reads and leaves the state as it is. Static under ``jax.jit``.
+
+        Returns:
+            y ``[B, T, hidden_size]`` in the projections' dtype, NaN for tokens that are not finite, and the next state.
+
+        Raises:
+            ValueError: an argument does not fit; names it, what was expected and what was received.
+        """
+        validation.check_array("x", x, [("B", None), ("T", None), ("hidden_size", self.hidden_size)], "float", Array)
+        params = self._checked(variables)["params"]
+        dtype = params["query_proj"]["weight"].dtype
+        x = x.astype(dtype)
+        # A token that is not finite must not reach the projections: their weights' gradients would be 0 · NaN.
+        dead = ~jnp.isfinite(x).all(-1)
+        x = jnp.where(dead[..., None], 0, x)
+        mask = ~dead if mask is None else mask & ~dead
+        query, value = (_project(params, name, x) for name in ("query", "value"))
+        if self.value_norm == "zscore":
+            value = zscore(value)
+        gate = jax.nn.sigmoid(_project(params, "gate", x)[..., 0]) if self.gated else None
+        if state is None:
+            state = self.init_state(variables, x.shape[0])
+        read, state, _ = ops.apply(self.config, state, query, value, gate, mask, update)
+        dead |= ~jnp.isfinite(read).all(-1)
+        read, value = (jnp.where(dead[..., None], 0, z) for z in (read, value))
+        mixed = read + value if gate is None else gate[..., None] * read + (1 - gate[..., None]) * value
+        y = _project(params, "output", mixed.astype(dtype))
+        return jnp.where(dead[..., None], jnp.nan, y), state
+
+    def init_state(self, variables: Variables, batch_size: int) -> State:
+        """The state that a call without one starts from: the initial memory for each row, at position 0."""
+        memory = self._memory(self._checked(variables))
+        return ops.init_state(self.config, Memory(*(table[None] for table in memory)), batch_size)
+
+    def spec(self) -> dict[str, Any]:
+        """What a file of this layer's weights must have been saved from."""
+        return layer_spec(self.hidden_size, self.gated, self.value_norm, self.config)
+
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The canonical names (SPEC.md §8) and their shapes."""
+        shapes = jax.eval_shape(self.init, jax.random.key(0))
+        return {name: tuple(x.shape) for name, x in self._flat(shapes).items()}
+
+    def export_tensors(self, variables: Variables | None = None) -> dict[str, np.ndarray]:
+        """Weights and initial tables by canonical name; bfloat16 and float16 as float32.
+
+        Raises:
+            ValueError: ``variables`` are missing, or are not those of such a layer.
+        """
+        tensors = {name: ops.to_numpy(x) for name, x in self._flat(self._checked(variables)).items()}
+        return {name: x.astype(np.float32) if x.dtype == np.float16 else x for name, x in tensors.items()}
+
+    def import_tensors(self, tensors: Mapping[str, np.ndarray]) -> Variables:
+        """New variables from tensors whose names and shapes are those of :meth:`tensor_shapes`."""
+        variables = jax.eval_shape(self.init, jax.random.key(0))
+        leaves = [ops.asarray(tensors[name], tensors[name].dtype.name) for name in self._flat(variables)]
+        return jax.tree.unflatten(jax.tree.structure(variables), leaves)
+
+    def _projections(self) -> dict[str, tuple[int, int]]:
+        """Widths in and out of each projection."""
+        cfg, width = self.config, self.hidden_size
+        gate = {"gate": (width, 1)} if self.gated else {}
+        query, value = (width, cfg.num_heads * cfg.key_dim), (width, cfg.value_dim)
+        return {"query": query, "value": value, **gate, "output": (cfg.value_dim, width)}
+
+    def _memory(self, variables: Variables) -> Memory:
+        return variables["params" if self.learn_memory else "buffers"]["memory"]
+
+    def _flat(self, variables: Variables) -> dict[str, Array]:
+        """Leaves by canonical name, in the order of the pytree."""
+        leaves = jax.tree_util.tree_leaves_with_path(variables)
+        names = (".".join(getattr(step, "key", None) or step.name for step in path[1:]) for path, _ in leaves)
+        return dict(zip(names, (leaf for _, leaf in leaves)))
+
+    def _checked(self, variables: Any) -> Variables:
+        """``variables``, if they have the form that :meth:`init` gives them."""
+        wanted = jax.tree.structure(jax.eval_shape(self.init, jax.random.key(0)))
+        if jax.tree.structure(variables) != wanted:
+            raise ValueError(
+                f"variables must have the form that layer.init(key) returns, {wanted}. "
+                f"Received: {jax.tree.structure(variables)}"
+            )
+        return variables
+
+    def _key(self) -> tuple[Any, ...]:
+        return self.hidden_size, self.config, self.gated, self.value_norm, self.learn_memory
+
+
+def _project(params: Variables, name: str, x: Array) -> Array:
+    """W·RMSNorm(x) + b."""
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    scaled = wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + _NORM_EPS)
+    projection = params[f"{name}_proj"]
+    return scaled.astype(x.dtype) * params[f"{name}_norm"]["weight"] @ projection["weight"].T + projection["bias"]
+
+
+def zscore(z: Array) -> Array:
+    """(z - mean) / (std + 1e-6) over the last axis, std unbiased; a constant row gives 0 and gradient 0 (SPEC.md §7).
+
+    At least float32, whatever the input.
+    """
+    z = z.astype(jnp.promote_types(z.dtype, jnp.float32))
+    constant = (z == z[..., :1]).all(-1, keepdims=True)
+    centred = z - z.mean(-1, keepdims=True)
+    variance = jnp.square(centred).sum(-1, keepdims=True) / (z.shape[-1] - 1)
+    return jnp.where(constant, 0, centred / (jnp.sqrt(jnp.where(constant, 1, variance)) + _ZSCORE_EPS))
