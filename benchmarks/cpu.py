@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table as RichTable
 
 from benchmarks import measure, report
 from benchmarks.contestants import CONTESTANTS, Bench, Contestant
@@ -39,13 +38,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     workloads = sorted((WORKLOADS[name] for name in set(options.workload)), key=lambda workload: workload.table_bytes)
     results = measure_all(workloads, options.repeats, options.seconds)
     claims = _claims(results, options)
-    _print(_tables(results, claims), markdown=options.markdown)
+    report.show(_LEGEND, _tables(results, claims), markdown=options.markdown)
     if options.json:
         _save(options.json, results, claims)
-    broken = [claim for claim in claims if claim.broken] if options.check else []
-    for claim in broken:
-        print(claim, file=sys.stderr)
-    return int(bool(broken))
+    return report.verdict(claims) if options.check else 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -167,28 +163,7 @@ def _require_agreement(name: str, output: torch.Tensor, expected: torch.Tensor) 
 def _tables(results: Results, claims: list[Claim]) -> list[Table]:
     steps = [report.steps_table(results, workload) for workload in results.workloads]
     growth = report.growth_tables(results) if len(results.workloads) > 1 else []
-    return [*steps, *growth, report.claims_table(results, claims)]
-
-
-def _print(tables: list[Table], *, markdown: bool) -> None:
-    lines = [f"{key}: {text}" for key, text in measure.environment().items()]
-    lines += _LEGEND
-    if markdown:
-        print("\n".join(f"- {line}" for line in lines), *(table.markdown() for table in tables), sep="\n\n")
-        return
-    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
-    console.print("\n".join(lines), markup=False)
-    for table in tables:
-        console.print(_rich(table))
-
-
-def _rich(table: Table) -> RichTable:
-    grid = RichTable(title=table.title, title_justify="left")
-    for number, column in enumerate(table.columns):
-        grid.add_column(column, justify="right" if number else "left")
-    for row in table.rows:
-        grid.add_row(*row)
-    return grid
+    return [*steps, *growth, report.claims_table(f"Ratios at {results.focus.name}", claims)]
 
 
 def _save(path: str, results: Results, claims: list[Claim]) -> None:

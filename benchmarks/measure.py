@@ -5,6 +5,7 @@ import gc
 import importlib.metadata
 import os
 import platform
+import sys
 import time
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -48,10 +49,11 @@ def timed(function: Callable[..., Any], *args: Any) -> tuple[float, Any]:
 
 
 def environment() -> dict[str, str]:
-    """Device and versions, for the head of every table."""
-    packages = ("fwpkm", "torch", "numpy")
+    """Device and versions, for the head of every table; of the frameworks those that are loaded."""
+    packages = ["fwpkm", "torch", "numpy", *(name for name in ("jax", "keras") if name in sys.modules)]
+    cuda = f"{torch.cuda.get_device_name()}; " if torch.cuda.is_available() else ""
     return {
-        "device": f"{_cpu_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads",
+        "device": f"{cuda}{_cpu_name()}, {len(os.sched_getaffinity(0))} cores, {torch.get_num_threads()} torch threads",
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
         "versions": ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages),
     }

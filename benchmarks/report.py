@@ -1,9 +1,14 @@
 """From samples to tables, and the judgement of the stated bounds."""
 
 import dataclasses
+import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from rich.console import Console
+from rich.table import Table as RichTable
+
+from benchmarks import measure
 from benchmarks.contestants import CONTESTANTS
 from benchmarks.measure import Summary, summarize
 from benchmarks.workloads import Workload
@@ -112,7 +117,7 @@ def steps_table(results: Results, workload: Workload) -> Table:
         samples = results.samples[workload.name, name]
         times = (summarize(getattr(sample, part) for sample in samples) for part in ("total", "scoring", "rest"))
         memory = _mebibytes(results.memory.get((workload.name, name)))
-        rows.append((contestant.what, str(len(samples)), *map(_milliseconds, times), memory))
+        rows.append((contestant.what, str(len(samples)), *map(milliseconds, times), memory))
     return Table(f"{workload.name}: {workload}, value table {_mebibytes(workload.table_bytes)} MiB", columns, rows)
 
 
@@ -124,7 +129,7 @@ def growth_tables(results: Results) -> list[Table]:
         if part == "memory":
             return tuple(_mebibytes(results.memory.get((workload.name, name))) for workload in results.workloads)
         every = (results.samples[workload.name, name] for workload in results.workloads)
-        return tuple(_milliseconds(summarize(getattr(sample, part) for sample in samples)) for samples in every)
+        return tuple(milliseconds(summarize(getattr(sample, part) for sample in samples)) for samples in every)
 
     parts = {"rest": "everything but scoring, ms", "scoring": "scoring, ms", "memory": "extra memory, MiB"}
     return [
@@ -133,10 +138,39 @@ def growth_tables(results: Results) -> list[Table]:
     ]
 
 
-def claims_table(results: Results, claims: list[Claim]) -> Table:
+def claims_table(title: str, claims: list[Claim]) -> Table:
     """The ratios, their bounds and whether they hold."""
     rows = [(claim.text, ratio_text(claim.measured), claim.bound, claim.verdict) for claim in claims]
-    return Table(f"Ratios at {results.focus.name}", ("ratio", "measured", "bound", "verdict"), rows)
+    return Table(title, ("ratio", "measured", "bound", "verdict"), rows)
+
+
+def show(legend: Sequence[str], tables: Sequence[Table], *, markdown: bool) -> None:
+    """Print device, versions, the legend and the tables."""
+    lines = [*(f"{key}: {text}" for key, text in measure.environment().items()), *legend]
+    if markdown:
+        print("\n".join(f"- {line}" for line in lines), *(table.markdown() for table in tables), sep="\n\n")
+        return
+    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    console.print("\n".join(lines), markup=False)
+    for table in tables:
+        console.print(_rich(table))
+
+
+def verdict(claims: Sequence[Claim]) -> int:
+    """1 where a bound does not hold or was not measured, each named on stderr, else 0."""
+    broken = [claim for claim in claims if claim.broken]
+    for claim in broken:
+        print(claim, file=sys.stderr)
+    return int(bool(broken))
+
+
+def _rich(table: Table) -> RichTable:
+    grid = RichTable(title=table.title, title_justify="left")
+    for number, column in enumerate(table.columns):
+        grid.add_column(column, justify="right" if number else "left")
+    for row in table.rows:
+        grid.add_row(*row)
+    return grid
 
 
 def ratio_text(ratio: Summary | None) -> str:
@@ -144,7 +178,8 @@ def ratio_text(ratio: Summary | None) -> str:
     return _spread(ratio, "{:.3g}")
 
 
-def _milliseconds(seconds: Summary | None) -> str:
+def milliseconds(seconds: Summary | None) -> str:
+    """A time with its quartiles."""
     return _spread(seconds, "{:.1f}", scale=1e3)
 
 

@@ -41,12 +41,12 @@ class Workload:
         cfg = self.config
         return (
             f"B={self.batch} T={self.length} N={cfg.num_subkeys}² Dk={cfg.key_dim} Dv={cfg.value_dim} "
-            f"H={cfg.num_heads} k={cfg.top_k} C={cfg.chunk_size}"
+            f"H={cfg.num_heads} k={cfg.top_k} C={cfg.chunk_size}" + ", one table" * (cfg.memory_scope == "batch")
         )
 
 
-def _paper(name: str, *, batch: int, length: int, num_subkeys: int) -> Workload:
-    config = dataclasses.replace(FwPKMConfig.paper(), num_subkeys=num_subkeys)
+def _paper(name: str, *, batch: int, length: int, num_subkeys: int, memory_scope: str = "sequence") -> Workload:
+    config = dataclasses.replace(FwPKMConfig.paper(), num_subkeys=num_subkeys, memory_scope=memory_scope)
     return Workload(name, config, batch, length)
 
 
@@ -62,6 +62,7 @@ WORKLOADS = {
         *(_paper(f"step-{s}", batch=1, length=2048, num_subkeys=s) for s in (128, 256, 512, 1024)),
         # A training batch, at the sizes for which NOTES.md has the published code's times on one H200.
         *(_paper(f"train-{s}", batch=8, length=4096, num_subkeys=s) for s in (256, 512, 1024)),
+        _paper("shared-512", batch=8, length=4096, num_subkeys=512, memory_scope="batch"),
         _paper("single-512", batch=1, length=4096, num_subkeys=512),
         _paper("decode-512", batch=1, length=1, num_subkeys=512),
         # Milliseconds: for tests of the benchmarks themselves.

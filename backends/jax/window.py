@@ -65,7 +65,8 @@ def visit(cfg: FwPKMConfig, memory: Memory, window: Tokens, dead: Array) -> Visi
     choice = choose(cfg, halves(cfg, window.without(dead).query, memories), memory.keys)
     first = slots * jnp.arange(memories, dtype=choice.slots.dtype)[:, None, None]
     touched = Touched.of((choice.slots + first).reshape(-1, cfg.slots_per_token), memories * slots)
-    rows = touched.take(memory.values.reshape(-1, width))
+    # Without the barrier XLA may read the table again where the rows are used, after a write, and so copies it first.
+    rows = lax.optimization_barrier(touched.take(memory.values.reshape(-1, width)))
     return Visit(memory.keys, rows, touched, choice, dead | ~choice.finite.reshape(dead.shape))
 
 
