@@ -3,7 +3,7 @@
 import importlib
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -55,7 +55,7 @@ def run(
     names = list(dict.fromkeys(backends or contestants.DEFAULT))
     numbers = range(cases) if case is None else [case]
     with _progress() as progress, tempfile.TemporaryDirectory(prefix="fwpkm-conform-") as folder:
-        passages = _prepare(numbers, seed, dtype, progress)
+        passages = prepare(progress.track(numbers, description="reference"), seed, dtype)
         verdicts = _judge(names, passages, dtype, Path(folder), progress)
     aside = len(numbers) - len(passages)
     too_many = aside > -(-len(numbers) // SET_ASIDE)
@@ -83,16 +83,14 @@ def require_extra() -> None:
             ) from error
 
 
-def _prepare(
-    numbers: Sequence[int], seed: int, dtype: str, progress: "Progress"
-) -> "dict[int, tuple[Passage, Result]]":
+def prepare(numbers: Iterable[int], seed: int, dtype: str) -> "dict[int, tuple[Passage, Result]]":
     """Draw passages, with what the reference makes of them; those that rounding moves too much are left out."""
     from fwpkm.conformance.drawing import drawer
     from fwpkm.conformance.results import expect
     from fwpkm.conformance.rounding import passage_survives
 
     draw, kept = drawer(seed, dtype), {}
-    for number in progress.track(numbers, description="reference"):
+    for number in numbers:
         passage = draw(number)
         expected = expect(passage)
         if passage_survives(passage, expected):

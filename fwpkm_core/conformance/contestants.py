@@ -7,7 +7,7 @@ from types import ModuleType
 
 from fwpkm.registry import backend_names, get_backend
 
-KERAS = ("keras-tensorflow", "keras-jax", "keras-torch")
+KERAS = ("keras-tensorflow", "keras-torch", "keras-jax")
 DEFAULT = (*(name for name in backend_names() if name != "keras"), *KERAS)
 """What is judged unless names are given."""
 
@@ -19,10 +19,18 @@ class CannotRunError(Exception):
     """A backend cannot be judged here; the message says why."""
 
 
-def environment(name: str, dtype: str) -> dict[str, str]:
-    """The variables of a process that imports the backend's framework."""
+def environment(name: str, dtype: str, cache: str) -> dict[str, str]:
+    """The variables of a process that imports the backend's framework.
+
+    Args:
+        name: the backend's.
+        dtype: "float64" switches JAX to it.
+        cache: a folder for what JAX compiles, which Keras on JAX then need not compile again.
+    """
     defaults = {"OMP_NUM_THREADS": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}  # two processes at a time, on tables this small
-    variables = defaults | os.environ | {"JAX_ENABLE_X64": str(int(dtype == "float64"))}
+    jax = {"JAX_ENABLE_X64": str(int(dtype == "float64")), "JAX_COMPILATION_CACHE_DIR": cache}
+    jax |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
+    variables = defaults | os.environ | jax
     if name in KERAS:
         variables["KERAS_BACKEND"] = name.partition("-")[2]
     return variables

@@ -52,7 +52,7 @@ def judge(
         name: as ``contestants.load`` takes it.
         passages: by number, with what the reference gave.
         dtype: of the passages.
-        folder: an existing one for the files that pass between the processes.
+        folder: an existing one for the files that pass between the processes; others beside it share a cache.
         advance: called after every passage.
     """
     exchange.save_passages(folder / "passages.json", [passage for passage, _ in passages.values()])
@@ -87,10 +87,16 @@ def _add(worst: dict[str, Worst], number: int, path: Path, passage: Passage, exp
 @contextmanager
 def _worker(name: str, dtype: str, folder: Path) -> Iterator[tuple[subprocess.Popen, Iterator[dict]]]:
     """The process and what it says, line by line; it ends with the block, whatever happens."""
+    cache = str(folder.parent / "compiled")
     command = [sys.executable, "-m", "fwpkm.conformance.worker", name, str(folder)]
     with (folder / "log.txt").open("w") as log:
         process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment(name, dtype), encoding="utf-8"
+            command,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            env=environment(name, dtype, cache),
+            encoding="utf-8",
         )
         try:
             assert process.stdout is not None

@@ -68,7 +68,7 @@ def _gradients(be: ModuleType, passage: Passage) -> dict[str, np.ndarray]:
     output, keys, values = draw_cotangents(case, np.random.default_rng(case.seed))
     cotangents = (np.where(_finite(case.tokens)[..., None], output, 0), keys, values)
     cotangents = tuple(array.astype(case.dtype) for array in cotangents)
-    received = gradients(be, case, cotangents, passage.sizes)
+    received = gradients(be, case, cotangents, passage.gradient_sizes)
     return {name: gradient for name, gradient in zip(INPUTS, received) if gradient is not None}
 
 

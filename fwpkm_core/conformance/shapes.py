@@ -1,8 +1,9 @@
 """What one run of ``fwpkm conform`` tries: ten shapes, and cases that differ in numbers, not in shapes.
 
-A backend may compile for every configuration and every length of a call, so a run has ten configurations, and each of
-them calls of three lengths. The choices on which the equations branch stand in ``STRATA``, so that every seed covers
-them all; sizes and real-valued fields are drawn.
+A backend may compile for every configuration and every length of a call, which can take it ten seconds each. So a run
+has ten configurations, each of them calls of two lengths, and six of them gradients through calls of one. The choices
+on which the equations branch stand in ``STRATA``, so that every seed covers them all; sizes and real-valued fields are
+drawn.
 """
 
 from typing import Any, NamedTuple
@@ -36,6 +37,15 @@ STRATA: tuple[tuple[Any, ...], ...] = (
 SINGLE = 9
 """The row whose chunks are single tokens."""
 
+SMALL = (0, 3, 4, 8, 9)
+"""Rows that are read in single tokens, alone or around a half; the others in one call, or two halves."""
+
+DERIVED = (0, 1, 2, 3, 4, 8)
+"""Rows whose gradients are judged, in every second round over the rows."""
+
+IN_HALVES = (1,)
+"""Rows whose gradients pass through a state."""
+
 
 class Shape(NamedTuple):
     """All that a compiled function depends on."""
@@ -60,8 +70,14 @@ class Passage(NamedTuple):
 
     @property
     def with_gradients(self) -> bool:
-        """Whether gradients are judged too: in every fourth round over the shapes, as they cost compilations."""
-        return self.number // len(STRATA) % 4 == 0
+        """Whether gradients are judged too."""
+        return self.number // len(STRATA) % 2 == 0 and self.number % len(STRATA) in DERIVED
+
+    @property
+    def gradient_sizes(self) -> list[int]:
+        """The calls that gradients pass through: halves in one of the shapes, one call in the others."""
+        length = self.case.length
+        return [length // 2, length // 2] if self.number % len(STRATA) in IN_HALVES else [length]
 
 
 def shapes() -> st.SearchStrategy[tuple[Shape, ...]]:
@@ -83,17 +99,18 @@ def _shape(draw: st.DrawFn, number: int) -> Shape:
             **row,
         )
     )
-    most = 3 * cfg.chunk_size + cfg.lookahead + 1
-    length = draw(st.integers(max(6, most - cfg.chunk_size), max(8, most)))
-    return Shape(cfg, draw(st.integers(2, 3)), length, gated, masked)
+    chunk = cfg.chunk_size
+    # A half of three chunks or so, and cut within a chunk where a chunk can be cut.
+    halves = range((3 * chunk + cfg.lookahead) // 2, 3 * chunk // 2 + cfg.lookahead + 3)
+    half = draw(st.sampled_from([size for size in halves if size > 2 and (chunk == 1 or size % chunk)]))
+    return Shape(cfg, draw(st.integers(2, 3)), 2 * half, gated, masked)
 
 
 @st.composite
 def passages(draw: st.DrawFn, number: int, shape: Shape, dtype: str) -> Passage:
-    """Numbers, twists and calls for a shape: one call, single tokens, or two halves around what is left."""
-    half, rest = divmod(shape.length, 2)
-    halves = st.permutations([half, half] + [1] * rest)
-    sizes = draw(st.one_of(halves, halves, st.just([shape.length]), st.just([1] * shape.length)))
+    """Numbers, twists and calls for a shape."""
+    half = shape.length // 2
+    sizes = draw(_small(half) if number % len(STRATA) in SMALL else st.sampled_from([[2 * half], [half, half]]))
     handed = draw(st.integers(1, max(1, len(sizes) - 1)))
     flushed = draw(st.one_of(st.none(), st.integers(1, handed - 1))) if handed > 1 else None
     flush_after = None if flushed is None else sum(sizes[:flushed])
@@ -104,3 +121,9 @@ def passages(draw: st.DrawFn, number: int, shape: Shape, dtype: str) -> Passage:
     cfg, batch, length, gated, masked = shape
     case = untied_case(cfg, seed, dtype, twists, batch, length, gated, masked, flush_after)
     return Passage(number, case, sizes, handed)
+
+
+def _small(half: int) -> st.SearchStrategy[list[int]]:
+    """Single tokens, alone or around a half."""
+    around = st.integers(0, half).map(lambda before: [1] * before + [half] + [1] * (half - before))
+    return st.one_of(around, st.just([1] * (2 * half)))

@@ -1,0 +1,62 @@
+"""The judge is judged: conform catches every wrong backend of tests/mutants; `-s` prints what gave each away."""
+
+import re
+
+import pytest
+from mutants.build import SOURCES, load
+from mutants.table import MUTANTS
+
+from fwpkm.conformance import judging, results
+from fwpkm.conformance.command import prepare
+
+SEEDS = (0, 1, 2)
+CASES = 30
+
+
+@pytest.fixture(scope="module", params=SEEDS)
+def passages(request):
+    """What a short run of ``fwpkm conform`` tries; gradients come with its first and third ten."""
+    return prepare(range(CASES), request.param, "float32")
+
+
+def broken(be, passage, expected):
+    """The quantities of one passage that break their bounds."""
+    found = judging.errors(passage.case.cfg, results.run(be, passage), expected)
+    return {quantity for quantity, error in found if not error <= judging.bound(quantity, "float32")}
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory):
+    """The module of a mutant, or of a right copy, made once."""
+    folder, modules = tmp_path_factory.mktemp("mutants"), {}
+
+    def get(backend, mutant=None):
+        key = f"right_{backend}" if mutant is None else "mutant_" + re.sub(r"\W", "_", mutant.name)
+        if key not in modules:
+            modules[key] = load(backend, folder, key, mutant)
+        return modules[key]
+
+    return get
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+def test_every_mutant_is_caught(mutant, loaded, passages):
+    be, found = loaded(mutant.backend, mutant), {}
+    for number, (passage, expected) in passages.items():
+        for quantity in broken(be, passage, expected):
+            found.setdefault(quantity, number)
+        if mutant.caught_by in found:
+            break
+    print(f"\n{mutant.name}: " + (", ".join(f"{name} (case {at})" for name, at in found.items()) or "nothing"), end="")
+    assert mutant.caught_by in found
+
+
+@pytest.mark.parametrize("backend", SOURCES)
+def test_right_copies_pass(backend, loaded, passages):
+    """So what gives a mutant away is its line, not the copying."""
+    for passage, expected in passages.values():
+        assert not broken(loaded(backend), passage, expected)
+
+
+def test_there_are_twelve_and_each_is_another():
+    assert len({mutant.name for mutant in MUTANTS}) == len(MUTANTS) >= 12
