@@ -30,7 +30,7 @@ def check_array(name: str, array: Any, axes: Sequence[Axis], kind: str, array_ty
     if not fits:
         expected = ", ".join(label if size is None else f"{label}={size}".removeprefix("=") for label, size in axes)
         raise ValueError(f"{name} must have shape [{expected}]. Received: shape {shape}")
-    dtype = getattr(given.dtype, "name", str(given.dtype)).removeprefix("torch.")
+    dtype = _dtype(given)
     if not (dtype == kind or (kind == "float" and kind in dtype)):
         wanted = "a floating dtype" if kind == "float" else f"dtype {kind}"
         raise ValueError(f"{name} must have {wanted}. Received: dtype {dtype}")
@@ -79,10 +79,10 @@ def check_memory(cfg: FwPKMConfig, memory: Any, memories: int | None, array_type
     memories = memory.keys.shape[0]
     values_axes = [("M", memories), ("N", cfg.num_slots), ("Dv", cfg.value_dim)]
     check_array("memory.values", memory.values, values_axes, "float", array_type)
-    if str(memory.keys.dtype) != str(memory.values.dtype):
+    if memory.keys.dtype != memory.values.dtype:
         raise ValueError(
             f"memory.keys and memory.values must have one dtype. "
-            f"Received: {memory.keys.dtype} and {memory.values.dtype}"
+            f"Received: {_dtype(memory.keys)} and {_dtype(memory.values)}"
         )
 
 
@@ -208,6 +208,11 @@ def row_mask(rows: Any, batch_size: int, memories: int) -> np.ndarray:
             f"Received: rows={rows!r}"
         )
     return chosen
+
+
+def _dtype(array: Any) -> str:
+    """The name that all frameworks share: torch's dtypes have a prefix, TensorFlow's a description."""
+    return getattr(array.dtype, "name", str(array.dtype)).removeprefix("torch.")
 
 
 def _check_query(cfg: FwPKMConfig, query: Any, time: str, array_type: ArrayType) -> None:

@@ -175,8 +175,9 @@ def test_a_bad_argument_is_named(be, function, argument, bad, words):
     text = message(be, function, given)
     assert words in text.partition("Received: ")[0]
     assert text.partition("Received: ")[2]
-    plain = re.sub(r"\b(numpy\.ndarray|torch\.Tensor|ndarray|Tensor)\b", "ARRAY", text).replace("torch.", "")
-    expected = re.sub(r"\b(numpy\.ndarray|ndarray)\b", "ARRAY", message(reference, function, given))
+    native_type = r"\b((numpy|torch|tensorflow)\.)?(ndarray|EagerTensor|Tensor)\b"
+    plain = re.sub(native_type, "ARRAY", text).replace("torch.", "")
+    expected = re.sub(native_type, "ARRAY", message(reference, function, given))
     assert plain == expected
 
 

@@ -46,7 +46,7 @@ def address(cfg: FwPKMConfig, query: Array, keys: Array) -> Address:
     first, second = cells // k, cells % k
     sums = _pick(scores[:, :, 0], first) + _pick(scores[:, :, 1], second)
     slots = _pick(subkeys[:, :, 0], first) * cfg.num_subkeys + _pick(subkeys[:, :, 1], second)
-    weights = ops.softmax(_by_token(sums) / cfg.temperature, axis=-1)
+    weights = _softmax(_by_token(sums) / cfg.temperature)
     return Address(place, scores, pull, _by_token(slots), weights, finite)
 
 
@@ -64,7 +64,7 @@ def write_keys(cfg: FwPKMConfig, keys: Array, chosen: Address, counted: Array, a
         the new keys, and the loss ``[M]``.
     """
     flat, rows = ops.reshape(chosen.place, (-1,)), ops.shape(_rows(keys))[0]
-    p = ops.softmax(chosen.scores, axis=-1)
+    p = _softmax(chosen.scores)
     counted = ops.cast(counted, p.dtype)
     share = (counted / ops.maximum(ops.sum(counted, axis=-1, keepdims=True), 1))[:, None, None, :, None] * p
     mean = ops.segment_sum(ops.reshape(share, (-1,)), flat, rows)
@@ -113,6 +113,11 @@ def _blank_tokens(x: Array, finite: Array) -> Array:
     """``[M, H, 2, R, ...]`` with zeros where ``finite`` [M, R] is not."""
     shape = (ops.shape(x)[0], 1, 1, ops.shape(x)[3])
     return blank(x, ops.reshape(~finite, shape))
+
+
+def _softmax(scores: Array) -> Array:
+    """Over the last axis; Keras' own warns of an axis of length 1, which is what k = 1 makes."""
+    return ops.exp(scores - ops.logsumexp(scores, axis=-1, keepdims=True))
 
 
 def _pick(x: Array, index: Array) -> Array:

@@ -15,6 +15,7 @@ from fwpkm.backends.keras.norms import rms_normalised, zscore
 from fwpkm.backends.keras.tokens import blank, finite_rows
 from fwpkm.config import FwPKMConfig
 from fwpkm.containers import Array, Memory, State
+from fwpkm.files import layer_spec
 
 
 @keras.saving.register_keras_serializable(package="fwpkm")
@@ -64,14 +65,7 @@ class FwPKM(keras.layers.Layer):
         """See the class."""
         # autocast would round the tables of a passed state: the layer casts for itself.
         super().__init__(trainable=trainable, dtype=dtype, name=name, autocast=False)
-        self._config = FwPKMConfig(**config_fields)
-        if value_norm not in ("zscore", None):
-            raise ValueError(f"value_norm must be 'zscore' or None. Received: value_norm={value_norm!r}")
-        if value_norm and self._config.value_dim < 2:
-            raise ValueError(
-                "value_dim must be at least 2 for value_norm='zscore', whose standard deviation is unbiased. "
-                f"Received: value_dim={self._config.value_dim}"
-            )
+        self._config = validation.layer_config(1, None, value_norm, config_fields)  # the width comes with build
         if learn_memory and stateful:
             raise ValueError(
                 "learn_memory must be False with stateful=True, where batches pass no gradient to the initial memory. "
@@ -145,7 +139,9 @@ class FwPKM(keras.layers.Layer):
         """
         self._check(x)
         mask = getattr(x, "_keras_mask", None) if mask is None else mask  # Keras fills it in only for lone arguments
-        mask = None if mask is None else ops.cast(mask, "bool")
+        if mask is not None:
+            mask = ops.cast(mask, "bool")
+            validation.check_array("mask", mask, [("B", x.shape[0]), ("T", x.shape[1])], "bool", object)
         x = native.whole_batch(x, self.batch_size) if self.stateful else x
         x = ops.cast(x, self.compute_dtype)
         # A token that is not finite must not reach the projections: their weights' gradients would be 0 · NaN.
@@ -236,12 +232,7 @@ class FwPKM(keras.layers.Layer):
     def spec(self) -> dict[str, Any]:
         """What a file of this layer's weights must have been saved from."""
         self._weight("memory.keys")
-        return {
-            "hidden_size": self.hidden_size,
-            "gated": self.gated,
-            "value_norm": self.value_norm,
-            "config": dataclasses.asdict(self._config),
-        }
+        return layer_spec(self.hidden_size, self.gated, self.value_norm, self._config)
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """The canonical names (SPEC.md §8) and their shapes."""
@@ -249,12 +240,9 @@ class FwPKM(keras.layers.Layer):
 
     def export_tensors(self, variables: None = None) -> dict[str, np.ndarray]:
         """Weights and initial tables by canonical name; bfloat16 and float16 as float32."""
-        narrow = {name: "float16" in weight.dtype for name, weight in self._canonical().items()}
-        weights = {name: ops.convert_to_tensor(weight) for name, weight in self._canonical().items()}
-        return {
-            name: ops.convert_to_numpy(ops.cast(weight, "float32") if narrow[name] else weight)
-            for name, weight in weights.items()
-        }
+        to_numpy = native.functions().to_numpy
+        tensors = {name: to_numpy(ops.convert_to_tensor(weight)) for name, weight in self._canonical().items()}
+        return {name: x.astype(np.float32) if x.dtype == np.float16 else x for name, x in tensors.items()}
 
     def import_tensors(self, tensors: Mapping[str, np.ndarray]) -> None:
         """Fill weights and initial tables; names and shapes are those of :meth:`tensor_shapes`. Resets the state."""
@@ -304,7 +292,8 @@ class FwPKM(keras.layers.Layer):
             ops.cast(self._weight(f"{part}_{name}"), self.compute_dtype)
             for name in ("norm.weight", "proj.weight", "proj.bias")
         )
-        return ops.matmul(ops.cast(rms_normalised(x), self.compute_dtype) * norm, ops.transpose(weight)) + bias
+        x = ops.cast(rms_normalised(x), self.compute_dtype) * norm
+        return ops.einsum("bti,oi->bto", x, weight) + bias  # on torch ops.matmul multiplies float64 in float32
 
 
 def _attribute(name: str) -> str:

@@ -110,15 +110,20 @@ def flush(cfg: FwPKMConfig, state: State) -> tuple[State, Trace]:
     validation.check_state(cfg, state, None, _tensor())
     _check_position(state, 0)
     memory, batch = state.memory, ops.shape(state.position)[0]
-    empty = State(memory, *_no_tokens(cfg, memory, batch), position=ops.zeros_like(state.position))
-    nothing = _nothing(cfg, Tokens(*(x[:, :0] for x in empty[1:5])))
-    losses = Losses(*[_columns(memory, 1)] * 2)
-    if schedule.capacity(cfg) > cfg.lookahead:  # else no token ever has a pair
-        waiting = Tokens.of(_dtype(memory), *state[1:5])
+    waiting, count = Tokens.of(_dtype(memory), *state[1:5]), schedule.pending(cfg, state.position[0])
+
+    def due(written: Array, *_: Any) -> Array:
+        return (written == 0) & (count > cfg.lookahead)  # else no token has a pair
+
+    def step(written: Array, memory: Memory, _: Losses) -> tuple:
         _, memory, losses = visit_and_write(cfg, memory, waiting)  # what is not valid is masked
-        losses = Losses(*(x[:, None] for x in losses))
-    writes = schedule.flush_writes(cfg, schedule.pending(cfg, state.position[0]))
-    return empty._replace(memory=memory), Trace(nothing.slots, nothing.weights, *losses, writes)
+        return written + 1, memory, Losses(*(x[:, None] for x in losses))
+
+    start = (ops.zeros((), "int32"), memory, Losses(*[_columns(memory, 1)] * 2))
+    _, memory, losses = ops.while_loop(due, step, start, maximum_iterations=1)
+    state = State(memory, *_no_tokens(cfg, memory, batch), position=ops.zeros_like(state.position))
+    nothing = _nothing(cfg, Tokens(*(x[:, :0] for x in state[1:5])))
+    return state, Trace(nothing.slots, nothing.weights, *losses, schedule.flush_writes(cfg, count))
 
 
 def lookup(cfg: FwPKMConfig, memory: Memory, query: Array) -> Lookup:
@@ -249,20 +254,23 @@ def _read_stream(
         what the tokens read, the tables, the tokens pending now, the losses ``[M, W]``, and the number of writes.
     """
     length, size, lag = ops.shape(tokens.mask)[1], cfg.chunk_size, schedule.lag(cfg)
-    before = schedule.pending(cfg, position)
+    before, room = schedule.pending(cfg, position), schedule.capacity(cfg)
     writes = schedule.written(cfg, position + length) - schedule.written(cfg, position)
-    room = schedule.capacity(cfg)
-    place = ops.arange(room + length, dtype="int32")
-    # The buffer's valid tokens come first, the new ones follow at once; the rest of it is left out.
-    order = ops.where(place < before, place, ops.minimum(place - before, length - 1) + room)
-    stream = Tokens.of(_dtype(memory), *pending).join(tokens).take(order)
+    columns = schedule.max_writes(cfg, length)
+    buffer = Tokens.of(_dtype(memory), *pending).join(tokens)
     new = ops.arange(length, dtype="int32")
+
+    def stream(index: Array, dead: Array) -> Tokens:
+        """Stream tokens at ``index`` [n], those that were found ``dead`` [B, T] blanked."""
+        at = ops.clip(index - before, 0, length - 1)
+        old = index < before
+        return buffer.take(ops.where(old, index, room + at)).without(ops.take(dead, at, axis=1) & ~old)
 
     def due(chunk: Array, *_: Any) -> Array:
         return chunk < writes
 
     def step(chunk: Array, memory: Memory, seen: Visit, losses: Losses) -> tuple:
-        window = stream.take(chunk * size + ops.arange(size + lag, dtype="int32"))
+        window = stream(chunk * size + ops.arange(size + lag, dtype="int32"), seen.dead)
         part, memory, lost = visit_and_write(cfg, memory, window)
         at = before + new - chunk * size
         fresh = (at >= ops.where(chunk > 0, lag, 0)) & (at < size + lag)
@@ -270,7 +278,6 @@ def _read_stream(
         losses = Losses(*(ops.where(here, x[:, None], all_) for x, all_ in zip(lost, losses)))
         return chunk + 1, memory, _merge(seen, part, at, fresh), losses
 
-    columns = schedule.max_writes(cfg, length)
     start = (ops.zeros((), "int32"), memory, _nothing(cfg, tokens), Losses(*[_columns(memory, columns)] * 2))
     _, memory, seen, losses = ops.while_loop(due, step, start, maximum_iterations=columns)
 
@@ -280,23 +287,21 @@ def _read_stream(
     late = (before + new >= writes * size + lag) | (writes == 0)
     seen = _merge(seen, part, new - first, late)
     rest = writes * size + ops.arange(room, dtype="int32")
-    valid = rest < before + length
-    waiting = stream.take(ops.minimum(rest, room + length - 1))
-    waiting = waiting.without(ops.zeros_like(waiting.mask) | ~valid)
+    waiting = stream(rest, seen.dead)
+    waiting = waiting.without(ops.zeros_like(waiting.mask) | (rest >= before + length))
     return seen, memory, waiting, losses, writes
 
 
 def _merge(seen: Visit, part: Visit, at: Array, fresh: Array) -> Visit:
     """What T tokens have read, with the ``fresh`` ones [T] taken from places ``at`` [T] of a part."""
-    last = ops.shape(part.slots)[1] - 1
-    at = ops.clip(at, 0, last)
-    return Visit(*(ops.where(fresh[:, None], ops.take(y, at, axis=1), x) for x, y in zip(seen, part)))
+    at = ops.clip(at, 0, ops.shape(part.dead)[1] - 1)
+    return Visit(*(ops.where(outer(fresh, x[0]), ops.take(y, at, axis=1), x) for x, y in zip(seen, part)))
 
 
 def _nothing(cfg: FwPKMConfig, tokens: Tokens) -> Visit:
     """Zeros in the shapes of what the tokens read."""
     weights = ops.zeros_like(tokens.gate)[..., None] + ops.zeros((cfg.slots_per_token,), tokens.gate.dtype)
-    return Visit(ops.zeros_like(tokens.value), ops.cast(weights, "int32"), weights)
+    return Visit(ops.zeros_like(tokens.value), ops.cast(weights, "int32"), weights, ops.zeros_like(tokens.mask))
 
 
 def _columns(memory: Memory, columns: int | Array) -> Array:

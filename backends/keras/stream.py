@@ -20,6 +20,8 @@ class Visit(NamedTuple):
     """``[B, n, H*k]``"""
     weights: Array
     """``[B, n, H*k]``, a record without gradient, NaN for dead tokens."""
+    dead: Array
+    """``[B, n]`` bool: some input or selected score is not finite."""
 
 
 class Found(NamedTuple):
@@ -42,7 +44,7 @@ def visit(cfg: FwPKMConfig, memory: Memory, window: Tokens) -> tuple[Visit, Foun
     place = table.rows_of(memory.values, chosen.slots)
     reads = table.read(memory.values, place, chosen.weights)
     weights = ops.stop_gradient(by_row(chosen.weights, window))
-    seen = Visit(_nan(by_row(reads, window), dead), by_row(chosen.slots, window), _nan(weights, dead))
+    seen = Visit(_nan(by_row(reads, window), dead), by_row(chosen.slots, window), _nan(weights, dead), dead)
     return seen, Found(chosen, window.without(dead), place, reads)
 
 

@@ -1,0 +1,84 @@
+"""The functions: on torch and jax those of the native backend, which has its own tests; on tensorflow, tested here."""
+
+import functools
+
+import keras
+import numpy as np
+import pytest
+import test_vectors
+from keras_suite.layers import BACKEND
+from test_vectors import NAMES, worst  # noqa: F401 (a fixture)
+
+import fwpkm
+from fwpkm import FwPKMConfig, agreement
+
+if BACKEND == "tensorflow":
+    from test_errors import *  # noqa: F403
+    from test_lookup import *  # noqa: F403
+    from test_state import *  # noqa: F403
+
+FUNCTIONS = """
+    init_memory init_state apply flush lookup chunk_update detach reset asarray to_numpy vjp device_name
+"""
+# Elsewhere these are the native functions, which read every vector in their own tests.
+CHOSEN = NAMES if BACKEND == "tensorflow" else ["batch_scope", "nonfinite", "wait_mask"]
+
+
+def test_torch_and_jax_run_their_native_functions(be):
+    for name in FUNCTIONS.split():
+        native = fwpkm.get_backend(BACKEND) if BACKEND != "tensorflow" else None
+        assert callable(getattr(be, name))
+        assert native is None or getattr(be, name) is getattr(native, name)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "split"), [("float64", "one call"), ("float64", "uneven"), ("float32", "one call"), ("float32", "uneven")]
+)
+@pytest.mark.parametrize("name", CHOSEN)
+def test_the_vectors(name, dtype, split, worst):  # noqa: F811
+    test_vectors.test_forward(name, "keras", dtype, split, worst)
+
+
+@pytest.mark.parametrize(("dtype", "split"), [("float64", "uneven"), ("float32", "one call")])
+@pytest.mark.parametrize("name", CHOSEN)
+def test_the_gradients_of_the_vectors(name, dtype, split, worst, be):  # noqa: F811
+    test_vectors.test_gradients(name, dtype, split, be, worst)
+
+
+def test_single_tokens(worst):  # noqa: F811
+    test_vectors.test_forward("wait_mask", "keras", "float64", "single tokens", worst)
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="tf.function")
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_one_graph_serves_every_batch_time_and_position(jit_compile, be):
+    """Nothing but widths is known while it is traced: outputs, states and gradients equal those of eager calls."""
+    import tensorflow
+
+    cfg = FwPKMConfig(4, 3, 2, 4, 2, 4, 1, boundary="wait")
+    memory = be.init_memory(cfg)
+    rng = np.random.default_rng(0)
+
+    def run(memory, query, value, gate):
+        with tensorflow.GradientTape() as tape:
+            tape.watch([query, value, gate, memory])
+            state = be.init_state(cfg, memory, keras.ops.shape(query)[0])
+            for _ in range(2):
+                output, state, trace = be.apply(cfg, state, query, value, gate)
+            loss = keras.ops.sum(output**2) + keras.ops.sum(state.memory.values**2)
+        return output, state, trace, tape.gradient(loss, [query, value, gate, memory])
+
+    unknown = [tensorflow.TensorSpec((None, None, width)) for width in (8, 3)] + [tensorflow.TensorSpec((None, None))]
+    graph = tensorflow.function(
+        functools.partial(run, memory), jit_compile=jit_compile, input_signature=unknown, autograph=False
+    )
+    for batch, length in ((2, 11), (3, 2)):
+        arrays = (
+            rng.normal(size=(batch, length, 8)),
+            rng.normal(size=(batch, length, 3)),
+            rng.uniform(size=(batch, length)),
+        )
+        tokens = [be.asarray(array, "float32") for array in arrays]
+        pairs = zip(*(keras.tree.flatten(each) for each in (graph(*tokens), run(memory, *tokens))))
+        for actual, expected in pairs:
+            assert agreement.relative_error(be.to_numpy(actual), be.to_numpy(expected)) < 1e-5

@@ -1,0 +1,109 @@
+"""Models: compiled, trained, saved and loaded, with stateful layers and the callback that resets them."""
+
+import keras
+import numpy as np
+import pytest
+from keras_suite.layers import BACKEND, HIDDEN, SMALL, inputs, memory_model, numpy
+
+from fwpkm.backends.keras import FwPKM, ResetState
+
+# torch.compile takes minutes for a model on a slow machine: "auto" is eager there. Measured in docs/guide.md.
+JIT = [False, "auto"] if BACKEND == "torch" else [False, True]
+X = inputs(batch=8)
+TARGET = X[..., :1]
+
+
+@pytest.mark.parametrize("jit_compile", JIT)
+def test_fit_evaluate_predict(jit_compile, tmp_path):
+    model = memory_model()
+    model.compile(keras.optimizers.SGD(0.1), "mse", jit_compile=jit_compile)
+    before = numpy(model.layers[1].memory_values)
+    losses = model.fit(X, TARGET, batch_size=4, epochs=3, verbose=0, shuffle=False).history["loss"]
+    assert losses[-1] < losses[0]
+    np.testing.assert_array_equal(numpy(model.layers[1].memory_values), before)
+    prediction = model.predict(X, batch_size=4, verbose=0)
+    assert prediction.shape == (8, 11, 1)
+    assert model.evaluate(X, TARGET, batch_size=4, verbose=0) == pytest.approx(np.square(prediction - TARGET).mean())
+    np.testing.assert_allclose(prediction, numpy(model(X)), atol=1e-5)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    np.testing.assert_array_equal(numpy(loaded(X)), numpy(model(X)))
+
+
+@pytest.mark.parametrize("jit_compile", JIT)
+def test_a_stateful_model_reads_on_and_the_callback_resets_it(jit_compile, tmp_path):
+    """With a learning rate of 0 every epoch is the same once it is reset; the batches are one text in pieces."""
+    inner = memory_model(batch_size=4, stateful=True)
+    x = keras.Input((None, HIDDEN), batch_size=4)
+    model = keras.Model(x, inner(x))
+    model.compile(keras.optimizers.SGD(0.0), "mse", jit_compile=jit_compile)
+    layer = inner.layers[1]
+    whole = memory_model()
+    whole.set_weights(weights_of(inner))
+    expected = numpy(whole(np.concatenate([X[:4], X[4:]], axis=1)))
+    prediction = model.predict(X, batch_size=4, verbose=0)
+    np.testing.assert_allclose(np.concatenate([prediction[:4], prediction[4:]], axis=1), expected, atol=1e-5)
+    assert (numpy(layer.state.position) == 22).all()
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    np.testing.assert_array_equal(numpy(loaded(X[:4])), numpy(model(X[:4])))
+
+    settings = {"batch_size": 4, "epochs": 2, "verbose": 0, "shuffle": False}
+    validation = {"validation_data": (X, TARGET), "validation_batch_size": 4}
+    history = model.fit(X, TARGET, **settings, **validation, callbacks=[ResetState()]).history
+    loss = np.square(np.concatenate([expected[:, :11], expected[:, 11:]]) - TARGET).mean()
+    assert history["loss"] == pytest.approx([loss] * 2, rel=1e-4)
+    assert history["val_loss"] == pytest.approx([loss] * 2, rel=1e-4)
+    with pytest.raises(Exception, match=r"B=4 rows|needs_4_rows"):
+        model.predict(X[:3], batch_size=4, verbose=0)
+
+
+def weights_of(inner):
+    return [numpy(w) for w in inner.weights if not w.name.startswith("state_")]
+
+
+def test_a_subclassed_model_over_an_embedding():
+    class Reader(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.embedding = keras.layers.Embedding(5, HIDDEN, mask_zero=True)
+            self.memories = [FwPKM(**SMALL), FwPKM(**SMALL | {"chunk_size": 3})]
+            self.head = keras.layers.Dense(5, activation="softmax")
+
+        def call(self, tokens):
+            x = self.embedding(tokens)
+            for memory in self.memories:
+                x = x + memory(x)
+            return self.head(x)
+
+    tokens = np.array([[3, 1, 2, 1, 4, 2, 0, 0, 0, 0, 0]] * 4)
+    model = Reader()
+    model.compile("sgd", "sparse_categorical_crossentropy", jit_compile=JIT[-1])
+    assert np.isfinite(model.fit(tokens, tokens, verbose=0).history["loss"]).all()
+    first, second = (numpy(memory.memory_values) for memory in model.memories)
+    assert not np.array_equal(first, second)
+
+
+def test_any_length_of_time():
+    model = memory_model()
+    for length in (1, 4, 11):
+        assert model.predict(X[:, :length], verbose=0).shape == (8, length, 1)
+
+
+def test_states_pass_through_a_functional_model():
+    x = keras.Input((None, HIDDEN))
+    first, *state = FwPKM(**SMALL, return_state=True)(x)
+    second = FwPKM(**SMALL)(first, initial_state=state)
+    model = keras.Model(x, second)
+    again = keras.Model.from_config(model.get_config())
+    again.set_weights(model.get_weights())
+    np.testing.assert_array_equal(numpy(again(X)), numpy(model(X)))
+
+
+def test_every_argument_survives_a_file(tmp_path):
+    options = {"gated": False, "value_norm": None, "learn_memory": True, "boundary": "wait", "score": "dot_product"}
+    model = memory_model(**options, dtype="mixed_bfloat16")
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert loaded.layers[1].get_config() == model.layers[1].get_config()
+    np.testing.assert_array_equal(numpy(loaded(X)), numpy(model(X)))
