@@ -1,4 +1,4 @@
-"""The command ``fwpkm``: ``demo``, ``backends`` and ``conform``."""
+"""The command ``fwpkm``: ``demo``, ``backends``, ``conform`` and ``vectors``."""
 
 import argparse
 import importlib.util
@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from fwpkm import __version__, backend_names, backend_status
+from fwpkm import __version__, backend_names, backend_status, vectors
 from fwpkm.conformance.command import run as judge
 from fwpkm.demo import DemoError, command, recall
 
@@ -19,6 +19,9 @@ CONFORM = """\
 Judge backends by the NumPy reference (SPEC.md §6) on drawn cases: outputs, slots, weights, losses, tables, the state in
 mid-sequence, and gradients, which are held to torch's in float64. Exit status: 1 where a bound is broken, 2 where a
 backend cannot run."""
+VECTORS = """\
+Write the reference vectors into a new folder: inputs, and the float64 results and gradients of the published equations,
+as .npz files (docs/conformance.md)."""
 
 
 class UsageError(Exception):
@@ -84,6 +87,16 @@ def _parser() -> argparse.ArgumentParser:
         "--out", default="fwpkm-demo", metavar="DIR", help="folder for the picture (default: ./%(default)s)"
     )
     demo.set_defaults(run=_demo)
+    _add_conform(commands)
+    reference = commands.add_parser("vectors", help="write the reference vectors as .npz files", description=VECTORS)
+    reference.add_argument("folder", metavar="DIR", help="the folder; one that is there already must be empty")
+    reference.set_defaults(run=_vectors)
+    listing = "list every backend with version and device, or why it cannot run and what to install"
+    commands.add_parser("backends", help=listing, description=f"{listing.capitalize()}.").set_defaults(run=_backends)
+    return parser
+
+
+def _add_conform(commands: Any) -> None:
     conform = commands.add_parser("conform", help="judge backends by the reference", description=CONFORM)
     conform.add_argument(
         "--backends",
@@ -102,9 +115,6 @@ def _parser() -> argparse.ArgumentParser:
     conform.add_argument("--dtype", choices=("float32", "float64"), default="float32", help="(default: %(default)s)")
     conform.add_argument("--markdown", action="store_true", help="print the table alone, as Markdown")
     conform.set_defaults(run=_conform)
-    listing = "list every backend with version and device, or why it cannot run and what to install"
-    commands.add_parser("backends", help=listing, description=f"{listing.capitalize()}.").set_defaults(run=_backends)
-    return parser
 
 
 def _demo(arguments: argparse.Namespace) -> int:
@@ -135,6 +145,12 @@ def _conform(arguments: argparse.Namespace) -> int:
         case=arguments.case,
         markdown=arguments.markdown,
     )
+
+
+def _vectors(arguments: argparse.Namespace) -> int:
+    folder = vectors.write(arguments.folder)
+    print(f"{len(vectors.names())} vectors in {folder}")
+    return 0
 
 
 def _backends(arguments: argparse.Namespace) -> int:

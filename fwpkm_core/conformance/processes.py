@@ -89,19 +89,14 @@ def _worker(name: str, dtype: str, folder: Path) -> Iterator[tuple[subprocess.Po
     """The process and what it says, line by line; it ends with the block, whatever happens."""
     cache = str(folder.parent / "compiled")
     command = [sys.executable, "-m", "fwpkm.conformance.worker", name, str(folder)]
-    with (folder / "log.txt").open("w") as log:
-        process = subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            text=True,
-            env=environment(name, dtype, cache),
-            encoding="utf-8",
-        )
+    variables = environment(name, dtype, cache)
+    with (
+        (folder / "log.txt").open("w") as log,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, env=variables, encoding="utf-8") as process,
+    ):
         try:
             assert process.stdout is not None
             yield process, (json.loads(line) for line in process.stdout)
             process.wait()
         finally:
             process.kill()
-            process.wait()

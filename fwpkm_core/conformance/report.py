@@ -1,5 +1,6 @@
 """The table of ``fwpkm conform``: quantities by backends, and below it what to look at again."""
 
+import math
 from collections.abc import Sequence
 
 from rich import box
@@ -43,15 +44,23 @@ def findings(verdict: Verdict, dtype: str, seed: int) -> list[str]:
     lines = [f"{verdict.name} cannot run: {verdict.cannot_run}"] if verdict.cannot_run else []
     broken = verdict.broken(dtype)
     for quantity, worst in broken.items():
-        bound = judging.bound(quantity, dtype)
-        amount = f"is off by {worst.error:.1e}, more than {bound:.0e}" if bound else "differs"
-        lines.append(f"{verdict.name}: {quantity} {amount}: {repeat(worst.number)}")
+        lines.append(
+            f"{verdict.name}: {quantity} {_amount(worst.error, judging.bound(quantity, dtype))}: {repeat(worst.number)}"
+        )
     for number, error in list(verdict.raised.items())[:1]:
         lines.append(f"{verdict.name}: {len(verdict.raised)} cases raised, first {error}: {repeat(number)}")
     if verdict.worst and not broken and not verdict.raised:
         name, worst = max(verdict.worst.items(), key=lambda item: item[1].error / (judging.bound(item[0], dtype) or 1))
         lines.append(f"{verdict.name}: worst {name}, {worst.error:.1e}: {repeat(worst.number)}")
     return lines
+
+
+def _amount(error: float, bound: float) -> str:
+    if not bound:
+        return "differ"
+    if not math.isfinite(error):
+        return "differ in shape, or in what is not finite"
+    return f"off by {error:.1e}, more than {bound:.0e}"
 
 
 def print_all(verdicts: Sequence[Verdict], summary: str, dtype: str, seed: int, markdown: bool) -> None:

@@ -1,0 +1,226 @@
+"""fwpkm conform and fwpkm vectors: what they print, their exit status, and that a case can be repeated."""
+
+import re
+import shlex
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from asserting import assert_same_bits
+from mutants.build import build
+from mutants.table import UPDATE
+
+from fwpkm import cli, vectors
+from fwpkm.conformance import command, exchange, judging, results, rounding
+from fwpkm.conformance.drawing import draw, drawer
+from fwpkm.conformance.shapes import shapes
+
+
+def conform(folder, *arguments):
+    """The command, run in a folder."""
+    line = [sys.executable, "-m", "fwpkm.cli", "conform", *arguments]
+    return subprocess.run(line, capture_output=True, text=True, timeout=300, cwd=folder)
+
+
+def rows(printed):
+    """The table's cells by quantity; quantities that have a space in their name too."""
+    cells = (re.split(r"\s*\|\s*|  +", line.strip(" |")) for line in printed.splitlines())
+    return {row[0]: row[1:] for row in cells if row[0] in judging.QUANTITIES}
+
+
+def test_a_module_of_the_current_folder_passes(tmp_path):
+    (tmp_path / "mine.py").write_text("print('hello')\nfrom fwpkm.reference import *\n")
+    done = conform(tmp_path, "--backends", "torch", "mine", "--cases", "4")
+    assert done.returncode == 0, done.stderr
+    shown = rows(done.stdout)
+    assert list(shown) == list(judging.QUANTITIES)
+    assert shown["slots"] == ["equal", "equal", "equal"]
+    assert float(shown["output"][0]) == 1e-5
+    assert 0 < float(shown["output"][1]) <= 1e-5
+    assert shown["grad keys"][2] == "-"
+    assert float(shown["grad keys"][1]) <= 1e-4
+    assert "fwpkm conform --backends mine --seed 0 --dtype float32 --case" in done.stdout
+    assert "4 cases, 4 of them with gradients; 0 of 4 set aside" in done.stdout
+    assert "hello" not in done.stdout
+
+
+def test_a_wrong_backend_fails_and_the_case_can_be_repeated(tmp_path):
+    mutant = next(mutant for mutant in UPDATE if mutant.name == "kappa constant under normalized")
+    module = build(mutant.backend, tmp_path, "wrong", mutant)
+    done = conform(tmp_path, "--backends", "numpy", module, "--cases", "20", "--seed", "3")
+    assert done.returncode == 1, done.stderr
+    assert not re.search(r"numpy: [\w ]+ (off|differ)", done.stdout)
+    (line,) = re.findall(rf"^{module}: values off by .*", done.stdout, re.MULTILINE)
+    finding, repeat = line.rsplit(": ", 1)
+    again = conform(tmp_path, *shlex.split(repeat)[2:])
+    assert again.returncode == 1, again.stderr
+    assert finding in again.stdout
+    assert "\n1 cases" in again.stdout
+
+
+def test_a_backend_that_raises_fails(tmp_path):
+    lines = ["from fwpkm.reference import *", "def flush(cfg, state, *, inplace=False):", "    raise KeyError('rows')"]
+    (tmp_path / "raises.py").write_text("\n".join(lines))
+    done = conform(tmp_path, "--backends", "raises", "--cases", "2")
+    assert done.returncode == 1
+    assert "raises: 2 cases raised, first KeyError: 'rows'" in done.stdout
+    assert "--case 0" in done.stdout
+    again = conform(tmp_path, "--backends", "raises", "--case", "0")
+    assert "Traceback" in again.stderr
+
+
+def test_backends_that_cannot_run_are_explained_and_the_others_judged(tmp_path):
+    (tmp_path / "lacks.py").write_text("from fwpkm.reference import *\ndel flush, reset\n")
+    (tmp_path / "breaks.py").write_text("1 / 0\n")
+    (tmp_path / "dies.py").write_text("import os, sys\nprint('out of luck', file=sys.stderr)\nos._exit(3)\n")
+    (tmp_path / "needs.py").write_text("import nowhere\n")
+    names = ("numpy", "lacks", "breaks", "dies", "needs", "triton", "no.such")
+    done = conform(tmp_path, "--backends", *names, "--cases", "1")
+    assert done.returncode == 2, done.stderr
+    assert rows(done.stdout)["writes"] == ["equal", "equal"]
+    for expected in (
+        "lacks cannot run: the module lacks lacks these functions of SPEC.md §8: flush, reset",
+        "breaks cannot run: importing it raised ZeroDivisionError: division by zero",
+        "dies cannot run: its process ended with status 3: ... out of luck",
+        "needs cannot run: No module named 'nowhere'\n",
+        "triton cannot run: the Triton kernels are not part of this release",
+        "no.such cannot run: No module named 'no'. Expected one of numpy, torch, jax,",
+    ):
+        assert expected in done.stdout
+
+
+def test_markdown_is_the_table_alone(tmp_path):
+    done = conform(tmp_path, "--backends", "numpy", "--cases", "2", "--dtype", "float64", "--markdown")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.strip().splitlines()
+    assert all(line.startswith("|") and line.rstrip().endswith("|") for line in lines)
+    assert len(lines) == 2 + len(judging.QUANTITIES)
+    assert rows(done.stdout)["output"] == ["1e-10", "0.0e+00"]
+    assert "0 of 2 set aside" in done.stderr
+
+
+def test_a_missing_extra_is_named(tmp_path):
+    code = "import sys; sys.modules['hypothesis'] = None; from fwpkm.cli import main; sys.exit(main(['conform']))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1
+    assert "pip install 'fwpkm[conform]'" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("--cases", "0"), ("--seed", "-1"), ("--case", "x"), ("--dtype", "half")]
+)
+def test_wrong_arguments_are_named(option, value, capsys):
+    assert cli.main(["conform", option, value]) == 2
+    assert option in capsys.readouterr().err
+
+
+def test_too_many_cases_set_aside_fail(monkeypatch, capsys):
+    monkeypatch.setattr(rounding, "passage_survives", lambda passage, expected: passage.number == 0)
+    assert command.run(["numpy"], cases=3) == 1
+    assert "2 of 3 set aside" in capsys.readouterr().out
+
+
+def test_a_case_follows_from_seed_and_number():
+    for number in (3, 17):
+        one, other, another = (drawer(seed, "float32")(number) for seed in (5, 5, 6))
+        assert_same_bits(tuple(one.case.memory), tuple(other.case.memory))
+        assert_same_bits(one.case.tokens.query, other.case.tokens.query)
+        assert one[2:] == other[2:]
+        assert one.case.seed != another.case.seed
+
+
+def test_passages_and_results_survive_their_files(tmp_path):
+    passages = [drawer(1, "float32")(number) for number in range(10)]
+    exchange.save_passages(tmp_path / "passages.json", passages)
+    for passage, loaded in zip(passages, exchange.load_passages(tmp_path / "passages.json")):
+        assert_same_bits(tuple(passage.case.memory), tuple(loaded.case.memory))
+        for array, same in zip(passage.case.tokens, loaded.case.tokens):
+            assert (array is None) == (same is None)
+            if array is not None:
+                assert_same_bits(array, same)
+        assert loaded.case.cfg == passage.case.cfg
+        assert (loaded.sizes, loaded.handed, loaded.case.flush_after) == (*passage[2:], passage.case.flush_after)
+    result = results.expect(passages[0])
+    exchange.save_result(tmp_path / "0.npz", result)
+    loaded = exchange.load_result(tmp_path / "0.npz")
+    assert_same_bits(loaded[:2], result[:2])
+    assert set(loaded.gradients) == {"query", "value", "gate", "keys", "values"}
+    for name, gradient in result.gradients.items():
+        assert_same_bits(loaded.gradients[name], gradient)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_every_run_covers_the_branches_of_the_equations(seed):
+    drawn = draw(shapes(), seed)
+    assert len(drawn) == 10
+    cfgs = [shape.cfg for shape in drawn]
+    for field, values in {
+        "boundary": {"drop", "wait"},
+        "memory_scope": {"sequence", "batch"},
+        "score": {"idw", "dot_product"},
+        "write_scale": {"slots", "unit", "normalized"},
+        "num_heads": {1, 2, 3},
+        "lookahead": {0, 1, 2, 3},
+    }.items():
+        assert {getattr(cfg, field) for cfg in cfgs} == values
+    assert {shape.gated for shape in drawn} == {shape.masked for shape in drawn} == {True, False}
+    assert any(cfg.chunk_size == 1 for cfg in cfgs)
+    assert {cfg.grad_clip is None for cfg in cfgs} == {cfg.weight_decay == 0 for cfg in cfgs} == {True, False}
+    for cfg, batch, length, *_ in drawn:
+        assert batch > 1
+        assert length >= 2 * cfg.chunk_size, "at least two writes"
+        assert cfg.chunk_size == 1 or (length // 2) % cfg.chunk_size, "a half ends within a chunk"
+
+
+def test_readings_of_dead_tokens_are_judged():
+    """Their outputs and weights must be NaN, their slots valid; the slots' numbers do not matter."""
+    draw_case = drawer(0, "float64")
+    passage = next(p for p in map(draw_case, range(100)) if "nonfinite" in p.case.twists)
+    right = results.expect(passage)
+    dead = np.isnan(right.reading.weights).all(-1)
+    assert dead.any()
+
+    def quantities(**changed):
+        wrong = right._replace(reading=right.reading._replace(**changed))
+        return {name for name, error in judging.errors(passage.case.cfg, wrong, right) if error}
+
+    assert quantities() == set()
+    slots = right.reading.slots.copy()
+    slots[dead] = 0
+    assert quantities(slots=slots) == set()
+    slots[dead] = passage.case.cfg.num_slots
+    assert quantities(slots=slots) == {"slots"}
+    assert quantities(output=np.nan_to_num(right.reading.output)) == {"output"}
+    assert quantities(weights=np.nan_to_num(right.reading.weights)) == {"weights"}
+
+
+# Vectors
+
+
+def test_vectors_are_written_once(tmp_path, capsys):
+    target = tmp_path / "a" / "vectors"
+    assert cli.main(["vectors", str(target)]) == 0
+    assert f"29 vectors in {target}" in capsys.readouterr().out
+    assert sorted(path.name for path in target.iterdir()) == vectors.names()
+    with np.load(target / "base.npz") as file:
+        assert file["out_output"].shape == (2, 20, 16)
+    before = (target / "base.npz").stat().st_mtime_ns
+    assert cli.main(["vectors", str(target)]) == 2
+    assert "DIR must be a new or an empty folder. Received: " in capsys.readouterr().err
+    assert (target / "base.npz").stat().st_mtime_ns == before
+
+
+def test_vectors_fill_an_empty_folder_or_leave_it_alone(tmp_path, monkeypatch):
+    names = vectors.names()
+    with monkeypatch.context() as patch:
+        patch.setattr(vectors, "names", lambda: [*names[:3], "missing.npz"])
+        with pytest.raises(FileNotFoundError):
+            vectors.write(str(tmp_path / "vectors"))
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "vectors").mkdir()
+    vectors.write(str(tmp_path / "vectors"))
+    assert len(list((tmp_path / "vectors").iterdir())) == 29
+    assert len(list(tmp_path.iterdir())) == 1
