@@ -131,7 +131,7 @@ def _forward(
         result, kept = carry
         result, found, step = look(result, c * cfg.chunk_size, _read_before(cfg, c), plan.window, True)
         values = found.touched.put(result.values.reshape(-1, width), step.rows).reshape(result.values.shape)
-        losses = {x: getattr(result, x).at[:, c].set(getattr(step, x)) for x in ("memorization", "addressing")}
+        losses = {x: _put(getattr(result, x), getattr(step, x)[:, None], c) for x in ("memorization", "addressing")}
         return result._replace(keys=step.keys, values=values, **losses), _keep(kept, found, c)
 
     def block(j: Array, carry: tuple[Result, Any]) -> tuple[Result, Any]:

@@ -39,14 +39,16 @@ class Tokens(NamedTuple):
 
     def rest(self, start: Array, length: int) -> "Tokens":
         """Likewise; zeros where the tokens end."""
-        index = start + jnp.arange(length)
-        return Tokens(*(x.at[:, index].get(mode="fill", fill_value=0) for x in self))
+        return self._padded(length).slice(start, length)
 
     def insert(self, later: "Tokens", at: Array) -> "Tokens":
         """These tokens up to ``at``, then the later ones, then zeros: a stream of both lengths together."""
-        room = [(0, 0), (0, later.length)]
-        longer = (jnp.pad(x, room + [(0, 0)] * (x.ndim - 2)) for x in self)
+        longer = self._padded(later.length)
         return Tokens(*(lax.dynamic_update_slice_in_dim(x, y, at, axis=1) for x, y in zip(longer, later)))
+
+    def _padded(self, length: int) -> "Tokens":
+        """With so many zeros at the end."""
+        return Tokens(*(jnp.pad(x, [(0, 0), (0, length)] + [(0, 0)] * (x.ndim - 2)) for x in self))
 
     def finite(self) -> Array:
         """``[B, n]``: query, value and gate are all finite."""
