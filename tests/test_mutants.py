@@ -7,7 +7,8 @@ from mutants.build import SOURCES, load
 from mutants.table import MUTANTS
 
 from fwpkm.conformance import judging, results
-from fwpkm.conformance.command import prepare
+from fwpkm.conformance.drawing import drawer
+from fwpkm.conformance.rounding import expect_unmoved
 
 SEEDS = (0, 1, 2)
 CASES = 30
@@ -15,8 +16,11 @@ CASES = 30
 
 @pytest.fixture(scope="module", params=SEEDS)
 def passages(request):
-    """What a short run of ``fwpkm conform`` tries; gradients come with its first and third ten."""
-    return prepare(range(CASES), request.param, "float32")
+    """What a short run of ``fwpkm conform`` tries; gradients come in its first and third ten."""
+    expected = [(passage, expect_unmoved(passage)) for passage in map(drawer(request.param, "float32"), range(CASES))]
+    kept = {passage.number: (passage, right) for passage, right in expected if right is not None}
+    assert len(kept) >= CASES - 1, "one in fifty may be set aside"
+    return kept
 
 
 def broken(be, passage, expected):

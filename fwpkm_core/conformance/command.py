@@ -3,8 +3,8 @@
 import importlib
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -51,15 +51,25 @@ def run(
     require_extra()
     # Only now: these import hypothesis, rich and torch.
     from fwpkm.conformance import contestants, report
+    from fwpkm.conformance.drawing import drawer
+    from fwpkm.conformance.rounding import expect_unmoved
 
     names = list(dict.fromkeys(backends or contestants.DEFAULT))
     numbers = range(cases) if case is None else [case]
     with _progress() as progress, tempfile.TemporaryDirectory(prefix="fwpkm-conform-") as folder:
-        passages = prepare(progress.track(numbers, description="reference"), seed, dtype)
-        verdicts = _judge(names, passages, dtype, Path(folder), progress)
-    aside = len(numbers) - len(passages)
+        draw = drawer(seed, dtype)
+        passages = [draw(number) for number in progress.track(numbers, description="drawing")]
+        with ThreadPoolExecutor(1) as pool:  # the reference works beside the first backends
+            expected = {passage.number: pool.submit(expect_unmoved, passage) for passage in passages}
+            try:
+                verdicts = _judge(names, passages, expected, dtype, Path(folder), progress)
+                judged = [passage for passage in passages if expected[passage.number].result() is not None]
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)  # an interruption does not wait for the rest
+                raise
+    aside = len(passages) - len(judged)
     too_many = aside > -(-len(numbers) // SET_ASIDE)
-    summary = f"{len(passages)} cases, {sum(p.with_gradients for p, _ in passages.values())} of them with gradients"
+    summary = f"{len(judged)} cases, {sum(passage.with_gradients for passage in judged)} of them with gradients"
     summary += f"; {aside} of {len(numbers)} set aside, as rounding their inputs would move them by too much"
     summary += f": more than one in {SET_ASIDE}" * too_many
     report.print_all(verdicts, summary, dtype, seed, markdown)
@@ -83,24 +93,10 @@ def require_extra() -> None:
             ) from error
 
 
-def prepare(numbers: Iterable[int], seed: int, dtype: str) -> "dict[int, tuple[Passage, Result]]":
-    """Draw passages, with what the reference makes of them; those that rounding moves too much are left out."""
-    from fwpkm.conformance.drawing import drawer
-    from fwpkm.conformance.results import expect
-    from fwpkm.conformance.rounding import passage_survives
-
-    draw, kept = drawer(seed, dtype), {}
-    for number in numbers:
-        passage = draw(number)
-        expected = expect(passage)
-        if passage_survives(passage, expected):
-            kept[number] = passage, expected
-    return kept
-
-
 def _judge(
     names: Sequence[str],
-    passages: "dict[int, tuple[Passage, Result]]",
+    passages: "Sequence[Passage]",
+    expected: "Mapping[int, Future[Result | None]]",
     dtype: str,
     folder: Path,
     progress: "Progress",
@@ -111,7 +107,7 @@ def _judge(
         task = progress.add_task(name, total=len(passages))
         own = folder / str(number)
         own.mkdir()
-        return judge(name, passages, dtype, own, lambda: progress.advance(task))
+        return judge(name, passages, expected, dtype, own, lambda: progress.advance(task))
 
     with ThreadPoolExecutor(AT_ONCE) as pool:
         return list(pool.map(one, range(len(names)), names))

@@ -3,7 +3,8 @@
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -41,7 +42,8 @@ class Verdict(NamedTuple):
 
 def judge(
     name: str,
-    passages: Mapping[int, tuple[Passage, Result]],
+    passages: Sequence[Passage],
+    expected: Mapping[int, Future[Result | None]],
     dtype: str,
     folder: Path,
     advance: Callable[[], None] = lambda: None,
@@ -50,12 +52,14 @@ def judge(
 
     Args:
         name: as ``contestants.load`` takes it.
-        passages: by number, with what the reference gave.
+        passages: what to run.
+        expected: by number: what the reference gives, or None where a case is set aside.
         dtype: of the passages.
         folder: an existing one for the files that pass between the processes; others beside it share a cache.
         advance: called after every passage.
     """
-    exchange.save_passages(folder / "passages.json", [passage for passage, _ in passages.values()])
+    exchange.save_passages(folder / "passages.json", passages)
+    configs = {passage.number: passage.case.cfg for passage in passages}
     worst: dict[str, Worst] = {}
     raised: dict[int, str] = {}
     cannot_run = ""
@@ -64,10 +68,12 @@ def judge(
             number, cannot_run = line.get("number"), line.get("cannot_run", "")
             if number is None:
                 continue
+            right = expected[number].result()
             if line["error"]:
                 raised[number] = line["error"]
-            else:
-                _add(worst, number, folder / f"{number}.npz", *passages[number])
+            elif right is not None:
+                actual = exchange.load_result(folder / f"{number}.npz")
+                _add(worst, number, judging.errors(configs[number], actual, right))
             advance()
     log = (folder / "log.txt").read_text(encoding="utf-8", errors="replace")
     if process.returncode and not cannot_run:
@@ -76,10 +82,8 @@ def judge(
     return Verdict(name, cannot_run, worst, raised, log)
 
 
-def _add(worst: dict[str, Worst], number: int, path: Path, passage: Passage, expected: Result) -> None:
-    actual = exchange.load_result(path)
-    path.unlink()
-    for quantity, error in judging.errors(passage.case.cfg, actual, expected):
+def _add(worst: dict[str, Worst], number: int, errors: Iterable[tuple[str, float]]) -> None:
+    for quantity, error in errors:
         if quantity not in worst or not error <= worst[quantity].error:
             worst[quantity] = Worst(error, number)
 

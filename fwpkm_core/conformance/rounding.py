@@ -26,20 +26,18 @@ def nudged(case: Case, dtype: str) -> Case:
     return case.map(lambda array: array * (1 + rng.choice([-1, 1], array.shape) * half_unit))
 
 
-def passage_survives(passage: Passage, expected: Result) -> bool:
-    """Whether a rounding of a passage's inputs moves the reference, and torch's gradients, by far less than the bounds.
+def expect_unmoved(passage: Passage) -> Result | None:
+    """What the reference and torch's gradients give for a passage, in float64.
 
-    Args:
-        passage: in the dtype of the runs to be judged.
-        expected: what ``expect`` gave.
+    None where a rounding of the inputs to the passage's dtype would not move it by far less than the bounds.
     """
-    dtype = passage.case.dtype
+    expected, dtype = expect(passage), passage.case.dtype
     moved = expect(passage._replace(case=nudged(passage.case.widened(), dtype)))
-    return _unmoved(errors(passage.case.cfg, moved, expected), dtype)
+    return expected if _unmoved(errors(passage.case.cfg, moved, expected), dtype) else None
 
 
 def survives_rounding(case: Case, expected: Reading, dtype: str = "float32") -> bool:
-    """The same of a float64 case that is read in one call, forward alone."""
+    """Whether a rounding of a float64 case, read in one call, moves the reference by far less than the bounds."""
     return _unmoved(reading_errors(case.cfg, read(reference, nudged(case, dtype)), expected), dtype)
 
 
