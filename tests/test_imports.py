@@ -210,6 +210,17 @@ def test_a_backend_imports_its_framework_and_no_other_backend(framework: str) ->
         assert not is_of(name, "fwpkm.backends") or is_of(name, package), (where, name)
 
 
+def test_the_keras_backend_imports_keras_and_tensorflow_only_lazily() -> None:
+    """Native backends are imported by name, for the framework that Keras runs on."""
+    package = "fwpkm.backends.keras"
+    found = imports_of(package)
+    assert found
+    for name, lazy, where in found:
+        assert name.partition(".")[0] in sys.stdlib_module_names | {"numpy", "fwpkm", "keras", "tensorflow"}, where
+        assert lazy or not is_of(name, "tensorflow"), where
+        assert not is_of(name, "fwpkm.backends") or is_of(name, package), (where, name)
+
+
 def test_only_the_torch_backend_imports_kernels_and_only_when_it_runs_them() -> None:
     for name, lazy, where in imports_of("fwpkm.backends"):
         if is_of(name, "fwpkm.kernels"):

@@ -10,7 +10,7 @@ from keras import KerasTensor, initializers, ops
 
 from fwpkm import validation
 from fwpkm.backends.keras import native
-from fwpkm.backends.keras.layout import NAMES, flatten, forms, unflatten
+from fwpkm.backends.keras.layout import NAMES, copies_of, flatten, forms, unflatten
 from fwpkm.backends.keras.norms import rms_normalised, zscore
 from fwpkm.backends.keras.tokens import blank, finite_rows
 from fwpkm.config import FwPKMConfig
@@ -40,9 +40,7 @@ class FwPKM(keras.layers.Layer):
         return_state: return ``[y, *state]``, the arrays in the order and shapes of :class:`fwpkm.State`.
         stateful: each call goes on where the last one stopped, until :meth:`reset_state`; every batch must have the
             size that the layer was built with. The state is a non-trainable weight: a saved model goes on as well.
-        trainable: as in any Keras layer.
-        dtype: dtype or policy.
-        name: as in any Keras layer.
+        trainable, dtype, name: as in any Keras layer; dtype may be a policy.
         config_fields: fields of :class:`fwpkm.FwPKMConfig`, such as key_dim or num_subkeys.
 
     Raises:
@@ -80,7 +78,7 @@ class FwPKM(keras.layers.Layer):
         """The configuration of the memory."""
         return self._config
 
-    def build(self, input_shape: Sequence[int | None]) -> None:
+    def build(self, input_shape: Sequence[Any]) -> None:
         """Make the weights for inputs ``[B, T, hidden_size]``; B may be None unless the layer is stateful.
 
         Raises:
@@ -112,13 +110,18 @@ class FwPKM(keras.layers.Layer):
         ):
             table = self._add(name, form.shape[1:], start, dtype=form.dtype, trainable=self.learn_memory)
             if self.stateful:
-                self._add(f"state.{name}", form.shape, _copies_of(table), dtype=form.dtype, trainable=False)
+                self._add(f"state.{name}", form.shape, copies_of(table), dtype=form.dtype, trainable=False)
         if self.stateful:
             for name, form in zip(NAMES[2:], pending):
                 self._add(f"state.{name}", form.shape, initializers.Zeros(), dtype=form.dtype, trainable=False)
 
     def call(
-        self, x: Array, mask: Array | None = None, initial_state: Any = None, training: bool | None = None, update=True
+        self,
+        x: Array,
+        mask: Array | None = None,
+        initial_state: Any = None,
+        training: bool | None = None,
+        update: bool = True,
     ) -> Any:
         """Read T tokens, writing every chunk that they complete.
 
@@ -150,12 +153,16 @@ class FwPKM(keras.layers.Layer):
         query, value = self._project("query", x), self._project("value", x)
         value = zscore(value) if self.value_norm == "zscore" else value
         gate = ops.sigmoid(self._project("gate", x)[..., 0]) if self.gated else None
-        state = self._initial(x) if initial_state is None else unflatten(initial_state)
+        if initial_state is None:
+            state = self.state if self.stateful else self.init_state(ops.shape(x)[0])
+        else:
+            state = unflatten(initial_state)
         live = ~dead if mask is None else mask & ~dead
         read, state = native.apply(self._config, state, query, value, gate, live, update, owned=initial_state is None)
         dead = dead | ~finite_rows(read)
-        read, value = blank(read, dead), blank(value, dead)
-        mixed = read + value if gate is None else gate[..., None] * read + (1 - gate[..., None]) * value
+        read, value = ops.cast(blank(read, dead), value.dtype), blank(value, dead)
+        g = None if gate is None else ops.cast(gate[..., None], value.dtype)
+        mixed = read + value if g is None else g * read + (1 - g) * value
         y = self._project("output", mixed)
         y = ops.where(dead[..., None], ops.cast(float("nan"), y.dtype), y)
         if self.stateful and update:
@@ -188,11 +195,7 @@ class FwPKM(keras.layers.Layer):
     def get_config(self) -> dict[str, Any]:
         """Every argument of the layer."""
         own = {
-            "gated": self.gated,
-            "value_norm": self.value_norm,
-            "learn_memory": self.learn_memory,
-            "return_state": self.return_state,
-            "stateful": self.stateful,
+            name: getattr(self, name) for name in ("gated", "value_norm", "learn_memory", "return_state", "stateful")
         }
         return {**super().get_config(), **dataclasses.asdict(self._config), **own}
 
@@ -283,9 +286,6 @@ class FwPKM(keras.layers.Layer):
                 f"smaller batch. Received: shape {tuple(x.shape)}"
             )
 
-    def _initial(self, x: Array) -> State:
-        return self.state if self.stateful else self.init_state(ops.shape(x)[0])
-
     def _project(self, part: str, x: Array) -> Array:
         """W · RMSNorm(x) + b in the compute dtype; the norm at least in float32."""
         norm, weight, bias = (
@@ -298,12 +298,3 @@ class FwPKM(keras.layers.Layer):
 
 def _attribute(name: str) -> str:
     return name.replace(".", "_")
-
-
-def _copies_of(table: keras.Variable) -> Any:
-    """An initializer: the table for every row."""
-
-    def initialize(shape: tuple[int, ...], dtype: Any = None) -> Array:
-        return ops.copy(ops.broadcast_to(ops.cast(table, dtype), shape))  # torch would write into a view
-
-    return initialize

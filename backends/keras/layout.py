@@ -3,6 +3,9 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import keras
+from keras import ops
+
 from fwpkm import schedule
 from fwpkm.config import FwPKMConfig
 from fwpkm.containers import Array, Memory, State
@@ -18,8 +21,8 @@ class Form(NamedTuple):
     dtype: str
 
 
-def forms(cfg: FwPKMConfig, batch_size: int | None, dtype: str) -> list[Form]:
-    """What a state of ``batch_size`` rows, which may be unknown, consists of; ``dtype`` is that of the tables."""
+def forms(cfg: FwPKMConfig, batch_size: Any, dtype: str) -> list[Form]:
+    """What a state of ``batch_size`` rows, None where unknown, consists of; ``dtype`` is that of the tables."""
     memories, tokens = memories_for(cfg, batch_size), (batch_size, schedule.capacity(cfg))
     floats = [
         (memories, cfg.num_heads, 2, cfg.num_subkeys, cfg.key_dim // 2),
@@ -50,3 +53,12 @@ def unflatten(arrays: Any) -> State:
             f"initial_state must be a fwpkm.State or the list of its arrays [{', '.join(NAMES)}]. Received: {received}"
         )
     return State(Memory(*arrays[:2]), *arrays[2:])
+
+
+def copies_of(table: keras.Variable) -> Any:
+    """An initializer: the table for every row."""
+
+    def initialize(shape: tuple[int, ...], dtype: Any = None) -> Array:
+        return ops.copy(ops.broadcast_to(ops.cast(table, dtype), shape))  # torch would write into a view
+
+    return initialize

@@ -3,9 +3,6 @@
 They run eagerly, in tf.function and under XLA, with any of batch, time and position unknown until then: everything is
 branch-free arithmetic but one loop over the chunks that a call completes. A write copies the value table, and gradients
 through writes keep those copies.
-
-Stream tokens are the state's p pending ones and then the T new ones. Chunk w of a call covers the stream from w·C on;
-it is written once C + lag tokens from there have arrived (schedule.py).
 """
 
 from collections.abc import Callable, Sequence
@@ -17,7 +14,7 @@ import numpy as np
 from keras import ops
 
 from fwpkm import schedule, validation
-from fwpkm.backends.keras.stream import Visit, visit, visit_and_write, write_chunk
+from fwpkm.backends.keras.stream import no_losses, nothing_seen, read_stream, visit, visit_and_write, write_chunk
 from fwpkm.backends.keras.tokens import Tokens, outer
 from fwpkm.config import FwPKMConfig
 from fwpkm.containers import Array, Lookup, Losses, Memory, State, Trace
@@ -84,16 +81,16 @@ def apply(
     _check_position(state, length if update else 0)
     memory = _as_tables(state.memory, query)
     tokens = Tokens.of(_dtype(memory), query, value, gate, mask)
-    columns = _columns(memory, schedule.max_writes(cfg, length))
+    losses, none = no_losses(memory, schedule.max_writes(cfg, length)), ops.zeros((), "int32")
     if isinstance(length, int) and length == 0:
-        nothing = _nothing(cfg, tokens)
-        trace = Trace(nothing.slots, nothing.weights, columns, columns, ops.zeros((), "int32"))
+        nothing = nothing_seen(cfg, tokens)
+        trace = Trace(nothing.slots, nothing.weights, *losses, writes=none)
         return ops.cast(nothing.output, query.dtype), state, trace
     if not update:
         seen, _ = visit(cfg, memory, tokens)
-        trace = Trace(seen.slots, seen.weights, columns, columns, ops.zeros((), "int32"))
+        trace = Trace(seen.slots, seen.weights, *losses, writes=none)
         return ops.cast(seen.output, query.dtype), state, trace
-    seen, memory, waiting, losses, writes = _read_stream(cfg, memory, Tokens(*state[1:5]), state.position[0], tokens)
+    seen, memory, waiting, losses, writes = read_stream(cfg, memory, Tokens(*state[1:5]), state.position[0], tokens)
     state = State(memory, *waiting, position=state.position + length)
     return ops.cast(seen.output, query.dtype), state, Trace(seen.slots, seen.weights, *losses, writes)
 
@@ -115,15 +112,18 @@ def flush(cfg: FwPKMConfig, state: State) -> tuple[State, Trace]:
     def due(written: Array, *_: Any) -> Array:
         return (written == 0) & (count > cfg.lookahead)  # else no token has a pair
 
-    def step(written: Array, memory: Memory, _: Losses) -> tuple:
+    def step(written: Array, memory: Memory, losses: Losses) -> tuple:
         _, memory, losses = visit_and_write(cfg, memory, waiting)  # what is not valid is masked
         return written + 1, memory, Losses(*(x[:, None] for x in losses))
 
-    start = (ops.zeros((), "int32"), memory, Losses(*[_columns(memory, 1)] * 2))
+    start = (ops.zeros((), "int32"), memory, no_losses(memory, 1))
     _, memory, losses = ops.while_loop(due, step, start, maximum_iterations=1)
     state = State(memory, *_no_tokens(cfg, memory, batch), position=ops.zeros_like(state.position))
-    nothing = _nothing(cfg, Tokens(*(x[:, :0] for x in state[1:5])))
-    return state, Trace(nothing.slots, nothing.weights, *losses, schedule.flush_writes(cfg, count))
+    nothing = nothing_seen(cfg, Tokens(*(x[:, :0] for x in state[1:5])))
+    trace = Trace(
+        nothing.slots, nothing.weights, losses.memorization, losses.addressing, schedule.flush_writes(cfg, count)
+    )
+    return state, trace
 
 
 def lookup(cfg: FwPKMConfig, memory: Memory, query: Array) -> Lookup:
@@ -138,7 +138,7 @@ def lookup(cfg: FwPKMConfig, memory: Memory, query: Array) -> Lookup:
     memory = _as_tables(memory, query)
     value = ops.zeros((*ops.shape(query)[:2], cfg.value_dim), query.dtype)
     tokens = Tokens.of(_dtype(memory), query, value, None, None)
-    seen = visit(cfg, memory, tokens)[0] if query.shape[1] != 0 else _nothing(cfg, tokens)
+    seen = visit(cfg, memory, tokens)[0] if query.shape[1] != 0 else nothing_seen(cfg, tokens)
     return Lookup(ops.cast(seen.output, query.dtype), seen.slots, seen.weights)
 
 
@@ -243,70 +243,6 @@ def vjp(
 def device_name() -> str:
     """The accelerator that Keras finds here, or "cpu"."""
     return next(iter(keras.distribution.list_devices("gpu")), "cpu")
-
-
-def _read_stream(
-    cfg: FwPKMConfig, memory: Memory, pending: Tokens, position: Array, tokens: Tokens
-) -> tuple[Visit, Memory, Tokens, Losses, Array]:
-    """Read T tokens, at least one where T is known, after the pending ones, and write the chunks that are due.
-
-    Returns:
-        what the tokens read, the tables, the tokens pending now, the losses ``[M, W]``, and the number of writes.
-    """
-    length, size, lag = ops.shape(tokens.mask)[1], cfg.chunk_size, schedule.lag(cfg)
-    before, room = schedule.pending(cfg, position), schedule.capacity(cfg)
-    writes = schedule.written(cfg, position + length) - schedule.written(cfg, position)
-    columns = schedule.max_writes(cfg, length)
-    buffer = Tokens.of(_dtype(memory), *pending).join(tokens)
-    new = ops.arange(length, dtype="int32")
-
-    def stream(index: Array, dead: Array) -> Tokens:
-        """Stream tokens at ``index`` [n], those that were found ``dead`` [B, T] blanked."""
-        at = ops.clip(index - before, 0, length - 1)
-        old = index < before
-        return buffer.take(ops.where(old, index, room + at)).without(ops.take(dead, at, axis=1) & ~old)
-
-    def due(chunk: Array, *_: Any) -> Array:
-        return chunk < writes
-
-    def step(chunk: Array, memory: Memory, seen: Visit, losses: Losses) -> tuple:
-        window = stream(chunk * size + ops.arange(size + lag, dtype="int32"), seen.dead)
-        part, memory, lost = visit_and_write(cfg, memory, window)
-        at = before + new - chunk * size
-        fresh = (at >= ops.where(chunk > 0, lag, 0)) & (at < size + lag)
-        here = ops.arange(columns, dtype="int32") == chunk
-        losses = Losses(*(ops.where(here, x[:, None], all_) for x, all_ in zip(lost, losses)))
-        return chunk + 1, memory, _merge(seen, part, at, fresh), losses
-
-    start = (ops.zeros((), "int32"), memory, _nothing(cfg, tokens), Losses(*[_columns(memory, columns)] * 2))
-    _, memory, seen, losses = ops.while_loop(due, step, start, maximum_iterations=columns)
-
-    tail = ops.minimum(length, size + lag)  # more cannot follow the last write
-    first = length - tail
-    part, _ = visit(cfg, memory, tokens.take(first + ops.arange(tail, dtype="int32")))
-    late = (before + new >= writes * size + lag) | (writes == 0)
-    seen = _merge(seen, part, new - first, late)
-    rest = writes * size + ops.arange(room, dtype="int32")
-    waiting = stream(rest, seen.dead)
-    waiting = waiting.without(ops.zeros_like(waiting.mask) | (rest >= before + length))
-    return seen, memory, waiting, losses, writes
-
-
-def _merge(seen: Visit, part: Visit, at: Array, fresh: Array) -> Visit:
-    """What T tokens have read, with the ``fresh`` ones [T] taken from places ``at`` [T] of a part."""
-    at = ops.clip(at, 0, ops.shape(part.dead)[1] - 1)
-    return Visit(*(ops.where(outer(fresh, x[0]), ops.take(y, at, axis=1), x) for x, y in zip(seen, part)))
-
-
-def _nothing(cfg: FwPKMConfig, tokens: Tokens) -> Visit:
-    """Zeros in the shapes of what the tokens read."""
-    weights = ops.zeros_like(tokens.gate)[..., None] + ops.zeros((cfg.slots_per_token,), tokens.gate.dtype)
-    return Visit(ops.zeros_like(tokens.value), ops.cast(weights, "int32"), weights, ops.zeros_like(tokens.mask))
-
-
-def _columns(memory: Memory, columns: int | Array) -> Array:
-    """``[M, columns]`` zeros: losses yet to come."""
-    return ops.zeros((ops.shape(memory.keys)[0], columns), memory.keys.dtype)
 
 
 def _no_tokens(cfg: FwPKMConfig, memory: Memory, batch_size: int | Array) -> Tokens:

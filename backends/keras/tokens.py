@@ -42,7 +42,8 @@ class Tokens(NamedTuple):
 
     def without(self, dead: Array) -> "Tokens":
         """The dead ones ``[B, n]`` as zeros with mask False (SPEC.md §5); no gradient passes through them."""
-        return Tokens(*(blank(x, dead) for x in self[:3]), self.mask & ~dead)
+        query, value, gate = (blank(x, dead) for x in self[:3])
+        return Tokens(query, value, gate, self.mask & ~dead)
 
 
 def blank(x: Array, dead: Array) -> Array:

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from keras_suite.layers import BACKEND, HIDDEN, SMALL, inputs, memory_model, numpy
 
+from fwpkm import agreement
 from fwpkm.backends.keras import FwPKM, ResetState
 
 # torch.compile takes minutes for a model on a slow machine: "auto" is eager there. Measured in docs/guide.md.
@@ -24,25 +25,25 @@ def test_fit_evaluate_predict(jit_compile, tmp_path):
     prediction = model.predict(X, batch_size=4, verbose=0)
     assert prediction.shape == (8, 11, 1)
     assert model.evaluate(X, TARGET, batch_size=4, verbose=0) == pytest.approx(np.square(prediction - TARGET).mean())
-    np.testing.assert_allclose(prediction, numpy(model(X)), atol=1e-5)
+    assert agreement.relative_error(prediction, numpy(model(X))) < agreement.BOUNDS["float32"].forward
     model.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")
     np.testing.assert_array_equal(numpy(loaded(X)), numpy(model(X)))
 
 
-@pytest.mark.parametrize("jit_compile", JIT)
-def test_a_stateful_model_reads_on_and_the_callback_resets_it(jit_compile, tmp_path):
+def test_a_stateful_model_reads_on_and_the_callback_resets_it(tmp_path):
     """With a learning rate of 0 every epoch is the same once it is reset; the batches are one text in pieces."""
     inner = memory_model(batch_size=4, stateful=True)
     x = keras.Input((None, HIDDEN), batch_size=4)
     model = keras.Model(x, inner(x))
-    model.compile(keras.optimizers.SGD(0.0), "mse", jit_compile=jit_compile)
+    model.compile(keras.optimizers.SGD(0.0), "mse", jit_compile=JIT[-1])
     layer = inner.layers[1]
     whole = memory_model()
     whole.set_weights(weights_of(inner))
     expected = numpy(whole(np.concatenate([X[:4], X[4:]], axis=1)))
     prediction = model.predict(X, batch_size=4, verbose=0)
-    np.testing.assert_allclose(np.concatenate([prediction[:4], prediction[4:]], axis=1), expected, atol=1e-5)
+    pieces = np.concatenate([prediction[:4], prediction[4:]], axis=1)
+    assert agreement.relative_error(pieces, expected) < agreement.BOUNDS["float32"].forward
     assert (numpy(layer.state.position) == 22).all()
     model.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")
@@ -78,7 +79,7 @@ def test_a_subclassed_model_over_an_embedding():
 
     tokens = np.array([[3, 1, 2, 1, 4, 2, 0, 0, 0, 0, 0]] * 4)
     model = Reader()
-    model.compile("sgd", "sparse_categorical_crossentropy", jit_compile=JIT[-1])
+    model.compile("sgd", "sparse_categorical_crossentropy", jit_compile=JIT[0])
     assert np.isfinite(model.fit(tokens, tokens, verbose=0).history["loss"]).all()
     first, second = (numpy(memory.memory_values) for memory in model.memories)
     assert not np.array_equal(first, second)
