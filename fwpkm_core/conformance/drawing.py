@@ -16,7 +16,7 @@ def draw(strategy: st.SearchStrategy[T], seed: int | str) -> T:
     drawn: list[T] = []
 
     # The first example is always the simplest, and the second the first that is random.
-    @hypothesis.seed(seed)  # type: ignore[arg-type]
+    @hypothesis.seed(seed)
     @hypothesis.settings(
         max_examples=2,
         database=None,

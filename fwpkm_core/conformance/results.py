@@ -1,5 +1,6 @@
 """What a backend makes of a passage, and what the reference makes of it."""
 
+import functools
 from types import ModuleType
 from typing import NamedTuple
 
@@ -54,9 +55,7 @@ def _read(be: ModuleType, passage: Passage) -> tuple[Reading, State]:
         if stop == passage.handed and not flush:
             half = as_numpy(be, state)
             state = native(be, half)
-    whole = parts[0]
-    for part in parts[1:]:
-        whole = joined(whole, part)
+    whole = functools.reduce(joined, parts)
     for name, array in (("output", whole.output), *zip(("keys", "values"), whole.memory)):
         if str(array.dtype) != case.dtype:
             raise BrokenContractError(f"{name} must have dtype {case.dtype}. Received: {array.dtype}")
@@ -66,8 +65,8 @@ def _read(be: ModuleType, passage: Passage) -> tuple[Reading, State]:
 def _gradients(be: ModuleType, passage: Passage) -> dict[str, np.ndarray]:
     case = passage.case
     output, keys, values = draw_cotangents(case, np.random.default_rng(case.seed))
-    cotangents = (np.where(_finite(case.tokens)[..., None], output, 0), keys, values)
-    cotangents = tuple(array.astype(case.dtype) for array in cotangents)
+    output = np.where(_finite(case.tokens)[..., None], output, 0)
+    cotangents = [array.astype(case.dtype) for array in (output, keys, values)]
     received = gradients(be, case, cotangents, passage.gradient_sizes)
     return {name: gradient for name, gradient in zip(INPUTS, received) if gradient is not None}
 

@@ -89,10 +89,10 @@ def stream(
         _check_shapes(cfg, trace, len(tokens.query), 0, 1)
         traces.append(trace)
     slots, weights = (np.concatenate([as_numpy(be, t[i]) for t in traces], axis=1) for i in (0, 1))
-    losses = (np.concatenate([_used(be, t, i) for t in traces], axis=1) for i in (2, 3))
+    memorization, addressing = (np.concatenate([_used(be, t, i) for t in traces], axis=1) for i in (2, 3))
     memory = as_numpy(be, state.memory)
     output = np.concatenate(outputs or [tokens.value[:, :0]], axis=1)
-    return Reading(output, slots, weights, *losses, memory), state
+    return Reading(output, slots, weights, memorization, addressing, memory), state
 
 
 def read(be: ModuleType, case: Case, sizes: Sequence[int] | None = None, **options: Any) -> Reading:
@@ -109,7 +109,8 @@ def read(be: ModuleType, case: Case, sizes: Sequence[int] | None = None, **optio
 
 def joined(before: Reading, after: Reading) -> Reading:
     """Two readings of one sequence as one."""
-    return Reading(*(np.concatenate(pair, axis=1) for pair in zip(before[:5], after[:5])), after.memory)
+    arrays = {name: np.concatenate([getattr(x, name) for x in (before, after)], axis=1) for name in Reading._fields[:5]}
+    return Reading(**arrays, memory=after.memory)
 
 
 def cut_sizes(sizes: Sequence[int], at: int) -> tuple[list[int], list[int]]:

@@ -51,7 +51,8 @@ class Tokens:
 
     def map(self, function: Callable[[np.ndarray], np.ndarray]) -> "Tokens":
         """The function of each array that is there."""
-        return Tokens(*(None if array is None else function(array) for array in self))
+        gate, mask = (None if array is None else function(array) for array in (self.gate, self.mask))
+        return Tokens(function(self.query), function(self.value), gate, mask)
 
     def unmasked(self) -> np.ndarray:
         """``[B, T]`` bool, whether or not there is a mask."""
@@ -260,7 +261,8 @@ def is_untied(case: Case, gap: float = GAP) -> bool:
     first = case.length if case.flush_after is None else case.flush_after
     for start, stop in ((0, first), (first, case.length)):
         tokens = case.tokens.cut(start, stop)
-        if comparable_tokens(case.cfg, memory, *tokens, gap=gap) < stop - start:
+        query, value, gate, mask = tokens
+        if comparable_tokens(case.cfg, memory, query, value, gate, mask, gap) < stop - start:
             return False
         state = reference.init_state(case.cfg, memory, case.batch)
         memory = reference.flush(case.cfg, reference.apply(case.cfg, state, *tokens)[1])[0].memory

@@ -27,13 +27,13 @@ def main(name: str, folder: Path) -> int:
         return 0
     print(json.dumps({"ready": True}), file=report)
     for passage in exchange.load_passages(folder / "passages.json"):
-        error = None
+        complaint = None
         try:
             exchange.save_result(folder / f"{passage.number}.npz", results.run(be, passage))
         except Exception as raised:
-            error = "".join(traceback.format_exception_only(raised)).strip()
+            complaint = "".join(traceback.format_exception_only(raised)).strip()
             traceback.print_exc()
-        print(json.dumps({"number": passage.number, "error": error}), file=report)
+        print(json.dumps({"number": passage.number, "error": complaint}), file=report)
     return 0
 
 
