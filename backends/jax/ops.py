@@ -294,7 +294,7 @@ def _lookup(cfg: FwPKMConfig, memory: Memory, query: Array) -> Lookup:
     dtype = _dtype(memory, query)
     tokens = Tokens.of(dtype, query, jnp.zeros((*query.shape[:2], cfg.value_dim), dtype), None, None)
     result = run(cfg, plan_read(cfg, query.shape[1]), _tables(memory, dtype), tokens, _ZERO, _ZERO)
-    return Lookup(_output(result, query), *_trace(result, 0, _ZERO)[:2])
+    return Lookup(_output(result, query), result.slots, _weights(result))
 
 
 @partial(jax.jit, static_argnums=(0,))
@@ -335,8 +335,12 @@ def _output(result: Result, query: Array) -> Array:
     return jnp.where(result.unread[..., None], jnp.nan, result.reads).astype(query.dtype)
 
 
+def _weights(result: Result) -> Array:
+    return jnp.where(result.unread[..., None], jnp.nan, result.weights)
+
+
 def _trace(result: Result, columns: int, writes: Array) -> Trace:
     """The record of a stream, its losses filled up with zeros to this many columns."""
-    weights = jax.lax.stop_gradient(jnp.where(result.unread[..., None], jnp.nan, result.weights))
+    weights = jax.lax.stop_gradient(_weights(result))
     losses = (jnp.pad(x, [(0, 0), (0, columns - x.shape[1])]) for x in (result.memorization, result.addressing))
     return Trace(result.slots, weights, *losses, writes=writes)

@@ -42,7 +42,7 @@ class Plan(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What a stream gives. Differentiable in reads, keys and values."""
+    """What a stream gives. Differentiable in keys, values, reads and weights."""
 
     keys: Array
     """``[M, H, 2, S, d]`` afterwards."""
@@ -169,9 +169,14 @@ def _run_backward(cfg, plan, saved, gradient):
     touched = [x.touched.rows for x in (windows, blocks) if x is not None]
     given = None if isinstance(gradient.values, SymbolicZero) else gradient.values.reshape(-1, width)
     total, locate = _gradient_rows(touched, given, (memories * num_slots, width), gradient.reads.dtype, bool(dense))
-    d_keys, d_news = (_materialise(x) for x in (gradient.keys, gradient.reads))
-    d_reads = jnp.zeros((*tokens.mask.shape, width), d_news.dtype)
-    d_reads = _put(d_reads, d_news, pending)
+    d_keys = _materialise(gradient.keys)
+    # What windows noted of their tokens, with its gradient; trace weights mostly have none.
+    noted = {x: getattr(gradient, x) for x in ("reads", "weights")}
+    noted = {
+        name: _put(jnp.zeros((*tokens.mask.shape, x.shape[-1]), x.dtype), x, pending)
+        for name, x in noted.items()
+        if not isinstance(x, SymbolicZero)
+    }
     d_tokens = jax.tree.map(jnp.zeros_like, tokens[:3])
 
     def back(carry, found, d_step, start, writes):
@@ -184,7 +189,7 @@ def _run_backward(cfg, plan, saved, gradient):
         def forward(keys, rows, query, value, gate):
             live = Tokens(query, value, gate, window.mask).without(found.dead)
             step = walk(cfg, keys, rows, live, found, chunk_of(cfg, live) if writes else None, num_slots)
-            return step.reads, step.keys, step.rows
+            return {name: getattr(step, name) for name in noted}, step.keys, step.rows
 
         pull = jax.vjp(forward, found.keys, found.rows, *window[:3])[1]
         rows = total.at[place].get(mode="fill", fill_value=0)
@@ -193,18 +198,18 @@ def _run_backward(cfg, plan, saved, gradient):
         d_tokens = [_put(x, _slice(x, start, length) + d, start) for x, d in zip(d_tokens, d_window)]
         return d_keys, total, tuple(d_tokens)
 
-    def reads_of(start, fresh, length):
-        """The gradient of what a window noted of its reads."""
-        noted = (start + jnp.arange(length) >= fresh)[:, None]
-        return jnp.where(noted, _slice(d_reads, start, length), 0)
+    def noted_of(start, fresh, length):
+        """The gradients of what a window noted."""
+        own = (start + jnp.arange(length) >= fresh)[:, None]
+        return {name: jnp.where(own, _slice(x, start, length), 0) for name, x in noted.items()}
 
     def back_block(j, carry):
         start, fresh = _block(cfg, plan, pending, due, j)
-        return back(carry, _kept(blocks, j), reads_of(start, fresh, plan.block), start, False)
+        return back(carry, _kept(blocks, j), noted_of(start, fresh, plan.block), start, False)
 
     def back_write(i, carry):
         c = due - 1 - i
-        d_step = reads_of(c * cfg.chunk_size, _read_before(cfg, c), plan.window)
+        d_step = noted_of(c * cfg.chunk_size, _read_before(cfg, c), plan.window)
         return back(carry, _kept(windows, c), d_step, c * cfg.chunk_size, True)
 
     carry = (d_keys, total, tuple(d_tokens))
