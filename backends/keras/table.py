@@ -49,9 +49,8 @@ def write(
         return ops.segment_sum(ops.reshape(x, (-1, x.shape[-1])), leader, ops.shape(entries)[0])
 
     def per_entry(flags: Array) -> Array:
-        return ops.stop_gradient(ops.broadcast_to(ops.cast(flags, values.dtype)[..., None], ops.shape(place)))[
-            ..., None
-        ]
+        spread = ops.broadcast_to(ops.cast(flags, values.dtype)[..., None], ops.shape(place))
+        return ops.stop_gradient(spread)[..., None]
 
     # An error that overflowed makes its rows not finite; autodiff must not meet it.
     wild = pair & ~finite_rows(error)
@@ -60,13 +59,14 @@ def write(
     gradient = total(pull[..., None] * error[:, :, None, :]) / ops.maximum(count, 1)
     if cfg.grad_clip is not None:
         gradient = ops.clip(gradient, -cfg.grad_clip, cfg.grad_clip)
-    rows = ops.take(_flat(values), entries, axis=0)
-    change = -cfg.learning_rate * (gradient + cfg.weight_decay * rows)
-    moves = (leader == number)[:, None] & (count > 0) & ~spoiled & finite_rows(rows + change)[:, None]
+    rows, leads = ops.take(_flat(values), entries, axis=0), (leader == number)[:, None]
+    new = rows - cfg.learning_rate * (gradient + cfg.weight_decay * rows)
+    moves = leads & (count > 0) & ~spoiled & finite_rows(new)[:, None]
     moves &= ops.reshape(per_entry(active[:, None] & ops.ones_like(counted)), (-1, 1)) > 0
-    change = ops.where(moves, change, ops.cast(-0.0, change.dtype))  # x + -0.0 has the bits of x, even at x = -0.0
-    written = ops.scatter_update(_flat(values), entries[:, None], change, reduction="add")
-    return ops.reshape(written, (-1, *values.shape[1:2], width))
+    new = ops.where(moves, new, rows)
+    # All entries of a slot write what its leader does, and the leader alone passes the gradient on.
+    new = ops.where(leads, new, ops.take(ops.stop_gradient(new), leader, axis=0))
+    return ops.reshape(ops.scatter_update(_flat(values), entries[:, None], new), (-1, *values.shape[1:2], width))
 
 
 def _flat(values: Array) -> Array:
