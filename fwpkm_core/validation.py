@@ -22,7 +22,8 @@ def check_array(name: str, array: Any, axes: Sequence[Axis], kind: str, array_ty
     given: Any = array
     if not isinstance(array, array_type):
         types = array_type if isinstance(array_type, tuple) else (array_type,)
-        expected = " or ".join(f"{t.__module__.partition('.')[0]}.{t.__name__}" for t in types)
+        names = ((t.__module__.partition(".")[0], t.__name__.rpartition(".")[2]) for t in types)  # jax's holds dots
+        expected = " or ".join(".".join(name) for name in names)
         raise ValueError(f"{name} must be a {expected}. Received: {type(array).__name__}")
     shape = tuple(given.shape)
     # None is a size that a TensorFlow graph does not know yet.

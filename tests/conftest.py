@@ -1,9 +1,11 @@
 """Profiles, backends and the NaN that fresh memory holds, for every test."""
 
 import os
+from pathlib import Path
 
 import hypothesis
 import pytest
+from hypothesis import is_hypothesis_test
 from layer_files import CFG, FakeLayer, half_read_state
 
 import fwpkm
@@ -19,20 +21,59 @@ hypothesis.settings.register_profile(
 hypothesis.settings.register_profile("deep", hypothesis.settings.get_profile("default"), max_examples=500)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
-BACKENDS = ("numpy", "torch")
-GRADIENT_BACKENDS = ("torch",)
+BACKENDS = ("numpy", "torch", "jax")
+EAGER = ("numpy", "torch")
+"""Those that take a new configuration as it comes. JAX compiles for seconds, so it has test_compiled.py and test_jax.py
+instead of the properties that draw one for each example, and of tests marked ``eager``."""
+GRADIENT_BACKENDS = ("torch", "jax")
+
+# A fifth of the time that XLA takes otherwise. test_jax.py runs what users get.
+QUICK_COMPILE = (
+    "--xla_backend_optimization_level=0",
+    "--xla_cpu_parallel_codegen_split_count=1",
+)
 
 
-@pytest.fixture(scope="session", params=BACKENDS)
+def pytest_configure(config):
+    config.addinivalue_line("markers", "eager: of inplace, or of many configurations; not for backends that compile")
+
+
+def pytest_generate_tests(metafunc):
+    """Each backend that a test is for, unless the folder of the test has a ``be`` of its own."""
+    if metafunc.definition.path.parent != Path(__file__).parent:
+        return
+    eager = is_hypothesis_test(metafunc.function) or metafunc.definition.get_closest_marker("eager")
+    for fixture in {"be", "gradient_be"} & set(metafunc.fixturenames):
+        names = [name for name in BACKENDS if name in EAGER or not eager]
+        names = [name for name in names if name in GRADIENT_BACKENDS or fixture == "be"]
+        metafunc.parametrize(fixture, names, indirect=True, scope="session")
+
+
+@pytest.fixture(scope="session")
 def be(request):
-    """Each backend's module. One that cannot be imported fails its tests: a skip would hide it."""
+    """A backend's module. One that cannot be imported fails its tests: a skip would hide it."""
     return fwpkm.get_backend(request.param)
 
 
-@pytest.fixture(scope="session", params=GRADIENT_BACKENDS)
+@pytest.fixture(scope="session")
 def gradient_be(request):
-    """Each backend that has ``vjp``."""
+    """The same of those that have ``vjp``."""
     return fwpkm.get_backend(request.param)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _jax_session():
+    """JAX in 64 bits, and compiling fast; XLA reads its flags once, and child processes shall not inherit them."""
+    try:
+        import jax
+    except ImportError:
+        return
+    jax.config.update("jax_enable_x64", True)
+    with pytest.MonkeyPatch.context() as patch:
+        # XLA aborts at a flag that it does not know, as this one in later releases.
+        older = ["--xla_cpu_use_fusion_emitters=false"] if jax.__version_info__ < (0, 11) else []
+        patch.setenv("XLA_FLAGS", " ".join((*QUICK_COMPILE, *older, os.environ.get("XLA_FLAGS", ""))))
+        jax.jit(lambda x: x + 1)(1)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -97,6 +97,7 @@ def test_gate_and_mask_may_be_left_out(be):
     assert_same_bits(as_numpy(be, short), runs[0].output)
 
 
+@pytest.mark.eager
 @pytest.mark.parametrize("inplace", [False, True])
 def test_arrays_may_be_views_of_larger_ones(be, inplace):
     """Strides are no part of a value: every second token of longer arrays, every second table of more tables."""

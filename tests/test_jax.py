@@ -141,7 +141,9 @@ def test_gradients_through_two_calls_equal_those_of_torch():
 
 
 def compiled(function, *args, **options):
-    return jax.jit(function, **options).lower(*args).compile()
+    """As users compile it: conftest.py makes all else compile fast instead."""
+    as_usual = {"xla_backend_optimization_level": "3", "xla_cpu_use_fusion_emitters": "True"}
+    return jax.jit(function, **options).lower(*args).compile(as_usual)
 
 
 def big_inputs(length=8):

@@ -119,6 +119,7 @@ def test_one_memory_is_broadcast_to_rows_in_sequence_scope(be):
     assert len(as_numpy(be, shared).memory.keys) == 1
 
 
+@pytest.mark.eager
 @pytest.mark.parametrize("inplace", [False, True])
 def test_rows_that_start_from_one_memory_part_ways(be, inplace):
     """Also in place: a table that rows shared by stride would be written by all of them."""
@@ -166,6 +167,7 @@ def test_inplace_gives_the_same_numbers(be, case, data):
     assert_same_bits(as_numpy(be, trace[:4]), as_numpy(be, expected_trace[:4]))
 
 
+@pytest.mark.eager
 def test_inplace_leaves_the_initial_memory_alone(be):
     """A state owns its tables: the memory it started from serves the next sequence too."""
     for scope, rows in (("sequence", 1), ("sequence", 2), ("batch", 2)):
