@@ -199,7 +199,7 @@ def test_core_imports_neither_backends_nor_kernels() -> None:
         assert not is_of(name, "fwpkm.backends", "fwpkm.kernels"), where
 
 
-@pytest.mark.parametrize("framework", ["torch"])
+@pytest.mark.parametrize("framework", ["torch", "jax"])
 def test_a_backend_imports_its_framework_and_no_other_backend(framework: str) -> None:
     package = f"fwpkm.backends.{framework}"
     allowed = sys.stdlib_module_names | {"numpy", "fwpkm", framework}

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import test_errors
 from asserting import assert_close, assert_same_bits, assert_same_reading
 from jax import lax
 
@@ -222,17 +223,24 @@ def test_a_call_that_writes_nothing_returns_the_same_tables():
         assert all((new is old) == same for new, old in zip(after.memory, state.memory))
 
 
-def test_errors_are_raised_while_tracing_with_the_messages_of_the_reference():
-    memory, (query, value, gate, mask) = drawn(DROP)
-    state = BE.init_state(DROP, memory, 2)
-    plain = reference.init_state(DROP, as_numpy(BE, memory), 2)
-    for bad in ({"value": value[:, :5]}, {"gate": gate[..., None]}, {"mask": gate}, {"query": query[..., :2]}):
-        arguments = {"query": query, "value": value, "gate": gate, "mask": mask} | bad
-        with pytest.raises(ValueError, match="Received") as raised:
-            jax.jit(functools.partial(BE.apply, DROP, state))(**arguments)
-        with pytest.raises(ValueError, match="Received") as expected:
-            reference.apply(DROP, plain, **{name: as_numpy(BE, x) for name, x in arguments.items()})
-        assert str(raised.value) == str(expected.value)
+@pytest.mark.parametrize("function", ["apply", "flush", "lookup", "chunk_update"])
+def test_errors_are_raised_while_tracing_with_the_messages_of_the_reference(function):
+    """Every bad array that test_errors.py knows, traced together with the good ones."""
+    tried = 0
+    for name, argument, bad, _ in test_errors.CALLS:
+        arguments = test_errors.arguments(function) | {argument: bad}
+        given = {key: native(BE, value) for key, value in arguments.items()}
+        traced = {key: x for key, x in given.items() if all(isinstance(y, jax.Array) for y in jax.tree.leaves(x))}
+        if name != function or argument not in traced:
+            continue
+        known = {key: x for key, x in given.items() if key not in traced}
+        with pytest.raises(ValueError, match="Received: ") as raised:
+            jax.eval_shape(functools.partial(getattr(BE, function), **known), **traced)
+        assert test_errors.plain(str(raised.value)) == test_errors.plain(
+            test_errors.message(reference, function, arguments)
+        )
+        tried += 1
+    assert tried >= 20
 
 
 def test_64_bits_must_be_allowed():
