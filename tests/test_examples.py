@@ -12,9 +12,9 @@ ROOT = pathlib.Path(__file__).parents[1]
 EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
 
 
-def run(*arguments, cwd):
+def run(*arguments, cwd, **variables):
     # Waiting threads that spin would slow each other down where tests share two cores.
-    environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
+    environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "TF_CPP_MIN_LOG_LEVEL": "3", **variables}
     done = subprocess.run(
         [sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False
     )
@@ -23,10 +23,17 @@ def run(*arguments, cwd):
 
 
 def test_no_example_is_forgotten():
-    assert EXAMPLES == ["numpy_facts.py", "torch_copy.py"]
+    assert EXAMPLES == [
+        "jax_modules.py",
+        "jax_recall.py",
+        "keras_text.py",
+        "numpy_facts.py",
+        "portable.py",
+        "torch_copy.py",
+    ]
 
 
-@pytest.mark.parametrize("backend", ["numpy", "torch"])
+@pytest.mark.parametrize("backend", ["numpy", "torch", "jax"])
 def test_facts_are_recalled(tmp_path, backend):
     assert "6 of 6 right" in run(ROOT / "examples/numpy_facts.py", "--backend", backend, cwd=tmp_path)
 
@@ -35,6 +42,47 @@ def test_the_second_reading_is_remembered(tmp_path):
     last = run(ROOT / "examples/torch_copy.py", "--steps", "40", cwd=tmp_path).splitlines()[-1]
     first, second = map(float, re.fullmatch(r"step 40: first reading (\S+), second (\S+)", last).groups())
     assert second < 2 < 3.4 < first
+
+
+@pytest.mark.parametrize("backend", ["tensorflow", "jax", "torch"])
+def test_a_passage_that_returns_costs_fewer_bits(tmp_path, backend):
+    printed = run(ROOT / "examples/keras_text.py", "--small", cwd=tmp_path, KERAS_BACKEND=backend)
+    assert f"Keras on {backend}" in printed
+    first, second = numbers(printed, "the memory writes")
+    frozen_first, frozen_second = numbers(printed, "the same at learning rate 0")
+    assert second < first - 0.8
+    assert abs(frozen_second - frozen_first) < 0.2
+    assert second < frozen_second - 0.8
+
+
+def test_recall_reaches_farther_than_it_was_trained(tmp_path):
+    printed = run(ROOT / "examples/jax_recall.py", "--small", "--out", "recall.png", cwd=tmp_path)
+    assert "trained on 128 tokens, tested on 512" in printed
+    for distance in ("16 to 31", "32 to 63", "64 to 127", "128 to 255"):
+        asked, written, frozen = numbers(printed, distance)
+        assert asked > 20
+        assert frozen < 0.2 < 0.8 < written
+    assert (tmp_path / "recall.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_flax_and_equinox_hold_the_layer(tmp_path):
+    printed = run(ROOT / "examples/jax_modules.py", cwd=tmp_path)
+    for library in ("Flax NNX", "Equinox"):
+        before, after = map(float, re.search(rf"{library}: loss (\S+), then (\S+)", printed).groups())
+        assert after < before
+        assert float(re.search(rf"{library}: decoded .* plain layer (\S+)", printed)[1]) < 1e-5
+
+
+def test_what_torch_began_others_finish(tmp_path):
+    printed = run(ROOT / "examples/portable.py", cwd=tmp_path, KERAS_BACKEND="tensorflow")
+    worst = re.findall(r"^(.+): worst difference (\S+)$", printed, re.MULTILINE)
+    assert [name for name, _ in worst] == ["JAX", "Keras on tensorflow"]
+    assert all(float(number) < 1e-5 for _, number in worst)
+
+
+def numbers(printed, label):
+    """Those of the row of a table that begins with ``label``."""
+    return [float(x) for x in re.search(rf"^{label} +(.*)$", printed, re.MULTILINE)[1].split()]
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/guide.md"])
