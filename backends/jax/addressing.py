@@ -70,8 +70,8 @@ def address(cfg: FwPKMConfig, query: Array, keys: Array, choice: Choice) -> Addr
         difference = query[..., None, :] - near
         distance = cfg.score_eps + jnp.square(difference).sum(-1)
         scores, pull = -jnp.log(distance), 2 * difference / distance[..., None]
-    cells = [jnp.asarray(axis)[choice.cells] for axis in _grid(cfg.top_k)]
-    sums = sum(_along(scores[:, :, half], cell) for half, cell in enumerate(cells))
+    first, second = (jnp.asarray(axis)[choice.cells] for axis in _grid(cfg.top_k))
+    sums = _along(scores[:, :, 0], first) + _along(scores[:, :, 1], second)
     logits = sums.swapaxes(1, 2).reshape(*choice.slots.shape) / cfg.temperature
     return Address(scores, pull, jax.nn.softmax(logits, -1))
 
@@ -151,8 +151,8 @@ def _proposed(cfg: FwPKMConfig, query: Array, keys: Array, finite: Array) -> tup
         return unsure.at[at].set(False, mode="drop"), ids, ranks
 
     flat = unsure.ravel(), ids.reshape(-1, k), ranks.reshape(-1, k)
-    _, *found = lax.while_loop(lambda found: found[0].any(), in_full, flat)
-    return tuple(x.reshape(ids.shape) for x in found)
+    _, best_ids, best_ranks = lax.while_loop(lambda found: found[0].any(), in_full, flat)
+    return best_ids.reshape(ids.shape), best_ranks.reshape(ids.shape)
 
 
 def _best(ranks: Array, k: int) -> tuple[Array, Array]:

@@ -191,7 +191,7 @@ class FwPKM:
 
     def _checked(self, variables: Any) -> Variables:
         """``variables``, if they have the form that :meth:`init` gives them."""
-        wanted = jax.tree.structure(jax.eval_shape(self.init, jax.random.key(0)))
+        wanted: Any = jax.tree.structure(jax.eval_shape(self.init, jax.random.key(0)))
         if jax.tree.structure(variables) != wanted:
             raise ValueError(
                 f"variables must have the form that layer.init(key) returns, {wanted}. "

@@ -21,7 +21,7 @@ from fwpkm.config import FwPKMConfig
 from fwpkm.containers import Lookup, Losses, Memory, State, Trace
 from fwpkm.initial import initial_arrays
 
-_ZERO = np.int32(0)
+_ZERO: Any = np.int32(0)
 
 
 def init_memory(cfg: FwPKMConfig, memories: int = 1, seed: int = 0) -> Memory:
@@ -178,8 +178,8 @@ def reset(state: State, memory: Memory, rows: Sequence[int] | Sequence[bool] | A
         return jnp.where(pick, fresh.astype(current.dtype), current)
 
     tables = Memory(*map(blend, memory, state.memory))
-    pending = (blend(jnp.zeros_like(x[:1]), x) for x in state[1:5])
-    return State(tables, *pending, position=state.position)
+    pending = Tokens(*(blend(jnp.zeros_like(x[:1]), x) for x in state[1:5]))
+    return State(tables, *pending, state.position)
 
 
 def asarray(x: Any, dtype: str) -> Array:
@@ -342,5 +342,6 @@ def _weights(result: Result) -> Array:
 def _trace(result: Result, columns: int, writes: Array) -> Trace:
     """The record of a stream, its losses filled up with zeros to this many columns."""
     weights = jax.lax.stop_gradient(_weights(result))
-    losses = (jnp.pad(x, [(0, 0), (0, columns - x.shape[1])]) for x in (result.memorization, result.addressing))
-    return Trace(result.slots, weights, *losses, writes=writes)
+    room = [(0, 0), (0, columns - result.memorization.shape[1])]
+    memorization, addressing = (jnp.pad(x, room) for x in (result.memorization, result.addressing))
+    return Trace(result.slots, weights, memorization, addressing, writes)

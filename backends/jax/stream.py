@@ -177,7 +177,6 @@ def _run_backward(cfg, plan, saved, gradient):
         for name, x in noted.items()
         if not isinstance(x, SymbolicZero)
     }
-    d_tokens = jax.tree.map(jnp.zeros_like, tokens[:3])
 
     def back(carry, found, d_step, start, writes):
         """Through one window, whose outputs have the gradients ``d_step`` (a function of the carry)."""
@@ -212,14 +211,15 @@ def _run_backward(cfg, plan, saved, gradient):
         d_step = noted_of(c * cfg.chunk_size, _read_before(cfg, c), plan.window)
         return back(carry, _kept(windows, c), d_step, c * cfg.chunk_size, True)
 
-    carry = (d_keys, total, tuple(d_tokens))
+    carry = (d_keys, total, tuple(jnp.zeros_like(x) for x in tokens[:3]))
     if plan.blocks:
         carry = lax.fori_loop(0, _blocks(cfg, plan, pending, due), back_block, carry)
     if plan.writes:
         carry = lax.fori_loop(0, due, back_write, carry)
-    d_keys, total, d_tokens = carry
+    d_keys, total, (d_query, d_value, d_gate) = carry
     d_values = total.reshape(gradient.values.shape) if dense else None
-    return Memory(d_keys, d_values), Tokens(*d_tokens, None), None, None
+    none: Any = None
+    return Memory(d_keys, d_values), Tokens(d_query, d_value, d_gate, none), none, none
 
 
 run.defvjp(_run_forward, _run_backward, symbolic_zeros=True)
@@ -264,9 +264,10 @@ def _block(cfg: FwPKMConfig, plan: Plan, pending: Array, due: Array, j: Array) -
 
 def _room(cfg: FwPKMConfig, memory: Memory, batch: int, count: int, length: int) -> Visit:
     """Space for ``count`` visits of windows of this length; rows beyond the table, until one is kept there."""
-    widths = {"query": (cfg.num_heads * cfg.key_dim,), "value": (cfg.value_dim,), "gate": ()}
-    floats = {name: jax.ShapeDtypeStruct((batch, length, *width), memory.keys.dtype) for name, width in widths.items()}
-    window = Tokens(**floats, mask=jax.ShapeDtypeStruct((batch, length), bool))
+    tokens, dtype = (batch, length), memory.keys.dtype
+    wide: list[Any] = [jax.ShapeDtypeStruct((*tokens, n), dtype) for n in (cfg.num_heads * cfg.key_dim, cfg.value_dim)]
+    narrow: list[Any] = [jax.ShapeDtypeStruct(tokens, kind) for kind in (dtype, bool)]
+    window = Tokens(*wide, *narrow)
     shapes = jax.eval_shape(functools.partial(visit, cfg), memory, window, window.mask)
     room = jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), shapes)
     nowhere = jnp.full_like(room.touched.rows, memory.values.shape[0] * memory.values.shape[1])
@@ -303,4 +304,4 @@ def _gradient_rows(
 
 
 def _materialise(x: Any) -> Array:
-    return jnp.zeros(x.aval.shape, x.aval.dtype) if isinstance(x, SymbolicZero) else x
+    return jnp.zeros(x.shape, x.dtype) if isinstance(x, SymbolicZero) else x

@@ -45,7 +45,8 @@ class Touched(NamedTuple):
 @jax.custom_vjp
 def read(rows: Array, place: Array, weights: Array) -> Array:
     """``[T, D]``: Σ over a token's entries of weight · row; rows [P, D], place and weights [T, K]."""
-    return sum(weights[:, j, None] * _at(rows, place[:, j]) for j in range(place.shape[1]))
+    first, *others = (weights[:, j, None] * _at(rows, place[:, j]) for j in range(place.shape[1]))
+    return sum(others, start=first)
 
 
 @jax.custom_vjp
