@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from fwpkm.backends.jax.table import dot, spread, spread_differences, squared_distance
 from fwpkm.config import FwPKMConfig
 
 _MARGIN = 16  # units of rounding of a product of matrices beyond which a lower-ranked sub-key is not searched for
@@ -39,8 +40,8 @@ class Address(NamedTuple):
 
     scores: Array
     """``[M, H, 2, R, k]`` sub-scores, best first."""
-    pull: Array
-    """``[M, H, 2, R, k, d]`` ∂s/∂K of each entry (§4)."""
+    slope: Array
+    """``[M, H, 2, R, k]``: ∂s/∂K of an entry (§4) is slope · (q - K), or slope · q under the dot product."""
     weights: Array
     """``[M, R, H*k]``"""
 
@@ -62,35 +63,41 @@ def choose(cfg: FwPKMConfig, query: Array, keys: Array) -> Choice:
 
 def address(cfg: FwPKMConfig, query: Array, keys: Array, choice: Choice) -> Address:
     """Scores and weights of chosen slots (§2). Differentiable; tokens that are not finite must have been blanked."""
-    near = _chosen_rows(keys, choice.subkeys)
-    if cfg.score == "dot_product":
-        pull = jnp.broadcast_to(query[..., None, :], near.shape)
-        scores = (pull * near).sum(-1)
-    else:
-        difference = query[..., None, :] - near
-        distance = cfg.score_eps + jnp.square(difference).sum(-1)
-        scores, pull = -jnp.log(distance), 2 * difference / distance[..., None]
+    scores = _measure(cfg, query, keys, choice.subkeys)
+    slope = jnp.ones_like(scores)
+    if cfg.score != "dot_product":
+        distance = cfg.score_eps + scores
+        scores, slope = -jnp.log(distance), 2 / distance
     first, second = (jnp.asarray(axis)[choice.cells] for axis in _grid(cfg.top_k))
     sums = _along(scores[:, :, 0], first) + _along(scores[:, :, 1], second)
     logits = sums.swapaxes(1, 2).reshape(*choice.slots.shape) / cfg.temperature
-    return Address(scores, pull, jax.nn.softmax(logits, -1))
+    return Address(scores, slope, jax.nn.softmax(logits, -1))
 
 
 def write_keys(
-    cfg: FwPKMConfig, keys: Array, chosen: Address, subkeys: Array, counted: Array, active: Array
-) -> tuple[Array, Array]:
+    cfg: FwPKMConfig,
+    query: Array,
+    keys: Array,
+    chosen: Address,
+    subkeys: Array,
+    counted: Array,
+    active: Array,
+    moves: Array | None,
+) -> tuple[Array, Array, Array]:
     """Move the keys down the addressing loss (§3, §4).
 
     Args:
         cfg: the configuration.
+        query: ``[M, H, 2, R, d]``.
         keys: ``[M, H, 2, S, d]``.
         chosen: what the tokens of the chunk picked in these keys.
         subkeys: ``[M, H, 2, R, k]`` ids of what they picked.
         counted: ``[M, R]``, the chunk's unmasked tokens.
         active: ``[M]``, the memories in which the chunk has a pair.
+        moves: ``[M, H, 2, S, 1]``, the sub-keys that move, where that is known.
 
     Returns:
-        the new keys, and the loss ``[M]``.
+        the new keys, which of them moved, and the loss ``[M]``.
     """
     p = jax.nn.softmax(chosen.scores, -1)
     counted = counted.astype(p.dtype)
@@ -100,12 +107,13 @@ def write_keys(
     loss = (mean * log).sum((1, 2, 3)) * active
     slope = _chosen_rows(log + mean / (mean + 1e-8), subkeys)
     d_score = cfg.addressing_weight * share * (slope - (p * slope).sum(-1, keepdims=True))
-    gradient = _spread(jnp.zeros_like(keys), subkeys, d_score[..., None] * chosen.pull)
+    gradient = _push(cfg, query, keys, subkeys, d_score * chosen.slope)
     if cfg.grad_clip is not None:
         gradient = jnp.clip(gradient, -cfg.grad_clip, cfg.grad_clip)
     new = keys - cfg.learning_rate * (gradient + cfg.weight_decay * keys)
-    moves = active[:, None, None, None, None] & jnp.isfinite(lax.stop_gradient(new)).all(-1, keepdims=True)
-    return jnp.where(moves, new, keys), loss
+    if moves is None:
+        moves = active[:, None, None, None, None] & jnp.isfinite(lax.stop_gradient(new)).all(-1, keepdims=True)
+    return jnp.where(moves, new, keys), moves, loss
 
 
 def _select(cfg: FwPKMConfig, query: Array, keys: Array) -> tuple[Array, Array]:
@@ -133,7 +141,9 @@ def _proposed(cfg: FwPKMConfig, query: Array, keys: Array, finite: Array) -> tup
     # Without the barrier XLA cannot tell a top-k from a sort that is sliced twice, and sorts everything.
     best, ids = lax.optimization_barrier(lax.top_k(rough, min(k + 1, cfg.num_subkeys)))
     next_best, ids = best[..., k:] - origin, jnp.sort(ids[..., :k], -1)
-    ranks = _rank(cfg, query[:, :, None], _chosen_rows(keys, ids))
+    ranks = _measure(cfg, query, keys, ids)
+    if cfg.score != "dot_product":
+        ranks = -ranks
     if k == cfg.num_subkeys:
         return ids, ranks
     error = jnp.abs(_along(rough, ids) - origin - ranks).max(-1, keepdims=True) / scale
@@ -183,6 +193,25 @@ def _expanded(cfg: FwPKMConfig, query: Array, keys: Array) -> tuple[Array, Array
 def _rank(cfg: FwPKMConfig, query: Array, rows: Array) -> Array:
     """q·K or -‖q - K‖² over the last axis; they order sub-keys as the scores do."""
     return (query * rows).sum(-1) if cfg.score == "dot_product" else -jnp.square(query - rows).sum(-1)
+
+
+def _measure(cfg: FwPKMConfig, query: Array, keys: Array, ids: Array) -> Array:
+    """q·K or ‖q - K‖² of chosen sub-keys: query [..., R, d], keys [..., S, d], ids [..., R, k]. Differentiable."""
+    measure = dot if cfg.score == "dot_product" else squared_distance
+    return measure(*_as_table(query, keys, ids)).reshape(ids.shape)
+
+
+def _push(cfg: FwPKMConfig, query: Array, keys: Array, ids: Array, amount: Array) -> Array:
+    """Σ over a sub-key's entries of amount · (q - K), or amount · q under the dot product, in the shape of ``keys``."""
+    push = spread if cfg.score == "dot_product" else spread_differences
+    rows, place, tokens = _as_table(query, keys, ids)
+    return push(rows, place, amount.reshape(place.shape), tokens).reshape(keys.shape)
+
+
+def _as_table(query: Array, keys: Array, ids: Array) -> tuple[Array, Array, Array]:
+    """Keys as one table of rows, the places in it of each token's sub-keys, and the tokens."""
+    rows, tokens = (x.reshape(-1, x.shape[-1]) for x in (keys, query))
+    return rows, _flat(ids, keys.shape[-2]).reshape(len(tokens), -1), tokens
 
 
 def _flat(ids: Array, size: int) -> Array:

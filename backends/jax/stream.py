@@ -5,13 +5,13 @@ them read the tables, then its first C are written. p may be traced, and with it
 that many rounds carries the tables, so a call without a write costs nothing but its reads, and no round copies a table.
 What no chunk covers is read afterwards, in blocks of a fixed size.
 
-The gradient is a ``custom_vjp``: the forward keeps what each window met (``Visit``), the backward walks the windows in
-reverse with one gradient row for each row that the call touched, or with the whole table's gradient where the table
-itself is differentiated. So time and memory do not depend on the number of slots.
+The gradient is a ``custom_vjp``: the forward keeps what each window met (``Visit``), with the rows of all
+windows in one buffer, in the order in which they were read. The backward walks the windows in reverse and leaves the
+gradient of a window's rows where the rows lay; an earlier window finds the gradient of a row where the next window that
+read it left it. So time and memory do not depend on the number of slots, but where the table itself is differentiated.
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -21,7 +21,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from fwpkm import schedule
 from fwpkm.backends.jax.tokens import Tokens
-from fwpkm.backends.jax.window import Step, Visit, chunk_of, visit, walk
+from fwpkm.backends.jax.window import Moved, Step, Visit, chunk_of, visit, walk
 from fwpkm.config import FwPKMConfig
 from fwpkm.containers import Memory
 
@@ -97,10 +97,21 @@ def run(cfg: FwPKMConfig, plan: Plan, memory: Memory, tokens: Tokens, pending: A
     return _forward(cfg, plan, memory, tokens, pending, due, keep=False)[0]
 
 
+class Kept(NamedTuple):
+    """What the backward needs, or Nones."""
+
+    windows: Any
+    """Visit, but for its rows, and Moved of each window that ended in a write, ``[W, ..]``."""
+    blocks: Any
+    """the same of the blocks after them, which moved nothing."""
+    rows: Any
+    """``[R, Dv]`` the rows that each of them read."""
+
+
 def _forward(
     cfg: FwPKMConfig, plan: Plan, memory: Memory, tokens: Tokens, pending: Array, due: Array, keep: bool
-) -> tuple[Result, tuple[Any, Any]]:
-    """The result and, to ``keep`` for the backward, the visits of all windows and of all blocks."""
+) -> tuple[Result, Kept]:
+    """The result and, to ``keep`` for the backward, what each window met."""
     memories, num_slots, width = memory.values.shape
     batch, stream = tokens.mask.shape
     entries, dtype = (batch, stream, cfg.slots_per_token), memory.keys.dtype
@@ -127,29 +138,43 @@ def _forward(
         noted = {name: _note(getattr(result, name), x, start, fresh) for name, x in fields.items()}
         return result._replace(dead=_note(result.dead, found.dead, start, start), **noted), found, step
 
-    def write(c: Array, carry: tuple[Result, Any]) -> tuple[Result, Any]:
+    def write(c: Array, carry: tuple[Result, Kept]) -> tuple[Result, Kept]:
         result, kept = carry
         result, found, step = look(result, c * cfg.chunk_size, _read_before(cfg, c), plan.window, True)
         values = found.touched.put(result.values.reshape(-1, width), step.rows).reshape(result.values.shape)
         losses = {x: _put(getattr(result, x), getattr(step, x)[:, None], c) for x in ("memorization", "addressing")}
-        return result._replace(keys=step.keys, values=values, **losses), _keep(kept, found, c)
+        result = result._replace(keys=step.keys, values=values, **losses)
+        return result, keep_visit(kept, "windows", c, found, step.moved)
 
-    def block(j: Array, carry: tuple[Result, Any]) -> tuple[Result, Any]:
+    def block(j: Array, carry: tuple[Result, Kept]) -> tuple[Result, Kept]:
         result, kept = carry
         result, found, _ = look(result, *_block(cfg, plan, pending, due, j), plan.block, False)
-        return result, _keep(kept, found, j)
+        return result, keep_visit(kept, "blocks", j, found, None)
 
-    def room(count: int, length: int) -> Any:
-        return _room(cfg, memory, batch, count, length) if keep else None
+    def keep_visit(kept: Kept, kind: str, index: Array, found: Visit, moved: Moved | None) -> Kept:
+        if not keep:
+            return kept
+        start = _rows_before(cfg, plan, batch, kind, index)
+        rows = lax.dynamic_update_slice_in_dim(kept.rows, found.rows, start, 0)
+        visits = jax.tree.map(
+            lambda all_, one: lax.dynamic_update_index_in_dim(all_, one, index, 0),
+            getattr(kept, kind),
+            (found._replace(rows=None), moved),
+        )
+        return kept._replace(rows=rows, **{kind: visits})
 
-    windows = blocks = None
+    kept = Kept(None, None, None)
+    if keep:
+        rooms = [(plan.writes, plan.window, True), (plan.blocks, plan.block, False)]
+        windows, blocks = (_room(cfg, memory, batch, *room) if room[0] else None for room in rooms)
+        rows = _rows_before(cfg, plan, batch, "blocks", plan.blocks)
+        kept = Kept(windows, blocks, jnp.zeros((rows, width), dtype))
     if plan.writes:
-        result, windows = lax.fori_loop(0, due, write, (result, room(plan.writes, plan.window)))
+        result, kept = lax.fori_loop(0, due, write, (result, kept))
     if plan.blocks:
-        count = _blocks(cfg, plan, pending, due)
-        result, blocks = lax.fori_loop(0, count, block, (result, room(plan.blocks, plan.block)))
+        result, kept = lax.fori_loop(0, _blocks(cfg, plan, pending, due), block, (result, kept))
     news = {x: _slice(getattr(result, x), pending, plan.news) for x in ("reads", "slots", "weights", "unread")}
-    return result._replace(**news), (windows, blocks)
+    return result._replace(**news), kept
 
 
 def _run_forward(cfg, plan, memory, tokens, pending, due):
@@ -163,12 +188,13 @@ def _run_forward(cfg, plan, memory, tokens, pending, due):
 
 
 def _run_backward(cfg, plan, saved, gradient):
-    (windows, blocks), tokens, pending, due, dense = saved
-    memories = gradient.values.shape[0]
+    kept, tokens, pending, due, dense = saved
+    batch = tokens.mask.shape[0]
     num_slots, width = gradient.values.shape[1:]
-    touched = [x.touched.rows for x in (windows, blocks) if x is not None]
+    num_rows = gradient.values.shape[0] * num_slots
     given = None if isinstance(gradient.values, SymbolicZero) else gradient.values.reshape(-1, width)
-    total, locate = _gradient_rows(touched, given, (memories * num_slots, width), gradient.reads.dtype, bool(dense))
+    ids = jnp.concatenate([met[0].touched.rows.ravel() for met in kept[:2] if met])
+    first, following = _occurrences(ids, num_rows)
     d_keys = _materialise(gradient.keys)
     # What windows noted of their tokens, with its gradient; trace weights mostly have none.
     noted = {x: getattr(gradient, x) for x in ("reads", "weights")}
@@ -178,46 +204,65 @@ def _run_backward(cfg, plan, saved, gradient):
         if not isinstance(x, SymbolicZero)
     }
 
-    def back(carry, found, d_step, start, writes):
-        """Through one window, whose outputs have the gradients ``d_step`` (a function of the carry)."""
-        d_keys, total, d_tokens = carry
+    def back(carry, kind, index, d_step, start):
+        """Through one window, whose outputs have the gradients ``d_step``."""
+        d_keys, rows, d_tokens = carry
+        met = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, index, 0, keepdims=False), getattr(kept, kind))
+        found, moved = met
         length = found.dead.shape[1]
         window, _ = _window(tokens, found.dead, start, length)
-        place = locate(found.touched.rows)
+        place = _rows_before(cfg, plan, batch, kind, index)
 
         def forward(keys, rows, query, value, gate):
             live = Tokens(query, value, gate, window.mask).without(found.dead)
-            step = walk(cfg, keys, rows, live, found, chunk_of(cfg, live) if writes else None, num_slots)
+            write = chunk_of(cfg, live) if kind == "windows" else None
+            step = walk(cfg, keys, rows, live, found, write, num_slots, moved)
             return {name: getattr(step, name) for name in noted}, step.keys, step.rows
 
-        pull = jax.vjp(forward, found.keys, found.rows, *window[:3])[1]
-        rows = total.at[place].get(mode="fill", fill_value=0)
-        d_keys, d_rows, *d_window = pull((d_step, d_keys, rows))
-        total = total.at[place].set(d_rows, mode="drop", unique_indices=True)
-        d_tokens = [_put(x, _slice(x, start, length) + d, start) for x, d in zip(d_tokens, d_window)]
-        return d_keys, total, tuple(d_tokens)
+        after = lax.dynamic_slice_in_dim(following, place, len(found.touched.rows))
+        # One gather for both: were they separate, XLA could not tell that all reads precede the update, and would copy.
+        both = jnp.concatenate([place + jnp.arange(len(after), dtype=after.dtype), after])
+        own, d_rows = jnp.split(rows.at[both].get(mode="fill", fill_value=0), 2)
+        if given is not None:
+            last = given.at[found.touched.rows].get(mode="fill", fill_value=0)
+            d_rows = jnp.where((after < len(rows))[:, None], d_rows, last)
+        pull = jax.vjp(forward, found.keys, own, *window[:3])[1]
+        d_keys, d_rows, *d_window = pull((d_step, d_keys, d_rows))
+        rows = lax.dynamic_update_slice_in_dim(rows, d_rows, place, 0)
+        # A scatter, as XLA would compute the gradients within the update of a slice, in one thread.
+        here = start + jnp.arange(length)
+        d_tokens = [
+            x.at[:, here].add(d, mode="promise_in_bounds", indices_are_sorted=True, unique_indices=True)
+            for x, d in zip(d_tokens, d_window)
+        ]
+        return d_keys, rows, tuple(d_tokens)
 
     def noted_of(start, fresh, length):
         """The gradients of what a window noted."""
         own = (start + jnp.arange(length) >= fresh)[:, None]
         return {name: jnp.where(own, _slice(x, start, length), 0) for name, x in noted.items()}
 
-    def back_block(j, carry):
+    def back_block(i, carry):
+        j = blocks - 1 - i
         start, fresh = _block(cfg, plan, pending, due, j)
-        return back(carry, _kept(blocks, j), noted_of(start, fresh, plan.block), start, False)
+        return back(carry, "blocks", j, noted_of(start, fresh, plan.block), start)
 
     def back_write(i, carry):
         c = due - 1 - i
-        d_step = noted_of(c * cfg.chunk_size, _read_before(cfg, c), plan.window)
-        return back(carry, _kept(windows, c), d_step, c * cfg.chunk_size, True)
+        start = c * cfg.chunk_size
+        return back(carry, "windows", c, noted_of(start, _read_before(cfg, c), plan.window), start)
 
-    carry = (d_keys, total, tuple(jnp.zeros_like(x) for x in tokens[:3]))
+    carry = (d_keys, kept.rows, tuple(jnp.zeros_like(x) for x in tokens[:3]))
+    blocks = _blocks(cfg, plan, pending, due)
     if plan.blocks:
-        carry = lax.fori_loop(0, _blocks(cfg, plan, pending, due), back_block, carry)
+        carry = lax.fori_loop(0, blocks, back_block, carry)
     if plan.writes:
         carry = lax.fori_loop(0, due, back_write, carry)
-    d_keys, total, (d_query, d_value, d_gate) = carry
-    d_values = total.reshape(gradient.values.shape) if dense else None
+    d_keys, rows, (d_query, d_value, d_gate) = carry
+    d_values = None
+    if dense:
+        total = jnp.zeros((num_rows, width), rows.dtype) if given is None else given
+        d_values = total.at[jnp.where(first, ids, num_rows)].set(rows, mode="drop").reshape(gradient.values.shape)
     none: Any = None
     return Memory(d_keys, d_values), Tokens(d_query, d_value, d_gate, none), none, none
 
@@ -262,45 +307,41 @@ def _block(cfg: FwPKMConfig, plan: Plan, pending: Array, due: Array, j: Array) -
     return start(j), jnp.maximum(_read_before(cfg, due), jnp.where(j > 0, start(j - 1) + plan.block, 0))
 
 
-def _room(cfg: FwPKMConfig, memory: Memory, batch: int, count: int, length: int) -> Visit:
-    """Space for ``count`` visits of windows of this length; rows beyond the table, until one is kept there."""
+def _rows_before(cfg: FwPKMConfig, plan: Plan, batch: int, kind: str, index: Any) -> Any:
+    """Where the rows of a window or block begin among those of the call."""
+    each = batch * cfg.slots_per_token
+    if kind == "windows":
+        return index * plan.window * each
+    return (plan.writes * plan.window + index * plan.block) * each
+
+
+def _room(
+    cfg: FwPKMConfig, memory: Memory, batch: int, count: int, length: int, writes: bool
+) -> tuple[Visit, Moved | None]:
+    """Space for what ``count`` windows of this length met; they touch nothing until one is kept there."""
     tokens, dtype = (batch, length), memory.keys.dtype
     wide: list[Any] = [jax.ShapeDtypeStruct((*tokens, n), dtype) for n in (cfg.num_heads * cfg.key_dim, cfg.value_dim)]
     narrow: list[Any] = [jax.ShapeDtypeStruct(tokens, kind) for kind in (dtype, bool)]
     window = Tokens(*wide, *narrow)
-    shapes = jax.eval_shape(functools.partial(visit, cfg), memory, window, window.mask)
-    room = jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), shapes)
+    found = jax.eval_shape(functools.partial(visit, cfg), memory, window, window.mask)
+    moved = Moved((*memory.keys.shape[:-1], 1), found.rows.shape[:1])
+    shapes = found._replace(rows=None), Moved(*(jax.ShapeDtypeStruct(x, bool) for x in moved)) if writes else None
+    room, moved = jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), shapes)
     nowhere = jnp.full_like(room.touched.rows, memory.values.shape[0] * memory.values.shape[1])
-    return room._replace(touched=room.touched._replace(rows=nowhere))
+    return room._replace(touched=room.touched._replace(rows=nowhere)), moved
 
 
-def _keep(kept: Any, found: Visit, index: Array) -> Any:
-    if kept is None:
-        return None
-    return jax.tree.map(lambda all_, one: lax.dynamic_update_index_in_dim(all_, one, index, 0), kept, found)
+def _occurrences(ids: Array, num_rows: int) -> tuple[Array, Array]:
+    """Of ids [R]: whether each is the first of its kind, and where the next one is; R if there is none.
 
-
-def _kept(kept: Visit, index: Array) -> Visit:
-    return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, index, 0, keepdims=False), kept)
-
-
-def _gradient_rows(
-    touched: list[Array], given: Array | None, shape: tuple[int, int], dtype: Any, dense: bool
-) -> tuple[Array, Callable[[Array], Array]]:
-    """The table's gradient as far as it is needed, and where in it a table row lies.
-
-    That is the whole table where its own gradient is asked for, else the rows that any window touched.
+    Ids from ``num_rows`` on name nothing: no other follows them.
     """
-    if dense:
-        return jnp.zeros(shape, dtype) if given is None else given, lambda rows: rows
-    ids = jnp.sort(jnp.concatenate([x.ravel() for x in touched]))
-    total = jnp.zeros((len(ids), shape[1]), dtype) if given is None else given.at[ids].get(mode="fill", fill_value=0)
-
-    def locate(rows: Array) -> Array:
-        beyond = len(ids) + jnp.arange(len(rows), dtype=rows.dtype)
-        return jnp.where(rows < shape[0], jnp.searchsorted(ids, rows).astype(rows.dtype), beyond)
-
-    return total, locate
+    place = jnp.arange(len(ids), dtype=ids.dtype)
+    ids, order = lax.sort((ids, place), num_keys=2)
+    again = (ids[1:] == ids[:-1]) & (ids[1:] < num_rows)
+    first = jnp.zeros(len(ids), bool).at[order].set(~jnp.append(False, again), unique_indices=True)
+    following = jnp.append(jnp.where(again, order[1:], len(ids)), len(ids)).astype(ids.dtype)
+    return first, jnp.zeros_like(ids).at[order].set(following, unique_indices=True)
 
 
 def _materialise(x: Any) -> Array:

@@ -42,6 +42,15 @@ class Write(NamedTuple):
     """``[B, n]`` bool: the tokens whose reads count in N_i."""
 
 
+class Moved(NamedTuple):
+    """What a write moved: all that it could, but for what would not be finite."""
+
+    keys: Array
+    """``[M, H, 2, S, 1]`` bool"""
+    rows: Array
+    """``[E]`` bool: of the touched rows."""
+
+
 class Step(NamedTuple):
     """What a window gives."""
 
@@ -57,6 +66,8 @@ class Step(NamedTuple):
     """``[M]`` loss, 0 where nothing is written."""
     addressing: Array
     """``[M]`` likewise."""
+    moved: Moved | None
+    """None where nothing is written."""
 
 
 def visit(cfg: FwPKMConfig, memory: Memory, window: Tokens, dead: Array) -> Visit:
@@ -77,7 +88,14 @@ def chunk_of(cfg: FwPKMConfig, window: Tokens) -> Write:
 
 
 def walk(
-    cfg: FwPKMConfig, keys: Array, rows: Array, window: Tokens, found: Visit, write: Write | None, num_slots: int
+    cfg: FwPKMConfig,
+    keys: Array,
+    rows: Array,
+    window: Tokens,
+    found: Visit,
+    write: Write | None,
+    num_slots: int,
+    moved: Moved | None = None,
 ) -> Step:
     """Read a window and perform its write, if it has one.
 
@@ -89,28 +107,34 @@ def walk(
         found: what they met.
         write: what to write, or None.
         num_slots: N.
+        moved: what the write moves, where an earlier walk has found it.
     """
     memories, shape, place = len(keys), window.mask.shape, found.touched.place
-    at = address(cfg, halves(cfg, window.query, memories), keys, found.choice)
+    query = halves(cfg, window.query, memories)
+    at = address(cfg, query, keys, found.choice)
     weights = at.weights.reshape(-1, cfg.slots_per_token)
     reads = read(rows, place, weights)
     none = jnp.zeros(memories, keys.dtype)
-    step = Step(reads.reshape(*shape, -1), weights.reshape(*shape, -1), keys, rows, none, none)
+    step = Step(reads.reshape(*shape, -1), weights.reshape(*shape, -1), keys, rows, none, none, None)
     if write is None:
         return step
     pair, counted = write.pair.ravel(), write.counted
     active = by_memory(write.pair, memories).any(1)
-    keys, addressing = write_keys(cfg, keys, at, found.choice.subkeys, by_memory(counted, memories), active)
+    keys_move, rows_move = moved or (None, None)
+    keys, keys_move, addressing = write_keys(
+        cfg, query, keys, at, found.choice.subkeys, by_memory(counted, memories), active, keys_move
+    )
     gate = window.gate.ravel()
     error = reads - jnp.where(write.pair[..., None], write.target, 0).reshape(reads.shape)
     pull = jnp.where(pair, _write_scale(cfg, weights) * gate, 0)[:, None] * weights
     entries = jnp.broadcast_to(counted.ravel()[:, None], place.shape)
     count = jnp.zeros(len(rows), jnp.int32).at[place].add(entries.astype(jnp.int32), mode="promise_in_bounds")
     owner = jnp.minimum(found.touched.rows // num_slots, memories - 1)
-    rows = rewrite(cfg, rows, place, pull, error, count, active[owner] & (count > 0))
+    rows, rows_move = rewrite(cfg, rows, place, pull, error, count, active[owner] & (count > 0), rows_move)
     share = jnp.where(pair, 0.5 * gate * jnp.square(error).sum(-1), 0)
     losses = lax.stop_gradient((share.reshape(memories, -1).sum(1), addressing))
-    return step._replace(keys=keys, rows=rows, memorization=losses[0], addressing=losses[1])
+    moved = Moved(keys_move, rows_move)
+    return step._replace(keys=keys, rows=rows, memorization=losses[0], addressing=losses[1], moved=moved)
 
 
 def _write_scale(cfg: FwPKMConfig, weights: Array) -> Array | float:
