@@ -71,6 +71,7 @@ def gradients(layer, x, cotangent):
 
 
 def memory_model(batch_size=None, **options):
-    """A model of one layer and a projection."""
+    """A model of one layer and a projection, the same each time."""
+    keras.utils.set_random_seed(1)
     x = keras.Input((None, HIDDEN), batch_size=batch_size)
     return keras.Model(x, keras.layers.Dense(1)(FwPKM(**SMALL | options)(x)))

@@ -33,13 +33,12 @@ def test_fit_evaluate_predict(jit_compile, tmp_path):
 
 def test_a_stateful_model_reads_on_and_the_callback_resets_it(tmp_path):
     """With a learning rate of 0 every epoch is the same once it is reset; the batches are one text in pieces."""
-    gentle = {"write_scale": "unit"}  # writes that overshoot would multiply what rounding differs by
-    inner = memory_model(batch_size=4, stateful=True, **gentle)
+    inner = memory_model(batch_size=4, stateful=True)
     x = keras.Input((None, HIDDEN), batch_size=4)
     model = keras.Model(x, inner(x))
     model.compile(keras.optimizers.SGD(0.0), "mse", jit_compile=JIT[-1])
     layer = inner.layers[1]
-    whole = memory_model(**gentle)
+    whole = memory_model()
     whole.set_weights(weights_of(inner))
     expected = numpy(whole(np.concatenate([X[:4], X[4:]], axis=1)))
     prediction = model.predict(X, batch_size=4, verbose=0)
