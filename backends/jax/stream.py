@@ -159,7 +159,7 @@ def _forward(
         visits = jax.tree.map(
             lambda all_, one: lax.dynamic_update_index_in_dim(all_, one, index, 0),
             getattr(kept, kind),
-            (found._replace(rows=None), moved),
+            (_without_rows(found), moved),
         )
         return kept._replace(rows=rows, **{kind: visits})
 
@@ -324,11 +324,16 @@ def _room(
     narrow: list[Any] = [jax.ShapeDtypeStruct(tokens, kind) for kind in (dtype, bool)]
     window = Tokens(*wide, *narrow)
     found = jax.eval_shape(functools.partial(visit, cfg), memory, window, window.mask)
-    moved = Moved((*memory.keys.shape[:-1], 1), found.rows.shape[:1])
-    shapes = found._replace(rows=None), Moved(*(jax.ShapeDtypeStruct(x, bool) for x in moved)) if writes else None
-    room, moved = jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), shapes)
+    room = jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), _without_rows(found))
+    moved = [jnp.zeros((count, *shape), bool) for shape in ((*memory.keys.shape[:-1], 1), found.rows.shape[:1])]
     nowhere = jnp.full_like(room.touched.rows, memory.values.shape[0] * memory.values.shape[1])
-    return room._replace(touched=room.touched._replace(rows=nowhere)), moved
+    return room._replace(touched=room.touched._replace(rows=nowhere)), Moved(*moved) if writes else None
+
+
+def _without_rows(found: Visit) -> Any:
+    """A visit of the same structure whose rows are no leaf: those of a call lie together."""
+    nothing: Any = None
+    return found._replace(rows=nothing)
 
 
 def _occurrences(ids: Array, num_rows: int) -> tuple[Array, Array]:
