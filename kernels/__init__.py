@@ -1,1 +1,5 @@
-"""Triton kernels, one file per step of the spec."""
+"""Triton kernels, one file per step of the spec, and why a call would not run on them."""
+
+from fwpkm.kernels.support import why_unsupported
+
+__all__ = ["why_unsupported"]

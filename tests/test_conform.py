@@ -84,7 +84,7 @@ def test_backends_that_cannot_run_are_explained_and_the_others_judged(tmp_path):
         "breaks cannot run: importing it raised ZeroDivisionError: division by zero",
         "dies cannot run: its process ended with status 3: ... out of luck",
         "needs cannot run: No module named 'nowhere'\n",
-        "triton cannot run: the Triton kernels are not part of this release",
+        "triton cannot run: conform does not drive the Triton kernels yet",
         "no.such cannot run: No module named 'no'. Expected one of numpy, torch, jax,",
     ):
         assert expected in done.stdout

@@ -11,6 +11,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from fwpkm import schedule, validation
+from fwpkm.backends.torch import fast
 from fwpkm.backends.torch.stream import Visit, settle, visit, visit_and_write, visit_chunk
 from fwpkm.backends.torch.tokens import Tokens, some
 from fwpkm.config import FwPKMConfig
@@ -75,6 +76,7 @@ def apply(
     update: bool = True,
     *,
     inplace: bool = False,
+    implementation: str | None = None,
 ) -> tuple[Tensor, State, Trace]:
     """Read T tokens and write every chunk that they complete (SPEC.md §5).
 
@@ -87,6 +89,8 @@ def apply(
         mask: ``[B, T]`` bool, False for tokens that never write, or None for True.
         update: False only reads: no write, nothing pending, position unchanged.
         inplace: the state's value table may be overwritten, which saves one copy of it.
+        implementation: None for the fastest that can serve the call, "triton" for the kernels (kernels/), "eager" for
+            plain PyTorch.
 
     Returns:
         output ``[B, T, Dv]`` in the query's dtype, the next state, and the trace.
@@ -106,6 +110,10 @@ def apply(
     tokens = Tokens.of(dtype, query, value, gate, mask)
     if length == 0:
         return tokens.value.to(query.dtype), state, _trace(cfg, memory, tokens, [], [], [])
+    if fast.serves(implementation, cfg, state.memory, query):
+        given = query, value, gate, mask
+        output, memory, waiting, trace = fast.apply(cfg, state, position, tokens, given, update, inplace)
+        return output, _state(cfg, memory, waiting, state.position + length) if update else state, trace
     runs = list(schedule.segments(cfg, position, length)) if update else [schedule.Segment(0, length, False)]
     waiting, keys, visits, first = _pending(cfg, state, dtype), memory.keys, [], []
     with _full_precision(query):
@@ -133,8 +141,16 @@ def apply(
 
 
 @_outside_graphs
-def flush(cfg: FwPKMConfig, state: State, *, inplace: bool = False) -> tuple[State, Trace]:
+def flush(
+    cfg: FwPKMConfig, state: State, *, inplace: bool = False, implementation: str | None = None
+) -> tuple[State, Trace]:
     """Write the pending chunk, empty it and restart the count (SPEC.md §5).
+
+    Args:
+        cfg: the configuration.
+        state: left as it was, unless ``inplace``.
+        inplace: the state's value table may be overwritten.
+        implementation: as in :func:`apply`.
 
     Returns:
         the state at position 0, and the trace of that write: losses ``[M, 1]``, slots and weights ``[B, 0, H*k]``.
@@ -152,6 +168,12 @@ def flush(cfg: FwPKMConfig, state: State, *, inplace: bool = False) -> tuple[Sta
     nothing = _no_tokens(cfg, memory.keys, waiting.mask.shape[0])
     losses: list[Tensor] = []
     visits: list[Visit] = []
+    served = fast.serves(implementation, cfg, memory, waiting.query)
+    if waiting.length > cfg.lookahead and served:
+        memory, trace = fast.flush(cfg, memory, waiting, inplace)
+        writes = torch.tensor(schedule.flush_writes(cfg, waiting.length))
+        trace = trace._replace(writes=writes)
+        return _state(cfg, memory, nothing, torch.zeros_like(state.position)), trace
     if waiting.length > cfg.lookahead:  # else no token has a pair
         with _full_precision(memory.keys):
             seen, keys = visit_and_write(cfg, memory.keys, waiting)
@@ -163,10 +185,10 @@ def flush(cfg: FwPKMConfig, state: State, *, inplace: bool = False) -> tuple[Sta
 
 
 @_outside_graphs
-def lookup(cfg: FwPKMConfig, memory: Memory, query: Tensor) -> Lookup:
+def lookup(cfg: FwPKMConfig, memory: Memory, query: Tensor, *, implementation: str | None = None) -> Lookup:
     """Read the tables (SPEC.md §2): query ``[B, n, H*Dk]`` -> output ``[B, n, Dv]``, slots, weights ``[B, n, H*k]``.
 
-    A token whose query or selected scores are not finite reads NaN.
+    A token whose query or selected scores are not finite reads NaN. ``implementation`` is as in :func:`apply`.
 
     Raises:
         ValueError: shapes or dtypes do not fit.
@@ -177,6 +199,8 @@ def lookup(cfg: FwPKMConfig, memory: Memory, query: Tensor) -> Lookup:
     if query.shape[1] == 0:
         entries = memory.keys.new_zeros(query.shape[0], 0, cfg.slots_per_token)
         return Lookup(query.new_zeros(query.shape[0], 0, cfg.value_dim), entries.long(), entries)
+    if fast.serves(implementation, cfg, memory, query):
+        return fast.lookup(cfg, memory, query)
     nothing = query.new_zeros(*query.shape[:2], cfg.value_dim)
     with _full_precision(query):
         seen = visit(cfg, memory.keys, Tokens.of(memory.keys.dtype, query, nothing, None, None))
@@ -195,6 +219,8 @@ def chunk_update(
     gate: Tensor | None = None,
     mask: Tensor | None = None,
     pair: Tensor | None = None,
+    *,
+    implementation: str | None = None,
 ) -> tuple[Memory, Losses]:
     """Write one chunk (SPEC.md §4) whose targets are already shifted.
 
@@ -206,6 +232,7 @@ def chunk_update(
         gate: ``[B, n]``, or None for 1.
         mask: ``[B, n]`` bool, or None for True.
         pair: ``[B, n]`` bool, which tokens have a target; None for all unmasked ones.
+        implementation: as in :func:`apply`.
 
     Returns:
         the new tables and the losses ``[M]``.
@@ -218,6 +245,8 @@ def chunk_update(
     tables = _as_tables(memory, query)
     if query.shape[1] == 0:
         return memory, Losses(*tables.keys.new_zeros(2, tables.keys.shape[0]))
+    if fast.serves(implementation, cfg, memory, query):
+        return fast.chunk_update(cfg, memory, query, target, gate, mask, pair)
     with _full_precision(query):
         chunk = Tokens.of(tables.keys.dtype, query, target, gate, mask)
         seen, keys = visit_chunk(cfg, tables.keys, chunk, pair)

@@ -43,7 +43,7 @@ def load(name: str) -> ModuleType:
         CannotRunError: it cannot be imported, or lacks functions of SPEC.md §8.
     """
     if name == "triton":
-        raise CannotRunError("the Triton kernels are not part of this release of fwpkm")
+        raise CannotRunError("conform does not drive the Triton kernels yet; name torch")
     try:
         known = "keras" if name in KERAS else name
         module = get_backend(known) if known in backend_names() else importlib.import_module(name)

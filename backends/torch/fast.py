@@ -1,0 +1,202 @@
+"""The functions of ops.py on the Triton kernels: the same calls, the same results (SPEC.md §8).
+
+Nothing here waits for the GPU: the schedule follows from ``position``, which lives on the CPU.
+"""
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fwpkm import schedule
+from fwpkm.backends.torch.tokens import Tokens
+from fwpkm.config import FwPKMConfig
+from fwpkm.containers import Lookup, Losses, Memory, State, Trace
+
+_EVERY_TOKEN = 2**30  # a chunk size that no call reaches
+
+
+def serves(implementation: str | None, cfg: FwPKMConfig, memory: Memory, query: Tensor) -> bool:
+    """Whether the kernels are to run a call.
+
+    Raises:
+        ValueError: ``implementation`` is unknown, or "triton" and the kernels cannot.
+    """
+    if implementation not in (None, "triton", "eager"):
+        raise ValueError(f'implementation must be None, "triton" or "eager". Received: {implementation!r}')
+    if implementation == "eager" or (implementation is None and query.device.type != "cuda"):
+        return False
+    from fwpkm import kernels
+
+    reason = kernels.why_unsupported(cfg, memory, query)
+    if implementation == "triton" and reason is not None:
+        raise ValueError(f'implementation="triton" cannot serve this call: {reason}')
+    return reason is None
+
+
+def apply(
+    cfg: FwPKMConfig, state: State, position: int, tokens: Tokens, given: tuple, update: bool, owned: bool
+) -> tuple[Tensor, Memory, Tokens, Trace]:
+    """Read T tokens and write every chunk that they complete.
+
+    Args:
+        cfg: the configuration.
+        state: where the sequence stands.
+        position: of the state.
+        tokens: the call's, in the tables' dtype where something was pending.
+        given: query, value, gate and mask as the caller gave them.
+        update: False only reads.
+        owned: the value table may be overwritten.
+
+    Returns:
+        output, tables, the tokens that no write has consumed, and the trace.
+    """
+    from fwpkm.kernels import call
+
+    batch, length = tokens.mask.shape
+    plan = call.plan(cfg, position, length, batch, update)
+    stream = call.Tokens(*given)
+    if plan.arrived:
+        waiting = Tokens(*state[1:5]).slice(0, plan.arrived).join(tokens)
+        stream = call.Tokens(waiting.query, waiting.value, waiting.gate, waiting.mask)
+    output, memory, flags, trace = _run(cfg, plan, state.memory, stream, owned, schedule.max_writes(cfg, length))
+    whole = Tokens.of(memory.keys.dtype, *stream[:4])
+    left = whole.slice(plan.left, None).without((flags[:, plan.left :] & 2) != 0)
+    return output, memory, left, trace
+
+
+def flush(cfg: FwPKMConfig, memory: Memory, waiting: Tokens, owned: bool) -> tuple[Memory, Trace]:
+    """Write the tokens that wait."""
+    from fwpkm.kernels import call
+
+    batch, length = waiting.mask.shape
+    plan = call.Plan([call.Window(0, length, True, 0, length)], length, length, length, batch * length)
+    _, memory, _, trace = _run(cfg, plan, memory, call.Tokens(*waiting), owned, columns=1)
+    return memory, trace
+
+
+def lookup(cfg: FwPKMConfig, memory: Memory, query: Tensor) -> Lookup:
+    """Read the tables."""
+    from fwpkm.kernels import call
+
+    nothing = query.new_zeros(*query.shape[:2], cfg.value_dim)
+    plan = call.plan(cfg, 0, query.shape[1], query.shape[0], update=False)
+    weights: list[Tensor] = []
+    output, _, _, trace = _run(cfg, plan, memory, call.Tokens(query, nothing, None, None), False, 0, weights)
+    return Lookup(output, trace.slots, weights[0])
+
+
+def chunk_update(
+    cfg: FwPKMConfig,
+    memory: Memory,
+    query: Tensor,
+    target: Tensor,
+    gate: Tensor | None,
+    mask: Tensor | None,
+    pair: Tensor | None,
+) -> tuple[Memory, Losses]:
+    """Write one chunk whose targets are already shifted."""
+    from fwpkm.kernels import call
+
+    cfg = dataclasses.replace(cfg, lookahead=0, chunk_size=_EVERY_TOKEN)
+    batch, length = query.shape[:2]
+    plan = call.Plan([call.Window(0, length, True, 0, length)], length, length, length, batch * length)
+    pair = query.new_ones(batch, length, dtype=torch.bool) if pair is None else pair
+    _, memory, _, trace = _run(cfg, plan, memory, call.Tokens(query, target, gate, mask, pair), False, columns=1)
+    return memory, Losses(trace.memorization[:, 0], trace.addressing[:, 0])
+
+
+def _run(
+    cfg: FwPKMConfig, plan: Any, memory: Memory, stream: Any, owned: bool, columns: int, weights: list | None = None
+) -> tuple[Tensor, Memory, Tensor, Trace]:
+    """One call: output, tables, flags of the stream, trace; its differentiable weights are appended to ``weights``."""
+    keys, values = (table.to(torch.float32) for table in memory)
+    stream = stream._replace(**{name: x.contiguous() for name, x in stream._asdict().items() if x is not None})
+    output, new_keys, new_values, slots, w, memorization, addressing, flags = _Call.apply(
+        cfg, plan, owned, keys, values, *stream
+    )
+    writes = len(memorization)
+    if writes:
+        memory = Memory(new_keys, new_values)
+    if weights is not None:
+        weights.append(w)
+    memorization, addressing = (torch.nn.functional.pad(x.T, (0, columns - writes)) for x in (memorization, addressing))
+    return output, memory, flags, Trace(slots, w.detach(), memorization, addressing, torch.tensor(writes))
+
+
+def _news(plan: Any, batch: int, x: Tensor) -> Tensor:
+    """``[B, T, ...]``: what the tokens that this call brought have of x ``[w, ...]``."""
+    parts = []
+    for start, length, _, first, fresh in plan.windows:
+        mine = x[first : first + batch * length].view(batch, length, *x.shape[1:])
+        parts.append(mine[:, fresh - start :])
+    return torch.cat(parts, dim=1)
+
+
+def _of_news(plan: Any, batch: int, d: Tensor, total: int) -> Tensor:
+    """Its adjoint: ``[w, ...]`` from ``[B, T, ...]``."""
+    out = d.new_zeros(total, *d.shape[2:])
+    for start, length, _, first, fresh in plan.windows:
+        mine = out[first : first + batch * length].view(batch, length, *d.shape[2:])
+        mine[:, fresh - start :] = d[:, fresh - plan.arrived : start + length - plan.arrived]
+    return out
+
+
+class _Call(torch.autograd.Function):
+    """``kernels.call.forward`` and ``kernels.reverse.backward``."""
+
+    @staticmethod
+    def forward(ctx, cfg, plan, owned, keys, values, query, value, gate, mask, pair):
+        from fwpkm.kernels import call
+
+        writes = any(window.writes for window in plan.windows)
+        if writes and owned and values.is_contiguous():
+            ctx.mark_dirty(values)
+        elif writes:
+            values = values.clone(memory_format=torch.contiguous_format)
+        else:
+            values = values.contiguous()
+        tokens, save = call.Tokens(query, value, gate, mask, pair), any(ctx.needs_input_grad)
+        result = call.forward(cfg, plan, keys.contiguous(), values, tokens, save)
+        kept, batch = result.kept, query.shape[0]
+        if save:
+            tensors = {name: x for name, x in kept._asdict().items() if name != "bits"}
+            ctx.save_for_backward(query, value, gate, mask, pair, *tensors.values(), *kept.bits)
+            ctx.cfg, ctx.plan, ctx.names, ctx.shape = cfg, plan, tuple(tensors), values.shape
+        ctx.set_materialize_grads(False)
+        slots = _news(plan, batch, kept.slots).long()
+        dead = (_news(plan, batch, kept.kinds) & 2) != 0
+        weights = _news(plan, batch, kept.weights).masked_fill(dead[..., None], torch.nan)
+        ctx.mark_non_differentiable(slots, result.memorization, result.addressing, kept.flags)
+        keys = result.keys if writes else None
+        new_values = values if writes else None
+        return (
+            result.output, keys, new_values, slots, weights, result.memorization, result.addressing, kept.flags
+        )  # fmt: skip
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_output, d_keys, d_values, _slots, d_weights, *_):
+        from fwpkm.kernels import call, reverse
+
+        none = (None,) * 10
+        if d_output is None and d_keys is None and d_values is None and d_weights is None:
+            return none
+        query, value, gate, mask, pair, *saved = ctx.saved_tensors
+        fields = dict(zip(ctx.names, saved))
+        kept = call.Kept(**fields, bits=saved[len(ctx.names) :])
+        plan, batch = ctx.plan, query.shape[0]
+        if d_weights is not None:
+            d_weights = _of_news(plan, batch, d_weights, plan.total)
+        d_output, d_keys, d_values = (
+            None if d is None or d.numel() == 0 else d.contiguous() for d in (d_output, d_keys, d_values)
+        )
+        tokens = call.Tokens(query, value, gate, mask, pair)
+        table = ctx.shape if ctx.needs_input_grad[4] else None
+        gradients = reverse.backward(ctx.cfg, plan, tokens, kept, d_output, d_keys, d_values, table, d_weights)
+        return (
+            None, None, None, gradients.keys, gradients.values, gradients.query.to(query.dtype), gradients.value,
+            gradients.gate, None, None,
+        )  # fmt: skip

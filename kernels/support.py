@@ -1,0 +1,55 @@
+"""What the kernels serve, in words for people. Imports triton only once nothing else is in the way."""
+
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+from fwpkm.config import FwPKMConfig
+from fwpkm.containers import Memory
+
+_HALVES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def why_unsupported(cfg: FwPKMConfig, memory: Memory, query: Tensor) -> str | None:
+    """Why ``implementation="triton"`` cannot serve a call with these tables and queries, or None where it can.
+
+    Args:
+        cfg: the configuration.
+        memory: the tables.
+        query: ``[B, T, H*Dk]``.
+    """
+    return _why_config(cfg) or _why_tensors(memory, query) or _why_here(query)
+
+
+def _why_config(cfg: FwPKMConfig) -> str | None:
+    bounds = {"num_heads": 4, "top_k": 32, "num_subkeys": 2048, "key_dim": 1024, "value_dim": 1024}
+    for field, most in bounds.items():
+        if getattr(cfg, field) > most:
+            return f"{field} must be at most {most}. Received: {field}={getattr(cfg, field)}"
+    for field in ("key_dim", "value_dim"):
+        if getattr(cfg, field) % 16:
+            return f"{field} must be a multiple of 16. Received: {field}={getattr(cfg, field)}"
+    return None
+
+
+def _why_tensors(memory: Memory, query: Tensor) -> str | None:
+    if query.dtype not in _HALVES:
+        return f"query must be float32, bfloat16 or float16. Received: {query.dtype}"
+    if any(table.dtype not in _HALVES for table in memory):
+        return f"tables must be float32. Received: keys {memory.keys.dtype}, values {memory.values.dtype}"
+    return None
+
+
+def _why_here(query: Tensor) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed: pip install 'fwpkm[triton]'"
+    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+        return None  # the interpreter runs kernels on tensors of any device
+    if query.device.type != "cuda":
+        return f"query must be on a CUDA device. Received: {query.device}"
+    capability = torch.cuda.get_device_capability(query.device)
+    if capability < (8, 0):
+        return f"the GPU's compute capability must be at least 8.0. Received: {'.'.join(map(str, capability))}"
+    return None

@@ -1,0 +1,143 @@
+"""The Triton kernels, in Triton's interpreter where there is no GPU, beside the eager torch backend."""
+
+import importlib
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fwpkm import FwPKMConfig, kernels
+from fwpkm.backends import torch as be
+from fwpkm.containers import Memory
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SMALL = {"key_dim": 16, "value_dim": 16, "num_subkeys": 5, "top_k": 3, "chunk_size": 4}
+CONFIGS = {
+    "plain": {},
+    "wait, one table": {"boundary": "wait", "lookahead": 2, "memory_scope": "batch"},
+    "dot product, clipped": {"score": "dot_product", "num_heads": 2, "grad_clip": 0.02, "weight_decay": 0.1},
+    "normalized": {"write_scale": "normalized", "temperature": 0.5, "lookahead": 0, "grad_clip": 0.02},
+    "unit, every sub-key": {"write_scale": "unit", "top_k": 5, "addressing_weight": 3.0},
+}
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning", "ignore:divide by zero:RuntimeWarning")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _interpreter():
+    """Kernels choose when they are defined, so before any of them is imported."""
+    with pytest.MonkeyPatch.context() as patch:
+        if DEVICE == "cpu":
+            patch.setenv("TRITON_INTERPRET", "1")
+        importlib.import_module("fwpkm.kernels.reverse")
+        yield
+
+
+def reading(cfg: FwPKMConfig, implementation: str, cuts: list[int], with_holes: bool) -> list[torch.Tensor]:
+    """Everything that a sequence gives, read in pieces, and the gradients of all of it."""
+    draw = torch.Generator().manual_seed(0)
+    shapes = ((2, cuts[-1], cfg.num_heads * cfg.key_dim), (2, cuts[-1], cfg.value_dim), (2, cuts[-1]))
+    query, value, gate = (torch.rand(shape, generator=draw) for shape in shapes)
+    query, value = query - 0.5, value - 0.5
+    mask = torch.rand(2, cuts[-1], generator=draw) > 0.2 if with_holes else None
+    if with_holes:
+        query[0, 4, 1], value[1, 8, 0] = torch.inf, torch.nan
+    given = [x.to(DEVICE).requires_grad_() for x in (query, value, gate)]
+    tables = [x.to(DEVICE).requires_grad_() for x in be.init_memory(cfg, seed=1)]
+    state = be.init_state(cfg, Memory(*tables), batch_size=2)
+    outputs, weights, start = [], [], 0
+    for stop in cuts:
+        part = [x[:, start:stop] for x in given]
+        masked = None if mask is None else mask[:, start:stop].to(DEVICE)
+        output, state, trace = be.apply(cfg, state, *part, masked, implementation=implementation)
+        outputs.append(output)
+        weights.append(trace.weights)
+        start = stop
+    state, trace = be.flush(cfg, state, implementation=implementation)
+    seen = be.lookup(cfg, state.memory, given[0], implementation=implementation)
+    pair = (torch.rand(2, cuts[-1], generator=draw) > 0.3).to(DEVICE)
+    memory, losses = be.chunk_update(cfg, state.memory, *given, pair=pair, implementation=implementation)
+    chosen = seen.slots.double().masked_fill(seen.weights.isnan(), torch.nan)  # of the dead they mean nothing
+    live = [torch.cat(outputs, 1), *state.memory, seen.output, seen.weights, *memory]
+    cotangents = [torch.rand(x.shape, generator=draw).to(DEVICE) - 0.5 for x in live]
+    total = sum((x.nan_to_num() * c.masked_fill(x.isnan(), 0)).sum() for x, c in zip(live, cotangents))
+    gradients = torch.autograd.grad(total, [*given, *tables])
+    records = [torch.cat(weights, 1), trace.memorization, trace.addressing, chosen, *losses]
+    return [x.detach().double() for x in (*live, *records, *gradients)]
+
+
+@pytest.mark.parametrize(
+    ("name", "cuts", "with_holes"),
+    [*((name, [10], False) for name in CONFIGS), *((name, [2, 9, 10], True) for name in list(CONFIGS)[1:3])],
+)
+def test_kernels_give_what_eager_gives(name: str, cuts: list[int], with_holes: bool) -> None:
+    cfg = FwPKMConfig(**SMALL | CONFIGS[name])
+    expected = reading(cfg, "eager", cuts, with_holes)
+    received = reading(cfg, "triton", cuts, with_holes)
+    for a, b in zip(received, expected, strict=True):
+        assert torch.equal(a.isnan(), b.isnan())
+        error = (a - b).nan_to_num().norm() / b.nan_to_num().norm().clamp(min=1e-6)
+        assert error < 1e-5
+
+
+def test_near_a_key_the_choice_is_that_of_differences() -> None:
+    """Queries on keys far from the origin: the expanded form has no digit left of their distances."""
+    cfg = FwPKMConfig(**SMALL | {"num_subkeys": 16})
+    keys, values = be.init_memory(cfg)
+    keys = keys * 1e-3 + 100
+    query = keys[0, 0].reshape(2, 16, 8).transpose(0, 1).reshape(1, 16, 16)
+    memory = Memory(keys.to(DEVICE), values.to(DEVICE))
+    eager, triton = (be.lookup(cfg, memory, query.to(DEVICE), implementation=name) for name in ("eager", "triton"))
+    assert torch.equal(eager.slots, triton.slots)
+    assert torch.equal(triton.slots[0, :, 0].cpu(), torch.arange(16) * 17)
+
+
+def test_ties_go_to_the_lower_id() -> None:
+    cfg = FwPKMConfig(**SMALL | {"num_subkeys": 8})
+    memory = be.init_memory(cfg)
+    memory = Memory(torch.zeros_like(memory.keys).to(DEVICE), memory.values.to(DEVICE))
+    query = torch.rand(1, 3, 16, device=DEVICE)
+    assert be.lookup(cfg, memory, query, implementation="triton").slots.tolist() == [[[0, 1, 2]] * 3]
+
+
+def test_the_same_bits_twice() -> None:
+    cfg = FwPKMConfig(**SMALL | {"num_heads": 2})
+    first, second = (reading(cfg, "triton", [9], True) for _ in range(2))
+    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(first, second))
+
+
+@pytest.mark.parametrize(
+    ("fields", "dtype", "reason"),
+    [
+        ({"key_dim": 24}, torch.float32, "key_dim must be a multiple of 16"),
+        ({"num_heads": 5}, torch.float32, "num_heads must be at most 4"),
+        ({}, torch.float64, "query must be float32"),
+    ],
+)
+def test_what_the_kernels_do_not_serve_says_why(fields: dict, dtype: torch.dtype, reason: str) -> None:
+    cfg = FwPKMConfig(**SMALL | fields)
+    memory = Memory(*(x.to(DEVICE) for x in be.init_memory(cfg)))
+    query = torch.zeros(1, 2, cfg.num_heads * cfg.key_dim, dtype=dtype, device=DEVICE)
+    assert reason in str(kernels.why_unsupported(cfg, memory, query))
+    with pytest.raises(ValueError, match=reason):
+        be.lookup(cfg, memory, query, implementation="triton")
+    assert be.lookup(cfg, memory, query).output.shape == (1, 2, 16)
+
+
+def test_an_unknown_implementation_is_refused() -> None:
+    cfg = FwPKMConfig(**SMALL)
+    with pytest.raises(ValueError, match="Received: 'fast'"):
+        be.lookup(cfg, be.init_memory(cfg), torch.zeros(1, 2, 16), implementation="fast")
+
+
+def test_tensors_on_the_cpu_are_the_reason() -> None:
+    code = """
+import torch
+from fwpkm import FwPKMConfig, kernels
+from fwpkm.backends import torch as be
+cfg = FwPKMConfig(key_dim=16, value_dim=16, num_subkeys=8)
+print(kernels.why_unsupported(cfg, be.init_memory(cfg), torch.zeros(1, 2, 16)))
+"""
+    environment = {"PATH": "", "TRITON_INTERPRET": "0"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120)
+    assert "CUDA device" in done.stdout, done.stderr
