@@ -1,24 +1,27 @@
 """The exact gradients of SPEC.md §4 on a GPU: windows in reverse, from the touched rows that the forward kept.
 
 Each touched row of each window has one gradient row, at the place of its segment: that of the row as the window found
-it. What the window left behind is the gradient of the row's next segment, or that of the final table.
+it. ``latest`` has for every row of the table the place of its segment in the earliest window done, or -1: what is left
+of the row after a window has the gradient there, or that of the final table.
 """
 
 import triton
 import triton.language as tl
 
 from fwpkm.kernels.flags import DEAD, LIVE, TARGET
-from fwpkm.kernels.lists import members, pull_of, words_of
+from fwpkm.kernels.chunk_update import pull_of
 from fwpkm.kernels.lookup import PROBABILITY_UNIT, sub_scores, token_of
+from fwpkm.kernels.sums import gathered
 
 _INF = tl.constexpr(float("inf"))
-_VARYING = ["start", "length", "first", "room", "rows", "words", "fresh", "arrived", "length_out", "total"]
+_VARYING = ["start", "length", "first", "room", "rows", "fresh", "arrived", "length_out", "total"]
+_WINDOW = ["window", "memories", "count", "pieces", *_VARYING]
 
 
 @triton.jit
 def gradient_after(
     gradients, d_values, unclipped, next_place, place, row, known, d,
-    WIDTH: tl.constexpr, AFTER: tl.constexpr, CLIP: tl.constexpr,
+    WIDTH: tl.constexpr, AFTER: tl.constexpr,
 ):  # fmt: skip
     """Gradients [E, D] of rows as a window left them; those that clipping passes."""
     inside = (d < WIDTH)[None, :]
@@ -28,20 +31,20 @@ def gradient_after(
     if AFTER:
         at = row.to(tl.int64)[:, None] * WIDTH + d[None, :]
         after += tl.load(d_values + at, mask=(known & (next_place < 0))[:, None] & inside, other=0.0)
-    if CLIP:
+    if unclipped is not None:
         at = place.to(tl.int64)[:, None] * WIDTH + d[None, :]
         after = after * tl.load(unclipped + at, mask=known[:, None] & inside, other=0).to(tl.float32)
     return after
 
 
-@triton.jit(do_not_specialize=_VARYING)
+@triton.jit(do_not_specialize=_WINDOW)
 def read_backward_kernel(
-    slots, weights, kinds, gate, error, strength, heads, steps, nexts, saved, unclipped, gradients, d_values, d_output,
+    slots, weights, kinds, gate, error, strength, heads, steps, latest, saved, unclipped, gradients, d_values, d_output,
     d_weights, d_read, d_target, d_gate,
     start, length, first, room, rows, fresh, arrived, length_out,
     SLOTS: tl.constexpr, WIDTH: tl.constexpr, ENTRIES: tl.constexpr, CHUNK: tl.constexpr, LOOKAHEAD: tl.constexpr,
     SCALE: tl.constexpr, BLOCK: tl.constexpr, ENTRY_BLOCK: tl.constexpr, HAS_GATE: tl.constexpr, OUTPUT: tl.constexpr,
-    AFTER: tl.constexpr, CLIP: tl.constexpr, WRITES: tl.constexpr,
+    AFTER: tl.constexpr, WRITES: tl.constexpr,
 ):  # fmt: skip
     """Through the write into v̂, u, κ g; then through the read into w."""
     r = tl.program_id(0)
@@ -70,9 +73,9 @@ def read_backward_kernel(
             place = tl.load(heads + here * ENTRIES + e, mask=known, other=0)
             step = tl.load(steps + place, mask=known, other=0.0)
             row = memory * SLOTS + tl.load(slots + here * ENTRIES + e, mask=known, other=0)
-            following = tl.load(nexts + place, mask=known, other=-1)
+            following = tl.load(latest + row, mask=known, other=-1)
             after = gradient_after(
-                gradients, d_values, unclipped, following, place, row, known & (step != 0), d, WIDTH, AFTER, CLIP
+                gradients, d_values, unclipped, following, place, row, known & (step != 0), d, WIDTH, AFTER
             )
             toward -= tl.sum((c * w * step)[:, None] * after, 0)
             d_pull = -step * tl.sum(after * miss[None, :], 1)
@@ -119,34 +122,35 @@ def read_backward_kernel(
         tl.store(d_weights + here * ENTRIES + e, d_w, mask=known)
 
 
-@triton.jit(do_not_specialize=_VARYING)
+@triton.jit(do_not_specialize=_WINDOW)
 def rows_backward_kernel(
-    sorted_rows, order, place, weights, heads, steps, nexts, gradients, d_values, d_read, first, count, total,
-    WIDTH: tl.constexpr, ENTRIES: tl.constexpr, RATE: tl.constexpr, DECAY: tl.constexpr,
+    sorted_rows, order, weights, steps, latest, gradients, d_values, d_read, window, memories, first, total,
+    SLOTS: tl.constexpr, WIDTH: tl.constexpr, ENTRIES: tl.constexpr, RATE: tl.constexpr, DECAY: tl.constexpr,
     BLOCK: tl.constexpr, ENTRY_BLOCK: tl.constexpr, AFTER: tl.constexpr,
 ):  # fmt: skip
     """The gradient of each row as the window found it: what decay leaves of that after, and Σ w d v̂."""
     begin = (first * ENTRIES).to(tl.int64)
-    mine = begin + tl.program_id(0)
-    at = tl.load(place + mine).to(tl.int64)
-    if tl.load(heads + mine) != at:
+    at = begin + tl.program_id(0)
+    row = tl.load(sorted_rows + at)
+    before = tl.load(sorted_rows + at - 1, mask=at > begin, other=-1)
+    if row == before:
         return
     d = tl.arange(0, BLOCK)
-    row = tl.load(sorted_rows + at).to(tl.int64)
-    following = tl.load(nexts + at).to(tl.int64)
+    place = row.to(tl.int64) - window * memories.to(tl.int64) * SLOTS
+    following = tl.load(latest + place).to(tl.int64)
     gradient = tl.zeros([BLOCK], tl.float32)
     if following >= 0:
         gradient += tl.load(gradients + following * WIDTH + d, mask=d < WIDTH, other=0.0)
     elif AFTER:
-        gradient += tl.load(d_values + row * WIDTH + d, mask=d < WIDTH, other=0.0)
+        gradient += tl.load(d_values + place * WIDTH + d, mask=d < WIDTH, other=0.0)
     gradient *= tl.where(tl.load(steps + at) != 0, 1 - RATE * DECAY, 1.0)
     segment = at
     more = 1
     while more > 0:
         e = segment + tl.arange(0, ENTRY_BLOCK)
-        entry = tl.load(order + e, mask=e < total, other=0).to(tl.int64)
-        same = (e < total) & (tl.load(sorted_rows + e, mask=e < total, other=-1) == row)
-        same = same & (entry < begin + count.to(tl.int64) * ENTRIES)
+        known = e < total.to(tl.int64) * ENTRIES
+        entry = tl.load(order + e, mask=known, other=0).to(tl.int64)
+        same = tl.load(sorted_rows + e, mask=known, other=-1) == row
         w = tl.load(weights + entry, mask=same, other=0.0)
         token = entry // ENTRIES - first
         toward = tl.load(
@@ -157,18 +161,18 @@ def rows_backward_kernel(
         segment += found
         more = found // ENTRY_BLOCK
     tl.store(gradients + at * WIDTH + d, gradient, mask=d < WIDTH)
+    tl.store(latest + place, at.to(tl.int32))
 
 
 @triton.jit
-def table_backward_kernel(sorted_rows, gradients, d_table, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def table_backward_kernel(latest, gradients, d_table, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     """The gradient of the table before the call, where the call touched it."""
-    at = tl.program_id(0).to(tl.int64)
-    row = tl.load(sorted_rows + at).to(tl.int64)
-    if at > 0:
-        if tl.load(sorted_rows + at - 1) == row:
-            return
-    d = tl.arange(0, BLOCK)
-    tl.store(d_table + row * WIDTH + d, tl.load(gradients + at * WIDTH + d, mask=d < WIDTH, other=0.0), mask=d < WIDTH)
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.load(latest + row).to(tl.int64)
+    if at >= 0:
+        d = tl.arange(0, BLOCK)
+        gradient = tl.load(gradients + at * WIDTH + d, mask=d < WIDTH, other=0.0)
+        tl.store(d_table + row * WIDTH + d, gradient, mask=d < WIDTH)
 
 
 @triton.jit(do_not_specialize=["total"])
@@ -201,23 +205,39 @@ def combine_backward_kernel(
 
 
 @triton.jit
-def key_gradients(d_keys, moved, unclipped, row, known, d, HALF: tl.constexpr, RATE: tl.constexpr, CLIP: tl.constexpr):
+def key_gradients(d_keys, moved, unclipped, row, known, d, HALF: tl.constexpr, RATE: tl.constexpr):
     """The gradient [..., D] of α ∇L_addr at rows [...] of the keys: -η of that of the keys after, where they moved."""
     inside = known[:, :, None] & (d < HALF)[None, None, :]
     at = row.to(tl.int64)[:, :, None] * HALF + d[None, None, :]
     gradient = tl.load(d_keys + at, mask=inside, other=0.0) * -RATE
     gradient *= tl.load(moved + row, mask=known, other=0).to(tl.float32)[:, :, None]
-    if CLIP:
+    if unclipped is not None:
         gradient *= tl.load(unclipped + at, mask=inside, other=0).to(tl.float32)
     return gradient
 
 
-@triton.jit(do_not_specialize=_VARYING)
+@triton.jit
+def of_window(
+    keys, d_keys, share, counts, moved, unclipped, window, memory,
+    HEADS: tl.constexpr, SUBKEYS: tl.constexpr, HALF: tl.constexpr, WRITES: tl.constexpr,
+):  # fmt: skip
+    """Where a window's own begin, n, and where the gradient of the keys after it does: one version on."""
+    groups = tl.num_programs(1).to(tl.int64)
+    at = window * groups * SUBKEYS
+    count = 1.0
+    if WRITES:
+        count = tl.maximum(tl.load(counts + window * (groups // (2 * HEADS)) + memory), 1).to(tl.float32)
+    if unclipped is not None:
+        unclipped += at * HALF
+    return keys + at * HALF, d_keys + ((window + 1) % 2) * groups * SUBKEYS * HALF, share + at, count, moved + at, unclipped
+
+
+@triton.jit(do_not_specialize=_WINDOW)
 def pull_backward_kernel(
     query, keys, d_keys, ids, ranks, kinds, share, counts, moved, unclipped, d_pulls, d_slopes,
-    start, length, first, room, rows,
+    window, start, length, first, room, rows,
     HEADS: tl.constexpr, SUBKEYS: tl.constexpr, HALF: tl.constexpr, K: tl.constexpr, IDW: tl.constexpr,
-    EPSILON: tl.constexpr, CHUNK: tl.constexpr, RATE: tl.constexpr, CLIP: tl.constexpr, WEIGHT: tl.constexpr,
+    EPSILON: tl.constexpr, CHUNK: tl.constexpr, RATE: tl.constexpr, WEIGHT: tl.constexpr,
     BLOCK: tl.constexpr, CHOICES: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """From the keys after to each entry's pull c, and on to a of its sub-key."""
@@ -228,7 +248,9 @@ def pull_backward_kernel(
     here = (first + memory * rows * length + r).to(tl.int64)
     live = (r < rows * length) & (t < CHUNK)
     live = live & ((tl.load(kinds + here, mask=live, other=0) & LIVE) != 0)
-    count = tl.maximum(tl.load(counts + memory), 1).to(tl.float32)
+    keys, d_keys, share, count, moved, unclipped = of_window(
+        keys, d_keys, share, counts, moved, unclipped, window, memory, HEADS, SUBKEYS, HALF, True
+    )
     at = (here * 2 * HEADS + half) * K
     chosen, score, p, _, _ = pull_of(
         ids, ranks, share, at, live, live, group, count, SUBKEYS, K, IDW, EPSILON, WEIGHT, CHOICES
@@ -250,7 +272,7 @@ def pull_backward_kernel(
                 mask=use[:, :, None] & (d < HALF)[None, None, :],
                 other=0.0,
             )
-        d_pull += tl.sum(q * key_gradients(d_keys, moved, unclipped, row, use, d, HALF, RATE, CLIP), 2)
+        d_pull += tl.sum(q * key_gradients(d_keys, moved, unclipped, row, use, d, HALF, RATE), 2)
     slope = d_pull
     if IDW:
         slope = 2 * tl.exp(score) * d_pull
@@ -262,39 +284,13 @@ def pull_backward_kernel(
     tl.store(d_slopes + at[:, None] + choice[None, :], d_slope, mask=inside)
 
 
-@triton.jit(do_not_specialize=_VARYING)
-def share_backward_kernel(
-    ids, share, bits, counts, d_slopes, d_share, length, first, rows, words,
-    HEADS: tl.constexpr, SUBKEYS: tl.constexpr, K: tl.constexpr,
-    CHOICES: tl.constexpr, ENTRIES: tl.constexpr, WORDS: tl.constexpr,
-):  # fmt: skip
-    """From a of a sub-key's entries to p̄."""
-    group = tl.program_id(1)
-    memory, half = group // (2 * HEADS), group % (2 * HEADS)
-    row = group.to(tl.int64) * SUBKEYS + tl.program_id(0)
-    choice = tl.arange(0, CHOICES)
-    result = 0.0
-    for w0 in range(0, words, WORDS):
-        word, number, reached, total = words_of(bits, row, words, w0, WORDS)
-        for e0 in range(0, total, ENTRIES):
-            r, known = members(word, number, reached, total, e0, w0, ENTRIES)
-            here = (first + memory * rows * length + r).to(tl.int64)
-            at = ((here * 2 * HEADS + half) * K)[:, None] + choice[None, :]
-            use = known[:, None] & (choice < K)[None, :]
-            hit = use & (tl.load(ids + at, mask=use, other=-1) == tl.program_id(0))
-            result += tl.sum(tl.sum(tl.load(d_slopes + at, mask=hit, other=0.0), 1), 0)
-    count = tl.maximum(tl.load(counts + memory), 1).to(tl.float32)
-    mean = tl.load(share + row).to(tl.float32) / (PROBABILITY_UNIT * count) + 1e-8
-    tl.store(d_share + row, result * (1 / mean + 1e-8 / (mean * mean)) / count)
-
-
-@triton.jit(do_not_specialize=_VARYING)
+@triton.jit(do_not_specialize=_WINDOW)
 def scores_backward_kernel(
     query, keys, d_keys, ids, ranks, kinds, share, counts, moved, unclipped,
     d_pulls, d_share, d_scores, d_ranks, d_query,
-    start, length, first, room, rows,
+    window, pieces, start, length, first, room, rows,
     HEADS: tl.constexpr, SUBKEYS: tl.constexpr, HALF: tl.constexpr, K: tl.constexpr, IDW: tl.constexpr,
-    EPSILON: tl.constexpr, CHUNK: tl.constexpr, RATE: tl.constexpr, CLIP: tl.constexpr, WEIGHT: tl.constexpr,
+    EPSILON: tl.constexpr, CHUNK: tl.constexpr, RATE: tl.constexpr, WEIGHT: tl.constexpr,
     BLOCK: tl.constexpr, CHOICES: tl.constexpr, STEP: tl.constexpr, WRITES: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
     """All of a sub-score's gradient, and what it and the pulls give to the query."""
@@ -307,7 +303,9 @@ def scores_backward_kernel(
     flag = tl.load(kinds + here, mask=inside, other=DEAD).to(tl.int32)
     alive = inside & ((flag & DEAD) == 0)
     live = alive & (t < CHUNK) & ((flag & LIVE) != 0)
-    count = tl.maximum(tl.load(counts + memory), 1).to(tl.float32) if WRITES else 1.0
+    keys, d_keys, share, count, moved, unclipped = of_window(
+        keys, d_keys, share, counts, moved, unclipped, window, memory, HEADS, SUBKEYS, HALF, WRITES
+    )
     choice = tl.arange(0, CHOICES)
     use = alive[:, None] & (choice < K)[None, :]
     at = (here * 2 * HEADS + half) * K
@@ -326,7 +324,13 @@ def scores_backward_kernel(
         mean_a = tl.sum(tl.where(counted, p * a, 0.0), 1)
         mean_slope = tl.sum(tl.where(counted, p * slope, 0.0), 1)
         d_p = WEIGHT / count * (slope * (a - mean_a[:, None]) - mean_slope[:, None] * a)
-        d_p += tl.load(d_share + group.to(tl.int64) * SUBKEYS + chosen, mask=counted, other=0.0)
+        d_slope = tl.zeros([BLOCK, CHOICES], tl.float32)  # of a, over all tokens: the pieces that were summed
+        for piece in range(pieces):
+            at = (piece * tl.num_programs(1) + group).to(tl.int64) * SUBKEYS + chosen
+            d_slope += tl.load(d_share + at, mask=counted, other=0.0)
+        mean = tl.load(share + group.to(tl.int64) * SUBKEYS + chosen, mask=counted, other=0).to(tl.float32)
+        mean = mean / (PROBABILITY_UNIT * count) + 1e-8
+        d_p += d_slope * (1 / mean + 1e-8 / (mean * mean)) / count
         d_p = tl.where(counted, d_p, 0.0)
         d_score += tl.where(counted, p * (d_p - tl.sum(tl.where(counted, p * d_p, 0.0), 1)[:, None]), 0.0)
     else:
@@ -353,63 +357,40 @@ def scores_backward_kernel(
             key = q[:, None, :] - key
         result = tl.sum(d_rank[:, :, None] * key, 1)
         if WRITES:
-            after = key_gradients(d_keys, moved, unclipped, row, use & live[:, None], d, HALF, RATE, CLIP)
+            after = key_gradients(d_keys, moved, unclipped, row, use & live[:, None], d, HALF, RATE)
             result += tl.sum(pull[:, :, None] * after, 1)
         if ADD:
             result += tl.load(d_query + stream, mask=held, other=0.0).to(tl.float32)
         tl.store(d_query + stream, result.to(d_query.dtype.element_ty), mask=held)
 
 
-@triton.jit(do_not_specialize=_VARYING)
+@triton.jit(do_not_specialize=_WINDOW)
 def keys_backward_kernel(
-    query, keys, d_keys, d_before, ids, ranks, kinds, share, bits, counts, moved, unclipped, d_ranks,
-    start, length, first, room, rows, words,
-    HEADS: tl.constexpr, SUBKEYS: tl.constexpr, HALF: tl.constexpr, K: tl.constexpr, IDW: tl.constexpr,
-    EPSILON: tl.constexpr, CHUNK: tl.constexpr, RATE: tl.constexpr, DECAY: tl.constexpr, CLIP: tl.constexpr,
-    WEIGHT: tl.constexpr, BLOCK: tl.constexpr, CHOICES: tl.constexpr, ENTRIES: tl.constexpr, WORDS: tl.constexpr,
-    WRITES: tl.constexpr,
+    keys, d_keys, sums, totals, share, counts, moved, pulled, unclipped, window, pieces,
+    HEADS: tl.constexpr, SUBKEYS: tl.constexpr, HALF: tl.constexpr, IDW: tl.constexpr,
+    RATE: tl.constexpr, DECAY: tl.constexpr, BLOCK: tl.constexpr, WRITES: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of each sub-key as the window found it."""
-    group = tl.program_id(1)
-    memory, half = group // (2 * HEADS), group % (2 * HEADS)
-    row = group.to(tl.int64) * SUBKEYS + tl.program_id(0)
+    """The gradient of each sub-key as the window found it, from Σ f q and Σ f of its ranks' gradients f."""
+    subkey, group = tl.program_id(0), tl.program_id(1)
+    groups = tl.num_programs(1)
+    before = d_keys + (window % 2) * groups.to(tl.int64) * SUBKEYS * HALF
+    pulled += window * groups.to(tl.int64) * SUBKEYS
+    keys, d_keys, share, _, moved, unclipped = of_window(
+        keys, d_keys, share, counts, moved, unclipped, window, 0, HEADS, SUBKEYS, HALF, False
+    )
+    row = group.to(tl.int64) * SUBKEYS + subkey
     d = tl.arange(0, BLOCK)
     key = tl.load(keys + row * HALF + d, mask=d < HALF, other=0.0)
     gradient = tl.load(d_keys + row * HALF + d, mask=d < HALF, other=0.0)
-    count = tl.maximum(tl.load(counts + memory), 1).to(tl.float32) if WRITES else 1.0
-    toward = tl.zeros([BLOCK], tl.float32)
-    pulled = 0.0
-    choice = tl.arange(0, CHOICES)
-    for w0 in range(0, words, WORDS):
-        word, number, reached, total = words_of(bits, row, words, w0, WORDS)
-        for e0 in range(0, total, ENTRIES):
-            r, known = members(word, number, reached, total, e0, w0, ENTRIES)
-            token, t = token_of(r, memory, start, length, room, rows)
-            here = (first + memory * rows * length + r).to(tl.int64)
-            at = (here * 2 * HEADS + half) * K
-            use = known[:, None] & (choice < K)[None, :]
-            if WRITES:
-                live = known & (t < CHUNK) & ((tl.load(kinds + here, mask=known, other=0) & LIVE) != 0)
-                chosen, _, _, _, pull = pull_of(
-                    ids, ranks, share, at, known, live, group, count, SUBKEYS, K, IDW, EPSILON, WEIGHT, CHOICES
-                )
-                if IDW:
-                    pulled += tl.sum(tl.sum(tl.where(chosen == tl.program_id(0), pull, 0.0), 1), 0)
-            else:
-                chosen = tl.load(ids + at[:, None] + choice[None, :], mask=use, other=-1)
-            mine = tl.load(d_ranks + at[:, None] + choice[None, :], mask=use & (chosen == tl.program_id(0)), other=0.0)
-            q = tl.load(
-                query + token[:, None] * (2 * HEADS * HALF) + half * HALF + d[None, :],
-                mask=known[:, None] & (d < HALF)[None, :],
-                other=0.0,
-            ).to(tl.float32)
-            if IDW:
-                q = key[None, :] - q
-            toward += tl.sum(tl.sum(mine, 1)[:, None] * q, 0)
+    toward, total = gathered(sums, totals, pieces, groups, row, SUBKEYS, d, HALF)
+    if IDW:
+        toward = key * total - toward
     if WRITES:
         moves = tl.load(moved + row).to(tl.float32)
         passed = gradient * -RATE * moves
-        if CLIP:
+        if unclipped is not None:
             passed *= tl.load(unclipped + row * HALF + d, mask=d < HALF, other=0).to(tl.float32)
-        gradient = gradient * (1 - RATE * DECAY * moves) - pulled * passed
-    tl.store(d_before + row * HALF + d, gradient + toward, mask=d < HALF)
+        gradient = gradient * (1 - RATE * DECAY * moves)
+        if IDW:
+            gradient -= tl.load(pulled + row) * passed
+    tl.store(before + row * HALF + d, gradient + toward, mask=d < HALF)

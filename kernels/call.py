@@ -12,7 +12,9 @@ from torch import Tensor
 from fwpkm import schedule
 from fwpkm.config import FwPKMConfig
 from fwpkm.kernels import chunk_update, lookup
+from fwpkm.kernels.launch import Launch
 from fwpkm.kernels.shapes import Shapes, shapes
+from fwpkm.kernels.sums import key_sums_kernel
 
 
 class Window(NamedTuple):
@@ -73,26 +75,28 @@ class Tokens(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """What a call computed, by window: token w of all windows, entry e = w·H·k + j."""
+    """What a call computed, by window: token w of all windows, entry e = w·H·k + j, group g of [M, H, 2]."""
 
     flags: Tensor
     """``[B, n]`` int8"""
     kinds: Tensor
     """``[w]`` int8: the flags as the window found them."""
     keys: Tensor
-    """``[windows + 1, M, H, 2, S, Dk/2]``: before each window, and after the last."""
+    """``[windows + 1, g, S, Dk/2]``: before each window, and after the last."""
     ids: Tensor
     """``[w, H, 2, k]`` sub-keys, best first."""
     ranks: Tensor
     """``[w, H, 2, k]``: -‖q - K‖², or q·K."""
     share: Tensor
-    """``[windows, M, H, 2, S]`` int64: Σ p over the chunk."""
-    bits: list[Tensor]
-    """per window ``[M, H, 2, S, words]``: which tokens chose a sub-key."""
+    """``[windows, g, S]`` int64: Σ p over the chunk."""
     counts: Tensor
-    """``[windows, M]``"""
+    """``[windows, M]``: n."""
+    active: Tensor
+    """``[windows, M]``: whether any token has a pair."""
     moved: Tensor
-    """``[windows, M, H, 2, S]`` int8: whether the sub-key moved."""
+    """``[windows, g, S]`` int8: whether the sub-key moved."""
+    pulled: Tensor
+    """``[windows, g, S]``: Σ c."""
     keys_unclipped: Tensor
     slots: Tensor
     """``[w, H*k]``"""
@@ -102,18 +106,17 @@ class Kept(NamedTuple):
     """``[w]``: κ g of the tokens that have a pair, else 0."""
     error: Tensor
     """``[w, Dv]``: v̂ - u of those, else 0."""
+    order: Tensor
+    """``[w*H*k]``: the entries by window, table row and token."""
+    sorted_rows: Tensor
+    """``[w*H*k]``: their table rows, those of the next window's tables behind those of this one's."""
     heads: Tensor
-    """``[w*H*k]``: where each entry's segment begins in the sorted order."""
+    """``[w*H*k]``: where each entry's segment begins in that order."""
     steps: Tensor
     """by segment: η/N of a row that moved, else 0."""
-    nexts: Tensor
-    """by segment: that of the same row in a later window, or -1."""
     rows: Tensor
     """by segment: the table row before the write, ``[Dv]``."""
     values_unclipped: Tensor
-    order: Tensor
-    sorted_rows: Tensor
-    place: Tensor
 
 
 class Result(NamedTuple):
@@ -129,7 +132,9 @@ class Result(NamedTuple):
     kept: Kept
 
 
-def forward(cfg: FwPKMConfig, plan: Plan, keys: Tensor, values: Tensor, tokens: Tokens, save: bool) -> Result:
+def forward(
+    cfg: FwPKMConfig, plan: Plan, keys: Tensor, values: Tensor, tokens: Tokens, save: bool, due: Tensor | None = None
+) -> Result:
     """Read and write all windows; ``values`` [M, N, Dv] is overwritten, ``keys`` is not.
 
     Args:
@@ -139,107 +144,150 @@ def forward(cfg: FwPKMConfig, plan: Plan, keys: Tensor, values: Tensor, tokens: 
         values: ``[M, N, Dv]`` float32, contiguous.
         tokens: the stream.
         save: keep what ``backward`` needs.
+        due: None, or an int32 on the GPU: where it is 0, nothing is done and the result means nothing.
     """
-    size, like = shapes(cfg), keys
+    size, like = shapes(cfg, tokens.query.dtype), keys
     batch, memories, entries = tokens.query.shape[0], keys.shape[0], cfg.slots_per_token
-    rows, groups, half = batch // memories, memories * cfg.num_heads * 2, cfg.key_dim // 2
+    rows, groups, half, subkeys = batch // memories, memories * cfg.num_heads * 2, cfg.key_dim // 2, cfg.num_subkeys
     idw, number, total = cfg.score == "idw", len(plan.windows), plan.total
 
     def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=like.device)
 
+    def saved(*shape: int, dtype: torch.dtype = torch.float32, also: bool = True) -> Tensor | None:
+        return new(*shape, dtype=dtype) if save and also else None
+
     int8, int32 = torch.int8, torch.int32
-    clips = save and cfg.grad_clip is not None
-    lists = [save or w.writes for w in plan.windows]
-    words = [-(-rows * w.length // 32) for w in plan.windows]
-    bits = list(torch.zeros(groups * cfg.num_subkeys * sum(words), dtype=int32, device=like.device).split(
-        [groups * cfg.num_subkeys * n for n in words]))  # fmt: skip
-    versions = number + 1 if save else min(number + 1, 3)  # two that take turns, and the caller's
+    wide = number * memories * cfg.num_slots > 2**31 - 1
+    table_rows = new(total * entries, dtype=torch.int64 if wide else int32)
+    versions = number + 1 if save else 1
+    tallies = torch.zeros(2, number, memories, dtype=int32, device=like.device)
+    clips = cfg.grad_clip is not None
     kept = Kept(
         flags=new(batch, plan.room, dtype=int8),
         kinds=new(total, dtype=int8),
-        keys=new(versions, *keys.shape),
+        keys=new(versions, groups, subkeys, half),
         ids=new(total, cfg.num_heads, 2, cfg.top_k, dtype=int32),
         ranks=new(total, cfg.num_heads, 2, cfg.top_k),
-        share=torch.zeros(number, groups, cfg.num_subkeys, dtype=torch.int64, device=like.device),
-        bits=bits,
-        counts=new(number, memories, dtype=int32),
-        moved=torch.zeros(number if save else 0, groups, cfg.num_subkeys, dtype=int8, device=like.device),
-        keys_unclipped=new(number if clips else 0, groups, cfg.num_subkeys, half, dtype=int8),
+        share=torch.zeros(number, groups, subkeys, dtype=torch.int64, device=like.device),
+        counts=tallies[0],
+        active=tallies[1],
+        moved=saved(number, groups, subkeys, dtype=int8),
+        pulled=saved(number, groups, subkeys),
+        keys_unclipped=saved(number, groups, subkeys, half, dtype=int8, also=clips),
         slots=new(total, entries, dtype=int32),
         weights=new(total, entries),
         strength=new(total),
         error=new(total, cfg.value_dim),
-        heads=new(total * entries if save else 0, dtype=int32),
-        steps=new(total * entries if save else 0),
-        nexts=new(total * entries if save else 0, dtype=int32),
-        rows=new(total * entries if save else 0, cfg.value_dim),
-        values_unclipped=new(total * entries if clips else 0, cfg.value_dim, dtype=int8),
-        order=keys, sorted_rows=keys, place=keys,
+        order=table_rows, sorted_rows=table_rows,
+        heads=saved(total * entries, dtype=int32),
+        steps=saved(total * entries),
+        rows=saved(total * entries, cfg.value_dim),
+        values_unclipped=saved(total * entries, cfg.value_dim, dtype=int8, also=clips),
     )  # fmt: skip
-    active = torch.zeros(number, memories, dtype=int32, device=like.device)
-    addressing = torch.zeros(number, groups, cfg.num_subkeys, device=like.device)
-    squared = torch.zeros(total, device=like.device)
-    _prepare(cfg, tokens, kept.flags, size)
+    longest = rows * max(w.length for w in plan.windows)
+    addressing, squared = new(number, groups, subkeys), new(total)
+    norms, parts = new(groups, subkeys), new(groups, 2, subkeys, half, dtype=torch.bfloat16)
+    pulls, sums = new(memories * longest, cfg.num_heads, 2, cfg.top_k), KeySums(cfg, size, groups, longest, like)
 
-    kept.keys[0].copy_(keys)
-    norms = new(versions, groups, cfg.num_subkeys)
-    torch.sum(keys.square(), -1, out=norms[0].view(keys.shape[:-1]))
-    common = {"HEADS": cfg.num_heads, "SUBKEYS": cfg.num_subkeys, "K": cfg.top_k, "IDW": idw}
+    lookup.prepare_kernel[(kept.flags.numel(),)](
+        *tokens, kept.flags, due, QUERY=cfg.num_heads * cfg.key_dim, VALUE=cfg.value_dim,
+        HAS_GATE=tokens.gate is not None, HAS_MASK=tokens.mask is not None, HAS_PAIR=tokens.pair is not None,
+        SHIFTED=tokens.pair is not None, **size.prepare,
+    )  # fmt: skip
+    lookup.begin_kernel[(subkeys, groups)](
+        keys, kept.keys, norms, parts, due, SUBKEYS=subkeys, HALF=half, BLOCK=size.keys["BLOCK"], num_warps=1
+    )
+    names = {"HEADS": cfg.num_heads, "SUBKEYS": subkeys, "K": cfg.top_k}
+    common = names | {"IDW": idw, "EPSILON": cfg.score_eps, "CHUNK": cfg.chunk_size}
+    step = {"RATE": cfg.learning_rate, "DECAY": cfg.weight_decay, "CLIP": cfg.grad_clip}
+    select = Launch(
+        lookup.select_kernel, tokens.query, kept.flags, kept.keys, norms, parts, kept.ids, kept.ranks, due,
+        HALF=half, IDW=idw, **names, **size.select,
+    )  # fmt: skip
+    combines = [
+        Launch(
+            lookup.combine_kernel, kept.ids, kept.ranks, kept.flags, kept.kinds, kept.slots, kept.weights, table_rows,
+            kept.share, kept.counts, due, TEMPERATURE=cfg.temperature, WRITES=writes, **common, **size.combine,
+        ) for writes in (False, True)
+    ]  # fmt: skip
+    pull = Launch(
+        chunk_update.pull_kernel, kept.ids, kept.ranks, kept.kinds, kept.share, kept.counts, kept.active, pulls, due,
+        LOOKAHEAD=cfg.lookahead, WEIGHT=cfg.addressing_weight, **common, **size.pull,
+    )  # fmt: skip
+    key_sums = sums.of(tokens.query, kept, pulls, due)
+    step_keys = Launch(
+        chunk_update.keys_kernel, kept.keys, norms, parts, sums.sums, sums.totals, kept.share, kept.counts, kept.active,
+        addressing, kept.moved, kept.pulled, kept.keys_unclipped, due,
+        HEADS=cfg.num_heads, SUBKEYS=subkeys, HALF=half, IDW=idw, SAVE=save, **step, **size.keys,
+    )  # fmt: skip
     version = 0
     for i, (start, length, writes, first, _) in enumerate(plan.windows):
         where = (start, length, first, plan.room, rows)
-        blocks = blocks_of(rows * length, size.select["BLOCK"])
-        lookup.select_kernel[(blocks, groups)](
-            tokens.query, kept.flags, kept.keys[version], norms[version], kept.ids, kept.ranks, *where,
-            HALF=half, **common, **size.select,
-        )  # fmt: skip
-        lookup.combine_kernel[(blocks_of(batch * length, size.combine["BLOCK"]),)](
-            kept.ids, kept.ranks, kept.flags, kept.kinds, kept.slots, kept.weights, kept.share[i], bits[i],
-            *where, batch, words[i], EPSILON=cfg.score_eps, TEMPERATURE=cfg.temperature, CHUNK=cfg.chunk_size,
-            WRITES=writes, LIST=lists[i], **common, **size.combine,
-        )  # fmt: skip
-        if not writes:
-            if save:
-                kept.keys[version + 1].copy_(kept.keys[version])
-            continue
-        chunk_update.tally_kernel[(memories,)](
-            kept.kinds, kept.counts[i], active[i], length, first, rows,
-            CHUNK=cfg.chunk_size, LOOKAHEAD=cfg.lookahead, BLOCK=1024,
-        )  # fmt: skip
-        after = version + 1 if save else 1 + version % 2
-        chunk_update.keys_kernel[(cfg.num_subkeys, groups)](
-            tokens.query, kept.keys[version], norms[version], kept.keys[after], norms[after], kept.ids, kept.ranks,
-            kept.kinds, kept.share[i], bits[i], kept.counts[i], active[i], addressing[i],
-            kept.moved[i] if save else kept.moved, kept.keys_unclipped[i] if clips else kept.moved,
-            *where, words[i], HALF=half, EPSILON=cfg.score_eps, CHUNK=cfg.chunk_size, RATE=cfg.learning_rate,
-            DECAY=cfg.weight_decay, CLIP=cfg.grad_clip, WEIGHT=cfg.addressing_weight, SAVE=save,
-            **common, **size.keys,
-        )  # fmt: skip
-        version = after
+        select((blocks_of(rows * length, size.select["BLOCK"]), groups), version, *where)
+        combines[writes]((blocks_of(rows * length, size.combine["BLOCK"]), memories), i, memories, *where)
+        if writes:
+            pull((blocks_of(rows * length, size.pull["BLOCK"]), groups), i, *where)
+            pieces = sums.launch(key_sums, first, *where)
+            after = version + 1 if save else 0
+            step_keys((subkeys, groups), i, version, after, pieces)
+            version = after
 
-    kept = sort(cfg, plan, kept, memories, batch)
+    kept = kept._replace(**dict(zip(("sorted_rows", "order"), sort(table_rows, due))))
     output = new(batch, plan.room - plan.arrived, cfg.value_dim, dtype=tokens.query.dtype)
     table = {"SLOTS": cfg.num_slots, "WIDTH": cfg.value_dim, "ENTRIES": entries, "CHUNK": cfg.chunk_size}
+    reads = [
+        Launch(
+            lookup.read_kernel, values, kept.slots, kept.weights, kept.kinds, tokens.value, tokens.gate, output,
+            kept.error, kept.strength, squared, due, LOOKAHEAD=cfg.lookahead, SCALE=scale_of(cfg),
+            HAS_GATE=tokens.gate is not None, WRITES=writes, **table, **size.read,
+        ) for writes in (False, True)
+    ]  # fmt: skip
+    steps = [
+        Launch(
+            chunk_update.values_kernel, values, kept.sorted_rows, kept.order, kept.weights, kept.strength, kept.error,
+            kept.kinds, kept.active, kept.heads, kept.steps, kept.rows, kept.values_unclipped, due,
+            WRITES=writes, SAVE=save, **step, **table, **size.values,
+        ) for writes in (False, True)
+    ]  # fmt: skip
     for i, (start, length, writes, first, fresh) in enumerate(plan.windows):
-        lookup.read_kernel[(batch * length,)](
-            values, kept.slots, kept.weights, kept.kinds, tokens.value, tokens.gate, output, kept.error, kept.strength,
-            squared, start, length, first, plan.room, rows, fresh, plan.arrived, output.shape[1],
-            LOOKAHEAD=cfg.lookahead, SCALE=scale_of(cfg), HAS_GATE=tokens.gate is not None, WRITES=writes,
-            **table, **size.read,
+        reads[writes](
+            (batch * length,), start, length, first, plan.room, rows, fresh, plan.arrived, output.shape[1]
         )  # fmt: skip
         if writes or save:
-            chunk_update.values_kernel[(batch * length * entries,)](
-                values, kept.sorted_rows, kept.order, kept.place, kept.weights, kept.strength, kept.error, kept.kinds,
-                active[i], kept.heads, kept.steps, kept.nexts, kept.rows, kept.values_unclipped,
-                length, first, rows, total * entries, first + batch * length,
-                RATE=cfg.learning_rate, DECAY=cfg.weight_decay, CLIP=cfg.grad_clip, WRITES=writes, SAVE=save,
-                **table, **size.values,
-            )  # fmt: skip
+            steps[writes]((batch * length * entries,), i, memories, length, first, total)
     losses = [squared[w.first : w.first + batch * w.length].view(memories, -1).sum(1) for w in plan.windows if w.writes]
     addressing = addressing[: len(losses)].unflatten(1, (memories, -1)).sum((2, 3))  # only the last may not write
     memorization = torch.stack(losses) if losses else squared.new_zeros(0, memories)
-    return Result(output, kept.keys[version].clone(), memorization, addressing, kept)
+    last = kept.keys[version].view(keys.shape)
+    return Result(output, last.clone() if save else last, memorization, addressing, kept)
+
+
+class KeySums:
+    """Room for the pieces of the sums over each sub-key's tokens, and their launches."""
+
+    def __init__(self, cfg: FwPKMConfig, size: Shapes, groups: int, longest: int, like: Tensor) -> None:
+        self.cfg, self.size, self.groups = cfg, size.key_sums, groups
+        most, half = blocks_of(longest, self.size["PIECE"]), cfg.key_dim // 2
+        self.sums = torch.empty(most, groups, cfg.num_subkeys, half, device=like.device)
+        self.totals = torch.empty(most, groups, cfg.num_subkeys, device=like.device)
+
+    def of(self, query: Tensor, kept: Kept, factors: Tensor, due: Tensor | None = None, queries: bool = True) -> Launch:
+        """The launch that sums ``factors``, and with ``queries`` their products with those."""
+        cfg = self.cfg
+        return Launch(
+            key_sums_kernel, query, kept.ids, kept.kinds, factors, self.sums, self.totals, due,
+            HEADS=cfg.num_heads, SUBKEYS=cfg.num_subkeys, HALF=cfg.key_dim // 2, K=cfg.top_k, QUERIES=queries,
+            **self.size,
+        )  # fmt: skip
+
+    def launch(self, launch: Launch, offset: int, start: int, length: int, first: int, room: int, rows: int) -> int:
+        """Sum over a window; returns how many pieces there are."""
+        pieces = blocks_of(rows * length, self.size["PIECE"])
+        tiles = blocks_of(self.cfg.num_subkeys, self.size["TILE"])
+        columns = blocks_of(self.cfg.key_dim // 2, self.size["COLUMNS"])
+        launch((pieces * tiles, self.groups, columns), pieces, offset, start, length, first, room, rows)
+        return pieces
 
 
 def blocks_of(number: int, block: int) -> int:
@@ -252,27 +300,11 @@ def scale_of(cfg: FwPKMConfig) -> float:
     return {"slots": float(cfg.slots_per_token), "unit": 1.0, "normalized": 0.0}[cfg.write_scale]
 
 
-def _prepare(cfg: FwPKMConfig, tokens: Tokens, flags: Tensor, size: Shapes) -> None:
-    lookup.prepare_kernel[(flags.numel(),)](
-        tokens.query, tokens.value, tokens.gate, tokens.mask, tokens.pair, flags,
-        QUERY=cfg.num_heads * cfg.key_dim, VALUE=cfg.value_dim, HAS_GATE=tokens.gate is not None,
-        HAS_MASK=tokens.mask is not None, HAS_PAIR=tokens.pair is not None, SHIFTED=tokens.pair is not None,
-        **size.prepare,
-    )  # fmt: skip
-
-
-def sort(cfg: FwPKMConfig, plan: Plan, kept: Kept, memories: int, batch: int) -> Kept:
-    """All entries by table row, those of one row in the order of windows and tokens."""
-    wide = memories * cfg.num_slots > 2**31 - 1
-    rows = kept.slots.view(-1).to(torch.int64) if wide else kept.slots.view(-1)
-    if memories > 1:
-        pieces = [rows.new_empty(0)]
-        for w in plan.windows:
-            mine = rows[w.first * cfg.slots_per_token : (w.first + batch * w.length) * cfg.slots_per_token]
-            offset = torch.arange(memories, device=rows.device, dtype=rows.dtype) * cfg.num_slots
-            pieces.append((mine.view(memories, -1) + offset[:, None]).view(-1))
-        rows = torch.cat(pieces)
-    sorted_rows, order = rows.sort(stable=True)
-    place = torch.empty_like(order)
-    place.scatter_(0, order, torch.arange(len(order), device=order.device))
-    return kept._replace(order=order, sorted_rows=sorted_rows, place=place)
+def sort(table_rows: Tensor, due: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The table rows in order, and where they were."""
+    if due is None:
+        return table_rows.sort(stable=True)
+    sorted_rows, order = torch.empty_like(table_rows), torch.empty_like(table_rows, dtype=torch.int64)
+    count = len(table_rows)
+    lookup.rank_kernel[(blocks_of(count, 64),)](table_rows, sorted_rows, order, due, count, BLOCK=64, num_warps=4)
+    return sorted_rows, order

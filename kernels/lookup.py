@@ -17,8 +17,17 @@ _VARYING = ["start", "length", "first", "room", "rows"]  # no kernel is compiled
 
 
 @triton.jit
+def not_due(due):
+    """Whether a launch is to do nothing: ``due`` is None, or a number on the GPU that a captured graph asks."""
+    result = False
+    if due is not None:
+        result = tl.load(due) == 0
+    return result
+
+
+@triton.jit
 def prepare_kernel(
-    query, value, gate, mask, pair, flags,
+    query, value, gate, mask, pair, flags, due,
     QUERY: tl.constexpr, VALUE: tl.constexpr, QUERY_BLOCK: tl.constexpr, VALUE_BLOCK: tl.constexpr,
     HAS_GATE: tl.constexpr, HAS_MASK: tl.constexpr, HAS_PAIR: tl.constexpr, SHIFTED: tl.constexpr,
 ):  # fmt: skip
@@ -26,6 +35,8 @@ def prepare_kernel(
 
     SHIFTED values are targets already (``chunk_update``): one that is not finite makes no pair, and kills nothing.
     """
+    if not_due(due):
+        return
     token = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, QUERY_BLOCK)
     x = tl.load(query + token * QUERY + columns, mask=columns < QUERY, other=0.0).to(tl.float32)
@@ -84,19 +95,64 @@ def can_be_better(best, at_best, margin, worst, last):
     return (best > -_INF) & ((bound > worst) | ((bound == worst) & (at_best < last)))
 
 
-@triton.jit(do_not_specialize=_VARYING)
+@triton.jit
+def dot_halves(a, b, total, UPCAST: tl.constexpr):
+    """total + a b of bfloat16 matrices; UPCAST for the interpreter, which has no bfloat16 arithmetic."""
+    if UPCAST:
+        total = tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision="ieee")
+    else:
+        total = tl.dot(a, b, total)
+    return total
+
+
+@triton.jit
+def rest(x, part):
+    """What bfloat16 ``part`` leaves of float32 x."""
+    return x - part.to(tl.float32)
+
+
+@triton.jit
+def store_key(key, keys, norms, parts, version, groups, group, subkey, d, SUBKEYS: tl.constexpr, HALF: tl.constexpr):
+    """A sub-key, its square, and the two bfloat16 parts whose sum it is up to 2^-18, for ``select_kernel``."""
+    row = group.to(tl.int64) * SUBKEYS + subkey
+    at = version * groups.to(tl.int64) * SUBKEYS + row
+    tl.store(keys + at * HALF + d, key, mask=d < HALF)
+    tl.store(norms + row, tl.sum(key * key, 0))
+    high = key.to(tl.bfloat16)
+    base = parts + ((2 * group).to(tl.int64) * SUBKEYS + subkey) * HALF + d
+    tl.store(base, high, mask=d < HALF)
+    tl.store(base + SUBKEYS * HALF, rest(key, high).to(tl.bfloat16), mask=d < HALF)
+
+
+@triton.jit
+def begin_kernel(
+    given, keys, norms, parts, due, SUBKEYS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Version 0 of the keys: those of the caller."""
+    if not_due(due):
+        return
+    subkey, group = tl.program_id(0), tl.program_id(1)
+    d = tl.arange(0, BLOCK)
+    key = tl.load(given + (group.to(tl.int64) * SUBKEYS + subkey) * HALF + d, mask=d < HALF, other=0.0)
+    store_key(key, keys, norms, parts, 0, tl.num_programs(1), group, subkey, d, SUBKEYS, HALF)
+
+
+@triton.jit(do_not_specialize=["version", *_VARYING])
 def select_kernel(
-    query, flags, keys, norms, ids, ranks, start, length, first, room, rows,
+    query, flags, keys, norms, parts, ids, ranks, due, version, start, length, first, room, rows,
     HEADS: tl.constexpr, SUBKEYS: tl.constexpr, HALF: tl.constexpr, K: tl.constexpr, IDW: tl.constexpr,
     BLOCK: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, CHOICES: tl.constexpr, STEP: tl.constexpr,
-    PRECISION: tl.constexpr, ERROR: tl.constexpr,
+    ERROR: tl.constexpr, EXACT: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """The k best sub-keys of each token and codebook, best first: s = -log(ε + ‖q - K‖²), or q·K.
 
     A product of matrices proposes, ‖q‖² + ‖K‖² - 2 q·K; only ranks from differences decide. Candidates are drawn until
     the next one, were it better than proposed by the whole error, could no longer be among the k best. So the choice
-    has the quality of differences near a key too, where the product has none.
+    has the quality of differences near a key too, where the product has none. The product is one of bfloat16 parts:
+    two of a key, and of a query one (EXACT, it is given in bfloat16) or two.
     """
+    if not_due(due):
+        return
     group = tl.program_id(1)
     memory, half = group // (2 * HEADS), group % (2 * HEADS)
     r = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -104,7 +160,8 @@ def select_kernel(
     inside = r < rows * length
     live = inside & ((tl.load(flags + token, mask=inside, other=DEAD) & DEAD) == 0)
     query += half * HALF
-    keys += group.to(tl.int64) * SUBKEYS * HALF
+    keys += (version * tl.num_programs(1) + group).to(tl.int64) * SUBKEYS * HALF
+    parts += (2 * group).to(tl.int64) * SUBKEYS * HALF
     column = tl.arange(0, COLUMNS)
     product = tl.zeros([BLOCK, COLUMNS], tl.float32)
     square = tl.zeros([BLOCK], tl.float32)
@@ -114,13 +171,17 @@ def select_kernel(
             query + token[:, None] * (2 * HEADS * HALF) + d[None, :],
             mask=live[:, None] & (d < HALF)[None, :],
             other=0.0,
-        ).to(tl.float32)
-        k = tl.load(
-            keys + column[None, :] * HALF + d[:, None],
-            mask=(column < SUBKEYS)[None, :] & (d < HALF)[:, None],
-            other=0.0,
         )
-        product = tl.dot(q, k, product, input_precision=PRECISION)
+        place = parts + column[None, :] * HALF + d[:, None]
+        known = (column < SUBKEYS)[None, :] & (d < HALF)[:, None]
+        k_high = tl.load(place, mask=known, other=0.0)
+        k_low = tl.load(place + SUBKEYS * HALF, mask=known, other=0.0)
+        q_high = q.to(tl.bfloat16)
+        product = dot_halves(q_high, k_high, product, UPCAST)
+        product = dot_halves(q_high, k_low, product, UPCAST)
+        q = q.to(tl.float32)
+        if not EXACT:
+            product = dot_halves(rest(q, q_high).to(tl.bfloat16), k_high, product, UPCAST)
         square += tl.sum(q * q, 1)
     norm = tl.load(norms + group * SUBKEYS + column, mask=column < SUBKEYS, other=0.0)
     largest = tl.sqrt(tl.max(norm, 0))
@@ -195,23 +256,28 @@ def softmax_rows(scores):
     return e / tl.sum(e, 1)[:, None]
 
 
-@triton.jit(do_not_specialize=_VARYING)
+@triton.jit(do_not_specialize=["window", "memories", *_VARYING])
 def combine_kernel(
-    ids, ranks, flags, kinds, slots, weights, share, bits, start, length, first, room, rows, batch, words,
+    ids, ranks, flags, kinds, slots, weights, table_rows, share, counts, due,
+    window, memories, start, length, first, room, rows,
     HEADS: tl.constexpr, SUBKEYS: tl.constexpr, K: tl.constexpr, IDW: tl.constexpr, EPSILON: tl.constexpr,
     TEMPERATURE: tl.constexpr, CHUNK: tl.constexpr,
-    BLOCK: tl.constexpr, HEAD_BLOCK: tl.constexpr, CHOICES: tl.constexpr,
-    WRITES: tl.constexpr, LIST: tl.constexpr,
+    BLOCK: tl.constexpr, HEAD_BLOCK: tl.constexpr, CHOICES: tl.constexpr, WRITES: tl.constexpr,
 ):  # fmt: skip
     """The k best of the k² sums of each head, and one softmax over all heads' (§2).
 
-    And what the write asks of each token (§3): its share in p̄ of each sub-key, and a bit in the sub-key's list.
+    ``table_rows`` numbers the rows of all memories window by window, for the sort. And what the write asks of each token
+    (§3): its share in p̄ of each sub-key, and one in n.
     """
+    if not_due(due):
+        return
+    memory = tl.program_id(1)
     r = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = r < batch * length
-    token, t = token_of(r, 0, start, length, room, rows)
+    inside = r < rows * length
+    token, t = token_of(r, memory, start, length, room, rows)
     flag = tl.load(flags + token, mask=inside, other=DEAD).to(tl.int32)
-    here = (first + r).to(tl.int64)
+    here = (first + memory * rows * length + r).to(tl.int64)
+    table = (window * memories + memory).to(tl.int64) * SUBKEYS * SUBKEYS
     choice, head = tl.arange(0, CHOICES), tl.arange(0, HEAD_BLOCK)
     picked = choice < K
     logits = tl.full([BLOCK, HEAD_BLOCK, CHOICES], -_INF, tl.float32)
@@ -237,7 +303,10 @@ def combine_kernel(
             grid = tl.where(cells[None, :] == cell[:, None], -_INF, grid)
         one = tl.sum(tl.where((pick // CHOICES)[:, :, None] == choice[None, None, :], id1[:, None, :], 0), 2)
         two = tl.sum(tl.where((pick % CHOICES)[:, :, None] == choice[None, None, :], id2[:, None, :], 0), 2)
-        tl.store(slots + (here * HEADS * K + h * K)[:, None] + choice[None, :], one * SUBKEYS + two, mask=known)
+        slot = one * SUBKEYS + two
+        out = (here * HEADS * K + h * K)[:, None] + choice[None, :]
+        tl.store(slots + out, slot, mask=known)
+        tl.store(table_rows + out, (table + slot).to(table_rows.dtype.element_ty), mask=known)
         logits = tl.where((head == h)[None, :, None], (sums / TEMPERATURE)[:, None, :], logits)
     valid = (head < HEADS)[None, :, None] & picked[None, None, :]
     bad = tl.max(tl.max((valid & ~(tl.abs(logits) < _INF)).to(tl.int32), 2), 1)
@@ -251,25 +320,40 @@ def combine_kernel(
     tl.store(flags + token, flag.to(tl.int8), mask=inside)
     tl.store(kinds + here, flag.to(tl.int8), mask=inside)
 
-    if LIST:
-        memory, within = r // (rows * length), r % (rows * length)
+    if WRITES:
         counted = inside & ((flag & LIVE) != 0) & (t < CHUNK)
+        tl.atomic_add(counts + window * memories + memory, tl.sum(counted.to(tl.int32), 0))
         for half in tl.static_range(2 * HEADS):
             at = ((here * 2 * HEADS + half) * K)[:, None] + choice[None, :]
-            known = (inside & alive)[:, None] & picked[None, :]
+            known = counted[:, None] & picked[None, :]
             subkey = tl.load(ids + at, mask=known, other=0)
-            row = (memory * 2 * HEADS + half)[:, None].to(tl.int64) * SUBKEYS + subkey
-            bit = (tl.full([BLOCK], 1, tl.int32) << (within % 32))[:, None] + tl.zeros_like(subkey)
-            tl.atomic_or(bits + row * words + (within // 32)[:, None], bit, mask=known)
-            if WRITES:
-                score = sub_scores(tl.load(ranks + at, mask=known, other=0.0), EPSILON, IDW)
-                p = softmax_rows(tl.where(picked[None, :], score, -_INF))
-                tl.atomic_add(share + row, (p * PROBABILITY_UNIT).to(tl.int64), mask=known & counted[:, None])
+            score = sub_scores(tl.load(ranks + at, mask=known, other=0.0), EPSILON, IDW)
+            p = softmax_rows(tl.where(picked[None, :], score, -_INF))
+            row = ((window * memories + memory) * 2 * HEADS + half).to(tl.int64) * SUBKEYS + subkey
+            tl.atomic_add(share + row, (p * PROBABILITY_UNIT).to(tl.int64), mask=known)
+
+
+@triton.jit(do_not_specialize=["count"])
+def rank_kernel(table_rows, sorted_rows, order, due, count, BLOCK: tl.constexpr):
+    """A stable sort of few numbers: the place of each is how many are smaller, or equal and before it."""
+    if not_due(due):
+        return
+    mine = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.load(table_rows + mine, mask=mine < count, other=0)
+    place = tl.zeros([BLOCK], tl.int32)
+    for at in range(0, count, BLOCK):
+        other = at + tl.arange(0, BLOCK)
+        rows = tl.load(table_rows + other, mask=other < count, other=0)
+        less = rows[None, :] < row[:, None]
+        ahead = (less | ((rows[None, :] == row[:, None]) & (other[None, :] < mine[:, None]))) & (other < count)[None, :]
+        place += tl.sum(ahead.to(tl.int32), 1)
+    tl.store(sorted_rows + place, row, mask=mine < count)
+    tl.store(order + place, mine.to(tl.int64), mask=mine < count)
 
 
 @triton.jit(do_not_specialize=[*_VARYING, "fresh", "arrived", "length_out"])
 def read_kernel(
-    values, slots, weights, kinds, value, gate, output, error, strength, squared,
+    values, slots, weights, kinds, value, gate, output, error, strength, squared, due,
     start, length, first, room, rows, fresh, arrived, length_out,
     SLOTS: tl.constexpr, WIDTH: tl.constexpr, ENTRIES: tl.constexpr, CHUNK: tl.constexpr, LOOKAHEAD: tl.constexpr,
     SCALE: tl.constexpr, BLOCK: tl.constexpr, ENTRY_BLOCK: tl.constexpr,
@@ -279,6 +363,8 @@ def read_kernel(
 
     The stream's tokens from ``fresh`` on have not been read before: they are output, NaN where they are dead.
     """
+    if not_due(due):
+        return
     r = tl.program_id(0)
     here = (first + r).to(tl.int64)
     b, t = r // length, r % length

@@ -162,9 +162,8 @@ class _Call(torch.autograd.Function):
         result = call.forward(cfg, plan, keys.contiguous(), values, tokens, save)
         kept, batch = result.kept, query.shape[0]
         if save:
-            tensors = {name: x for name, x in kept._asdict().items() if name != "bits"}
-            ctx.save_for_backward(query, value, gate, mask, pair, *tensors.values(), *kept.bits)
-            ctx.cfg, ctx.plan, ctx.names, ctx.shape = cfg, plan, tuple(tensors), values.shape
+            ctx.save_for_backward(query, value, gate, mask, pair, *kept)
+            ctx.cfg, ctx.plan, ctx.shape = cfg, plan, values.shape
         ctx.set_materialize_grads(False)
         slots = _news(plan, batch, kept.slots).long()
         dead = (_news(plan, batch, kept.kinds) & 2) != 0
@@ -185,8 +184,7 @@ class _Call(torch.autograd.Function):
         if d_output is None and d_keys is None and d_values is None and d_weights is None:
             return none
         query, value, gate, mask, pair, *saved = ctx.saved_tensors
-        fields = dict(zip(ctx.names, saved))
-        kept = call.Kept(**fields, bits=saved[len(ctx.names) :])
+        kept = call.Kept(*saved)
         plan, batch = ctx.plan, query.shape[0]
         if d_weights is not None:
             d_weights = _of_news(plan, batch, d_weights, plan.total)
