@@ -8,14 +8,12 @@ of the row after a window has the gradient there, or that of the final table.
 import triton
 import triton.language as tl
 
-from fwpkm.kernels.flags import DEAD, LIVE, TARGET
 from fwpkm.kernels.chunk_update import pull_of
-from fwpkm.kernels.lookup import PROBABILITY_UNIT, sub_scores, token_of
+from fwpkm.kernels.lookup import PROBABILITY_UNIT, sub_scores
 from fwpkm.kernels.sums import gathered
+from fwpkm.kernels.tokens import DEAD, INF, LIVE, TARGET, VARYING, token_of
 
-_INF = tl.constexpr(float("inf"))
-_VARYING = ["start", "length", "first", "room", "rows", "fresh", "arrived", "length_out", "total"]
-_WINDOW = ["window", "memories", "count", "pieces", *_VARYING]
+_WINDOW = ["window", "memories", "count", "pieces", "fresh", "arrived", "length_out", "total", *VARYING]
 
 
 @triton.jit
@@ -63,7 +61,7 @@ def read_backward_kernel(
     if WRITES:
         c = tl.load(strength + here)
         miss = tl.load(error + here * WIDTH + d, mask=d < WIDTH, other=0.0)
-        wild = tl.max((~(tl.abs(miss) < _INF)).to(tl.int32), 0) != 0
+        wild = tl.max((~(tl.abs(miss) < INF)).to(tl.int32), 0) != 0
         miss = tl.where(wild, 0.0, miss)
         d_strength = 0.0
         for at in range(0, ENTRIES, ENTRY_BLOCK):
@@ -205,31 +203,36 @@ def combine_backward_kernel(
 
 
 @triton.jit
-def key_gradients(d_keys, moved, unclipped, row, known, d, HALF: tl.constexpr, RATE: tl.constexpr):
-    """The gradient [..., D] of α ∇L_addr at rows [...] of the keys: -η of that of the keys after, where they moved."""
+def key_gradients(d_keys, moved, unclipped, before, row, known, d, HALF: tl.constexpr, RATE: tl.constexpr):
+    """The gradient [..., D] of α ∇L_addr at rows [...] of the keys: -η of that of the keys after, where they moved.
+
+    ``moved`` and ``unclipped`` have those of all windows; the window's own begin at row ``before``.
+    """
     inside = known[:, :, None] & (d < HALF)[None, None, :]
     at = row.to(tl.int64)[:, :, None] * HALF + d[None, None, :]
     gradient = tl.load(d_keys + at, mask=inside, other=0.0) * -RATE
-    gradient *= tl.load(moved + row, mask=known, other=0).to(tl.float32)[:, :, None]
+    gradient *= tl.load(moved + before + row, mask=known, other=0).to(tl.float32)[:, :, None]
     if unclipped is not None:
-        gradient *= tl.load(unclipped + at, mask=inside, other=0).to(tl.float32)
+        gradient *= tl.load(unclipped + before * HALF + at, mask=inside, other=0).to(tl.float32)
     return gradient
 
 
 @triton.jit
-def of_window(
-    keys, d_keys, share, counts, moved, unclipped, window, memory,
-    HEADS: tl.constexpr, SUBKEYS: tl.constexpr, HALF: tl.constexpr, WRITES: tl.constexpr,
-):  # fmt: skip
-    """Where a window's own begin, n, and where the gradient of the keys after it does: one version on."""
-    groups = tl.num_programs(1).to(tl.int64)
-    at = window * groups * SUBKEYS
-    count = 1.0
-    if WRITES:
-        count = tl.maximum(tl.load(counts + window * (groups // (2 * HEADS)) + memory), 1).to(tl.float32)
-    if unclipped is not None:
-        unclipped += at * HALF
-    return keys + at * HALF, d_keys + ((window + 1) % 2) * groups * SUBKEYS * HALF, share + at, count, moved + at, unclipped
+def rows_before(window, groups, SUBKEYS: tl.constexpr):
+    """How many sub-keys lie before a window's own where each window has them all."""
+    return window * groups.to(tl.int64) * SUBKEYS
+
+
+@triton.jit
+def tokens_of(counts, window, memory, memories):
+    """n of a window and memory, at least 1."""
+    return tl.maximum(tl.load(counts + window * memories + memory), 1).to(tl.float32)
+
+
+@triton.jit
+def key_gradients_after(d_keys, window, groups, SUBKEYS: tl.constexpr, HALF: tl.constexpr):
+    """Where the gradients of the keys after a window begin: the buffer holds those before one and after it, in turns."""
+    return d_keys + ((window + 1) % 2) * groups.to(tl.int64) * SUBKEYS * HALF
 
 
 @triton.jit(do_not_specialize=_WINDOW)
@@ -248,9 +251,12 @@ def pull_backward_kernel(
     here = (first + memory * rows * length + r).to(tl.int64)
     live = (r < rows * length) & (t < CHUNK)
     live = live & ((tl.load(kinds + here, mask=live, other=0) & LIVE) != 0)
-    keys, d_keys, share, count, moved, unclipped = of_window(
-        keys, d_keys, share, counts, moved, unclipped, window, memory, HEADS, SUBKEYS, HALF, True
-    )
+    groups = tl.num_programs(1)
+    before = rows_before(window, groups, SUBKEYS)
+    count = tokens_of(counts, window, memory, groups // (2 * HEADS))
+    d_keys = key_gradients_after(d_keys, window, groups, SUBKEYS, HALF)
+    keys += before * HALF
+    share += before
     at = (here * 2 * HEADS + half) * K
     chosen, score, p, _, _ = pull_of(
         ids, ranks, share, at, live, live, group, count, SUBKEYS, K, IDW, EPSILON, WEIGHT, CHOICES
@@ -272,7 +278,7 @@ def pull_backward_kernel(
                 mask=use[:, :, None] & (d < HALF)[None, None, :],
                 other=0.0,
             )
-        d_pull += tl.sum(q * key_gradients(d_keys, moved, unclipped, row, use, d, HALF, RATE), 2)
+        d_pull += tl.sum(q * key_gradients(d_keys, moved, unclipped, before, row, use, d, HALF, RATE), 2)
     slope = d_pull
     if IDW:
         slope = 2 * tl.exp(score) * d_pull
@@ -303,9 +309,12 @@ def scores_backward_kernel(
     flag = tl.load(kinds + here, mask=inside, other=DEAD).to(tl.int32)
     alive = inside & ((flag & DEAD) == 0)
     live = alive & (t < CHUNK) & ((flag & LIVE) != 0)
-    keys, d_keys, share, count, moved, unclipped = of_window(
-        keys, d_keys, share, counts, moved, unclipped, window, memory, HEADS, SUBKEYS, HALF, WRITES
-    )
+    groups = tl.num_programs(1)
+    before = rows_before(window, groups, SUBKEYS)
+    count = tokens_of(counts, window, memory, groups // (2 * HEADS))
+    d_keys = key_gradients_after(d_keys, window, groups, SUBKEYS, HALF)
+    keys += before * HALF
+    share += before
     choice = tl.arange(0, CHOICES)
     use = alive[:, None] & (choice < K)[None, :]
     at = (here * 2 * HEADS + half) * K
@@ -357,7 +366,7 @@ def scores_backward_kernel(
             key = q[:, None, :] - key
         result = tl.sum(d_rank[:, :, None] * key, 1)
         if WRITES:
-            after = key_gradients(d_keys, moved, unclipped, row, use & live[:, None], d, HALF, RATE)
+            after = key_gradients(d_keys, moved, unclipped, before, row, use & live[:, None], d, HALF, RATE)
             result += tl.sum(pull[:, :, None] * after, 1)
         if ADD:
             result += tl.load(d_query + stream, mask=held, other=0.0).to(tl.float32)
@@ -366,31 +375,29 @@ def scores_backward_kernel(
 
 @triton.jit(do_not_specialize=_WINDOW)
 def keys_backward_kernel(
-    keys, d_keys, sums, totals, share, counts, moved, pulled, unclipped, window, pieces,
+    keys, d_keys, sums, totals, moved, pulled, unclipped, window, pieces,
     HEADS: tl.constexpr, SUBKEYS: tl.constexpr, HALF: tl.constexpr, IDW: tl.constexpr,
     RATE: tl.constexpr, DECAY: tl.constexpr, BLOCK: tl.constexpr, WRITES: tl.constexpr,
 ):  # fmt: skip
     """The gradient of each sub-key as the window found it, from Σ f q and Σ f of its ranks' gradients f."""
     subkey, group = tl.program_id(0), tl.program_id(1)
     groups = tl.num_programs(1)
-    before = d_keys + (window % 2) * groups.to(tl.int64) * SUBKEYS * HALF
-    pulled += window * groups.to(tl.int64) * SUBKEYS
-    keys, d_keys, share, _, moved, unclipped = of_window(
-        keys, d_keys, share, counts, moved, unclipped, window, 0, HEADS, SUBKEYS, HALF, False
-    )
+    before = rows_before(window, groups, SUBKEYS)
+    after = key_gradients_after(d_keys, window, groups, SUBKEYS, HALF)
     row = group.to(tl.int64) * SUBKEYS + subkey
     d = tl.arange(0, BLOCK)
-    key = tl.load(keys + row * HALF + d, mask=d < HALF, other=0.0)
-    gradient = tl.load(d_keys + row * HALF + d, mask=d < HALF, other=0.0)
+    key = tl.load(keys + (before + row) * HALF + d, mask=d < HALF, other=0.0)
+    gradient = tl.load(after + row * HALF + d, mask=d < HALF, other=0.0)
     toward, total = gathered(sums, totals, pieces, groups, row, SUBKEYS, d, HALF)
     if IDW:
         toward = key * total - toward
     if WRITES:
-        moves = tl.load(moved + row).to(tl.float32)
+        moves = tl.load(moved + before + row).to(tl.float32)
         passed = gradient * -RATE * moves
         if unclipped is not None:
-            passed *= tl.load(unclipped + row * HALF + d, mask=d < HALF, other=0).to(tl.float32)
+            passed *= tl.load(unclipped + (before + row) * HALF + d, mask=d < HALF, other=0).to(tl.float32)
         gradient = gradient * (1 - RATE * DECAY * moves)
         if IDW:
-            gradient -= tl.load(pulled + row) * passed
-    tl.store(before + row * HALF + d, gradient + toward, mask=d < HALF)
+            gradient -= tl.load(pulled + before + row) * passed
+    into = key_gradients_after(d_keys, window + 1, groups, SUBKEYS, HALF)
+    tl.store(into + row * HALF + d, gradient + toward, mask=d < HALF)

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from fwpkm import schedule
 from fwpkm.config import FwPKMConfig
-from fwpkm.kernels import chunk_update, lookup
+from fwpkm.kernels import chunk_update, lookup, parts
 from fwpkm.kernels.launch import Launch
 from fwpkm.kernels.shapes import Shapes, shapes
 from fwpkm.kernels.sums import key_sums_kernel
+from fwpkm.kernels.tokens import prepare_kernel
 
 
 class Window(NamedTuple):
@@ -124,6 +125,10 @@ class Result(NamedTuple):
 
     output: Tensor
     """``[B, T, Dv]``"""
+    slots: Tensor
+    """``[B, T, H*k]`` int64"""
+    weights: Tensor
+    """``[B, T, H*k]``: NaN for dead tokens."""
     keys: Tensor
     memorization: Tensor
     """``[windows, M]``"""
@@ -146,32 +151,44 @@ def forward(
         save: keep what ``backward`` needs.
         due: None, or an int32 on the GPU: where it is 0, nothing is done and the result means nothing.
     """
-    size, like = shapes(cfg, tokens.query.dtype), keys
-    batch, memories, entries = tokens.query.shape[0], keys.shape[0], cfg.slots_per_token
-    rows, groups, half, subkeys = batch // memories, memories * cfg.num_heads * 2, cfg.key_dim // 2, cfg.num_subkeys
-    idw, number, total = cfg.score == "idw", len(plan.windows), plan.total
+    batch, entries, fresh_length = tokens.query.shape[0], cfg.slots_per_token, plan.room - plan.arrived
+    kept = _room_for(cfg, plan, keys, batch, save)
+    slots = kept.slots.new_empty(batch, fresh_length, entries, dtype=torch.int64)
+    weights = kept.weights.new_empty(batch, fresh_length, entries)
+    last, addressing = _address(cfg, plan, keys, tokens, kept, slots, weights, save, due)
+    kept = kept._replace(**dict(zip(("sorted_rows", "order"), sort(kept.sorted_rows, due))))
+    output, squared = _read_and_write(cfg, plan, values, tokens, kept, save, due)
+    memories = keys.shape[0]
+    losses = [squared[w.first : w.first + batch * w.length].view(memories, -1).sum(1) for w in plan.windows if w.writes]
+    addressing = addressing[: len(losses)].unflatten(1, (memories, -1)).sum((2, 3))  # only the last may not write
+    memorization = torch.stack(losses) if losses else squared.new_zeros(0, memories)
+    last = last.view(keys.shape)
+    return Result(output, slots, weights, last.clone() if save else last, memorization, addressing, kept)
+
+
+def _room_for(cfg: FwPKMConfig, plan: Plan, keys: Tensor, batch: int, save: bool) -> Kept:
+    """Memory for all that a call computes by window."""
+    memories, entries, number, total = keys.shape[0], cfg.slots_per_token, len(plan.windows), plan.total
+    groups, half, subkeys = memories * cfg.num_heads * 2, cfg.key_dim // 2, cfg.num_subkeys
 
     def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=like.device)
+        return torch.empty(shape, dtype=dtype, device=keys.device)
 
     def saved(*shape: int, dtype: torch.dtype = torch.float32, also: bool = True) -> Tensor | None:
         return new(*shape, dtype=dtype) if save and also else None
 
-    int8, int32 = torch.int8, torch.int32
+    int8, int32, clips = torch.int8, torch.int32, cfg.grad_clip is not None
     wide = number * memories * cfg.num_slots > 2**31 - 1
     table_rows = new(total * entries, dtype=torch.int64 if wide else int32)
-    versions = number + 1 if save else 1
-    tallies = torch.zeros(2, number, memories, dtype=int32, device=like.device)
-    clips = cfg.grad_clip is not None
-    kept = Kept(
+    return Kept(
         flags=new(batch, plan.room, dtype=int8),
         kinds=new(total, dtype=int8),
-        keys=new(versions, groups, subkeys, half),
+        keys=new(number + 1 if save else 1, groups, subkeys, half),
         ids=new(total, cfg.num_heads, 2, cfg.top_k, dtype=int32),
         ranks=new(total, cfg.num_heads, 2, cfg.top_k),
-        share=torch.zeros(number, groups, subkeys, dtype=torch.int64, device=like.device),
-        counts=tallies[0],
-        active=tallies[1],
+        share=torch.zeros(number, groups, subkeys, dtype=torch.int64, device=keys.device),
+        counts=torch.zeros(number, memories, dtype=int32, device=keys.device),
+        active=torch.zeros(number, memories, dtype=int32, device=keys.device),
         moved=saved(number, groups, subkeys, dtype=int8),
         pulled=saved(number, groups, subkeys),
         keys_unclipped=saved(number, groups, subkeys, half, dtype=int8, also=clips),
@@ -185,56 +202,86 @@ def forward(
         rows=saved(total * entries, cfg.value_dim),
         values_unclipped=saved(total * entries, cfg.value_dim, dtype=int8, also=clips),
     )  # fmt: skip
-    longest = rows * max(w.length for w in plan.windows)
-    addressing, squared = new(number, groups, subkeys), new(total)
-    norms, parts = new(groups, subkeys), new(groups, 2, subkeys, half, dtype=torch.bfloat16)
-    pulls, sums = new(memories * longest, cfg.num_heads, 2, cfg.top_k), KeySums(cfg, size, groups, longest, like)
 
-    lookup.prepare_kernel[(kept.flags.numel(),)](
-        *tokens, kept.flags, due, QUERY=cfg.num_heads * cfg.key_dim, VALUE=cfg.value_dim,
+
+def _address(
+    cfg: FwPKMConfig, plan: Plan, keys: Tensor, tokens: Tokens, kept: Kept, slots: Tensor, weights: Tensor, save: bool,
+    due: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """What each token picks, moving the keys; returns the last keys and the terms of the addressing loss."""
+    size = shapes(cfg, tokens.query.dtype)
+    batch, memories = tokens.query.shape[0], keys.shape[0]
+    rows, groups, half, subkeys = batch // memories, memories * cfg.num_heads * 2, cfg.key_dim // 2, cfg.num_subkeys
+    idw, number = cfg.score == "idw", len(plan.windows)
+    longest = rows * max(w.length for w in plan.windows)
+
+    def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=keys.device)
+
+    addressing, norms = new(number, groups, subkeys), new(groups, subkeys)
+    halves = new(groups, 2, subkeys, half, dtype=torch.bfloat16)
+    largest = torch.zeros(number + 1, groups, dtype=torch.int32, device=keys.device)
+    listed = size.select["TILES"] * size.select["PROPOSED"]
+    proposals = new(memories * longest, cfg.num_heads, 2, listed, dtype=torch.int32)
+    scales, pulls = new(memories * longest, cfg.num_heads, 2), new(memories * longest, cfg.num_heads, 2, cfg.top_k)
+    sums = KeySums(cfg, size, groups, longest, keys)
+    Launch(
+        prepare_kernel, *tokens, kept.flags, due, QUERY=cfg.num_heads * cfg.key_dim, VALUE=cfg.value_dim,
         HAS_GATE=tokens.gate is not None, HAS_MASK=tokens.mask is not None, HAS_PAIR=tokens.pair is not None,
         SHIFTED=tokens.pair is not None, **size.prepare,
-    )  # fmt: skip
-    lookup.begin_kernel[(subkeys, groups)](
-        keys, kept.keys, norms, parts, due, SUBKEYS=subkeys, HALF=half, BLOCK=size.keys["BLOCK"], num_warps=1
-    )
-    names = {"HEADS": cfg.num_heads, "SUBKEYS": subkeys, "K": cfg.top_k}
-    common = names | {"IDW": idw, "EPSILON": cfg.score_eps, "CHUNK": cfg.chunk_size}
-    step = {"RATE": cfg.learning_rate, "DECAY": cfg.weight_decay, "CLIP": cfg.grad_clip}
+    )((kept.flags.numel(),))  # fmt: skip
+    Launch(
+        parts.begin_kernel, keys, kept.keys, norms, largest, halves, due,
+        SUBKEYS=subkeys, HALF=half, BLOCK=size.keys["BLOCK"], num_warps=1,
+    )((subkeys, groups))  # fmt: skip
+    names = {"HEADS": cfg.num_heads, "SUBKEYS": subkeys}
+    scored = names | {"K": cfg.top_k, "IDW": idw, "EPSILON": cfg.score_eps, "CHUNK": cfg.chunk_size}
     select = Launch(
-        lookup.select_kernel, tokens.query, kept.flags, kept.keys, norms, parts, kept.ids, kept.ranks, due,
+        lookup.select_kernel, tokens.query, kept.flags, norms, largest, halves, proposals, scales, due,
         HALF=half, IDW=idw, **names, **size.select,
     )  # fmt: skip
     combines = [
         Launch(
-            lookup.combine_kernel, kept.ids, kept.ranks, kept.flags, kept.kinds, kept.slots, kept.weights, table_rows,
-            kept.share, kept.counts, due, TEMPERATURE=cfg.temperature, WRITES=writes, **common, **size.combine,
+            lookup.combine_kernel, tokens.query, kept.keys, proposals, scales, kept.flags, kept.ids, kept.ranks,
+            kept.kinds, kept.slots, kept.weights, kept.sorted_rows, kept.share, kept.counts, slots, weights, due,
+            HALF=half, TEMPERATURE=cfg.temperature, WRITES=writes, SCANNED=False, **scored, **size.combine,
         ) for writes in (False, True)
     ]  # fmt: skip
     pull = Launch(
         chunk_update.pull_kernel, kept.ids, kept.ranks, kept.kinds, kept.share, kept.counts, kept.active, pulls, due,
-        LOOKAHEAD=cfg.lookahead, WEIGHT=cfg.addressing_weight, **common, **size.pull,
+        LOOKAHEAD=cfg.lookahead, WEIGHT=cfg.addressing_weight, **scored, **size.pull,
     )  # fmt: skip
     key_sums = sums.of(tokens.query, kept, pulls, due)
     step_keys = Launch(
-        chunk_update.keys_kernel, kept.keys, norms, parts, sums.sums, sums.totals, kept.share, kept.counts, kept.active,
-        addressing, kept.moved, kept.pulled, kept.keys_unclipped, due,
-        HEADS=cfg.num_heads, SUBKEYS=subkeys, HALF=half, IDW=idw, SAVE=save, **step, **size.keys,
+        chunk_update.keys_kernel, kept.keys, norms, largest, halves, sums.sums, sums.totals, kept.share, kept.counts,
+        kept.active, addressing, kept.moved, kept.pulled, kept.keys_unclipped, due,
+        HALF=half, IDW=idw, SAVE=save, RATE=cfg.learning_rate, DECAY=cfg.weight_decay, CLIP=cfg.grad_clip,
+        **names, **size.keys,
     )  # fmt: skip
     version = 0
-    for i, (start, length, writes, first, _) in enumerate(plan.windows):
+    for i, (start, length, writes, first, fresh) in enumerate(plan.windows):
         where = (start, length, first, plan.room, rows)
-        select((blocks_of(rows * length, size.select["BLOCK"]), groups), version, *where)
-        combines[writes]((blocks_of(rows * length, size.combine["BLOCK"]), memories), i, memories, *where)
+        select((blocks_of(rows * length, size.select["BLOCK"]), groups, size.select["TILES"]), version, i, *where)
+        combines[writes](
+            (rows * length, memories), version, i, memories, *where, fresh, plan.arrived, slots.shape[1]
+        )  # fmt: skip
         if writes:
             pull((blocks_of(rows * length, size.pull["BLOCK"]), groups), i, *where)
             pieces = sums.launch(key_sums, first, *where)
             after = version + 1 if save else 0
             step_keys((subkeys, groups), i, version, after, pieces)
             version = after
+    return kept.keys[version], addressing
 
-    kept = kept._replace(**dict(zip(("sorted_rows", "order"), sort(table_rows, due))))
-    output = new(batch, plan.room - plan.arrived, cfg.value_dim, dtype=tokens.query.dtype)
+
+def _read_and_write(
+    cfg: FwPKMConfig, plan: Plan, values: Tensor, tokens: Tokens, kept: Kept, save: bool, due: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Read each window and write its chunk; returns the output, and ½ g ‖v̂ - u‖² [w]."""
+    size, entries = shapes(cfg, tokens.query.dtype), cfg.slots_per_token
+    batch, memories = tokens.query.shape[0], values.shape[0]
+    output = values.new_empty(batch, plan.room - plan.arrived, cfg.value_dim, dtype=tokens.query.dtype)
+    squared = values.new_empty(plan.total)
     table = {"SLOTS": cfg.num_slots, "WIDTH": cfg.value_dim, "ENTRIES": entries, "CHUNK": cfg.chunk_size}
     reads = [
         Launch(
@@ -247,20 +294,17 @@ def forward(
         Launch(
             chunk_update.values_kernel, values, kept.sorted_rows, kept.order, kept.weights, kept.strength, kept.error,
             kept.kinds, kept.active, kept.heads, kept.steps, kept.rows, kept.values_unclipped, due,
-            WRITES=writes, SAVE=save, **step, **table, **size.values,
+            WRITES=writes, SAVE=save, RATE=cfg.learning_rate, DECAY=cfg.weight_decay, CLIP=cfg.grad_clip,
+            **table, **size.values,
         ) for writes in (False, True)
     ]  # fmt: skip
     for i, (start, length, writes, first, fresh) in enumerate(plan.windows):
         reads[writes](
-            (batch * length,), start, length, first, plan.room, rows, fresh, plan.arrived, output.shape[1]
+            (batch * length,), start, length, first, plan.room, batch // memories, fresh, plan.arrived, output.shape[1]
         )  # fmt: skip
         if writes or save:
-            steps[writes]((batch * length * entries,), i, memories, length, first, total)
-    losses = [squared[w.first : w.first + batch * w.length].view(memories, -1).sum(1) for w in plan.windows if w.writes]
-    addressing = addressing[: len(losses)].unflatten(1, (memories, -1)).sum((2, 3))  # only the last may not write
-    memorization = torch.stack(losses) if losses else squared.new_zeros(0, memories)
-    last = kept.keys[version].view(keys.shape)
-    return Result(output, last.clone() if save else last, memorization, addressing, kept)
+            steps[writes]((batch * length * entries,), i, memories, length, first, plan.total)
+    return output, squared
 
 
 class KeySums:

@@ -3,12 +3,10 @@
 import triton
 import triton.language as tl
 
-from fwpkm.kernels.flags import LIVE, TARGET
-from fwpkm.kernels.lookup import PROBABILITY_UNIT, not_due, softmax_rows, store_key, sub_scores, token_of
+from fwpkm.kernels.lookup import PROBABILITY_UNIT, softmax_rows, sub_scores
+from fwpkm.kernels.parts import store_key
 from fwpkm.kernels.sums import gathered
-
-_INF = tl.constexpr(float("inf"))
-_VARYING = ["start", "length", "first", "room", "rows"]
+from fwpkm.kernels.tokens import INF, LIVE, TARGET, VARYING, not_due
 
 
 @triton.jit
@@ -42,7 +40,7 @@ def pull_of(
     return chosen, score, p, a, pull
 
 
-@triton.jit(do_not_specialize=["window", *_VARYING])
+@triton.jit(do_not_specialize=["window", *VARYING])
 def pull_kernel(
     ids, ranks, kinds, share, counts, active, pulls, due, window, start, length, first, room, rows,
     HEADS: tl.constexpr, SUBKEYS: tl.constexpr, K: tl.constexpr, IDW: tl.constexpr, EPSILON: tl.constexpr,
@@ -78,7 +76,7 @@ def pull_kernel(
 
 @triton.jit(do_not_specialize=["window", "before", "after", "pieces"])
 def keys_kernel(
-    keys, norms, parts, sums, totals, share, counts, active, loss, moved, pulled, unclipped, due,
+    keys, norms, largest, parts, sums, totals, share, counts, active, loss, moved, pulled, unclipped, due,
     window, before, after, pieces,
     HEADS: tl.constexpr, SUBKEYS: tl.constexpr, HALF: tl.constexpr, IDW: tl.constexpr,
     RATE: tl.constexpr, DECAY: tl.constexpr, CLIP: tl.constexpr, BLOCK: tl.constexpr, SAVE: tl.constexpr,
@@ -106,9 +104,9 @@ def keys_kernel(
             tl.store(unclipped + here * HALF + d, (tl.abs(gradient) <= CLIP).to(tl.int8), mask=d < HALF)
         gradient = tl.minimum(tl.maximum(gradient, -CLIP), CLIP)
     new = tl.where(d < HALF, key - RATE * (gradient + DECAY * key), 0.0)
-    moves = lives & (tl.min((tl.abs(new) < _INF).to(tl.int32), 0) != 0)
+    moves = lives & (tl.min((tl.abs(new) < INF).to(tl.int32), 0) != 0)
     new = tl.where(moves, new, key)
-    store_key(new, keys, norms, parts, after, groups, group, subkey, d, SUBKEYS, HALF)
+    store_key(new, keys, norms, largest, parts, after, window + 1, groups, group, subkey, d, SUBKEYS, HALF)
     mean = tl.load(share + here).to(tl.float32) / (PROBABILITY_UNIT * count)
     tl.store(loss + here, tl.where(lives, mean * tl.log(mean + 1e-8), 0.0))
     if SAVE:
@@ -176,7 +174,7 @@ def values_kernel(
             gradient = tl.minimum(tl.maximum(gradient, -CLIP), CLIP)
         new = tl.where(d < WIDTH, old - RATE * (gradient + DECAY * old), 0.0)
         moves = (count > 0) & (tl.load(active + window * memories + place // SLOTS) != 0)
-        moves = moves & (tl.min((tl.abs(new) < _INF).to(tl.int32), 0) != 0)
+        moves = moves & (tl.min((tl.abs(new) < INF).to(tl.int32), 0) != 0)
         if moves:
             tl.store(values + offset + d, new, mask=d < WIDTH)
         if SAVE:

@@ -10,20 +10,24 @@ _COMPILED: dict[tuple, Any] = {}
 class Launch:
     """A kernel with its tensors and compile-time arguments, to be launched with integers that are not specialized.
 
-    What Triton compiles depends on each tensor's dtype and alignment and on the constants. So these are looked at once
-    for all launches, and what was compiled for them is launched again directly.
+    What Triton compiles depends on the device, each tensor's dtype and alignment, and the constants. So these are
+    looked at once for all launches, and what was compiled for them is launched again directly, with bare addresses.
+    The tensors must outlive the launches.
     """
 
     def __init__(self, kernel: Any, *tensors: torch.Tensor | None, **constants: Any) -> None:
         self.kernel, self.tensors, self.constants = kernel, tensors, constants
-        kinds = tuple(x if x is None else (x.dtype, x.data_ptr() % 16, x.device) for x in tensors)
-        self.key = (id(kernel), kinds, *constants.items())
+        self.addresses = [None if x is None else x.data_ptr() for x in tensors]
+        kinds = [None if at is None else (x.dtype, at % 16) for x, at in zip(tensors, self.addresses)]
+        device = next(x.device for x in tensors if x is not None)
+        self.key = (id(kernel), device, *kinds, *constants.values())
         self.known = _COMPILED.get(self.key)
 
     def __call__(self, grid: tuple[int, ...], *integers: int) -> None:
+        """Launch; the current device must be the tensors'."""
         if self.known is not None:
             compiled, values = self.known
-            compiled[(*grid, 1, 1)[:3]](*self.tensors, *integers, *values)
+            compiled[(*grid, 1, 1)[:3]](*self.addresses, *integers, *values)
             return
         compiled = self.kernel[grid](*self.tensors, *integers, **self.constants)
         if compiled is not None:  # the interpreter compiles nothing

@@ -102,9 +102,9 @@ def _through_values(
             latest, gradients, d_table, WIDTH=width, BLOCK=size.values["BLOCK"], num_warps=4
         )
     d_scores = torch.empty_like(kept.ranks)
-    kernels.combine_backward_kernel[(blocks_of(plan.total, size.combine["BLOCK"]),)](
+    kernels.combine_backward_kernel[(blocks_of(plan.total, size.combine_backward["BLOCK"]),)](
         kept.ids, kept.slots, kept.weights, kept.kinds, d_weights, d_scores, plan.total,
-        HEADS=cfg.num_heads, SUBKEYS=cfg.num_subkeys, K=cfg.top_k, TEMPERATURE=cfg.temperature, **size.combine,
+        HEADS=cfg.num_heads, SUBKEYS=cfg.num_subkeys, K=cfg.top_k, TEMPERATURE=cfg.temperature, **size.combine_backward,
     )  # fmt: skip
     return d_scores, d_table, d_value, d_gate
 
@@ -144,8 +144,8 @@ def _through_keys(
     ]  # fmt: skip
     keys = [
         Launch(
-            kernels.keys_backward_kernel, kept.keys, both, ranks.sums, ranks.totals, kept.share, kept.counts,
-            kept.moved, kept.pulled, kept.keys_unclipped, RATE=cfg.learning_rate, DECAY=cfg.weight_decay,
+            kernels.keys_backward_kernel, kept.keys, both, ranks.sums, ranks.totals, kept.moved, kept.pulled,
+            kept.keys_unclipped, RATE=cfg.learning_rate, DECAY=cfg.weight_decay,
             WRITES=writes, **names, **size.keys,
         ) for writes in (False, True)
     ]  # fmt: skip

@@ -16,6 +16,7 @@ class Shapes(NamedTuple):
     prepare: dict[str, Any]
     select: dict[str, Any]
     combine: dict[str, Any]
+    combine_backward: dict[str, Any]
     pull: dict[str, Any]
     key_sums: dict[str, Any]
     keys: dict[str, Any]
@@ -28,14 +29,23 @@ class Shapes(NamedTuple):
 @functools.lru_cache
 def shapes(cfg: FwPKMConfig, query: torch.dtype) -> Shapes:
     """The block sizes for a configuration and the dtype of the queries."""
-    half, k, heads = cfg.key_dim // 2, cfg.top_k, cfg.num_heads
-    columns = max(16, triton.next_power_of_2(cfg.num_subkeys))
+    half, k, heads, subkeys = cfg.key_dim // 2, cfg.top_k, cfg.num_heads, cfg.num_subkeys
     choices = triton.next_power_of_2(k)
     width = triton.next_power_of_2(cfg.value_dim)
     half_block = triton.next_power_of_2(half)
+    head_block = triton.next_power_of_2(heads)
     entries = heads * k
     exact = query == torch.bfloat16
     products = {"EXACT": exact, "UPCAST": os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")}
+    # A row of sub-scores stays within a warp group's registers: 64 tokens x 256 sub-keys are 128 of a thread's 255.
+    columns = max(16, min(256, triton.next_power_of_2(subkeys)))
+    tiles = -(-subkeys // columns)
+    proposed = min(subkeys, k + min(2, choices))  # two to spare: more than that are seldom as near as rounding
+    proposals = {
+        "TILES": tiles,
+        "PROPOSED": proposed,
+        "BITS": max(9, (subkeys - 1).bit_length()),
+    }
     return Shapes(
         prepare={
             "QUERY_BLOCK": triton.next_power_of_2(heads * cfg.key_dim),
@@ -43,21 +53,28 @@ def shapes(cfg: FwPKMConfig, query: torch.dtype) -> Shapes:
             "num_warps": 1,  # a token is a few KB: one warp reads it in a few wide loads
         },
         select={
-            # The products with all sub-keys stay in registers: 64 tokens x 512 sub-keys are 128 KB of 256.
-            "BLOCK": max(16, min(64, 32768 // columns)),
+            "BLOCK": 64,  # the fewest rows that a warp group multiplies at once
             "COLUMNS": columns,
-            "DEPTH": 32 if columns <= 512 else 16,
-            "CHOICES": choices,
-            "STEP": max(8, min(32, 256 // choices, half_block)),
-            # What the parts leave out, of (|q| + max |K|)² or |q| max |K|, at worst.
-            "ERROR": (1 if exact else 2) * (2.0**-18 if cfg.score == "idw" else 2.0**-17),
-            "num_warps": 16 if columns >= 512 else 8,
-            "num_stages": 2 if columns <= 1024 else 1,
+            "DEPTH": max(16, min(32, half_block)),
+            "num_warps": 4,
+            "num_stages": 3,
+            **proposals,
             **products,
         },
         combine={
+            # A warp holds 2048 numbers of its token's sub-keys at once: 64 registers, all loads in flight.
+            "STEP": max(8, min(2048 // choices, half_block)),
+            "HEAD_BLOCK": head_block,
+            "CHOICES": choices,
+            "LISTED": triton.next_power_of_2(tiles * proposed),
+            # What parts and sums leave out, of (|q| + max |K|)² or |q| max |K|, at worst.
+            "ERROR": 2.0**-16 if cfg.score == "idw" else 2.0**-14,
+            "num_warps": 1,
+            **proposals,
+        },
+        combine_backward={
             "BLOCK": max(1, min(16, 4096 // choices**2)),
-            "HEAD_BLOCK": triton.next_power_of_2(heads),
+            "HEAD_BLOCK": head_block,
             "CHOICES": choices,
             "num_warps": 4,
         },
@@ -66,7 +83,7 @@ def shapes(cfg: FwPKMConfig, query: torch.dtype) -> Shapes:
             "TILE": 64,  # the fewest rows that a warp group multiplies at once
             "BLOCK": 64,
             "COLUMNS": max(16, min(256, half_block)),
-            "PIECE": 512,
+            "PIECE": 256,  # short, so that two programs share a multiprocessor and hide each other's loads
             "num_warps": 4,
             "num_stages": 2,
             **products,
@@ -76,9 +93,9 @@ def shapes(cfg: FwPKMConfig, query: torch.dtype) -> Shapes:
         values={"BLOCK": width, "ENTRY_BLOCK": 2, "num_warps": max(1, min(4, width // 512))},
         read_backward={"BLOCK": width, "ENTRY_BLOCK": min(4, triton.next_power_of_2(entries)), "num_warps": 4},
         by_token={
-            "BLOCK": 16,
+            "BLOCK": 1,  # one warp a token, as in combine
             "CHOICES": choices,
-            "STEP": max(8, min(64, 256 // choices, half_block)),
-            "num_warps": 4,
+            "STEP": max(8, min(1024 // choices, half_block)),
+            "num_warps": 1,
         },
     )

@@ -3,8 +3,8 @@
 import triton
 import triton.language as tl
 
-from fwpkm.kernels.flags import DEAD
-from fwpkm.kernels.lookup import dot_halves, not_due, rest, token_of
+from fwpkm.kernels.parts import dot_halves, rest
+from fwpkm.kernels.tokens import DEAD, not_due, token_of
 
 
 @triton.jit(do_not_specialize=["pieces", "offset", "start", "length", "first", "room", "rows"])

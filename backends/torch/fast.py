@@ -126,15 +126,6 @@ def _run(
     return output, memory, flags, Trace(slots, w.detach(), memorization, addressing, torch.tensor(writes))
 
 
-def _news(plan: Any, batch: int, x: Tensor) -> Tensor:
-    """``[B, T, ...]``: what the tokens that this call brought have of x ``[w, ...]``."""
-    parts = []
-    for start, length, _, first, fresh in plan.windows:
-        mine = x[first : first + batch * length].view(batch, length, *x.shape[1:])
-        parts.append(mine[:, fresh - start :])
-    return torch.cat(parts, dim=1)
-
-
 def _of_news(plan: Any, batch: int, d: Tensor, total: int) -> Tensor:
     """Its adjoint: ``[w, ...]`` from ``[B, T, ...]``."""
     out = d.new_zeros(total, *d.shape[2:])
@@ -160,19 +151,16 @@ class _Call(torch.autograd.Function):
             values = values.contiguous()
         tokens, save = call.Tokens(query, value, gate, mask, pair), any(ctx.needs_input_grad)
         result = call.forward(cfg, plan, keys.contiguous(), values, tokens, save)
-        kept, batch = result.kept, query.shape[0]
+        kept = result.kept
         if save:
             ctx.save_for_backward(query, value, gate, mask, pair, *kept)
             ctx.cfg, ctx.plan, ctx.shape = cfg, plan, values.shape
         ctx.set_materialize_grads(False)
-        slots = _news(plan, batch, kept.slots).long()
-        dead = (_news(plan, batch, kept.kinds) & 2) != 0
-        weights = _news(plan, batch, kept.weights).masked_fill(dead[..., None], torch.nan)
-        ctx.mark_non_differentiable(slots, result.memorization, result.addressing, kept.flags)
+        ctx.mark_non_differentiable(result.slots, result.memorization, result.addressing, kept.flags)
         keys = result.keys if writes else None
         new_values = values if writes else None
         return (
-            result.output, keys, new_values, slots, weights, result.memorization, result.addressing, kept.flags
+            result.output, keys, new_values, result.slots, result.weights, result.memorization, result.addressing, kept.flags
         )  # fmt: skip
 
     @staticmethod

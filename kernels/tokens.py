@@ -1,0 +1,66 @@
+"""The tokens of a call as every kernel numbers them, and what each is to the memory.
+
+A call reads a stream of ``room`` tokens of each sequence, in windows: runs of ``length`` tokens from ``start`` on that
+read the same tables. The tokens of a window are numbered by sequence, then by time, from ``first`` on; so those of one
+memory, ``rows`` sequences, are consecutive.
+"""
+
+import triton
+import triton.language as tl
+
+LIVE = tl.constexpr(1)
+"""A flag's bit: unmasked and finite, so it counts and may write."""
+DEAD = tl.constexpr(2)
+"""Its query, value, gate or a selected score is not finite (SPEC.md §5)."""
+TARGET = tl.constexpr(4)
+"""Its value may be bound to a query."""
+INF = tl.constexpr(float("inf"))
+VARYING = ["start", "length", "first", "room", "rows"]
+"""Arguments of a window: no kernel is compiled anew for another T."""
+
+
+@triton.jit
+def not_due(due):
+    """Whether a launch is to do nothing: ``due`` is None, or a number on the GPU that a captured graph asks."""
+    result = False
+    if due is not None:
+        result = tl.load(due) == 0
+    return result
+
+
+@triton.jit
+def token_of(r, memory, start, length, room, rows):
+    """Where token r of a memory's window lies in the stream, as (stream index, time within the window)."""
+    return (memory * rows + r // length).to(tl.int64) * room + start + r % length, r % length
+
+
+@triton.jit
+def prepare_kernel(
+    query, value, gate, mask, pair, flags, due,
+    QUERY: tl.constexpr, VALUE: tl.constexpr, QUERY_BLOCK: tl.constexpr, VALUE_BLOCK: tl.constexpr,
+    HAS_GATE: tl.constexpr, HAS_MASK: tl.constexpr, HAS_PAIR: tl.constexpr, SHIFTED: tl.constexpr,
+):  # fmt: skip
+    """The flag of each token (§5): it is dead where its query, value or gate is not finite.
+
+    SHIFTED values are targets already (``chunk_update``): one that is not finite makes no pair, and kills nothing.
+    """
+    if not_due(due):
+        return
+    token = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, QUERY_BLOCK)
+    x = tl.load(query + token * QUERY + columns, mask=columns < QUERY, other=0.0).to(tl.float32)
+    alive = tl.min((tl.abs(x) < INF).to(tl.int32), 0)
+    columns = tl.arange(0, VALUE_BLOCK)
+    x = tl.load(value + token * VALUE + columns, mask=columns < VALUE, other=0.0).to(tl.float32)
+    target = tl.min((tl.abs(x) < INF).to(tl.int32), 0)
+    if HAS_GATE:
+        alive = alive * (tl.abs(tl.load(gate + token).to(tl.float32)) < INF).to(tl.int32)
+    if not SHIFTED:
+        alive = alive * target
+    live = alive
+    if HAS_MASK:
+        live = live * tl.load(mask + token).to(tl.int32)
+    if HAS_PAIR:
+        target = target * tl.load(pair + token).to(tl.int32)
+    flag = live * (LIVE + TARGET * target) + (1 - alive) * DEAD
+    tl.store(flags + token, flag.to(tl.int8))
