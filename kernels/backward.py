@@ -142,22 +142,26 @@ def rows_backward_kernel(
     elif AFTER:
         gradient += tl.load(d_values + place * WIDTH + d, mask=d < WIDTH, other=0.0)
     gradient *= tl.where(tl.load(steps + at) != 0, 1 - RATE * DECAY, 1.0)
-    segment = at
-    more = 1
-    while more > 0:
+    entry = tl.load(order + at).to(tl.int64)
+    # Most rows have few entries: the first alone needs few registers.
+    toward = tl.load(d_read + (entry // ENTRIES - first) * WIDTH + d, mask=d < WIDTH, other=0.0)
+    gradient += tl.load(weights + entry) * toward
+    segment = at + 1
+    follows = tl.load(sorted_rows + segment, mask=segment < total.to(tl.int64) * ENTRIES, other=-1) == row
+    found = follows.to(tl.int32) * ENTRY_BLOCK
+    while found == ENTRY_BLOCK:
         e = segment + tl.arange(0, ENTRY_BLOCK)
         known = e < total.to(tl.int64) * ENTRIES
-        entry = tl.load(order + e, mask=known, other=0).to(tl.int64)
+        entries = tl.load(order + e, mask=known, other=0).to(tl.int64)
         same = tl.load(sorted_rows + e, mask=known, other=-1) == row
-        w = tl.load(weights + entry, mask=same, other=0.0)
-        token = entry // ENTRIES - first
-        toward = tl.load(
-            d_read + token[:, None] * WIDTH + d[None, :], mask=same[:, None] & (d < WIDTH)[None, :], other=0.0
+        w = tl.load(weights + entries, mask=same, other=0.0)
+        tokens = entries // ENTRIES - first
+        towards = tl.load(
+            d_read + tokens[:, None] * WIDTH + d[None, :], mask=same[:, None] & (d < WIDTH)[None, :], other=0.0
         )
-        gradient += tl.sum(w[:, None] * toward, 0)
+        gradient += tl.sum(w[:, None] * towards, 0)
         found = tl.sum(same.to(tl.int32), 0)
-        segment += found
-        more = found // ENTRY_BLOCK
+        segment += ENTRY_BLOCK
     tl.store(gradients + at * WIDTH + d, gradient, mask=d < WIDTH)
     tl.store(latest + place, at.to(tl.int32))
 
@@ -335,8 +339,8 @@ def scores_backward_kernel(
         d_p = WEIGHT / count * (slope * (a - mean_a[:, None]) - mean_slope[:, None] * a)
         d_slope = tl.zeros([BLOCK, CHOICES], tl.float32)  # of a, over all tokens: the pieces that were summed
         for piece in range(pieces):
-            at = (piece * tl.num_programs(1) + group).to(tl.int64) * SUBKEYS + chosen
-            d_slope += tl.load(d_share + at, mask=counted, other=0.0)
+            summed = (piece * tl.num_programs(1) + group).to(tl.int64) * SUBKEYS + chosen
+            d_slope += tl.load(d_share + summed, mask=counted, other=0.0)
         mean = tl.load(share + group.to(tl.int64) * SUBKEYS + chosen, mask=counted, other=0).to(tl.float32)
         mean = mean / (PROBABILITY_UNIT * count) + 1e-8
         d_p += d_slope * (1 / mean + 1e-8 / (mean * mean)) / count

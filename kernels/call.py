@@ -4,6 +4,7 @@ The keys do not depend on the values. So the windows are addressed one after the
 all windows are then sorted by table row at once; and the windows read and write the values one after the other.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -13,9 +14,9 @@ from fwpkm import schedule
 from fwpkm.config import FwPKMConfig
 from fwpkm.kernels import chunk_update, lookup, parts
 from fwpkm.kernels.launch import Launch
-from fwpkm.kernels.shapes import Shapes, shapes
-from fwpkm.kernels.sums import key_sums_kernel
-from fwpkm.kernels.tokens import prepare_kernel
+from fwpkm.kernels.shapes import blocks_of, shapes
+from fwpkm.kernels.sums import KeySums, matrix_shape
+from fwpkm.kernels.tokens import prepare_kernel, zero_kernel
 
 
 class Window(NamedTuple):
@@ -152,22 +153,31 @@ def forward(
         due: None, or an int32 on the GPU: where it is 0, nothing is done and the result means nothing.
     """
     batch, entries, fresh_length = tokens.query.shape[0], cfg.slots_per_token, plan.room - plan.arrived
-    kept = _room_for(cfg, plan, keys, batch, save)
+    kept, largest, matrix = _room_for(cfg, plan, keys, batch, save, due)
     slots = kept.slots.new_empty(batch, fresh_length, entries, dtype=torch.int64)
     weights = kept.weights.new_empty(batch, fresh_length, entries)
-    last, addressing = _address(cfg, plan, keys, tokens, kept, slots, weights, save, due)
+    last, addressing = _address(cfg, plan, keys, tokens, kept, largest, matrix, slots, weights, save, due)
     kept = kept._replace(**dict(zip(("sorted_rows", "order"), sort(kept.sorted_rows, due))))
     output, squared = _read_and_write(cfg, plan, values, tokens, kept, save, due)
     memories = keys.shape[0]
-    losses = [squared[w.first : w.first + batch * w.length].view(memories, -1).sum(1) for w in plan.windows if w.writes]
-    addressing = addressing[: len(losses)].unflatten(1, (memories, -1)).sum((2, 3))  # only the last may not write
-    memorization = torch.stack(losses) if losses else squared.new_zeros(0, memories)
     last = last.view(keys.shape)
+    if due is not None:
+        return Result(output, slots, weights, last, squared, addressing, kept)  # a decode step has no trace
+    writes = sum(w.writes for w in plan.windows)  # all are of one length, and only the last window may not write
+    written = squared[: writes * batch * plan.windows[0].length]
+    memorization = written.view(writes, memories, -1).sum(2) if writes else squared.new_zeros(0, memories)
+    addressing = addressing[:writes].unflatten(1, (memories, -1)).sum((2, 3))
     return Result(output, slots, weights, last.clone() if save else last, memorization, addressing, kept)
 
 
-def _room_for(cfg: FwPKMConfig, plan: Plan, keys: Tensor, batch: int, save: bool) -> Kept:
-    """Memory for all that a call computes by window."""
+def _room_for(
+    cfg: FwPKMConfig, plan: Plan, keys: Tensor, batch: int, save: bool, due: Tensor | None
+) -> tuple[Kept, Tensor, Tensor]:
+    """Memory for all that a call computes by window; with ``due`` the keys are written where they stand.
+
+    And zeros: for the largest ‖K‖² before each window [windows + 1, g], as the integer that has its bits; and for the
+    matrix of ``KeySums``.
+    """
     memories, entries, number, total = keys.shape[0], cfg.slots_per_token, len(plan.windows), plan.total
     groups, half, subkeys = memories * cfg.num_heads * 2, cfg.key_dim // 2, cfg.num_subkeys
 
@@ -178,17 +188,21 @@ def _room_for(cfg: FwPKMConfig, plan: Plan, keys: Tensor, batch: int, save: bool
         return new(*shape, dtype=dtype) if save and also else None
 
     int8, int32, clips = torch.int8, torch.int32, cfg.grad_clip is not None
+    share, matrix, counts, active, largest = zeros(
+        keys.device, due,
+        ((number, groups, subkeys), torch.int64),
+        (matrix_shape(cfg, memories, batch // memories * max(w.length for w in plan.windows)), torch.bfloat16),
+        ((number, memories), int32), ((number, memories), int32), ((number + 1, groups), int32),
+    )  # fmt: skip
     wide = number * memories * cfg.num_slots > 2**31 - 1
     table_rows = new(total * entries, dtype=torch.int64 if wide else int32)
-    return Kept(
+    kept = Kept(
         flags=new(batch, plan.room, dtype=int8),
         kinds=new(total, dtype=int8),
-        keys=new(number + 1 if save else 1, groups, subkeys, half),
+        keys=new(number + 1 if save else 1, groups, subkeys, half) if due is None else keys.view(1, groups, subkeys, half),
         ids=new(total, cfg.num_heads, 2, cfg.top_k, dtype=int32),
         ranks=new(total, cfg.num_heads, 2, cfg.top_k),
-        share=torch.zeros(number, groups, subkeys, dtype=torch.int64, device=keys.device),
-        counts=torch.zeros(number, memories, dtype=int32, device=keys.device),
-        active=torch.zeros(number, memories, dtype=int32, device=keys.device),
+        share=share, counts=counts, active=active,
         moved=saved(number, groups, subkeys, dtype=int8),
         pulled=saved(number, groups, subkeys),
         keys_unclipped=saved(number, groups, subkeys, half, dtype=int8, also=clips),
@@ -202,11 +216,12 @@ def _room_for(cfg: FwPKMConfig, plan: Plan, keys: Tensor, batch: int, save: bool
         rows=saved(total * entries, cfg.value_dim),
         values_unclipped=saved(total * entries, cfg.value_dim, dtype=int8, also=clips),
     )  # fmt: skip
+    return kept, largest, matrix
 
 
 def _address(
-    cfg: FwPKMConfig, plan: Plan, keys: Tensor, tokens: Tokens, kept: Kept, slots: Tensor, weights: Tensor, save: bool,
-    due: Tensor | None,
+    cfg: FwPKMConfig, plan: Plan, keys: Tensor, tokens: Tokens, kept: Kept, largest: Tensor, matrix: Tensor,
+    slots: Tensor, weights: Tensor, save: bool, due: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """What each token picks, moving the keys; returns the last keys and the terms of the addressing loss."""
     size = shapes(cfg, tokens.query.dtype)
@@ -220,11 +235,10 @@ def _address(
 
     addressing, norms = new(number, groups, subkeys), new(groups, subkeys)
     halves = new(groups, 2, subkeys, half, dtype=torch.bfloat16)
-    largest = torch.zeros(number + 1, groups, dtype=torch.int32, device=keys.device)
     listed = size.select["TILES"] * size.select["PROPOSED"]
     proposals = new(memories * longest, cfg.num_heads, 2, listed, dtype=torch.int32)
     scales, pulls = new(memories * longest, cfg.num_heads, 2), new(memories * longest, cfg.num_heads, 2, cfg.top_k)
-    sums = KeySums(cfg, size, groups, longest, keys)
+    sums = KeySums(cfg, tokens.query, kept.ids, kept.kinds, matrix, longest, due)
     Launch(
         prepare_kernel, *tokens, kept.flags, due, QUERY=cfg.num_heads * cfg.key_dim, VALUE=cfg.value_dim,
         HAS_GATE=tokens.gate is not None, HAS_MASK=tokens.mask is not None, HAS_PAIR=tokens.pair is not None,
@@ -240,18 +254,22 @@ def _address(
         lookup.select_kernel, tokens.query, kept.flags, norms, largest, halves, proposals, scales, due,
         HALF=half, IDW=idw, **names, **size.select,
     )  # fmt: skip
-    combines = [
-        Launch(
-            lookup.combine_kernel, tokens.query, kept.keys, proposals, scales, kept.flags, kept.ids, kept.ranks,
-            kept.kinds, kept.slots, kept.weights, kept.sorted_rows, kept.share, kept.counts, slots, weights, due,
-            HALF=half, TEMPERATURE=cfg.temperature, WRITES=writes, SCANNED=False, **scored, **size.combine,
-        ) for writes in (False, True)
-    ]  # fmt: skip
+    rank = Launch(
+        lookup.rank_kernel, tokens.query, kept.keys, proposals, scales, kept.flags, kept.ids, kept.ranks, due,
+        HALF=half, K=cfg.top_k, IDW=idw, **names, **size.rank,
+    )  # fmt: skip
+    combines = {
+        writes: Launch(
+            lookup.combine_kernel, kept.ids, kept.ranks, kept.flags, kept.kinds, kept.slots, kept.weights,
+            kept.sorted_rows, kept.share, kept.counts, slots, weights, due,
+            TEMPERATURE=cfg.temperature, WRITES=writes, **scored, **size.combine,
+        ) for writes in {w.writes for w in plan.windows}
+    }  # fmt: skip
     pull = Launch(
         chunk_update.pull_kernel, kept.ids, kept.ranks, kept.kinds, kept.share, kept.counts, kept.active, pulls, due,
         LOOKAHEAD=cfg.lookahead, WEIGHT=cfg.addressing_weight, **scored, **size.pull,
     )  # fmt: skip
-    key_sums = sums.of(tokens.query, kept, pulls, due)
+    key_sums = sums.of(pulls)
     step_keys = Launch(
         chunk_update.keys_kernel, kept.keys, norms, largest, halves, sums.sums, sums.totals, kept.share, kept.counts,
         kept.active, addressing, kept.moved, kept.pulled, kept.keys_unclipped, due,
@@ -262,12 +280,14 @@ def _address(
     for i, (start, length, writes, first, fresh) in enumerate(plan.windows):
         where = (start, length, first, plan.room, rows)
         select((blocks_of(rows * length, size.select["BLOCK"]), groups, size.select["TILES"]), version, i, *where)
+        rank((rows * length, groups), version, *where)
         combines[writes](
-            (rows * length, memories), version, i, memories, *where, fresh, plan.arrived, slots.shape[1]
+            (blocks_of(rows * length, size.combine["BLOCK"]), memories), i, memories, *where,
+            fresh, plan.arrived, slots.shape[1],
         )  # fmt: skip
         if writes:
             pull((blocks_of(rows * length, size.pull["BLOCK"]), groups), i, *where)
-            pieces = sums.launch(key_sums, first, *where)
+            pieces = sums.launch(key_sums, first, *where, again=i + 1 < number)
             after = version + 1 if save else 0
             step_keys((subkeys, groups), i, version, after, pieces)
             version = after
@@ -283,21 +303,22 @@ def _read_and_write(
     output = values.new_empty(batch, plan.room - plan.arrived, cfg.value_dim, dtype=tokens.query.dtype)
     squared = values.new_empty(plan.total)
     table = {"SLOTS": cfg.num_slots, "WIDTH": cfg.value_dim, "ENTRIES": entries, "CHUNK": cfg.chunk_size}
-    reads = [
-        Launch(
+    kinds = {w.writes for w in plan.windows}
+    reads = {
+        writes: Launch(
             lookup.read_kernel, values, kept.slots, kept.weights, kept.kinds, tokens.value, tokens.gate, output,
             kept.error, kept.strength, squared, due, LOOKAHEAD=cfg.lookahead, SCALE=scale_of(cfg),
             HAS_GATE=tokens.gate is not None, WRITES=writes, **table, **size.read,
-        ) for writes in (False, True)
-    ]  # fmt: skip
-    steps = [
-        Launch(
+        ) for writes in kinds
+    }  # fmt: skip
+    steps = {
+        writes: Launch(
             chunk_update.values_kernel, values, kept.sorted_rows, kept.order, kept.weights, kept.strength, kept.error,
             kept.kinds, kept.active, kept.heads, kept.steps, kept.rows, kept.values_unclipped, due,
             WRITES=writes, SAVE=save, RATE=cfg.learning_rate, DECAY=cfg.weight_decay, CLIP=cfg.grad_clip,
             **table, **size.values,
-        ) for writes in (False, True)
-    ]  # fmt: skip
+        ) for writes in kinds
+    }  # fmt: skip
     for i, (start, length, writes, first, fresh) in enumerate(plan.windows):
         reads[writes](
             (batch * length,), start, length, first, plan.room, batch // memories, fresh, plan.arrived, output.shape[1]
@@ -307,36 +328,17 @@ def _read_and_write(
     return output, squared
 
 
-class KeySums:
-    """Room for the pieces of the sums over each sub-key's tokens, and their launches."""
-
-    def __init__(self, cfg: FwPKMConfig, size: Shapes, groups: int, longest: int, like: Tensor) -> None:
-        self.cfg, self.size, self.groups = cfg, size.key_sums, groups
-        most, half = blocks_of(longest, self.size["PIECE"]), cfg.key_dim // 2
-        self.sums = torch.empty(most, groups, cfg.num_subkeys, half, device=like.device)
-        self.totals = torch.empty(most, groups, cfg.num_subkeys, device=like.device)
-
-    def of(self, query: Tensor, kept: Kept, factors: Tensor, due: Tensor | None = None, queries: bool = True) -> Launch:
-        """The launch that sums ``factors``, and with ``queries`` their products with those."""
-        cfg = self.cfg
-        return Launch(
-            key_sums_kernel, query, kept.ids, kept.kinds, factors, self.sums, self.totals, due,
-            HEADS=cfg.num_heads, SUBKEYS=cfg.num_subkeys, HALF=cfg.key_dim // 2, K=cfg.top_k, QUERIES=queries,
-            **self.size,
-        )  # fmt: skip
-
-    def launch(self, launch: Launch, offset: int, start: int, length: int, first: int, room: int, rows: int) -> int:
-        """Sum over a window; returns how many pieces there are."""
-        pieces = blocks_of(rows * length, self.size["PIECE"])
-        tiles = blocks_of(self.cfg.num_subkeys, self.size["TILE"])
-        columns = blocks_of(self.cfg.key_dim // 2, self.size["COLUMNS"])
-        launch((pieces * tiles, self.groups, columns), pieces, offset, start, length, first, room, rows)
-        return pieces
-
-
-def blocks_of(number: int, block: int) -> int:
-    """How many blocks cover a number."""
-    return -(-number // block)
+def zeros(device: torch.device, due: Tensor | None, *parts: tuple[tuple[int, ...], torch.dtype]) -> list[Tensor]:
+    """Zeros of these shapes and dtypes, at the price of one launch."""
+    sizes = [blocks_of(math.prod(shape) * dtype.itemsize, 16) * 16 for shape, dtype in parts]
+    buffer = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
+    if due is None:
+        buffer.zero_()
+    else:
+        number = len(buffer) // 4
+        Launch(zero_kernel, buffer.view(torch.int32), due, BLOCK=1024, num_warps=4)((blocks_of(number, 1024),), number)
+    taken = [x[: math.prod(shape) * dtype.itemsize] for x, (shape, dtype) in zip(buffer.split(sizes), parts)]
+    return [x.view(dtype).view(shape) for x, (shape, dtype) in zip(taken, parts)]
 
 
 def scale_of(cfg: FwPKMConfig) -> float:
@@ -350,5 +352,6 @@ def sort(table_rows: Tensor, due: Tensor | None) -> tuple[Tensor, Tensor]:
         return table_rows.sort(stable=True)
     sorted_rows, order = torch.empty_like(table_rows), torch.empty_like(table_rows, dtype=torch.int64)
     count = len(table_rows)
-    lookup.rank_kernel[(blocks_of(count, 64),)](table_rows, sorted_rows, order, due, count, BLOCK=64, num_warps=4)
+    rank = Launch(lookup.sort_kernel, table_rows, sorted_rows, order, due, BLOCK=64, num_warps=4)
+    rank((blocks_of(count, 64),), count)
     return sorted_rows, order

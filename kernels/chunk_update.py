@@ -114,6 +114,34 @@ def keys_kernel(
         tl.store(pulled + here, total)
 
 
+@triton.jit
+def entries_of(
+    segment, row, sorted_rows, order, weights, strength, error, kinds, heads, at, length, first, total, d,
+    WIDTH: tl.constexpr, ENTRIES: tl.constexpr, CHUNK: tl.constexpr, ENTRY_BLOCK: tl.constexpr,
+    WRITES: tl.constexpr, SAVE: tl.constexpr,
+):  # fmt: skip
+    """Of the next entries of a row, as many as ENTRY_BLOCK: Σ κ w g (v̂ - u), how many count, and how many there are."""
+    e = segment + tl.arange(0, ENTRY_BLOCK)
+    inside = e < total.to(tl.int64) * ENTRIES
+    same = tl.load(sorted_rows + e, mask=inside, other=-1) == row
+    entry = tl.load(order + e, mask=inside, other=0).to(tl.int64)
+    gradient = tl.zeros_like(d).to(tl.float32)
+    count = 0
+    if SAVE:
+        tl.store(heads + entry, at.to(tl.int32) + tl.zeros_like(e).to(tl.int32), mask=same)
+    if WRITES:
+        token = entry // ENTRIES
+        t = ((token - first) % length).to(tl.int32)
+        counted = same & (t < CHUNK) & ((tl.load(kinds + token, mask=same, other=0) & LIVE) != 0)
+        count += tl.sum(counted.to(tl.int32), 0)
+        pull = tl.load(strength + token, mask=same, other=0.0) * tl.load(weights + entry, mask=same, other=0.0)
+        miss = tl.load(
+            error + token[:, None] * WIDTH + d[None, :], mask=same[:, None] & (d < WIDTH)[None, :], other=0.0
+        )
+        gradient += tl.sum(tl.where((counted & (pull != 0))[:, None], pull[:, None] * miss, 0.0), 0)
+    return gradient, count, tl.sum(same.to(tl.int32), 0)
+
+
 @triton.jit(do_not_specialize=["window", "memories", "length", "first", "total"])
 def values_kernel(
     values, sorted_rows, order, weights, strength, error, kinds, active,
@@ -140,29 +168,22 @@ def values_kernel(
     place = row.to(tl.int64) - window * memories.to(tl.int64) * SLOTS
     offset = place * WIDTH
     old = tl.load(values + offset + d, mask=d < WIDTH, other=0.0)
-    gradient = tl.zeros([BLOCK], tl.float32)
-    count = 0
-    segment = at
-    more = 1
-    while more > 0:
-        e = segment + tl.arange(0, ENTRY_BLOCK)
-        entry = tl.load(order + e, mask=e < total.to(tl.int64) * ENTRIES, other=0).to(tl.int64)
-        same = tl.load(sorted_rows + e, mask=e < total.to(tl.int64) * ENTRIES, other=-1) == row
-        if SAVE:
-            tl.store(heads + entry, at.to(tl.int32) + tl.zeros_like(e).to(tl.int32), mask=same)
-        if WRITES:
-            token = entry // ENTRIES
-            t = ((token - first) % length).to(tl.int32)
-            counted = same & (t < CHUNK) & ((tl.load(kinds + token, mask=same, other=0) & LIVE) != 0)
-            count += tl.sum(counted.to(tl.int32), 0)
-            pull = tl.load(strength + token, mask=same, other=0.0) * tl.load(weights + entry, mask=same, other=0.0)
-            miss = tl.load(
-                error + token[:, None] * WIDTH + d[None, :], mask=same[:, None] & (d < WIDTH)[None, :], other=0.0
-            )
-            gradient += tl.sum(tl.where((counted & (pull != 0))[:, None], pull[:, None] * miss, 0.0), 0)
-        found = tl.sum(same.to(tl.int32), 0)
-        segment += found
-        more = found // ENTRY_BLOCK
+    # Most rows have few entries: the first alone needs few registers.
+    gradient, count, found = entries_of(
+        at, row, sorted_rows, order, weights, strength, error, kinds, heads, at, length, first, total, d,
+        WIDTH, ENTRIES, CHUNK, 1, WRITES, SAVE,
+    )  # fmt: skip
+    segment = at + 1
+    follows = tl.load(sorted_rows + segment, mask=segment < total.to(tl.int64) * ENTRIES, other=-1) == row
+    found = follows.to(tl.int32) * ENTRY_BLOCK
+    while found == ENTRY_BLOCK:
+        more, counted, found = entries_of(
+            segment, row, sorted_rows, order, weights, strength, error, kinds, heads, at, length, first, total, d,
+            WIDTH, ENTRIES, CHUNK, ENTRY_BLOCK, WRITES, SAVE,
+        )  # fmt: skip
+        gradient += more
+        count += counted
+        segment += ENTRY_BLOCK
     if SAVE:
         tl.store(saved + at * WIDTH + d, old, mask=d < WIDTH)
     if WRITES:

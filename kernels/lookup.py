@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from fwpkm.kernels.parts import dot_halves, rest
-from fwpkm.kernels.ranks import best_of_all, best_proposed
+from fwpkm.kernels.ranks import best_proposed
 from fwpkm.kernels.tokens import DEAD, INF, LIVE, TARGET, VARYING, not_due, token_of
 
 PROBABILITY_UNIT = tl.constexpr(float(2**40))
@@ -93,108 +93,133 @@ def softmax_rows(scores):
     return e / tl.sum(e, 1)[:, None]
 
 
-@triton.jit(do_not_specialize=["version", "window", "memories", *VARYING, "fresh", "arrived", "length_out"])
-def combine_kernel(
-    query, keys, proposals, scales, flags, ids, ranks, kinds, slots, weights, table_rows, share, counts,
-    out_slots, out_weights, due,
-    version, window, memories, start, length, first, room, rows, fresh, arrived, length_out,
+@triton.jit(do_not_specialize=["version", *VARYING])
+def rank_kernel(
+    query, keys, proposals, scales, flags, ids, ranks, due, version, start, length, first, room, rows,
     HEADS: tl.constexpr, SUBKEYS: tl.constexpr, HALF: tl.constexpr, K: tl.constexpr, IDW: tl.constexpr,
-    EPSILON: tl.constexpr, TEMPERATURE: tl.constexpr, CHUNK: tl.constexpr,
-    TILES: tl.constexpr, PROPOSED: tl.constexpr, LISTED: tl.constexpr, BITS: tl.constexpr, ERROR: tl.constexpr,
-    HEAD_BLOCK: tl.constexpr, CHOICES: tl.constexpr, STEP: tl.constexpr, WRITES: tl.constexpr, SCANNED: tl.constexpr,
+    TILES: tl.constexpr, PROPOSED: tl.constexpr, BITS: tl.constexpr,
+    LISTED: tl.constexpr, ERROR: tl.constexpr, CHOICES: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """The k best sub-keys, the k best of the k² sums of each head, and one softmax over all heads' (§2); for one token.
+    """The k best sub-keys of one token and codebook, in any order, and their ranks: -‖q - K‖² from differences, or q·K."""
+    if not_due(due):
+        return
+    group = tl.program_id(1)
+    memory, half = group // (2 * HEADS), group % (2 * HEADS)
+    r = tl.program_id(0)
+    token, _ = token_of(r, memory, start, length, room, rows)
+    local = (memory * rows * length + r).to(tl.int64)
+    place = local * 2 * HEADS + half
+    alive = (tl.load(flags + token).to(tl.int32) & DEAD) == 0
+    rank, chosen = best_proposed(
+        query + token * (2 * HEADS * HALF) + half * HALF,
+        keys + (version * tl.num_programs(1) + group).to(tl.int64) * SUBKEYS * HALF,
+        proposals + place * TILES * PROPOSED, tl.load(scales + place), alive,
+        SUBKEYS, HALF, K, IDW, TILES, PROPOSED, LISTED, BITS, ERROR, CHOICES, STEP,
+    )  # fmt: skip
+    choice = tl.arange(0, CHOICES)
+    at = ((first + local) * 2 * HEADS + half) * K + choice
+    tl.store(ids + at, chosen, mask=choice < K)
+    tl.store(ranks + at, rank, mask=choice < K)
+
+
+@triton.jit
+def in_order(rank, chosen, choice, K: tl.constexpr):
+    """Ranks and ids [BLOCK, CHOICES] of the first K, by rank, then by id."""
+    before = rank[:, None, :] > rank[:, :, None]
+    before = before | ((rank[:, None, :] == rank[:, :, None]) & (chosen[:, None, :] < chosen[:, :, None]))
+    place = tl.sum((before & (choice < K)[None, None, :]).to(tl.int32), 2)
+    place = tl.where((choice < K)[None, :], place, choice[None, :])
+    here = place[:, :, None] == choice[None, None, :]
+    return tl.sum(tl.where(here, rank[:, :, None], 0.0), 1), tl.sum(tl.where(here, chosen[:, :, None], 0), 1)
+
+
+@triton.jit(do_not_specialize=["window", "memories", *VARYING, "fresh", "arrived", "length_out"])
+def combine_kernel(
+    ids, ranks, flags, kinds, slots, weights, table_rows, share, counts, out_slots, out_weights, due,
+    window, memories, start, length, first, room, rows, fresh, arrived, length_out,
+    HEADS: tl.constexpr, SUBKEYS: tl.constexpr, K: tl.constexpr, IDW: tl.constexpr, EPSILON: tl.constexpr,
+    TEMPERATURE: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr, HEAD_BLOCK: tl.constexpr, CHOICES: tl.constexpr, WRITES: tl.constexpr,
+):  # fmt: skip
+    """Sort the sub-keys; the k best of the k² sums of each head, and one softmax over all heads' (§2).
 
     ``table_rows`` numbers the rows of all memories window by window, for the sort. And what the write asks of each token
-    (§3): its share in p̄ of each sub-key, and one in n. SCANNED: ``scales`` holds the ranks of all sub-keys, and no
-    proposals are needed.
+    (§3): its share in p̄ of each sub-key, and one in n.
     """
     if not_due(due):
         return
-    r, memory = tl.program_id(0), tl.program_id(1)
+    memory = tl.program_id(1)
+    r = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = r < rows * length
     token, t = token_of(r, memory, start, length, room, rows)
-    local = (memory * rows * length + r).to(tl.int64)
-    here = first + local
-    flag = tl.load(flags + token).to(tl.int32)
-    alive = (flag & DEAD) == 0
+    flag = tl.load(flags + token, mask=inside, other=DEAD).to(tl.int32)
+    here = (first + memory * rows * length + r).to(tl.int64)
+    out = ((token // room) * length_out + start + t - arrived) * HEADS * K
+    shown = inside & (start + t >= fresh)
+    table = (window * memories + memory).to(tl.int64) * SUBKEYS * SUBKEYS
     choice, head = tl.arange(0, CHOICES), tl.arange(0, HEAD_BLOCK)
     picked = choice < K
-    logits = tl.full([HEAD_BLOCK, CHOICES], -INF, tl.float32)
-    all_slots = tl.zeros([HEAD_BLOCK, CHOICES], tl.int32)
-    half = tl.arange(0, 2 * HEAD_BLOCK)
-    all_ids = tl.zeros([2 * HEAD_BLOCK, CHOICES], tl.int32)
-    all_scores = tl.zeros([2 * HEAD_BLOCK, CHOICES], tl.float32)
+    known = inside[:, None] & picked[None, :]
+    logits = tl.full([BLOCK, HEAD_BLOCK, CHOICES], -INF, tl.float32)
     cells = tl.arange(0, CHOICES * CHOICES)
-    groups = tl.num_programs(1) * 2 * HEADS
+    alive = (flag & DEAD) == 0
     for h in tl.static_range(HEADS):
-        s1, s2 = tl.zeros([CHOICES], tl.float32), tl.zeros([CHOICES], tl.float32)
-        id1, id2 = tl.zeros([CHOICES], tl.int32), tl.zeros([CHOICES], tl.int32)
-        for codebook in tl.static_range(2):
-            g = 2 * h + codebook
-            group = memory * 2 * HEADS + g
-            place = local * 2 * HEADS + g
-            if SCANNED:
-                rank, chosen = best_of_all(scales + place * SUBKEYS, SUBKEYS, K, CHOICES, LISTED)
-            else:
-                rank, chosen = best_proposed(
-                    query + token * (2 * HEADS * HALF) + g * HALF,
-                    keys + (version * groups + group).to(tl.int64) * SUBKEYS * HALF,
-                    proposals + place * TILES * PROPOSED, tl.load(scales + place), alive,
-                    SUBKEYS, HALF, K, IDW, TILES, PROPOSED, LISTED, BITS, ERROR, CHOICES, STEP,
-                )  # fmt: skip
-            at = (here * 2 * HEADS + g) * K + choice
-            tl.store(ids + at, chosen, mask=picked)
-            tl.store(ranks + at, rank, mask=picked)
-            bounded = tl.abs(rank) < INF
-            alive = alive & (tl.min((bounded | (choice >= K)).to(tl.int32), 0) > 0)
-            score = sub_scores(tl.where(bounded, rank, 0.0), EPSILON, IDW)
-            if codebook == 0:
-                s1, id1 = tl.where(picked, score, -INF), chosen
-            else:
-                s2, id2 = tl.where(picked, score, -INF), chosen
-            if WRITES:
-                all_ids = tl.where((half == g)[:, None], chosen[None, :], all_ids)
-                all_scores = tl.where((half == g)[:, None], score[None, :], all_scores)
-        grid = tl.reshape(s1[:, None] + s2[None, :], [CHOICES * CHOICES])
-        sums = tl.full([CHOICES], -INF, tl.float32)
-        pick = tl.zeros([CHOICES], tl.int32)
+        at = ((here * HEADS + h) * 2 * K)[:, None] + choice[None, :]
+        id1, id2 = tl.load(ids + at, mask=known, other=0), tl.load(ids + at + K, mask=known, other=0)
+        r1, r2 = tl.load(ranks + at, mask=known, other=0.0), tl.load(ranks + at + K, mask=known, other=0.0)
+        r1, id1 = in_order(r1, id1, choice, K)
+        r2, id2 = in_order(r2, id2, choice, K)
+        tl.store(ids + at, id1, mask=known)
+        tl.store(ids + at + K, id2, mask=known)
+        tl.store(ranks + at, r1, mask=known)
+        tl.store(ranks + at + K, r2, mask=known)
+        bounded = (tl.abs(r1) < INF) & (tl.abs(r2) < INF)
+        alive = alive & (tl.min(bounded.to(tl.int32), 1) > 0)
+        s1, s2 = sub_scores(r1, EPSILON, IDW), sub_scores(r2, EPSILON, IDW)
+        s1 = tl.where(picked[None, :], tl.where(bounded, s1, 0.0), -INF)
+        s2 = tl.where(picked[None, :], tl.where(bounded, s2, 0.0), -INF)
+        grid = tl.reshape(s1[:, :, None] + s2[:, None, :], [BLOCK, CHOICES * CHOICES])
+        sums = tl.full([BLOCK, CHOICES], -INF, tl.float32)
+        pick = tl.zeros([BLOCK, CHOICES], tl.int32)
         for j in range(K):
-            best, cell = tl.max(grid, 0, return_indices=True)
-            sums = tl.where(choice == j, best, sums)
-            pick = tl.where(choice == j, cell, pick)
-            grid = tl.where(cells == cell, -INF, grid)
-        one = tl.sum(tl.where((pick // CHOICES)[:, None] == choice[None, :], id1[None, :], 0), 1)
-        two = tl.sum(tl.where((pick % CHOICES)[:, None] == choice[None, :], id2[None, :], 0), 1)
+            best, cell = tl.max(grid, 1, return_indices=True)
+            sums = tl.where((choice == j)[None, :], best[:, None], sums)
+            pick = tl.where((choice == j)[None, :], cell[:, None], pick)
+            grid = tl.where(cells[None, :] == cell[:, None], -INF, grid)
+        one = tl.sum(tl.where((pick // CHOICES)[:, :, None] == choice[None, None, :], id1[:, None, :], 0), 2)
+        two = tl.sum(tl.where((pick % CHOICES)[:, :, None] == choice[None, None, :], id2[:, None, :], 0), 2)
         slot = one * SUBKEYS + two
-        all_slots = tl.where((head == h)[:, None], slot[None, :], all_slots)
-        out = here * HEADS * K + h * K + choice
-        tl.store(slots + out, slot, mask=picked)
-        table = (window * memories + memory).to(tl.int64) * SUBKEYS * SUBKEYS
-        tl.store(table_rows + out, (table + slot).to(table_rows.dtype.element_ty), mask=picked)
-        logits = tl.where((head == h)[:, None], (sums / TEMPERATURE)[None, :], logits)
-    valid = (head < HEADS)[:, None] & picked[None, :]
-    bad = tl.max(tl.max((valid & ~(tl.abs(logits) < INF)).to(tl.int32), 1), 0)
+        entry = (here * HEADS * K + h * K)[:, None] + choice[None, :]
+        tl.store(slots + entry, slot, mask=known)
+        tl.store(table_rows + entry, (table + slot).to(table_rows.dtype.element_ty), mask=known)
+        tl.store(out_slots + out[:, None] + h * K + choice[None, :], slot.to(tl.int64), mask=known & shown[:, None])
+        logits = tl.where((head == h)[None, :, None], (sums / TEMPERATURE)[:, None, :], logits)
+    valid = (head < HEADS)[None, :, None] & picked[None, None, :]
+    bad = tl.max(tl.max((valid & ~(tl.abs(logits) < INF)).to(tl.int32), 2), 1)
     alive = alive & (bad == 0)
-    logits = tl.where(valid, tl.where(alive, logits, 0.0), -INF)
-    e = tl.exp(logits - tl.max(tl.max(logits, 1), 0))
-    w = e / tl.sum(tl.sum(e, 1), 0)
-    at = here * HEADS * K + head[:, None] * K + choice[None, :]
-    tl.store(weights + at, w, mask=valid)
+    logits = tl.where(alive[:, None, None] | ~valid, logits, 0.0)
+    e = tl.exp(logits - tl.max(tl.max(logits, 2), 1)[:, None, None])
+    w = e / tl.sum(tl.sum(e, 2), 1)[:, None, None]
+    of_head = head[None, :, None] * K + choice[None, None, :]
+    tl.store(weights + (here * HEADS * K)[:, None, None] + of_head, w, mask=inside[:, None, None] & valid)
+    w = tl.where(alive[:, None, None], w, float("nan"))
+    tl.store(out_weights + out[:, None, None] + of_head, w, mask=shown[:, None, None] & valid)
     flag = tl.where(alive, flag, DEAD)
-    tl.store(flags + token, flag.to(tl.int8))
-    tl.store(kinds + here, flag.to(tl.int8))
-    if start + t >= fresh:
-        out = ((token // room) * length_out + start + t - arrived) * HEADS * K + head[:, None] * K + choice[None, :]
-        tl.store(out_weights + out, tl.where(alive, w, float("nan")), mask=valid)
-        tl.store(out_slots + out, all_slots.to(tl.int64), mask=valid)
+    tl.store(flags + token, flag.to(tl.int8), mask=inside)
+    tl.store(kinds + here, flag.to(tl.int8), mask=inside)
 
     if WRITES:
-        counted = ((flag & LIVE) != 0) & (t < CHUNK)
-        tl.atomic_add(counts + window * memories + memory, counted.to(tl.int32))
-        p = softmax_rows(tl.where(picked[None, :], all_scores, -INF))
-        row = ((window * memories + memory) * 2 * HEADS + half).to(tl.int64)[:, None] * SUBKEYS + all_ids
-        known = counted & (half < 2 * HEADS)[:, None] & picked[None, :]
-        tl.atomic_add(share + row, (p * PROBABILITY_UNIT).to(tl.int64), mask=known)
+        tl.debug_barrier()  # other threads of this program have stored the sorted choices
+        counted = inside & ((flag & LIVE) != 0) & (t < CHUNK)
+        tl.atomic_add(counts + window * memories + memory, tl.sum(counted.to(tl.int32), 0))
+        for half in tl.static_range(2 * HEADS):
+            at = ((here * 2 * HEADS + half) * K)[:, None] + choice[None, :]
+            asked = counted[:, None] & picked[None, :]
+            subkey = tl.load(ids + at, mask=asked, other=0)
+            score = sub_scores(tl.load(ranks + at, mask=asked, other=0.0), EPSILON, IDW)
+            p = softmax_rows(tl.where(picked[None, :], score, -INF))
+            row = ((window * memories + memory) * 2 * HEADS + half).to(tl.int64) * SUBKEYS + subkey
+            tl.atomic_add(share + row, (p * PROBABILITY_UNIT).to(tl.int64), mask=asked)
 
 
 @triton.jit(do_not_specialize=[*VARYING, "fresh", "arrived", "length_out"])
@@ -251,7 +276,7 @@ def read_kernel(
 
 
 @triton.jit(do_not_specialize=["count"])
-def rank_kernel(table_rows, sorted_rows, order, due, count, BLOCK: tl.constexpr):
+def sort_kernel(table_rows, sorted_rows, order, due, count, BLOCK: tl.constexpr):
     """A stable sort of few numbers: the place of each is how many are smaller, or equal and before it."""
     if not_due(due):
         return

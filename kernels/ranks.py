@@ -62,7 +62,7 @@ def best_proposed(
     TILES: tl.constexpr, PROPOSED: tl.constexpr, LISTED: tl.constexpr, BITS: tl.constexpr, ERROR: tl.constexpr,
     CHOICES: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """The k best from what ``select_kernel`` proposed, best first, as (ranks, ids) [CHOICES].
+    """The k best from what ``select_kernel`` proposed, as (ranks, ids) [CHOICES].
 
     Proposals are off by up to ERROR · scale. So if the next one, were it better by that much, could be among the k
     best, the rest of the list is ranked too; and if what is not listed could be, all sub-keys are. The choice has the
@@ -85,8 +85,6 @@ def best_proposed(
     wanted, possible = choice < K, spare != _NOTHING
     chosen = tl.where(wanted, mask - (mine & mask), SUBKEYS + choice)
     rank = exact_ranks(query, keys, chosen, wanted, alive, HALF, IDW, CHOICES, STEP)
-    place = ahead_of(rank, chosen, rank, chosen)
-    rank, chosen = placed(rank, place, choice), placed(chosen, place, choice)
     if PROPOSED > K:
         worst = tl.min(tl.where(wanted, rank, INF), 0)
         # A level is rounded by less than one; the scale is not finite where products are not.

@@ -7,9 +7,10 @@ from torch import Tensor
 
 from fwpkm.config import FwPKMConfig
 from fwpkm.kernels import backward as kernels
-from fwpkm.kernels.call import Kept, KeySums, Plan, Tokens, blocks_of, scale_of
+from fwpkm.kernels.call import Kept, Plan, Tokens, scale_of
 from fwpkm.kernels.launch import Launch
-from fwpkm.kernels.shapes import shapes
+from fwpkm.kernels.shapes import blocks_of, shapes
+from fwpkm.kernels.sums import KeySums, matrix_shape
 
 
 class Gradients(NamedTuple):
@@ -72,16 +73,17 @@ def _through_values(
     d_value = torch.zeros_like(tokens.value)
     d_gate = None if tokens.gate is None else torch.zeros_like(tokens.gate)
     new = plan.room - plan.arrived
-    reads = [
-        Launch(
+    kinds = {w.writes for w in plan.windows}
+    reads = {
+        writes: Launch(
             kernels.read_backward_kernel, kept.slots, kept.weights, kept.kinds, tokens.gate, kept.error, kept.strength,
             kept.heads, kept.steps, latest, kept.rows, kept.values_unclipped, gradients, d_values, d_output, d_weights,
             d_read, d_value, d_gate,
             SLOTS=cfg.num_slots, WIDTH=width, ENTRIES=entries, CHUNK=cfg.chunk_size, LOOKAHEAD=cfg.lookahead,
             SCALE=scale_of(cfg), HAS_GATE=tokens.gate is not None, OUTPUT=d_output is not None, AFTER=after,
             WRITES=writes, **size.read_backward,
-        ) for writes in (False, True)
-    ]  # fmt: skip
+        ) for writes in kinds
+    }  # fmt: skip
     rows = Launch(
         kernels.rows_backward_kernel, kept.sorted_rows, kept.order, kept.weights, kept.steps, latest, gradients,
         d_values, d_read, SLOTS=cfg.num_slots, WIDTH=width, ENTRIES=entries, RATE=cfg.learning_rate,
@@ -98,14 +100,18 @@ def _through_values(
     d_table = None
     if table is not None:
         d_table = torch.zeros(table, device=gradients.device) if d_values is None else d_values.clone()
-        kernels.table_backward_kernel[(len(latest),)](
-            latest, gradients, d_table, WIDTH=width, BLOCK=size.values["BLOCK"], num_warps=4
-        )
+        table_backward = Launch(
+            kernels.table_backward_kernel, latest, gradients, d_table,
+            WIDTH=width, BLOCK=size.values["BLOCK"], num_warps=4,
+        )  # fmt: skip
+        table_backward((len(latest),))
     d_scores = torch.empty_like(kept.ranks)
-    kernels.combine_backward_kernel[(blocks_of(plan.total, size.combine_backward["BLOCK"]),)](
-        kept.ids, kept.slots, kept.weights, kept.kinds, d_weights, d_scores, plan.total,
-        HEADS=cfg.num_heads, SUBKEYS=cfg.num_subkeys, K=cfg.top_k, TEMPERATURE=cfg.temperature, **size.combine_backward,
+    combine_backward = Launch(
+        kernels.combine_backward_kernel, kept.ids, kept.slots, kept.weights, kept.kinds, d_weights, d_scores,
+        HEADS=cfg.num_heads, SUBKEYS=cfg.num_subkeys, K=cfg.top_k, TEMPERATURE=cfg.temperature,
+        **size.combine,
     )  # fmt: skip
+    combine_backward((blocks_of(plan.total, size.combine["BLOCK"]),), plan.total)
     return d_scores, d_table, d_value, d_gate
 
 
@@ -123,9 +129,9 @@ def _through_keys(
     after = both[number % 2]
     after.zero_() if d_keys is None else after.copy_(d_keys.view_as(after))
     longest = rows * max(w.length for w in plan.windows)
-    slopes, ranks = (KeySums(cfg, size, groups, longest, kept.ranks) for _ in range(2))
-    sum_slopes = slopes.of(tokens.query, kept, d_slopes, queries=False)
-    sum_ranks = ranks.of(tokens.query, kept, d_ranks)
+    matrix = kept.ranks.new_zeros(matrix_shape(cfg, memories, longest), dtype=torch.bfloat16)
+    sums = KeySums(cfg, tokens.query, kept.ids, kept.kinds, matrix, longest)
+    sum_slopes, sum_ranks = sums.of(d_slopes, queries=False), sums.of(d_ranks)
     names = {"HEADS": cfg.num_heads, "SUBKEYS": subkeys, "HALF": half, "IDW": cfg.score == "idw"}
     scored = names | {
         "K": cfg.top_k, "EPSILON": cfg.score_eps, "CHUNK": cfg.chunk_size, "RATE": cfg.learning_rate,
@@ -136,19 +142,20 @@ def _through_keys(
         kernels.pull_backward_kernel, tokens.query, kept.keys, both, *chosen, d_pulls, d_slopes,
         **scored, **size.by_token,
     )  # fmt: skip
-    scores = [
-        Launch(
-            kernels.scores_backward_kernel, tokens.query, kept.keys, both, *chosen, d_pulls, slopes.totals, d_scores,
+    kinds = {w.writes for w in plan.windows}
+    scores = {
+        writes: Launch(
+            kernels.scores_backward_kernel, tokens.query, kept.keys, both, *chosen, d_pulls, sums.totals, d_scores,
             d_ranks, d_query, WRITES=writes, ADD=overlap, **scored, **size.by_token,
-        ) for writes in (False, True)
-    ]  # fmt: skip
-    keys = [
-        Launch(
-            kernels.keys_backward_kernel, kept.keys, both, ranks.sums, ranks.totals, kept.moved, kept.pulled,
+        ) for writes in kinds
+    }  # fmt: skip
+    keys = {
+        writes: Launch(
+            kernels.keys_backward_kernel, kept.keys, both, sums.sums, sums.totals, kept.moved, kept.pulled,
             kept.keys_unclipped, RATE=cfg.learning_rate, DECAY=cfg.weight_decay,
             WRITES=writes, **names, **size.keys,
-        ) for writes in (False, True)
-    ]  # fmt: skip
+        ) for writes in kinds
+    }  # fmt: skip
     for i in reversed(range(number)):
         start, length, writes, first, _ = plan.windows[i]
         where = (start, length, first, plan.room, rows)
@@ -156,8 +163,8 @@ def _through_keys(
         pieces = 0
         if writes:
             pull(by_token, i, *where)
-            pieces = slopes.launch(sum_slopes, 0, *where)
+            pieces = sums.launch(sum_slopes, 0, *where)
         scores[writes](by_token, i, pieces, *where)
-        pieces = ranks.launch(sum_ranks, 0, *where)
+        pieces = sums.launch(sum_ranks, 0, *where)
         keys[writes]((subkeys, groups), i, pieces)
     return both[0].unflatten(0, (memories, cfg.num_heads, 2)), d_query

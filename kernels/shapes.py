@@ -15,9 +15,12 @@ class Shapes(NamedTuple):
 
     prepare: dict[str, Any]
     select: dict[str, Any]
+    rank: dict[str, Any]
     combine: dict[str, Any]
-    combine_backward: dict[str, Any]
+    scan: dict[str, Any]
+    pick: dict[str, Any]
     pull: dict[str, Any]
+    spread: dict[str, Any]
     key_sums: dict[str, Any]
     keys: dict[str, Any]
     read: dict[str, Any]
@@ -40,7 +43,8 @@ def shapes(cfg: FwPKMConfig, query: torch.dtype) -> Shapes:
     # A row of sub-scores stays within a warp group's registers: 64 tokens x 256 sub-keys are 128 of a thread's 255.
     columns = max(16, min(256, triton.next_power_of_2(subkeys)))
     tiles = -(-subkeys // columns)
-    proposed = min(subkeys, k + min(2, choices))  # two to spare: more than that are seldom as near as rounding
+    # Ranked in a second step, so at most as many as in the first; more than three are seldom as near as rounding.
+    proposed = min(subkeys, k + min(3, choices))
     proposals = {
         "TILES": tiles,
         "PROPOSED": proposed,
@@ -61,31 +65,32 @@ def shapes(cfg: FwPKMConfig, query: torch.dtype) -> Shapes:
             **proposals,
             **products,
         },
-        combine={
-            # A warp holds 2048 numbers of its token's sub-keys at once: 64 registers, all loads in flight.
-            "STEP": max(8, min(2048 // choices, half_block)),
-            "HEAD_BLOCK": head_block,
+        rank={
+            # A warp holds 1024 numbers of its token's sub-keys at once: 32 registers, all loads in flight.
+            "STEP": max(8, min(1024 // choices, half_block)),
             "CHOICES": choices,
             "LISTED": triton.next_power_of_2(tiles * proposed),
             # What parts and sums leave out, of (|q| + max |K|)² or |q| max |K|, at worst.
-            "ERROR": 2.0**-16 if cfg.score == "idw" else 2.0**-14,
+            "ERROR": (1 if exact else 2) * (2.0**-17 if cfg.score == "idw" else 2.0**-16),
             "num_warps": 1,
             **proposals,
         },
-        combine_backward={
-            "BLOCK": max(1, min(16, 4096 // choices**2)),
+        combine={
+            "BLOCK": max(1, 32 // choices),  # a warp's lanes
             "HEAD_BLOCK": head_block,
             "CHOICES": choices,
-            "num_warps": 4,
+            "num_warps": 1,
         },
+        scan={"CHOICES": 16, "STEP": max(8, min(128, half_block)), "num_warps": 1},
+        pick={"CHOICES": choices, "LISTED": triton.next_power_of_2(subkeys), "num_warps": 1},
         pull={"BLOCK": 32, "CHOICES": choices, "num_warps": 4},
+        spread={"BLOCK": 128, "num_warps": 4},
         key_sums={
             "TILE": 64,  # the fewest rows that a warp group multiplies at once
             "BLOCK": 64,
-            "COLUMNS": max(16, min(256, half_block)),
-            "PIECE": 256,  # short, so that two programs share a multiprocessor and hide each other's loads
+            "COLUMNS": max(16, min(128, half_block)),  # of 256 the sums would spill
             "num_warps": 4,
-            "num_stages": 2,
+            "num_stages": 3,
             **products,
         },
         keys={"BLOCK": half_block, "num_warps": 1},
@@ -99,3 +104,8 @@ def shapes(cfg: FwPKMConfig, query: torch.dtype) -> Shapes:
             "num_warps": 1,
         },
     )
+
+
+def blocks_of(number: int, block: int) -> int:
+    """How many blocks cover a number."""
+    return -(-number // block)

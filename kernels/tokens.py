@@ -35,18 +35,12 @@ def token_of(r, memory, start, length, room, rows):
 
 
 @triton.jit
-def prepare_kernel(
-    query, value, gate, mask, pair, flags, due,
+def flag_of(
+    query, value, gate, mask, pair, token,
     QUERY: tl.constexpr, VALUE: tl.constexpr, QUERY_BLOCK: tl.constexpr, VALUE_BLOCK: tl.constexpr,
     HAS_GATE: tl.constexpr, HAS_MASK: tl.constexpr, HAS_PAIR: tl.constexpr, SHIFTED: tl.constexpr,
 ):  # fmt: skip
-    """The flag of each token (§5): it is dead where its query, value or gate is not finite.
-
-    SHIFTED values are targets already (``chunk_update``): one that is not finite makes no pair, and kills nothing.
-    """
-    if not_due(due):
-        return
-    token = tl.program_id(0).to(tl.int64)
+    """The flag of a token (§5): it is dead where its query, value or gate is not finite."""
     columns = tl.arange(0, QUERY_BLOCK)
     x = tl.load(query + token * QUERY + columns, mask=columns < QUERY, other=0.0).to(tl.float32)
     alive = tl.min((tl.abs(x) < INF).to(tl.int32), 0)
@@ -62,5 +56,33 @@ def prepare_kernel(
         live = live * tl.load(mask + token).to(tl.int32)
     if HAS_PAIR:
         target = target * tl.load(pair + token).to(tl.int32)
-    flag = live * (LIVE + TARGET * target) + (1 - alive) * DEAD
+    return live * (LIVE + TARGET * target) + (1 - alive) * DEAD
+
+
+@triton.jit
+def prepare_kernel(
+    query, value, gate, mask, pair, flags, due,
+    QUERY: tl.constexpr, VALUE: tl.constexpr, QUERY_BLOCK: tl.constexpr, VALUE_BLOCK: tl.constexpr,
+    HAS_GATE: tl.constexpr, HAS_MASK: tl.constexpr, HAS_PAIR: tl.constexpr, SHIFTED: tl.constexpr,
+):  # fmt: skip
+    """The flag of each token.
+
+    SHIFTED values are targets already (``chunk_update``): one that is not finite makes no pair, and kills nothing.
+    """
+    if not_due(due):
+        return
+    token = tl.program_id(0).to(tl.int64)
+    flag = flag_of(
+        query, value, gate, mask, pair, token,
+        QUERY, VALUE, QUERY_BLOCK, VALUE_BLOCK, HAS_GATE, HAS_MASK, HAS_PAIR, SHIFTED,
+    )  # fmt: skip
     tl.store(flags + token, flag.to(tl.int8))
+
+
+@triton.jit(do_not_specialize=["count"])
+def zero_kernel(buffer, due, count, BLOCK: tl.constexpr):
+    """Zeros in an int32 buffer."""
+    if not_due(due):
+        return
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(buffer + at, tl.zeros([BLOCK], tl.int32), mask=at < count)
