@@ -4,61 +4,19 @@ The keys do not depend on the values. So the windows are addressed one after the
 all windows are then sorted by table row at once; and the windows read and write the values one after the other.
 """
 
-import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fwpkm import schedule
 from fwpkm.config import FwPKMConfig
 from fwpkm.kernels import chunk_update, lookup, parts
 from fwpkm.kernels.launch import Launch
+from fwpkm.kernels.room import Kept, Scratch, room_for
 from fwpkm.kernels.shapes import blocks_of, shapes
-from fwpkm.kernels.sums import KeySums, matrix_shape
-from fwpkm.kernels.tokens import prepare_kernel, zero_kernel
-
-
-class Window(NamedTuple):
-    """Tokens [start, start + length) of the stream; whether the chunk at their beginning is written after them."""
-
-    start: int
-    length: int
-    writes: bool
-    first: int
-    """Tokens of all sequences in the windows before."""
-    fresh: int
-    """Where in the stream the tokens begin that no window before has read."""
-
-
-class Plan(NamedTuple):
-    """What a call reads and writes."""
-
-    windows: list[Window]
-    arrived: int
-    """Tokens of the stream that were pending: their reads have been output before."""
-    room: int
-    """n, tokens of the stream: pending ones, then new ones."""
-    left: int
-    """Where in the stream the tokens begin that no write has consumed."""
-    total: int
-    """Tokens of all windows, of all sequences."""
-
-
-def plan(cfg: FwPKMConfig, position: int, length: int, batch: int, update: bool) -> Plan:
-    """The windows of a call of ``length`` tokens at ``position``."""
-    if not update:
-        return Plan([Window(0, length, False, 0, 0)], 0, length, 0, batch * length)
-    arrived = schedule.pending(cfg, position)
-    windows, start, first = [], 0, 0
-    fresh = arrived
-    for begin, end, writes in schedule.segments(cfg, position, length):
-        begin, end = begin + arrived, end + arrived
-        begin = start if writes else begin  # a write reads its whole chunk again; else what is pending stays unread
-        windows.append(Window(begin, end - begin, writes, first, fresh))
-        first, fresh = first + batch * (end - begin), end
-        start += cfg.chunk_size * writes
-    return Plan(windows, arrived, fresh, start, first)
+from fwpkm.kernels.sums import KeySums
+from fwpkm.kernels.tokens import prepare_kernel
+from fwpkm.kernels.windows import Bounds, Plan, least
 
 
 class Tokens(NamedTuple):
@@ -74,51 +32,6 @@ class Tokens(NamedTuple):
     """``[B, n]`` bool"""
     pair: Tensor | None = None
     """``[B, n]`` bool: values are targets already, and these may be bound (``chunk_update``)."""
-
-
-class Kept(NamedTuple):
-    """What a call computed, by window: token w of all windows, entry e = w·H·k + j, group g of [M, H, 2]."""
-
-    flags: Tensor
-    """``[B, n]`` int8"""
-    kinds: Tensor
-    """``[w]`` int8: the flags as the window found them."""
-    keys: Tensor
-    """``[windows + 1, g, S, Dk/2]``: before each window, and after the last."""
-    ids: Tensor
-    """``[w, H, 2, k]`` sub-keys, best first."""
-    ranks: Tensor
-    """``[w, H, 2, k]``: -‖q - K‖², or q·K."""
-    share: Tensor
-    """``[windows, g, S]`` int64: Σ p over the chunk."""
-    counts: Tensor
-    """``[windows, M]``: n."""
-    active: Tensor
-    """``[windows, M]``: whether any token has a pair."""
-    moved: Tensor
-    """``[windows, g, S]`` int8: whether the sub-key moved."""
-    pulled: Tensor
-    """``[windows, g, S]``: Σ c."""
-    keys_unclipped: Tensor
-    slots: Tensor
-    """``[w, H*k]``"""
-    weights: Tensor
-    """``[w, H*k]``"""
-    strength: Tensor
-    """``[w]``: κ g of the tokens that have a pair, else 0."""
-    error: Tensor
-    """``[w, Dv]``: v̂ - u of those, else 0."""
-    order: Tensor
-    """``[w*H*k]``: the entries by window, table row and token."""
-    sorted_rows: Tensor
-    """``[w*H*k]``: their table rows, those of the next window's tables behind those of this one's."""
-    heads: Tensor
-    """``[w*H*k]``: where each entry's segment begins in that order."""
-    steps: Tensor
-    """by segment: η/N of a row that moved, else 0."""
-    rows: Tensor
-    """by segment: the table row before the write, ``[Dv]``."""
-    values_unclipped: Tensor
 
 
 class Result(NamedTuple):
@@ -139,8 +52,9 @@ class Result(NamedTuple):
 
 
 def forward(
-    cfg: FwPKMConfig, plan: Plan, keys: Tensor, values: Tensor, tokens: Tokens, save: bool, due: Tensor | None = None
-) -> Result:
+    cfg: FwPKMConfig, plan: Plan, keys: Tensor, values: Tensor, tokens: Tokens, save: bool, due: Tensor | None = None,
+    most: Bounds | None = None,
+) -> Result:  # fmt: skip
     """Read and write all windows; ``values`` [M, N, Dv] is overwritten, ``keys`` is not.
 
     Args:
@@ -150,13 +64,15 @@ def forward(
         values: ``[M, N, Dv]`` float32, contiguous.
         tokens: the stream.
         save: keep what ``backward`` needs.
-        due: None, or an int32 on the GPU: where it is 0, nothing is done and the result means nothing.
+        due: None, or an int32 on the GPU: where it is 0, nothing is done and the result means nothing. A write goes into
+            ``keys`` too.
+        most: what to make room for, so that the shapes of what is kept do not depend on the position.
     """
     batch, entries, fresh_length = tokens.query.shape[0], cfg.slots_per_token, plan.room - plan.arrived
-    kept, largest, matrix = _room_for(cfg, plan, keys, batch, save, due)
+    kept, scratch = room_for(cfg, plan, most or least(plan, batch), keys, batch, save, due)
     slots = kept.slots.new_empty(batch, fresh_length, entries, dtype=torch.int64)
     weights = kept.weights.new_empty(batch, fresh_length, entries)
-    last, addressing = _address(cfg, plan, keys, tokens, kept, largest, matrix, slots, weights, save, due)
+    last, addressing = _address(cfg, plan, keys, tokens, kept, scratch, slots, weights, save, due)
     kept = kept._replace(**dict(zip(("sorted_rows", "order"), sort(kept.sorted_rows, due))))
     output, squared = _read_and_write(cfg, plan, values, tokens, kept, save, due)
     memories = keys.shape[0]
@@ -170,58 +86,9 @@ def forward(
     return Result(output, slots, weights, last.clone() if save else last, memorization, addressing, kept)
 
 
-def _room_for(
-    cfg: FwPKMConfig, plan: Plan, keys: Tensor, batch: int, save: bool, due: Tensor | None
-) -> tuple[Kept, Tensor, Tensor]:
-    """Memory for all that a call computes by window; with ``due`` the keys are written where they stand.
-
-    And zeros: for the largest ‖K‖² before each window [windows + 1, g], as the integer that has its bits; and for the
-    matrix of ``KeySums``.
-    """
-    memories, entries, number, total = keys.shape[0], cfg.slots_per_token, len(plan.windows), plan.total
-    groups, half, subkeys = memories * cfg.num_heads * 2, cfg.key_dim // 2, cfg.num_subkeys
-
-    def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=keys.device)
-
-    def saved(*shape: int, dtype: torch.dtype = torch.float32, also: bool = True) -> Tensor | None:
-        return new(*shape, dtype=dtype) if save and also else None
-
-    int8, int32, clips = torch.int8, torch.int32, cfg.grad_clip is not None
-    share, matrix, counts, active, largest = zeros(
-        keys.device, due,
-        ((number, groups, subkeys), torch.int64),
-        (matrix_shape(cfg, memories, batch // memories * max(w.length for w in plan.windows)), torch.bfloat16),
-        ((number, memories), int32), ((number, memories), int32), ((number + 1, groups), int32),
-    )  # fmt: skip
-    wide = number * memories * cfg.num_slots > 2**31 - 1
-    table_rows = new(total * entries, dtype=torch.int64 if wide else int32)
-    kept = Kept(
-        flags=new(batch, plan.room, dtype=int8),
-        kinds=new(total, dtype=int8),
-        keys=new(number + 1 if save else 1, groups, subkeys, half) if due is None else keys.view(1, groups, subkeys, half),
-        ids=new(total, cfg.num_heads, 2, cfg.top_k, dtype=int32),
-        ranks=new(total, cfg.num_heads, 2, cfg.top_k),
-        share=share, counts=counts, active=active,
-        moved=saved(number, groups, subkeys, dtype=int8),
-        pulled=saved(number, groups, subkeys),
-        keys_unclipped=saved(number, groups, subkeys, half, dtype=int8, also=clips),
-        slots=new(total, entries, dtype=int32),
-        weights=new(total, entries),
-        strength=new(total),
-        error=new(total, cfg.value_dim),
-        order=table_rows, sorted_rows=table_rows,
-        heads=saved(total * entries, dtype=int32),
-        steps=saved(total * entries),
-        rows=saved(total * entries, cfg.value_dim),
-        values_unclipped=saved(total * entries, cfg.value_dim, dtype=int8, also=clips),
-    )  # fmt: skip
-    return kept, largest, matrix
-
-
 def _address(
-    cfg: FwPKMConfig, plan: Plan, keys: Tensor, tokens: Tokens, kept: Kept, largest: Tensor, matrix: Tensor,
-    slots: Tensor, weights: Tensor, save: bool, due: Tensor | None,
+    cfg: FwPKMConfig, plan: Plan, keys: Tensor, tokens: Tokens, kept: Kept, scratch: Scratch, slots: Tensor,
+    weights: Tensor, save: bool, due: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """What each token picks, moving the keys; returns the last keys and the terms of the addressing loss."""
     size = shapes(cfg, tokens.query.dtype)
@@ -238,20 +105,20 @@ def _address(
     listed = size.select["TILES"] * size.select["PROPOSED"]
     proposals = new(memories * longest, cfg.num_heads, 2, listed, dtype=torch.int32)
     scales, pulls = new(memories * longest, cfg.num_heads, 2), new(memories * longest, cfg.num_heads, 2, cfg.top_k)
-    sums = KeySums(cfg, tokens.query, kept.ids, kept.kinds, matrix, longest, due)
+    sums = KeySums(cfg, tokens.query, kept.ids, kept.kinds, scratch.matrix, longest, due)
     Launch(
         prepare_kernel, *tokens, kept.flags, due, QUERY=cfg.num_heads * cfg.key_dim, VALUE=cfg.value_dim,
         HAS_GATE=tokens.gate is not None, HAS_MASK=tokens.mask is not None, HAS_PAIR=tokens.pair is not None,
         SHIFTED=tokens.pair is not None, **size.prepare,
-    )((kept.flags.numel(),))  # fmt: skip
+    )((batch * plan.room,))  # fmt: skip
     Launch(
-        parts.begin_kernel, keys, kept.keys, norms, largest, halves, due,
+        parts.begin_kernel, keys, kept.keys, norms, scratch.largest, halves, due,
         SUBKEYS=subkeys, HALF=half, BLOCK=size.keys["BLOCK"], num_warps=1,
     )((subkeys, groups))  # fmt: skip
     names = {"HEADS": cfg.num_heads, "SUBKEYS": subkeys}
     scored = names | {"K": cfg.top_k, "IDW": idw, "EPSILON": cfg.score_eps, "CHUNK": cfg.chunk_size}
     select = Launch(
-        lookup.select_kernel, tokens.query, kept.flags, norms, largest, halves, proposals, scales, due,
+        lookup.select_kernel, tokens.query, kept.flags, norms, scratch.largest, halves, proposals, scales, due,
         HALF=half, IDW=idw, **names, **size.select,
     )  # fmt: skip
     rank = Launch(
@@ -271,7 +138,7 @@ def _address(
     )  # fmt: skip
     key_sums = sums.of(pulls)
     step_keys = Launch(
-        chunk_update.keys_kernel, kept.keys, norms, largest, halves, sums.sums, sums.totals, kept.share, kept.counts,
+        chunk_update.keys_kernel, kept.keys, norms, scratch.largest, halves, sums.sums, sums.totals, kept.share, kept.counts,
         kept.active, addressing, kept.moved, kept.pulled, kept.keys_unclipped, due,
         HALF=half, IDW=idw, SAVE=save, RATE=cfg.learning_rate, DECAY=cfg.weight_decay, CLIP=cfg.grad_clip,
         **names, **size.keys,
@@ -326,19 +193,6 @@ def _read_and_write(
         if writes or save:
             steps[writes]((batch * length * entries,), i, memories, length, first, plan.total)
     return output, squared
-
-
-def zeros(device: torch.device, due: Tensor | None, *parts: tuple[tuple[int, ...], torch.dtype]) -> list[Tensor]:
-    """Zeros of these shapes and dtypes, at the price of one launch."""
-    sizes = [blocks_of(math.prod(shape) * dtype.itemsize, 16) * 16 for shape, dtype in parts]
-    buffer = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
-    if due is None:
-        buffer.zero_()
-    else:
-        number = len(buffer) // 4
-        Launch(zero_kernel, buffer.view(torch.int32), due, BLOCK=1024, num_warps=4)((blocks_of(number, 1024),), number)
-    taken = [x[: math.prod(shape) * dtype.itemsize] for x, (shape, dtype) in zip(buffer.split(sizes), parts)]
-    return [x.view(dtype).view(shape) for x, (shape, dtype) in zip(taken, parts)]
 
 
 def scale_of(cfg: FwPKMConfig) -> float:

@@ -16,6 +16,7 @@ from fwpkm.kernels.launch import Launch
 from fwpkm.kernels.ranks import best_of_all, exact_ranks
 from fwpkm.kernels.shapes import blocks_of, shapes
 from fwpkm.kernels.tokens import DEAD, LIVE, flag_of, not_due
+from fwpkm.kernels.windows import Plan, Window
 
 
 @triton.jit
@@ -174,7 +175,7 @@ def decode(
     stream += [new(batch, room), new(batch, room, dtype=torch.bool)]
     places = {"ROOM": room, "PENDING": capacity}
     Launch(stage_kernel, *pending, query, value, gate, mask, *stream, due, **places, **given, **widths)((batch, room))
-    whole = call.Plan([call.Window(0, room, True, 0, room)], room, room, room, batch * room)
+    whole = Plan([Window(0, room, True, 0, room)], room, room, room, batch * room)
     written = call.forward(cfg, whole, keys, values, call.Tokens(*stream), save=False, due=due)
     Launch(
         settle_kernel, *pending, query, value, gate, flags, *stream[:3], written.kept.flags, due,

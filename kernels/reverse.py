@@ -7,10 +7,12 @@ from torch import Tensor
 
 from fwpkm.config import FwPKMConfig
 from fwpkm.kernels import backward as kernels
-from fwpkm.kernels.call import Kept, Plan, Tokens, scale_of
+from fwpkm.kernels.call import Tokens, scale_of
 from fwpkm.kernels.launch import Launch
+from fwpkm.kernels.room import Kept
 from fwpkm.kernels.shapes import blocks_of, shapes
 from fwpkm.kernels.sums import KeySums, matrix_shape
+from fwpkm.kernels.windows import Plan
 
 
 class Gradients(NamedTuple):

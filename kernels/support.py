@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import sys
 
 import torch
 from torch import Tensor
@@ -20,10 +21,11 @@ def why_unsupported(cfg: FwPKMConfig, memory: Memory, query: Tensor) -> str | No
         memory: the tables.
         query: ``[B, T, H*Dk]``.
     """
-    return _why_config(cfg) or _why_tensors(memory, query) or _why_here(query)
+    return why_unsupported_config(cfg) or why_unsupported_tensors(memory, query) or _why_here(query)
 
 
-def _why_config(cfg: FwPKMConfig) -> str | None:
+def why_unsupported_config(cfg: FwPKMConfig) -> str | None:
+    """The reason that lies in the configuration; can be traced."""
     bounds = {"num_heads": 4, "top_k": 32, "num_subkeys": 2048, "key_dim": 1024, "value_dim": 1024}
     for field, most in bounds.items():
         if getattr(cfg, field) > most:
@@ -34,7 +36,8 @@ def _why_config(cfg: FwPKMConfig) -> str | None:
     return None
 
 
-def _why_tensors(memory: Memory, query: Tensor) -> str | None:
+def why_unsupported_tensors(memory: Memory, query: Tensor) -> str | None:
+    """The reason that lies in dtypes; can be traced."""
     if query.dtype not in _HALVES:
         return f"query must be float32, bfloat16 or float16. Received: {query.dtype}"
     if any(table.dtype not in _HALVES for table in memory):
@@ -43,8 +46,11 @@ def _why_tensors(memory: Memory, query: Tensor) -> str | None:
 
 
 def _why_here(query: Tensor) -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed: pip install 'fwpkm[triton]'"
+    if "triton" not in sys.modules:
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed: pip install 'fwpkm[triton]'"
+        if "tensorflow" in sys.modules:  # whose LLVM its library would bind to, and crash
+            return "triton must be imported before tensorflow in a process that uses both"
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         return None  # the interpreter runs kernels on tensors of any device
     if query.device.type != "cuda":

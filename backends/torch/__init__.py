@@ -5,6 +5,7 @@ from fwpkm.backends.torch.ops import (
     apply,
     asarray,
     chunk_update,
+    decode,
     detach,
     device_name,
     flush,
@@ -12,6 +13,7 @@ from fwpkm.backends.torch.ops import (
     init_state,
     lookup,
     reset,
+    start_decoding,
     to_numpy,
     vjp,
 )
@@ -21,6 +23,7 @@ __all__ = [
     "apply",
     "asarray",
     "chunk_update",
+    "decode",
     "detach",
     "device_name",
     "flush",
@@ -28,6 +31,7 @@ __all__ = [
     "init_state",
     "lookup",
     "reset",
+    "start_decoding",
     "to_numpy",
     "vjp",
 ]

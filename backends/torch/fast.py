@@ -3,6 +3,7 @@
 Nothing here waits for the GPU: the schedule follows from ``position``, which lives on the CPU.
 """
 
+import contextlib
 import dataclasses
 from typing import Any
 
@@ -15,6 +16,8 @@ from fwpkm.backends.torch.tokens import Tokens
 from fwpkm.config import FwPKMConfig
 from fwpkm.containers import Lookup, Losses, Memory, State, Trace
 
+DEAD = 2
+"""The kernels' flag of a token that is not finite; importing theirs would import triton."""
 _EVERY_TOKEN = 2**30  # a chunk size that no call reaches
 
 
@@ -36,8 +39,38 @@ def serves(implementation: str | None, cfg: FwPKMConfig, memory: Memory, query: 
     return reason is None
 
 
+def serves_traced(implementation: str | None, cfg: FwPKMConfig, memory: Memory, query: Tensor) -> bool:
+    """The same for what torch.compile traces, whose device is taken to be one that the kernels know."""
+    if implementation == "eager" or (implementation is None and query.device.type != "cuda") or not query.shape[1]:
+        return False
+    from fwpkm.kernels import support
+
+    return support.why_unsupported_config(cfg) is None and support.why_unsupported_tensors(memory, query) is None
+
+
+def on_device_of(x: Tensor) -> contextlib.AbstractContextManager:
+    """Kernels are launched on the current device."""
+    return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()
+
+
+def stream_of(pending: Tokens, arrived: int, given: Tokens) -> Tokens:
+    """The tokens that are pending, then those of the call; gate and mask may be None where nothing is pending."""
+    if not arrived:
+        return given
+    return pending.slice(0, arrived).join(Tokens.of(pending.query.dtype, *given))
+
+
+def left_of(stream: Tokens, left: int, flags: Tensor) -> Tokens:
+    """What no write has consumed: from token ``left`` on, the dead ones ``flags`` [B·n] blanked."""
+    shape = stream.query.shape[:2]
+    waiting = Tokens.of(torch.float32, *(x if x is None else x[:, left:] for x in stream))
+    if not waiting.length:
+        return waiting
+    return waiting.without((flags[: shape.numel()].view(shape)[:, left:] & DEAD) != 0)
+
+
 def apply(
-    cfg: FwPKMConfig, state: State, position: int, tokens: Tokens, given: tuple, update: bool, owned: bool
+    cfg: FwPKMConfig, state: State, position: int, given: Tokens, update: bool, owned: bool
 ) -> tuple[Tensor, Memory, Tokens, Trace]:
     """Read T tokens and write every chunk that they complete.
 
@@ -45,44 +78,40 @@ def apply(
         cfg: the configuration.
         state: where the sequence stands.
         position: of the state.
-        tokens: the call's, in the tables' dtype where something was pending.
-        given: query, value, gate and mask as the caller gave them.
+        given: query, value, gate and mask as the caller gave them; the last two may be None.
         update: False only reads.
         owned: the value table may be overwritten.
 
     Returns:
         output, tables, the tokens that no write has consumed, and the trace.
     """
-    from fwpkm.kernels import call
+    from fwpkm.kernels import call, windows
 
-    batch, length = tokens.mask.shape
-    plan = call.plan(cfg, position, length, batch, update)
-    stream = call.Tokens(*given)
-    if plan.arrived:
-        waiting = Tokens(*state[1:5]).slice(0, plan.arrived).join(tokens)
-        stream = call.Tokens(waiting.query, waiting.value, waiting.gate, waiting.mask)
-    output, memory, flags, trace = _run(cfg, plan, state.memory, stream, owned, schedule.max_writes(cfg, length))
-    whole = Tokens.of(memory.keys.dtype, *stream[:4])
-    left = whole.slice(plan.left, None).without((flags[:, plan.left :] & 2) != 0)
-    return output, memory, left, trace
+    batch, length = given.query.shape[:2]
+    plan = windows.plan(cfg, position, length, batch, update)
+    stream = stream_of(Tokens(*state[1:5]), plan.arrived, given)
+    output, memory, flags, trace = _run(
+        cfg, plan, state.memory, call.Tokens(*stream), owned, schedule.max_writes(cfg, length)
+    )
+    return output, memory, left_of(stream, plan.left, flags), trace
 
 
 def flush(cfg: FwPKMConfig, memory: Memory, waiting: Tokens, owned: bool) -> tuple[Memory, Trace]:
     """Write the tokens that wait."""
-    from fwpkm.kernels import call
+    from fwpkm.kernels import call, windows
 
     batch, length = waiting.mask.shape
-    plan = call.Plan([call.Window(0, length, True, 0, length)], length, length, length, batch * length)
+    plan = windows.Plan([windows.Window(0, length, True, 0, length)], length, length, length, batch * length)
     _, memory, _, trace = _run(cfg, plan, memory, call.Tokens(*waiting), owned, columns=1)
     return memory, trace
 
 
 def lookup(cfg: FwPKMConfig, memory: Memory, query: Tensor) -> Lookup:
     """Read the tables."""
-    from fwpkm.kernels import call
+    from fwpkm.kernels import call, windows
 
     nothing = query.new_zeros(*query.shape[:2], cfg.value_dim)
-    plan = call.plan(cfg, 0, query.shape[1], query.shape[0], update=False)
+    plan = windows.plan(cfg, 0, query.shape[1], query.shape[0], update=False)
     weights: list[Tensor] = []
     output, _, _, trace = _run(cfg, plan, memory, call.Tokens(query, nothing, None, None), False, 0, weights)
     return Lookup(output, trace.slots, weights[0])
@@ -98,11 +127,11 @@ def chunk_update(
     pair: Tensor | None,
 ) -> tuple[Memory, Losses]:
     """Write one chunk whose targets are already shifted."""
-    from fwpkm.kernels import call
+    from fwpkm.kernels import call, windows
 
     cfg = dataclasses.replace(cfg, lookahead=0, chunk_size=_EVERY_TOKEN)
     batch, length = query.shape[:2]
-    plan = call.Plan([call.Window(0, length, True, 0, length)], length, length, length, batch * length)
+    plan = windows.Plan([windows.Window(0, length, True, 0, length)], length, length, length, batch * length)
     pair = query.new_ones(batch, length, dtype=torch.bool) if pair is None else pair
     _, memory, _, trace = _run(cfg, plan, memory, call.Tokens(query, target, gate, mask, pair), False, columns=1)
     return memory, Losses(trace.memorization[:, 0], trace.addressing[:, 0])
@@ -150,7 +179,8 @@ class _Call(torch.autograd.Function):
         else:
             values = values.contiguous()
         tokens, save = call.Tokens(query, value, gate, mask, pair), any(ctx.needs_input_grad)
-        result = call.forward(cfg, plan, keys.contiguous(), values, tokens, save)
+        with on_device_of(query):
+            result = call.forward(cfg, plan, keys.contiguous(), values, tokens, save)
         kept = result.kept
         if save:
             ctx.save_for_backward(query, value, gate, mask, pair, *kept)
@@ -167,12 +197,13 @@ class _Call(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, d_output, d_keys, d_values, _slots, d_weights, *_):
         from fwpkm.kernels import call, reverse
+        from fwpkm.kernels.room import Kept
 
         none = (None,) * 10
         if d_output is None and d_keys is None and d_values is None and d_weights is None:
             return none
         query, value, gate, mask, pair, *saved = ctx.saved_tensors
-        kept = call.Kept(*saved)
+        kept = Kept(*saved)
         plan, batch = ctx.plan, query.shape[0]
         if d_weights is not None:
             d_weights = _of_news(plan, batch, d_weights, plan.total)
@@ -181,7 +212,8 @@ class _Call(torch.autograd.Function):
         )
         tokens = call.Tokens(query, value, gate, mask, pair)
         table = ctx.shape if ctx.needs_input_grad[4] else None
-        gradients = reverse.backward(ctx.cfg, plan, tokens, kept, d_output, d_keys, d_values, table, d_weights)
+        with on_device_of(query):
+            gradients = reverse.backward(ctx.cfg, plan, tokens, kept, d_output, d_keys, d_values, table, d_weights)
         return (
             None, None, None, gradients.keys, gradients.values, gradients.query.to(query.dtype), gradients.value,
             gradients.gate, None, None,

@@ -150,6 +150,38 @@ class FwPKM(nn.Module):
         Raises:
             ValueError: an argument does not fit; names it, what was expected and what was received.
         """
+        x, mask, dead, query, value, gate = self._project(x, mask)
+        # A fresh state is this call's own, so its table is written in place: one copy of the initial memory in all.
+        fresh = state is None
+        if state is None:
+            state = ops.fresh_state(self.config, self.memory(), query)
+        owned = fresh and not state.memory.values.requires_grad
+        read, state, _ = ops.apply(self.config, state, query, value, gate, mask, update, inplace=owned)
+        return self._output(read, value, gate, dead, x.dtype), state
+
+    @torch.no_grad()
+    def decode(self, x: Tensor, state: State, mask: Tensor | None = None) -> Tensor:
+        """Read one token of each sequence, overwriting ``state``; on a GPU a CUDA graph can hold a step. No gradient.
+
+        Args:
+            x: ``[B, 1, hidden_size]``.
+            state: of ``fwpkm.backends.torch.start_decoding``.
+            mask: ``[B, 1]`` bool, or None for True.
+
+        Returns:
+            y ``[B, 1, hidden_size]``.
+
+        Raises:
+            ValueError: an argument does not fit; names it, what was expected and what was received.
+        """
+        x, mask, dead, query, value, gate = self._project(x, mask)
+        read = ops.decode(self.config, state, query, value, gate, mask)
+        return self._output(read, value, gate, dead, x.dtype)
+
+    def _project(
+        self, x: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor | None]:
+        """x and mask without what is not finite; which tokens are not; and query, value and gate."""
         validation.check_array("x", x, [("B", None), ("T", None), ("hidden_size", self.hidden_size)], "float", Tensor)
         # Under autocast x may be narrower than the norms' weights, which the fused kernel refuses.
         x = x.to(self.query_norm.weight.dtype)
@@ -163,26 +195,16 @@ class FwPKM(nn.Module):
         if self.value_normalization == "zscore":
             value = zscore(value)
         gate = self.gate_proj(self.gate_norm(x)).squeeze(-1).sigmoid() if self.gated else None
-        # A fresh state is this call's own, so its table is written in place: one copy of the initial memory in all.
-        fresh = state is None
-        if state is None:
-            state = self.init_state(x.shape[0])
-        read, state, _ = ops.apply(
-            self.config,
-            state,
-            query,
-            value,
-            gate,
-            mask,
-            update,
-            inplace=fresh and not state.memory.values.requires_grad,
-        )
+        return x, mask, dead, query, value, gate
+
+    def _output(self, read: Tensor, value: Tensor, gate: Tensor | None, dead: Tensor, dtype: torch.dtype) -> Tensor:
+        """y from v̂: the mixture with the values, normalised and projected; NaN for dead tokens."""
         dead = dead | ~finite_rows(read.flatten(0, 1)).view(dead.shape)
         if some(dead):
             read, value = (z.masked_fill(dead[..., None], 0) for z in (read, value))
         mixed = read + value if gate is None else gate[..., None] * read + (1 - gate[..., None]) * value
-        y = self.output_proj(self.output_norm(mixed.to(x.dtype)))
-        return (y.masked_fill(dead[..., None], torch.nan) if some(dead) else y), state
+        y = self.output_proj(self.output_norm(mixed.to(dtype)))
+        return y.masked_fill(dead[..., None], torch.nan) if some(dead) else y
 
     def init_state(self, batch_size: int) -> State:
         """The state that a call without one starts from: the initial memory for each row, at position 0."""

@@ -11,7 +11,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from fwpkm import schedule, validation
-from fwpkm.backends.torch import fast
+from fwpkm.backends.torch import fast, operators
 from fwpkm.backends.torch.stream import Visit, settle, visit, visit_and_write, visit_chunk
 from fwpkm.backends.torch.tokens import Tokens, some
 from fwpkm.config import FwPKMConfig
@@ -65,7 +65,17 @@ def init_state(cfg: FwPKMConfig, memory: Memory, batch_size: int) -> State:
     return _state(cfg, Memory(*tables), _no_tokens(cfg, memory.keys, batch_size), _position(batch_size, 0))
 
 
-@_outside_graphs
+def fresh_state(cfg: FwPKMConfig, memory: Memory, query: Tensor) -> State:
+    """What a layer's call without a state begins with: one copy of the initial tables, the call's own.
+
+    Compiled, the operator makes that copy.
+    """
+    batch = query.shape[0]
+    if torch.compiler.is_compiling() and fast.serves_traced(None, cfg, memory, query):
+        return _state(cfg, memory, _no_tokens(cfg, memory.keys, batch), _position(batch, 0))
+    return init_state(cfg, memory, batch)
+
+
 def apply(
     cfg: FwPKMConfig,
     state: State,
@@ -88,9 +98,9 @@ def apply(
         gate: ``[B, T]`` in [0, 1], or None for 1.
         mask: ``[B, T]`` bool, False for tokens that never write, or None for True.
         update: False only reads: no write, nothing pending, position unchanged.
-        inplace: the state's value table may be overwritten, which saves one copy of it.
+        inplace: the state's value table may be overwritten, which saves one copy of it. Compiled, it never is.
         implementation: None for the fastest that can serve the call, "triton" for the kernels (kernels/), "eager" for
-            plain PyTorch.
+            plain PyTorch. torch.compile keeps a call that the kernels serve in its graph.
 
     Returns:
         output ``[B, T, Dv]`` in the query's dtype, the next state, and the trace.
@@ -99,21 +109,38 @@ def apply(
         ValueError: an argument does not fit; names it, what was expected and what was received.
         RuntimeError: ``inplace`` on a table that autograd still needs.
     """
+    if torch.compiler.is_compiling() and fast.serves_traced(implementation, cfg, state.memory, query):
+        return operators.apply(cfg, state, query, value, gate, mask, update)
+    return _apply(cfg, state, query, value, gate, mask, update, inplace, implementation)
+
+
+@_outside_graphs
+def _apply(
+    cfg: FwPKMConfig,
+    state: State,
+    query: Tensor,
+    value: Tensor,
+    gate: Tensor | None,
+    mask: Tensor | None,
+    update: bool,
+    inplace: bool,
+    implementation: str | None,
+) -> tuple[Tensor, State, Trace]:
     validation.check_apply(cfg, state, query, value, gate, mask, Tensor)
     _check_device(query, value=value, gate=gate, mask=mask, **state._asdict())
     _check_inplace(state.memory, inplace)
     length, position = query.shape[1], validation.check_position(state.position.tolist())
     if update:
         validation.check_length(position, length)
+    if length and fast.serves(implementation, cfg, state.memory, query):
+        given = Tokens(query, value, gate, mask)
+        output, memory, waiting, trace = fast.apply(cfg, state, position, given, update, inplace)
+        return output, _state(cfg, memory, waiting, state.position + length) if update else state, trace
     memory = _as_tables(state.memory, query)
     dtype = memory.keys.dtype
     tokens = Tokens.of(dtype, query, value, gate, mask)
     if length == 0:
         return tokens.value.to(query.dtype), state, _trace(cfg, memory, tokens, [], [], [])
-    if fast.serves(implementation, cfg, state.memory, query):
-        given = query, value, gate, mask
-        output, memory, waiting, trace = fast.apply(cfg, state, position, tokens, given, update, inplace)
-        return output, _state(cfg, memory, waiting, state.position + length) if update else state, trace
     runs = list(schedule.segments(cfg, position, length)) if update else [schedule.Segment(0, length, False)]
     waiting, keys, visits, first = _pending(cfg, state, dtype), memory.keys, [], []
     with _full_precision(query):
@@ -252,6 +279,84 @@ def chunk_update(
         seen, keys = visit_chunk(cfg, tables.keys, chunk, pair)
         _, values, (memorization,) = settle(cfg, tables.values, [seen], owned=False)
     return Memory(keys, values), Losses(memorization, seen.addressing)
+
+
+def start_decoding(state: State) -> State:
+    """A copy of a state for :func:`decode` to overwrite: float32, its position on the tables' device.
+
+    ``state._replace(position=state.position.cpu())`` is an ordinary state again.
+    """
+    keys, values, *rest = (x.detach().clone(memory_format=torch.contiguous_format) for x in (*state.memory, *state[1:]))
+    *floats, mask, position = rest
+    dtype = torch.float64 if keys.dtype == torch.float64 else torch.float32
+    tables, floats = Memory(keys.to(dtype), values.to(dtype)), [x.to(dtype) for x in floats]
+    return State(tables, *floats, mask, position.to(keys.device))
+
+
+@torch.no_grad()
+def decode(
+    cfg: FwPKMConfig,
+    state: State,
+    query: Tensor,
+    value: Tensor,
+    gate: Tensor | None = None,
+    mask: Tensor | None = None,
+    *,
+    implementation: str | None = None,
+) -> Tensor:
+    """Read one token of each sequence and write the chunk that it completes; ``state`` is overwritten. No gradient.
+
+    On a GPU nothing depends on the host: a CUDA graph can hold a step and repeat it over any number of chunks, and so can
+    torch.compile. Elsewhere it is :func:`apply`.
+
+    Args:
+        cfg: the configuration.
+        state: of :func:`start_decoding`; every field is overwritten, the position too.
+        query: ``[B, 1, H*Dk]``, any floating dtype.
+        value: ``[B, 1, Dv]``.
+        gate: ``[B, 1]`` in [0, 1], or None for 1.
+        mask: ``[B, 1]`` bool, False for tokens that never write, or None for True.
+        implementation: as in :func:`apply`.
+
+    Returns:
+        output ``[B, 1, Dv]`` in the query's dtype.
+
+    Raises:
+        ValueError: an argument does not fit; names it, what was expected and what was received.
+    """
+    traced = torch.compiler.is_compiling() and fast.serves_traced(implementation, cfg, state.memory, query)
+    if not traced:
+        _check_decode(cfg, state, query, value, gate, mask)
+    if traced or fast.serves(implementation, cfg, state.memory, query):
+        return operators.decode(cfg, state, query, value, gate, mask)
+    position = state.position
+    output, after, _ = apply(
+        cfg, state._replace(position=position.cpu()), query, value, gate, mask, inplace=True, implementation="eager"
+    )
+    for old, new in zip((*state.memory, *state[1:]), (*after.memory, *after[1:])):
+        if old is not new:
+            old.copy_(new)
+    return output
+
+
+def _check_decode(
+    cfg: FwPKMConfig, state: State, query: Tensor, value: Tensor, gate: Tensor | None, mask: Tensor | None
+) -> None:
+    validation.check_apply(cfg, state, query, value, gate, mask, Tensor)
+    _check_device(query, value=value, gate=gate, mask=mask, **state._asdict())
+    if query.shape[1] != 1:
+        raise ValueError(f"decode reads one token of each sequence: query must be [B, 1, H*Dk]. Received: {query.shape}")
+    if state.position.device != query.device:
+        raise ValueError(
+            f"state.position must be on the query's device, {query.device}: decode takes what start_decoding(state) "
+            f"returns. Received: position on {state.position.device}"
+        )
+    for name, x in (*state.memory._asdict().items(), *state._asdict().items()):
+        if isinstance(x, Tensor) and (x.requires_grad or not x.is_contiguous()):
+            raise ValueError(
+                f"{name} of the state must be contiguous and without gradient: decode takes what start_decoding(state) "
+                f"returns. Received: contiguous={x.is_contiguous()}, requires_grad={x.requires_grad}"
+            )
 
 
 def detach(state: State) -> State:

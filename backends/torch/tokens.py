@@ -66,7 +66,7 @@ class Tokens(NamedTuple):
 
 def some(flags: Tensor) -> bool:
     """Whether any flag may be set: on the CPU a copy of all tokens is saved where none is; a GPU is not waited for."""
-    return flags.device.type != "cpu" or bool(flags.any())
+    return torch.compiler.is_compiling() or flags.device.type != "cpu" or bool(flags.any())
 
 
 def ahead(x: Tensor, lookahead: int) -> Tensor:

@@ -1,0 +1,246 @@
+"""The kernels as operators of torch, which torch.compile keeps in its graph (SPEC.md §8).
+
+``fwpkm::apply`` is functional: it clones the table once and returns nothing that its arguments share. Where a call stands
+is known only when it runs, so what it keeps for the backward has room for any position. ``fwpkm::decode`` overwrites the
+state and has no gradient.
+"""
+
+import functools
+from dataclasses import fields
+
+import torch
+from torch import Tensor
+
+from fwpkm import schedule, validation
+from fwpkm.backends.torch import fast
+from fwpkm.backends.torch.tokens import Tokens
+from fwpkm.config import FwPKMConfig
+from fwpkm.containers import Memory, State, Trace
+
+_FIELDS = tuple(field.name for field in fields(FwPKMConfig))
+_KINDS = {field.name: type(field.default) for field in fields(FwPKMConfig)} | {"grad_clip": float}
+_RESULTS = 13
+"""How many of the operator's results come before what it keeps."""
+
+
+def packed(cfg: FwPKMConfig) -> str:
+    """A configuration as an operator's argument; of nothing but attributes, so that it can be traced."""
+    return ",".join([str(getattr(cfg, name)) for name in _FIELDS])
+
+
+@functools.lru_cache
+def unpacked(text: str) -> FwPKMConfig:
+    """The inverse of ``packed``."""
+    words = dict(zip(_FIELDS, text.split(",")))
+    return FwPKMConfig(**{name: None if word == "None" else _KINDS[name](word) for name, word in words.items()})
+
+
+def apply(
+    cfg: FwPKMConfig, state: State, query: Tensor, value: Tensor, gate: Tensor | None, mask: Tensor | None, update: bool
+) -> tuple[Tensor, State, Trace]:
+    """``ops.apply`` as one operator. A memory of M = 1 serves as that of each sequence."""
+    leaves = (*state.memory, *state[1:5], query, value, *(() if gate is None else (gate,)))
+    save = torch.is_grad_enabled() and any(x.requires_grad for x in leaves)
+    results = torch.ops.fwpkm.apply(packed(cfg), *state.memory, *state[1:], query, value, gate, mask, update, save)
+    output, keys, values, *pending, position, slots, weights, memorization, addressing, writes = results[:_RESULTS]
+    if update:
+        state = State(Memory(keys, values), *pending, position)
+    return output, state, Trace(slots, weights.detach(), memorization, addressing, writes)
+
+
+def _plan(cfg: FwPKMConfig, position: Tensor, query: Tensor, update: bool):  # noqa: ANN202
+    from fwpkm.kernels import windows
+
+    at, (batch, length) = validation.check_position(position.tolist()), query.shape[:2]
+    if update:
+        validation.check_length(at, length)
+    return windows.plan(cfg, at, length, batch, update)
+
+
+@torch.library.custom_op("fwpkm::apply", mutates_args=())
+def _apply(
+    config: str, keys: Tensor, values: Tensor, pending_query: Tensor, pending_value: Tensor, pending_gate: Tensor,
+    pending_mask: Tensor, position: Tensor, query: Tensor, value: Tensor, gate: Tensor | None, mask: Tensor | None,
+    update: bool, save: bool,
+) -> list[Tensor]:  # fmt: skip
+    from fwpkm.kernels import call, windows
+
+    cfg = unpacked(config)
+    batch, length = query.shape[:2]
+    memories = validation.memories_for(cfg, batch)
+    plan = _plan(cfg, position, query, update)
+    pending = Tokens(pending_query, pending_value, pending_gate, pending_mask)
+    stream = fast.stream_of(pending, plan.arrived, Tokens(query, value, gate, mask))
+    stream = Tokens(*(x if x is None else x.contiguous() for x in stream))
+    tables = [x.expand(memories, *x.shape[1:]).to(torch.float32) for x in (keys, values)]
+    # With update=False nothing is written, and no table is returned.
+    table = tables[1].clone(memory_format=torch.contiguous_format) if update else tables[1].contiguous()
+    most = windows.bounds(cfg, length, batch, update)
+    with fast.on_device_of(query):
+        result = call.forward(cfg, plan, tables[0].contiguous(), table, call.Tokens(*stream), save, most=most)
+        if update:
+            new_keys = result.keys.clone() if plan.windows[0].writes else tables[0].clone()
+            left = fast.left_of(stream, plan.left, result.kept.flags).pad(schedule.capacity(cfg))
+            state = [new_keys, table, *(x.clone() for x in left), position + length]
+        else:
+            state = [query.new_empty(0) for _ in range(7)]
+        writes, columns = len(result.memorization), schedule.max_writes(cfg, length)
+        losses = [
+            torch.nn.functional.pad(x.T, (0, columns - writes)).contiguous()
+            for x in (result.memorization, result.addressing)
+        ]
+        kept = [x.new_empty(0) if x is None else x for x in _separate(result.kept)] if save else []
+    return [result.output, *state, result.slots, result.weights, *losses, torch.tensor(writes), *kept]
+
+
+def _separate(kept):  # noqa: ANN001, ANN202
+    """What is kept, each in memory of its own, as an operator's results must be."""
+    nothing = kept.kinds.new_empty(0)
+    own = kept._replace(share=kept.share.clone(), counts=kept.counts.clone(), active=kept.active.clone())
+    return [nothing.clone() if x is None else x for x in own]
+
+
+@_apply.register_fake
+def _(
+    config, keys, values, pending_query, pending_value, pending_gate, pending_mask, position, query, value, gate, mask,
+    update, save,
+):  # fmt: skip
+    from fwpkm.kernels import room, windows
+
+    cfg = unpacked(config)
+    batch, length = query.shape[:2]
+    memories, capacity = validation.memories_for(cfg, batch), schedule.capacity(cfg)
+    columns, entries = schedule.max_writes(cfg, length), cfg.slots_per_token
+    new = functools.partial(torch.empty, device=query.device, dtype=torch.float32)
+    if update:
+        state = [new(memories, *x.shape[1:]) for x in (keys, values)]
+        state += [new(batch, capacity, x.shape[-1]) for x in (query, value)]
+        state += [new(batch, capacity), new(batch, capacity, dtype=torch.bool), torch.empty_like(position)]
+    else:
+        state = [query.new_empty(0) for _ in range(7)]
+    records = [new(batch, length, entries, dtype=torch.int64), new(batch, length, entries)]
+    records += [new(memories, columns), new(memories, columns), torch.empty((), dtype=torch.int64, device="cpu")]
+    kept = []
+    if save:
+        most = windows.bounds(cfg, length, batch, update)
+        kept = [new(*shape, dtype=dtype) for shape, dtype in room.kept_shapes(cfg, most, memories, batch).values()]
+    return [query.new_empty(batch, length, cfg.value_dim), *state, *records, *kept]
+
+
+def _set_up(ctx, inputs, output) -> None:  # noqa: ANN001
+    config, keys, values, *pending, position, query, value, gate, mask, update, save = inputs
+    ctx.set_materialize_grads(False)
+    ctx.config, ctx.update, ctx.shapes = config, update, (keys.shape, values.shape)
+    ctx.save_for_backward(*pending, position, query, value, gate, mask, *(output[_RESULTS:] if save else ()))
+
+
+def _backward(ctx, d_results):  # noqa: ANN001, ANN202
+    *pending, position, query, value, gate, mask = ctx.saved_tensors[:9]
+    d_output, d_keys, d_values, d_query, d_value, d_gate = d_results[:6]
+    if not ctx.update:
+        d_keys = d_values = d_query = d_value = d_gate = None
+    nothing = (None,) * 14
+    if all(d is None for d in (d_output, d_keys, d_values, d_query, d_value, d_gate)):
+        return nothing
+    gradients = torch.ops.fwpkm.apply_backward(
+        ctx.config, *pending, position, query, value, gate, mask, list(ctx.saved_tensors[9:]),
+        d_output, d_keys, d_values, d_query, d_value, d_gate, ctx.update, ctx.needs_input_grad[2],
+    )  # fmt: skip
+    keys, values, pending_query, pending_value, pending_gate, query, value, d_gate = gradients
+    keys, values = (
+        x.sum(0, keepdim=True) if x.numel() and x.shape[0] != shape[0] else x
+        for x, shape in zip((keys, values), ctx.shapes)
+    )
+    values, d_gate = values if ctx.needs_input_grad[2] else None, None if gate is None else d_gate
+    return (None, keys, values, pending_query, pending_value, pending_gate, None, None, query, value, d_gate, *nothing[11:])
+
+
+_apply.register_autograd(_backward, setup_context=_set_up)
+
+
+@torch.library.custom_op("fwpkm::apply_backward", mutates_args=())
+def _apply_backward(
+    config: str, pending_query: Tensor, pending_value: Tensor, pending_gate: Tensor, pending_mask: Tensor,
+    position: Tensor, query: Tensor, value: Tensor, gate: Tensor | None, mask: Tensor | None, kept: list[Tensor],
+    d_output: Tensor | None, d_keys: Tensor | None, d_values: Tensor | None, d_pending_query: Tensor | None,
+    d_pending_value: Tensor | None, d_pending_gate: Tensor | None, update: bool, table: bool,
+) -> list[Tensor]:  # fmt: skip
+    from fwpkm.kernels import call, reverse, room
+
+    cfg = unpacked(config)
+    batch = query.shape[0]
+    memories = validation.memories_for(cfg, batch)
+    plan = _plan(cfg, position, query, update)
+    pending = Tokens(pending_query, pending_value, pending_gate, pending_mask)
+    stream = fast.stream_of(pending, plan.arrived, Tokens(query, value, gate, mask))
+    stream = call.Tokens(*(x if x is None else x.contiguous() for x in stream))
+    whole = room.Kept(*kept)
+    clips = {} if cfg.grad_clip is not None else {"keys_unclipped": None, "values_unclipped": None}
+    whole = whole._replace(**clips)
+    d_output, d_keys, d_values = (None if d is None else d.contiguous() for d in (d_output, d_keys, d_values))
+    shape = torch.Size((memories, cfg.num_slots, cfg.value_dim)) if table else None
+    with fast.on_device_of(query):
+        found = reverse.backward(cfg, plan, stream, whole, d_output, d_keys, d_values, shape)
+        gate_gradient = pending_gate.new_zeros(batch, plan.room) if found.gate is None else found.gate
+        of_stream = [found.query, found.value, gate_gradient]
+        dead = (whole.flags[: batch * plan.room].view(batch, plan.room)[:, plan.left :] & fast.DEAD) != 0
+        left = dead.shape[1]
+        for i, d in enumerate((d_pending_query, d_pending_value, d_pending_gate)):
+            if d is not None and left:
+                blank = dead if d.ndim == 2 else dead[..., None]
+                of_stream[i] = of_stream[i].to(d.dtype)
+                of_stream[i][:, plan.left :] += d[:, :left].masked_fill(blank, 0)
+        of_pending = [torch.zeros_like(x) for x in (pending_query, pending_value, pending_gate)]
+        for into, d in zip(of_pending, of_stream):
+            into[:, : plan.arrived] = d[:, : plan.arrived]
+        like = (query, value, pending_gate if gate is None else gate)
+        of_call = [d[:, plan.arrived :].to(x.dtype, copy=True).contiguous() for d, x in zip(of_stream, like)]
+        values = found.values if table else query.new_empty(0)
+    return [found.keys.clone(), values, *of_pending, *of_call]
+
+
+@_apply_backward.register_fake
+def _(
+    config, pending_query, pending_value, pending_gate, pending_mask, position, query, value, gate, mask, kept,
+    d_output, d_keys, d_values, d_pending_query, d_pending_value, d_pending_gate, update, table,
+):  # fmt: skip
+    cfg = unpacked(config)
+    memories = validation.memories_for(cfg, query.shape[0])
+    new = functools.partial(torch.empty, device=query.device, dtype=torch.float32)
+    keys = new(memories, cfg.num_heads, 2, cfg.num_subkeys, cfg.key_dim // 2)
+    values = new(memories, cfg.num_slots, cfg.value_dim) if table else query.new_empty(0)
+    like = (pending_query, pending_value, pending_gate, query, value)
+    of_gate = new(*query.shape[:2], dtype=pending_gate.dtype if gate is None else gate.dtype)
+    return [keys, values, *(x.new_empty(x.shape) for x in like), of_gate]
+
+
+@torch.library.custom_op(
+    "fwpkm::decode",
+    mutates_args=(
+        "keys", "values", "pending_query", "pending_value", "pending_gate", "pending_mask", "position",
+    ),
+)  # fmt: skip
+def _decode(
+    config: str, keys: Tensor, values: Tensor, pending_query: Tensor, pending_value: Tensor, pending_gate: Tensor,
+    pending_mask: Tensor, position: Tensor, query: Tensor, value: Tensor, gate: Tensor | None, mask: Tensor | None,
+) -> Tensor:  # fmt: skip
+    from fwpkm.kernels import decode
+
+    state = State(Memory(keys, values), pending_query, pending_value, pending_gate, pending_mask, position)
+    with fast.on_device_of(query):
+        return decode.decode(unpacked(config), state, query, value, gate, mask)
+
+
+@_decode.register_fake
+def _(
+    config, keys, values, pending_query, pending_value, pending_gate, pending_mask, position, query, value, gate, mask
+):  # fmt: skip
+    return query.new_empty(*query.shape[:2], unpacked(config).value_dim)
+
+
+def decode(
+    cfg: FwPKMConfig, state: State, query: Tensor, value: Tensor, gate: Tensor | None, mask: Tensor | None
+) -> Tensor:
+    """``ops.decode`` on the kernels."""
+    given = (x if x is None else x.contiguous() for x in (query, value, gate, mask))
+    return torch.ops.fwpkm.decode(packed(cfg), *state.memory, *state[1:], *given)

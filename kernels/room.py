@@ -1,0 +1,150 @@
+"""Memory for what a call computes, and what of it the backward needs."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fwpkm.config import FwPKMConfig
+from fwpkm.kernels.launch import Launch
+from fwpkm.kernels.shapes import blocks_of
+from fwpkm.kernels.sums import matrix_shape
+from fwpkm.kernels.tokens import zero_kernel
+from fwpkm.kernels.windows import Bounds, Plan
+
+
+class Kept(NamedTuple):
+    """What a call computed, by window: token w of all windows, entry e = w·H·k + j, group g of [M, H, 2].
+
+    There may be room for more windows and tokens.
+    """
+
+    flags: Tensor
+    """``[B*n]`` int8, at least"""
+    kinds: Tensor
+    """``[w]`` int8: the flags as the window found them."""
+    keys: Tensor
+    """``[windows + 1, g, S, Dk/2]``: before each window, and after the last."""
+    ids: Tensor
+    """``[w, H, 2, k]`` sub-keys, best first."""
+    ranks: Tensor
+    """``[w, H, 2, k]``: -‖q - K‖², or q·K."""
+    share: Tensor
+    """``[windows, g, S]`` int64: Σ p over the chunk."""
+    counts: Tensor
+    """``[windows, M]``: n."""
+    active: Tensor
+    """``[windows, M]``: whether any token has a pair."""
+    moved: Tensor
+    """``[windows, g, S]`` int8: whether the sub-key moved."""
+    pulled: Tensor
+    """``[windows, g, S]``: Σ c."""
+    keys_unclipped: Tensor
+    slots: Tensor
+    """``[w, H*k]``"""
+    weights: Tensor
+    """``[w, H*k]``"""
+    strength: Tensor
+    """``[w]``: κ g of the tokens that have a pair, else 0."""
+    error: Tensor
+    """``[w, Dv]``: v̂ - u of those, else 0."""
+    order: Tensor
+    """``[w*H*k]``: the entries by window, table row and token."""
+    sorted_rows: Tensor
+    """``[w*H*k]``: their table rows, those of the next window's tables behind those of this one's."""
+    heads: Tensor
+    """``[w*H*k]``: where each entry's segment begins in that order."""
+    steps: Tensor
+    """by segment: η/N of a row that moved, else 0."""
+    rows: Tensor
+    """by segment: the table row before the write, ``[Dv]``."""
+    values_unclipped: Tensor
+
+
+_OF_FORWARD = {"flags", "kinds", "keys", "ids", "ranks", "share", "counts", "active", "slots", "weights", "strength"}
+_OF_FORWARD |= {"error", "order", "sorted_rows"}
+"""What the forward computes in any case."""
+
+
+def kept_shapes(cfg: FwPKMConfig, most: Bounds, memories: int, batch: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """The shape and dtype of each field of ``Kept``; (0,) of one that the configuration does not need."""
+    windows, total, room = most
+    groups, half, subkeys, entries = 2 * memories * cfg.num_heads, cfg.key_dim // 2, cfg.num_subkeys, cfg.slots_per_token
+    float32, int8, int32, int64 = torch.float32, torch.int8, torch.int32, torch.int64
+    row = int64 if windows * memories * cfg.num_slots > 2**31 - 1 else int32
+    keys_clip, values_clip = (windows, groups, subkeys, half), (total * entries, cfg.value_dim)
+    return {
+        "flags": ((batch * room,), int8),
+        "kinds": ((total,), int8),
+        "keys": ((windows + 1, groups, subkeys, half), float32),
+        "ids": ((total, cfg.num_heads, 2, cfg.top_k), int32),
+        "ranks": ((total, cfg.num_heads, 2, cfg.top_k), float32),
+        "share": ((windows, groups, subkeys), int64),
+        "counts": ((windows, memories), int32),
+        "active": ((windows, memories), int32),
+        "moved": ((windows, groups, subkeys), int8),
+        "pulled": ((windows, groups, subkeys), float32),
+        "keys_unclipped": ((0,) if cfg.grad_clip is None else keys_clip, int8),
+        "slots": ((total, entries), int32),
+        "weights": ((total, entries), float32),
+        "strength": ((total,), float32),
+        "error": ((total, cfg.value_dim), float32),
+        "order": ((total * entries,), int64),
+        "sorted_rows": ((total * entries,), row),
+        "heads": ((total * entries,), int32),
+        "steps": ((total * entries,), float32),
+        "rows": ((total * entries, cfg.value_dim), float32),
+        "values_unclipped": ((0,) if cfg.grad_clip is None else values_clip, int8),
+    }
+
+
+class Scratch(NamedTuple):
+    """Zeros that a forward begins with and does not keep."""
+
+    largest: Tensor
+    """``[windows + 1, g]``: the largest ‖K‖² before each window, as the integer that has its bits."""
+    matrix: Tensor
+    """of ``KeySums``"""
+
+
+def room_for(
+    cfg: FwPKMConfig, plan: Plan, most: Bounds, keys: Tensor, batch: int, save: bool, due: Tensor | None
+) -> tuple[Kept, Scratch]:
+    """Memory for all that a call computes by window; with ``due`` the keys are written where they stand."""
+    memories, longest = keys.shape[0], max(w.length for w in plan.windows)
+    specs = kept_shapes(cfg, most, memories, batch)
+    if not save:
+        specs["keys"] = (1, *specs["keys"][0][1:]), torch.float32
+    *counted, largest, matrix = zeros(
+        keys.device, due, specs["share"], specs["counts"], specs["active"],
+        ((most.windows + 1, specs["share"][0][1]), torch.int32),
+        (matrix_shape(cfg, memories, batch // memories * longest), torch.bfloat16),
+    )  # fmt: skip
+    rooms: dict[str, Tensor | None] = dict(zip(("share", "counts", "active"), counted))
+    rooms["order"] = None  # the sort makes it
+    if due is not None:
+        rooms["keys"] = keys.view(specs["keys"][0])
+    for name in Kept._fields:
+        if name not in rooms:
+            shape, dtype = specs[name]
+            needed = shape != (0,) and (save or name in _OF_FORWARD)
+            rooms[name] = torch.empty(shape, dtype=dtype, device=keys.device) if needed else None
+    kept = Kept(**rooms)  # type: ignore[arg-type]
+    used = plan.total * cfg.slots_per_token
+    if len(kept.sorted_rows) > used:  # what no window uses comes last
+        kept.sorted_rows[used:] = torch.iinfo(kept.sorted_rows.dtype).max
+    return kept, Scratch(largest, matrix)
+
+
+def zeros(device: torch.device, due: Tensor | None, *parts: tuple[tuple[int, ...], torch.dtype]) -> list[Tensor]:
+    """Zeros of these shapes and dtypes, at the price of one launch."""
+    sizes = [blocks_of(math.prod(shape) * dtype.itemsize, 16) * 16 for shape, dtype in parts]
+    buffer = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
+    if due is None:
+        buffer.zero_()
+    else:
+        number = len(buffer) // 4
+        Launch(zero_kernel, buffer.view(torch.int32), due, BLOCK=1024, num_warps=4)((blocks_of(number, 1024),), number)
+    taken = [x[: math.prod(shape) * dtype.itemsize] for x, (shape, dtype) in zip(buffer.split(sizes), parts)]
+    return [x.view(dtype).view(shape) for x, (shape, dtype) in zip(taken, parts)]

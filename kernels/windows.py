@@ -1,0 +1,70 @@
+"""Which windows a call reads (SPEC.md §5), and what any call of its length needs room for."""
+
+from typing import NamedTuple
+
+from fwpkm import schedule
+from fwpkm.config import FwPKMConfig
+
+
+class Window(NamedTuple):
+    """Tokens [start, start + length) of the stream; whether the chunk at their beginning is written after them."""
+
+    start: int
+    length: int
+    writes: bool
+    first: int
+    """Tokens of all sequences in the windows before."""
+    fresh: int
+    """Where in the stream the tokens begin that no window before has read."""
+
+
+class Plan(NamedTuple):
+    """What a call reads and writes."""
+
+    windows: list[Window]
+    arrived: int
+    """Tokens of the stream that were pending: their reads have been output before."""
+    room: int
+    """n, tokens of the stream: pending ones, then new ones."""
+    left: int
+    """Where in the stream the tokens begin that no write has consumed."""
+    total: int
+    """Tokens of all windows, of all sequences."""
+
+
+def plan(cfg: FwPKMConfig, position: int, length: int, batch: int, update: bool) -> Plan:
+    """The windows of a call of ``length`` tokens at ``position``."""
+    if not update:
+        return Plan([Window(0, length, False, 0, 0)], 0, length, 0, batch * length)
+    arrived = schedule.pending(cfg, position)
+    windows, start, first = [], 0, 0
+    fresh = arrived
+    for begin, end, writes in schedule.segments(cfg, position, length):
+        begin, end = begin + arrived, end + arrived
+        begin = start if writes else begin  # a write reads its whole chunk again; else what is pending stays unread
+        windows.append(Window(begin, end - begin, writes, first, fresh))
+        first, fresh = first + batch * (end - begin), end
+        start += cfg.chunk_size * writes
+    return Plan(windows, arrived, fresh, start, first)
+
+
+class Bounds(NamedTuple):
+    """What any call of a length needs room for, wherever it begins."""
+
+    windows: int
+    tokens: int
+    """Of all windows, of all sequences."""
+    room: int
+
+
+def bounds(cfg: FwPKMConfig, length: int, batch: int, update: bool) -> Bounds:
+    """The bounds of ``plan`` over all positions."""
+    if not update:
+        return Bounds(1, batch * length, length)
+    writes, room = schedule.max_writes(cfg, length), schedule.capacity(cfg) + length
+    return Bounds(writes + 1, batch * (room + schedule.lag(cfg) * writes), room)
+
+
+def least(plan: Plan, batch: int) -> Bounds:
+    """What one plan needs room for."""
+    return Bounds(len(plan.windows), plan.total, plan.room)
