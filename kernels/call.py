@@ -12,7 +12,7 @@ from torch import Tensor
 from fwpkm.config import FwPKMConfig
 from fwpkm.kernels import chunk_update, lookup, parts
 from fwpkm.kernels.launch import Launch
-from fwpkm.kernels.room import Kept, Scratch, room_for
+from fwpkm.kernels.room import Kept, room_for
 from fwpkm.kernels.shapes import blocks_of, shapes
 from fwpkm.kernels.sums import KeySums
 from fwpkm.kernels.tokens import prepare_kernel
@@ -69,10 +69,10 @@ def forward(
         most: what to make room for, so that the shapes of what is kept do not depend on the position.
     """
     batch, entries, fresh_length = tokens.query.shape[0], cfg.slots_per_token, plan.room - plan.arrived
-    kept, scratch = room_for(cfg, plan, most or least(plan, batch), keys, batch, save, due)
+    kept, largest = room_for(cfg, plan, most or least(plan, batch), keys, batch, save, due)
     slots = kept.slots.new_empty(batch, fresh_length, entries, dtype=torch.int64)
     weights = kept.weights.new_empty(batch, fresh_length, entries)
-    last, addressing = _address(cfg, plan, keys, tokens, kept, scratch, slots, weights, save, due)
+    last, addressing = _address(cfg, plan, keys, tokens, kept, largest, slots, weights, save, due)
     kept = kept._replace(**dict(zip(("sorted_rows", "order"), sort(kept.sorted_rows, due))))
     output, squared = _read_and_write(cfg, plan, values, tokens, kept, save, due)
     memories = keys.shape[0]
@@ -87,7 +87,7 @@ def forward(
 
 
 def _address(
-    cfg: FwPKMConfig, plan: Plan, keys: Tensor, tokens: Tokens, kept: Kept, scratch: Scratch, slots: Tensor,
+    cfg: FwPKMConfig, plan: Plan, keys: Tensor, tokens: Tokens, kept: Kept, largest: Tensor, slots: Tensor,
     weights: Tensor, save: bool, due: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """What each token picks, moving the keys; returns the last keys and the terms of the addressing loss."""
@@ -105,20 +105,20 @@ def _address(
     listed = size.select["TILES"] * size.select["PROPOSED"]
     proposals = new(memories * longest, cfg.num_heads, 2, listed, dtype=torch.int32)
     scales, pulls = new(memories * longest, cfg.num_heads, 2), new(memories * longest, cfg.num_heads, 2, cfg.top_k)
-    sums = KeySums(cfg, tokens.query, kept.ids, kept.kinds, scratch.matrix, longest, due)
+    sums = KeySums(cfg, tokens.query, kept.ids, kept.maps, longest, due)
     Launch(
         prepare_kernel, *tokens, kept.flags, due, QUERY=cfg.num_heads * cfg.key_dim, VALUE=cfg.value_dim,
         HAS_GATE=tokens.gate is not None, HAS_MASK=tokens.mask is not None, HAS_PAIR=tokens.pair is not None,
         SHIFTED=tokens.pair is not None, **size.prepare,
     )((batch * plan.room,))  # fmt: skip
     Launch(
-        parts.begin_kernel, keys, kept.keys, norms, scratch.largest, halves, due,
+        parts.begin_kernel, keys, kept.keys, norms, largest, halves, due,
         SUBKEYS=subkeys, HALF=half, BLOCK=size.keys["BLOCK"], num_warps=1,
     )((subkeys, groups))  # fmt: skip
     names = {"HEADS": cfg.num_heads, "SUBKEYS": subkeys}
     scored = names | {"K": cfg.top_k, "IDW": idw, "EPSILON": cfg.score_eps, "CHUNK": cfg.chunk_size}
     select = Launch(
-        lookup.select_kernel, tokens.query, kept.flags, norms, scratch.largest, halves, proposals, scales, due,
+        lookup.select_kernel, tokens.query, kept.flags, norms, largest, halves, proposals, scales, due,
         HALF=half, IDW=idw, **names, **size.select,
     )  # fmt: skip
     rank = Launch(
@@ -128,8 +128,8 @@ def _address(
     combines = {
         writes: Launch(
             lookup.combine_kernel, kept.ids, kept.ranks, kept.flags, kept.kinds, kept.slots, kept.weights,
-            kept.sorted_rows, kept.share, kept.counts, slots, weights, due,
-            TEMPERATURE=cfg.temperature, WRITES=writes, **scored, **size.combine,
+            kept.sorted_rows, kept.share, kept.counts, kept.maps, slots, weights, due,
+            TEMPERATURE=cfg.temperature, WRITES=writes, MAPS=writes or save, **scored, **size.combine,
         ) for writes in {w.writes for w in plan.windows}
     }  # fmt: skip
     pull = Launch(
@@ -138,7 +138,7 @@ def _address(
     )  # fmt: skip
     key_sums = sums.of(pulls)
     step_keys = Launch(
-        chunk_update.keys_kernel, kept.keys, norms, scratch.largest, halves, sums.sums, sums.totals, kept.share, kept.counts,
+        chunk_update.keys_kernel, kept.keys, norms, largest, halves, sums.sums, sums.totals, kept.share, kept.counts,
         kept.active, addressing, kept.moved, kept.pulled, kept.keys_unclipped, due,
         HALF=half, IDW=idw, SAVE=save, RATE=cfg.learning_rate, DECAY=cfg.weight_decay, CLIP=cfg.grad_clip,
         **names, **size.keys,
@@ -149,12 +149,12 @@ def _address(
         select((blocks_of(rows * length, size.select["BLOCK"]), groups, size.select["TILES"]), version, i, *where)
         rank((rows * length, groups), version, *where)
         combines[writes](
-            (blocks_of(rows * length, size.combine["BLOCK"]), memories), i, memories, *where,
+            (blocks_of(rows * length, size.combine["BLOCK"]), memories), i, memories, kept.maps.shape[-1], *where,
             fresh, plan.arrived, slots.shape[1],
         )  # fmt: skip
         if writes:
             pull((blocks_of(rows * length, size.pull["BLOCK"]), groups), i, *where)
-            pieces = sums.launch(key_sums, first, *where, again=i + 1 < number)
+            pieces = sums.launch(key_sums, i, first, *where)
             after = version + 1 if save else 0
             step_keys((subkeys, groups), i, version, after, pieces)
             version = after

@@ -74,7 +74,7 @@ def pick_kernel(
 def move(source, into, width: tl.constexpr, blank, BLOCK: tl.constexpr):
     """Copy one row, or zeros where ``blank``."""
     d = tl.arange(0, BLOCK)
-    x = tl.load(source + d, mask=(d < width) & ~blank, other=0.0)
+    x = tl.load(source + d, mask=(d < width) & (blank == 0), other=0.0)
     tl.store(into + d, x.to(into.dtype.element_ty), mask=d < width)
 
 
@@ -205,10 +205,10 @@ def _read(cfg: FwPKMConfig, keys: Tensor, values: Tensor, query: Tensor, value: 
     # A window of one token; nothing is written after it, so what a write asks is not touched.
     one = (0, 1, 0, 1, rows)
     Launch(
-        lookup.combine_kernel, ids, ranks, flags, kinds, slots, weights, table_rows, out_slots, ids, out_slots,
-        out_weights, None, K=k, EPSILON=cfg.score_eps, TEMPERATURE=cfg.temperature, CHUNK=cfg.chunk_size, WRITES=False,
-        **idw, **names, **size.combine,
-    )((blocks_of(rows, size.combine["BLOCK"]), keys.shape[0]), 0, keys.shape[0], *one, 0, 0, 1)  # fmt: skip
+        lookup.combine_kernel, ids, ranks, flags, kinds, slots, weights, table_rows, out_slots, ids, ids,
+        out_slots, out_weights, None, K=k, EPSILON=cfg.score_eps, TEMPERATURE=cfg.temperature, CHUNK=cfg.chunk_size, WRITES=False,
+        MAPS=False, **idw, **names, **size.combine,
+    )((blocks_of(rows, size.combine["BLOCK"]), keys.shape[0]), 0, keys.shape[0], 0, *one, 0, 0, 1)  # fmt: skip
     output = query.new_empty(batch, 1, cfg.value_dim)
     Launch(
         lookup.read_kernel, values, slots, weights, kinds, value, None, output, weights, weights, weights, None,

@@ -133,18 +133,18 @@ def in_order(rank, chosen, choice, K: tl.constexpr):
     return tl.sum(tl.where(here, rank[:, :, None], 0.0), 1), tl.sum(tl.where(here, chosen[:, :, None], 0), 1)
 
 
-@triton.jit(do_not_specialize=["window", "memories", *VARYING, "fresh", "arrived", "length_out"])
+@triton.jit(do_not_specialize=["window", "memories", "words", *VARYING, "fresh", "arrived", "length_out"])
 def combine_kernel(
-    ids, ranks, flags, kinds, slots, weights, table_rows, share, counts, out_slots, out_weights, due,
-    window, memories, start, length, first, room, rows, fresh, arrived, length_out,
+    ids, ranks, flags, kinds, slots, weights, table_rows, share, counts, maps, out_slots, out_weights, due,
+    window, memories, words, start, length, first, room, rows, fresh, arrived, length_out,
     HEADS: tl.constexpr, SUBKEYS: tl.constexpr, K: tl.constexpr, IDW: tl.constexpr, EPSILON: tl.constexpr,
     TEMPERATURE: tl.constexpr, CHUNK: tl.constexpr,
-    BLOCK: tl.constexpr, HEAD_BLOCK: tl.constexpr, CHOICES: tl.constexpr, WRITES: tl.constexpr,
+    BLOCK: tl.constexpr, HEAD_BLOCK: tl.constexpr, CHOICES: tl.constexpr, WRITES: tl.constexpr, MAPS: tl.constexpr,
 ):  # fmt: skip
     """Sort the sub-keys; the k best of the k² sums of each head, and one softmax over all heads' (§2).
 
     ``table_rows`` numbers the rows of all memories window by window, for the sort. And what the write asks of each token
-    (§3): its share in p̄ of each sub-key, and one in n.
+    (§3): its share in p̄ of each sub-key, and one in n. With MAPS its bit in the map of each sub-key, unless it is dead.
     """
     if not_due(due):
         return
@@ -208,18 +208,22 @@ def combine_kernel(
     tl.store(flags + token, flag.to(tl.int8), mask=inside)
     tl.store(kinds + here, flag.to(tl.int8), mask=inside)
 
-    if WRITES:
+    if MAPS:
         tl.debug_barrier()  # other threads of this program have stored the sorted choices
         counted = inside & ((flag & LIVE) != 0) & (t < CHUNK)
-        tl.atomic_add(counts + window * memories + memory, tl.sum(counted.to(tl.int32), 0))
+        if WRITES:
+            tl.atomic_add(counts + window * memories + memory, tl.sum(counted.to(tl.int32), 0))
         for half in tl.static_range(2 * HEADS):
             at = ((here * 2 * HEADS + half) * K)[:, None] + choice[None, :]
-            asked = counted[:, None] & picked[None, :]
+            asked = (inside & alive)[:, None] & picked[None, :]
             subkey = tl.load(ids + at, mask=asked, other=0)
-            score = sub_scores(tl.load(ranks + at, mask=asked, other=0.0), EPSILON, IDW)
-            p = softmax_rows(tl.where(picked[None, :], score, -INF))
             row = ((window * memories + memory) * 2 * HEADS + half).to(tl.int64) * SUBKEYS + subkey
-            tl.atomic_add(share + row, (p * PROBABILITY_UNIT).to(tl.int64), mask=asked)
+            bit = (tl.zeros_like(subkey) + 1) << (r % 32)[:, None]
+            tl.atomic_or(maps + row * words + (r // 32)[:, None], bit, mask=asked)
+            if WRITES:
+                score = sub_scores(tl.load(ranks + at, mask=asked, other=0.0), EPSILON, IDW)
+                p = softmax_rows(tl.where(picked[None, :], score, -INF))
+                tl.atomic_add(share + row, (p * PROBABILITY_UNIT).to(tl.int64), mask=asked & counted[:, None])
 
 
 @triton.jit(do_not_specialize=[*VARYING, "fresh", "arrived", "length_out"])

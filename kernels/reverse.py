@@ -11,7 +11,7 @@ from fwpkm.kernels.call import Tokens, scale_of
 from fwpkm.kernels.launch import Launch
 from fwpkm.kernels.room import Kept
 from fwpkm.kernels.shapes import blocks_of, shapes
-from fwpkm.kernels.sums import KeySums, matrix_shape
+from fwpkm.kernels.sums import KeySums
 from fwpkm.kernels.windows import Plan
 
 
@@ -131,8 +131,7 @@ def _through_keys(
     after = both[number % 2]
     after.zero_() if d_keys is None else after.copy_(d_keys.view_as(after))
     longest = rows * max(w.length for w in plan.windows)
-    matrix = kept.ranks.new_zeros(matrix_shape(cfg, memories, longest), dtype=torch.bfloat16)
-    sums = KeySums(cfg, tokens.query, kept.ids, kept.kinds, matrix, longest)
+    sums = KeySums(cfg, tokens.query, kept.ids, kept.maps, longest)
     sum_slopes, sum_ranks = sums.of(d_slopes, queries=False), sums.of(d_ranks)
     names = {"HEADS": cfg.num_heads, "SUBKEYS": subkeys, "HALF": half, "IDW": cfg.score == "idw"}
     scored = names | {
@@ -165,8 +164,8 @@ def _through_keys(
         pieces = 0
         if writes:
             pull(by_token, i, *where)
-            pieces = sums.launch(sum_slopes, 0, *where)
+            pieces = sums.launch(sum_slopes, i, 0, *where)
         scores[writes](by_token, i, pieces, *where)
-        pieces = sums.launch(sum_ranks, 0, *where)
+        pieces = sums.launch(sum_ranks, i, 0, *where)
         keys[writes]((subkeys, groups), i, pieces)
     return both[0].unflatten(0, (memories, cfg.num_heads, 2)), d_query

@@ -9,7 +9,7 @@ from torch import Tensor
 from fwpkm.config import FwPKMConfig
 from fwpkm.kernels.launch import Launch
 from fwpkm.kernels.shapes import blocks_of
-from fwpkm.kernels.sums import matrix_shape
+from fwpkm.kernels.sums import words_for
 from fwpkm.kernels.tokens import zero_kernel
 from fwpkm.kernels.windows import Bounds, Plan
 
@@ -36,6 +36,8 @@ class Kept(NamedTuple):
     """``[windows, M]``: n."""
     active: Tensor
     """``[windows, M]``: whether any token has a pair."""
+    maps: Tensor
+    """``[windows, g, S, words]`` int32: a bit for each token of the window, set where it chose the sub-key."""
     moved: Tensor
     """``[windows, g, S]`` int8: whether the sub-key moved."""
     pulled: Tensor
@@ -63,13 +65,14 @@ class Kept(NamedTuple):
 
 
 _OF_FORWARD = {"flags", "kinds", "keys", "ids", "ranks", "share", "counts", "active", "slots", "weights", "strength"}
-_OF_FORWARD |= {"error", "order", "sorted_rows"}
+_OF_FORWARD |= {"error", "order", "sorted_rows", "maps"}
 """What the forward computes in any case."""
 
 
 def kept_shapes(cfg: FwPKMConfig, most: Bounds, memories: int, batch: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """The shape and dtype of each field of ``Kept``; (0,) of one that the configuration does not need."""
-    windows, total, room = most
+    windows, total, room, longest = most
+    longest *= batch // memories
     groups, half, subkeys, entries = 2 * memories * cfg.num_heads, cfg.key_dim // 2, cfg.num_subkeys, cfg.slots_per_token
     float32, int8, int32, int64 = torch.float32, torch.int8, torch.int32, torch.int64
     row = int64 if windows * memories * cfg.num_slots > 2**31 - 1 else int32
@@ -83,6 +86,7 @@ def kept_shapes(cfg: FwPKMConfig, most: Bounds, memories: int, batch: int) -> di
         "share": ((windows, groups, subkeys), int64),
         "counts": ((windows, memories), int32),
         "active": ((windows, memories), int32),
+        "maps": ((windows, groups, subkeys, words_for(longest)), int32),
         "moved": ((windows, groups, subkeys), int8),
         "pulled": ((windows, groups, subkeys), float32),
         "keys_unclipped": ((0,) if cfg.grad_clip is None else keys_clip, int8),
@@ -99,29 +103,22 @@ def kept_shapes(cfg: FwPKMConfig, most: Bounds, memories: int, batch: int) -> di
     }
 
 
-class Scratch(NamedTuple):
-    """Zeros that a forward begins with and does not keep."""
-
-    largest: Tensor
-    """``[windows + 1, g]``: the largest ‖K‖² before each window, as the integer that has its bits."""
-    matrix: Tensor
-    """of ``KeySums``"""
-
-
 def room_for(
     cfg: FwPKMConfig, plan: Plan, most: Bounds, keys: Tensor, batch: int, save: bool, due: Tensor | None
-) -> tuple[Kept, Scratch]:
-    """Memory for all that a call computes by window; with ``due`` the keys are written where they stand."""
-    memories, longest = keys.shape[0], max(w.length for w in plan.windows)
+) -> tuple[Kept, Tensor]:
+    """Memory for all that a call computes by window; with ``due`` the keys are written where they stand.
+
+    And zeros for the largest ‖K‖² before each window [windows + 1, g], as the integer that has its bits.
+    """
+    memories = keys.shape[0]
     specs = kept_shapes(cfg, most, memories, batch)
     if not save:
         specs["keys"] = (1, *specs["keys"][0][1:]), torch.float32
-    *counted, largest, matrix = zeros(
-        keys.device, due, specs["share"], specs["counts"], specs["active"],
-        ((most.windows + 1, specs["share"][0][1]), torch.int32),
-        (matrix_shape(cfg, memories, batch // memories * longest), torch.bfloat16),
-    )  # fmt: skip
-    rooms: dict[str, Tensor | None] = dict(zip(("share", "counts", "active"), counted))
+    summed = ("share", "counts", "active", "maps")
+    *counted, largest = zeros(
+        keys.device, due, *(specs[name] for name in summed), ((most.windows + 1, specs["share"][0][1]), torch.int32)
+    )
+    rooms: dict[str, Tensor | None] = dict(zip(summed, counted))
     rooms["order"] = None  # the sort makes it
     if due is not None:
         rooms["keys"] = keys.view(specs["keys"][0])
@@ -134,7 +131,7 @@ def room_for(
     used = plan.total * cfg.slots_per_token
     if len(kept.sorted_rows) > used:  # what no window uses comes last
         kept.sorted_rows[used:] = torch.iinfo(kept.sorted_rows.dtype).max
-    return kept, Scratch(largest, matrix)
+    return kept, largest
 
 
 def zeros(device: torch.device, due: Tensor | None, *parts: tuple[tuple[int, ...], torch.dtype]) -> list[Tensor]:

@@ -20,7 +20,6 @@ class Shapes(NamedTuple):
     scan: dict[str, Any]
     pick: dict[str, Any]
     pull: dict[str, Any]
-    spread: dict[str, Any]
     key_sums: dict[str, Any]
     keys: dict[str, Any]
     read: dict[str, Any]
@@ -84,14 +83,10 @@ def shapes(cfg: FwPKMConfig, query: torch.dtype) -> Shapes:
         scan={"CHOICES": 16, "STEP": max(8, min(128, half_block)), "num_warps": 1},
         pick={"CHOICES": choices, "LISTED": triton.next_power_of_2(subkeys), "num_warps": 1},
         pull={"BLOCK": 32, "CHOICES": choices, "num_warps": 4},
-        spread={"BLOCK": 128, "num_warps": 4},
         key_sums={
-            "TILE": 64,  # the fewest rows that a warp group multiplies at once
-            "BLOCK": 64,
-            "COLUMNS": max(16, min(128, half_block)),  # of 256 the sums would spill
-            "num_warps": 4,
-            "num_stages": 3,
-            **products,
+            "BLOCK": half_block,
+            "CHOICES": choices,
+            "num_warps": max(1, half_block // 128),  # 16 rows of queries are then 64 registers of a thread
         },
         keys={"BLOCK": half_block, "num_warps": 1},
         read={"BLOCK": width, "ENTRY_BLOCK": min(8, triton.next_power_of_2(entries)), "num_warps": 4},

@@ -55,16 +55,19 @@ class Bounds(NamedTuple):
     tokens: int
     """Of all windows, of all sequences."""
     room: int
+    longest: int
+    """Tokens of a sequence in the longest window."""
 
 
 def bounds(cfg: FwPKMConfig, length: int, batch: int, update: bool) -> Bounds:
     """The bounds of ``plan`` over all positions."""
     if not update:
-        return Bounds(1, batch * length, length)
+        return Bounds(1, batch * length, length, length)
     writes, room = schedule.max_writes(cfg, length), schedule.capacity(cfg) + length
-    return Bounds(writes + 1, batch * (room + schedule.lag(cfg) * writes), room)
+    longest = min(room, cfg.chunk_size + schedule.lag(cfg))
+    return Bounds(writes + 1, batch * (room + schedule.lag(cfg) * writes), room, longest)
 
 
 def least(plan: Plan, batch: int) -> Bounds:
     """What one plan needs room for."""
-    return Bounds(len(plan.windows), plan.total, plan.room)
+    return Bounds(len(plan.windows), plan.total, plan.room, max(w.length for w in plan.windows))

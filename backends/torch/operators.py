@@ -96,7 +96,7 @@ def _apply(
 def _separate(kept):  # noqa: ANN001, ANN202
     """What is kept, each in memory of its own, as an operator's results must be."""
     nothing = kept.kinds.new_empty(0)
-    own = kept._replace(share=kept.share.clone(), counts=kept.counts.clone(), active=kept.active.clone())
+    own = kept._replace(**{name: getattr(kept, name).clone() for name in ("share", "counts", "active", "maps")})
     return [nothing.clone() if x is None else x for x in own]
 
 
