@@ -40,7 +40,7 @@ def make_memory(workload: Workload, *, seed: int = 0, device: str = "cpu") -> Me
     return Memory(keys, values)
 
 
-def make_inputs(workload: Workload, *, seed: int, device: str = "cpu") -> Inputs:
+def make_inputs(workload: Workload, *, seed: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Inputs:
     """Random inputs; queries have the scale of the sub-keys, so that reads spread over the table."""
     cfg = workload.config
     generator = torch.Generator(device).manual_seed(seed)
@@ -50,4 +50,5 @@ def make_inputs(workload: Workload, *, seed: int, device: str = "cpu") -> Inputs
 
     query = normal(cfg.num_heads * cfg.key_dim).div_(math.sqrt(cfg.key_dim))
     value, gate, cotangent = normal(cfg.value_dim), normal().sigmoid_(), normal(cfg.value_dim)
+    query, value, gate, cotangent = (x.to(dtype) for x in (query, value, gate, cotangent))
     return Inputs(query.requires_grad_(), value.requires_grad_(), gate.requires_grad_(), cotangent)

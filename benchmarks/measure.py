@@ -48,14 +48,62 @@ def timed(function: Callable[..., Any], *args: Any) -> tuple[float, Any]:
         gc.enable()
 
 
+def device_timed(function: Callable[..., Any], *args: Any) -> tuple[float, Any]:
+    """The same on a CUDA device, by its own clock: from the call until all that it launched has run."""
+    if not torch.cuda.is_available():
+        return timed(function, *args)
+    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    gc.disable()
+    try:
+        before.record()
+        result = function(*args)
+        after.record()
+        torch.cuda.synchronize()
+        return before.elapsed_time(after) / 1e3, result
+    finally:
+        gc.enable()
+
+
+def peak_device_bytes(function: Callable[..., Any], *args: Any) -> tuple[int | None, Any]:
+    """How far the memory of tensors rose above its start while ``function`` ran, results included, and its result.
+
+    None without a CUDA device.
+    """
+    if not torch.cuda.is_available():
+        return None, function(*args)
+    free_device_memory()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    result = function(*args)
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before, result
+
+
+def copy_bandwidth(size: int = 2**32, samples: int = 10) -> float:
+    """Bytes a second, read and written ones, of a large copy on the device."""
+    source = torch.zeros(size, dtype=torch.uint8, device="cuda" if torch.cuda.is_available() else "cpu")
+    target = torch.empty_like(source)
+    seconds = [device_timed(target.copy_, source)[0] for _ in range(samples + 1)][1:]
+    return 2 * size / float(np.median(seconds))
+
+
+def free_device_memory() -> None:
+    """Give back what no tensor holds."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def environment() -> dict[str, str]:
     """Device and versions, for the head of every table; of the frameworks those that are loaded."""
-    packages = ["fwpkm", "torch", "numpy", *(name for name in ("jax", "keras") if name in sys.modules)]
+    packages = ["fwpkm", "torch", "numpy", *(name for name in ("jax", "keras", "triton") if name in sys.modules)]
     cuda = f"{torch.cuda.get_device_name()}; " if torch.cuda.is_available() else ""
     return {
         "device": f"{cuda}{_cpu_name()}, {len(os.sched_getaffinity(0))} cores, {torch.get_num_threads()} torch threads",
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
-        "versions": ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages),
+        "versions": ", ".join(f"{name} {_version(name)}" for name in packages),
     }
 
 
@@ -96,6 +144,13 @@ def _read_bytes(path: str, field: str) -> int:
     with open(path) as file:
         line = next(line for line in file if line.startswith(f"{field}:"))
     return int(line.split()[1]) * 1024
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # of another name than its module, as some builds of Triton are
+        return getattr(sys.modules[package], "__version__", "of unknown version")
 
 
 def _cpu_name() -> str:

@@ -138,10 +138,10 @@ def growth_tables(results: Results) -> list[Table]:
     ]
 
 
-def claims_table(title: str, claims: list[Claim]) -> Table:
-    """The ratios, their bounds and whether they hold."""
+def claims_table(title: str, claims: list[Claim], what: str = "ratio") -> Table:
+    """The ratios, or what else was measured, their bounds and whether they hold."""
     rows = [(claim.text, ratio_text(claim.measured), claim.bound, claim.verdict) for claim in claims]
-    return Table(title, ("ratio", "measured", "bound", "verdict"), rows)
+    return Table(title, (what, "measured", "bound", "verdict"), rows)
 
 
 def show(legend: Sequence[str], tables: Sequence[Table], *, markdown: bool) -> None:
@@ -178,9 +178,9 @@ def ratio_text(ratio: Summary | None) -> str:
     return _spread(ratio, "{:.3g}")
 
 
-def milliseconds(seconds: Summary | None) -> str:
+def milliseconds(seconds: Summary | None, form: str = "{:.1f}") -> str:
     """A time with its quartiles."""
-    return _spread(seconds, "{:.1f}", scale=1e3)
+    return _spread(seconds, form, scale=1e3)
 
 
 def _spread(summary: Summary | None, form: str, scale: float = 1.0) -> str:

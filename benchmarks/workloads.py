@@ -62,7 +62,16 @@ WORKLOADS = {
         *(_paper(f"step-{s}", batch=1, length=2048, num_subkeys=s) for s in (128, 256, 512, 1024)),
         # A training batch, at the sizes for which NOTES.md has the published code's times on one H200.
         *(_paper(f"train-{s}", batch=8, length=4096, num_subkeys=s) for s in (256, 512, 1024)),
-        _paper("shared-512", batch=8, length=4096, num_subkeys=512, memory_scope="batch"),
+        *(
+            _paper(f"shared-{s}", batch=8, length=4096, num_subkeys=s, memory_scope="batch")
+            for s in (256, 512, 1024, 2048)
+        ),
+        # One sequence, from short to long; with one sequence both scopes have one table.
+        *(
+            _paper(f"read-{length // 1024}k-{s}", batch=1, length=length, num_subkeys=s, memory_scope="batch")
+            for length in (4096, 32768, 131072)
+            for s in (256, 512, 1024, 2048)
+        ),
         _paper("single-512", batch=1, length=4096, num_subkeys=512),
         _paper("decode-512", batch=1, length=1, num_subkeys=512),
         # Milliseconds: for tests of the benchmarks themselves.

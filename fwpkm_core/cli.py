@@ -103,8 +103,9 @@ def _add_conform(commands: Any) -> None:
         nargs="+",
         default=[],
         metavar="NAME",
-        help="numpy, torch, jax, keras-tensorflow, keras-jax, keras-torch, or any module that has the functions of "
-        "SPEC.md §8, such as mypackage.mymodule (default: every backend of this package)",
+        help="numpy, torch, jax, keras-tensorflow, keras-jax, keras-torch, triton (torch's kernels, float32 only), or "
+        "any module that has the functions of SPEC.md §8, such as mypackage.mymodule (default: every backend of this "
+        "package, without triton)",
     )
     for name, default, lowest, text in (
         ("--cases", 200, 1, "how many cases are drawn (default: 200)"),

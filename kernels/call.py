@@ -73,7 +73,7 @@ def forward(
     slots = kept.slots.new_empty(batch, fresh_length, entries, dtype=torch.int64)
     weights = kept.weights.new_empty(batch, fresh_length, entries)
     last, addressing = _address(cfg, plan, keys, tokens, kept, largest, slots, weights, save, due)
-    kept = kept._replace(**dict(zip(("sorted_rows", "order"), sort(kept.sorted_rows, due))))
+    kept = kept._replace(**dict(zip(("sorted_rows", "order"), sort(kept.sorted_rows, keys.shape[0], due))))
     output, squared = _read_and_write(cfg, plan, values, tokens, kept, save, due)
     memories = keys.shape[0]
     last = last.view(keys.shape)
@@ -200,12 +200,12 @@ def scale_of(cfg: FwPKMConfig) -> float:
     return {"slots": float(cfg.slots_per_token), "unit": 1.0, "normalized": 0.0}[cfg.write_scale]
 
 
-def sort(table_rows: Tensor, due: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The table rows in order, and where they were."""
+def sort(table_rows: Tensor, memories: int, due: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The table rows in order, and where they were. With ``due``, those of one window."""
     if due is None:
         return table_rows.sort(stable=True)
     sorted_rows, order = torch.empty_like(table_rows), torch.empty_like(table_rows, dtype=torch.int64)
-    count = len(table_rows)
+    count = len(table_rows) // memories
     rank = Launch(lookup.sort_kernel, table_rows, sorted_rows, order, due, BLOCK=64, num_warps=4)
-    rank((blocks_of(count, 64),), count)
+    rank((blocks_of(count, 64), memories), count)
     return sorted_rows, order

@@ -281,17 +281,21 @@ def read_kernel(
 
 @triton.jit(do_not_specialize=["count"])
 def sort_kernel(table_rows, sorted_rows, order, due, count, BLOCK: tl.constexpr):
-    """A stable sort of few numbers: the place of each is how many are smaller, or equal and before it."""
+    """A stable sort of few numbers: the place of each is how many are smaller, or equal and before it.
+
+    Those of each memory, ``count``, are consecutive and below those of the next.
+    """
     if not_due(due):
         return
+    begin = tl.program_id(1).to(tl.int64) * count
     mine = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    row = tl.load(table_rows + mine, mask=mine < count, other=0)
+    row = tl.load(table_rows + begin + mine, mask=mine < count, other=0)
     place = tl.zeros([BLOCK], tl.int32)
     for at in range(0, count, BLOCK):
         other = at + tl.arange(0, BLOCK)
-        rows = tl.load(table_rows + other, mask=other < count, other=0)
+        rows = tl.load(table_rows + begin + other, mask=other < count, other=0)
         less = rows[None, :] < row[:, None]
         ahead = (less | ((rows[None, :] == row[:, None]) & (other[None, :] < mine[:, None]))) & (other < count)[None, :]
         place += tl.sum(ahead.to(tl.int32), 1)
-    tl.store(sorted_rows + place, row, mask=mine < count)
-    tl.store(order + place, mine.to(tl.int64), mask=mine < count)
+    tl.store(sorted_rows + begin + place, row, mask=mine < count)
+    tl.store(order + begin + place, begin + mine, mask=mine < count)

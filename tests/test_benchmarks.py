@@ -1,35 +1,17 @@
 """What the benchmarks compare computes the same thing, and the command runs, prints and judges."""
 
 import importlib.metadata
-import importlib.util
 import json
-import pathlib
-import sys
 
+import benchmarks_folder  # noqa: F401  (makes benchmarks importable)
 import numpy as np
 import pytest
 import torch
 
+from benchmarks import cpu, data, dense, measure, report, static_pkm
+from benchmarks.workloads import WORKLOADS, Workload
 from fwpkm import FwPKMConfig, Memory, get_backend, reference
 from fwpkm.agreement import BOUNDS, relative_error
-
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-
-
-def _find_benchmarks() -> None:
-    """Make ``benchmarks`` importable without the root on the path, where ``kernels`` would shadow another package."""
-    folder = ROOT / "benchmarks"
-    spec = importlib.util.spec_from_file_location(
-        "benchmarks", folder / "__init__.py", submodule_search_locations=[str(folder)]
-    )
-    sys.modules["benchmarks"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules["benchmarks"])
-
-
-_find_benchmarks()
-
-from benchmarks import cpu, data, dense, measure, report, static_pkm  # noqa: E402
-from benchmarks.workloads import WORKLOADS, Workload  # noqa: E402
 
 SMALL = {"key_dim": 8, "value_dim": 6, "num_subkeys": 8, "top_k": 3, "chunk_size": 5}
 CONFIGS = {

@@ -1,5 +1,6 @@
 """fwpkm conform and fwpkm vectors: what they print, their exit status, and that a case can be repeated."""
 
+import importlib.util
 import re
 import shlex
 import subprocess
@@ -7,12 +8,13 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from asserting import assert_same_bits
 from mutants.build import build
 from mutants.table import UPDATE
 
 from fwpkm import cli, vectors
-from fwpkm.conformance import command, exchange, judging, results, rounding
+from fwpkm.conformance import command, contestants, exchange, judging, results, rounding
 from fwpkm.conformance.drawing import draw, drawer
 from fwpkm.conformance.shapes import shapes
 
@@ -75,7 +77,7 @@ def test_backends_that_cannot_run_are_explained_and_the_others_judged(tmp_path):
     (tmp_path / "breaks.py").write_text("1 / 0\n")
     (tmp_path / "dies.py").write_text("import os, sys\nprint('out of luck', file=sys.stderr)\nos._exit(3)\n")
     (tmp_path / "needs.py").write_text("import nowhere\n")
-    names = ("numpy", "lacks", "breaks", "dies", "needs", "triton", "no.such")
+    names = ("numpy", "lacks", "breaks", "dies", "needs", "no.such")
     done = conform(tmp_path, "--backends", *names, "--cases", "1")
     assert done.returncode == 2, done.stderr
     assert rows(done.stdout)["writes"] == ["equal", "equal"]
@@ -84,10 +86,43 @@ def test_backends_that_cannot_run_are_explained_and_the_others_judged(tmp_path):
         "breaks cannot run: importing it raised ZeroDivisionError: division by zero",
         "dies cannot run: its process ended with status 3: ... out of luck",
         "needs cannot run: No module named 'nowhere'\n",
-        "triton cannot run: conform does not drive the Triton kernels yet",
         "no.such cannot run: No module named 'no'. Expected one of numpy, torch, jax,",
     ):
         assert expected in done.stdout
+
+
+@pytest.mark.parametrize("case", [0, 2, 3])
+def test_the_kernels_pass(tmp_path, case):
+    """Both boundaries, scopes and scores, one head and two, clipping, decay, masks; gradients of each."""
+    done = conform(tmp_path, "--backends", "triton", "--seed", "38", "--case", str(case))
+    assert done.returncode == 0, done.stdout + done.stderr
+    shown = rows(done.stdout)
+    assert shown["slots"] == ["equal", "equal"]
+    assert 0 < float(shown["grad keys"][1]) <= 1e-4
+    assert "1 cases, 1 of them with gradients; 0 of 1 set aside" in done.stdout
+
+
+def test_the_kernels_say_that_they_are_not_float64(tmp_path):
+    done = conform(tmp_path, "--backends", "numpy", "triton", "--cases", "1", "--dtype", "float64")
+    assert done.returncode == 2, done.stderr
+    assert "triton cannot run: the kernels cannot serve float64 here: query must be float32" in done.stdout
+    assert "numpy: worst" in done.stdout
+    assert "fwpkm conform --backends numpy triton --seed 0 --dtype float64 --case" in done.stdout
+
+
+def test_the_kernels_interpret_only_where_there_is_no_gpu(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    for found in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda found=found: found)
+        assert contestants.environment("triton", "float32", "").get("TRITON_INTERPRET") == (None if found else "1")
+        assert "TRITON_INTERPRET" not in contestants.environment("torch", "float32", "")
+
+
+def test_without_triton_the_kernels_name_the_extra(monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "triton" else find(name))
+    with pytest.raises(contestants.CannotRunError, match=r"triton is not installed: pip install 'fwpkm\[triton\]'"):
+        contestants.load("triton", "float32")
 
 
 def test_markdown_is_the_table_alone(tmp_path):
@@ -153,9 +188,10 @@ def test_passages_and_results_survive_their_files(tmp_path):
         assert_same_bits(loaded.gradients[name], gradient)
 
 
+@pytest.mark.parametrize("unit", [1, 16])
 @pytest.mark.parametrize("seed", range(5))
-def test_every_run_covers_the_branches_of_the_equations(seed):
-    drawn = draw(shapes(), seed)
+def test_every_run_covers_the_branches_of_the_equations(seed, unit):
+    drawn = draw(shapes(unit), seed)
     assert len(drawn) == 10
     cfgs = [shape.cfg for shape in drawn]
     for field, values in {
@@ -170,6 +206,10 @@ def test_every_run_covers_the_branches_of_the_equations(seed):
     assert {shape.gated for shape in drawn} == {shape.masked for shape in drawn} == {True, False}
     assert any(cfg.chunk_size == 1 for cfg in cfgs)
     assert {cfg.grad_clip is None for cfg in cfgs} == {cfg.weight_decay == 0 for cfg in cfgs} == {True, False}
+    for field in ("key_dim", "value_dim"):
+        widths = {getattr(cfg, field) for cfg in cfgs}
+        assert len(widths) > 1
+        assert all(width % unit == 0 for width in widths)
     for cfg, batch, length, *_ in drawn:
         assert batch > 1
         assert length >= 2 * cfg.chunk_size, "at least two writes"

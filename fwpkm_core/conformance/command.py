@@ -57,7 +57,7 @@ def run(
     names = list(dict.fromkeys(backends or contestants.DEFAULT))
     numbers = range(cases) if case is None else [case]
     with _progress() as progress, tempfile.TemporaryDirectory(prefix="fwpkm-conform-") as folder:
-        draw = drawer(seed, dtype)
+        draw = drawer(seed, dtype, contestants.unit(names))
         passages = [draw(number) for number in progress.track(numbers, description="drawing")]
         with ThreadPoolExecutor(1) as pool:  # the reference works beside the first backends
             expected = {passage.number: pool.submit(expect_unmoved, passage) for passage in passages}

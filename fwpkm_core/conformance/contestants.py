@@ -3,13 +3,16 @@
 import importlib
 import os
 import traceback
+from collections.abc import Sequence
 from types import ModuleType
 
 from fwpkm.registry import backend_names, get_backend
 
 KERAS = ("keras-tensorflow", "keras-torch", "keras-jax")
 DEFAULT = (*(name for name in backend_names() if name != "keras"), *KERAS)
-"""What is judged unless names are given."""
+"""What is judged unless names are given: not the kernels ("triton"), which take minutes without a GPU."""
+
+_MODULES = dict.fromkeys(KERAS, "keras") | {"triton": "fwpkm.conformance.triton"}
 
 FUNCTIONS = ("init_memory", "init_state", "apply", "flush", "lookup", "chunk_update", "reset", "asarray", "to_numpy")
 """What a module must have (SPEC.md §8); ``vjp`` as well, for its gradients to be judged."""
@@ -19,11 +22,16 @@ class CannotRunError(Exception):
     """A backend cannot be judged here; the message says why."""
 
 
+def unit(names: Sequence[str]) -> int:
+    """What Dk and Dv of every case are multiples of, so that all these backends can be judged on the same ones."""
+    return 16 if "triton" in names else 1
+
+
 def environment(name: str, dtype: str, cache: str) -> dict[str, str]:
     """The variables of a process that imports the backend's framework.
 
     Args:
-        name: the backend's.
+        name: the backend's; "triton" goes to Triton's interpreter where torch finds no GPU.
         dtype: "float64" switches JAX to it.
         cache: a folder for what JAX compiles, which Keras on JAX then need not compile again.
     """
@@ -33,20 +41,20 @@ def environment(name: str, dtype: str, cache: str) -> dict[str, str]:
     variables = defaults | os.environ | jax
     if name in KERAS:
         variables["KERAS_BACKEND"] = name.partition("-")[2]
+    if name == "triton" and not importlib.import_module("torch").cuda.is_available():
+        variables["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
     return variables
 
 
-def load(name: str) -> ModuleType:
+def load(name: str, dtype: str) -> ModuleType:
     """The module that a name stands for, in a process with its ``environment``.
 
     Raises:
-        CannotRunError: it cannot be imported, or lacks functions of SPEC.md §8.
+        CannotRunError: it cannot be imported, lacks functions of SPEC.md §8, or is "triton" and cannot serve the dtype.
     """
-    if name == "triton":
-        raise CannotRunError("conform does not drive the Triton kernels yet; name torch")
     try:
-        known = "keras" if name in KERAS else name
-        module = get_backend(known) if known in backend_names() else importlib.import_module(name)
+        known = _MODULES.get(name, name)
+        module = get_backend(known) if known in backend_names() else importlib.import_module(known)
     except ImportError as error:
         known_names = ", ".join((*DEFAULT, "triton"))
         missing = isinstance(error, ModuleNotFoundError) and error.name in (name, name.partition(".")[0])
@@ -57,6 +65,8 @@ def load(name: str) -> ModuleType:
     lacking = [function for function in FUNCTIONS if not callable(getattr(module, function, None))]
     if lacking:
         raise CannotRunError(f"the module {module.__name__} lacks these functions of SPEC.md §8: {', '.join(lacking)}")
+    if name == "triton" and (reason := module.why_unsupported(dtype)):
+        raise CannotRunError(f"the kernels cannot serve {dtype} here: {reason}")
     return module
 
 

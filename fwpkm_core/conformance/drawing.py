@@ -33,9 +33,15 @@ def draw(strategy: st.SearchStrategy[T], seed: int | str) -> T:
     return drawn[-1]
 
 
-def drawer(seed: int, dtype: str) -> Callable[[int], Passage]:
-    """From a case's number to the case, whatever the number of cases: it is of shape number modulo ten."""
-    drawn: tuple[Shape, ...] = draw(shapes(), seed)
+def drawer(seed: int, dtype: str, unit: int = 1) -> Callable[[int], Passage]:
+    """From a case's number to the case, whatever the number of cases: it is of shape number modulo ten.
+
+    Args:
+        seed: what the cases follow from.
+        dtype: of their arrays.
+        unit: of Dk and Dv, as in :func:`shapes`.
+    """
+    drawn: tuple[Shape, ...] = draw(shapes(unit), seed)
 
     def passage(number: int) -> Passage:
         return draw(passages(number, drawn[number % len(drawn)], dtype), f"{seed}/{number}")

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fwpkm.conformance import judging
+from fwpkm.conformance.contestants import unit
 from fwpkm.conformance.processes import Verdict
 
 
@@ -35,11 +36,19 @@ def _cell(verdict: Verdict, quantity: str, bound: float) -> str:
     return text if error <= bound else f"[bold red]{text}[/]"
 
 
-def findings(verdict: Verdict, dtype: str, seed: int) -> list[str]:
-    """Lines about a backend: why it cannot run, what it breaks, or its worst case, and how to repeat that."""
+def findings(verdict: Verdict, dtype: str, seed: int, beside: Sequence[str] = ()) -> list[str]:
+    """Lines about a backend: why it cannot run, what it breaks, or its worst case, and how to repeat that.
+
+    Args:
+        verdict: of the backend.
+        dtype: of the cases.
+        seed: of the cases.
+        beside: the names of backends without which the cases would be others.
+    """
+    names = " ".join(dict.fromkeys((verdict.name, *beside)))
 
     def repeat(number: int) -> str:
-        return f"fwpkm conform --backends {verdict.name} --seed {seed} --dtype {dtype} --case {number}"
+        return f"fwpkm conform --backends {names} --seed {seed} --dtype {dtype} --case {number}"
 
     lines = [f"{verdict.name} cannot run: {verdict.cannot_run}"] if verdict.cannot_run else []
     broken = verdict.broken(dtype)
@@ -70,8 +79,9 @@ def print_all(verdicts: Sequence[Verdict], summary: str, dtype: str, seed: int, 
         console.print(table(verdicts, dtype, markdown))
     if markdown:
         console = Console(stderr=True, highlight=False)
+    beside = [verdict.name for verdict in verdicts if unit([verdict.name]) > 1]
     for verdict in verdicts:
-        for line in findings(verdict, dtype, seed):
+        for line in findings(verdict, dtype, seed, beside):
             console.print(line, markup=False, soft_wrap=True)
     console.print(summary, markup=False, soft_wrap=True)
 

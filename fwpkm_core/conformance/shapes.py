@@ -80,19 +80,22 @@ class Passage(NamedTuple):
         return [length // 2, length // 2] if self.number % len(STRATA) in IN_HALVES else [length]
 
 
-def shapes() -> st.SearchStrategy[tuple[Shape, ...]]:
-    """Ten shapes, one for each stratum."""
-    return st.tuples(*map(_shape, range(len(STRATA))))
+def shapes(unit: int = 1) -> st.SearchStrategy[tuple[Shape, ...]]:
+    """Ten shapes, one for each stratum; Dk and Dv of a few numbers, or of one to three times ``unit``."""
+    return st.tuples(*(_shape(number, unit) for number in range(len(STRATA))))
 
 
 @st.composite
-def _shape(draw: st.DrawFn, number: int) -> Shape:
+def _shape(draw: st.DrawFn, number: int, unit: int) -> Shape:
     row = dict(zip(_COLUMNS, STRATA[number]))
     gated, masked, lookahead = row.pop("gated"), row.pop("masked"), row["lookahead"]
+    multiples = st.sampled_from([unit, 2 * unit, 3 * unit])
+    if unit > 1 and row["score"] == "idw" and row["grad_clip"] is not None:
+        row["addressing_weight"] *= 4  # or clipping would never bite: wide keys have a gradient of small parts
     cfg = draw(
         configs(
-            key_dim=st.sampled_from([4, 6, 8]),
-            value_dim=st.integers(2, 6),
+            key_dim=st.sampled_from([4, 6, 8]) if unit == 1 else multiples,
+            value_dim=st.integers(2, 6) if unit == 1 else multiples,
             num_subkeys=st.integers(4, 7),
             top_k=st.integers(2, 3),
             chunk_size=1 if number == SINGLE else st.integers(lookahead + 2, 5),

@@ -20,13 +20,14 @@ def main(name: str, folder: Path) -> int:
     """Run every passage; returns 0, also where some of them raised."""
     report = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
     os.dup2(2, 1)
+    passages = exchange.load_passages(folder / "passages.json")
     try:
-        be = load(name)
+        be = load(name, passages[0].case.dtype)
     except CannotRunError as error:
         print(json.dumps({"cannot_run": str(error)}), file=report)
         return 0
     print(json.dumps({"ready": True}), file=report)
-    for passage in exchange.load_passages(folder / "passages.json"):
+    for passage in passages:
         complaint = None
         try:
             exchange.save_result(folder / f"{passage.number}.npz", results.run(be, passage))

@@ -1,0 +1,101 @@
+"""Compile every kernel of a call, its backward and a decode step for a GPU that need not be here.
+
+``python tests/compile_kernels.py 90``: one line a kernel; any that does not compile, or needs more shared memory than the
+GPU has, raises. Tensors hold no data, and what would be launched is compiled instead.
+"""
+
+import sys
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fwpkm import FwPKMConfig
+from fwpkm.containers import Memory, State
+from fwpkm.kernels import call, decode, launch, reverse, windows
+
+SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}
+"""What a program may use at most, by compute capability (CUDA C++ Programming Guide, technical specifications)."""
+TYPES = {
+    torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32", torch.int64: "i64",
+    torch.int8: "i8", torch.bool: "i1",
+}  # fmt: skip
+CONFIGS = {
+    "paper": (FwPKMConfig(key_dim=512, value_dim=512, num_subkeys=512, memory_scope="batch"), torch.bfloat16, False),
+    "largest": (
+        FwPKMConfig(key_dim=1024, value_dim=1024, num_subkeys=2048, num_heads=4, top_k=32), torch.float32, True,
+    ),
+    "odd": (
+        FwPKMConfig(
+            key_dim=48, value_dim=80, num_subkeys=100, num_heads=3, top_k=5, score="dot_product", grad_clip=0.1,
+            write_scale="normalized", boundary="wait", lookahead=3, weight_decay=0.1,
+        ), torch.float16, True,
+    ),
+}  # fmt: skip
+
+
+def kernels_of(cfg: FwPKMConfig, dtype: torch.dtype, masked: bool) -> dict:
+    """Each kernel with its signature and constants, as a training step and a decode step launch them."""
+    found: dict = {}
+
+    def record(self: launch.Launch, grid: tuple, *integers: int) -> None:
+        names, tensors = self.kernel.arg_names, self.tensors
+        plain = dict.fromkeys(names[len(tensors) : len(tensors) + len(integers)], "i32")
+        typed = {name: "constexpr" if x is None else "*" + TYPES[x.dtype] for name, x in zip(names, tensors)}
+        constants = {name: self.constants[name] for name in names if name in self.constants}
+        constants |= {name: None for name, x in zip(names, tensors) if x is None}
+        signature = {**typed, **plain, **dict.fromkeys(self.constants.keys() & set(names), "constexpr")}
+        options = {name: self.constants[name] for name in ("num_warps", "num_stages") if name in self.constants}
+        places = {name: (i,) for i, name in enumerate(names)}
+        source = ASTSource(
+            self.kernel,
+            {name: signature[name] for name in names},
+            {places[name]: value for name, value in constants.items()},
+            {places[name]: [["tt.divisibility", 16]] for name, kind in typed.items() if kind != "constexpr"},
+        )
+        found[self.kernel.__name__, str(sorted(signature.items())), str(sorted(constants.items()))] = source, options
+
+    batch, length = 2, cfg.chunk_size * 2 + 7
+    memories = batch if cfg.memory_scope == "sequence" else 1
+    width, pending = cfg.num_heads * cfg.key_dim, cfg.chunk_size + cfg.lookahead - 1
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def tokens(n: int) -> list[torch.Tensor | None]:
+        mask = empty(batch, n, dtype=torch.bool) if masked else None
+        return [empty(batch, n, w, dtype=dtype) for w in (width, cfg.value_dim)] + [empty(batch, n, dtype=dtype), mask]
+
+    memory = Memory(
+        empty(memories, cfg.num_heads, 2, cfg.num_subkeys, cfg.key_dim // 2),
+        empty(memories, cfg.num_slots, cfg.value_dim),
+    )
+    launched, launch.Launch.__call__ = launch.Launch.__call__, record
+    try:
+        plan, stream = windows.plan(cfg, 0, length, batch, True), call.Tokens(*tokens(length))
+        call.forward(cfg, plan, *memory, stream, save=False)
+        kept = call.forward(cfg, plan, *memory, stream, save=True).kept
+        d_output = empty(batch, length, cfg.value_dim, dtype=dtype)
+        reverse.backward(cfg, plan, stream, kept, d_output, memory.keys, memory.values, memory.values.shape)
+        waiting = empty(batch, pending, width), empty(batch, pending, cfg.value_dim), empty(batch, pending)
+        position = empty(batch, dtype=torch.int32)
+        state = State(memory, *waiting, empty(batch, pending, dtype=torch.bool), position)
+        decode.decode(cfg, state, *tokens(1))
+    finally:
+        launch.Launch.__call__ = launched
+    return found
+
+
+def main(capability: int, config: str) -> None:
+    """Compile them all, or raise."""
+    for (name, *_), (source, options) in kernels_of(*CONFIGS[config]).items():
+        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+        shared = compiled.metadata.shared
+        print(config, capability, name, f"{shared} bytes shared", flush=True)
+        if shared > SHARED_BYTES[capability]:
+            raise MemoryError(f"{name} needs {shared} bytes of shared memory, of {SHARED_BYTES[capability]}")
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2])
