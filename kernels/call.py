@@ -12,7 +12,7 @@ from torch import Tensor
 from fwpkm.config import FwPKMConfig
 from fwpkm.kernels import chunk_update, lookup, parts
 from fwpkm.kernels.launch import Launch
-from fwpkm.kernels.room import Kept, room_for
+from fwpkm.kernels.room import Kept, Scratch, room_for
 from fwpkm.kernels.shapes import blocks_of, shapes
 from fwpkm.kernels.sums import KeySums
 from fwpkm.kernels.tokens import prepare_kernel
@@ -52,9 +52,8 @@ class Result(NamedTuple):
 
 
 def forward(
-    cfg: FwPKMConfig, plan: Plan, keys: Tensor, values: Tensor, tokens: Tokens, save: bool, due: Tensor | None = None,
-    most: Bounds | None = None,
-) -> Result:  # fmt: skip
+    cfg: FwPKMConfig, plan: Plan, keys: Tensor, values: Tensor, tokens: Tokens, save: bool, most: Bounds | None = None
+) -> Result:
     """Read and write all windows; ``values`` [M, N, Dv] is overwritten, ``keys`` is not.
 
     Args:
@@ -64,57 +63,69 @@ def forward(
         values: ``[M, N, Dv]`` float32, contiguous.
         tokens: the stream.
         save: keep what ``backward`` needs.
-        due: None, or an int32 on the GPU: where it is 0, nothing is done and the result means nothing. A write goes into
-            ``keys`` too.
         most: what to make room for, so that the shapes of what is kept do not depend on the position.
     """
-    batch, entries, fresh_length = tokens.query.shape[0], cfg.slots_per_token, plan.room - plan.arrived
-    kept, largest = room_for(cfg, plan, most or least(plan, batch), keys, batch, save, due)
-    slots = kept.slots.new_empty(batch, fresh_length, entries, dtype=torch.int64)
-    weights = kept.weights.new_empty(batch, fresh_length, entries)
-    last, addressing = _address(cfg, plan, keys, tokens, kept, largest, slots, weights, save, due)
-    kept = kept._replace(**dict(zip(("sorted_rows", "order"), sort(kept.sorted_rows, keys.shape[0], due))))
-    output, squared = _read_and_write(cfg, plan, values, tokens, kept, save, due)
-    memories = keys.shape[0]
-    last = last.view(keys.shape)
-    if due is not None:
-        return Result(output, slots, weights, last, squared, addressing, kept)  # a decode step has no trace
-    writes = sum(w.writes for w in plan.windows)  # all are of one length, and only the last window may not write
-    written = squared[: writes * batch * plan.windows[0].length]
-    memorization = written.view(writes, memories, -1).sum(2) if writes else squared.new_zeros(0, memories)
-    addressing = addressing[:writes].unflatten(1, (memories, -1)).sum((2, 3))
-    return Result(output, slots, weights, last.clone() if save else last, memorization, addressing, kept)
-
-
-def _address(
-    cfg: FwPKMConfig, plan: Plan, keys: Tensor, tokens: Tokens, kept: Kept, largest: Tensor, slots: Tensor,
-    weights: Tensor, save: bool, due: Tensor | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """What each token picks, moving the keys; returns the last keys and the terms of the addressing loss."""
-    size = shapes(cfg, tokens.query.dtype)
-    batch, memories = tokens.query.shape[0], keys.shape[0]
-    rows, groups, half, subkeys = batch // memories, memories * cfg.num_heads * 2, cfg.key_dim // 2, cfg.num_subkeys
-    idw, number = cfg.score == "idw", len(plan.windows)
-    longest = rows * max(w.length for w in plan.windows)
-
-    def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=keys.device)
-
-    addressing, norms = new(number, groups, subkeys), new(groups, subkeys)
-    halves = new(groups, 2, subkeys, half, dtype=torch.bfloat16)
-    listed = size.select["TILES"] * size.select["PROPOSED"]
-    proposals = new(memories * longest, cfg.num_heads, 2, listed, dtype=torch.int32)
-    scales, pulls = new(memories * longest, cfg.num_heads, 2), new(memories * longest, cfg.num_heads, 2, cfg.top_k)
-    sums = KeySums(cfg, tokens.query, kept.ids, kept.maps, longest, due)
+    batch, memories, size = tokens.query.shape[0], keys.shape[0], shapes(cfg, tokens.query.dtype)
+    kept, scratch = room_for(cfg, plan, most or least(plan, batch), keys, batch, save)
+    scratch.zeros.zero_()
     Launch(
-        prepare_kernel, *tokens, kept.flags, due, QUERY=cfg.num_heads * cfg.key_dim, VALUE=cfg.value_dim,
+        prepare_kernel, *tokens, kept.flags, QUERY=cfg.num_heads * cfg.key_dim, VALUE=cfg.value_dim,
         HAS_GATE=tokens.gate is not None, HAS_MASK=tokens.mask is not None, HAS_PAIR=tokens.pair is not None,
         SHIFTED=tokens.pair is not None, **size.prepare,
     )((batch * plan.room,))  # fmt: skip
     Launch(
-        parts.begin_kernel, keys, kept.keys, norms, largest, halves, due,
-        SUBKEYS=subkeys, HALF=half, BLOCK=size.keys["BLOCK"], num_warps=1,
-    )((subkeys, groups))  # fmt: skip
+        parts.begin_kernel, keys, kept.keys, scratch.norms, scratch.largest, scratch.halves,
+        SUBKEYS=cfg.num_subkeys, HALF=cfg.key_dim // 2, **size.keys,
+    )((cfg.num_subkeys, 2 * memories * cfg.num_heads))  # fmt: skip
+    slots = kept.slots.new_empty(batch, plan.room - plan.arrived, cfg.slots_per_token, dtype=torch.int64)
+    weights = torch.empty_like(slots, dtype=torch.float32)
+    last, addressing = address(cfg, plan, tokens, kept, scratch, slots, weights, save)
+    sorted_rows, order = kept.sorted_rows.sort(stable=True)
+    kept = kept._replace(sorted_rows=sorted_rows, order=order)
+    output, squared = read_and_write(cfg, plan, values, tokens, kept, save)
+    writes = sum(w.writes for w in plan.windows)  # all are of one length, and only the last window may not write
+    written = squared[: writes * batch * plan.windows[0].length]
+    memorization = written.view(writes, memories, -1).sum(2) if writes else squared.new_zeros(0, memories)
+    addressing = addressing[:writes].unflatten(1, (memories, -1)).sum((2, 3))
+    last = last.view(keys.shape)
+    return Result(output, slots, weights, last.clone() if save else last, memorization, addressing, kept)
+
+
+def address(
+    cfg: FwPKMConfig, plan: Plan, tokens: Tokens, kept: Kept, scratch: Scratch, slots: Tensor, weights: Tensor,
+    save: bool, due: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """What each token picks, moving the keys; returns the last keys and the terms of the addressing loss.
+
+    Args:
+        cfg: the configuration.
+        plan: the windows.
+        tokens: the stream, whose flags are ``kept``, as the keys before it are.
+        kept: receives what is computed.
+        scratch: of these keys.
+        slots: ``[B, T, H*k]`` int64, receives those of the tokens that the call has brought.
+        weights: ``[B, T, H*k]``, likewise.
+        save: for ``backward``: keep the keys of each window.
+        due: None, or an int32 on the GPU: where it is 0, nothing is done and the results mean nothing.
+    """
+    size, memories = shapes(cfg, tokens.query.dtype), kept.counts.shape[1]
+    rows, groups, half, subkeys = (
+        len(tokens.query) // memories,
+        *kept.share.shape[1:2],
+        cfg.key_dim // 2,
+        cfg.num_subkeys,
+    )
+    idw, longest = cfg.score == "idw", rows * max(w.length for w in plan.windows)
+
+    def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=slots.device)
+
+    _, largest, norms, halves = scratch
+    addressing = new(len(plan.windows), groups, subkeys)
+    listed = size.select["TILES"] * size.select["PROPOSED"]
+    proposals = new(memories * longest, cfg.num_heads, 2, listed, dtype=torch.int32)
+    scales, pulls = new(memories * longest, cfg.num_heads, 2), new(memories * longest, cfg.num_heads, 2, cfg.top_k)
+    sums = KeySums(cfg, tokens.query, kept.ids, kept.maps, longest, due)
     names = {"HEADS": cfg.num_heads, "SUBKEYS": subkeys}
     scored = names | {"K": cfg.top_k, "IDW": idw, "EPSILON": cfg.score_eps, "CHUNK": cfg.chunk_size}
     select = Launch(
@@ -161,10 +172,10 @@ def _address(
     return kept.keys[version], addressing
 
 
-def _read_and_write(
-    cfg: FwPKMConfig, plan: Plan, values: Tensor, tokens: Tokens, kept: Kept, save: bool, due: Tensor | None
+def read_and_write(
+    cfg: FwPKMConfig, plan: Plan, values: Tensor, tokens: Tokens, kept: Kept, save: bool, due: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Read each window and write its chunk; returns the output, and ½ g ‖v̂ - u‖² [w]."""
+    """Read each window and write its chunk; returns the output, and ½ g ‖v̂ - u‖² [w]. Arguments as in ``address``."""
     size, entries = shapes(cfg, tokens.query.dtype), cfg.slots_per_token
     batch, memories = tokens.query.shape[0], values.shape[0]
     output = values.new_empty(batch, plan.room - plan.arrived, cfg.value_dim, dtype=tokens.query.dtype)
@@ -198,14 +209,3 @@ def _read_and_write(
 def scale_of(cfg: FwPKMConfig) -> float:
     """κ of §4, or 0 where it is 1/Σw²."""
     return {"slots": float(cfg.slots_per_token), "unit": 1.0, "normalized": 0.0}[cfg.write_scale]
-
-
-def sort(table_rows: Tensor, memories: int, due: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The table rows in order, and where they were. With ``due``, those of one window."""
-    if due is None:
-        return table_rows.sort(stable=True)
-    sorted_rows, order = torch.empty_like(table_rows), torch.empty_like(table_rows, dtype=torch.int64)
-    count = len(table_rows) // memories
-    rank = Launch(lookup.sort_kernel, table_rows, sorted_rows, order, due, BLOCK=64, num_warps=4)
-    rank((blocks_of(count, 64), memories), count)
-    return sorted_rows, order

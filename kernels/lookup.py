@@ -93,6 +93,44 @@ def softmax_rows(scores):
     return e / tl.sum(e, 1)[:, None]
 
 
+@triton.jit
+def bounded_scores(rank, choice, K: tl.constexpr, EPSILON: tl.constexpr, IDW: tl.constexpr):
+    """Sub-scores [BLOCK, CHOICES] of the first K, and whether all of them are finite."""
+    bounded = tl.abs(rank) < INF
+    picked = (choice < K)[None, :]
+    score = tl.where(picked, sub_scores(tl.where(bounded, rank, 0.0), EPSILON, IDW), -INF)
+    return score, tl.min((bounded | ~picked).to(tl.int32), 1) > 0
+
+
+@triton.jit
+def best_sums(
+    s1, s2, id1, id2, choice, SUBKEYS: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, CHOICES: tl.constexpr
+):  # fmt: skip
+    """The k best of the k² sums of sub-scores [BLOCK, CHOICES], best first, and their slots."""
+    cells = tl.arange(0, CHOICES * CHOICES)
+    grid = tl.reshape(s1[:, :, None] + s2[:, None, :], [BLOCK, CHOICES * CHOICES])
+    sums = tl.full([BLOCK, CHOICES], -INF, tl.float32)
+    pick = tl.zeros([BLOCK, CHOICES], tl.int32)
+    for j in range(K):
+        best, cell = tl.max(grid, 1, return_indices=True)
+        sums = tl.where((choice == j)[None, :], best[:, None], sums)
+        pick = tl.where((choice == j)[None, :], cell[:, None], pick)
+        grid = tl.where(cells[None, :] == cell[:, None], -INF, grid)
+    one = tl.sum(tl.where((pick // CHOICES)[:, :, None] == choice[None, None, :], id1[:, None, :], 0), 2)
+    two = tl.sum(tl.where((pick % CHOICES)[:, :, None] == choice[None, None, :], id2[:, None, :], 0), 2)
+    return sums, one * SUBKEYS + two
+
+
+@triton.jit
+def softmax_all(logits, valid, alive):
+    """One softmax over all heads [BLOCK, HEAD_BLOCK, CHOICES], and whether all of a token's are finite, if ``alive``."""
+    bad = tl.max(tl.max((valid & ~(tl.abs(logits) < INF)).to(tl.int32), 2), 1)
+    alive = alive & (bad == 0)
+    logits = tl.where(valid, tl.where(alive[:, None, None], logits, 0.0), -INF)
+    e = tl.exp(logits - tl.max(tl.max(logits, 2), 1)[:, None, None])
+    return e / tl.sum(tl.sum(e, 2), 1)[:, None, None], alive
+
+
 @triton.jit(do_not_specialize=["version", *VARYING])
 def rank_kernel(
     query, keys, proposals, scales, flags, ids, ranks, due, version, start, length, first, room, rows,
@@ -161,7 +199,6 @@ def combine_kernel(
     picked = choice < K
     known = inside[:, None] & picked[None, :]
     logits = tl.full([BLOCK, HEAD_BLOCK, CHOICES], -INF, tl.float32)
-    cells = tl.arange(0, CHOICES * CHOICES)
     alive = (flag & DEAD) == 0
     for h in tl.static_range(HEADS):
         at = ((here * HEADS + h) * 2 * K)[:, None] + choice[None, :]
@@ -173,33 +210,17 @@ def combine_kernel(
         tl.store(ids + at + K, id2, mask=known)
         tl.store(ranks + at, r1, mask=known)
         tl.store(ranks + at + K, r2, mask=known)
-        bounded = (tl.abs(r1) < INF) & (tl.abs(r2) < INF)
-        alive = alive & (tl.min(bounded.to(tl.int32), 1) > 0)
-        s1, s2 = sub_scores(r1, EPSILON, IDW), sub_scores(r2, EPSILON, IDW)
-        s1 = tl.where(picked[None, :], tl.where(bounded, s1, 0.0), -INF)
-        s2 = tl.where(picked[None, :], tl.where(bounded, s2, 0.0), -INF)
-        grid = tl.reshape(s1[:, :, None] + s2[:, None, :], [BLOCK, CHOICES * CHOICES])
-        sums = tl.full([BLOCK, CHOICES], -INF, tl.float32)
-        pick = tl.zeros([BLOCK, CHOICES], tl.int32)
-        for j in range(K):
-            best, cell = tl.max(grid, 1, return_indices=True)
-            sums = tl.where((choice == j)[None, :], best[:, None], sums)
-            pick = tl.where((choice == j)[None, :], cell[:, None], pick)
-            grid = tl.where(cells[None, :] == cell[:, None], -INF, grid)
-        one = tl.sum(tl.where((pick // CHOICES)[:, :, None] == choice[None, None, :], id1[:, None, :], 0), 2)
-        two = tl.sum(tl.where((pick % CHOICES)[:, :, None] == choice[None, None, :], id2[:, None, :], 0), 2)
-        slot = one * SUBKEYS + two
+        s1, bounded1 = bounded_scores(r1, choice, K, EPSILON, IDW)
+        s2, bounded2 = bounded_scores(r2, choice, K, EPSILON, IDW)
+        alive = alive & bounded1 & bounded2
+        sums, slot = best_sums(s1, s2, id1, id2, choice, SUBKEYS, K, BLOCK, CHOICES)
         entry = (here * HEADS * K + h * K)[:, None] + choice[None, :]
         tl.store(slots + entry, slot, mask=known)
         tl.store(table_rows + entry, (table + slot).to(table_rows.dtype.element_ty), mask=known)
         tl.store(out_slots + out[:, None] + h * K + choice[None, :], slot.to(tl.int64), mask=known & shown[:, None])
         logits = tl.where((head == h)[None, :, None], (sums / TEMPERATURE)[:, None, :], logits)
     valid = (head < HEADS)[None, :, None] & picked[None, None, :]
-    bad = tl.max(tl.max((valid & ~(tl.abs(logits) < INF)).to(tl.int32), 2), 1)
-    alive = alive & (bad == 0)
-    logits = tl.where(alive[:, None, None] | ~valid, logits, 0.0)
-    e = tl.exp(logits - tl.max(tl.max(logits, 2), 1)[:, None, None])
-    w = e / tl.sum(tl.sum(e, 2), 1)[:, None, None]
+    w, alive = softmax_all(logits, valid, alive)
     of_head = head[None, :, None] * K + choice[None, None, :]
     tl.store(weights + (here * HEADS * K)[:, None, None] + of_head, w, mask=inside[:, None, None] & valid)
     w = tl.where(alive[:, None, None], w, float("nan"))
@@ -277,25 +298,3 @@ def read_kernel(
         tl.store(error + here * WIDTH + d, miss, mask=d < WIDTH)
         tl.store(strength + here, tl.where(pair, scale * g, 0.0))
         tl.store(squared + here, tl.where(pair, 0.5 * g * tl.sum(miss * miss, 0), 0.0))
-
-
-@triton.jit(do_not_specialize=["count"])
-def sort_kernel(table_rows, sorted_rows, order, due, count, BLOCK: tl.constexpr):
-    """A stable sort of few numbers: the place of each is how many are smaller, or equal and before it.
-
-    Those of each memory, ``count``, are consecutive and below those of the next.
-    """
-    if not_due(due):
-        return
-    begin = tl.program_id(1).to(tl.int64) * count
-    mine = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    row = tl.load(table_rows + begin + mine, mask=mine < count, other=0)
-    place = tl.zeros([BLOCK], tl.int32)
-    for at in range(0, count, BLOCK):
-        other = at + tl.arange(0, BLOCK)
-        rows = tl.load(table_rows + begin + other, mask=other < count, other=0)
-        less = rows[None, :] < row[:, None]
-        ahead = (less | ((rows[None, :] == row[:, None]) & (other[None, :] < mine[:, None]))) & (other < count)[None, :]
-        place += tl.sum(ahead.to(tl.int32), 1)
-    tl.store(sorted_rows + begin + place, row, mask=mine < count)
-    tl.store(order + begin + place, begin + mine, mask=mine < count)

@@ -3,8 +3,6 @@
 import triton
 import triton.language as tl
 
-from fwpkm.kernels.tokens import not_due
-
 
 @triton.jit
 def dot_halves(a, b, total, UPCAST: tl.constexpr):
@@ -46,11 +44,9 @@ def store_key(
 
 @triton.jit
 def begin_kernel(
-    given, keys, norms, largest, parts, due, SUBKEYS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr
+    given, keys, norms, largest, parts, SUBKEYS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """Version 0 of the keys: those of the caller."""
-    if not_due(due):
-        return
     subkey, group = tl.program_id(0), tl.program_id(1)
     d = tl.arange(0, BLOCK)
     key = tl.load(given + (group.to(tl.int64) * SUBKEYS + subkey) * HALF + d, mask=d < HALF, other=0.0)

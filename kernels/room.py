@@ -7,10 +7,8 @@ import torch
 from torch import Tensor
 
 from fwpkm.config import FwPKMConfig
-from fwpkm.kernels.launch import Launch
 from fwpkm.kernels.shapes import blocks_of
 from fwpkm.kernels.sums import words_for
-from fwpkm.kernels.tokens import zero_kernel
 from fwpkm.kernels.windows import Bounds, Plan
 
 
@@ -69,11 +67,18 @@ _OF_FORWARD |= {"error", "order", "sorted_rows", "maps"}
 """What the forward computes in any case."""
 
 
-def kept_shapes(cfg: FwPKMConfig, most: Bounds, memories: int, batch: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+def kept_shapes(
+    cfg: FwPKMConfig, most: Bounds, memories: int, batch: int
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """The shape and dtype of each field of ``Kept``; (0,) of one that the configuration does not need."""
     windows, total, room, longest = most
     longest *= batch // memories
-    groups, half, subkeys, entries = 2 * memories * cfg.num_heads, cfg.key_dim // 2, cfg.num_subkeys, cfg.slots_per_token
+    groups, half, subkeys, entries = (
+        2 * memories * cfg.num_heads,
+        cfg.key_dim // 2,
+        cfg.num_subkeys,
+        cfg.slots_per_token,
+    )
     float32, int8, int32, int64 = torch.float32, torch.int8, torch.int32, torch.int64
     row = int64 if windows * memories * cfg.num_slots > 2**31 - 1 else int32
     keys_clip, values_clip = (windows, groups, subkeys, half), (total * entries, cfg.value_dim)
@@ -103,24 +108,34 @@ def kept_shapes(cfg: FwPKMConfig, most: Bounds, memories: int, batch: int) -> di
     }
 
 
-def room_for(
-    cfg: FwPKMConfig, plan: Plan, most: Bounds, keys: Tensor, batch: int, save: bool, due: Tensor | None
-) -> tuple[Kept, Tensor]:
-    """Memory for all that a call computes by window; with ``due`` the keys are written where they stand.
+class Scratch(NamedTuple):
+    """What the address of tokens needs besides."""
 
-    And zeros for the largest ‖K‖² before each window [windows + 1, g], as the integer that has its bits.
-    """
-    memories = keys.shape[0]
+    zeros: Tensor
+    """bytes: what must begin as zeros, of ``Kept`` and, behind it, ``largest``"""
+    largest: Tensor
+    """``[windows + 1, g]``: the largest ‖K‖² before each window, as the integer that has its bits."""
+    norms: Tensor
+    """``[g, S]``: ‖K‖²"""
+    halves: Tensor
+    """``[g, 2, S, Dk/2]``: two bfloat16 parts of each sub-key."""
+
+
+def room_for(
+    cfg: FwPKMConfig, plan: Plan, most: Bounds, keys: Tensor, batch: int, save: bool, in_keys: bool = False
+) -> tuple[Kept, Scratch]:
+    """Memory for all that a call computes by window; with ``in_keys`` the keys are written where they stand."""
+    memories, groups = keys.shape[0], 2 * keys.shape[0] * cfg.num_heads
     specs = kept_shapes(cfg, most, memories, batch)
     if not save:
         specs["keys"] = (1, *specs["keys"][0][1:]), torch.float32
     summed = ("share", "counts", "active", "maps")
-    *counted, largest = zeros(
-        keys.device, due, *(specs[name] for name in summed), ((most.windows + 1, specs["share"][0][1]), torch.int32)
+    zeros, (*counted, largest) = _together(
+        keys.device, *(specs[name] for name in summed), ((most.windows + 1, groups), torch.int32)
     )
     rooms: dict[str, Tensor | None] = dict(zip(summed, counted))
     rooms["order"] = None  # the sort makes it
-    if due is not None:
+    if in_keys:
         rooms["keys"] = keys.view(specs["keys"][0])
     for name in Kept._fields:
         if name not in rooms:
@@ -131,17 +146,14 @@ def room_for(
     used = plan.total * cfg.slots_per_token
     if len(kept.sorted_rows) > used:  # what no window uses comes last
         kept.sorted_rows[used:] = torch.iinfo(kept.sorted_rows.dtype).max
-    return kept, largest
+    norms = torch.empty(groups, cfg.num_subkeys, device=keys.device)
+    halves = torch.empty(groups, 2, cfg.num_subkeys, cfg.key_dim // 2, dtype=torch.bfloat16, device=keys.device)
+    return kept, Scratch(zeros, largest, norms, halves)
 
 
-def zeros(device: torch.device, due: Tensor | None, *parts: tuple[tuple[int, ...], torch.dtype]) -> list[Tensor]:
-    """Zeros of these shapes and dtypes, at the price of one launch."""
+def _together(device: torch.device, *parts: tuple[tuple[int, ...], torch.dtype]) -> tuple[Tensor, list[Tensor]]:
+    """One buffer, and tensors of these shapes and dtypes in it: all become zeros at the price of one launch."""
     sizes = [blocks_of(math.prod(shape) * dtype.itemsize, 16) * 16 for shape, dtype in parts]
     buffer = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
-    if due is None:
-        buffer.zero_()
-    else:
-        number = len(buffer) // 4
-        Launch(zero_kernel, buffer.view(torch.int32), due, BLOCK=1024, num_warps=4)((blocks_of(number, 1024),), number)
     taken = [x[: math.prod(shape) * dtype.itemsize] for x, (shape, dtype) in zip(buffer.split(sizes), parts)]
-    return [x.view(dtype).view(shape) for x, (shape, dtype) in zip(taken, parts)]
+    return buffer, [x.view(dtype).view(shape) for x, (shape, dtype) in zip(taken, parts)]

@@ -18,7 +18,7 @@ class Shapes(NamedTuple):
     rank: dict[str, Any]
     combine: dict[str, Any]
     scan: dict[str, Any]
-    pick: dict[str, Any]
+    token: dict[str, Any]
     pull: dict[str, Any]
     key_sums: dict[str, Any]
     keys: dict[str, Any]
@@ -81,7 +81,13 @@ def shapes(cfg: FwPKMConfig, query: torch.dtype) -> Shapes:
             "num_warps": 1,
         },
         scan={"CHOICES": 16, "STEP": max(8, min(128, half_block)), "num_warps": 1},
-        pick={"CHOICES": choices, "LISTED": triton.next_power_of_2(subkeys), "num_warps": 1},
+        token={
+            "CHOICES": choices,
+            "LISTED": triton.next_power_of_2(subkeys),
+            "HEAD_BLOCK": head_block,
+            "STEP": max(16, min(width, 4096 // (head_block * choices))),
+            "num_warps": 4,
+        },
         pull={"BLOCK": 32, "CHOICES": choices, "num_warps": 4},
         key_sums={
             "BLOCK": half_block,

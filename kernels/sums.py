@@ -28,7 +28,9 @@ def lowest_bit(word):
     return (bit.to(tl.int32, bitcast=True) >> 23) - 127
 
 
-@triton.jit(do_not_specialize=["window", "offset", "words", "pieces", "steps", "start", "length", "first", "room", "rows"])
+@triton.jit(
+    do_not_specialize=["window", "offset", "words", "pieces", "steps", "start", "length", "first", "room", "rows"]
+)
 def key_sums_kernel(
     query, ids, maps, factors, sums, totals, due,
     window, offset, words, pieces, steps, start, length, first, room, rows,

@@ -61,7 +61,7 @@ def flag_of(
 
 @triton.jit
 def prepare_kernel(
-    query, value, gate, mask, pair, flags, due,
+    query, value, gate, mask, pair, flags,
     QUERY: tl.constexpr, VALUE: tl.constexpr, QUERY_BLOCK: tl.constexpr, VALUE_BLOCK: tl.constexpr,
     HAS_GATE: tl.constexpr, HAS_MASK: tl.constexpr, HAS_PAIR: tl.constexpr, SHIFTED: tl.constexpr,
 ):  # fmt: skip
@@ -69,20 +69,9 @@ def prepare_kernel(
 
     SHIFTED values are targets already (``chunk_update``): one that is not finite makes no pair, and kills nothing.
     """
-    if not_due(due):
-        return
     token = tl.program_id(0).to(tl.int64)
     flag = flag_of(
         query, value, gate, mask, pair, token,
         QUERY, VALUE, QUERY_BLOCK, VALUE_BLOCK, HAS_GATE, HAS_MASK, HAS_PAIR, SHIFTED,
     )  # fmt: skip
     tl.store(flags + token, flag.to(tl.int8))
-
-
-@triton.jit(do_not_specialize=["count"])
-def zero_kernel(buffer, due, count, BLOCK: tl.constexpr):
-    """Zeros in an int32 buffer."""
-    if not_due(due):
-        return
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(buffer + at, tl.zeros([BLOCK], tl.int32), mask=at < count)
