@@ -92,7 +92,9 @@ def shapes(cfg: FwPKMConfig, query: torch.dtype) -> Shapes:
         key_sums={
             "BLOCK": half_block,
             "CHOICES": choices,
-            "num_warps": max(1, half_block // 128),  # 16 rows of queries are then 64 registers of a thread
+            # A warp takes so many tokens at once: their queries are 64 of its registers, and nothing crosses warps.
+            "WORDS": max(1, min(8, 2048 // half_block)),
+            "num_warps": 1,
         },
         keys={"BLOCK": half_block, "num_warps": 1},
         read={"BLOCK": width, "ENTRY_BLOCK": min(8, triton.next_power_of_2(entries)), "num_warps": 4},

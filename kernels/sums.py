@@ -11,7 +11,7 @@ from fwpkm.kernels.shapes import blocks_of, shapes
 from fwpkm.kernels.tokens import not_due, token_of
 
 _WORDS = 16
-"""32-bit words of a map that a program looks at at once."""
+"""A map has a multiple of so many words of 32 bits."""
 _PROGRAMS = 8192
 """About how many fill a GPU: of fewer sub-keys the tokens are cut into more pieces, at most 16."""
 
@@ -62,9 +62,10 @@ def key_sums_kernel(
             here = (first + memory * rows * length + r).to(tl.int64)
             at = (here * 2 * HEADS + half) * K
             use = known[:, None] & (choice < K)[None, :]
-            mine = tl.load(ids + at[:, None] + choice[None, :], mask=use, other=-1) == subkey
+            chosen = tl.load(ids + at[:, None] + choice[None, :], mask=use, other=-1)
             at -= offset.to(tl.int64) * 2 * HEADS * K
-            f = tl.sum(tl.load(factors + at[:, None] + choice[None, :], mask=use & mine, other=0.0), 1)
+            f = tl.load(factors + at[:, None] + choice[None, :], mask=use, other=0.0)
+            f = tl.sum(tl.where(chosen == subkey, f, 0.0), 1)
             total += f
             if QUERIES:
                 token, _ = token_of(r, memory, start, length, room, rows)
@@ -90,14 +91,16 @@ class KeySums:
         """For windows of at most ``longest`` tokens a memory, whose sub-keys ``ids`` and maps are given."""
         self.cfg, self.query, self.ids, self.maps, self.due = cfg, query, ids, maps, due
         _, self.groups, subkeys, self.words = maps.shape
+        self.size = shapes(cfg, query.dtype).key_sums
         self.most = max(1, min(16, _PROGRAMS // (self.groups * subkeys)))
         pieces = self._pieces(longest)[0]
         self.sums = torch.empty(pieces, self.groups, subkeys, cfg.key_dim // 2, device=query.device)
         self.totals = torch.empty(pieces, self.groups, subkeys, device=query.device)
 
     def _pieces(self, tokens: int) -> tuple[int, int]:
-        steps = blocks_of(blocks_of(tokens, 32 * _WORDS), self.most)
-        return blocks_of(blocks_of(tokens, 32 * _WORDS), steps), steps
+        number = blocks_of(tokens, 32 * self.size["WORDS"])
+        steps = blocks_of(number, self.most)
+        return blocks_of(number, steps), steps
 
     def of(self, factors: Tensor, queries: bool = True) -> Launch:
         """The launch that sums ``factors`` [., H, 2, k], and with ``queries`` their products with those."""
@@ -105,7 +108,7 @@ class KeySums:
         return Launch(
             key_sums_kernel, self.query, self.ids, self.maps, factors, self.sums, self.totals, self.due,
             HEADS=cfg.num_heads, SUBKEYS=cfg.num_subkeys, HALF=cfg.key_dim // 2, K=cfg.top_k, QUERIES=queries,
-            WORDS=_WORDS, **shapes(cfg, self.query.dtype).key_sums,
+            **self.size,
         )  # fmt: skip
 
     def launch(

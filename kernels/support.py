@@ -1,5 +1,6 @@
 """What the kernels serve, in words for people. Imports triton only once nothing else is in the way."""
 
+import functools
 import importlib.util
 import os
 import sys
@@ -45,6 +46,11 @@ def why_unsupported_tensors(memory: Memory, query: Tensor) -> str | None:
     return None
 
 
+@functools.lru_cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
 def _why_here(query: Tensor) -> str | None:
     if "triton" not in sys.modules:
         if importlib.util.find_spec("triton") is None:
@@ -55,7 +61,7 @@ def _why_here(query: Tensor) -> str | None:
         return None  # the interpreter runs kernels on tensors of any device
     if query.device.type != "cuda":
         return f"query must be on a CUDA device. Received: {query.device}"
-    capability = torch.cuda.get_device_capability(query.device)
+    capability = _capability(query.device)
     if capability < (8, 0):
         return f"the GPU's compute capability must be at least 8.0. Received: {'.'.join(map(str, capability))}"
     return None

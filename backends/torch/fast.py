@@ -83,17 +83,20 @@ def apply(
         owned: the value table may be overwritten.
 
     Returns:
-        output, tables, the tokens that no write has consumed, and the trace.
+        output, tables, what is pending then, and the trace.
     """
     from fwpkm.kernels import call, windows
 
     batch, length = given.query.shape[:2]
     plan = windows.plan(cfg, position, length, batch, update)
-    stream = stream_of(Tokens(*state[1:5]), plan.arrived, given)
+    pending = Tokens(*state[1:5])
+    stream = stream_of(pending, plan.arrived, given)
     output, memory, flags, trace = _run(
         cfg, plan, state.memory, call.Tokens(*stream), owned, schedule.max_writes(cfg, length)
     )
-    return output, memory, left_of(stream, plan.left, flags), trace
+    if plan.arrived or plan.left < plan.room:  # else nothing was pending and nothing is: zeros before and after
+        pending = left_of(stream, plan.left, flags).pad(schedule.capacity(cfg))
+    return output, memory, pending, trace
 
 
 def flush(cfg: FwPKMConfig, memory: Memory, waiting: Tokens, owned: bool) -> tuple[Memory, Trace]:
@@ -143,16 +146,36 @@ def _run(
     """One call: output, tables, flags of the stream, trace; its differentiable weights are appended to ``weights``."""
     keys, values = (table.to(torch.float32) for table in memory)
     stream = stream._replace(**{name: x.contiguous() for name, x in stream._asdict().items() if x is not None})
-    output, new_keys, new_values, slots, w, memorization, addressing, flags = _Call.apply(
-        cfg, plan, owned, keys, values, *stream
-    )
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (keys, values, *stream)):
+        results = _Call.apply(cfg, plan, owned, keys, values, *stream)
+        output, new_keys, new_values, slots, w, memorization, addressing, flags = results
+    else:
+        result, new_values = _forward(cfg, plan, owned, keys, values, stream, save=False)
+        output, slots, w, new_keys, memorization, addressing, kept = result
+        flags = kept.flags
     writes = len(memorization)
     if writes:
         memory = Memory(new_keys, new_values)
     if weights is not None:
         weights.append(w)
-    memorization, addressing = (torch.nn.functional.pad(x.T, (0, columns - writes)) for x in (memorization, addressing))
+    memorization, addressing = memorization.T, addressing.T
+    if writes < columns:
+        memorization, addressing = (torch.nn.functional.pad(x, (0, columns - writes)) for x in (memorization, addressing))
     return output, memory, flags, Trace(slots, w.detach(), memorization, addressing, torch.tensor(writes))
+
+
+def _forward(
+    cfg: FwPKMConfig, plan: Any, owned: bool, keys: Tensor, values: Tensor, stream: Any, save: bool
+) -> tuple[Any, Tensor]:
+    """The result, and the table that was written: that of the caller if it is ``owned``, else a copy."""
+    from fwpkm.kernels import call
+
+    if not any(window.writes for window in plan.windows):
+        values = values.contiguous()
+    elif not (owned and values.is_contiguous()):
+        values = values.clone(memory_format=torch.contiguous_format)
+    with on_device_of(values):
+        return call.forward(cfg, plan, keys.contiguous(), values, stream, save), values
 
 
 def _of_news(plan: Any, batch: int, d: Tensor, total: int) -> Tensor:
@@ -171,24 +194,19 @@ class _Call(torch.autograd.Function):
     def forward(ctx, cfg, plan, owned, keys, values, query, value, gate, mask, pair):
         from fwpkm.kernels import call
 
-        writes = any(window.writes for window in plan.windows)
-        if writes and owned and values.is_contiguous():
-            ctx.mark_dirty(values)
-        elif writes:
-            values = values.clone(memory_format=torch.contiguous_format)
-        else:
-            values = values.contiguous()
         tokens, save = call.Tokens(query, value, gate, mask, pair), any(ctx.needs_input_grad)
-        with on_device_of(query):
-            result = call.forward(cfg, plan, keys.contiguous(), values, tokens, save)
+        result, written = _forward(cfg, plan, owned, keys, values, tokens, save)
+        writes = len(result.memorization) > 0
+        if writes and written is values:
+            ctx.mark_dirty(values)
         kept = result.kept
         if save:
             ctx.save_for_backward(query, value, gate, mask, pair, *kept)
-            ctx.cfg, ctx.plan, ctx.shape = cfg, plan, values.shape
+            ctx.cfg, ctx.plan, ctx.shape = cfg, plan, written.shape
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(result.slots, result.memorization, result.addressing, kept.flags)
         keys = result.keys if writes else None
-        new_values = values if writes else None
+        new_values = written if writes else None
         return (
             result.output, keys, new_values, result.slots, result.weights, result.memorization, result.addressing, kept.flags
         )  # fmt: skip

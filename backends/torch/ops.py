@@ -134,8 +134,8 @@ def _apply(
         validation.check_length(position, length)
     if length and fast.serves(implementation, cfg, state.memory, query):
         given = Tokens(query, value, gate, mask)
-        output, memory, waiting, trace = fast.apply(cfg, state, position, given, update, inplace)
-        return output, _state(cfg, memory, waiting, state.position + length) if update else state, trace
+        output, memory, pending, trace = fast.apply(cfg, state, position, given, update, inplace)
+        return output, State(memory, *pending, state.position + length) if update else state, trace
     memory = _as_tables(state.memory, query)
     dtype = memory.keys.dtype
     tokens = Tokens.of(dtype, query, value, gate, mask)
