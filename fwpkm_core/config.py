@@ -6,7 +6,7 @@ import json
 import math
 import numbers
 import operator
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 _CHOICES = {
     "boundary": ("drop", "wait"),
@@ -65,6 +65,7 @@ class FwPKMConfig:
     grad_clip: float | None = None
     addressing_weight: float = 1.0
     memory_scope: str = "sequence"
+    _json: ClassVar[str]
 
     def __post_init__(self) -> None:
         """Check every field and store plain ints and floats, so that configs compare and serialise alike."""
@@ -94,6 +95,8 @@ class FwPKMConfig:
                 f"lookahead must be less than chunk_size. "
                 f"Received: lookahead={self.lookahead}, chunk_size={self.chunk_size}"
             )
+        # Made once, so that compilers that trace a caller find one constant string.
+        object.__setattr__(self, "_json", json.dumps(dataclasses.asdict(self)))
 
     def _integer(self, name: str, *, minimum: int) -> None:
         value = getattr(self, name)
@@ -135,7 +138,7 @@ class FwPKMConfig:
 
     def to_json(self) -> str:
         """The fields as one JSON object, in the order of the class."""
-        return json.dumps(dataclasses.asdict(self))
+        return self._json
 
     @classmethod
     def from_json(cls, text: str) -> Self:

@@ -235,7 +235,7 @@ def tokens_of(counts, window, memory, memories):
 
 @triton.jit
 def key_gradients_after(d_keys, window, groups, SUBKEYS: tl.constexpr, HALF: tl.constexpr):
-    """Where the gradients of the keys after a window begin: the buffer holds those before one and after it, in turns."""
+    """Where the gradients of the keys after a window begin: the buffer holds those before it and after it in turns."""
     return d_keys + ((window + 1) % 2) * groups.to(tl.int64) * SUBKEYS * HALF
 
 

@@ -1,4 +1,4 @@
-"""Launching a kernel many times: Triton looks at every argument of every launch, which costs more than a small kernel."""
+"""Launching a kernel many times: Triton looks at every argument each time, which costs more than a small kernel."""
 
 from typing import Any
 
@@ -15,6 +15,7 @@ class Launch:
     """
 
     def __init__(self, kernel: Any, *tensors: torch.Tensor | None, **constants: Any) -> None:
+        """Nothing is looked at yet."""
         self.kernel, self.tensors, self.constants = kernel, tensors, constants
         self.ready: tuple | None = None
 
@@ -22,7 +23,7 @@ class Launch:
         """Launch; the current device must be the tensors'."""
         if self.ready is None:
             addresses = [None if x is None else x.data_ptr() for x in self.tensors]
-            kinds = [None if at is None else (x.dtype, at % 16) for x, at in zip(self.tensors, addresses)]
+            kinds = [None if x is None else (x.dtype, x.data_ptr() % 16) for x in self.tensors]
             device = next(x.device for x in self.tensors if x is not None)
             key = (id(self.kernel), device, *kinds, *self.constants.values())
             if key not in _COMPILED:

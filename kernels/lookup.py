@@ -123,7 +123,7 @@ def best_sums(
 
 @triton.jit
 def softmax_all(logits, valid, alive):
-    """One softmax over all heads [BLOCK, HEAD_BLOCK, CHOICES], and whether all of a token's are finite, if ``alive``."""
+    """One softmax over all heads [BLOCK, HEAD_BLOCK, CHOICES], and whether a token is ``alive`` and all are finite."""
     bad = tl.max(tl.max((valid & ~(tl.abs(logits) < INF)).to(tl.int32), 2), 1)
     alive = alive & (bad == 0)
     logits = tl.where(valid, tl.where(alive[:, None, None], logits, 0.0), -INF)
@@ -138,7 +138,7 @@ def rank_kernel(
     TILES: tl.constexpr, PROPOSED: tl.constexpr, BITS: tl.constexpr,
     LISTED: tl.constexpr, ERROR: tl.constexpr, CHOICES: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """The k best sub-keys of one token and codebook, in any order, and their ranks: -‖q - K‖² from differences, or q·K."""
+    """The k best sub-keys of one token and codebook, in any order, and their ranks, of float32 quality."""
     if not_due(due):
         return
     group = tl.program_id(1)
@@ -181,8 +181,8 @@ def combine_kernel(
 ):  # fmt: skip
     """Sort the sub-keys; the k best of the k² sums of each head, and one softmax over all heads' (§2).
 
-    ``table_rows`` numbers the rows of all memories window by window, for the sort. And what the write asks of each token
-    (§3): its share in p̄ of each sub-key, and one in n. With MAPS its bit in the map of each sub-key, unless it is dead.
+    ``table_rows`` numbers the rows of all memories window by window, for the sort. And what the write asks of each
+    token (§3): its share in p̄ of each sub-key, and one in n; with MAPS, its bit in the map of each, unless it is dead.
     """
     if not_due(due):
         return

@@ -7,7 +7,7 @@ import triton.language as tl
 @triton.jit
 def dot_halves(a, b, total, UPCAST: tl.constexpr):
     """total + a b of bfloat16 matrices; UPCAST for the interpreter, which has no bfloat16 arithmetic."""
-    if UPCAST:
+    if UPCAST:  # noqa: SIM108
         total = tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision="ieee")
     else:
         total = tl.dot(a, b, total)

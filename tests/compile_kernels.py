@@ -1,7 +1,7 @@
 """Compile every kernel of a call, its backward and a decode step for a GPU that need not be here.
 
-``python tests/compile_kernels.py 90``: one line a kernel; any that does not compile, or needs more shared memory than the
-GPU has, raises. Tensors hold no data, and what would be launched is compiled instead.
+``python tests/compile_kernels.py 90 paper``: one line a kernel; any that does not compile, or needs more shared memory
+than the GPU has, raises. Tensors hold no data, and what would be launched is compiled instead.
 """
 
 import sys

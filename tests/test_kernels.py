@@ -1,18 +1,18 @@
 """The Triton kernels, in Triton's interpreter where there is no GPU, beside the eager torch backend."""
 
-import importlib
 import subprocess
 import sys
 
 import pytest
 import torch
+from interpreter import DEVICE, SMALL, interpreted, same_or_close
 
 from fwpkm import FwPKMConfig, kernels
+from fwpkm.agreement import BOUNDS, relative_error
 from fwpkm.backends import torch as be
 from fwpkm.containers import Memory
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SMALL = {"key_dim": 16, "value_dim": 16, "num_subkeys": 5, "top_k": 3, "chunk_size": 4}
+_interpreter = interpreted()
 CONFIGS = {
     "plain": {},
     "wait, one table": {"boundary": "wait", "lookahead": 2, "memory_scope": "batch"},
@@ -21,16 +21,6 @@ CONFIGS = {
     "unit, every sub-key": {"write_scale": "unit", "top_k": 5, "addressing_weight": 3.0},
 }
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning", "ignore:divide by zero:RuntimeWarning")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _interpreter():
-    """Kernels choose when they are defined, so before any of them is imported."""
-    with pytest.MonkeyPatch.context() as patch:
-        if DEVICE == "cpu":
-            patch.setenv("TRITON_INTERPRET", "1")
-        importlib.import_module("fwpkm.kernels.reverse")
-        yield
 
 
 def reading(cfg: FwPKMConfig, implementation: str, cuts: list[int], with_holes: bool) -> list[torch.Tensor]:
@@ -75,9 +65,7 @@ def test_kernels_give_what_eager_gives(name: str, cuts: list[int], with_holes: b
     expected = reading(cfg, "eager", cuts, with_holes)
     received = reading(cfg, "triton", cuts, with_holes)
     for a, b in zip(received, expected, strict=True):
-        assert torch.equal(a.isnan(), b.isnan())
-        error = (a - b).nan_to_num().norm() / b.nan_to_num().norm().clamp(min=1e-6)
-        assert error < 1e-5
+        same_or_close(a, b)
 
 
 def test_near_a_key_the_choice_is_that_of_differences() -> None:
@@ -92,12 +80,54 @@ def test_near_a_key_the_choice_is_that_of_differences() -> None:
     assert torch.equal(triton.slots[0, :, 0].cpu(), torch.arange(16) * 17)
 
 
-def test_ties_go_to_the_lower_id() -> None:
-    cfg = FwPKMConfig(**SMALL | {"num_subkeys": 8})
+@pytest.mark.parametrize("num_subkeys", [8, 300])
+def test_ties_go_to_the_lower_id(num_subkeys: int) -> None:
+    """All sub-keys are as near: whatever is proposed, all must be ranked; 300 are proposed in two tiles."""
+    cfg = FwPKMConfig(**SMALL | {"num_subkeys": num_subkeys})
     memory = be.init_memory(cfg)
     memory = Memory(torch.zeros_like(memory.keys).to(DEVICE), memory.values.to(DEVICE))
-    query = torch.rand(1, 3, 16, device=DEVICE)
-    assert be.lookup(cfg, memory, query, implementation="triton").slots.tolist() == [[[0, 1, 2]] * 3]
+    query = torch.rand(1, 2, 16, device=DEVICE)
+    assert be.lookup(cfg, memory, query, implementation="triton").slots.tolist() == [[[0, 1, 2]] * 2]
+
+
+@pytest.mark.parametrize("score", ["idw", "dot_product"])
+def test_sub_keys_in_two_tiles(score: str) -> None:
+    cfg = FwPKMConfig(**SMALL | {"num_subkeys": 300, "top_k": 5, "score": score})
+    memory = Memory(*(x.to(DEVICE) for x in be.init_memory(cfg, seed=2)))
+    query = (torch.rand(1, 6, 16, generator=torch.Generator().manual_seed(0)) - 0.5).to(DEVICE)
+    expected, received = (be.lookup(cfg, memory, query, implementation=name) for name in ("eager", "triton"))
+    assert torch.equal(received.slots, expected.slots)
+    same_or_close(received.weights, expected.weights)
+    same_or_close(received.output, expected.output)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_inputs_are_read_exactly(dtype: torch.dtype) -> None:
+    """SPEC.md §6: tables as those of a float32 run on the rounded inputs, outputs rounded once."""
+    cfg = FwPKMConfig(**SMALL)
+    draw = torch.Generator().manual_seed(0)
+    given = [(torch.rand(2, 9, *w, generator=draw) - 0.5).to(DEVICE, dtype) for w in ((16,), (16,), ())]
+    state = be.init_state(cfg, Memory(*(x.to(DEVICE) for x in be.init_memory(cfg))), batch_size=2)
+    received, narrow, _ = be.apply(cfg, state, *given, implementation="triton")
+    expected, wide, _ = be.apply(cfg, state, *(x.float() for x in given), implementation="eager")
+    assert received.dtype == dtype
+    assert relative_error(received.float().cpu(), expected.cpu()) < BOUNDS[str(dtype).removeprefix("torch.")].forward
+    for a, b in zip(narrow.memory, wide.memory):
+        same_or_close(a, b)
+
+
+def test_one_slot_for_all_tokens() -> None:
+    """A crowded row: its entries are summed in order, and its sub-keys' maps are full."""
+    cfg = FwPKMConfig(**SMALL | {"chunk_size": 40, "num_subkeys": 4, "top_k": 1})
+    memory = be.init_memory(cfg)
+    keys = memory.keys.clone()
+    keys[:, :, :, 1:] += 100
+    memory = Memory(keys.to(DEVICE), memory.values.to(DEVICE))
+    draw = torch.Generator().manual_seed(0)
+    given = [(torch.rand(1, 40, 16, generator=draw) - 0.5).to(DEVICE) for _ in range(2)]
+    expected, received = (be.chunk_update(cfg, memory, *given, implementation=name) for name in ("eager", "triton"))
+    for a, b in zip((*received[0], *received[1]), (*expected[0], *expected[1])):
+        same_or_close(a, b)
 
 
 def test_the_same_bits_twice() -> None:
@@ -134,6 +164,7 @@ def test_tensors_on_the_cpu_are_the_reason() -> None:
     code = """
 import torch
 from fwpkm import FwPKMConfig, kernels
+from fwpkm.agreement import BOUNDS, relative_error
 from fwpkm.backends import torch as be
 cfg = FwPKMConfig(key_dim=16, value_dim=16, num_subkeys=8)
 print(kernels.why_unsupported(cfg, be.init_memory(cfg), torch.zeros(1, 2, 16)))

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fwpkm import schedule
-from fwpkm.backends.torch.tokens import Tokens
+from fwpkm.backends.torch.tokens import Given, Tokens
 from fwpkm.config import FwPKMConfig
 from fwpkm.containers import Lookup, Losses, Memory, State, Trace
 
@@ -53,24 +53,25 @@ def on_device_of(x: Tensor) -> contextlib.AbstractContextManager:
     return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()
 
 
-def stream_of(pending: Tokens, arrived: int, given: Tokens) -> Tokens:
+def stream_of(pending: Tokens, arrived: int, given: Given) -> Given:
     """The tokens that are pending, then those of the call; gate and mask may be None where nothing is pending."""
     if not arrived:
         return given
-    return pending.slice(0, arrived).join(Tokens.of(pending.query.dtype, *given))
+    return Given(*pending.slice(0, arrived).join(Tokens.of(pending.query.dtype, *given)))
 
 
-def left_of(stream: Tokens, left: int, flags: Tensor) -> Tokens:
+def left_of(stream: Given, left: int, flags: Tensor) -> Tokens:
     """What no write has consumed: from token ``left`` on, the dead ones ``flags`` [B·n] blanked."""
     shape = stream.query.shape[:2]
-    waiting = Tokens.of(torch.float32, *(x if x is None else x[:, left:] for x in stream))
+    gate, mask = (x if x is None else x[:, left:] for x in stream[2:])
+    waiting = Tokens.of(torch.float32, stream.query[:, left:], stream.value[:, left:], gate, mask)
     if not waiting.length:
         return waiting
     return waiting.without((flags[: shape.numel()].view(shape)[:, left:] & DEAD) != 0)
 
 
 def apply(
-    cfg: FwPKMConfig, state: State, position: int, given: Tokens, update: bool, owned: bool
+    cfg: FwPKMConfig, state: State, position: int, given: Given, update: bool, owned: bool
 ) -> tuple[Tensor, Memory, Tokens, Trace]:
     """Read T tokens and write every chunk that they complete.
 
@@ -160,7 +161,9 @@ def _run(
         weights.append(w)
     memorization, addressing = memorization.T, addressing.T
     if writes < columns:
-        memorization, addressing = (torch.nn.functional.pad(x, (0, columns - writes)) for x in (memorization, addressing))
+        memorization, addressing = (
+            torch.nn.functional.pad(x, (0, columns - writes)) for x in (memorization, addressing)
+        )
     return output, memory, flags, Trace(slots, w.detach(), memorization, addressing, torch.tensor(writes))
 
 
@@ -207,9 +210,8 @@ class _Call(torch.autograd.Function):
         ctx.mark_non_differentiable(result.slots, result.memorization, result.addressing, kept.flags)
         keys = result.keys if writes else None
         new_values = written if writes else None
-        return (
-            result.output, keys, new_values, result.slots, result.weights, result.memorization, result.addressing, kept.flags
-        )  # fmt: skip
+        records = result.slots, result.weights, result.memorization, result.addressing, kept.flags
+        return result.output, keys, new_values, *records
 
     @staticmethod
     @once_differentiable

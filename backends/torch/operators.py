@@ -1,38 +1,28 @@
 """The kernels as operators of torch, which torch.compile keeps in its graph (SPEC.md §8).
 
-``fwpkm::apply`` is functional: it clones the table once and returns nothing that its arguments share. Where a call stands
-is known only when it runs, so what it keeps for the backward has room for any position. ``fwpkm::decode`` overwrites the
+``fwpkm::apply`` is functional: it clones the table once, and what it returns shares no memory. Where a call stands is
+known only when it runs, so what it keeps for the backward has room for any position. ``fwpkm::decode`` overwrites the
 state and has no gradient.
 """
 
 import functools
-from dataclasses import fields
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fwpkm import schedule, validation
 from fwpkm.backends.torch import fast
-from fwpkm.backends.torch.tokens import Tokens
+from fwpkm.backends.torch.tokens import Given, Tokens
 from fwpkm.config import FwPKMConfig
 from fwpkm.containers import Memory, State, Trace
 
-_FIELDS = tuple(field.name for field in fields(FwPKMConfig))
-_KINDS = {field.name: type(field.default) for field in fields(FwPKMConfig)} | {"grad_clip": float}
 _RESULTS = 13
 """How many of the operator's results come before what it keeps."""
 
 
-def packed(cfg: FwPKMConfig) -> str:
-    """A configuration as an operator's argument; of nothing but attributes, so that it can be traced."""
-    return ",".join([str(getattr(cfg, name)) for name in _FIELDS])
-
-
-@functools.lru_cache
-def unpacked(text: str) -> FwPKMConfig:
-    """The inverse of ``packed``."""
-    words = dict(zip(_FIELDS, text.split(",")))
-    return FwPKMConfig(**{name: None if word == "None" else _KINDS[name](word) for name, word in words.items()})
+unpacked = functools.lru_cache(FwPKMConfig.from_json)
+"""A configuration from an operator's argument."""
 
 
 def apply(
@@ -41,20 +31,34 @@ def apply(
     """``ops.apply`` as one operator. A memory of M = 1 serves as that of each sequence."""
     leaves = (*state.memory, *state[1:5], query, value, *(() if gate is None else (gate,)))
     save = torch.is_grad_enabled() and any(x.requires_grad for x in leaves)
-    results = torch.ops.fwpkm.apply(packed(cfg), *state.memory, *state[1:], query, value, gate, mask, update, save)
+    results = torch.ops.fwpkm.apply(cfg.to_json(), *state.memory, *state[1:], query, value, gate, mask, update, save)
     output, keys, values, *pending, position, slots, weights, memorization, addressing, writes = results[:_RESULTS]
     if update:
-        state = State(Memory(keys, values), *pending, position)
+        pending_query, pending_value, pending_gate, pending_mask = pending
+        state = State(Memory(keys, values), pending_query, pending_value, pending_gate, pending_mask, position)
     return output, state, Trace(slots, weights.detach(), memorization, addressing, writes)
 
 
-def _plan(cfg: FwPKMConfig, position: Tensor, query: Tensor, update: bool):  # noqa: ANN202
+def _plan(cfg: FwPKMConfig, position: Tensor, query: Tensor, update: bool) -> Any:
     from fwpkm.kernels import windows
 
     at, (batch, length) = validation.check_position(position.tolist()), query.shape[:2]
     if update:
         validation.check_length(at, length)
     return windows.plan(cfg, at, length, batch, update)
+
+
+def _kept_shapes(cfg: FwPKMConfig, query: Tensor, update: bool) -> Any:
+    """What a call keeps, in room for any position."""
+    from fwpkm.kernels import room, windows
+
+    batch, length = query.shape[:2]
+    most = windows.bounds(cfg, length, batch, update)
+    return room.kept_shapes(cfg, most, validation.memories_for(cfg, batch), batch).values()
+
+
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
 
 
 @torch.library.custom_op("fwpkm::apply", mutates_args=())
@@ -70,14 +74,14 @@ def _apply(
     memories = validation.memories_for(cfg, batch)
     plan = _plan(cfg, position, query, update)
     pending = Tokens(pending_query, pending_value, pending_gate, pending_mask)
-    stream = fast.stream_of(pending, plan.arrived, Tokens(query, value, gate, mask))
-    stream = Tokens(*(x if x is None else x.contiguous() for x in stream))
+    stream = fast.stream_of(pending, plan.arrived, Given(query, value, gate, mask))
+    tokens: Any = call.Tokens(*map(_contiguous, stream))  # type: ignore[arg-type]
     tables = [x.expand(memories, *x.shape[1:]).to(torch.float32) for x in (keys, values)]
     # With update=False nothing is written, and no table is returned.
     table = tables[1].clone(memory_format=torch.contiguous_format) if update else tables[1].contiguous()
     most = windows.bounds(cfg, length, batch, update)
     with fast.on_device_of(query):
-        result = call.forward(cfg, plan, tables[0].contiguous(), table, call.Tokens(*stream), save, most=most)
+        result = call.forward(cfg, plan, tables[0].contiguous(), table, tokens, save, most=most)
         if update:
             new_keys = result.keys.clone() if plan.windows[0].writes else tables[0].clone()
             left = fast.left_of(stream, plan.left, result.kept.flags).pad(schedule.capacity(cfg))
@@ -89,11 +93,11 @@ def _apply(
             torch.nn.functional.pad(x.T, (0, columns - writes)).contiguous()
             for x in (result.memorization, result.addressing)
         ]
-        kept = [x.new_empty(0) if x is None else x for x in _separate(result.kept)] if save else []
+        kept = _separate(result.kept) if save else []
     return [result.output, *state, result.slots, result.weights, *losses, torch.tensor(writes), *kept]
 
 
-def _separate(kept):  # noqa: ANN001, ANN202
+def _separate(kept: Any) -> list[Tensor]:
     """What is kept, each in memory of its own, as an operator's results must be."""
     nothing = kept.kinds.new_empty(0)
     own = kept._replace(**{name: getattr(kept, name).clone() for name in ("share", "counts", "active", "maps")})
@@ -105,8 +109,6 @@ def _(
     config, keys, values, pending_query, pending_value, pending_gate, pending_mask, position, query, value, gate, mask,
     update, save,
 ):  # fmt: skip
-    from fwpkm.kernels import room, windows
-
     cfg = unpacked(config)
     batch, length = query.shape[:2]
     memories, capacity = validation.memories_for(cfg, batch), schedule.capacity(cfg)
@@ -122,19 +124,18 @@ def _(
     records += [new(memories, columns), new(memories, columns), torch.empty((), dtype=torch.int64, device="cpu")]
     kept = []
     if save:
-        most = windows.bounds(cfg, length, batch, update)
-        kept = [new(*shape, dtype=dtype) for shape, dtype in room.kept_shapes(cfg, most, memories, batch).values()]
+        kept = [new(*shape, dtype=dtype) for shape, dtype in _kept_shapes(cfg, query, update)]
     return [query.new_empty(batch, length, cfg.value_dim), *state, *records, *kept]
 
 
-def _set_up(ctx, inputs, output) -> None:  # noqa: ANN001
+def _set_up(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
     config, keys, values, *pending, position, query, value, gate, mask, update, save = inputs
     ctx.set_materialize_grads(False)
     ctx.config, ctx.update, ctx.shapes = config, update, (keys.shape, values.shape)
     ctx.save_for_backward(*pending, position, query, value, gate, mask, *(output[_RESULTS:] if save else ()))
 
 
-def _backward(ctx, d_results):  # noqa: ANN001, ANN202
+def _backward(ctx: Any, d_results: list[Tensor | None]) -> tuple[Tensor | None, ...]:
     *pending, position, query, value, gate, mask = ctx.saved_tensors[:9]
     d_output, d_keys, d_values, d_query, d_value, d_gate = d_results[:6]
     if not ctx.update:
@@ -152,7 +153,8 @@ def _backward(ctx, d_results):  # noqa: ANN001, ANN202
         for x, shape in zip((keys, values), ctx.shapes)
     )
     values, d_gate = values if ctx.needs_input_grad[2] else None, None if gate is None else d_gate
-    return (None, keys, values, pending_query, pending_value, pending_gate, None, None, query, value, d_gate, *nothing[11:])
+    of_pending = pending_query, pending_value, pending_gate, None
+    return (None, keys, values, *of_pending, None, query, value, d_gate, *nothing[11:])
 
 
 _apply.register_autograd(_backward, setup_context=_set_up)
@@ -172,15 +174,14 @@ def _apply_backward(
     memories = validation.memories_for(cfg, batch)
     plan = _plan(cfg, position, query, update)
     pending = Tokens(pending_query, pending_value, pending_gate, pending_mask)
-    stream = fast.stream_of(pending, plan.arrived, Tokens(query, value, gate, mask))
-    stream = call.Tokens(*(x if x is None else x.contiguous() for x in stream))
-    whole = room.Kept(*kept)
-    clips = {} if cfg.grad_clip is not None else {"keys_unclipped": None, "values_unclipped": None}
-    whole = whole._replace(**clips)
+    stream = fast.stream_of(pending, plan.arrived, Given(query, value, gate, mask))
+    tokens: Any = call.Tokens(*map(_contiguous, stream))  # type: ignore[arg-type]
+    needed: list[Any] = [x if shape != (0,) else None for x, (shape, _) in zip(kept, _kept_shapes(cfg, query, update))]
+    whole = room.Kept(*needed)
     d_output, d_keys, d_values = (None if d is None else d.contiguous() for d in (d_output, d_keys, d_values))
     shape = torch.Size((memories, cfg.num_slots, cfg.value_dim)) if table else None
     with fast.on_device_of(query):
-        found = reverse.backward(cfg, plan, stream, whole, d_output, d_keys, d_values, shape)
+        found = reverse.backward(cfg, plan, tokens, whole, d_output, d_keys, d_values, shape)
         gate_gradient = pending_gate.new_zeros(batch, plan.room) if found.gate is None else found.gate
         of_stream = [found.query, found.value, gate_gradient]
         dead = (whole.flags[: batch * plan.room].view(batch, plan.room)[:, plan.left :] & fast.DEAD) != 0
@@ -195,7 +196,7 @@ def _apply_backward(
             into[:, : plan.arrived] = d[:, : plan.arrived]
         like = (query, value, pending_gate if gate is None else gate)
         of_call = [d[:, plan.arrived :].to(x.dtype, copy=True).contiguous() for d, x in zip(of_stream, like)]
-        values = found.values if table else query.new_empty(0)
+        values = query.new_empty(0) if found.values is None else found.values
     return [found.keys.clone(), values, *of_pending, *of_call]
 
 
@@ -243,4 +244,4 @@ def decode(
 ) -> Tensor:
     """``ops.decode`` on the kernels."""
     given = (x if x is None else x.contiguous() for x in (query, value, gate, mask))
-    return torch.ops.fwpkm.decode(packed(cfg), *state.memory, *state[1:], *given)
+    return torch.ops.fwpkm.decode(cfg.to_json(), *state.memory, *state[1:], *given)

@@ -13,7 +13,7 @@ from torch import Tensor
 from fwpkm import schedule, validation
 from fwpkm.backends.torch import fast, operators
 from fwpkm.backends.torch.stream import Visit, settle, visit, visit_and_write, visit_chunk
-from fwpkm.backends.torch.tokens import Tokens, some
+from fwpkm.backends.torch.tokens import Given, Tokens, some
 from fwpkm.config import FwPKMConfig
 from fwpkm.containers import Lookup, Losses, Memory, State, Trace
 from fwpkm.initial import initial_arrays
@@ -133,7 +133,7 @@ def _apply(
     if update:
         validation.check_length(position, length)
     if length and fast.serves(implementation, cfg, state.memory, query):
-        given = Tokens(query, value, gate, mask)
+        given = Given(query, value, gate, mask)
         output, memory, pending, trace = fast.apply(cfg, state, position, given, update, inplace)
         return output, State(memory, *pending, state.position + length) if update else state, trace
     memory = _as_tables(state.memory, query)
@@ -286,11 +286,14 @@ def start_decoding(state: State) -> State:
 
     ``state._replace(position=state.position.cpu())`` is an ordinary state again.
     """
-    keys, values, *rest = (x.detach().clone(memory_format=torch.contiguous_format) for x in (*state.memory, *state[1:]))
-    *floats, mask, position = rest
-    dtype = torch.float64 if keys.dtype == torch.float64 else torch.float32
-    tables, floats = Memory(keys.to(dtype), values.to(dtype)), [x.to(dtype) for x in floats]
-    return State(tables, *floats, mask, position.to(keys.device))
+    dtype = torch.float64 if state.memory.keys.dtype == torch.float64 else torch.float32
+    device = state.memory.keys.device
+
+    def copy(x: Tensor) -> Tensor:
+        x = x.detach().clone(memory_format=torch.contiguous_format).to(device)
+        return x.to(dtype) if x.is_floating_point() else x
+
+    return State(Memory(*map(copy, state.memory)), *map(copy, state[1:]))
 
 
 @torch.no_grad()
@@ -306,8 +309,8 @@ def decode(
 ) -> Tensor:
     """Read one token of each sequence and write the chunk that it completes; ``state`` is overwritten. No gradient.
 
-    On a GPU nothing depends on the host: a CUDA graph can hold a step and repeat it over any number of chunks, and so can
-    torch.compile. Elsewhere it is :func:`apply`.
+    Where the kernels serve, nothing depends on the host: a CUDA graph, or torch.compile, can hold a step and repeat it
+    over any number of chunks. Elsewhere it is :func:`apply`.
 
     Args:
         cfg: the configuration.
@@ -345,7 +348,9 @@ def _check_decode(
     validation.check_apply(cfg, state, query, value, gate, mask, Tensor)
     _check_device(query, value=value, gate=gate, mask=mask, **state._asdict())
     if query.shape[1] != 1:
-        raise ValueError(f"decode reads one token of each sequence: query must be [B, 1, H*Dk]. Received: {query.shape}")
+        raise ValueError(
+            f"query must be [B, 1, H*Dk]: decode reads one token of each sequence. Received: {tuple(query.shape)}"
+        )
     if state.position.device != query.device:
         raise ValueError(
             f"state.position must be on the query's device, {query.device}: decode takes what start_decoding(state) "

@@ -10,6 +10,19 @@ from fwpkm.backends.torch.entries import finite_rows
 from fwpkm.config import FwPKMConfig
 
 
+class Given(NamedTuple):
+    """The tokens of a call, in the caller's dtypes; a gate or mask that is None is 1 or True."""
+
+    query: Tensor
+    """``[B, n, H*Dk]``"""
+    value: Tensor
+    """``[B, n, Dv]``"""
+    gate: Tensor | None
+    """``[B, n]``"""
+    mask: Tensor | None
+    """``[B, n]`` bool"""
+
+
 class Tokens(NamedTuple):
     """n tokens of B sequences, in the tables' dtype."""
 

@@ -1,0 +1,155 @@
+"""The kernels as operators of torch, and decoding: beside eager torch, in Triton's interpreter without a GPU."""
+
+import pytest
+import torch
+from interpreter import DEVICE, SMALL, interpreted, same_or_close
+from torch import Tensor
+
+from fwpkm import FwPKMConfig
+from fwpkm.backends import torch as be
+from fwpkm.containers import Memory, State
+
+_interpreter = interpreted()
+CONFIGS = {
+    "plain": {},
+    "wait, clipped, one table": {
+        "boundary": "wait", "lookahead": 2, "grad_clip": 0.02, "memory_scope": "batch", "num_heads": 2,
+    },
+    "no lookahead": {"lookahead": 0, "score": "dot_product", "write_scale": "normalized"},
+}  # fmt: skip
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:invalid value:RuntimeWarning",
+    "ignore:divide by zero:RuntimeWarning",
+    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning",  # the compiler looks at a state's tables
+)
+
+
+def tokens_of(cfg: FwPKMConfig, length: int, batch: int = 2) -> list[Tensor]:
+    draw = torch.Generator().manual_seed(0)
+    shapes = ((batch, length, cfg.num_heads * cfg.key_dim), (batch, length, cfg.value_dim), (batch, length))
+    query, value, gate = (torch.rand(shape, generator=draw).to(DEVICE) for shape in shapes)
+    return [query - 0.5, value - 0.5, gate]
+
+
+def state_of(cfg: FwPKMConfig, batch: int = 2) -> State:
+    return be.init_state(cfg, Memory(*(x.to(DEVICE) for x in be.init_memory(cfg, seed=1))), batch_size=batch)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_compiled_without_a_break_it_gives_the_same(name: str) -> None:
+    """Two calls that cut a chunk, one that only reads; and the gradients of all that they return."""
+    cfg = FwPKMConfig(**SMALL | CONFIGS[name])
+    implementation = {"implementation": "triton"}
+
+    def read(state: State, query: Tensor, value: Tensor, gate: Tensor) -> tuple:
+        first = [x[:, :6] for x in (query, value, gate)]
+        second = [x[:, 6:] for x in (query, value, gate)]
+        output, state, _ = be.apply(cfg, state, *first, **implementation)
+        more, state, trace = be.apply(cfg, state, *second, **implementation)
+        again, same, _ = be.apply(cfg, state, query, value, gate, update=False, **implementation)
+        assert same is state
+        return torch.cat([output, more, again], 1), *state.memory, *state[1:], *trace
+
+    results = []
+    for function in (read, torch.compile(read, fullgraph=True, backend="aot_eager")):
+        given = [x.requires_grad_() for x in tokens_of(cfg, 9)]
+        tables = [x.requires_grad_() for x in be.init_memory(cfg, seed=1)]
+        state = be.init_state(cfg, Memory(*(x.to(DEVICE) for x in tables)), batch_size=2)
+        found = function(state, *given)
+        live = [x for x in found if x.requires_grad]
+        total = sum((x * torch.linspace(-1, 1, x.numel(), device=x.device).view_as(x)).sum() for x in live)
+        results.append([*found, *torch.autograd.grad(total, [*given, *tables])])
+    for expected, received in zip(*results, strict=True):
+        assert received.dtype == expected.dtype
+        same_or_close(received, expected)
+
+
+def test_the_operators_are_what_they_say() -> None:
+    """Schemas, shapes without data, and gradients, by torch's own checks."""
+    cfg = FwPKMConfig(**SMALL)
+    state, (query, value, gate) = state_of(cfg), tokens_of(cfg, 5)
+    arguments = (cfg.to_json(), *state.memory, *state[1:], query, value, gate, None, True, False)
+    torch.library.opcheck(torch.ops.fwpkm.apply.default, arguments, test_utils=("test_schema", "test_faketensor"))
+    started = be.start_decoding(state)
+    one = [x[:, :1].contiguous() for x in (query, value, gate)]
+    arguments = (cfg.to_json(), *started.memory, *started[1:], *one, None)
+    torch.library.opcheck(torch.ops.fwpkm.decode.default, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_what_the_kernels_do_not_serve_is_compiled_around_them() -> None:
+    cfg = FwPKMConfig(**SMALL | {"key_dim": 24})
+    state, given = state_of(cfg), tokens_of(cfg, 5)
+    compiled = torch.compile(lambda state, *given: be.apply(cfg, state, *given)[0], backend="aot_eager")
+    same_or_close(compiled(state, *given), be.apply(cfg, state, *given)[0])
+
+
+@pytest.mark.parametrize("implementation", ["triton", "eager"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_decoding_equals_reading(name: str, implementation: str) -> None:
+    """Every output and every field of the state, token by token, over chunk boundaries, masked and dead tokens."""
+    cfg = FwPKMConfig(**SMALL | CONFIGS[name])
+    query, value, gate = tokens_of(cfg, 11)
+    query[0, 2, 1], value[1, 5, 0] = torch.inf, torch.nan
+    mask = torch.ones(2, 11, dtype=torch.bool, device=DEVICE)
+    mask[1, 3] = False
+    state = state_of(cfg)
+    decoding = be.start_decoding(state)
+    fields = (*decoding.memory, *decoding[1:])
+    with torch.no_grad():
+        for t in range(11):
+            one = [x[:, t : t + 1] for x in (query, value, gate, mask)]
+            expected, state, _ = be.apply(cfg, state, *one, implementation="eager")
+            received = be.decode(cfg, decoding, *one, implementation=implementation)
+            same_or_close(received, expected)
+            for field, wanted in zip(fields, (*state.memory, *state[1:]), strict=True):
+                same_or_close(field, wanted)
+
+
+def test_decoding_goes_on_as_reading() -> None:
+    cfg = FwPKMConfig(**SMALL)
+    given, state = tokens_of(cfg, 9), state_of(cfg)
+    expected, _, _ = be.apply(cfg, state, *given)
+    _, state, _ = be.apply(cfg, state, *(x[:, :5] for x in given))
+    decoding = be.start_decoding(state)
+    outputs = [be.decode(cfg, decoding, *(x[:, t : t + 1] for x in given)) for t in (5, 6)]
+    state = decoding._replace(position=decoding.position.cpu())
+    outputs.append(be.apply(cfg, state, *(x[:, 7:] for x in given))[0])
+    same_or_close(torch.cat(outputs, 1), expected[:, 5:])
+
+
+def test_the_layer_decodes_as_it_reads() -> None:
+    layer = be.FwPKM(8, **SMALL).to(DEVICE)
+    x = torch.rand(2, 6, 8, device=DEVICE)
+    x[0, 3, 2] = torch.nan
+    expected, _ = layer(x)
+    state = be.start_decoding(layer.init_state(2))
+    same_or_close(torch.cat([layer.decode(x[:, t : t + 1], state) for t in range(6)], 1), expected.detach())
+
+
+def two_tokens(state: State, one: list[Tensor]) -> tuple[State, list[Tensor]]:
+    return state, [torch.cat([x, x], 1) for x in one]
+
+
+def trained_tables(state: State, one: list[Tensor]) -> tuple[State, list[Tensor]]:
+    return state._replace(memory=Memory(*(x.requires_grad_() for x in state.memory))), one
+
+
+def transposed(state: State, one: list[Tensor]) -> tuple[State, list[Tensor]]:
+    return state._replace(pending_query=state.pending_query.mT.contiguous().mT), one
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (two_tokens, r"\[B, 1, H\*Dk\].*Received: \(2, 2, 16\)"),
+        (trained_tables, "keys of the state must be contiguous and without gradient"),
+        (transposed, "pending_query of the state must be contiguous"),
+    ],
+)
+def test_decoding_says_what_is_wrong_and_changes_nothing(change, message: str) -> None:
+    cfg = FwPKMConfig(**SMALL)
+    started, one = be.start_decoding(state_of(cfg)), [x[:, :1] for x in tokens_of(cfg, 1)[:2]]
+    state, one = change(started, one)
+    with pytest.raises(ValueError, match=message):
+        be.decode(cfg, state, *one)
+    assert state.position.tolist() == [0, 0]
