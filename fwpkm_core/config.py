@@ -6,7 +6,7 @@ import json
 import math
 import numbers
 import operator
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 _CHOICES = {
     "boundary": ("drop", "wait"),
@@ -19,8 +19,15 @@ _POSITIVE_NUMBERS = ("score_eps", "temperature", "grad_clip")
 _NON_NEGATIVE_NUMBERS = ("learning_rate", "weight_decay", "addressing_weight")
 
 
+class _Text:
+    """Room for a configuration's text outside ``vars``, which are its fields."""
+
+    __slots__ = ("_json",)
+    _json: str
+
+
 @dataclasses.dataclass(frozen=True)
-class FwPKMConfig:
+class FwPKMConfig(_Text):
     """Every choice that changes what a memory computes; the same in all backends.
 
     Attributes:
@@ -65,7 +72,6 @@ class FwPKMConfig:
     grad_clip: float | None = None
     addressing_weight: float = 1.0
     memory_scope: str = "sequence"
-    _json: ClassVar[str]
 
     def __post_init__(self) -> None:
         """Check every field and store plain ints and floats, so that configs compare and serialise alike."""
@@ -97,6 +103,10 @@ class FwPKMConfig:
             )
         # Made once, so that compilers that trace a caller find one constant string.
         object.__setattr__(self, "_json", json.dumps(dataclasses.asdict(self)))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles are made anew from the fields."""
+        return type(self), dataclasses.astuple(self)
 
     def _integer(self, name: str, *, minimum: int) -> None:
         value = getattr(self, name)

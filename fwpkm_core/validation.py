@@ -132,11 +132,16 @@ def check_apply(
     check_state(cfg, state, b, array_type)
 
 
+def check_is_state(state: Any) -> None:
+    """Raise unless ``state`` is one."""
+    if not isinstance(state, State):
+        raise ValueError(f"state must be a fwpkm.State, as init_state returns. Received: {type(state).__name__}")
+
+
 def check_state(cfg: FwPKMConfig, state: Any, batch_size: int | None, array_type: ArrayType) -> None:
     """Raise unless the state fits ``cfg`` and, where given, the batch size."""
     check_config(cfg)
-    if not isinstance(state, State):
-        raise ValueError(f"state must be a fwpkm.State, as init_state returns. Received: {type(state).__name__}")
+    check_is_state(state)
     check_array("state.position", state.position, [("B", batch_size)], "int32", array_type)
     b, p = state.position.shape[0], schedule.capacity(cfg)
     check_memory(cfg, state.memory, memories_for(cfg, b), array_type)
@@ -150,8 +155,7 @@ def check_state(cfg: FwPKMConfig, state: Any, batch_size: int | None, array_type
 
 def check_reset(state: Any, memory: Any, array_type: ArrayType) -> None:
     """Raise unless ``memory`` can stand in for the state's tables, row by row or as one for all."""
-    if not isinstance(state, State):
-        raise ValueError(f"state must be a fwpkm.State, as init_state returns. Received: {type(state).__name__}")
+    check_is_state(state)
     if not isinstance(memory, Memory):
         raise ValueError(
             f"memory must be a fwpkm.Memory(keys, values); a layer's is layer.memory(). "

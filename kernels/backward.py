@@ -379,22 +379,21 @@ def scores_backward_kernel(
 
 @triton.jit(do_not_specialize=_WINDOW)
 def keys_backward_kernel(
-    keys, d_keys, sums, totals, moved, pulled, unclipped, window, pieces,
+    d_keys, sums, totals, moved, pulled, unclipped, window, pieces,
     HEADS: tl.constexpr, SUBKEYS: tl.constexpr, HALF: tl.constexpr, IDW: tl.constexpr,
     RATE: tl.constexpr, DECAY: tl.constexpr, BLOCK: tl.constexpr, WRITES: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of each sub-key as the window found it, from Σ f q and Σ f of its ranks' gradients f."""
+    """The gradient of each sub-key as the window found it, from Σ f (q - K), or Σ f q, of its ranks' gradients f."""
     subkey, group = tl.program_id(0), tl.program_id(1)
     groups = tl.num_programs(1)
     before = rows_before(window, groups, SUBKEYS)
     after = key_gradients_after(d_keys, window, groups, SUBKEYS, HALF)
     row = group.to(tl.int64) * SUBKEYS + subkey
     d = tl.arange(0, BLOCK)
-    key = tl.load(keys + (before + row) * HALF + d, mask=d < HALF, other=0.0)
     gradient = tl.load(after + row * HALF + d, mask=d < HALF, other=0.0)
-    toward, total = gathered(sums, totals, pieces, groups, row, SUBKEYS, d, HALF)
+    toward, _ = gathered(sums, totals, pieces, groups, row, SUBKEYS, d, HALF)
     if IDW:
-        toward = key * total - toward
+        toward = -toward
     if WRITES:
         moves = tl.load(moved + before + row).to(tl.float32)
         passed = gradient * -RATE * moves

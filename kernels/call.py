@@ -52,8 +52,9 @@ class Result(NamedTuple):
 
 
 def forward(
-    cfg: FwPKMConfig, plan: Plan, keys: Tensor, values: Tensor, tokens: Tokens, save: bool, most: Bounds | None = None
-) -> Result:
+    cfg: FwPKMConfig, plan: Plan, keys: Tensor, values: Tensor, tokens: Tokens, save: bool, dtype: torch.dtype,
+    most: Bounds | None = None,
+) -> Result:  # fmt: skip
     """Read and write all windows; ``values`` [M, N, Dv] is overwritten, ``keys`` is not.
 
     Args:
@@ -63,6 +64,7 @@ def forward(
         values: ``[M, N, Dv]`` float32, contiguous.
         tokens: the stream.
         save: keep what ``backward`` needs.
+        dtype: of the output.
         most: what to make room for, so that the shapes of what is kept do not depend on the position.
     """
     batch, memories, size = tokens.query.shape[0], keys.shape[0], shapes(cfg, tokens.query.dtype)
@@ -82,7 +84,7 @@ def forward(
     last, addressing = address(cfg, plan, tokens, kept, scratch, slots, weights, save)
     sorted_rows, order = kept.sorted_rows.sort(stable=True)
     kept = kept._replace(sorted_rows=sorted_rows, order=order)
-    output, squared = read_and_write(cfg, plan, values, tokens, kept, save)
+    output, squared = read_and_write(cfg, plan, values, tokens, kept, save, dtype)
     writes = sum(w.writes for w in plan.windows)  # all are of one length, and only the last window may not write
     written = squared[: writes * batch * plan.windows[0].length]
     memorization = written.view(writes, memories, -1).sum(2) if writes else squared.new_zeros(0, memories)
@@ -125,7 +127,7 @@ def address(
     listed = size.select["TILES"] * size.select["PROPOSED"]
     proposals = new(memories * longest, cfg.num_heads, 2, listed, dtype=torch.int32)
     scales, pulls = new(memories * longest, cfg.num_heads, 2), new(memories * longest, cfg.num_heads, 2, cfg.top_k)
-    sums = KeySums(cfg, tokens.query, kept.ids, kept.maps, longest, due)
+    sums = KeySums(cfg, tokens.query, kept, longest, due)
     names = {"HEADS": cfg.num_heads, "SUBKEYS": subkeys}
     scored = names | {"K": cfg.top_k, "IDW": idw, "EPSILON": cfg.score_eps, "CHUNK": cfg.chunk_size}
     select = Launch(
@@ -151,7 +153,7 @@ def address(
     step_keys = Launch(
         chunk_update.keys_kernel, kept.keys, norms, largest, halves, sums.sums, sums.totals, kept.share, kept.counts,
         kept.active, addressing, kept.moved, kept.pulled, kept.keys_unclipped, due,
-        HALF=half, IDW=idw, SAVE=save, RATE=cfg.learning_rate, DECAY=cfg.weight_decay, CLIP=cfg.grad_clip,
+        HALF=half, SAVE=save, RATE=cfg.learning_rate, DECAY=cfg.weight_decay, CLIP=cfg.grad_clip,
         **names, **size.keys,
     )  # fmt: skip
     version = 0
@@ -165,7 +167,7 @@ def address(
         )  # fmt: skip
         if writes:
             pull((blocks_of(rows * length, size.pull["BLOCK"]), groups), i, *where)
-            pieces = sums.launch(key_sums, i, first, *where)
+            pieces = sums.launch(key_sums, i, version, first, *where)
             after = version + 1 if save else 0
             step_keys((subkeys, groups), i, version, after, pieces)
             version = after
@@ -173,12 +175,13 @@ def address(
 
 
 def read_and_write(
-    cfg: FwPKMConfig, plan: Plan, values: Tensor, tokens: Tokens, kept: Kept, save: bool, due: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+    cfg: FwPKMConfig, plan: Plan, values: Tensor, tokens: Tokens, kept: Kept, save: bool, dtype: torch.dtype,
+    due: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Read each window and write its chunk; returns the output, and ½ g ‖v̂ - u‖² [w]. Arguments as in ``address``."""
     size, entries = shapes(cfg, tokens.query.dtype), cfg.slots_per_token
     batch, memories = tokens.query.shape[0], values.shape[0]
-    output = values.new_empty(batch, plan.room - plan.arrived, cfg.value_dim, dtype=tokens.query.dtype)
+    output = values.new_empty(batch, plan.room - plan.arrived, cfg.value_dim, dtype=dtype)
     squared = values.new_empty(plan.total)
     table = {"SLOTS": cfg.num_slots, "WIDTH": cfg.value_dim, "ENTRIES": entries, "CHUNK": cfg.chunk_size}
     kinds = {w.writes for w in plan.windows}

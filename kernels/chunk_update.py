@@ -78,12 +78,12 @@ def pull_kernel(
 def keys_kernel(
     keys, norms, largest, parts, sums, totals, share, counts, active, loss, moved, pulled, unclipped, due,
     window, before, after, pieces,
-    HEADS: tl.constexpr, SUBKEYS: tl.constexpr, HALF: tl.constexpr, IDW: tl.constexpr,
+    HEADS: tl.constexpr, SUBKEYS: tl.constexpr, HALF: tl.constexpr,
     RATE: tl.constexpr, DECAY: tl.constexpr, CLIP: tl.constexpr, BLOCK: tl.constexpr, SAVE: tl.constexpr,
 ):  # fmt: skip
     """keys ← keys - η (clip(α ∇L_addr) + λ keys), and the sub-key's term p̄ log(p̄ + 1e-8) of the loss.
 
-    ∇ = Σ c q - K Σ c, or Σ c q.
+    ∇ = Σ c (q - K), or Σ c q.
     """
     if not_due(due):
         return
@@ -97,8 +97,6 @@ def keys_kernel(
     count = tl.maximum(tl.load(counts + window * memories + memory), 1).to(tl.float32)
     lives = tl.load(active + window * memories + memory) != 0
     gradient, total = gathered(sums, totals, pieces, groups, row, SUBKEYS, d, HALF)
-    if IDW:
-        gradient -= key * total
     if CLIP is not None:
         if SAVE:
             tl.store(unclipped + here * HALF + d, (tl.abs(gradient) <= CLIP).to(tl.int8), mask=d < HALF)

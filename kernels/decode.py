@@ -260,7 +260,7 @@ def decode(
     Launch(sort_kernel, table_rows, kept.sorted_rows, kept.order, due, BLOCK=64, num_warps=4)(
         (blocks_of(count, 64), memories), count
     )
-    call.read_and_write(cfg, plan, values, tokens, kept, save=False, due=due)
+    call.read_and_write(cfg, plan, values, tokens, kept, save=False, dtype=query.dtype, due=due)
     Launch(
         settle_kernel, *pending, query, value, gate, flags, *stream, kept.flags, due, LAG=lag, num_warps=1, **places
     )((batch, capacity))  # fmt: skip

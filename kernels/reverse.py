@@ -131,7 +131,7 @@ def _through_keys(
     after = both[number % 2]
     after.zero_() if d_keys is None else after.copy_(d_keys.view_as(after))
     longest = rows * max(w.length for w in plan.windows)
-    sums = KeySums(cfg, tokens.query, kept.ids, kept.maps, longest)
+    sums = KeySums(cfg, tokens.query, kept, longest)
     sum_slopes, sum_ranks = sums.of(d_slopes, queries=False), sums.of(d_ranks)
     names = {"HEADS": cfg.num_heads, "SUBKEYS": subkeys, "HALF": half, "IDW": cfg.score == "idw"}
     scored = names | {
@@ -152,7 +152,7 @@ def _through_keys(
     }  # fmt: skip
     keys = {
         writes: Launch(
-            kernels.keys_backward_kernel, kept.keys, both, sums.sums, sums.totals, kept.moved, kept.pulled,
+            kernels.keys_backward_kernel, both, sums.sums, sums.totals, kept.moved, kept.pulled,
             kept.keys_unclipped, RATE=cfg.learning_rate, DECAY=cfg.weight_decay,
             WRITES=writes, **names, **size.keys,
         ) for writes in kinds
@@ -164,8 +164,8 @@ def _through_keys(
         pieces = 0
         if writes:
             pull(by_token, i, *where)
-            pieces = sums.launch(sum_slopes, i, 0, *where)
+            pieces = sums.launch(sum_slopes, i, i, 0, *where)
         scores[writes](by_token, i, pieces, *where)
-        pieces = sums.launch(sum_ranks, i, 0, *where)
+        pieces = sums.launch(sum_ranks, i, i, 0, *where)
         keys[writes]((subkeys, groups), i, pieces)
     return both[0].unflatten(0, (memories, cfg.num_heads, 2)), d_query

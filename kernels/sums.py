@@ -1,5 +1,7 @@
 """Sums over the tokens that chose a sub-key: each has a map of them, a bit for each token of the window."""
 
+from typing import TYPE_CHECKING
+
 import torch
 import triton
 import triton.language as tl
@@ -8,7 +10,10 @@ from torch import Tensor
 from fwpkm.config import FwPKMConfig
 from fwpkm.kernels.launch import Launch
 from fwpkm.kernels.shapes import blocks_of, shapes
-from fwpkm.kernels.tokens import not_due, token_of
+from fwpkm.kernels.tokens import VARYING, not_due, token_of
+
+if TYPE_CHECKING:
+    from fwpkm.kernels.room import Kept
 
 _WORDS = 16
 """A map has a multiple of so many words of 32 bits."""
@@ -28,16 +33,16 @@ def lowest_bit(word):
     return (bit.to(tl.int32, bitcast=True) >> 23) - 127
 
 
-@triton.jit(
-    do_not_specialize=["window", "offset", "words", "pieces", "steps", "start", "length", "first", "room", "rows"]
-)
+@triton.jit(do_not_specialize=["window", "version", "offset", "words", "pieces", "steps", *VARYING])
 def key_sums_kernel(
-    query, ids, maps, factors, sums, totals, due,
-    window, offset, words, pieces, steps, start, length, first, room, rows,
+    query, keys, ids, maps, factors, sums, totals, due,
+    window, version, offset, words, pieces, steps, start, length, first, room, rows,
     HEADS: tl.constexpr, SUBKEYS: tl.constexpr, HALF: tl.constexpr, K: tl.constexpr, QUERIES: tl.constexpr,
-    WORDS: tl.constexpr, BLOCK: tl.constexpr, CHOICES: tl.constexpr,
+    CENTRED: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr, CHOICES: tl.constexpr,
 ):  # fmt: skip
-    """Σ f and Σ f q of the factors f of a sub-key's choices, for one piece of the tokens; adding comes later.
+    """Σ f and Σ f q, or Σ f (q - K), of the factors f of a sub-key's choices, for one piece of the tokens.
+
+    From differences (CENTRED), since Σ f q - K Σ f would keep no digit near a key; the pieces are added later.
 
     Each step takes one token of each word of the map, the first that is left. ``factors`` [., H, 2, k] begin ``offset``
     tokens before the window's.
@@ -53,6 +58,10 @@ def key_sums_kernel(
     choice = tl.arange(0, CHOICES)
     result = tl.zeros([BLOCK], tl.float32)
     total = tl.zeros([WORDS], tl.float32)
+    key = tl.zeros([BLOCK], tl.float32)
+    if QUERIES and CENTRED:
+        at = version * tl.num_programs(1).to(tl.int64) * SUBKEYS + row
+        key = tl.load(keys + at * HALF + d, mask=d < HALF, other=0.0)
     for step in range(piece * steps, piece * steps + steps):
         place = step * WORDS + tl.arange(0, WORDS)
         word = tl.load(maps + place, mask=place < words, other=0)
@@ -60,11 +69,11 @@ def key_sums_kernel(
             known = word != 0
             r = tl.where(known, place * 32 + lowest_bit(word), 0)
             here = (first + memory * rows * length + r).to(tl.int64)
-            at = (here * 2 * HEADS + half) * K
+            place_of = (here * 2 * HEADS + half) * K
             use = known[:, None] & (choice < K)[None, :]
-            chosen = tl.load(ids + at[:, None] + choice[None, :], mask=use, other=-1)
-            at -= offset.to(tl.int64) * 2 * HEADS * K
-            f = tl.load(factors + at[:, None] + choice[None, :], mask=use, other=0.0)
+            chosen = tl.load(ids + place_of[:, None] + choice[None, :], mask=use, other=-1)
+            place_of -= offset.to(tl.int64) * 2 * HEADS * K
+            f = tl.load(factors + place_of[:, None] + choice[None, :], mask=use, other=0.0)
             f = tl.sum(tl.where(chosen == subkey, f, 0.0), 1)
             total += f
             if QUERIES:
@@ -74,7 +83,7 @@ def key_sums_kernel(
                     mask=known[:, None] & (d < HALF)[None, :],
                     other=0.0,
                 )
-                result += tl.sum(f[:, None] * q.to(tl.float32), 0)
+                result += tl.sum(f[:, None] * (q.to(tl.float32) - key[None, :]), 0)
             word = word & (word - 1)
     row += piece * tl.num_programs(1).to(tl.int64) * SUBKEYS
     if QUERIES:
@@ -85,11 +94,10 @@ def key_sums_kernel(
 class KeySums:
     """Room for the sums over each sub-key's tokens, and the launches that fill it."""
 
-    def __init__(
-        self, cfg: FwPKMConfig, query: Tensor, ids: Tensor, maps: Tensor, longest: int, due: Tensor | None = None
-    ) -> None:
-        """For windows of at most ``longest`` tokens a memory, whose sub-keys ``ids`` and maps are given."""
-        self.cfg, self.query, self.ids, self.maps, self.due = cfg, query, ids, maps, due
+    def __init__(self, cfg: FwPKMConfig, query: Tensor, kept: "Kept", longest: int, due: Tensor | None = None) -> None:
+        """For windows of at most ``longest`` tokens a memory, whose keys, sub-keys and maps are ``kept``."""
+        self.cfg, self.query, self.kept, self.due = cfg, query, kept, due
+        maps = kept.maps
         _, self.groups, subkeys, self.words = maps.shape
         self.size = shapes(cfg, query.dtype).key_sums
         self.most = max(1, min(16, _PROGRAMS // (self.groups * subkeys)))
@@ -103,22 +111,24 @@ class KeySums:
         return blocks_of(number, steps), steps
 
     def of(self, factors: Tensor, queries: bool = True) -> Launch:
-        """The launch that sums ``factors`` [., H, 2, k], and with ``queries`` their products with those."""
+        """The launch that sums ``factors`` [., H, 2, k], and with ``queries`` also Σ f q, or Σ f (q - K)."""
         cfg = self.cfg
         return Launch(
-            key_sums_kernel, self.query, self.ids, self.maps, factors, self.sums, self.totals, self.due,
+            key_sums_kernel, self.query, self.kept.keys, self.kept.ids, self.kept.maps, factors, self.sums, self.totals,
+            self.due, CENTRED=cfg.score == "idw",
             HEADS=cfg.num_heads, SUBKEYS=cfg.num_subkeys, HALF=cfg.key_dim // 2, K=cfg.top_k, QUERIES=queries,
             **self.size,
         )  # fmt: skip
 
     def launch(
-        self, launch: Launch, window: int, offset: int, start: int, length: int, first: int, room: int, rows: int
-    ) -> int:
+        self, launch: Launch, window: int, version: int, offset: int, start: int, length: int, first: int, room: int,
+        rows: int,
+    ) -> int:  # fmt: skip
         """Sum over a window; returns in how many pieces."""
         pieces, steps = self._pieces(rows * length)
         launch(
             (self.cfg.num_subkeys * pieces, self.groups),
-            window, offset, self.words, pieces, steps, start, length, first, room, rows,
+            window, version, offset, self.words, pieces, steps, start, length, first, room, rows,
         )  # fmt: skip
         return pieces
 

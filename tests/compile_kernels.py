@@ -74,8 +74,8 @@ def kernels_of(cfg: FwPKMConfig, dtype: torch.dtype, masked: bool) -> dict:
     launched, launch.Launch.__call__ = launch.Launch.__call__, record
     try:
         plan, stream = windows.plan(cfg, 0, length, batch, True), call.Tokens(*tokens(length))
-        call.forward(cfg, plan, *memory, stream, save=False)
-        kept = call.forward(cfg, plan, *memory, stream, save=True).kept
+        call.forward(cfg, plan, *memory, stream, save=False, dtype=dtype)
+        kept = call.forward(cfg, plan, *memory, stream, save=True, dtype=dtype).kept
         d_output = empty(batch, length, cfg.value_dim, dtype=dtype)
         reverse.backward(cfg, plan, stream, kept, d_output, memory.keys, memory.values, memory.values.shape)
         waiting = empty(batch, pending, width), empty(batch, pending, cfg.value_dim), empty(batch, pending)

@@ -35,6 +35,14 @@ QUICK_COMPILE = (
 
 
 def pytest_configure(config):
+    # Kernels choose when they are defined: without a GPU, Triton's interpreter, before any test imports one.
+    try:
+        import torch
+    except ImportError:
+        pass
+    else:
+        if not torch.cuda.is_available():
+            os.environ.setdefault("TRITON_INTERPRET", "1")
     config.addinivalue_line("markers", "eager: of inplace, or of many configurations; not for backends that compile")
 
 

@@ -121,6 +121,7 @@ def test_the_kernels_interpret_only_where_there_is_no_gpu(monkeypatch):
 def test_without_triton_the_kernels_name_the_extra(monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "triton" else find(name))
+    monkeypatch.delitem(sys.modules, "triton", raising=False)
     with pytest.raises(contestants.CannotRunError, match=r"triton is not installed: pip install 'fwpkm\[triton\]'"):
         contestants.load("triton", "float32")
 

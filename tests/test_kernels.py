@@ -5,14 +5,13 @@ import sys
 
 import pytest
 import torch
-from interpreter import DEVICE, SMALL, interpreted, same_or_close
+from interpreter import DEVICE, SMALL, same_or_close
 
 from fwpkm import FwPKMConfig, kernels
 from fwpkm.agreement import BOUNDS, relative_error
 from fwpkm.backends import torch as be
 from fwpkm.containers import Memory
 
-_interpreter = interpreted()
 CONFIGS = {
     "plain": {},
     "wait, one table": {"boundary": "wait", "lookahead": 2, "memory_scope": "batch"},
@@ -114,6 +113,30 @@ def test_narrow_inputs_are_read_exactly(dtype: torch.dtype) -> None:
     assert relative_error(received.float().cpu(), expected.cpu()) < BOUNDS[str(dtype).removeprefix("torch.")].forward
     for a, b in zip(narrow.memory, wide.memory):
         same_or_close(a, b)
+
+
+@pytest.mark.parametrize(("centre", "distance"), [(100.0, 0.01), (1.0, 0.01)])
+def test_near_keys_far_from_the_origin_the_step_keeps_its_digits(centre: float, distance: float) -> None:
+    """Σ c (q - K) from differences: of Σ c q - K Σ c no digit would be left."""
+    cfg = FwPKMConfig(**SMALL | {"num_subkeys": 6, "chunk_size": 8, "lookahead": 0})
+    draw = torch.Generator().manual_seed(0)
+    keys = centre + (torch.rand(1, 1, 2, 6, 8, generator=draw) - 0.5) * distance * 20
+    values = be.init_memory(cfg).values
+    at = keys[0, 0, :, torch.randint(6, (8,), generator=draw)].permute(1, 0, 2).reshape(1, 8, 16)
+    query = at + (torch.rand(at.shape, generator=draw) - 0.5) * distance
+    target = torch.rand(1, 8, 16, generator=draw)
+    results = []
+    for implementation, dtype in (("eager", torch.float64), ("triton", torch.float32)):
+        leaves = [x.to(DEVICE, dtype).requires_grad_() for x in (query, keys, values)]
+        memory, _ = be.chunk_update(
+            cfg, Memory(*leaves[1:]), leaves[0], target.to(DEVICE, dtype), implementation=implementation
+        )
+        step = memory.keys - leaves[1].detach()
+        cotangent = torch.linspace(-1, 1, step.numel(), device=DEVICE, dtype=dtype).view_as(step)
+        results.append([step.detach(), *torch.autograd.grad((memory.keys * cotangent).sum(), leaves[:2])])
+    for expected, received in zip(*results):
+        errors = relative_error(received.cpu().numpy(), expected.cpu().numpy())
+        assert errors < BOUNDS["float32"].gradient
 
 
 def test_one_slot_for_all_tokens() -> None:

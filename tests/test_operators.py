@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from interpreter import DEVICE, SMALL, interpreted, same_or_close
+from interpreter import DEVICE, SMALL, same_or_close
 from torch import Tensor
 
 from fwpkm import FwPKMConfig
+from fwpkm.agreement import BOUNDS
 from fwpkm.backends import torch as be
 from fwpkm.containers import Memory, State
 
-_interpreter = interpreted()
 CONFIGS = {
     "plain": {},
     "wait, clipped, one table": {
@@ -20,6 +20,7 @@ CONFIGS = {
 pytestmark = pytest.mark.filterwarnings(
     "ignore:invalid value:RuntimeWarning",
     "ignore:divide by zero:RuntimeWarning",
+    "ignore:.torch.jit.script_method. is deprecated:DeprecationWarning",  # what torch's own compiler uses
     "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning",  # the compiler looks at a state's tables
 )
 
@@ -47,7 +48,7 @@ def test_compiled_without_a_break_it_gives_the_same(name: str) -> None:
         output, state, _ = be.apply(cfg, state, *first, **implementation)
         more, state, trace = be.apply(cfg, state, *second, **implementation)
         again, same, _ = be.apply(cfg, state, query, value, gate, update=False, **implementation)
-        assert same is state
+        assert same.memory is state.memory
         return torch.cat([output, more, again], 1), *state.memory, *state[1:], *trace
 
     results = []
@@ -74,6 +75,47 @@ def test_the_operators_are_what_they_say() -> None:
     one = [x[:, :1].contiguous() for x in (query, value, gate)]
     arguments = (cfg.to_json(), *started.memory, *started[1:], *one, None)
     torch.library.opcheck(torch.ops.fwpkm.decode.default, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_narrow_inputs_in_the_middle_of_a_chunk(backend: str) -> None:
+    """SPEC.md §6: outputs in the query's dtype. A compiler believes what the operator says of its results."""
+    cfg = FwPKMConfig(**SMALL)
+    state, given = state_of(cfg), [x.bfloat16() for x in tokens_of(cfg, 6)]
+    _, state, _ = be.apply(cfg, state, *(x[:, :2] for x in given), implementation="triton")
+    given = [x[:, 2:] for x in given]
+
+    def read(state: State, *given: Tensor) -> Tensor:
+        return be.apply(cfg, state, *given, implementation="triton")[0] * 2 + 1
+
+    expected = be.apply(cfg, state, *given, implementation="eager")[0] * 2 + 1
+    for function in (read, torch.compile(read, fullgraph=True, backend=backend)):
+        received = function(state, *given)
+        assert received.dtype == torch.bfloat16
+        assert (received.float() - expected.float()).norm() < BOUNDS["bfloat16"].forward * expected.float().norm()
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("value", lambda x: x[..., :8], "value must have shape"),
+        ("gate", lambda x: x[:, :3], "gate must have shape"),
+        ("query", lambda x: x[0], "query must have shape"),
+        ("mask", lambda x: x.long(), "mask must"),
+    ],
+)
+def test_compiled_calls_are_checked(name: str, change, message: str) -> None:
+    cfg = FwPKMConfig(**SMALL)
+    arguments = dict(zip(("query", "value", "gate"), tokens_of(cfg, 6)))
+    arguments["mask"] = torch.ones(2, 6, dtype=torch.bool, device=DEVICE)
+    arguments[name] = change(arguments[name])
+    compiled = torch.compile(
+        lambda state, arguments: be.apply(cfg, state, **arguments, implementation="triton")[0],
+        fullgraph=True,
+        backend="aot_eager",
+    )
+    with pytest.raises(Exception, match=message):
+        compiled(state_of(cfg), arguments)
 
 
 def test_what_the_kernels_do_not_serve_is_compiled_around_them() -> None:
@@ -142,8 +184,8 @@ def transposed(state: State, one: list[Tensor]) -> tuple[State, list[Tensor]]:
     ("change", "message"),
     [
         (two_tokens, r"\[B, 1, H\*Dk\].*Received: \(2, 2, 16\)"),
-        (trained_tables, "keys of the state must be contiguous and without gradient"),
-        (transposed, "pending_query of the state must be contiguous"),
+        (trained_tables, "keys of the state must be float32, contiguous"),
+        (transposed, "pending_query of the state must be float32, contiguous"),
     ],
 )
 def test_decoding_says_what_is_wrong_and_changes_nothing(change, message: str) -> None:

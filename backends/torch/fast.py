@@ -27,8 +27,7 @@ def serves(implementation: str | None, cfg: FwPKMConfig, memory: Memory, query: 
     Raises:
         ValueError: ``implementation`` is unknown, or "triton" and the kernels cannot.
     """
-    if implementation not in (None, "triton", "eager"):
-        raise ValueError(f'implementation must be None, "triton" or "eager". Received: {implementation!r}')
+    _check(implementation)
     if implementation == "eager" or (implementation is None and query.device.type != "cuda"):
         return False
     from fwpkm import kernels
@@ -39,13 +38,42 @@ def serves(implementation: str | None, cfg: FwPKMConfig, memory: Memory, query: 
     return reason is None
 
 
+def _check(implementation: str | None) -> None:
+    if implementation not in (None, "triton", "eager"):
+        raise ValueError(f'implementation must be None, "triton" or "eager". Received: {implementation!r}')
+
+
 def serves_traced(implementation: str | None, cfg: FwPKMConfig, memory: Memory, query: Tensor) -> bool:
     """The same for what torch.compile traces, whose device is taken to be one that the kernels know."""
+    _check(implementation)
     if implementation == "eager" or (implementation is None and query.device.type != "cuda") or not query.shape[1]:
         return False
     from fwpkm.kernels import support
 
     return support.why_unsupported_config(cfg) is None and support.why_unsupported_tensors(memory, query) is None
+
+
+def check_decoding(state: State, query: Tensor) -> None:
+    """Raise a ValueError unless one token can be read into a state that may be overwritten."""
+    if query.shape[1] != 1:
+        raise ValueError(
+            f"query must be [B, 1, H*Dk]: decode reads one token of each sequence. Received: {tuple(query.shape)}"
+        )
+    if state.position.device != query.device:
+        raise ValueError(
+            f"state.position must be on the query's device, {query.device}: decode takes what start_decoding(state) "
+            f"returns. Received: position on {state.position.device}"
+        )
+    for name, x in (*state.memory._asdict().items(), *state._asdict().items()):
+        if not isinstance(x, Tensor):
+            continue
+        narrow = x.is_floating_point() and x.element_size() < 4
+        if narrow or x.requires_grad or not x.is_contiguous():
+            raise ValueError(
+                f"{name} of the state must be float32, contiguous and without gradient: decode takes what "
+                f"start_decoding(state) returns. Received: {x.dtype}, contiguous={x.is_contiguous()}, "
+                f"requires_grad={x.requires_grad}"
+            )
 
 
 def on_device_of(x: Tensor) -> contextlib.AbstractContextManager:
@@ -54,10 +82,11 @@ def on_device_of(x: Tensor) -> contextlib.AbstractContextManager:
 
 
 def stream_of(pending: Tokens, arrived: int, given: Given) -> Given:
-    """The tokens that are pending, then those of the call; gate and mask may be None where nothing is pending."""
+    """The tokens that are pending, then those of the call; as they are given where nothing is pending."""
     if not arrived:
         return given
-    return Given(*pending.slice(0, arrived).join(Tokens.of(pending.query.dtype, *given)))
+    before, after = (Tokens.of(torch.float32, *x) for x in (pending.slice(0, arrived), given))
+    return Given(*before.join(after))
 
 
 def left_of(stream: Given, left: int, flags: Tensor) -> Tokens:
@@ -92,9 +121,8 @@ def apply(
     plan = windows.plan(cfg, position, length, batch, update)
     pending = Tokens(*state[1:5])
     stream = stream_of(pending, plan.arrived, given)
-    output, memory, flags, trace = _run(
-        cfg, plan, state.memory, call.Tokens(*stream), owned, schedule.max_writes(cfg, length)
-    )
+    columns, dtype = schedule.max_writes(cfg, length), given.query.dtype
+    output, memory, flags, trace = _run(cfg, plan, state.memory, call.Tokens(*stream), owned, columns, dtype)
     if plan.arrived or plan.left < plan.room:  # else nothing was pending and nothing is: zeros before and after
         pending = left_of(stream, plan.left, flags).pad(schedule.capacity(cfg))
     return output, memory, pending, trace
@@ -106,7 +134,7 @@ def flush(cfg: FwPKMConfig, memory: Memory, waiting: Tokens, owned: bool) -> tup
 
     batch, length = waiting.mask.shape
     plan = windows.Plan([windows.Window(0, length, True, 0, length)], length, length, length, batch * length)
-    _, memory, _, trace = _run(cfg, plan, memory, call.Tokens(*waiting), owned, columns=1)
+    _, memory, _, trace = _run(cfg, plan, memory, call.Tokens(*waiting), owned, 1, waiting.query.dtype)
     return memory, trace
 
 
@@ -117,7 +145,8 @@ def lookup(cfg: FwPKMConfig, memory: Memory, query: Tensor) -> Lookup:
     nothing = query.new_zeros(*query.shape[:2], cfg.value_dim)
     plan = windows.plan(cfg, 0, query.shape[1], query.shape[0], update=False)
     weights: list[Tensor] = []
-    output, _, _, trace = _run(cfg, plan, memory, call.Tokens(query, nothing, None, None), False, 0, weights)
+    tokens = call.Tokens(query, nothing, None, None)
+    output, _, _, trace = _run(cfg, plan, memory, tokens, False, 0, query.dtype, weights)
     return Lookup(output, trace.slots, weights[0])
 
 
@@ -137,21 +166,26 @@ def chunk_update(
     batch, length = query.shape[:2]
     plan = windows.Plan([windows.Window(0, length, True, 0, length)], length, length, length, batch * length)
     pair = query.new_ones(batch, length, dtype=torch.bool) if pair is None else pair
-    _, memory, _, trace = _run(cfg, plan, memory, call.Tokens(query, target, gate, mask, pair), False, columns=1)
+    tokens = call.Tokens(query, target, gate, mask, pair)
+    _, memory, _, trace = _run(cfg, plan, memory, tokens, False, 1, query.dtype)
     return memory, Losses(trace.memorization[:, 0], trace.addressing[:, 0])
 
 
 def _run(
-    cfg: FwPKMConfig, plan: Any, memory: Memory, stream: Any, owned: bool, columns: int, weights: list | None = None
-) -> tuple[Tensor, Memory, Tensor, Trace]:
-    """One call: output, tables, flags of the stream, trace; its differentiable weights are appended to ``weights``."""
+    cfg: FwPKMConfig, plan: Any, memory: Memory, stream: Any, owned: bool, columns: int, dtype: torch.dtype,
+    weights: list | None = None,
+) -> tuple[Tensor, Memory, Tensor, Trace]:  # fmt: skip
+    """One call: output in ``dtype``, tables, flags of the stream, and trace of so many columns.
+
+    Its differentiable weights are appended to ``weights``.
+    """
     keys, values = (table.to(torch.float32) for table in memory)
     stream = stream._replace(**{name: x.contiguous() for name, x in stream._asdict().items() if x is not None})
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (keys, values, *stream)):
-        results = _Call.apply(cfg, plan, owned, keys, values, *stream)
+        results = _Call.apply(cfg, plan, owned, dtype, keys, values, *stream)
         output, new_keys, new_values, slots, w, memorization, addressing, flags = results
     else:
-        result, new_values = _forward(cfg, plan, owned, keys, values, stream, save=False)
+        result, new_values = _forward(cfg, plan, owned, keys, values, stream, False, dtype)
         output, slots, w, new_keys, memorization, addressing, kept = result
         flags = kept.flags
     writes = len(memorization)
@@ -168,7 +202,7 @@ def _run(
 
 
 def _forward(
-    cfg: FwPKMConfig, plan: Any, owned: bool, keys: Tensor, values: Tensor, stream: Any, save: bool
+    cfg: FwPKMConfig, plan: Any, owned: bool, keys: Tensor, values: Tensor, stream: Any, save: bool, dtype: torch.dtype
 ) -> tuple[Any, Tensor]:
     """The result, and the table that was written: that of the caller if it is ``owned``, else a copy."""
     from fwpkm.kernels import call
@@ -178,7 +212,7 @@ def _forward(
     elif not (owned and values.is_contiguous()):
         values = values.clone(memory_format=torch.contiguous_format)
     with on_device_of(values):
-        return call.forward(cfg, plan, keys.contiguous(), values, stream, save), values
+        return call.forward(cfg, plan, keys.contiguous(), values, stream, save, dtype), values
 
 
 def _of_news(plan: Any, batch: int, d: Tensor, total: int) -> Tensor:
@@ -194,11 +228,11 @@ class _Call(torch.autograd.Function):
     """``kernels.call.forward`` and ``kernels.reverse.backward``."""
 
     @staticmethod
-    def forward(ctx, cfg, plan, owned, keys, values, query, value, gate, mask, pair):
+    def forward(ctx, cfg, plan, owned, dtype, keys, values, query, value, gate, mask, pair):
         from fwpkm.kernels import call
 
         tokens, save = call.Tokens(query, value, gate, mask, pair), any(ctx.needs_input_grad)
-        result, written = _forward(cfg, plan, owned, keys, values, tokens, save)
+        result, written = _forward(cfg, plan, owned, keys, values, tokens, save, dtype)
         writes = len(result.memorization) > 0
         if writes and written is values:
             ctx.mark_dirty(values)
@@ -219,7 +253,7 @@ class _Call(torch.autograd.Function):
         from fwpkm.kernels import call, reverse
         from fwpkm.kernels.room import Kept
 
-        none = (None,) * 10
+        none = (None,) * 11
         if d_output is None and d_keys is None and d_values is None and d_weights is None:
             return none
         query, value, gate, mask, pair, *saved = ctx.saved_tensors
@@ -231,10 +265,10 @@ class _Call(torch.autograd.Function):
             None if d is None or d.numel() == 0 else d.contiguous() for d in (d_output, d_keys, d_values)
         )
         tokens = call.Tokens(query, value, gate, mask, pair)
-        table = ctx.shape if ctx.needs_input_grad[4] else None
+        table = ctx.shape if ctx.needs_input_grad[5] else None
         with on_device_of(query):
             gradients = reverse.backward(ctx.cfg, plan, tokens, kept, d_output, d_keys, d_values, table, d_weights)
         return (
-            None, None, None, gradients.keys, gradients.values, gradients.query.to(query.dtype), gradients.value,
+            None, None, None, None, gradients.keys, gradients.values, gradients.query.to(query.dtype), gradients.value,
             gradients.gate, None, None,
         )  # fmt: skip

@@ -36,7 +36,34 @@ def apply(
     if update:
         pending_query, pending_value, pending_gate, pending_mask = pending
         state = State(Memory(keys, values), pending_query, pending_value, pending_gate, pending_mask, position)
+    elif state.memory.keys.shape[0] == 1:
+        state = state._replace(memory=_of_each(cfg, state.memory, query))
     return output, state, Trace(slots, weights.detach(), memorization, addressing, writes)
+
+
+def _of_each(cfg: FwPKMConfig, memory: Memory, query: Tensor) -> Memory:
+    """The tables that the call reads: those of M = 1 stand for each sequence's."""
+    memories = validation.memories_for(cfg, query.shape[0])
+    if memory.keys.shape[0] != 1 or memories == 1:
+        return memory
+    return Memory(*(x.expand(memories, *x.shape[1:]) for x in memory))
+
+
+def _check(
+    cfg: FwPKMConfig, state: State, query: Tensor, value: Tensor, gate: Tensor | None, mask: Tensor | None
+) -> None:
+    """What ``ops.apply`` checks, of arguments that are traced: shapes, dtypes, and that the kernels serve them.
+
+    Raises:
+        ValueError: names the argument, what was expected and what was received.
+    """
+    from fwpkm import kernels
+
+    state = state._replace(memory=_of_each(cfg, state.memory, query))
+    validation.check_apply(cfg, state, query, value, gate, mask, Tensor)
+    reason = kernels.why_unsupported(cfg, state.memory, query)
+    if reason is not None:
+        raise ValueError(f"the kernels cannot serve this call: {reason}")
 
 
 def _plan(cfg: FwPKMConfig, position: Tensor, query: Tensor, update: bool) -> Any:
@@ -81,7 +108,7 @@ def _apply(
     table = tables[1].clone(memory_format=torch.contiguous_format) if update else tables[1].contiguous()
     most = windows.bounds(cfg, length, batch, update)
     with fast.on_device_of(query):
-        result = call.forward(cfg, plan, tables[0].contiguous(), table, tokens, save, most=most)
+        result = call.forward(cfg, plan, tables[0].contiguous(), table, tokens, save, query.dtype, most)
         if update:
             new_keys = result.keys.clone() if plan.windows[0].writes else tables[0].clone()
             left = fast.left_of(stream, plan.left, result.kept.flags).pad(schedule.capacity(cfg))
@@ -110,22 +137,24 @@ def _(
     update, save,
 ):  # fmt: skip
     cfg = unpacked(config)
+    state = State(Memory(keys, values), pending_query, pending_value, pending_gate, pending_mask, position)
+    _check(cfg, state, query, value, gate, mask)
     batch, length = query.shape[:2]
     memories, capacity = validation.memories_for(cfg, batch), schedule.capacity(cfg)
     columns, entries = schedule.max_writes(cfg, length), cfg.slots_per_token
     new = functools.partial(torch.empty, device=query.device, dtype=torch.float32)
     if update:
-        state = [new(memories, *x.shape[1:]) for x in (keys, values)]
-        state += [new(batch, capacity, x.shape[-1]) for x in (query, value)]
-        state += [new(batch, capacity), new(batch, capacity, dtype=torch.bool), torch.empty_like(position)]
+        after = [new(memories, *x.shape[1:]) for x in (keys, values)]
+        after += [new(batch, capacity, x.shape[-1]) for x in (query, value)]
+        after += [new(batch, capacity), new(batch, capacity, dtype=torch.bool), torch.empty_like(position)]
     else:
-        state = [query.new_empty(0) for _ in range(7)]
+        after = [query.new_empty(0) for _ in range(7)]
     records = [new(batch, length, entries, dtype=torch.int64), new(batch, length, entries)]
     records += [new(memories, columns), new(memories, columns), torch.empty((), dtype=torch.int64, device="cpu")]
     kept = []
     if save:
         kept = [new(*shape, dtype=dtype) for shape, dtype in _kept_shapes(cfg, query, update)]
-    return [query.new_empty(batch, length, cfg.value_dim), *state, *records, *kept]
+    return [query.new_empty(batch, length, cfg.value_dim), *after, *records, *kept]
 
 
 def _set_up(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
@@ -236,7 +265,11 @@ def _decode(
 def _(
     config, keys, values, pending_query, pending_value, pending_gate, pending_mask, position, query, value, gate, mask
 ):  # fmt: skip
-    return query.new_empty(*query.shape[:2], unpacked(config).value_dim)
+    cfg = unpacked(config)
+    state = State(Memory(keys, values), pending_query, pending_value, pending_gate, pending_mask, position)
+    _check(cfg, state, query, value, gate, mask)
+    fast.check_decoding(state, query)
+    return query.new_empty(*query.shape[:2], cfg.value_dim)
 
 
 def decode(

@@ -132,7 +132,7 @@ def _apply(
     length, position = query.shape[1], validation.check_position(state.position.tolist())
     if update:
         validation.check_length(position, length)
-    if length and fast.serves(implementation, cfg, state.memory, query):
+    if fast.serves(implementation, cfg, state.memory, query) and length:
         given = Given(query, value, gate, mask)
         output, memory, pending, trace = fast.apply(cfg, state, position, given, update, inplace)
         return output, State(memory, *pending, state.position + length) if update else state, trace
@@ -190,7 +190,7 @@ def flush(
     _check_device(state.pending_query, **state._asdict())
     validation.check_position(state.position.tolist())
     _check_inplace(state.memory, inplace)
-    memory = state.memory
+    memory = _as_tables(state.memory, state.pending_query)
     waiting = _pending(cfg, state, memory.keys.dtype)
     nothing = _no_tokens(cfg, memory.keys, waiting.mask.shape[0])
     losses: list[Tensor] = []
@@ -208,7 +208,8 @@ def flush(
         memory, visits = Memory(keys, values), [seen]
     trace = _trace(cfg, memory, nothing, visits, [waiting.length] * len(visits), losses, columns=1)
     trace = trace._replace(writes=torch.tensor(schedule.flush_writes(cfg, waiting.length)))
-    return _state(cfg, memory, nothing, torch.zeros_like(state.position)), trace
+    tables = memory if losses else state.memory
+    return _state(cfg, tables, nothing, torch.zeros_like(state.position)), trace
 
 
 @_outside_graphs
@@ -222,11 +223,12 @@ def lookup(cfg: FwPKMConfig, memory: Memory, query: Tensor, *, implementation: s
     """
     validation.check_lookup(cfg, memory, query, Tensor)
     _check_device(query, memory=memory)
+    served = fast.serves(implementation, cfg, memory, query)
     memory = _as_tables(memory, query)
     if query.shape[1] == 0:
         entries = memory.keys.new_zeros(query.shape[0], 0, cfg.slots_per_token)
         return Lookup(query.new_zeros(query.shape[0], 0, cfg.value_dim), entries.long(), entries)
-    if fast.serves(implementation, cfg, memory, query):
+    if served:
         return fast.lookup(cfg, memory, query)
     nothing = query.new_zeros(*query.shape[:2], cfg.value_dim)
     with _full_precision(query):
@@ -269,10 +271,11 @@ def chunk_update(
     """
     validation.check_chunk(cfg, memory, query, target, gate, mask, pair, Tensor)
     _check_device(query, memory=memory, target=target, gate=gate, mask=mask, pair=pair)
+    served = fast.serves(implementation, cfg, memory, query)
     tables = _as_tables(memory, query)
     if query.shape[1] == 0:
         return memory, Losses(*tables.keys.new_zeros(2, tables.keys.shape[0]))
-    if fast.serves(implementation, cfg, memory, query):
+    if served:
         return fast.chunk_update(cfg, memory, query, target, gate, mask, pair)
     with _full_precision(query):
         chunk = Tokens.of(tables.keys.dtype, query, target, gate, mask)
@@ -285,7 +288,12 @@ def start_decoding(state: State) -> State:
     """A copy of a state for :func:`decode` to overwrite: float32, its position on the tables' device.
 
     ``state._replace(position=state.position.cpu())`` is an ordinary state again.
+
+    Raises:
+        ValueError: not a state, or rows that differ in position.
     """
+    validation.check_is_state(state)
+    validation.check_position(state.position.tolist())
     dtype = torch.float64 if state.memory.keys.dtype == torch.float64 else torch.float32
     device = state.memory.keys.device
 
@@ -347,21 +355,7 @@ def _check_decode(
 ) -> None:
     validation.check_apply(cfg, state, query, value, gate, mask, Tensor)
     _check_device(query, value=value, gate=gate, mask=mask, **state._asdict())
-    if query.shape[1] != 1:
-        raise ValueError(
-            f"query must be [B, 1, H*Dk]: decode reads one token of each sequence. Received: {tuple(query.shape)}"
-        )
-    if state.position.device != query.device:
-        raise ValueError(
-            f"state.position must be on the query's device, {query.device}: decode takes what start_decoding(state) "
-            f"returns. Received: position on {state.position.device}"
-        )
-    for name, x in (*state.memory._asdict().items(), *state._asdict().items()):
-        if isinstance(x, Tensor) and (x.requires_grad or not x.is_contiguous()):
-            raise ValueError(
-                f"{name} of the state must be contiguous and without gradient: decode takes what start_decoding(state) "
-                f"returns. Received: contiguous={x.is_contiguous()}, requires_grad={x.requires_grad}"
-            )
+    fast.check_decoding(state, query)
 
 
 def detach(state: State) -> State:
