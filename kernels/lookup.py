@@ -37,8 +37,18 @@ def select_kernel(
     query += half * HALF
     parts += (2 * group).to(tl.int64) * SUBKEYS * HALF
     column = tile * COLUMNS + tl.arange(0, COLUMNS)
-    product = tl.zeros([BLOCK, COLUMNS], tl.float32)
+    # In a loop of its own: where a dot's operand is also used as numbers, Triton 3.6 pipelines it in one buffer too few,
+    # and a copy overwrites what a product still reads.
     square = tl.zeros([BLOCK], tl.float32)
+    for at in tl.range(0, HALF, DEPTH, num_stages=1):
+        d = at + tl.arange(0, DEPTH)
+        q = tl.load(
+            query + token[:, None] * (2 * HEADS * HALF) + d[None, :],
+            mask=live[:, None] & (d < HALF)[None, :],
+            other=0.0,
+        ).to(tl.float32)
+        square += tl.sum(q * q, 1)
+    product = tl.zeros([BLOCK, COLUMNS], tl.float32)
     for at in range(0, HALF, DEPTH):
         d = at + tl.arange(0, DEPTH)
         q = tl.load(
@@ -53,10 +63,8 @@ def select_kernel(
         q_high = q.to(tl.bfloat16)
         product = dot_halves(q_high, k_high, product, UPCAST)
         product = dot_halves(q_high, k_low, product, UPCAST)
-        q = q.to(tl.float32)
         if not EXACT:
-            product = dot_halves(rest(q, q_high).to(tl.bfloat16), k_high, product, UPCAST)
-        square += tl.sum(q * q, 1)
+            product = dot_halves(rest(q.to(tl.float32), q_high).to(tl.bfloat16), k_high, product, UPCAST)
     reach = tl.sqrt(tl.load(largest + window * tl.num_programs(1) + group).to(tl.float32, bitcast=True))
     scale = tl.sqrt(square) * reach
     if IDW:

@@ -4,6 +4,7 @@
 than the GPU has, raises. Tensors hold no data, and what would be launched is compiled instead.
 """
 
+import re
 import sys
 
 import torch
@@ -87,10 +88,25 @@ def kernels_of(cfg: FwPKMConfig, dtype: torch.dtype, masked: bool) -> dict:
     return found
 
 
+def check_buffers(name: str, module: str) -> None:
+    """Raise where a product may still read a buffer that a copy overwrites.
+
+    What a warp group multiplies straight from shared memory it reads until the next round, so each of its operands needs
+    as many buffers as any other: Triton 3.6 makes one too few of an operand that is also used as numbers.
+    """
+    allocated = dict(re.findall(r"(%\w+) = ttg\.local_alloc : \(\) -> !ttg\.memdesc<(\d+)x", module))
+    views = dict(re.findall(r"(%\w+) = ttg\.memdesc_index (%\w+)\[", module))
+    read = {x for pair in re.findall(r"warp_group_dot (%\w+), (%\w+),", module) for x in pair}
+    buffers = {views[x]: allocated[views[x]] for x in read if views.get(x) in allocated}
+    if len(set(buffers.values())) > 1:
+        raise RuntimeError(f"{name}: operands of products have different numbers of buffers: {buffers}")
+
+
 def main(capability: int, config: str) -> None:
     """Compile them all, or raise."""
     for (name, *_), (source, options) in kernels_of(*CONFIGS[config]).items():
         compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+        check_buffers(name, compiled.asm["ttgir"])
         shared = compiled.metadata.shared
         print(config, capability, name, f"{shared} bytes shared", flush=True)
         if shared > SHARED_BYTES[capability]:
