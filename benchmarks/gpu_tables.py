@@ -245,7 +245,7 @@ def _growth_targets(results: Results) -> Iterable[Claim]:
         large, small = (results.seconds(name, step) for name in ("shared-1024", "shared-256"))
         yield Claim(f"B=8 T=4096, {text}: N=1024² / N=256²", _ratio(large, small), at_most=1.5)
         rests = [_unscored(results.kernels(name, step)) for name in ("shared-1024", "shared-256")]
-        measured = summarize([rests[0] / rests[1]] if rests[1] else [])
+        measured = summarize([rests[0] / rests[1]] if all(rests) else [])
         yield Claim(f"the same without scoring, device time, {text}", measured, at_most=1.1)
 
 

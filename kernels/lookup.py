@@ -37,7 +37,7 @@ def select_kernel(
     query += half * HALF
     parts += (2 * group).to(tl.int64) * SUBKEYS * HALF
     column = tile * COLUMNS + tl.arange(0, COLUMNS)
-    # In a loop of its own: where a dot's operand is also used as numbers, Triton 3.6 pipelines it in one buffer too few,
+    # In a loop of its own: of an operand that is also used as numbers Triton 3.6 pipelines one buffer too few,
     # and a copy overwrites what a product still reads.
     square = tl.zeros([BLOCK], tl.float32)
     for at in tl.range(0, HALF, DEPTH, num_stages=1):

@@ -91,8 +91,8 @@ def kernels_of(cfg: FwPKMConfig, dtype: torch.dtype, masked: bool) -> dict:
 def check_buffers(name: str, module: str) -> None:
     """Raise where a product may still read a buffer that a copy overwrites.
 
-    What a warp group multiplies straight from shared memory it reads until the next round, so each of its operands needs
-    as many buffers as any other: Triton 3.6 makes one too few of an operand that is also used as numbers.
+    What a warp group multiplies straight from shared memory it reads until the next round, so each of its operands
+    needs as many buffers as any other: Triton 3.6 makes one too few of an operand that is also used as numbers.
     """
     allocated = dict(re.findall(r"(%\w+) = ttg\.local_alloc : \(\) -> !ttg\.memdesc<(\d+)x", module))
     views = dict(re.findall(r"(%\w+) = ttg\.memdesc_index (%\w+)\[", module))
