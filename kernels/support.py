@@ -60,7 +60,10 @@ def _why_here(query: Tensor) -> str | None:
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         return None  # the interpreter runs kernels on tensors of any device
     if query.device.type != "cuda":
-        return f"query must be on a CUDA device. Received: {query.device}"
+        return (
+            f"query must be on a CUDA device; to try the kernels without one, set TRITON_INTERPRET=1 before triton is "
+            f"imported. Received: query on {query.device}"
+        )
     capability = _capability(query.device)
     if capability < (8, 0):
         return f"the GPU's compute capability must be at least 8.0. Received: {'.'.join(map(str, capability))}"

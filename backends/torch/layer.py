@@ -165,7 +165,7 @@ class FwPKM(nn.Module):
 
         Args:
             x: ``[B, 1, hidden_size]``.
-            state: of ``fwpkm.backends.torch.start_decoding``.
+            state: of ``fwpkm.backends.torch.start_decoding``; any state without gradients is overwritten.
             mask: ``[B, 1]`` bool, or None for True.
 
         Returns:
@@ -174,6 +174,7 @@ class FwPKM(nn.Module):
         Raises:
             ValueError: an argument does not fit; names it, what was expected and what was received.
         """
+        validation.check_array("x", x, [("B", None), ("T", 1), ("hidden_size", self.hidden_size)], "float", Tensor)
         x, mask, dead, query, value, gate = self._project(x, mask)
         read = ops.decode(self.config, state, query, value, gate, mask)
         return self._output(read, value, gate, dead, x.dtype)

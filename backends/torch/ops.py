@@ -285,9 +285,10 @@ def chunk_update(
 
 
 def start_decoding(state: State) -> State:
-    """A copy of a state for :func:`decode` to overwrite: float32, its position on the tables' device.
+    """A copy of a state for :func:`decode` to overwrite, its position on the tables' device.
 
-    ``state._replace(position=state.position.cpu())`` is an ordinary state again.
+    float32, or float64 where the tables are. ``state._replace(position=state.position.cpu())`` is an ordinary state
+    again, with the same tables.
 
     Raises:
         ValueError: not a state, or rows that differ in position.
