@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fwpkm import validation
-from fwpkm.backends.torch import ops
+from fwpkm.backends.torch import decoding, ops
 from fwpkm.backends.torch.entries import finite_rows
 from fwpkm.backends.torch.tokens import some
 from fwpkm.config import FwPKMConfig
@@ -176,7 +176,7 @@ class FwPKM(nn.Module):
         """
         validation.check_array("x", x, [("B", None), ("T", 1), ("hidden_size", self.hidden_size)], "float", Tensor)
         x, mask, dead, query, value, gate = self._project(x, mask)
-        read = ops.decode(self.config, state, query, value, gate, mask)
+        read = decoding.decode(self.config, state, query, value, gate, mask)
         return self._output(read, value, gate, dead, x.dtype)
 
     def _project(

@@ -127,7 +127,7 @@ def _apply(
     implementation: str | None,
 ) -> tuple[Tensor, State, Trace]:
     validation.check_apply(cfg, state, query, value, gate, mask, Tensor)
-    _check_device(query, value=value, gate=gate, mask=mask, **state._asdict())
+    check_device(query, value=value, gate=gate, mask=mask, **state._asdict())
     _check_inplace(state.memory, inplace)
     length, position = query.shape[1], validation.check_position(state.position.tolist())
     if update:
@@ -187,7 +187,7 @@ def flush(
         RuntimeError: ``inplace`` on a table that autograd still needs.
     """
     validation.check_state(cfg, state, None, Tensor)
-    _check_device(state.pending_query, **state._asdict())
+    check_device(state.pending_query, **state._asdict())
     validation.check_position(state.position.tolist())
     _check_inplace(state.memory, inplace)
     memory = _as_tables(state.memory, state.pending_query)
@@ -222,7 +222,7 @@ def lookup(cfg: FwPKMConfig, memory: Memory, query: Tensor, *, implementation: s
         ValueError: shapes or dtypes do not fit.
     """
     validation.check_lookup(cfg, memory, query, Tensor)
-    _check_device(query, memory=memory)
+    check_device(query, memory=memory)
     served = fast.serves(implementation, cfg, memory, query)
     memory = _as_tables(memory, query)
     if query.shape[1] == 0:
@@ -270,7 +270,7 @@ def chunk_update(
         ValueError: shapes or dtypes do not fit.
     """
     validation.check_chunk(cfg, memory, query, target, gate, mask, pair, Tensor)
-    _check_device(query, memory=memory, target=target, gate=gate, mask=mask, pair=pair)
+    check_device(query, memory=memory, target=target, gate=gate, mask=mask, pair=pair)
     served = fast.serves(implementation, cfg, memory, query)
     tables = _as_tables(memory, query)
     if query.shape[1] == 0:
@@ -282,81 +282,6 @@ def chunk_update(
         seen, keys = visit_chunk(cfg, tables.keys, chunk, pair)
         _, values, (memorization,) = settle(cfg, tables.values, [seen], owned=False)
     return Memory(keys, values), Losses(memorization, seen.addressing)
-
-
-def start_decoding(state: State) -> State:
-    """A copy of a state for :func:`decode` to overwrite, its position on the tables' device.
-
-    float32, or float64 where the tables are. ``state._replace(position=state.position.cpu())`` is an ordinary state
-    again, with the same tables.
-
-    Raises:
-        ValueError: not a state, or rows that differ in position.
-    """
-    validation.check_is_state(state)
-    validation.check_position(state.position.tolist())
-    dtype = torch.float64 if state.memory.keys.dtype == torch.float64 else torch.float32
-    device = state.memory.keys.device
-
-    def copy(x: Tensor) -> Tensor:
-        x = x.detach().clone(memory_format=torch.contiguous_format).to(device)
-        return x.to(dtype) if x.is_floating_point() else x
-
-    return State(Memory(*map(copy, state.memory)), *map(copy, state[1:]))
-
-
-@torch.no_grad()
-def decode(
-    cfg: FwPKMConfig,
-    state: State,
-    query: Tensor,
-    value: Tensor,
-    gate: Tensor | None = None,
-    mask: Tensor | None = None,
-    *,
-    implementation: str | None = None,
-) -> Tensor:
-    """Read one token of each sequence and write the chunk that it completes; ``state`` is overwritten. No gradient.
-
-    Where the kernels serve, nothing depends on the host: a CUDA graph, or torch.compile, can hold a step and repeat it
-    over any number of chunks. Elsewhere it is :func:`apply`.
-
-    Args:
-        cfg: the configuration.
-        state: of :func:`start_decoding`; every field is overwritten, the position too.
-        query: ``[B, 1, H*Dk]``, any floating dtype.
-        value: ``[B, 1, Dv]``.
-        gate: ``[B, 1]`` in [0, 1], or None for 1.
-        mask: ``[B, 1]`` bool, False for tokens that never write, or None for True.
-        implementation: as in :func:`apply`.
-
-    Returns:
-        output ``[B, 1, Dv]`` in the query's dtype.
-
-    Raises:
-        ValueError: an argument does not fit; names it, what was expected and what was received.
-    """
-    traced = torch.compiler.is_compiling() and fast.serves_traced(implementation, cfg, state.memory, query)
-    if not traced:
-        _check_decode(cfg, state, query, value, gate, mask)
-    if traced or fast.serves(implementation, cfg, state.memory, query):
-        return operators.decode(cfg, state, query, value, gate, mask)
-    position = state.position
-    output, after, _ = apply(
-        cfg, state._replace(position=position.cpu()), query, value, gate, mask, inplace=True, implementation="eager"
-    )
-    for old, new in zip((*state.memory, *state[1:]), (*after.memory, *after[1:])):
-        if old is not new:
-            old.copy_(new)
-    return output
-
-
-def _check_decode(
-    cfg: FwPKMConfig, state: State, query: Tensor, value: Tensor, gate: Tensor | None, mask: Tensor | None
-) -> None:
-    validation.check_apply(cfg, state, query, value, gate, mask, Tensor)
-    _check_device(query, value=value, gate=gate, mask=mask, **state._asdict())
-    fast.check_decoding(state, query)
 
 
 def detach(state: State) -> State:
@@ -445,10 +370,11 @@ def _as_tables(memory: Memory, query: Tensor) -> Memory:
     return Memory(memory.keys.to(dtype), memory.values.to(dtype))
 
 
-def _check_device(query: Tensor, **others: Any) -> None:
+def check_device(query: Tensor, **others: Any) -> None:
+    """Raise a ValueError unless all tensors but ``position`` lie where the query does."""
     for name, x in others.items():
         if isinstance(x, Memory):
-            _check_device(query, **{f"{name}.{field}": table for field, table in x._asdict().items()})
+            check_device(query, **{f"{name}.{field}": table for field, table in x._asdict().items()})
         elif x is not None and name != "position" and x.device != query.device:
             raise ValueError(f"{name} must be on the query's device, {query.device}. Received: {name} on {x.device}")
 

@@ -1,0 +1,84 @@
+"""One token of each sequence at a time, overwriting the state (SPEC.md §5)."""
+
+import torch
+from torch import Tensor
+
+from fwpkm import validation
+from fwpkm.backends.torch import fast, operators, ops
+from fwpkm.config import FwPKMConfig
+from fwpkm.containers import Memory, State
+
+
+def start_decoding(state: State) -> State:
+    """A copy of a state for :func:`decode` to overwrite, its position on the tables' device.
+
+    float32, or float64 where the tables are. ``state._replace(position=state.position.cpu())`` is an ordinary state
+    again, with the same tables.
+
+    Raises:
+        ValueError: not a state, or rows that differ in position.
+    """
+    validation.check_is_state(state)
+    validation.check_position(state.position.tolist())
+    dtype = torch.float64 if state.memory.keys.dtype == torch.float64 else torch.float32
+    device = state.memory.keys.device
+
+    def copy(x: Tensor) -> Tensor:
+        x = x.detach().clone(memory_format=torch.contiguous_format).to(device)
+        return x.to(dtype) if x.is_floating_point() else x
+
+    return State(Memory(*map(copy, state.memory)), *map(copy, state[1:]))
+
+
+@torch.no_grad()
+def decode(
+    cfg: FwPKMConfig,
+    state: State,
+    query: Tensor,
+    value: Tensor,
+    gate: Tensor | None = None,
+    mask: Tensor | None = None,
+    *,
+    implementation: str | None = None,
+) -> Tensor:
+    """Read one token of each sequence and write the chunk that it completes; ``state`` is overwritten. No gradient.
+
+    Where the kernels serve, nothing depends on the host: a CUDA graph, or torch.compile, can hold a step and repeat it
+    over any number of chunks. Elsewhere it is :func:`fwpkm.backends.torch.apply`.
+
+    Args:
+        cfg: the configuration.
+        state: of :func:`start_decoding`; every field is overwritten, the position too.
+        query: ``[B, 1, H*Dk]``, any floating dtype.
+        value: ``[B, 1, Dv]``.
+        gate: ``[B, 1]`` in [0, 1], or None for 1.
+        mask: ``[B, 1]`` bool, False for tokens that never write, or None for True.
+        implementation: as in :func:`fwpkm.backends.torch.apply`.
+
+    Returns:
+        output ``[B, 1, Dv]`` in the query's dtype.
+
+    Raises:
+        ValueError: an argument does not fit; names it, what was expected and what was received.
+    """
+    traced = torch.compiler.is_compiling() and fast.serves_traced(implementation, cfg, state.memory, query)
+    if not traced:
+        _check_decode(cfg, state, query, value, gate, mask)
+    if traced or fast.serves(implementation, cfg, state.memory, query):
+        return operators.decode(cfg, state, query, value, gate, mask)
+    position = state.position
+    output, after, _ = ops.apply(
+        cfg, state._replace(position=position.cpu()), query, value, gate, mask, inplace=True, implementation="eager"
+    )
+    for old, new in zip((*state.memory, *state[1:]), (*after.memory, *after[1:])):
+        if old is not new:
+            old.copy_(new)
+    return output
+
+
+def _check_decode(
+    cfg: FwPKMConfig, state: State, query: Tensor, value: Tensor, gate: Tensor | None, mask: Tensor | None
+) -> None:
+    validation.check_apply(cfg, state, query, value, gate, mask, Tensor)
+    ops.check_device(query, value=value, gate=gate, mask=mask, **state._asdict())
+    fast.check_decoding(state, query)
