@@ -1,5 +1,6 @@
 """Profiles, backends and the NaN that fresh memory holds, for every test."""
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -43,6 +44,9 @@ def pytest_configure(config):
     else:
         if not torch.cuda.is_available():
             os.environ.setdefault("TRITON_INTERPRET", "1")
+    # Triton's library binds to tensorflow's where that was loaded before it, and crashes.
+    if importlib.util.find_spec("triton") is not None:
+        importlib.import_module("triton")
     config.addinivalue_line("markers", "eager: of inplace, or of many configurations; not for backends that compile")
 
 
