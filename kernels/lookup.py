@@ -4,13 +4,11 @@ import triton
 import triton.language as tl
 
 from fwpkm.kernels.parts import dot_halves, rest
-from fwpkm.kernels.ranks import best_proposed
+from fwpkm.kernels.ranks import NOTHING, best_proposed
 from fwpkm.kernels.tokens import DEAD, INF, LIVE, TARGET, VARYING, not_due, token_of
 
 PROBABILITY_UNIT = tl.constexpr(float(2**40))
 """Sums of probabilities are integers in this unit, because an atomic sum of integers has no order."""
-NOTHING = tl.constexpr(-(2**31))
-"""No proposal."""
 
 
 @triton.jit(do_not_specialize=["version", "window", *VARYING])

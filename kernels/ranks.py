@@ -5,7 +5,8 @@ import triton.language as tl
 
 from fwpkm.kernels.tokens import INF
 
-_NOTHING = tl.constexpr(-(2**31))
+NOTHING = tl.constexpr(-(2**31))
+"""No proposal."""
 
 
 @triton.jit
@@ -70,19 +71,19 @@ def best_proposed(
     """
     choice = tl.arange(0, CHOICES)
     if TILES == 1:
-        mine = tl.load(proposals + choice, mask=choice < K, other=_NOTHING)
-        spare = tl.load(proposals + K + choice, mask=choice < PROPOSED - K, other=_NOTHING)
+        mine = tl.load(proposals + choice, mask=choice < K, other=NOTHING)
+        spare = tl.load(proposals + K + choice, mask=choice < PROPOSED - K, other=NOTHING)
     else:
         listed = tl.arange(0, LISTED)
-        listed = tl.load(proposals + listed, mask=listed < TILES * PROPOSED, other=_NOTHING)
-        mine, spare = tl.full([CHOICES], _NOTHING, tl.int32), tl.full([CHOICES], _NOTHING, tl.int32)
+        listed = tl.load(proposals + listed, mask=listed < TILES * PROPOSED, other=NOTHING)
+        mine, spare = tl.full([CHOICES], NOTHING, tl.int32), tl.full([CHOICES], NOTHING, tl.int32)
         for j in range(PROPOSED):
             best = tl.max(listed, 0)
             mine = tl.where((choice == j) & (j < K), best, mine)
             spare = tl.where(choice == j - K, best, spare)
-            listed = tl.where(listed == best, _NOTHING, listed)
+            listed = tl.where(listed == best, NOTHING, listed)
     mask: tl.constexpr = 2**BITS - 1
-    wanted, possible = choice < K, spare != _NOTHING
+    wanted, possible = choice < K, spare != NOTHING
     chosen = tl.where(wanted, mask - (mine & mask), SUBKEYS + choice)
     rank = exact_ranks(query, keys, chosen, wanted, alive, HALF, IDW, CHOICES, STEP)
     if PROPOSED > K:
