@@ -134,7 +134,12 @@ class FwPKM(nn.Module):
                 module.reset_parameters()
 
     def forward(
-        self, x: Tensor, state: State | None = None, mask: Tensor | None = None, update: bool = True
+        self,
+        x: Tensor,
+        state: State | None = None,
+        mask: Tensor | None = None,
+        update: bool = True,
+        inplace: bool = False,
     ) -> tuple[Tensor, State]:
         """Read T tokens, writing every chunk that they complete.
 
@@ -143,19 +148,21 @@ class FwPKM(nn.Module):
             state: where the sequence stands; None starts from the initial memory.
             mask: ``[B, T]`` bool, False for tokens that never write (padding); None for True.
             update: False only reads and leaves the state as it is.
+            inplace: the tables of ``state`` may be overwritten, which saves one copy of them. Compiled, they never are.
 
         Returns:
             y ``[B, T, hidden_size]`` in the projections' dtype, NaN for tokens that are not finite, and the next state.
 
         Raises:
             ValueError: an argument does not fit; names it, what was expected and what was received.
+            RuntimeError: ``inplace`` on a table that autograd still needs.
         """
         x, mask, dead, query, value, gate = self._project(x, mask)
         # A fresh state is this call's own, so its table is written in place: one copy of the initial memory in all.
         fresh = state is None
         if state is None:
             state = ops.fresh_state(self.config, self.memory(), query)
-        owned = fresh and not state.memory.values.requires_grad
+        owned = inplace or (fresh and not state.memory.values.requires_grad)
         read, state, _ = ops.apply(self.config, state, query, value, gate, mask, update, inplace=owned)
         return self._output(read, value, gate, dead, x.dtype), state
 

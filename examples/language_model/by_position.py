@@ -1,0 +1,71 @@
+"""Bits per byte by position on held-out documents, with memories that write, go on, or stay as they began."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from examples.language_model.checkpoint import load, replace
+from examples.language_model.corpus import Corpus
+from examples.language_model.model import LanguageModel, Reading
+from examples.language_model.needle import another, device_name, read, together
+from examples.language_model.training import autocast
+
+BIN = 1024  # bytes whose bits are averaged
+
+
+@torch.no_grad()
+def bits(model: LanguageModel, tokens: Tensor, reading: Reading, *, update: bool) -> tuple[np.ndarray, Reading]:
+    """Bits of the bytes of ``[B, T + 1]`` after the first, averaged over bins ``[B, T / BIN]``."""
+    found = []
+
+    def each(start: int, hidden: Tensor) -> None:
+        targets = tokens[:, start + 1 : start + 1 + hidden.shape[1]].long()
+        with autocast(tokens.device):
+            losses = [F.cross_entropy(model.logits(h), t, reduction="none") for h, t in zip(hidden, targets)]
+        found.append(torch.stack(losses).unflatten(1, (-1, BIN)).mean(2) / math.log(2))
+
+    reading = read(model, tokens[:, :-1], reading, update=update, each=each)
+    return torch.cat(found, 1).cpu().numpy(), reading
+
+
+def documents(corpus: Corpus, length: int) -> tuple[np.ndarray, list[str]]:
+    """The first ``length + 1`` bytes of every held-out document that has as many.
+
+    Raises:
+        ValueError: none has.
+    """
+    texts = corpus.heldout
+    sizes = np.diff(texts.starts)
+    long = [i for i, size in enumerate(sizes) if size > length]
+    if not long:
+        raise ValueError(f"no held-out document has more than {length} bytes; the longest has {sizes.max()}")
+    return np.stack([texts.data[texts.starts[i] :][: length + 1] for i in long]), [texts.names[i] for i in long]
+
+
+def measure(folder: Path, corpus: Corpus, out: Path, device: torch.device, *, length: int) -> Path:
+    """Measure the model of a folder; saves the bits of every document and bin in ``out``."""
+    model, experiment = load(folder, device, memory_scope="sequence")
+    tokens, names = documents(corpus, length)
+    rows: dict[str, list[np.ndarray]] = {}
+    parts = np.array_split(np.arange(len(tokens)), -(-len(tokens) // together(model, device, 32)))
+    for part in parts:
+        text = torch.from_numpy(tokens[part]).to(device)
+        found, after = bits(model, text, model.start(len(part)), update=True)
+        rows.setdefault("reset" if model.memories else "no memory", []).append(found)
+        if not model.memories:
+            continue
+        if len(part) > 1:
+            begun = model.start(len(part))._replace(memories=another(after).memories)
+            rows.setdefault("carried", []).append(bits(model, text, begun, update=True)[0])
+        del after
+        rows.setdefault("frozen", []).append(bits(model, text, model.start(len(part)), update=False)[0])
+    about = {"corpus": corpus.sha256, "device": device_name(device), "experiment": experiment.tables()}
+    found = {mode: np.concatenate(x).round(4).tolist() for mode, x in rows.items()}
+    results = {**about, "trained": folder.name, "documents": names, "bin": BIN, "bits": found}
+    replace(out, lambda beside: beside.write_text(json.dumps(results)))
+    return out

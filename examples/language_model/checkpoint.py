@@ -1,0 +1,172 @@
+"""What training leaves in a folder: the experiment, a record of losses, and a checkpoint that it goes on from.
+
+A checkpoint holds weights and the optimizer's moments. The initial tables follow from the seed, so files stay small.
+"""
+
+import hashlib
+import itertools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from examples.language_model.model import LanguageModel
+from examples.language_model.settings import Experiment
+
+WEIGHTS, RECORD, SETTINGS = "checkpoint.safetensors", "record.jsonl", "experiment.json"
+MOMENTS = ("exp_avg", "exp_avg_sq")  # as AdamW calls them
+
+
+def replace(path: Path, write: Callable[[Path], Any]) -> None:
+    """Write beside ``path``, then put that in its place, so that there is never half a file."""
+    beside = path.with_name(path.name + ".part")
+    write(beside)
+    beside.replace(path)
+
+
+def claim(folder: Path, experiment: Experiment) -> None:
+    """Make the folder an experiment's.
+
+    Raises:
+        ValueError: it is another experiment's.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / SETTINGS
+    if not path.exists():
+        replace(path, lambda beside: beside.write_text(json.dumps(experiment.tables(), indent=1)))
+    elif settings_of(folder) != experiment:
+        raise ValueError(
+            f"{folder} holds another experiment, see {path}. Give --out another folder, or remove this one"
+        )
+
+
+def settings_of(folder: Path) -> Experiment:
+    """The experiment of a folder.
+
+    Raises:
+        FileNotFoundError: nothing was trained there.
+        ValueError: the file is damaged.
+    """
+    path = folder / SETTINGS
+    if not path.exists():
+        raise FileNotFoundError(f"{folder} has no {SETTINGS}: train first, with --out {folder}")
+    try:
+        tables = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): remove it, or copy it again") from error
+    return Experiment.of(tables, str(path))
+
+
+def build(experiment: Experiment, device: torch.device, **memory: Any) -> LanguageModel:
+    """The untrained model of an experiment: the same numbers for a seed on every device.
+
+    ``memory`` overrides the configuration of its memories.
+    """
+    torch.manual_seed(experiment.training.seed)
+    return LanguageModel(experiment.model, **memory).to(device)
+
+
+def tables_of(model: LanguageModel) -> str:
+    """A sha256 that tells one seed's initial tables from another's."""
+    digest = hashlib.sha256()
+    for layer in model.memories.values():
+        digest.update(layer.memory.keys.cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def save(folder: Path, model: LanguageModel, optimizer: torch.optim.Optimizer, step: int, corpus: str) -> None:
+    """Replace the folder's checkpoint by this one; ``corpus`` is the sha256 of what was read."""
+    tensors = {}
+    for name, p in model.named_parameters():
+        tensors[f"model.{name}"] = p.detach().contiguous()
+        moments = optimizer.state.get(p, {})
+        tensors |= {f"optimizer.{name}.{key}": moments[key].contiguous() for key in MOMENTS if key in moments}
+    about = {"step": str(step), "corpus": corpus, "tables": tables_of(model)}
+    replace(folder / WEIGHTS, lambda path: save_file(tensors, path, about))
+
+
+def resume(folder: Path, model: LanguageModel, optimizer: torch.optim.Optimizer, corpus: str) -> int:
+    """Fill a model and its optimizer from the folder's checkpoint; returns the step to go on from.
+
+    Raises:
+        ValueError: the checkpoint is damaged, or of another corpus or other tables.
+    """
+    tensors, about = _read(folder / WEIGHTS)
+    for name, received in (("corpus", corpus), ("tables", tables_of(model))):
+        if received != about[name]:
+            raise ValueError(
+                f"{folder / WEIGHTS} was trained with another {name}, sha256 {about[name]}. Received: {received}. "
+                f"Give --out another folder to begin anew"
+            )
+    _fill(model, tensors, folder)
+    step = int(about["step"])
+    for name, p in model.named_parameters():
+        if f"optimizer.{name}.{MOMENTS[0]}" in tensors:
+            moments = {key: tensors[f"optimizer.{name}.{key}"].to(p) for key in MOMENTS}
+            optimizer.state[p] = {"step": torch.tensor(float(step)).to(p.device), **moments}
+    return step
+
+
+def load(folder: Path, device: torch.device, **memory: Any) -> tuple[LanguageModel, Experiment]:
+    """The trained model of a folder, with ``memory`` overriding the configuration of its memories.
+
+    Raises:
+        FileNotFoundError: nothing was trained there.
+        ValueError: a file is damaged, or of other tables than this version of torch draws.
+    """
+    experiment = settings_of(folder)
+    tensors, about = _read(folder / WEIGHTS)
+    model = build(experiment, device, **memory)
+    if about["tables"] != tables_of(model):
+        raise ValueError(f"{folder / WEIGHTS} was trained with other tables than seed {experiment.training.seed} gives")
+    _fill(model, tensors, folder)
+    return model.requires_grad_(False).eval(), experiment
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a checkpoint."""
+    if not path.exists():
+        raise FileNotFoundError(f"there is no checkpoint at {path}: train first, with --out {path.parent}")
+    try:
+        with safe_open(path, "pt") as file:
+            about = file.metadata() or {}
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}): remove it, or copy it again") from error
+    if missing := {"step", "corpus", "tables"} - set(about):
+        raise ValueError(f"{path} is no checkpoint of this example: its metadata lacks {sorted(missing)}")
+    return tensors, about
+
+
+def _fill(model: LanguageModel, tensors: dict[str, Tensor], folder: Path) -> None:
+    """Copy the weights in, after all of them were found to fit."""
+    own = dict(model.named_parameters())
+    for name, p in own.items():
+        found = tensors.get(f"model.{name}")
+        if found is None or found.shape != p.shape:
+            shape = None if found is None else tuple(found.shape)
+            raise ValueError(f"{folder / WEIGHTS}: {name} must be {tuple(p.shape)}. Received: {shape}")
+    with torch.no_grad():
+        for name, p in own.items():
+            p.copy_(tensors[f"model.{name}"])
+
+
+def read_record(folder: Path) -> list[dict[str, float]]:
+    """The lines of the record, without those of steps that a later run took again."""
+    lines: list[dict[str, float]] = []
+    for text in (folder / RECORD).read_text().splitlines():
+        line = json.loads(text)
+        while lines and lines[-1]["step"] >= line["step"]:
+            lines.pop()
+        lines.append(line)
+    return lines
+
+
+def seconds_of(lines: list[dict[str, float]]) -> float:
+    """What the steps of a record took, without the start of each run."""
+    return sum((b["step"] - a["step"]) / b["steps_per_second"] for a, b in itertools.pairwise(lines))

@@ -1,0 +1,199 @@
+"""Needle in a haystack: five facts in a long text; after one or more readings, one of them is asked for."""
+
+import json
+import math
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from examples.language_model import facts
+from examples.language_model.checkpoint import load, replace
+from examples.language_model.corpus import Corpus
+from examples.language_model.facts import Haystack
+from examples.language_model.model import LanguageModel, Reading
+from examples.language_model.training import autocast
+
+SEGMENT = 4096  # tokens read by one call
+DIGITS = 6
+
+
+class Answers(NamedTuple):
+    """Of one model, phrasing, length and number of readings."""
+
+    control: str
+    phrasing: str
+    length: int
+    readings: int
+    right: np.ndarray
+    """``[n, 6]`` bool, by digit"""
+    depth: np.ndarray
+    """``[n]`` from 0, the beginning, to 1"""
+
+    def record(self, **about: Any) -> dict[str, Any]:
+        """For JSON: the shares, their intervals, and each sample."""
+        exact = self.right.all(1)
+        fields = {"control": self.control, "phrasing": self.phrasing, "length": self.length, "readings": self.readings}
+        return {
+            **about, **fields, "samples": len(exact),
+            "exact": exact.mean(), "exact_interval": wilson(exact.sum(), len(exact)),
+            "digits": self.right.mean(), "digits_interval": spread(self.right.mean(1)),
+            "depth": self.depth.round(4).tolist(), "right": self.right.sum(1).tolist(),
+        }  # fmt: skip
+
+
+def wilson(successes: int, samples: int, z: float = 1.96) -> tuple[float, float]:
+    """The 95% interval of a share (Wilson 1927, equation 4)."""
+    share, scale = successes / samples, 1 + z * z / samples
+    middle = (share + z * z / (2 * samples)) / scale
+    half = z / scale * math.sqrt(share * (1 - share) / samples + z * z / (4 * samples**2))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def spread(shares: np.ndarray, z: float = 1.96) -> tuple[float, float]:
+    """The 95% interval of the mean of samples' shares."""
+    half = z * shares.std(ddof=1) / math.sqrt(len(shares))
+    return max(0.0, float(shares.mean() - half)), min(1.0, float(shares.mean() + half))
+
+
+def read(
+    model: LanguageModel, tokens: Tensor, reading: Reading, *, update: bool = True, each: Callable | None = None
+) -> Reading:
+    """Read ``[B, T]`` on, overwriting the tables of ``reading``; ``each(start, hidden)`` sees every segment."""
+    for start in range(0, tokens.shape[1], SEGMENT):
+        with autocast(tokens.device):
+            hidden, reading = model(tokens[:, start : start + SEGMENT].long(), reading, update=update, inplace=True)
+        if each is not None:
+            each(start, hidden)
+    return reading
+
+
+def answer(model: LanguageModel, question: Tensor, reading: Reading) -> Tensor:
+    """The six likeliest bytes in turn after ``question`` [B, q], with frozen memories."""
+    said, ask = [], question.long()
+    for _ in range(DIGITS):
+        with autocast(question.device):
+            hidden, reading = model(ask, reading, update=False)
+            ask = model.logits(hidden[:, -1:]).argmax(-1)
+        said.append(ask)
+    return torch.cat(said, 1)
+
+
+def another(reading: Reading) -> Reading:
+    """Each sequence with the memory of the one before it; what attention sees stays its own."""
+
+    def turned(x: Any) -> Any:
+        return torch.roll(x, 1, 0) if x.ndim and x.shape[0] > 1 else x
+
+    return reading._replace(
+        memories=tuple(
+            state._replace(
+                memory=state.memory._replace(keys=turned(state.memory.keys), values=turned(state.memory.values))
+            )
+            for state in reading.memories
+        )
+    )
+
+
+def together(model: LanguageModel, device: torch.device, most: int) -> int:
+    """How many contexts are read at once: as their tables, a spare copy of one memory's and activations find room."""
+    if device.type != "cuda":
+        return min(most, 8)
+    tables = [4 * m.config.num_slots * m.config.value_dim for m in model.memories.values()]
+    activations = SEGMENT * model.settings.width * 4 * 64
+    room = 0.8 * torch.cuda.mem_get_info(device)[0] / (sum(tables) + max(tables, default=0) + activations)
+    return max(2, min(most, int(room)))
+
+
+@torch.no_grad()
+def try_out(
+    model: LanguageModel, haystack: Haystack, device: torch.device, readings: int, *, swap: bool = False
+) -> Iterator[tuple[int, bool, np.ndarray]]:
+    """After each reading: its number, whether the memories were another document's, and what is right ``[n, 6]``."""
+    number, at_once = len(haystack.tokens), together(model, device, 64)
+    parts = np.array_split(np.arange(number), -(-number // at_once))
+    right: dict[tuple[int, bool], list[np.ndarray]] = {}
+    for part in parts:
+        tokens, question, expected = (
+            torch.from_numpy(x[part]).to(device) for x in (haystack.tokens, haystack.question, haystack.answer)
+        )
+        reading = model.start(len(part))
+        for count in range(1, readings + 1):
+            reading = read(model, tokens, reading)
+            for swapped in (False, True)[: 1 + (swap and len(part) > 1)]:
+                said = answer(model, question, another(reading) if swapped else reading)
+                right.setdefault((count, swapped), []).append((said == expected).cpu().numpy())
+    for (count, swapped), found in sorted(right.items()):
+        yield count, swapped, np.concatenate(found)
+
+
+def measure(
+    folder: Path, corpus: Corpus, out: Path, device: torch.device, *,
+    lengths: list[int], samples: int, readings: int, phrasings: list[str], controls: bool, seed: int = 0,
+    tell: Callable[[str], None] = print,
+) -> Path:  # fmt: skip
+    """Ask the model of a folder; saves every answer in ``out``.
+
+    Args:
+        folder: of a trained model.
+        corpus: its held-out documents make the haystacks.
+        out: a JSON file.
+        device: to read on.
+        lengths: of contexts, in bytes.
+        samples: of each length and phrasing.
+        readings: how often a context is read before the last question.
+        phrasings: names of phrasings, see ``named``.
+        controls: also ask with learning rate 0 and with another document's memory.
+        seed: of the haystacks.
+        tell: receives a line for each result.
+    """
+    model, experiment = load(folder, device, memory_scope="sequence")
+    has_memory = bool(experiment.model.memories)
+    frozen = load(folder, device, memory_scope="sequence", learning_rate=0.0)[0] if controls and has_memory else None
+    rows = []
+
+    def keep(answers: Answers) -> None:
+        row = answers.record(trained=folder.name)
+        rows.append(row)
+        tell(
+            f"{row['control']}, {row['phrasing']}, {row['length']} bytes, {row['readings']} readings: "
+            f"{100 * row['exact']:.1f}% exact, {100 * row['digits']:.1f}% of digits"
+        )
+
+    for name in phrasings:
+        for length in lengths:
+            rng = np.random.default_rng([seed, length, zlib.crc32(name.encode())])
+            haystack = facts.haystacks(corpus.heldout, rng, samples, length, named(name))
+            times = readings if has_memory else 1
+            for count, swapped, right in try_out(model, haystack, device, times, swap=controls and has_memory):
+                control = "another document's memory" if swapped else "memory" if has_memory else "no memory"
+                keep(Answers(control, name, length, count, right, haystack.depth))
+            if frozen is not None:
+                for count, _, right in try_out(frozen, haystack, device, 1):
+                    keep(Answers("learning rate 0", name, length, count, right, haystack.depth))
+    about = {"corpus": corpus.sha256, "seed": seed, "device": device_name(device), "experiment": experiment.tables()}
+    replace(out, lambda beside: beside.write_text(json.dumps({**about, "rows": rows})))
+    return out
+
+
+def named(name: str) -> str:
+    """The phrasing "seen-0", ..., "unseen-0", ...
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    known = {
+        f"{kind}-{i}": x for kind, all_ in (("seen", facts.SEEN), ("unseen", facts.UNSEEN)) for i, x in enumerate(all_)
+    }
+    if name not in known:
+        raise ValueError(f"a phrasing is one of {', '.join(known)}. Received: {name}")
+    return known[name]
+
+
+def device_name(device: torch.device) -> str:
+    """What a reader of the results would call it."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"

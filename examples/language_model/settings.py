@@ -1,0 +1,170 @@
+"""An experiment is one TOML file: the model, what it is trained on, and how."""
+
+import dataclasses
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from fwpkm import FwPKMConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSettings:
+    """The decoder; tokens are bytes.
+
+    Args:
+        width: of the residual stream.
+        layers: attention and SwiGLU blocks.
+        heads: of attention.
+        window: how many tokens attention sees, the present one included.
+        hidden: width of SwiGLU.
+        memories: before which layers an FwPKM layer stands, counted from 0; empty for none.
+        memory: fields of FwPKMConfig that differ from its defaults; key_dim and value_dim are ``width`` if absent.
+    """
+
+    width: int = 256
+    layers: int = 6
+    heads: int = 4
+    window: int = 256
+    hidden: int = 768
+    memories: tuple[int, ...] = ()
+    memory: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Check what the modules would not."""
+        object.__setattr__(self, "memories", tuple(self.memories))
+        for name in ("width", "layers", "heads", "window", "hidden"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ValueError(f"model.{name} must be an integer of at least 1. Received: {getattr(self, name)!r}")
+        if self.width % (2 * self.heads):
+            raise ValueError(
+                f"model.width must be a multiple of 2 * heads, for rotary positions. "
+                f"Received: width={self.width}, heads={self.heads}"
+            )
+        if not all(isinstance(i, int) and 0 <= i < self.layers for i in self.memories):
+            raise ValueError(f"model.memories must name layers from 0 to {self.layers - 1}. Received: {self.memories}")
+        if len(set(self.memories)) < len(self.memories):
+            raise ValueError(f"model.memories must differ. Received: {self.memories}")
+        self.memory_config()
+
+    def memory_config(self, **fields: Any) -> FwPKMConfig:
+        """The configuration of every memory; ``fields`` override it."""
+        given = {"key_dim": self.width, "value_dim": self.width, **self.memory, **fields}
+        names = {field.name for field in dataclasses.fields(FwPKMConfig)}
+        if unknown := sorted(set(given) - names):
+            raise ValueError(f"model.memory has fields that FwPKMConfig lacks: {unknown}. It has {sorted(names)}")
+        return FwPKMConfig(**given)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingSettings:
+    """How it is trained.
+
+    Args:
+        steps: optimizer steps.
+        batch: sequences a step.
+        length: tokens of a sequence, a multiple of the memory's chunk.
+        learning_rate: the highest, of AdamW.
+        warmup: steps over which it rises to that.
+        decay: share of the steps, at the end, over which it falls to 0.
+        weight_decay: of matrices.
+        clip: bound on the norm of the gradient.
+        facts: share of the tokens that state facts (facts.py).
+        asked_weight: how often the digits of a fact stated again count in the loss; other bytes count once.
+        fresh: the chance, at each step, that the memories start anew instead of going on as the last step left them.
+        seed: of weights, tables and data.
+    """
+
+    steps: int = 10_000
+    batch: int = 16
+    length: int = 4096
+    learning_rate: float = 2e-3
+    warmup: int = 200
+    decay: float = 0.4
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    facts: float = 0.1
+    asked_weight: float = 1.0
+    fresh: float = 0.05
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check every field."""
+        for name in ("steps", "batch", "length"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ValueError(f"training.{name} must be an integer of at least 1. Received: {getattr(self, name)!r}")
+        for name in ("facts", "fresh", "decay"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"training.{name} must be a share from 0 to 1. Received: {getattr(self, name)!r}")
+        for name in ("learning_rate", "clip", "asked_weight"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"training.{name} must be above 0. Received: {getattr(self, name)!r}")
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step, counted from 0: up, level, and down to 0."""
+        rising = (step + 1) / max(1, self.warmup)
+        falling = (self.steps - step) / max(1.0, self.decay * self.steps)
+        return self.learning_rate * min(1.0, rising, falling)
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """A model and its training."""
+
+    model: ModelSettings = dataclasses.field(default_factory=ModelSettings)
+    training: TrainingSettings = dataclasses.field(default_factory=TrainingSettings)
+
+    def __post_init__(self) -> None:
+        """The memories' chunks must end where sequences do, so that nothing is pending between steps."""
+        chunk = self.model.memory_config().chunk_size
+        if self.model.memories and self.training.length % chunk:
+            raise ValueError(
+                f"training.length must be a multiple of model.memory.chunk_size. "
+                f"Received: length={self.training.length}, chunk_size={chunk}"
+            )
+
+    @classmethod
+    def of(cls, tables: Mapping[str, Any], source: str) -> Self:
+        """From the tables of a TOML or JSON file.
+
+        Raises:
+            ValueError: a table or field is unknown, or breaks its rule; names the source.
+        """
+        kinds: dict[str, Any] = {"model": ModelSettings, "training": TrainingSettings}
+        if unknown := sorted(set(tables) - set(kinds)):
+            raise ValueError(f"{source}: unknown tables {unknown}; an experiment has [model] and [training]")
+        parts = {}
+        for name, kind in kinds.items():
+            fields, known = tables.get(name, {}), {field.name for field in dataclasses.fields(kind)}
+            if unknown := sorted(set(fields) - known):
+                raise ValueError(f"{source}: unknown fields {unknown} of [{name}]; it has {sorted(known)}")
+            try:
+                parts[name] = kind(**fields)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{source}: {error}") from error
+        try:
+            return cls(**parts)
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from error
+
+    @classmethod
+    def read(cls, path: Path, **training: Any) -> Self:
+        """From a TOML file; ``training`` overrides fields of that table.
+
+        Raises:
+            ValueError: not TOML, or as in ``of``.
+            FileNotFoundError: there is no such file.
+        """
+        try:
+            tables = tomllib.loads(path.read_text())
+        except tomllib.TOMLDecodeError as error:
+            raise ValueError(f"{path} is not TOML: {error}") from error
+        tables["training"] = {**tables.get("training", {}), **training}
+        return cls.of(tables, str(path))
+
+    def tables(self) -> dict[str, Any]:
+        """What ``of`` takes, ready for JSON."""
+        tables = dataclasses.asdict(self)
+        tables["model"]["memory"] = dict(self.model.memory)
+        return tables

@@ -1,0 +1,207 @@
+"""Training: one optimizer step, held by a CUDA graph where there is one, and the loop around it."""
+
+import concurrent.futures
+import contextlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from examples.language_model import checkpoint
+from examples.language_model.corpus import Corpus
+from examples.language_model.facts import training_batch
+from examples.language_model.settings import Experiment, TrainingSettings
+
+WARM_UP = 3  # steps before a CUDA graph takes over
+AHEAD = 8  # batches made before they are used
+
+
+def autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    """bfloat16 products on a GPU; float32 elsewhere."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
+class Trainer:
+    """A model, its optimizer, and memories that go on from step to step: one table for all rows of the batch."""
+
+    def __init__(self, experiment: Experiment, device: torch.device):
+        """Build everything; nothing is trained yet."""
+        self.settings, self.device, self.step = experiment.training, device, 0
+        self.model = checkpoint.build(experiment, device, memory_scope="batch")
+        cuda = device.type == "cuda"
+        self.rate = torch.tensor(0.0, device=device)
+        decayed = [p for p in self.model.parameters() if p.ndim >= 2]
+        others = [p for p in self.model.parameters() if p.ndim < 2]
+        groups = [{"params": decayed, "weight_decay": self.settings.weight_decay}, {"params": others}]
+        self.optimizer = torch.optim.AdamW(
+            groups, lr=self.rate, betas=(0.9, 0.95), weight_decay=0.0, fused=cuda, capturable=cuda
+        )
+        batch, length = self.settings.batch, self.settings.length
+        self.tokens = torch.zeros(batch, length + 1, dtype=torch.uint8, device=device)
+        self.asked = torch.zeros(batch, length, dtype=torch.bool, device=device)
+        self.reading = self.model.start(batch)
+        self.measured = torch.zeros(4, device=device)
+        self._loss: Callable[..., tuple[Tensor, ...]] = self._losses
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._warmed = 0
+
+    def compile(self) -> None:
+        """Let torch.compile fuse each block, each memory's layer and the loss."""
+        for module in (*self.model.blocks, *self.model.memories.values()):
+            module.compile()
+        self._loss = torch.compile(self._losses)
+
+    def take(self, batch: tuple[np.ndarray, np.ndarray]) -> Tensor:
+        """One step on what ``training_batch`` gives.
+
+        Returns:
+            ``[4]``, overwritten by the next step: the loss in nats, the shares of all asked digits and of the first
+            ones that came out right, and the gradient's norm.
+        """
+        for buffer, given in zip((self.tokens, self.asked), batch):
+            buffer.copy_(torch.from_numpy(given))
+        self.rate.fill_(self.settings.rate(self.step))
+        if self._starts_anew():
+            self._start_memories()
+        if self._graph is not None:
+            self._graph.replay()
+        elif self.device.type != "cuda":
+            self._step()
+        elif self._warmed < WARM_UP:
+            self._step_aside()
+        else:
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph):
+                self._step()
+            self._graph.replay()
+        self.step += 1
+        return self.measured
+
+    def _starts_anew(self) -> bool:
+        draw = np.random.default_rng([self.settings.seed, self.step, 1]).random()
+        return self.step > 0 and draw < self.settings.fresh
+
+    def _start_memories(self) -> None:
+        for state, layer in zip(self.reading.memories, self.model.memories.values()):
+            for table, first in zip(state.memory, layer.memory()):
+                table.copy_(first)
+
+    def _step_aside(self) -> None:
+        """A step on a stream of its own, as what warms up for a capture must be."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self._step()
+        torch.cuda.current_stream().wait_stream(stream)
+        self._warmed += 1
+
+    def _step(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        tokens = self.tokens.long()
+        with autocast(self.device):
+            hidden, after = self.model(tokens[:, :-1], self.reading)
+            objective, *measured = self._loss(hidden, tokens[:, 1:], self.asked)
+        objective.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
+        self.optimizer.step()
+        # Nothing is pending at a chunk's end, so the tables are all that goes on.
+        for state, new in zip(self.reading.memories, after.memories):
+            for table, written in zip(state.memory, new.memory):
+                table.copy_(written.detach())
+        self.measured.copy_(torch.stack([*measured, norm]))
+
+    def _losses(self, hidden: Tensor, targets: Tensor, asked: Tensor) -> tuple[Tensor, ...]:
+        """What is minimised; the mean loss in nats; the shares of asked digits, and of first ones, that came out."""
+        logits = self.model.logits(hidden)
+        losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+        weighted = losses * (1 + (self.settings.asked_weight - 1) * asked.flatten())
+        first = asked & ~F.pad(asked, (1, -1))
+        right = logits.argmax(-1) == targets
+        shares = [(right & these).sum() / these.sum().clamp(min=1) for these in (asked, first)]
+        return weighted.mean(), losses.detach().mean(), *shares
+
+
+def batches(corpus: Corpus, settings: TrainingSettings, first: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The batches from step ``first`` on, made ahead of their use; a step's batch depends on seed and step alone."""
+
+    def make(step: int) -> tuple[np.ndarray, np.ndarray]:
+        rng = np.random.default_rng([settings.seed, step, 0])
+        return training_batch(corpus.train, rng, settings.batch, settings.length, settings.facts)
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        ahead = [pool.submit(make, step) for step in range(first, min(first + AHEAD, settings.steps))]
+        for step in range(first, settings.steps):
+            yield ahead.pop(0).result()
+            if step + AHEAD < settings.steps:
+                ahead.append(pool.submit(make, step + AHEAD))
+
+
+def train(
+    experiment: Experiment, corpus: Corpus, out: Path, device: torch.device, *,
+    compile: bool = False, seconds: float | None = None, every: int = 50,
+) -> Path:  # fmt: skip
+    """Train an experiment to its end, going on from the checkpoint in ``out`` if there is one.
+
+    Args:
+        experiment: the model and its training.
+        corpus: what it reads.
+        out: a folder; receives the settings, the checkpoint, and a record with a line for every ``every`` steps.
+        device: of the model.
+        compile: use torch.compile.
+        seconds: stop with a checkpoint after so many; the same call then goes on.
+        every: steps between lines of the record.
+
+    Returns:
+        the checkpoint.
+
+    Raises:
+        ValueError: ``out`` holds another experiment, or a damaged checkpoint.
+        FloatingPointError: the loss is not finite; the last checkpoint stays.
+    """
+    began, settings = time.monotonic(), experiment.training
+    checkpoint.claim(out, experiment)
+    trainer = Trainer(experiment, device)
+    if (out / checkpoint.WEIGHTS).exists():
+        trainer.step = checkpoint.resume(out, trainer.model, trainer.optimizer, corpus.sha256)
+    if compile:
+        trainer.compile()
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns) as progress, (out / checkpoint.RECORD).open("a") as record:
+        bar = progress.add_task("the first steps take longest", total=settings.steps, completed=trainer.step)
+        sums, count, clock = torch.zeros(4, device=device), 0, time.monotonic()
+        try:
+            for batch in batches(corpus, settings, trainer.step):
+                sums += trainer.take(batch)
+                count += 1
+                over = seconds is not None and time.monotonic() - began > seconds
+                if trainer.step % every == 0 or over or trainer.step == settings.steps:
+                    line = _line(trainer.step, (sums / count).tolist(), count / (time.monotonic() - clock))
+                    record.write(json.dumps(line) + "\n")
+                    record.flush()
+                    text = f"{line['bits_per_byte']:.3f} bits a byte, {line['digits_right']:.0%} of asked digits"
+                    progress.update(bar, completed=trainer.step, description=text)
+                    sums, count, clock = torch.zeros_like(sums), 0, time.monotonic()
+                if over:
+                    break
+        except KeyboardInterrupt:
+            progress.console.print(f"stopped at step {trainer.step}; the same command goes on from here")
+    checkpoint.save(out, trainer.model, trainer.optimizer, trainer.step, corpus.sha256)
+    return out / checkpoint.WEIGHTS
+
+
+def _line(step: int, means: list[float], speed: float) -> dict[str, float]:
+    """A line of the record."""
+    loss, right, first, norm = means
+    if not math.isfinite(loss):
+        raise FloatingPointError(f"the loss is {loss} at step {step}: try a lower learning_rate")
+    return {
+        "step": step, "bits_per_byte": loss / math.log(2), "digits_right": right, "first_right": first,
+        "norm": norm, "steps_per_second": speed,
+    }  # fmt: skip
