@@ -1,26 +1,18 @@
 """The language model's texts and facts: what a corpus holds, and what training and measuring ask."""
 
 import hashlib
-import importlib.machinery
-import importlib.util
 import json
 import lzma
 import pathlib
 import re
-import sys
 
+import examples_folder  # noqa: F401  (makes examples importable)
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-if "examples" not in sys.modules:  # without the root on the path, where ``kernels`` would shadow another package
-    _spec = importlib.machinery.ModuleSpec("examples", None, is_package=True)
-    _spec.submodule_search_locations = [str(ROOT / "examples")]
-    sys.modules["examples"] = importlib.util.module_from_spec(_spec)
-corpus = importlib.import_module("examples.language_model.corpus")
-facts = importlib.import_module("examples.language_model.facts")
+from examples.language_model import corpus, facts
 
 SIDES = ("train", "heldout")
 

@@ -89,6 +89,20 @@ def test_pieces_equal_the_whole_and_nothing_leaks_between_calls():
     assert not torch.equal(frozen, whole)
 
 
+def test_in_place_a_state_gives_its_table_up_for_the_same_numbers():
+    layer, x = make(), torch.randn(2, 16, HIDDEN, dtype=torch.float64)
+    with torch.no_grad():
+        _, state = layer(x[:, :6])
+        expected, copied = layer(x[:, 6:], state)
+        before, table = state.memory.values.clone(), state.memory.values.data_ptr()
+        assert copied.memory.values.data_ptr() != table
+        received, written = layer(x[:, 6:], state, inplace=True)
+    assert torch.equal(received, expected)
+    assert torch.equal(written.memory.values, copied.memory.values)
+    assert written.memory.values.data_ptr() == table
+    assert not torch.equal(state.memory.values, before)
+
+
 def test_padding_and_a_default_state_change_nothing_else():
     layer, x, bound = make(), inputs(), agreement.BOUNDS["float64"].forward
     mask = torch.ones(2, 11, dtype=torch.bool)

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from examples.language_model.checkpoint import load, replace
+from examples.language_model.checkpoint import load, ready, replace
 from examples.language_model.corpus import Corpus
 from examples.language_model.model import LanguageModel, Reading
-from examples.language_model.needle import another, device_name, read, together
+from examples.language_model.needle import another, device_name, parts, read, together
 from examples.language_model.training import autocast
 
 BIN = 1024  # bytes whose bits are averaged
@@ -37,30 +37,43 @@ def documents(corpus: Corpus, length: int) -> tuple[np.ndarray, list[str]]:
     """The first ``length + 1`` bytes of every held-out document that has as many.
 
     Raises:
-        ValueError: none has.
+        ValueError: none has, or the length is no multiple of ``BIN``.
     """
+    if length < 1 or length % BIN:
+        raise ValueError(f"length must be a multiple of {BIN:,} bytes, at least one. Received: {length:,}")
     texts = corpus.heldout
     sizes = np.diff(texts.starts)
     long = [i for i, size in enumerate(sizes) if size > length]
     if not long:
-        raise ValueError(f"no held-out document has more than {length} bytes; the longest has {sizes.max()}")
+        raise ValueError(f"no held-out document has more than {length} bytes; the longest has {sizes.max(initial=0)}")
     return np.stack([texts.data[texts.starts[i] :][: length + 1] for i in long]), [texts.names[i] for i in long]
 
 
+def _begun(start: Reading, left: Reading) -> Reading:
+    """The start of documents with the tables that were left; no token that is still to be written comes along."""
+    memories = zip(start.memories, left.memories)
+    return start._replace(memories=tuple(state._replace(memory=other.memory) for state, other in memories))
+
+
 def measure(folder: Path, corpus: Corpus, out: Path, device: torch.device, *, length: int) -> Path:
-    """Measure the model of a folder; saves the bits of every document and bin in ``out``."""
+    """Measure the model of a folder; saves the bits of every document and bin in ``out``.
+
+    Raises:
+        FileNotFoundError: nothing was trained in the folder.
+        ValueError: as in ``documents``; or ``out`` is a folder.
+    """
+    ready(out)
     model, experiment = load(folder, device, memory_scope="sequence")
     tokens, names = documents(corpus, length)
     rows: dict[str, list[np.ndarray]] = {}
-    parts = np.array_split(np.arange(len(tokens)), -(-len(tokens) // together(model, device, 32)))
-    for part in parts:
+    for part in parts(len(tokens), together(model, device, 32)):
         text = torch.from_numpy(tokens[part]).to(device)
         found, after = bits(model, text, model.start(len(part)), update=True)
         rows.setdefault("reset" if model.memories else "no memory", []).append(found)
         if not model.memories:
             continue
         if len(part) > 1:
-            begun = model.start(len(part))._replace(memories=another(after).memories)
+            begun = _begun(model.start(len(part)), another(after))
             rows.setdefault("carried", []).append(bits(model, text, begun, update=True)[0])
         del after
         rows.setdefault("frozen", []).append(bits(model, text, model.start(len(part)), update=False)[0])

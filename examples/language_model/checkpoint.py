@@ -29,6 +29,17 @@ def replace(path: Path, write: Callable[[Path], Any]) -> None:
     beside.replace(path)
 
 
+def ready(path: Path) -> None:
+    """Make the folder that a file will be written to, before hours of work go by.
+
+    Raises:
+        ValueError: the file is a folder.
+    """
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: name a file that may be written")
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+
 def claim(folder: Path, experiment: Experiment) -> None:
     """Make the folder an experiment's.
 
@@ -106,9 +117,10 @@ def resume(folder: Path, model: LanguageModel, optimizer: torch.optim.Optimizer,
     _fill(model, tensors, folder)
     step = int(about["step"])
     for name, p in model.named_parameters():
-        if f"optimizer.{name}.{MOMENTS[0]}" in tensors:
-            moments = {key: tensors[f"optimizer.{name}.{key}"].to(p) for key in MOMENTS}
-            optimizer.state[p] = {"step": torch.tensor(float(step)).to(p.device), **moments}
+        if not any(f"optimizer.{name}.{key}" in tensors for key in MOMENTS):
+            continue  # it had no gradient yet
+        moments = {key: _fitting(tensors, f"optimizer.{name}.{key}", p, folder).to(p) for key in MOMENTS}
+        optimizer.state[p] = {"step": torch.tensor(float(step)).to(p.device), **moments}
     return step
 
 
@@ -140,20 +152,27 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise ValueError(f"{path} is damaged ({error}): remove it, or copy it again") from error
     if missing := {"step", "corpus", "tables"} - set(about):
         raise ValueError(f"{path} is no checkpoint of this example: its metadata lacks {sorted(missing)}")
+    if not about["step"].isdecimal():
+        raise ValueError(f"{path} is damaged (step {about['step']!r}): remove it, or copy it again")
     return tensors, about
 
 
 def _fill(model: LanguageModel, tensors: dict[str, Tensor], folder: Path) -> None:
     """Copy the weights in, after all of them were found to fit."""
     own = dict(model.named_parameters())
-    for name, p in own.items():
-        found = tensors.get(f"model.{name}")
-        if found is None or found.shape != p.shape:
-            shape = None if found is None else tuple(found.shape)
-            raise ValueError(f"{folder / WEIGHTS}: {name} must be {tuple(p.shape)}. Received: {shape}")
+    fitting = {name: _fitting(tensors, f"model.{name}", p, folder) for name, p in own.items()}
     with torch.no_grad():
         for name, p in own.items():
-            p.copy_(tensors[f"model.{name}"])
+            p.copy_(fitting[name])
+
+
+def _fitting(tensors: dict[str, Tensor], name: str, like: Tensor, folder: Path) -> Tensor:
+    """The tensor of a name, which must have the shape of ``like``."""
+    found = tensors.get(name)
+    if found is None or found.shape != like.shape:
+        shape = None if found is None else tuple(found.shape)
+        raise ValueError(f"{folder / WEIGHTS}: {name} must be {tuple(like.shape)}. Received: {shape}")
+    return found
 
 
 def read_record(folder: Path) -> list[dict[str, float]]:

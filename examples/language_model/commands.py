@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from examples.language_model import by_position, corpus, needle, training
+from examples.language_model import by_position, corpus, needle, report, training
 from examples.language_model.settings import Experiment
 
 
@@ -15,7 +15,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
     try:
         options.run(options)
-    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 
@@ -55,15 +55,32 @@ def _parser() -> argparse.ArgumentParser:
     position.add_argument("--model", type=Path, required=True, help="the folder of a trained model")
     position.add_argument("--length", type=int, default=131072)
     position.set_defaults(run=_bits)
+
+    look = commands.add_parser("inside", help="draw what the memories hold, and where their gates open")
+    _common(look)
+    look.add_argument("--model", type=Path, required=True, help="the folder of a trained model")
+    look.set_defaults(run=_inside)
+
+    tables = commands.add_parser("report", help="print the tables of what was measured, and draw it")
+    tables.add_argument("folder", type=Path, help="holds NAME.needle.json, NAME.bits.json, NAME.record.jsonl")
+    tables.add_argument("--pictures", type=Path, metavar="OUT", help="a folder for the pictures")
+    tables.set_defaults(run=_report)
     return parser
 
 
 def _common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--corpus", type=Path, required=True, help="a folder made by prepare")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument(
-        "--device", type=torch.device, default=torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    )
+    parser.add_argument("--device", type=_device, default=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _device(name: str) -> torch.device:
+    """A device that is here."""
+    here = ["cpu", "cuda"][: 1 + torch.cuda.is_available()]
+    here += [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    if name not in here:
+        raise argparse.ArgumentTypeError(f"must be one of {', '.join(here)}. Received: {name}")
+    return torch.device(name)
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -90,3 +107,19 @@ def _bits(options: argparse.Namespace) -> None:
             options.model, corpus.load(options.corpus), options.out, options.device, length=options.length
         )
     )
+
+
+def _inside(options: argparse.Namespace) -> None:
+    from examples.language_model import inside  # training needs no matplotlib
+
+    for path in inside.draw(options.model, corpus.load(options.corpus), options.out, options.device):
+        print(path)
+
+
+def _report(options: argparse.Namespace) -> None:
+    print(report.report(options.folder), end="")
+    if options.pictures is not None:
+        from examples.language_model import pictures  # training needs no matplotlib
+
+        for path in pictures.draw(options.folder, options.pictures):
+            print(path, file=sys.stderr)

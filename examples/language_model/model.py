@@ -73,7 +73,7 @@ def banded(query: Tensor, key: Tensor, value: Tensor, window: int) -> Tensor:
         keys, values = (z[:, past + first - window : past + first + together] for z in (key, value))
         blocks = [_pairs(z.unflatten(1, (-1, window))).flatten(0, 1) for z in (keys, values)]
         queries = query[:, first : first + together].unflatten(1, (-1, window)).flatten(0, 1)
-        out.append(_within(queries, *blocks, window).view(batch, together, *query.shape[2:]))
+        out.append(_within(queries, *blocks, window).reshape(batch, together, *query.shape[2:]))
     if (start := first + together) < length:
         before = past + start - window
         out.append(_within(query[:, start:], key[:, before:], value[:, before:], window))
@@ -175,7 +175,3 @@ class LanguageModel(nn.Module):
     def logits(self, x: Tensor) -> Tensor:
         """``[..., width]`` -> ``[..., 256]`` float32."""
         return F.linear(x, self.embedding.weight).float()
-
-    def slow_weights(self) -> dict[str, Tensor]:
-        """What training changes: everything but the initial tables, which the seed makes again."""
-        return {name: x for name, x in self.state_dict().items() if ".memory." not in name}

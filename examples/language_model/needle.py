@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from examples.language_model import facts
-from examples.language_model.checkpoint import load, replace
+from examples.language_model.checkpoint import load, ready, replace
 from examples.language_model.corpus import Corpus
 from examples.language_model.facts import Haystack
 from examples.language_model.model import LanguageModel, Reading
@@ -56,6 +56,8 @@ def wilson(successes: int, samples: int, z: float = 1.96) -> tuple[float, float]
 
 def spread(shares: np.ndarray, z: float = 1.96) -> tuple[float, float]:
     """The 95% interval of the mean of samples' shares."""
+    if len(shares) < 2:
+        return 0.0, 1.0
     half = z * shares.std(ddof=1) / math.sqrt(len(shares))
     return max(0.0, float(shares.mean() - half)), min(1.0, float(shares.mean() + half))
 
@@ -109,15 +111,21 @@ def together(model: LanguageModel, device: torch.device, most: int) -> int:
     return max(2, min(most, int(room)))
 
 
+def parts(number: int, at_once: int) -> list[np.ndarray]:
+    """The numbers below ``number`` in parts of about ``at_once``, none of one alone, which ``another`` could not turn.
+
+    A part of three stands for two parts of two and one.
+    """
+    return np.array_split(np.arange(number), max(1, min(-(-number // at_once), number // 2)))
+
+
 @torch.no_grad()
 def try_out(
     model: LanguageModel, haystack: Haystack, device: torch.device, readings: int, *, swap: bool = False
 ) -> Iterator[tuple[int, bool, np.ndarray]]:
     """After each reading: its number, whether the memories were another document's, and what is right ``[n, 6]``."""
-    number, at_once = len(haystack.tokens), together(model, device, 64)
-    parts = np.array_split(np.arange(number), -(-number // at_once))
     right: dict[tuple[int, bool], list[np.ndarray]] = {}
-    for part in parts:
+    for part in parts(len(haystack.tokens), together(model, device, 64)):
         tokens, question, expected = (
             torch.from_numpy(x[part]).to(device) for x in (haystack.tokens, haystack.question, haystack.answer)
         )
@@ -150,10 +158,26 @@ def measure(
         controls: also ask with learning rate 0 and with another document's memory.
         seed: of the haystacks.
         tell: receives a line for each result.
+
+    Raises:
+        FileNotFoundError: nothing was trained in the folder.
+        ValueError: an argument is out of range, or no held-out document is long enough.
     """
+    if readings < 1 or min(lengths) < 1 or (controls and samples < 2):
+        raise ValueError(
+            "readings and lengths must be 1 or more, and samples with controls 2 or more, since they swap memories. "
+            f"Received: readings={readings}, lengths={lengths}, samples={samples}"
+        )
+    ready(out)
     model, experiment = load(folder, device, memory_scope="sequence")
     has_memory = bool(experiment.model.memories)
     frozen = load(folder, device, memory_scope="sequence", learning_rate=0.0)[0] if controls and has_memory else None
+    # All of them first, so that what does not fit is said before hours of reading.
+    haystacks = []
+    for name in phrasings:
+        for length in lengths:
+            rng = np.random.default_rng([seed, length, zlib.crc32(name.encode())])
+            haystacks.append((name, length, facts.haystacks(corpus.heldout, rng, samples, length, named(name))))
     rows = []
 
     def keep(answers: Answers) -> None:
@@ -164,17 +188,14 @@ def measure(
             f"{100 * row['exact']:.1f}% exact, {100 * row['digits']:.1f}% of digits"
         )
 
-    for name in phrasings:
-        for length in lengths:
-            rng = np.random.default_rng([seed, length, zlib.crc32(name.encode())])
-            haystack = facts.haystacks(corpus.heldout, rng, samples, length, named(name))
-            times = readings if has_memory else 1
-            for count, swapped, right in try_out(model, haystack, device, times, swap=controls and has_memory):
-                control = "another document's memory" if swapped else "memory" if has_memory else "no memory"
-                keep(Answers(control, name, length, count, right, haystack.depth))
-            if frozen is not None:
-                for count, _, right in try_out(frozen, haystack, device, 1):
-                    keep(Answers("learning rate 0", name, length, count, right, haystack.depth))
+    for name, length, haystack in haystacks:
+        times = readings if has_memory else 1
+        for count, swapped, right in try_out(model, haystack, device, times, swap=controls and has_memory):
+            control = "another document's memory" if swapped else "memory" if has_memory else "no memory"
+            keep(Answers(control, name, length, count, right, haystack.depth))
+        if frozen is not None:
+            for count, _, right in try_out(frozen, haystack, device, 1):
+                keep(Answers("learning rate 0", name, length, count, right, haystack.depth))
     about = {"corpus": corpus.sha256, "seed": seed, "device": device_name(device), "experiment": experiment.tables()}
     replace(out, lambda beside: beside.write_text(json.dumps({**about, "rows": rows})))
     return out

@@ -1,12 +1,21 @@
 """An experiment is one TOML file: the model, what it is trained on, and how."""
 
 import dataclasses
+import math
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
 from fwpkm import FwPKMConfig
+
+
+def _integer(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,20 +42,27 @@ class ModelSettings:
 
     def __post_init__(self) -> None:
         """Check what the modules would not."""
-        object.__setattr__(self, "memories", tuple(self.memories))
         for name in ("width", "layers", "heads", "window", "hidden"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+            if not _integer(getattr(self, name), 1):
                 raise ValueError(f"model.{name} must be an integer of at least 1. Received: {getattr(self, name)!r}")
         if self.width % (2 * self.heads):
             raise ValueError(
                 f"model.width must be a multiple of 2 * heads, for rotary positions. "
                 f"Received: width={self.width}, heads={self.heads}"
             )
-        if not all(isinstance(i, int) and 0 <= i < self.layers for i in self.memories):
-            raise ValueError(f"model.memories must name layers from 0 to {self.layers - 1}. Received: {self.memories}")
+        listed = isinstance(self.memories, (list, tuple))
+        if not listed or not all(_integer(i, 0) and i < self.layers for i in self.memories):
+            raise ValueError(
+                f"model.memories must be a list of layers from 0 to {self.layers - 1}. Received: {self.memories!r}"
+            )
+        object.__setattr__(self, "memories", tuple(self.memories))
         if len(set(self.memories)) < len(self.memories):
             raise ValueError(f"model.memories must differ. Received: {self.memories}")
-        self.memory_config()
+        if not isinstance(self.memory, Mapping):
+            raise ValueError(f"model.memory must be a table of FwPKMConfig's fields. Received: {self.memory!r}")
+        if self.memory_config().boundary != "drop":
+            # Under "wait" the last chunk of a step would be pending, and the next step would not write it.
+            raise ValueError(f'model.memory.boundary must be "drop". Received: {self.memory["boundary"]!r}')
 
     def memory_config(self, **fields: Any) -> FwPKMConfig:
         """The configuration of every memory; ``fields`` override it."""
@@ -54,7 +70,10 @@ class ModelSettings:
         names = {field.name for field in dataclasses.fields(FwPKMConfig)}
         if unknown := sorted(set(given) - names):
             raise ValueError(f"model.memory has fields that FwPKMConfig lacks: {unknown}. It has {sorted(names)}")
-        return FwPKMConfig(**given)
+        try:
+            return FwPKMConfig(**given)
+        except ValueError as error:
+            raise ValueError(f"model.memory.{error}") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,14 +111,19 @@ class TrainingSettings:
     def __post_init__(self) -> None:
         """Check every field."""
         for name in ("steps", "batch", "length"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+            if not _integer(getattr(self, name), 1):
                 raise ValueError(f"training.{name} must be an integer of at least 1. Received: {getattr(self, name)!r}")
+        for name in ("warmup", "seed"):
+            if not _integer(getattr(self, name), 0):
+                raise ValueError(f"training.{name} must be an integer of at least 0. Received: {getattr(self, name)!r}")
         for name in ("facts", "fresh", "decay"):
-            if not 0 <= getattr(self, name) <= 1:
+            if not _number(getattr(self, name)) or not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"training.{name} must be a share from 0 to 1. Received: {getattr(self, name)!r}")
         for name in ("learning_rate", "clip", "asked_weight"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"training.{name} must be above 0. Received: {getattr(self, name)!r}")
+            if not _number(getattr(self, name)) or not getattr(self, name) > 0:
+                raise ValueError(f"training.{name} must be a number above 0. Received: {getattr(self, name)!r}")
+        if not _number(self.weight_decay) or self.weight_decay < 0:
+            raise ValueError(f"training.weight_decay must be a number of at least 0. Received: {self.weight_decay!r}")
 
     def rate(self, step: int) -> float:
         """The learning rate of a step, counted from 0: up, level, and down to 0."""
@@ -132,16 +156,20 @@ class Experiment:
             ValueError: a table or field is unknown, or breaks its rule; names the source.
         """
         kinds: dict[str, Any] = {"model": ModelSettings, "training": TrainingSettings}
+        if not isinstance(tables, Mapping):
+            raise ValueError(f"{source}: an experiment has the tables [model] and [training]. Received: {tables!r}")
         if unknown := sorted(set(tables) - set(kinds)):
             raise ValueError(f"{source}: unknown tables {unknown}; an experiment has [model] and [training]")
         parts = {}
         for name, kind in kinds.items():
             fields, known = tables.get(name, {}), {field.name for field in dataclasses.fields(kind)}
+            if not isinstance(fields, Mapping):
+                raise ValueError(f"{source}: [{name}] must be a table. Received: {fields!r}")
             if unknown := sorted(set(fields) - known):
                 raise ValueError(f"{source}: unknown fields {unknown} of [{name}]; it has {sorted(known)}")
             try:
                 parts[name] = kind(**fields)
-            except (TypeError, ValueError) as error:
+            except ValueError as error:
                 raise ValueError(f"{source}: {error}") from error
         try:
             return cls(**parts)
@@ -157,10 +185,11 @@ class Experiment:
             FileNotFoundError: there is no such file.
         """
         try:
-            tables = tomllib.loads(path.read_text())
-        except tomllib.TOMLDecodeError as error:
+            tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:  # not UTF-8 either
             raise ValueError(f"{path} is not TOML: {error}") from error
-        tables["training"] = {**tables.get("training", {}), **training}
+        if isinstance(given := tables.get("training", {}), Mapping):
+            tables["training"] = {**given, **training}
         return cls.of(tables, str(path))
 
     def tables(self) -> dict[str, Any]:

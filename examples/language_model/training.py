@@ -163,9 +163,11 @@ def train(
 
     Raises:
         ValueError: ``out`` holds another experiment, or a damaged checkpoint.
-        FloatingPointError: the loss is not finite; the last checkpoint stays.
+        FloatingPointError: the loss or its gradient is not finite; the last checkpoint stays.
     """
     began, settings = time.monotonic(), experiment.training
+    # Said before the folder is claimed: the corpus has no document of such length.
+    training_batch(corpus.train, np.random.default_rng(0), 1, settings.length, settings.facts)
     checkpoint.claim(out, experiment)
     trainer = Trainer(experiment, device)
     if (out / checkpoint.WEIGHTS).exists():
@@ -191,6 +193,7 @@ def train(
                 if over:
                     break
         except KeyboardInterrupt:
+            _check(trainer.step, sums.tolist())  # what went wrong since the last line must not be saved
             progress.console.print(f"stopped at step {trainer.step}; the same command goes on from here")
     checkpoint.save(out, trainer.model, trainer.optimizer, trainer.step, corpus.sha256)
     return out / checkpoint.WEIGHTS
@@ -198,10 +201,17 @@ def train(
 
 def _line(step: int, means: list[float], speed: float) -> dict[str, float]:
     """A line of the record."""
+    _check(step, means)
     loss, right, first, norm = means
-    if not math.isfinite(loss):
-        raise FloatingPointError(f"the loss is {loss} at step {step}: try a lower learning_rate")
     return {
         "step": step, "bits_per_byte": loss / math.log(2), "digits_right": right, "first_right": first,
         "norm": norm, "steps_per_second": speed,
     }  # fmt: skip
+
+
+def _check(step: int, means: list[float]) -> None:
+    loss, _, _, norm = means
+    if not math.isfinite(loss + norm):
+        raise FloatingPointError(
+            f"the loss is {loss} and the gradient's norm {norm} at step {step}: try a lower learning_rate"
+        )

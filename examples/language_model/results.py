@@ -1,0 +1,199 @@
+"""What was measured, read from a folder; a model's part follows from its experiment, not from its name."""
+
+import contextlib
+import json
+import re
+import statistics
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from examples.language_model.needle import DIGITS
+from examples.language_model.settings import Experiment
+
+FILES = re.compile(r"(.+)\.(needle[^.]*\.json|bits\.json|record\.jsonl)")
+EQUAL_TIME = 1.25  # trainings whose times differ by no more than this factor are compared
+
+
+class Run(NamedTuple):
+    """All that a folder of results says of one model."""
+
+    label: str
+    experiment: Experiment
+    device: str
+    """of measuring; the record of training does not name one"""
+    rows: list[dict[str, Any]]
+    """answers of needle.py, of every phrasing, control, length and number of readings"""
+    bits: dict[str, np.ndarray]
+    """``[documents, bins]`` by what the memory does, see by_position.py"""
+    documents: list[str]
+    bin: int
+    """bytes"""
+    record: list[dict[str, float]]
+
+    @property
+    def memory(self) -> bool:
+        """Whether it has memories."""
+        return bool(self.experiment.model.memories)
+
+    @property
+    def headline(self) -> bool:
+        """Whether it has memories and was trained on facts."""
+        return self.memory and self.experiment.training.facts > 0
+
+    @property
+    def speed(self) -> float:
+        """Median steps per second."""
+        return statistics.median(line["steps_per_second"] for line in self.record)
+
+    @property
+    def seconds(self) -> float:
+        """Of training, without the start of each run."""
+        return self.record[-1]["step"] / self.speed
+
+    def answers(self, control: str = "memory", *, unseen: bool = False) -> list[dict[str, Any]]:
+        """The rows of a control, with phrasings of training or others."""
+        return [r for r in self.rows if r["control"] == control and r["phrasing"].startswith("unseen") == unseen]
+
+
+def load(folder: Path) -> list[Run]:
+    """The models of a folder: headline ones, others with memories, and those without.
+
+    A record of training alone does not tell which model it is of, and is left out.
+
+    Raises:
+        FileNotFoundError: the folder holds no results.
+        ValueError: a file is damaged, or does not belong with the others; names it.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    experiments: dict[str, Experiment] = {}
+    settled: dict[str, tuple[Path, Any]] = {}  # what the files must agree on, and who said so first
+    for path in sorted(folder.glob("*.json*")):
+        if (match := FILES.fullmatch(path.name)) is None:
+            continue
+        name, kind = match.groups()
+        run = found.setdefault(name, {"rows": [], "bits": {}, "documents": [], "bin": 0, "record": [], "device": ""})
+        with _naming(path):
+            if kind == "record.jsonl":
+                run["record"] = _record(path.read_text())
+                continue
+            data = json.loads(path.read_text())
+            experiment, run["device"] = Experiment.of(data["experiment"], "experiment"), str(data["device"])
+            agreed = {f"model of {name}": experiment, "corpus": data["corpus"]}
+            if kind == "bits.json":
+                run |= {
+                    "bits": _bits(data, bool(experiment.model.memories)),
+                    "documents": data["documents"],
+                    "bin": data["bin"],
+                }
+                agreed["size and number of bins"] = data["bin"], len(next(iter(run["bits"].values()))[0])
+            else:
+                run["rows"] += [_row(row) for row in data["rows"]]
+        for what, value in agreed.items():
+            first, said = settled.setdefault(what, (path, value))
+            if said != value:
+                raise ValueError(f"{path} is of another {what} than {first}: keep them in folders of their own")
+        experiments[name] = experiment
+    if not experiments:
+        raise FileNotFoundError(f"{folder} holds no NAME.needle.json and no NAME.bits.json: measure first")
+    labels = [_label(x) for x in experiments.values()]
+    runs = [
+        Run(label if labels.count(label) == 1 else f"{label} ({name})", experiment, **found[name])
+        for label, (name, experiment) in zip(labels, experiments.items())
+    ]
+    return sorted(runs, key=_order)
+
+
+def _order(run: Run) -> tuple[Any, ...]:
+    training = run.experiment.training
+    return not run.memory, not run.headline, training.steps, training.seed, run.label
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(f"{path} is damaged ({error!r}): measure again, or copy it again") from error
+
+
+def _record(text: str) -> list[dict[str, float]]:
+    """The lines, without those of steps that a later run took again."""
+    lines: list[dict[str, float]] = []
+    for line in map(json.loads, text.splitlines()):
+        shares = line["digits_right"], line["first_right"]
+        if not np.isfinite(shares).all() or line["steps_per_second"] <= 0 or line["step"] < 1:
+            raise ValueError(f"not a line of a record: {line}")
+        while lines and lines[-1]["step"] >= line["step"]:
+            lines.pop()
+        lines.append(line)
+    if not lines:
+        raise ValueError("it is empty")
+    return lines
+
+
+def _bits(data: dict[str, Any], memory: bool) -> dict[str, np.ndarray]:
+    bits, documents = {mode: np.array(rows, float) for mode, rows in data["bits"].items()}, set(data["documents"])
+    shapes = {rows.shape for rows in bits.values()}
+    if len(shapes) != 1 or len(shape := shapes.pop()) != 2 or shape[0] != len(documents) or data["bin"] < 1:
+        raise ValueError(f"bits must be of {len(documents)} documents by position, of equally many bins")
+    if not all(np.isfinite(rows).all() for rows in bits.values()):
+        raise ValueError("bits must be finite")
+    if memory == ("no memory" in bits):
+        raise ValueError(f"bits are of {', '.join(bits)}, which the model's memories do not fit")
+    return bits
+
+
+def _row(row: dict[str, Any]) -> dict[str, Any]:
+    exact = np.array(row["right"]) == DIGITS
+    if len(exact) != len(row["depth"]) or abs(exact.mean() - row["exact"]) > 1e-3:
+        raise ValueError(f"the samples of {row['length']} bytes do not give the share of them that is right")
+    names = ("control", "phrasing", "length", "readings", "exact", "exact_interval", "digits", "depth", "right")
+    return {name: row[name] for name in names}
+
+
+def _label(experiment: Experiment) -> str:
+    training = experiment.training
+    parts = ["memory" if experiment.model.memories else "no memory", "" if training.facts else "no facts in training"]
+    return ", ".join(filter(None, [*parts, f"{training.steps:,} steps", f"seed {training.seed}"]))
+
+
+def _plain(run: Run, runs: Iterable[Run]) -> list[Run]:
+    return [r for r in runs if not r.memory and r.experiment.training.facts == run.experiment.training.facts]
+
+
+def equal_steps(run: Run, runs: Iterable[Run]) -> Run | None:
+    """The model without memory that took as many steps on as many facts, of the same seed if there are several."""
+    own = run.experiment.training
+    same = [r for r in _plain(run, runs) if r.experiment.training.steps == own.steps]
+    differs = [r.experiment.training.seed != own.seed for r in same]
+    return same[differs.index(min(differs))] if same else None
+
+
+def equal_time(run: Run, runs: Iterable[Run]) -> Run | None:
+    """The model without memory, of as many facts and other steps, whose training took nearest as long, if any near."""
+    if not run.record:
+        return None
+    steps = run.experiment.training.steps
+    others = [r for r in _plain(run, runs) if r.record and r.experiment.training.steps != steps]
+    apart = [max(r.seconds / run.seconds, run.seconds / r.seconds) for r in others]
+    return others[apart.index(min(apart))] if apart and min(apart) <= EQUAL_TIME else None
+
+
+def relative(bits: np.ndarray, base: np.ndarray, draws: int = 10_000) -> tuple[float, float, float]:
+    """How much less or more the mean of ``bits`` ``[documents]`` is, as a share, and its bootstrap 95% interval."""
+    chosen = np.random.default_rng(0).integers(len(bits), size=(draws, len(bits)))
+    low, high = np.quantile(bits[chosen].mean(1) / base[chosen].mean(1) - 1, (0.025, 0.975))
+    return float(bits.mean() / base.mean() - 1), float(low), float(high)
+
+
+def paired(run: Run, mode: str, base: Run) -> tuple[np.ndarray, np.ndarray]:
+    """The bits ``[documents, bins]`` of the documents that both were measured on, in one order."""
+    places = {name: i for i, name in enumerate(base.documents)}
+    both = [(i, places[name]) for i, name in enumerate(run.documents) if name in places]
+    if not both:
+        raise ValueError(f"no document was measured with both {run.label} and {base.label}")
+    own, other = np.array(both).T
+    return run.bits[mode][own], base.bits["no memory"][other]

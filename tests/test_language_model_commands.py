@@ -1,0 +1,167 @@
+"""The language model's commands, from a folder of text to measured numbers, and what they say to mistakes."""
+
+import hashlib
+import json
+import subprocess
+import sys
+
+import examples_folder
+import numpy as np
+import pytest
+
+from examples.language_model.commands import main
+
+ROOT = examples_folder.ROOT
+TINY = ROOT / "examples/language_model/configs/tiny.toml"
+CONFIG = """
+[model]
+width = 16
+layers = 2
+heads = 2
+window = 8
+hidden = 16
+memories = [1]
+memory = { num_subkeys = 8, top_k = 2, chunk_size = 64 }
+[training]
+steps = 4
+batch = 2
+length = 704
+facts = 0.3
+warmup = 2
+"""
+
+
+@pytest.fixture(scope="module")
+def books(tmp_path_factory):
+    """A folder of text, its corpus, an experiment, and a model trained on it."""
+    root = tmp_path_factory.mktemp("books")
+    names = [f"{i}.txt" for i in range(60)]
+    heldout = [name for name in names if int(hashlib.sha256(name.encode()).hexdigest(), 16) % 10 == 0]
+    rng = np.random.default_rng(0)
+    (root / "text").mkdir()
+    for name in [*heldout[:2], *[name for name in names if name not in heldout][:3]]:
+        words = ["".join(rng.choice(list("etaoinshrdlu"), rng.integers(2, 8))) for _ in range(600)]
+        (root / "text" / name).write_text(" ".join(words))
+    (root / "books.toml").write_text(CONFIG)
+    main(["prepare", str(root / "text"), str(root / "corpus")])
+    main(["train", str(root / "books.toml"), "--corpus", str(root / "corpus"), "--out", str(root / "run"),
+          "--device", "cpu"])  # fmt: skip
+    return root
+
+
+def measured(books, tmp_path, *arguments):
+    main([*arguments, "--model", str(books / "run"), "--corpus", str(books / "corpus"), "--out", str(tmp_path / "o"),
+          "--device", "cpu"])  # fmt: skip
+    return json.loads((tmp_path / "o").read_text())
+
+
+def test_from_text_to_answers(books, tmp_path, capsys):
+    results = measured(
+        books, tmp_path, "needle", "--lengths", "1300", "--samples", "3", "--readings", "2", "--controls"
+    )
+    assert [(r["control"], r["phrasing"], r["samples"]) for r in results["rows"]] == [
+        (control, phrasing, 3) for phrasing in ("seen-0", "unseen-0")
+        for control in ("memory", "another document's memory") * 2 + ("learning rate 0",)
+    ]  # fmt: skip
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].startswith("memory, seen-0, 1300 bytes, 1 readings: ")
+    assert printed[-1] == str(tmp_path / "o")
+
+
+def test_from_text_to_bits(books, tmp_path):
+    results = measured(books, tmp_path, "bits", "--length", "2048")
+    assert {mode: np.shape(x) for mode, x in results["bits"].items()} == dict.fromkeys(
+        ("reset", "carried", "frozen"), (2, 2)
+    )
+    assert 6 < np.mean(results["bits"]["reset"]) < 9
+
+
+def test_flags_stand_above_the_file_and_the_record_goes_on(books, tmp_path):
+    flags = ["--steps", "3", "--seed", "2", "--facts", "0", "--no-compile", "--device", "cpu", "--seconds", "0"]
+    for _ in range(3):
+        main(["train", str(books / "books.toml"), "--corpus", str(books / "corpus"), "--out", str(tmp_path), *flags])
+    training = json.loads((tmp_path / "experiment.json").read_text())["training"]
+    assert (training["steps"], training["seed"], training["facts"], training["batch"]) == (3, 2, 0.0, 2)
+    assert [json.loads(line)["step"] for line in (tmp_path / "record.jsonl").read_text().splitlines()] == [1, 2, 3]
+
+
+def test_the_module_runs(tmp_path):
+    command = [sys.executable, "-m", "examples.language_model", "prepare", "docs", str(tmp_path / "corpus")]
+    subprocess.run(command, cwd=ROOT, check=True, timeout=120, capture_output=True)
+    command[3:] = ["bits", "--model", "none", "--corpus", str(tmp_path / "corpus"), "--out", str(tmp_path / "o")]
+    done = subprocess.run(command, cwd=ROOT, check=False, timeout=120, capture_output=True, text=True)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert done.stderr.startswith("error: none has no experiment.json: train first")
+
+
+TRAIN = "train {books}/books.toml --corpus {books}/corpus --out {new}/run"
+NEEDLE = "needle --model {books}/run --corpus {books}/corpus --out {new}/o --lengths 1300 --samples 2 --readings 1"
+BITS = "bits --model {books}/run --corpus {books}/corpus --out {new}/o --length 1024"
+MISTAKES = {
+    "prepare nothing": ("prepare {new}/none {new}/corpus", "There is no {new}/none"),
+    "prepare an empty folder": ("prepare {new} {new}/corpus", "holds no documents"),
+    "prepare over other files": ("prepare {books}/text {books}/run", "holds other files than a corpus"),
+    "prepare over a file": ("prepare {books}/text {books}/books.toml", "books.toml is a file"),
+    "prepare below a file": ("prepare {books}/text {books}/books.toml/corpus", "books.toml"),
+    "no corpus": (TRAIN.replace("{books}/corpus", "{new}/none"), "There is no {new}/none/"),
+    "no experiment": (TRAIN.replace("books.toml", "none.toml"), "none.toml"),
+    "a folder for an experiment": (TRAIN.replace("books.toml", "run"), "{books}/run"),
+    "no TOML": (TRAIN.replace("books.toml", "run/record.jsonl"), "record.jsonl is not TOML"),
+    "bytes for TOML": (TRAIN.replace("books.toml", "run/checkpoint.safetensors"), "safetensors is not TOML"),
+    "negative steps": (TRAIN + " --steps -3", "training.steps must be an integer of at least 1. Received: -3"),
+    "a negative seed": (TRAIN + " --seed -1", "training.seed must be"),
+    "facts above 1": (TRAIN + " --facts 2", "training.facts must be"),
+    "facts of NaN": (TRAIN + " --facts nan", "training.facts must be"),
+    "another experiment": (TRAIN.replace("{new}", "{books}") + " --seed 9", "holds another experiment"),
+    "out is a file": (TRAIN.replace("{new}/run", "{books}/books.toml"), "books.toml"),
+    "out below a file": (TRAIN.replace("{new}/run", "{books}/books.toml/run"), "books.toml"),
+    "no model": (NEEDLE.replace("{books}/run", "{new}/none"), "{new}/none has no experiment.json: train first"),
+    "a file for a model": (NEEDLE.replace("{books}/run", "{books}/books.toml"), "train first"),
+    "an unknown phrasing": (NEEDLE + " --phrasings seen-0 new-0", "a phrasing is one of seen-0"),
+    "no samples": (NEEDLE + " --samples 0", "number=0"),
+    "no readings": (NEEDLE + " --readings 0", "readings=0"),
+    "a length for no needle": (NEEDLE + " --lengths 100", "length must be at least"),
+    "a negative length": (NEEDLE + " --lengths -5", "lengths=[-5]"),
+    "a length beyond the documents": (NEEDLE + " --lengths 100000", "No document is long enough"),
+    "answers in a folder": (NEEDLE.replace("{new}/o", "{new}"), "is a folder"),
+    "bits for no model": (BITS.replace("{books}/run", "{new}/none"), "{new}/none has no experiment.json"),
+    "bits of nothing": (BITS + " --length 0", "length must be a multiple of 1,024"),
+    "bits of an odd length": (BITS + " --length 1500", "length must be a multiple of 1,024"),
+    "bits beyond the documents": (BITS + " --length 102400", "no held-out document has more than 102400"),
+    "bits in a folder": (BITS.replace("{new}/o", "{new}"), "is a folder"),
+}
+
+
+@pytest.mark.parametrize(("command", "said"), MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_is_one_line_and_status_2(books, tmp_path, capsys, command, said):
+    places = {"books": books, "new": tmp_path}
+    before = {path.name: path.stat().st_mtime_ns for path in (books / "run").iterdir()}
+    with pytest.raises(SystemExit) as ended:
+        main([word.format(**places) for word in command.split()])
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert ended.value.code == 2
+    assert error.startswith("error: ")
+    assert said.format(**places) in error
+    assert before == {path.name: path.stat().st_mtime_ns for path in (books / "run").iterdir()}
+    assert not list(tmp_path.rglob("*"))
+
+
+@pytest.mark.parametrize("command", [f"{BITS} --device moon", f"{TRAIN} --device cuda:77", "sing", "", f"{TRAIN} --st"])
+def test_what_the_parser_refuses(books, tmp_path, capsys, command):
+    with pytest.raises(SystemExit) as ended:
+        main([word.format(books=books, new=tmp_path) for word in command.split()])
+    assert ended.value.code == 2
+    assert "error: " in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_model_for_two_cores_gains_by_writing(tmp_path):
+    """Trained on the pages of docs for a minute; three seeds gained 0.10 bits a byte and more."""
+    corpus, run, out = (str(tmp_path / name) for name in ("corpus", "run", "bits.json"))
+    main(["prepare", str(ROOT / "docs"), corpus])
+    main(["train", str(TINY), "--corpus", corpus, "--out", run, "--device", "cpu"])
+    record = [json.loads(line) for line in (tmp_path / "run/record.jsonl").read_text().splitlines()]
+    assert record[-1]["bits_per_byte"] < 2.6 < 5 < record[0]["bits_per_byte"]
+    main(["bits", "--model", run, "--corpus", corpus, "--out", out, "--length", "8192", "--device", "cpu"])
+    bits = {mode: np.mean(x) for mode, x in json.loads((tmp_path / "bits.json").read_text())["bits"].items()}
+    assert bits["reset"] < 4
+    assert bits["reset"] < bits["frozen"] - 0.04

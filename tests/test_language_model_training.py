@@ -1,0 +1,341 @@
+"""Training the language model: it goes on where it stopped, and keeps what it had when something is wrong."""
+
+import json
+import math
+import os
+import re
+
+import examples_folder  # noqa: F401  (makes examples importable)
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from asserting import assert_close
+from safetensors.torch import load_file, save_file
+
+from examples.language_model import checkpoint, training
+from examples.language_model.corpus import Corpus, Texts
+from examples.language_model.settings import Experiment
+
+CPU = torch.device("cpu")
+WEIGHTS, RECORD, SETTINGS = "checkpoint.safetensors", "record.jsonl", "experiment.json"
+MODEL = {"width": 16, "layers": 2, "heads": 2, "window": 8, "hidden": 16, "memories": [1]}
+MEMORY = {"num_subkeys": 16, "top_k": 2, "chunk_size": 16}
+TRAINING = {"steps": 6, "batch": 2, "length": 64, "warmup": 2, "fresh": 1.0, "facts": 0.0}
+
+
+def experiment(model=None, **fields):
+    tables = {"model": {**MODEL, "memory": MEMORY, **(model or {})}, "training": {**TRAINING, **fields}}
+    return Experiment.of(tables, "test")
+
+
+def texts(seed):
+    data = np.random.default_rng(seed).integers(97, 123, 5000).astype(np.uint8)
+    return Texts(data, np.array([0, 2000, 5000]), ("a", "b"))
+
+
+CORPUS = Corpus(texts(0), texts(1), "5ha")
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()} if folder.exists() else None
+
+
+def equal(found, expected):
+    """Named tensors, to the last bit. The files' metadata have no fixed order."""
+    return found.keys() == expected.keys() and all(torch.equal(x, found[name]) for name, x in expected.items())
+
+
+def stopping(monkeypatch, at, before=lambda trainer: None):
+    """Ctrl-C in step ``at``, counted from 0; ``before`` is told before each step."""
+    take = training.Trainer.take
+
+    def stopped(trainer, batch):
+        if trainer.step == at:
+            raise KeyboardInterrupt
+        before(trainer)
+        return take(trainer, batch)
+
+    monkeypatch.setattr(training.Trainer, "take", stopped)
+
+
+# Going on
+
+
+def test_a_stop_changes_nothing(tmp_path, monkeypatch):
+    training.train(experiment(), CORPUS, tmp_path / "whole", CPU)
+    with monkeypatch.context() as patch:
+        stopping(patch, at=3)
+        training.train(experiment(), CORPUS, tmp_path / "parts", CPU)
+    about = checkpoint._read(tmp_path / "parts" / WEIGHTS)[1]
+    assert about["step"] == "3"
+    training.train(experiment(), CORPUS, tmp_path / "parts", CPU)
+    for _ in range(6):  # a clock that has run out stops after each step
+        training.train(experiment(), CORPUS, tmp_path / "steps", CPU, seconds=0.0)
+    whole, parts, steps = (load_file(tmp_path / name / WEIGHTS) for name in ("whole", "parts", "steps"))
+    assert equal(parts, whole)
+    assert equal(steps, whole)
+    assert [line["step"] for line in checkpoint.read_record(tmp_path / "steps")] == [1, 2, 3, 4, 5, 6]
+    training.train(experiment(), CORPUS, tmp_path / "whole", CPU)
+    assert equal(load_file(tmp_path / "whole" / WEIGHTS), whole)
+
+
+def test_a_stop_before_the_first_step_goes_on_too(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        stopping(patch, at=0)
+        training.train(experiment(), CORPUS, tmp_path / "parts", CPU)
+    for name in ("parts", "whole"):
+        training.train(experiment(), CORPUS, tmp_path / name, CPU)
+    whole, parts = (load_file(tmp_path / name / WEIGHTS) for name in ("whole", "parts"))
+    assert equal(parts, whole)
+
+
+def test_memories_go_on_from_step_to_step_unless_they_start_anew():
+    trainers = [training.Trainer(experiment(fresh=fresh), CPU) for fresh in (0.0, 1.0)]
+    batches = list(training.batches(CORPUS, experiment().training, 0))
+    for batch in batches[:2]:
+        losses = [trainer.take(batch)[0].item() for trainer in trainers]
+    assert losses[0] != losses[1]
+    kept, anew = (trainer.reading.memories[0].memory.values.clone() for trainer in trainers)
+    first = trainers[0].model.memories["1"].memory().values
+    assert kept.shape == (1, 256, 16)  # one table for all rows
+    rows_kept, rows_anew = ((table != first).any(-1).sum() for table in (kept, anew))
+    assert rows_kept > rows_anew > 0
+
+
+def test_batches_follow_from_seed_and_step():
+    whole = list(training.batches(CORPUS, experiment(steps=20).training, 0))
+    rest = list(training.batches(CORPUS, experiment(steps=20).training, 13))
+    other = list(training.batches(CORPUS, experiment(steps=20, seed=1).training, 0))
+    assert (len(whole), len(rest)) == (20, 7)
+    assert all(np.array_equal(a[0], b[0]) for a, b in zip(whole[13:], rest))
+    assert not any(np.array_equal(a[0], b[0]) for a, b in zip(whole, other))
+
+
+def test_the_record_has_a_line_for_every_few_steps(tmp_path):
+    training.train(experiment(steps=7), CORPUS, tmp_path, CPU, every=3)
+    lines = [json.loads(line) for line in (tmp_path / RECORD).read_text().splitlines()]
+    assert [line["step"] for line in lines] == [3, 6, 7]
+    fields = {"step", "bits_per_byte", "digits_right", "first_right", "norm", "steps_per_second"}
+    assert all(line.keys() == fields for line in lines)
+    assert 7 < lines[0]["bits_per_byte"] < 9  # 8 bits before anything is learned
+    assert lines[2]["bits_per_byte"] < lines[0]["bits_per_byte"]
+    retaken = [{"step": step, "steps_per_second": 2.0, "run": run} for run, step in ((0, 3), (0, 6), (1, 4), (1, 7))]
+    (tmp_path / RECORD).write_text("".join(json.dumps(line) + "\n" for line in retaken))
+    kept = checkpoint.read_record(tmp_path)
+    assert [(line["step"], line["run"]) for line in kept] == [(3, 0), (4, 1), (7, 1)]
+    assert checkpoint.seconds_of(kept) == 2.0
+
+
+# One step
+
+
+def runs(batch, length):
+    """A mask like that of two asked values in each row."""
+    asked = np.zeros((batch, length), bool)
+    asked[:, 20:26] = asked[0, 40:46] = asked[1, 58:] = True
+    return asked
+
+
+@pytest.mark.parametrize("weight", [1.0, 7.0])
+def test_what_a_step_measures_and_minimises(weight):
+    trainer = training.Trainer(experiment(asked_weight=weight), CPU)
+    with torch.no_grad():
+        for p in trainer.model.parameters():
+            p.mul_(5 if p.ndim > 1 else 1)
+    tokens, asked = CORPUS.train.data[:130].reshape(2, 65).copy(), runs(2, 64)
+    inputs, targets = (torch.from_numpy(x).long() for x in (tokens[:, :-1], tokens[:, 1:]))
+    logits = trainer.model.logits(trainer.model(inputs, trainer.model.start(2))[0])
+    tokens[0, 21] = targets[0, 20] = logits[0, 20].argmax()  # one first digit and one other right, of 4 and 24
+    tokens[1, 60] = targets[1, 59] = logits[1, 59].argmax()
+    inputs = torch.from_numpy(tokens[:, :-1]).long()
+    logits = trainer.model.logits(trainer.model(inputs, trainer.model.start(2))[0])
+    losses = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
+    objective = torch.where(torch.from_numpy(asked), weight * losses, losses).mean()
+    gradients = torch.autograd.grad(objective, list(trainer.model.parameters()))
+    norm = torch.stack([g.square().sum() for g in gradients]).sum().sqrt()
+    right = (logits.argmax(-1) == targets).numpy()
+    firsts = [(0, 20), (0, 40), (1, 20), (1, 58)]
+    shares = right[asked].mean(), np.mean([right[place] for place in firsts])
+    assert_close(trainer.take((tokens, asked)), [losses.mean().item(), *shares, norm.item()], "float32", "gradient")
+
+
+def test_weight_1_is_the_plain_mean():
+    weights = []
+    for asked in (runs(2, 64), np.zeros((2, 64), bool)):
+        trainer = training.Trainer(experiment(), CPU)
+        trainer.take((CORPUS.train.data[:130].reshape(2, 65), asked))
+        weights.append([p.detach() for p in trainer.model.parameters()])
+    assert all(map(torch.equal, *weights))
+
+
+# Folders
+
+
+def test_a_seed_makes_one_model_and_the_tables_stay_out_of_the_file(tmp_path):
+    whole = experiment(model={"memory": {**MEMORY, "num_subkeys": 128}})
+    path = training.train(whole, CORPUS, tmp_path / "one", CPU)
+    model, read = checkpoint.load(tmp_path / "one", CPU, memory_scope="sequence", learning_rate=0.0)
+    assert path == tmp_path / "one" / WEIGHTS
+    assert read == whole
+    assert model.memories["1"].config.learning_rate == 0
+    assert not any(p.requires_grad for p in model.parameters())
+    saved = load_file(path)
+    parameters = dict(model.named_parameters())
+    kinds = ("model.{}", "optimizer.{}.exp_avg", "optimizer.{}.exp_avg_sq")
+    assert saved.keys() == {kind.format(name) for name in parameters for kind in kinds}
+    assert all(torch.equal(p, saved[f"model.{name}"]) for name, p in parameters.items())
+    assert path.stat().st_size < 3 * 4 * sum(p.numel() for p in parameters.values()) + 20_000
+    tables = checkpoint.build(whole, CPU).memories["1"].memory
+    assert torch.equal(model.memories["1"].memory.values, tables.values)
+    again = training.train(whole, CORPUS, tmp_path / "again", CPU)
+    assert equal(load_file(again), saved)
+    other = training.train(experiment(seed=1), CORPUS, tmp_path / "other", CPU)
+    assert not torch.equal(load_file(other)["model.embedding.weight"], saved["model.embedding.weight"])
+
+
+OTHERS = {
+    "another seed": (experiment(seed=1), CORPUS, "another experiment"),
+    "another width": (experiment(model={"width": 32}), CORPUS, "another experiment"),
+    "fewer steps": (experiment(steps=5), CORPUS, "another experiment"),
+    "another corpus": (experiment(), CORPUS._replace(sha256="other"), "trained with another corpus"),
+    "short documents": (experiment(length=3200), CORPUS, "No document is long enough"),
+}
+
+
+@pytest.mark.parametrize(("other", "corpus", "said"), OTHERS.values(), ids=OTHERS)
+def test_a_folder_that_holds_something_else_is_left_as_it_was(tmp_path, other, corpus, said):
+    folder = tmp_path / "run"
+    training.train(experiment(), CORPUS, folder, CPU)
+    before = contents(folder)
+    with pytest.raises(ValueError, match=said):
+        training.train(other, corpus, folder, CPU)
+    assert contents(folder) == before
+
+
+def test_a_corpus_that_does_not_fit_claims_no_folder(tmp_path):
+    with pytest.raises(ValueError, match="No document is long enough"):
+        training.train(experiment(length=3200), CORPUS, tmp_path / "run", CPU)
+    assert contents(tmp_path / "run") is None
+
+
+def without(name):
+    return lambda tensors, about: (tensors.pop(name), about)
+
+
+DAMAGE = {
+    "no step": lambda tensors, about: about.pop("step"),
+    "a word for a step": lambda tensors, about: about.update(step="last"),
+    "a weight less": without("model.norm.weight"),
+    "another shape": lambda tensors, about: tensors.update({"model.norm.weight": torch.ones(3)}),
+    "half the moments": without("optimizer.norm.weight.exp_avg_sq"),
+    "moments of another shape": lambda tensors, about: tensors.update({"optimizer.norm.weight.exp_avg": torch.ones(2)}),
+    "other tables": lambda tensors, about: about.update(tables="0"),
+}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    training.train(experiment(), CORPUS, folder, CPU)
+    return contents(folder)
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    """A folder of a trained model, to be damaged."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name, data in trained.items():
+        (folder / name).write_bytes(data)
+    return folder
+
+
+def refused(folder, path, load=True):
+    """Training on and loading name the file, and leave the folder as it is."""
+    before = contents(folder)
+    with pytest.raises(ValueError, match=re.escape(str(path))):
+        training.train(experiment(), CORPUS, folder, CPU)
+    if load:
+        with pytest.raises(ValueError, match=re.escape(str(path))):
+            checkpoint.load(folder, CPU)
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize(("name", "change"), DAMAGE.items(), ids=DAMAGE)
+def test_a_changed_checkpoint_is_refused(run, name, change):
+    tensors, about = checkpoint._read(run / WEIGHTS)
+    change(tensors, about)
+    save_file(tensors, run / WEIGHTS, about)
+    refused(run, run / WEIGHTS, load="moments" not in name)  # which only training needs
+
+
+@pytest.mark.parametrize("kept", [0, 4, 100, 0.5, -1])
+def test_a_checkpoint_cut_short_is_refused(run, kept):
+    size = (run / WEIGHTS).stat().st_size
+    os.truncate(run / WEIGHTS, int(kept * size) if 0 < kept < 1 else kept % size)
+    refused(run, run / WEIGHTS)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "3", '{"model": 3}', '{"model": {"depth": 3}}', '{"runs": {}}', "\xff"]
+)
+def test_damaged_settings_are_refused(run, text):
+    (run / SETTINGS).write_bytes(text.encode("latin-1"))
+    refused(run, run / SETTINGS)
+
+
+def test_folders_without_a_model_say_so(run):
+    for name in (WEIGHTS, SETTINGS):
+        (run / name).unlink()
+        with pytest.raises(FileNotFoundError, match=re.escape(str(run))):
+            checkpoint.load(run, CPU)
+
+
+# When something goes wrong
+
+
+def spoil(at):
+    def before(trainer):
+        if trainer.step == at:
+            trainer.model.norm.weight.data.fill_(math.nan)
+
+    return before
+
+
+@pytest.mark.parametrize("stopped", [False, True], ids=["at a line", "at Ctrl-C before the line"])
+def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(tmp_path, monkeypatch, stopped):
+    training.train(experiment(), CORPUS, tmp_path, CPU, seconds=0.0)
+    before = (tmp_path / WEIGHTS).read_bytes()
+    stopping(monkeypatch, at=4 if stopped else 99, before=spoil(at=3))
+    with pytest.raises(FloatingPointError, match=r"the loss is nan .* at step"):
+        training.train(experiment(), CORPUS, tmp_path, CPU)
+    assert (tmp_path / WEIGHTS).read_bytes() == before
+    assert "NaN" not in (tmp_path / RECORD).read_text()
+
+
+def test_a_gradient_that_is_not_finite_is_no_better(tmp_path, monkeypatch):
+    take = training.Trainer.take
+
+    def infinite(trainer, batch):
+        return take(trainer, batch) * torch.tensor([1, 1, 1, math.inf])
+
+    monkeypatch.setattr(training.Trainer, "take", infinite)
+    with pytest.raises(FloatingPointError, match="norm inf"):
+        training.train(experiment(), CORPUS, tmp_path, CPU)
+    assert not (tmp_path / WEIGHTS).exists()
+
+
+def test_there_is_never_half_a_file(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def fails(beside):
+        beside.write_text("ne")
+        raise OSError("no room")
+
+    with pytest.raises(OSError, match="no room"):
+        checkpoint.replace(path, fails)
+    assert path.read_text() == "old"
+    checkpoint.replace(path, lambda beside: beside.write_text("new"))
+    assert contents(tmp_path) == {"file": b"new"}
