@@ -24,7 +24,7 @@ def row(control, length, readings, right, phrasing="seen-0", samples=20):
     return {
         "control": control, "phrasing": phrasing, "length": length, "readings": readings, "samples": samples,
         "exact": right / samples, "exact_interval": needle.wilson(right, samples), "digits": digits.mean() / 6,
-        "digits_interval": [0, 1], "depth": ((np.arange(samples) + 0.5) / samples).tolist(), "right": digits.tolist(),
+        "depth": ((np.arange(samples) + 0.5) / samples).tolist(), "right": digits.tolist(),
     }  # fmt: skip
 
 
@@ -40,6 +40,7 @@ def write(folder, name, settings, *, rows=None, unseen=None, bits=None, speed=No
         steps = settings["training"]["steps"]
         lines = [
             {"step": s, "digits_right": s / steps / 2, "first_right": first * s / steps, "steps_per_second": speed * f}
+            | {"device": "a device"}
             for s, f in ((steps // 4, 0.1), (steps // 2, 1), (steps, 1))
         ]
         (folder / f"{name}.record.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -79,13 +80,13 @@ def section(text, title):
 
 def test_needles(folder):
     text = report.report(folder)
-    head, *rows = section(text, "Needles, the phrasing of training: memory, 100 steps, seed 0")
+    head, *rows = section(text, "Needles, seen in training (seen-0): memory, 100 steps, seed 0")
     assert head == ["context (bytes)", "1 reading", "3 readings"]
     # 16 of 20: (0.8 + 0.0960) / 1.1921 ± 0.1680; 0.8 + 0.2 / 2 of the digits
     assert rows[0] == ["4K", "80.0% (58.4 to 91.9), 90.0%", "90.0% (69.9 to 97.2), 95.0%"]
     assert [r[0] for r in rows] == ["4K", "8K"]
-    assert section(text, "Needles, the phrasing of training: memory, 100 steps, seed 1")[1][1].startswith("85.0%")
-    unseen = section(text, "Needles, a phrasing never seen: memory, 100 steps, seed 0")
+    assert section(text, "Needles, seen in training (seen-0): memory, 100 steps, seed 1")[1][1].startswith("85.0%")
+    unseen = section(text, "Needles, never seen in training (unseen-0): memory, 100 steps, seed 0")
     assert [r[0] for r in unseen[1:]] == ["4K"]
     assert unseen[1][1].startswith("25.0% (")
 
@@ -157,7 +158,7 @@ def test_training(folder):
 def test_record_of_a_run_that_went_on(folder):
     path = folder / "x0.record.jsonl"
     first, *_ = path.read_text().splitlines()
-    again = {"step": 20, "digits_right": 0.25, "first_right": 0.5, "steps_per_second": 5}
+    again = {"step": 20, "digits_right": 0.25, "first_right": 0.5, "steps_per_second": 5, "device": "a device"}
     path.write_text(f"{first}\n{json.dumps(again)}\n")  # the line of step 25 was of steps taken again
     _, *rows = section(report.report(folder), "Training")
     assert rows[0][1:8] == ["20 of 100", "5.0", "5,120", "4", "0.31", "20", "25.0%"]
@@ -190,7 +191,7 @@ def test_what_is_missing_is_left_out(tmp_path):
     write(tmp_path, "unknown", experiment(), speed=1)
     text = report.report(tmp_path)
     assert [line for line in text.splitlines() if line.startswith("###")] == [
-        "### Needles, the phrasing of training: memory, 100 steps, seed 0"
+        "### Needles, seen in training (seen-0): memory, 100 steps, seed 0"
     ]
     assert [p.name for p in pictures.draw(tmp_path, tmp_path)] == ["needle.png"]
     (tmp_path / "only.needle.json").unlink()
@@ -219,7 +220,7 @@ def changed(data, value, *place):
 
 
 DAMAGE = {
-    "no device": ("x0.needle.json", without("device")),
+    "no corpus": ("x0.needle.json", without("corpus")),
     "no rows": ("x0.needle.json", without("rows")),
     "another experiment": ("x0.bits.json", lambda d: changed(d, 7, "experiment", "training", "steps")),
     "another corpus": ("z.bits.json", lambda d: changed(d, "tea", "corpus")),

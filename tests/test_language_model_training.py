@@ -13,7 +13,7 @@ import torch.nn.functional as F  # noqa: N812
 from asserting import assert_close
 from safetensors.torch import load_file, save_file
 
-from examples.language_model import checkpoint, training
+from examples.language_model import checkpoint, results, training
 from examples.language_model.corpus import Corpus, Texts
 from examples.language_model.settings import Experiment
 
@@ -75,7 +75,8 @@ def test_a_stop_changes_nothing(tmp_path, monkeypatch):
     whole, parts, steps = (load_file(tmp_path / name / WEIGHTS) for name in ("whole", "parts", "steps"))
     assert equal(parts, whole)
     assert equal(steps, whole)
-    assert [line["step"] for line in checkpoint.read_record(tmp_path / "steps")] == [1, 2, 3, 4, 5, 6]
+    taken = results.record((tmp_path / "steps" / RECORD).read_text())
+    assert [line["step"] for line in taken] == [1, 2, 3, 4, 5, 6]
     training.train(experiment(), CORPUS, tmp_path / "whole", CPU)
     assert equal(load_file(tmp_path / "whole" / WEIGHTS), whole)
 
@@ -116,15 +117,15 @@ def test_the_record_has_a_line_for_every_few_steps(tmp_path):
     training.train(experiment(steps=7), CORPUS, tmp_path, CPU, every=3)
     lines = [json.loads(line) for line in (tmp_path / RECORD).read_text().splitlines()]
     assert [line["step"] for line in lines] == [3, 6, 7]
-    fields = {"step", "bits_per_byte", "digits_right", "first_right", "norm", "steps_per_second"}
+    fields = {"step", "bits_per_byte", "digits_right", "first_right", "norm", "steps_per_second", "device"}
     assert all(line.keys() == fields for line in lines)
     assert 7 < lines[0]["bits_per_byte"] < 9  # 8 bits before anything is learned
     assert lines[2]["bits_per_byte"] < lines[0]["bits_per_byte"]
-    retaken = [{"step": step, "steps_per_second": 2.0, "run": run} for run, step in ((0, 3), (0, 6), (1, 4), (1, 7))]
+    line = {"steps_per_second": 2.0, "digits_right": 0.0, "first_right": 0.0, "device": "CPU"}
+    retaken = [{"step": step, "run": run, **line} for run, step in ((0, 3), (0, 6), (1, 4), (1, 7))]
     (tmp_path / RECORD).write_text("".join(json.dumps(line) + "\n" for line in retaken))
-    kept = checkpoint.read_record(tmp_path)
+    kept = results.record((tmp_path / RECORD).read_text())
     assert [(line["step"], line["run"]) for line in kept] == [(3, 0), (4, 1), (7, 1)]
-    assert checkpoint.seconds_of(kept) == 2.0
 
 
 # One step

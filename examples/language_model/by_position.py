@@ -12,8 +12,8 @@ from torch import Tensor
 from examples.language_model.checkpoint import load, ready, replace
 from examples.language_model.corpus import Corpus
 from examples.language_model.model import LanguageModel, Reading
-from examples.language_model.needle import another, device_name, parts, read, together
-from examples.language_model.training import autocast
+from examples.language_model.needle import another, parts, read, together
+from examples.language_model.training import autocast, device_name
 
 BIN = 1024  # bytes whose bits are averaged
 
@@ -46,7 +46,7 @@ def documents(corpus: Corpus, length: int) -> tuple[np.ndarray, list[str]]:
     long = [i for i, size in enumerate(sizes) if size > length]
     if not long:
         raise ValueError(f"no held-out document has more than {length} bytes; the longest has {sizes.max(initial=0)}")
-    return np.stack([texts.data[texts.starts[i] :][: length + 1] for i in long]), [texts.names[i] for i in long]
+    return np.stack([texts.document(i)[: length + 1] for i in long]), [texts.names[i] for i in long]
 
 
 def _begun(start: Reading, left: Reading) -> Reading:
@@ -66,15 +66,16 @@ def measure(folder: Path, corpus: Corpus, out: Path, device: torch.device, *, le
     model, experiment = load(folder, device, memory_scope="sequence")
     tokens, names = documents(corpus, length)
     rows: dict[str, list[np.ndarray]] = {}
-    for part in parts(len(tokens), together(model, device, 32)):
+    for part in parts(len(tokens), together(model, device, 32, sets=3)):
         text = torch.from_numpy(tokens[part]).to(device)
         found, after = bits(model, text, model.start(len(part)), update=True)
         rows.setdefault("reset" if model.memories else "no memory", []).append(found)
         if not model.memories:
             continue
         if len(part) > 1:
-            begun = _begun(model.start(len(part)), another(after))
-            rows.setdefault("carried", []).append(bits(model, text, begun, update=True)[0])
+            after = another(after)  # what was is not held beside it
+            after = _begun(model.start(len(part)), after)
+            rows.setdefault("carried", []).append(bits(model, text, after, update=True)[0])
         del after
         rows.setdefault("frozen", []).append(bits(model, text, model.start(len(part)), update=False)[0])
     about = {"corpus": corpus.sha256, "device": device_name(device), "experiment": experiment.tables()}

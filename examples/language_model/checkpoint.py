@@ -4,7 +4,6 @@ A checkpoint holds weights and the optimizer's moments. The initial tables follo
 """
 
 import hashlib
-import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -173,19 +172,3 @@ def _fitting(tensors: dict[str, Tensor], name: str, like: Tensor, folder: Path) 
         shape = None if found is None else tuple(found.shape)
         raise ValueError(f"{folder / WEIGHTS}: {name} must be {tuple(like.shape)}. Received: {shape}")
     return found
-
-
-def read_record(folder: Path) -> list[dict[str, float]]:
-    """The lines of the record, without those of steps that a later run took again."""
-    lines: list[dict[str, float]] = []
-    for text in (folder / RECORD).read_text().splitlines():
-        line = json.loads(text)
-        while lines and lines[-1]["step"] >= line["step"]:
-            lines.pop()
-        lines.append(line)
-    return lines
-
-
-def seconds_of(lines: list[dict[str, float]]) -> float:
-    """What the steps of a record took, without the start of each run."""
-    return sum((b["step"] - a["step"]) / b["steps_per_second"] for a, b in itertools.pairwise(lines))

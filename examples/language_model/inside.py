@@ -14,9 +14,11 @@ from matplotlib.figure import Figure
 from examples.language_model import facts
 from examples.language_model.checkpoint import load, replace
 from examples.language_model.corpus import Corpus
+from examples.language_model.facts import DIGITS
 from examples.language_model.model import LanguageModel
-from examples.language_model.needle import DIGITS, read
-from fwpkm import get_backend
+from examples.language_model.needle import read
+from examples.language_model.training import autocast
+from fwpkm import FwPKMConfig, get_backend
 from fwpkm.backends.torch import FwPKM
 
 LENGTH = 8192  # of the context, in bytes
@@ -61,14 +63,18 @@ def joined(looks: list[Looks]) -> Looks:
     return Looks(*(np.concatenate(x) for x in zip(*looks)))
 
 
-def writers(written: Looks, slots: np.ndarray, weights: np.ndarray, chunk: int) -> np.ndarray:
-    """How much each token of the context wrote into the slots of one read ``[T]``: Σ w_read g w_write / N."""
-    share = np.zeros(len(written.gate))
+def writers(written: Looks, slots: np.ndarray, weights: np.ndarray, cfg: FwPKMConfig) -> np.ndarray:
+    """How much each token of the context wrote into the slots of one read ``[T]``: Σ w_read g w_write / N.
+
+    As if nothing had been written over since. The last ``lookahead`` tokens of a chunk write nothing.
+    """
+    share, chunk = np.zeros(len(written.gate)), cfg.chunk_size
+    gate = np.where(np.arange(len(share)) % chunk < chunk - cfg.lookahead, written.gate, 0)
     for begin in range(0, len(share), chunk):
         here = written.slots[begin : begin + chunk]
         for slot, weight in zip(slots, weights):
             hit = here == slot
-            amount = (hit * written.weights[begin : begin + chunk]).sum(1) * written.gate[begin : begin + chunk]
+            amount = (hit * written.weights[begin : begin + chunk]).sum(1) * gate[begin : begin + chunk]
             share[begin : begin + chunk] += weight * amount / max(1, hit.sum())
     return share
 
@@ -87,7 +93,8 @@ def draw(
     model, experiment = load(folder, device, memory_scope="sequence")
     if not model.memories:
         raise ValueError(f"the model of {folder} has no memory to look into")
-    chunk = experiment.model.memory_config().chunk_size
+    cfg = experiment.model.memory_config()
+    chunk = cfg.chunk_size
     haystack = facts.haystacks(corpus.heldout, np.random.default_rng(seed), 20, LENGTH, facts.SEEN[0])
     for tokens, question, answer, place in zip(haystack.tokens, haystack.question, haystack.answer, haystack.place):
         text, asked = (torch.from_numpy(x[None]).to(device) for x in (tokens, np.concatenate([question, answer])))
@@ -97,11 +104,12 @@ def draw(
                 reading = read(model, text[:, begin : begin + chunk], reading)
             written = {name: joined(looks) for name, looks in seen.items()}
         with watched(model) as seen:
-            hidden, _ = model(asked.long(), reading, update=False)
+            with autocast(device):
+                hidden, _ = model(asked.long(), reading, update=False)
             said = model.logits(hidden)[0, -DIGITS - 1 : -1].argmax(-1)
         if torch.equal(said, asked[0, -DIGITS:].long()):
             asks = {name: joined(looks) for name, looks in seen.items()}
-            shares = {name: _shares(written[name], asks[name], chunk) for name in written}
+            shares = {name: _shares(written[name], asks[name], cfg) for name in written}
             for line in use(written):
                 tell(line)
             out.mkdir(parents=True, exist_ok=True)
@@ -128,10 +136,10 @@ def use(written: dict[str, Looks]) -> Iterator[str]:
         )
 
 
-def _shares(written: Looks, asks: Looks, chunk: int) -> np.ndarray:
+def _shares(written: Looks, asks: Looks, cfg: FwPKMConfig) -> np.ndarray:
     """Who wrote what the tokens before each digit read ``[DIGITS, T]``."""
     rows = range(len(asks.gate) - DIGITS - 1, len(asks.gate) - 1)
-    return np.stack([writers(written, asks.slots[i], asks.weights[i], chunk) for i in rows])
+    return np.stack([writers(written, asks.slots[i], asks.weights[i], cfg) for i in rows])
 
 
 def _shown(text: np.ndarray) -> str:

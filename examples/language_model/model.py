@@ -1,4 +1,4 @@
-"""A decoder whose attention sees one window; what lies farther back reaches it through the memories alone."""
+"""A decoder whose attention sees one window in each layer; what lies beyond all of them, only the memories bring."""
 
 import math
 from typing import Any, NamedTuple
@@ -173,5 +173,5 @@ class LanguageModel(nn.Module):
         return self.norm(x), Reading(tuple(after), tuple(windows))
 
     def logits(self, x: Tensor) -> Tensor:
-        """``[..., width]`` -> ``[..., 256]`` float32."""
+        """``[..., width]`` -> ``[..., 256]`` float32; under autocast, of bfloat16 products."""
         return F.linear(x, self.embedding.weight).float()

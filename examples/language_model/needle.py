@@ -14,12 +14,11 @@ from torch import Tensor
 from examples.language_model import facts
 from examples.language_model.checkpoint import load, ready, replace
 from examples.language_model.corpus import Corpus
-from examples.language_model.facts import Haystack
+from examples.language_model.facts import DIGITS, Haystack
 from examples.language_model.model import LanguageModel, Reading
-from examples.language_model.training import autocast
+from examples.language_model.training import autocast, device_name
 
 SEGMENT = 4096  # tokens read by one call
-DIGITS = 6
 
 
 class Answers(NamedTuple):
@@ -41,7 +40,7 @@ class Answers(NamedTuple):
         return {
             **about, **fields, "samples": len(exact),
             "exact": exact.mean(), "exact_interval": wilson(exact.sum(), len(exact)),
-            "digits": self.right.mean(), "digits_interval": spread(self.right.mean(1)),
+            "digits": self.right.mean(),
             "depth": self.depth.round(4).tolist(), "right": self.right.sum(1).tolist(),
         }  # fmt: skip
 
@@ -54,16 +53,13 @@ def wilson(successes: int, samples: int, z: float = 1.96) -> tuple[float, float]
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def spread(shares: np.ndarray, z: float = 1.96) -> tuple[float, float]:
-    """The 95% interval of the mean of samples' shares."""
-    if len(shares) < 2:
-        return 0.0, 1.0
-    half = z * shares.std(ddof=1) / math.sqrt(len(shares))
-    return max(0.0, float(shares.mean() - half)), min(1.0, float(shares.mean() + half))
-
-
 def read(
-    model: LanguageModel, tokens: Tensor, reading: Reading, *, update: bool = True, each: Callable | None = None
+    model: LanguageModel,
+    tokens: Tensor,
+    reading: Reading,
+    *,
+    update: bool = True,
+    each: Callable[[int, Tensor], None] | None = None,
 ) -> Reading:
     """Read ``[B, T]`` on, overwriting the tables of ``reading``; ``each(start, hidden)`` sees every segment."""
     for start in range(0, tokens.shape[1], SEGMENT):
@@ -101,13 +97,14 @@ def another(reading: Reading) -> Reading:
     )
 
 
-def together(model: LanguageModel, device: torch.device, most: int) -> int:
-    """How many contexts are read at once: as their tables, a spare copy of one memory's and activations find room."""
+def together(model: LanguageModel, device: torch.device, most: int, sets: int) -> int:
+    """How many contexts are read at once: as ``sets`` of tables, a copy of one memory's and activations find room."""
     if device.type != "cuda":
         return min(most, 8)
     tables = [4 * m.config.num_slots * m.config.value_dim for m in model.memories.values()]
     activations = SEGMENT * model.settings.width * 4 * 64
-    room = 0.8 * torch.cuda.mem_get_info(device)[0] / (sum(tables) + max(tables, default=0) + activations)
+    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    room = 0.8 * free / (sets * sum(tables) + max(tables, default=0) + activations)
     return max(2, min(most, int(room)))
 
 
@@ -125,7 +122,7 @@ def try_out(
 ) -> Iterator[tuple[int, bool, np.ndarray]]:
     """After each reading: its number, whether the memories were another document's, and what is right ``[n, 6]``."""
     right: dict[tuple[int, bool], list[np.ndarray]] = {}
-    for part in parts(len(haystack.tokens), together(model, device, 64)):
+    for part in parts(len(haystack.tokens), together(model, device, 64, sets=2)):
         tokens, question, expected = (
             torch.from_numpy(x[part]).to(device) for x in (haystack.tokens, haystack.question, haystack.answer)
         )
@@ -213,8 +210,3 @@ def named(name: str) -> str:
     if name not in known:
         raise ValueError(f"a phrasing is one of {', '.join(known)}. Received: {name}")
     return known[name]
-
-
-def device_name(device: torch.device) -> str:
-    """What a reader of the results would call it."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"

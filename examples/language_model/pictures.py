@@ -14,7 +14,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator, PercentF
 
 from examples.language_model import results
 from examples.language_model.checkpoint import replace
-from examples.language_model.needle import DIGITS
+from examples.language_model.facts import DIGITS
 from examples.language_model.report import size
 from examples.language_model.results import Run
 
@@ -156,7 +156,7 @@ def training(runs: list[Run]) -> Figure | None:
     plain = results.equal_steps(models[0], [r for r in runs if r.record])
     lines = [(f"memory, seed {r.experiment.training.seed}", r, {"color": c}) for r, c in zip(models, shades)]
     lines += [("no memory", plain, PLAIN)] if plain else []
-    for axes, field, title in zip(panels, ("digits_right", "first_right"), ("all six digits", "the first digit")):
+    for axes, field, title in zip(panels, ("digits_right", "first_right"), ("any digit", "the first digit")):
         for label, run, style in lines:
             steps = [line["step"] for line in run.record]
             axes.plot(steps, [line[field] for line in run.record], label=label, **{"linewidth": 2, **style})
@@ -164,5 +164,5 @@ def training(runs: list[Run]) -> Figure | None:
         axes.set_title(title)
         axes.yaxis.set_major_formatter(PercentFormatter(1))
         axes.xaxis.set_major_formatter("{x:,.0f}")
-    panels[0].set_ylabel("asked digits right")
+    panels[0].set_ylabel("share of asked digits right")
     return _finish(figure, panels)

@@ -67,14 +67,14 @@ def _needle(run: Run, *, unseen: bool) -> str:
     rows = run.answers(unseen=unseen)
     cells = {(r["phrasing"], r["length"], r["readings"]): r for r in rows}
     readings = sorted({r["readings"] for r in rows})
-    several = len({r["phrasing"] for r in rows}) > 1
-    kind = "a phrasing never seen" if unseen else "the phrasing of training"
+    names = sorted({r["phrasing"] for r in rows})
+    kind = "never seen in training" if unseen else "seen in training"
     return _table(
-        f"Needles, {kind}: {run.label}",
+        f"Needles, {kind} ({', '.join(names)}): {run.label}",
         CELLS.format(_samples(rows)),
         ["context (bytes)", *(f"{n} reading{'s'[: n > 1]}" for n in readings)],
         [
-            [f"{size(length)}{f', {name}' * several}", *(_found(cells.get((name, length, n))) for n in readings)]
+            [size(length) + f", {name}" * (len(names) > 1), *(_found(cells.get((name, length, n))) for n in readings)]
             for name, length in sorted({(r["phrasing"], r["length"]) for r in rows})
         ],
     )
@@ -92,9 +92,9 @@ def _controls(runs: list[Run]) -> str:
         return max((r for r in rows if r["length"] == length), key=lambda r: (r["exact"], r["digits"]), default=None)
 
     return _table(
-        "Controls, the phrasing of training",
+        "Controls, phrasings seen in training",
         CELLS.format(_samples(r for _, _, rows in asked for r in rows))
-        + " Of several numbers of readings, the one that found most.",
+        + " Of several phrasings and numbers of readings, those that found most.",
         ["control", "model", *map(size, lengths)],
         [[control, run.label, *(_found(most(rows, length)) for length in lengths)] for run, control, rows in asked],
         texts=2,
@@ -116,7 +116,8 @@ def _bits(runs: list[Run]) -> str:
     counts = sorted({len(r.documents) for r in measured})
     return _table(
         "Bits per byte by position",
-        f"Means of {' or '.join(map(str, counts))} held-out documents.",
+        f"Means of {' or '.join(map(str, counts))} held-out documents. Reset: each begins with the initial memory. "
+        "Carried: with what another held-out document left. Frozen: the initial memory is read and never written.",
         ["model", "memory", *bands],
         [
             [run.label, mode if run.memory else NOTHING, *(f"{bits[:, band].mean():.4f}" for band in bands.values())]
@@ -167,7 +168,7 @@ def _training(runs: list[Run]) -> str:
         ])  # fmt: skip
     head = [
         "model", "steps", "steps/s (median)", "tokens/s", "seconds (steps / median)", "speed to no memory",
-        f"first digits above {ROSE:.0%} at step", "digits right in the end", "device of measuring",
+        f"first digits above {ROSE:.0%} at step", "digits right in the end", "device",
     ]  # fmt: skip
     against = f" Speeds are relative to: {plain.label}." if plain else ""
     return _table("Training", f"Asked digits of the training data, stated again there.{against}", head, rows)

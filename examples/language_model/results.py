@@ -1,6 +1,7 @@
 """What was measured, read from a folder; a model's part follows from its experiment, not from its name."""
 
 import contextlib
+import dataclasses
 import json
 import re
 import statistics
@@ -10,11 +11,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from examples.language_model.needle import DIGITS
+from examples.language_model.facts import DIGITS
 from examples.language_model.settings import Experiment
 
 FILES = re.compile(r"(.+)\.(needle[^.]*\.json|bits\.json|record\.jsonl)")
 EQUAL_TIME = 1.25  # trainings whose times differ by no more than this factor are compared
+
+
+ASKED = ("control", "phrasing", "length", "readings")  # what tells rows apart
 
 
 class Run(NamedTuple):
@@ -22,8 +26,6 @@ class Run(NamedTuple):
 
     label: str
     experiment: Experiment
-    device: str
-    """of measuring; the record of training does not name one"""
     rows: list[dict[str, Any]]
     """answers of needle.py, of every phrasing, control, length and number of readings"""
     bits: dict[str, np.ndarray]
@@ -31,7 +33,7 @@ class Run(NamedTuple):
     documents: list[str]
     bin: int
     """bytes"""
-    record: list[dict[str, float]]
+    record: list[dict[str, Any]]
 
     @property
     def memory(self) -> bool:
@@ -52,6 +54,11 @@ class Run(NamedTuple):
     def seconds(self) -> float:
         """Of training, without the start of each run."""
         return self.record[-1]["step"] / self.speed
+
+    @property
+    def device(self) -> str:
+        """On what it was trained."""
+        return ", ".join(sorted({line["device"] for line in self.record}))
 
     def answers(self, control: str = "memory", *, unseen: bool = False) -> list[dict[str, Any]]:
         """The rows of a control, with phrasings of training or others."""
@@ -74,14 +81,16 @@ def load(folder: Path) -> list[Run]:
         if (match := FILES.fullmatch(path.name)) is None:
             continue
         name, kind = match.groups()
-        run = found.setdefault(name, {"rows": [], "bits": {}, "documents": [], "bin": 0, "record": [], "device": ""})
+        run = found.setdefault(name, {"rows": [], "bits": {}, "documents": [], "bin": 0, "record": []})
         with _naming(path):
             if kind == "record.jsonl":
-                run["record"] = _record(path.read_text())
+                run["record"] = record(path.read_text())
                 continue
             data = json.loads(path.read_text())
-            experiment, run["device"] = Experiment.of(data["experiment"], "experiment"), str(data["device"])
+            experiment = Experiment.of(data["experiment"], "experiment")
             agreed = {f"model of {name}": experiment, "corpus": data["corpus"]}
+            if experiment.model.memories and experiment.training.facts:
+                agreed["headline model, but for its seed,"] = _of(experiment, experiment.model)
             if kind == "bits.json":
                 run |= {
                     "bits": _bits(data, bool(experiment.model.memories)),
@@ -91,6 +100,9 @@ def load(folder: Path) -> list[Run]:
                 agreed["size and number of bins"] = data["bin"], len(next(iter(run["bits"].values()))[0])
             else:
                 run["rows"] += [_row(row) for row in data["rows"]]
+                asked = [tuple(row[key] for key in ASKED) for row in run["rows"]]
+                if len(set(asked)) < len(asked):
+                    raise ValueError("another file of this model has the same answers")
         for what, value in agreed.items():
             first, said = settled.setdefault(what, (path, value))
             if said != value:
@@ -119,12 +131,12 @@ def _naming(path: Path) -> Iterator[None]:
         raise ValueError(f"{path} is damaged ({error!r}): measure again, or copy it again") from error
 
 
-def _record(text: str) -> list[dict[str, float]]:
-    """The lines, without those of steps that a later run took again."""
+def record(text: str) -> list[dict[str, Any]]:
+    """The lines of a record of training, without those of steps that a later run took again."""
     lines: list[dict[str, float]] = []
     for line in map(json.loads, text.splitlines()):
         shares = line["digits_right"], line["first_right"]
-        if not np.isfinite(shares).all() or line["steps_per_second"] <= 0 or line["step"] < 1:
+        if not np.isfinite(shares).all() or line["steps_per_second"] <= 0 or line["step"] < 1 or not line["device"]:
             raise ValueError(f"not a line of a record: {line}")
         while lines and lines[-1]["step"] >= line["step"]:
             lines.pop()
@@ -150,8 +162,7 @@ def _row(row: dict[str, Any]) -> dict[str, Any]:
     exact = np.array(row["right"]) == DIGITS
     if len(exact) != len(row["depth"]) or abs(exact.mean() - row["exact"]) > 1e-3:
         raise ValueError(f"the samples of {row['length']} bytes do not give the share of them that is right")
-    names = ("control", "phrasing", "length", "readings", "exact", "exact_interval", "digits", "depth", "right")
-    return {name: row[name] for name in names}
+    return {name: row[name] for name in (*ASKED, "exact", "exact_interval", "digits", "depth", "right")}
 
 
 def _label(experiment: Experiment) -> str:
@@ -160,12 +171,24 @@ def _label(experiment: Experiment) -> str:
     return ", ".join(filter(None, [*parts, f"{training.steps:,} steps", f"seed {training.seed}"]))
 
 
+def _of(experiment: Experiment, *shared: Any, steps: int | None = None) -> tuple[Any, ...]:
+    """What must be alike, with the training but for seeds and, where given, steps."""
+    steps = experiment.training.steps if steps is None else steps
+    return *shared, dataclasses.replace(experiment.training, seed=0, steps=steps)
+
+
 def _plain(run: Run, runs: Iterable[Run]) -> list[Run]:
-    return [r for r in runs if not r.memory and r.experiment.training.facts == run.experiment.training.facts]
+    """The models without memory that were trained alike, but for steps and seed."""
+
+    def kind(r: Run) -> tuple[Any, ...]:
+        model = r.experiment.model
+        return _of(r.experiment, model.width, model.layers, model.heads, model.window, steps=1)
+
+    return [r for r in runs if not r.memory and kind(r) == kind(run)]
 
 
 def equal_steps(run: Run, runs: Iterable[Run]) -> Run | None:
-    """The model without memory that took as many steps on as many facts, of the same seed if there are several."""
+    """The model without memory that took as many steps, otherwise trained alike; of the same seed if it can."""
     own = run.experiment.training
     same = [r for r in _plain(run, runs) if r.experiment.training.steps == own.steps]
     differs = [r.experiment.training.seed != own.seed for r in same]
@@ -173,7 +196,7 @@ def equal_steps(run: Run, runs: Iterable[Run]) -> Run | None:
 
 
 def equal_time(run: Run, runs: Iterable[Run]) -> Run | None:
-    """The model without memory, of as many facts and other steps, whose training took nearest as long, if any near."""
+    """The model without memory, trained alike for other steps, whose training took nearest as long."""
     if not run.record:
         return None
     steps = run.experiment.training.steps

@@ -20,12 +20,18 @@ from examples.language_model.facts import training_batch
 from examples.language_model.settings import Experiment, TrainingSettings
 
 WARM_UP = 3  # steps before a CUDA graph takes over
+SAVED = 20  # lines of the record from checkpoint to checkpoint
 AHEAD = 8  # batches made before they are used
 
 
 def autocast(device: torch.device) -> contextlib.AbstractContextManager:
     """bfloat16 products on a GPU; float32 elsewhere."""
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
+def device_name(device: torch.device) -> str:
+    """What a reader of the results would call it."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
 class Trainer:
@@ -176,7 +182,8 @@ def train(
         trainer.compile()
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns) as progress, (out / checkpoint.RECORD).open("a") as record:
-        bar = progress.add_task("the first steps take longest", total=settings.steps, completed=trainer.step)
+        begins = "the first steps take longest" if trainer.step < settings.steps else "already trained"
+        bar = progress.add_task(begins, total=settings.steps, completed=trainer.step)
         sums, count, clock = torch.zeros(4, device=device), 0, time.monotonic()
         try:
             for batch in batches(corpus, settings, trainer.step):
@@ -185,8 +192,10 @@ def train(
                 over = seconds is not None and time.monotonic() - began > seconds
                 if trainer.step % every == 0 or over or trainer.step == settings.steps:
                     line = _line(trainer.step, (sums / count).tolist(), count / (time.monotonic() - clock))
-                    record.write(json.dumps(line) + "\n")
+                    record.write(json.dumps({**line, "device": device_name(device)}) + "\n")
                     record.flush()
+                    if trainer.step % (SAVED * every) == 0:
+                        checkpoint.save(out, trainer.model, trainer.optimizer, trainer.step, corpus.sha256)
                     text = f"{line['bits_per_byte']:.3f} bits a byte, {line['digits_right']:.0%} of asked digits"
                     progress.update(bar, completed=trainer.step, description=text)
                     sums, count, clock = torch.zeros_like(sums), 0, time.monotonic()
