@@ -73,7 +73,7 @@ def measure(folder: Path, corpus: Corpus, out: Path, device: torch.device, *, le
         if not model.memories:
             continue
         if len(part) > 1:
-            after = another(after)  # what was is not held beside it
+            after = another(after)  # under the old name, so that the tables as they stood are freed
             after = _begun(model.start(len(part)), after)
             rows.setdefault("carried", []).append(bits(model, text, after, update=True)[0])
         del after

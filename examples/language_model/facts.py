@@ -277,7 +277,7 @@ def haystacks(
         length: tokens of a sample.
         phrasing: a sentence with {key} and then {value}, and a full stop after that.
         needles: facts of a sample, each stated once.
-        clear: bytes at the end in which no statement begins: what attention may still see.
+        clear: bytes at the end in which no statement begins.
 
     Raises:
         ValueError: no document has ``length`` bytes, the statements do not fit, or an argument is out of range.

@@ -46,7 +46,7 @@ class Answers(NamedTuple):
 
 
 def wilson(successes: int, samples: int, z: float = 1.96) -> tuple[float, float]:
-    """The 95% interval of a share (Wilson 1927, equation 4)."""
+    """The 95% interval of a share (Wilson, 1927)."""
     share, scale = successes / samples, 1 + z * z / samples
     middle = (share + z * z / (2 * samples)) / scale
     half = z / scale * math.sqrt(share * (1 - share) / samples + z * z / (4 * samples**2))

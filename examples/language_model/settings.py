@@ -64,11 +64,6 @@ class ModelSettings:
             # Under "wait" the last chunk of a step would be pending, and the next step would not write it.
             raise ValueError(f'model.memory.boundary must be "drop". Received: {self.memory["boundary"]!r}')
 
-    @property
-    def reach(self) -> int:
-        """How far back attention can pass anything on, through all layers."""
-        return self.layers * (self.window - 1)
-
     def memory_config(self, **fields: Any) -> FwPKMConfig:
         """The configuration of every memory; ``fields`` override it."""
         given = {"key_dim": self.width, "value_dim": self.width, **self.memory, **fields}
