@@ -8,7 +8,7 @@ of the row after a window has the gradient there, or that of the final table.
 import triton
 import triton.language as tl
 
-from fwpkm.kernels.chunk_update import pull_of
+from fwpkm.kernels.chunk_update import begins_row, piece_end, pull_of
 from fwpkm.kernels.lookup import PROBABILITY_UNIT, sub_scores
 from fwpkm.kernels.sums import gathered
 from fwpkm.kernels.tokens import DEAD, INF, LIVE, TARGET, VARYING, token_of
@@ -120,20 +120,64 @@ def read_backward_kernel(
         tl.store(d_weights + here * ENTRIES + e, d_w, mask=known)
 
 
+@triton.jit
+def toward_of(
+    segment, end, row, sorted_rows, order, weights, d_read, first, d,
+    WIDTH: tl.constexpr, ENTRIES: tl.constexpr, ENTRY_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Of the next entries of a row, as many as ENTRY_BLOCK: Σ w d v̂, and how many there are before ``end``."""
+    e = segment + tl.arange(0, ENTRY_BLOCK)
+    known = e < end
+    entries = tl.load(order + e, mask=known, other=0).to(tl.int64)
+    same = tl.load(sorted_rows + e, mask=known, other=-1) == row
+    w = tl.load(weights + entries, mask=same, other=0.0)
+    tokens = entries // ENTRIES - first
+    towards = tl.load(
+        d_read + tokens[:, None] * WIDTH + d[None, :], mask=same[:, None] & (d < WIDTH)[None, :], other=0.0
+    )
+    return tl.sum(w[:, None] * towards, 0), tl.sum(same.to(tl.int32), 0)
+
+
+@triton.jit(do_not_specialize=_WINDOW)
+def piece_backward_kernel(
+    sorted_rows, order, weights, d_read, partial, first, total,
+    WIDTH: tl.constexpr, ENTRIES: tl.constexpr, BLOCK: tl.constexpr, PIECE: tl.constexpr, ENTRY_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Σ w d v̂ of a row's entries in one piece of the window's that begins in the middle of the row's."""
+    begin = (first * ENTRIES).to(tl.int64)
+    at = begin + tl.program_id(0) * PIECE
+    row, new = begins_row(sorted_rows, begin, at)
+    if new:
+        return
+    d = tl.arange(0, BLOCK)
+    end = piece_end(begin, at, total.to(tl.int64) * ENTRIES, PIECE)
+    gradient = tl.zeros([BLOCK], tl.float32)
+    segment = at
+    found = ENTRY_BLOCK
+    while (found == ENTRY_BLOCK) & (segment < end):
+        more, found = toward_of(
+            segment, end, row, sorted_rows, order, weights, d_read, first, d, WIDTH, ENTRIES, ENTRY_BLOCK
+        )
+        gradient += more
+        segment += ENTRY_BLOCK
+    tl.store(partial + tl.program_id(0).to(tl.int64) * WIDTH + d, gradient, mask=d < WIDTH)
+
+
 @triton.jit(do_not_specialize=_WINDOW)
 def rows_backward_kernel(
-    sorted_rows, order, weights, steps, latest, gradients, d_values, d_read, window, memories, first, total,
+    sorted_rows, order, weights, steps, latest, gradients, d_values, d_read, partial, window, memories, first, total,
     SLOTS: tl.constexpr, WIDTH: tl.constexpr, ENTRIES: tl.constexpr, RATE: tl.constexpr, DECAY: tl.constexpr,
-    BLOCK: tl.constexpr, ENTRY_BLOCK: tl.constexpr, AFTER: tl.constexpr,
+    BLOCK: tl.constexpr, PIECE: tl.constexpr, ENTRY_BLOCK: tl.constexpr, AFTER: tl.constexpr,
 ):  # fmt: skip
     """The gradient of each row as the window found it: what decay leaves of that after, and Σ w d v̂."""
     begin = (first * ENTRIES).to(tl.int64)
     at = begin + tl.program_id(0)
-    row = tl.load(sorted_rows + at)
-    before = tl.load(sorted_rows + at - 1, mask=at > begin, other=-1)
-    if row == before:
+    row, new = begins_row(sorted_rows, begin, at)
+    if not new:
         return
     d = tl.arange(0, BLOCK)
+    last = total.to(tl.int64) * ENTRIES
+    end = piece_end(begin, at, last, PIECE)
     place = row.to(tl.int64) - window * memories.to(tl.int64) * SLOTS
     following = tl.load(latest + place).to(tl.int64)
     gradient = tl.zeros([BLOCK], tl.float32)
@@ -147,21 +191,18 @@ def rows_backward_kernel(
     toward = tl.load(d_read + (entry // ENTRIES - first) * WIDTH + d, mask=d < WIDTH, other=0.0)
     gradient += tl.load(weights + entry) * toward
     segment = at + 1
-    follows = tl.load(sorted_rows + segment, mask=segment < total.to(tl.int64) * ENTRIES, other=-1) == row
+    follows = tl.load(sorted_rows + segment, mask=segment < end, other=-1) == row
     found = follows.to(tl.int32) * ENTRY_BLOCK
     while found == ENTRY_BLOCK:
-        e = segment + tl.arange(0, ENTRY_BLOCK)
-        known = e < total.to(tl.int64) * ENTRIES
-        entries = tl.load(order + e, mask=known, other=0).to(tl.int64)
-        same = tl.load(sorted_rows + e, mask=known, other=-1) == row
-        w = tl.load(weights + entries, mask=same, other=0.0)
-        tokens = entries // ENTRIES - first
-        towards = tl.load(
-            d_read + tokens[:, None] * WIDTH + d[None, :], mask=same[:, None] & (d < WIDTH)[None, :], other=0.0
+        more, found = toward_of(
+            segment, end, row, sorted_rows, order, weights, d_read, first, d, WIDTH, ENTRIES, ENTRY_BLOCK
         )
-        gradient += tl.sum(w[:, None] * towards, 0)
-        found = tl.sum(same.to(tl.int32), 0)
+        gradient += more
         segment += ENTRY_BLOCK
+    while tl.load(sorted_rows + end, mask=end < last, other=-1) == row:
+        piece = (end - begin) // PIECE
+        gradient += tl.load(partial + piece * WIDTH + d, mask=d < WIDTH, other=0.0)
+        end += PIECE
     tl.store(gradients + at * WIDTH + d, gradient, mask=d < WIDTH)
     tl.store(latest + place, at.to(tl.int32))
 

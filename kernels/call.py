@@ -71,24 +71,23 @@ def forward(
     kept, scratch = room_for(cfg, plan, most or least(plan, batch), keys, batch, save)
     scratch.zeros.zero_()
     Launch(
-        prepare_kernel, *tokens, kept.flags, QUERY=cfg.num_heads * cfg.key_dim, VALUE=cfg.value_dim,
+        prepare_kernel, *tokens, kept.flags,
         HAS_GATE=tokens.gate is not None, HAS_MASK=tokens.mask is not None, HAS_PAIR=tokens.pair is not None,
         SHIFTED=tokens.pair is not None, **size.prepare,
     )((batch * plan.room,))  # fmt: skip
-    Launch(
-        parts.begin_kernel, keys, kept.keys, scratch.norms, scratch.largest, scratch.halves,
-        SUBKEYS=cfg.num_subkeys, HALF=cfg.key_dim // 2, **size.keys,
-    )((cfg.num_subkeys, 2 * memories * cfg.num_heads))  # fmt: skip
+    Launch(parts.begin_kernel, keys, kept.keys, scratch.norms, scratch.largest, scratch.halves, **size.begin)(
+        (cfg.num_subkeys, 2 * memories * cfg.num_heads)
+    )
     slots = kept.slots.new_empty(batch, plan.room - plan.arrived, cfg.slots_per_token, dtype=torch.int64)
     weights = torch.empty_like(slots, dtype=torch.float32)
     last, addressing = address(cfg, plan, tokens, kept, scratch, slots, weights, save)
     sorted_rows, order = kept.sorted_rows.sort(stable=True)
     kept = kept._replace(sorted_rows=sorted_rows, order=order)
     output, squared = read_and_write(cfg, plan, values, tokens, kept, save, dtype)
-    writes = sum(w.writes for w in plan.windows)  # all are of one length, and only the last window may not write
+    writes = len(plan.windows) - (False in plan.kinds)  # all are of one length, and only the last window may not write
     written = squared[: writes * batch * plan.windows[0].length]
     memorization = written.view(writes, memories, -1).sum(2) if writes else squared.new_zeros(0, memories)
-    addressing = addressing[:writes].unflatten(1, (memories, -1)).sum((2, 3))
+    addressing = addressing[:writes].view(writes, memories, 2 * cfg.num_heads, cfg.num_subkeys).sum((2, 3))
     last = last.view(keys.shape)
     return Result(output, slots, weights, last.clone() if save else last, memorization, addressing, kept)
 
@@ -111,13 +110,8 @@ def address(
         due: None, or an int32 on the GPU: where it is 0, nothing is done and the results mean nothing.
     """
     size, memories = shapes(cfg, tokens.query.dtype), kept.counts.shape[1]
-    rows, groups, half, subkeys = (
-        len(tokens.query) // memories,
-        *kept.share.shape[1:2],
-        cfg.key_dim // 2,
-        cfg.num_subkeys,
-    )
-    idw, longest = cfg.score == "idw", rows * max(w.length for w in plan.windows)
+    rows, groups, subkeys = tokens.query.shape[0] // memories, 2 * memories * cfg.num_heads, cfg.num_subkeys
+    longest = rows * plan.longest
 
     def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=slots.device)
@@ -128,33 +122,29 @@ def address(
     proposals = new(memories * longest, cfg.num_heads, 2, listed, dtype=torch.int32)
     scales, pulls = new(memories * longest, cfg.num_heads, 2), new(memories * longest, cfg.num_heads, 2, cfg.top_k)
     sums = KeySums(cfg, tokens.query, kept, longest, due)
-    names = {"HEADS": cfg.num_heads, "SUBKEYS": subkeys}
-    scored = names | {"K": cfg.top_k, "IDW": idw, "EPSILON": cfg.score_eps, "CHUNK": cfg.chunk_size}
     select = Launch(
         lookup.select_kernel, tokens.query, kept.flags, norms, largest, halves, proposals, scales, due,
-        HALF=half, IDW=idw, **names, **size.select,
+        **size.select,
     )  # fmt: skip
     rank = Launch(
         lookup.rank_kernel, tokens.query, kept.keys, proposals, scales, kept.flags, kept.ids, kept.ranks, due,
-        HALF=half, K=cfg.top_k, IDW=idw, **names, **size.rank,
+        **size.rank,
     )  # fmt: skip
     combines = {
         writes: Launch(
             lookup.combine_kernel, kept.ids, kept.ranks, kept.flags, kept.kinds, kept.slots, kept.weights,
             kept.sorted_rows, kept.share, kept.counts, kept.maps, slots, weights, due,
-            TEMPERATURE=cfg.temperature, WRITES=writes, MAPS=writes or save, **scored, **size.combine,
-        ) for writes in {w.writes for w in plan.windows}
+            WRITES=writes, MAPS=writes or save, **size.combine,
+        ) for writes in plan.kinds
     }  # fmt: skip
     pull = Launch(
         chunk_update.pull_kernel, kept.ids, kept.ranks, kept.kinds, kept.share, kept.counts, kept.active, pulls, due,
-        LOOKAHEAD=cfg.lookahead, WEIGHT=cfg.addressing_weight, **scored, **size.pull,
+        **size.pull,
     )  # fmt: skip
     key_sums = sums.of(pulls)
     step_keys = Launch(
         chunk_update.keys_kernel, kept.keys, norms, largest, halves, sums.sums, sums.totals, kept.share, kept.counts,
-        kept.active, addressing, kept.moved, kept.pulled, kept.keys_unclipped, due,
-        HALF=half, SAVE=save, RATE=cfg.learning_rate, DECAY=cfg.weight_decay, CLIP=cfg.grad_clip,
-        **names, **size.keys,
+        kept.active, addressing, kept.moved, kept.pulled, kept.keys_unclipped, due, SAVE=save, **size.keys,
     )  # fmt: skip
     version = 0
     for i, (start, length, writes, first, fresh) in enumerate(plan.windows):
@@ -183,32 +173,32 @@ def read_and_write(
     batch, memories = tokens.query.shape[0], values.shape[0]
     output = values.new_empty(batch, plan.room - plan.arrived, cfg.value_dim, dtype=dtype)
     squared = values.new_empty(plan.total)
-    table = {"SLOTS": cfg.num_slots, "WIDTH": cfg.value_dim, "ENTRIES": entries, "CHUNK": cfg.chunk_size}
-    kinds = {w.writes for w in plan.windows}
     reads = {
         writes: Launch(
             lookup.read_kernel, values, kept.slots, kept.weights, kept.kinds, tokens.value, tokens.gate, output,
-            kept.error, kept.strength, squared, due, LOOKAHEAD=cfg.lookahead, SCALE=scale_of(cfg),
-            HAS_GATE=tokens.gate is not None, WRITES=writes, **table, **size.read,
-        ) for writes in kinds
+            kept.error, kept.strength, squared, due,
+            HAS_GATE=tokens.gate is not None, WRITES=writes, **size.read,
+        ) for writes in plan.kinds
     }  # fmt: skip
+    pieces = blocks_of(batch * plan.longest * entries, size.piece["PIECE"])
+    partial, counts = values.new_empty(pieces, cfg.value_dim), kept.slots.new_empty(pieces)
+    sum_pieces = Launch(
+        chunk_update.piece_kernel, kept.sorted_rows, kept.order, kept.weights, kept.strength, kept.error, kept.kinds,
+        partial, counts, due, **size.piece,
+    )  # fmt: skip
     steps = {
         writes: Launch(
             chunk_update.values_kernel, values, kept.sorted_rows, kept.order, kept.weights, kept.strength, kept.error,
-            kept.kinds, kept.active, kept.heads, kept.steps, kept.rows, kept.values_unclipped, due,
-            WRITES=writes, SAVE=save, RATE=cfg.learning_rate, DECAY=cfg.weight_decay, CLIP=cfg.grad_clip,
-            **table, **size.values,
-        ) for writes in kinds
+            kept.kinds, kept.active, partial, counts, kept.heads, kept.steps, kept.rows, kept.values_unclipped, due,
+            WRITES=writes, SAVE=save, **size.values,
+        ) for writes in plan.kinds
     }  # fmt: skip
     for i, (start, length, writes, first, fresh) in enumerate(plan.windows):
         reads[writes](
             (batch * length,), start, length, first, plan.room, batch // memories, fresh, plan.arrived, output.shape[1]
         )  # fmt: skip
+        if writes:
+            sum_pieces((blocks_of(batch * length * entries, size.piece["PIECE"]),), length, first, plan.total)
         if writes or save:
             steps[writes]((batch * length * entries,), i, memories, length, first, plan.total)
     return output, squared
-
-
-def scale_of(cfg: FwPKMConfig) -> float:
-    """κ of §4, or 0 where it is 1/Σw²."""
-    return {"slots": float(cfg.slots_per_token), "unit": 1.0, "normalized": 0.0}[cfg.write_scale]

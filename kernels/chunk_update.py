@@ -114,13 +114,16 @@ def keys_kernel(
 
 @triton.jit
 def entries_of(
-    segment, row, sorted_rows, order, weights, strength, error, kinds, heads, at, length, first, total, d,
+    segment, end, row, sorted_rows, order, weights, strength, error, kinds, heads, at, length, first, d,
     WIDTH: tl.constexpr, ENTRIES: tl.constexpr, CHUNK: tl.constexpr, ENTRY_BLOCK: tl.constexpr,
     WRITES: tl.constexpr, SAVE: tl.constexpr,
 ):  # fmt: skip
-    """Of the next entries of a row, as many as ENTRY_BLOCK: Σ κ w g (v̂ - u), how many count, and how many there are."""
+    """Of the next entries of a row, as many as ENTRY_BLOCK: Σ κ w g (v̂ - u), how many count, and how many there are.
+
+    None from ``end`` on.
+    """
     e = segment + tl.arange(0, ENTRY_BLOCK)
-    inside = e < total.to(tl.int64) * ENTRIES
+    inside = e < end
     same = tl.load(sorted_rows + e, mask=inside, other=-1) == row
     entry = tl.load(order + e, mask=inside, other=0).to(tl.int64)
     gradient = tl.zeros_like(d).to(tl.float32)
@@ -140,48 +143,110 @@ def entries_of(
     return gradient, count, tl.sum(same.to(tl.int32), 0)
 
 
+@triton.jit
+def begins_row(sorted_rows, begin, at):
+    """The row of an entry, and whether it is the first of that row's."""
+    row = tl.load(sorted_rows + at)
+    return row, row != tl.load(sorted_rows + at - 1, mask=at > begin, other=-1)
+
+
+@triton.jit
+def piece_end(begin, at, last, PIECE: tl.constexpr):
+    """Where the piece of PIECE entries ends that an entry lies in, counted from the window's first."""
+    return tl.minimum(begin + ((at - begin) // PIECE + 1) * PIECE, last)
+
+
+@triton.jit(do_not_specialize=["length", "first", "total"])
+def piece_kernel(
+    sorted_rows, order, weights, strength, error, kinds, partial, counts, due, length, first, total,
+    WIDTH: tl.constexpr, ENTRIES: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, PIECE: tl.constexpr,
+    ENTRY_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Σ κ w g (v̂ - u) of a row's entries in one piece of the window's that begins in the middle of the row's.
+
+    Few rows have so many entries; but a token that all read alike would keep the program of its row busy alone.
+    """
+    if not_due(due):
+        return
+    begin = (first * ENTRIES).to(tl.int64)
+    at = begin + tl.program_id(0) * PIECE
+    row, new = begins_row(sorted_rows, begin, at)
+    if new:
+        return
+    d = tl.arange(0, BLOCK)
+    end = piece_end(begin, at, total.to(tl.int64) * ENTRIES, PIECE)
+    gradient = tl.zeros([BLOCK], tl.float32)
+    count = 0
+    segment = at
+    found = ENTRY_BLOCK
+    while (found == ENTRY_BLOCK) & (segment < end):
+        more, counted, found = entries_of(
+            segment, end, row, sorted_rows, order, weights, strength, error, kinds, None, at, length, first, d,
+            WIDTH, ENTRIES, CHUNK, ENTRY_BLOCK, True, False,
+        )  # fmt: skip
+        gradient += more
+        count += counted
+        segment += ENTRY_BLOCK
+    tl.store(partial + tl.program_id(0).to(tl.int64) * WIDTH + d, gradient, mask=d < WIDTH)
+    tl.store(counts + tl.program_id(0), count)
+
+
 @triton.jit(do_not_specialize=["window", "memories", "length", "first", "total"])
 def values_kernel(
-    values, sorted_rows, order, weights, strength, error, kinds, active,
+    values, sorted_rows, order, weights, strength, error, kinds, active, partial, counts,
     heads, steps, saved, unclipped, due, window, memories, length, first, total,
     SLOTS: tl.constexpr, WIDTH: tl.constexpr, ENTRIES: tl.constexpr, CHUNK: tl.constexpr,
-    RATE: tl.constexpr, DECAY: tl.constexpr, CLIP: tl.constexpr, BLOCK: tl.constexpr, ENTRY_BLOCK: tl.constexpr,
-    WRITES: tl.constexpr, SAVE: tl.constexpr,
+    RATE: tl.constexpr, DECAY: tl.constexpr, CLIP: tl.constexpr, BLOCK: tl.constexpr, PIECE: tl.constexpr,
+    ENTRY_BLOCK: tl.constexpr, WRITES: tl.constexpr, SAVE: tl.constexpr,
 ):  # fmt: skip
     """values_i ← values_i - η (clip(G_i) + λ values_i), G_i = (1/N_i) Σ κ w g (v̂ - u) over the entries of slot i.
 
     All entries of the call lie sorted by window, table row and token. Those of one row and window are a segment, and
-    the program of its first entry owns the row. With SAVE it keeps what the backward needs under the segment's place:
-    the row and the step η/N_i; and for each entry, that place.
+    the program of its first entry owns the row; the sums of the pieces behind its own are there already. With SAVE it
+    keeps what the backward needs under the segment's place: the row and the step η/N_i; and for each entry, that place.
     """
     if not_due(due):
         return
     begin = (first * ENTRIES).to(tl.int64)
     at = begin + tl.program_id(0)
-    row = tl.load(sorted_rows + at)
-    before = tl.load(sorted_rows + at - 1, mask=at > begin, other=-1)
-    if row == before:
+    row, new = begins_row(sorted_rows, begin, at)
+    if not new:
         return
     d = tl.arange(0, BLOCK)
+    last = total.to(tl.int64) * ENTRIES
+    end = piece_end(begin, at, last, PIECE)
     place = row.to(tl.int64) - window * memories.to(tl.int64) * SLOTS
     offset = place * WIDTH
     old = tl.load(values + offset + d, mask=d < WIDTH, other=0.0)
     # Most rows have few entries: the first alone needs few registers.
     gradient, count, found = entries_of(
-        at, row, sorted_rows, order, weights, strength, error, kinds, heads, at, length, first, total, d,
+        at, end, row, sorted_rows, order, weights, strength, error, kinds, heads, at, length, first, d,
         WIDTH, ENTRIES, CHUNK, 1, WRITES, SAVE,
     )  # fmt: skip
     segment = at + 1
-    follows = tl.load(sorted_rows + segment, mask=segment < total.to(tl.int64) * ENTRIES, other=-1) == row
+    follows = tl.load(sorted_rows + segment, mask=segment < end, other=-1) == row
     found = follows.to(tl.int32) * ENTRY_BLOCK
     while found == ENTRY_BLOCK:
         more, counted, found = entries_of(
-            segment, row, sorted_rows, order, weights, strength, error, kinds, heads, at, length, first, total, d,
+            segment, end, row, sorted_rows, order, weights, strength, error, kinds, heads, at, length, first, d,
             WIDTH, ENTRIES, CHUNK, ENTRY_BLOCK, WRITES, SAVE,
         )  # fmt: skip
         gradient += more
         count += counted
         segment += ENTRY_BLOCK
+    going_on = tl.load(sorted_rows + end, mask=end < last, other=-1) == row
+    while going_on:
+        if WRITES:
+            piece = (end - begin) // PIECE
+            gradient += tl.load(partial + piece * WIDTH + d, mask=d < WIDTH, other=0.0)
+            count += tl.load(counts + piece)
+        if SAVE:
+            e = end + tl.arange(0, PIECE)
+            same = tl.load(sorted_rows + e, mask=e < last, other=-1) == row
+            entry = tl.load(order + e, mask=same, other=0).to(tl.int64)
+            tl.store(heads + entry, at.to(tl.int32) + tl.zeros_like(e).to(tl.int32), mask=same)
+        end += PIECE
+        going_on = tl.load(sorted_rows + end, mask=end < last, other=-1) == row
     if SAVE:
         tl.store(saved + at * WIDTH + d, old, mask=d < WIDTH)
     if WRITES:

@@ -19,7 +19,7 @@ from fwpkm.kernels.ranks import best_of_all, exact_ranks
 from fwpkm.kernels.room import room_for
 from fwpkm.kernels.shapes import blocks_of, shapes
 from fwpkm.kernels.tokens import DEAD, INF, LIVE, flag_of, not_due
-from fwpkm.kernels.windows import Plan, Window, least
+from fwpkm.kernels.windows import least, write
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -226,7 +226,7 @@ def decode(
     def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=keys.device)
 
-    plan = Plan([Window(0, room, True, 0, room)], room, room, room, batch * room)
+    plan = write(room, batch)
     kept, scratch = room_for(cfg, plan, least(plan, batch), keys, batch, save=False, in_keys=True)
     flags, due, ranks = new(batch, dtype=torch.int8), new(2, dtype=torch.int32), new(batch, heads, 2, subkeys)
     widths = {"QUERY": heads * cfg.key_dim, "VALUE": cfg.value_dim}
@@ -244,7 +244,7 @@ def decode(
 
     stream = new(batch, room, heads * cfg.key_dim), new(batch, room, cfg.value_dim), new(batch, room)
     places = {"ROOM": room, "PENDING": capacity, **gated, **widths}
-    zeros = scratch.zeros.view(torch.int32)[: scratch.largest.storage_offset()]  # which come before it
+    zeros = scratch.zeros[: scratch.largest.storage_offset()]  # which come before it
     Launch(
         stage_kernel, *pending, query, value, gate, flags, *stream, kept.flags, keys, scratch.norms, scratch.largest,
         scratch.halves, zeros, due, TOKENS=batch * room, GROUPS=groups, SUBKEYS=subkeys, HALF=half,

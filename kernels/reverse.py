@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fwpkm.config import FwPKMConfig
 from fwpkm.kernels import backward as kernels
-from fwpkm.kernels.call import Tokens, scale_of
+from fwpkm.kernels.call import Tokens
 from fwpkm.kernels.launch import Launch
 from fwpkm.kernels.room import Kept
 from fwpkm.kernels.shapes import blocks_of, shapes
@@ -70,50 +70,47 @@ def _through_values(
     batch, memories, after = tokens.query.shape[0], kept.counts.shape[1], d_values is not None
     latest = kept.slots.new_full((memories * cfg.num_slots,), -1)
     d_weights, gradients = torch.empty_like(kept.weights), torch.empty_like(kept.rows)
-    longest = max(w.length for w in plan.windows)
-    d_read = kept.rows.new_empty(batch * longest, width)
+    d_read = kept.rows.new_empty(batch * plan.longest, width)
     d_value = torch.zeros_like(tokens.value)
     d_gate = None if tokens.gate is None else torch.zeros_like(tokens.gate)
     new = plan.room - plan.arrived
-    kinds = {w.writes for w in plan.windows}
     reads = {
         writes: Launch(
             kernels.read_backward_kernel, kept.slots, kept.weights, kept.kinds, tokens.gate, kept.error, kept.strength,
             kept.heads, kept.steps, latest, kept.rows, kept.values_unclipped, gradients, d_values, d_output, d_weights,
             d_read, d_value, d_gate,
-            SLOTS=cfg.num_slots, WIDTH=width, ENTRIES=entries, CHUNK=cfg.chunk_size, LOOKAHEAD=cfg.lookahead,
-            SCALE=scale_of(cfg), HAS_GATE=tokens.gate is not None, OUTPUT=d_output is not None, AFTER=after,
+            HAS_GATE=tokens.gate is not None, OUTPUT=d_output is not None, AFTER=after,
             WRITES=writes, **size.read_backward,
-        ) for writes in kinds
+        ) for writes in plan.kinds
     }  # fmt: skip
+    partial = kept.rows.new_empty(blocks_of(batch * plan.longest * entries, size.piece_backward["PIECE"]), width)
+    sum_pieces = Launch(
+        kernels.piece_backward_kernel, kept.sorted_rows, kept.order, kept.weights, d_read, partial,
+        **size.piece_backward,
+    )  # fmt: skip
     rows = Launch(
         kernels.rows_backward_kernel, kept.sorted_rows, kept.order, kept.weights, kept.steps, latest, gradients,
-        d_values, d_read, SLOTS=cfg.num_slots, WIDTH=width, ENTRIES=entries, RATE=cfg.learning_rate,
-        DECAY=cfg.weight_decay, AFTER=after, **size.values,
+        d_values, d_read, partial, AFTER=after, **size.rows_backward,
     )  # fmt: skip
     for i in reversed(range(len(plan.windows))):
         start, length, writes, first, fresh = plan.windows[i]
         count = batch * length
         reads[writes]((count,), start, length, first, plan.room, batch // memories, fresh, plan.arrived, new)
         if i > 0 or table is not None:
+            sum_pieces((blocks_of(count * entries, size.piece_backward["PIECE"]),), first, plan.total)
             rows((count * entries,), i, memories, first, plan.total)
     if of_weights is not None:
         d_weights += of_weights
     d_table = None
     if table is not None:
         d_table = torch.zeros(table, device=gradients.device) if d_values is None else d_values.clone()
-        table_backward = Launch(
-            kernels.table_backward_kernel, latest, gradients, d_table,
-            WIDTH=width, BLOCK=size.values["BLOCK"], num_warps=4,
-        )  # fmt: skip
-        table_backward((len(latest),))
+        Launch(kernels.table_backward_kernel, latest, gradients, d_table, **size.table_backward)((len(latest),))
     d_scores = torch.empty_like(kept.ranks)
     combine_backward = Launch(
         kernels.combine_backward_kernel, kept.ids, kept.slots, kept.weights, kept.kinds, d_weights, d_scores,
-        HEADS=cfg.num_heads, SUBKEYS=cfg.num_subkeys, K=cfg.top_k, TEMPERATURE=cfg.temperature,
-        **size.combine,
+        **size.combine_backward,
     )  # fmt: skip
-    combine_backward((blocks_of(plan.total, size.combine["BLOCK"]),), plan.total)
+    combine_backward((blocks_of(plan.total, size.combine_backward["BLOCK"]),), plan.total)
     return d_scores, d_table, d_value, d_gate
 
 
@@ -130,32 +127,24 @@ def _through_keys(
     both = kept.ranks.new_empty(2, groups, subkeys, half)  # after a window and before it, in turns
     after = both[number % 2]
     after.zero_() if d_keys is None else after.copy_(d_keys.view_as(after))
-    longest = rows * max(w.length for w in plan.windows)
-    sums = KeySums(cfg, tokens.query, kept, longest)
+    sums = KeySums(cfg, tokens.query, kept, rows * plan.longest)
     sum_slopes, sum_ranks = sums.of(d_slopes, queries=False), sums.of(d_ranks)
-    names = {"HEADS": cfg.num_heads, "SUBKEYS": subkeys, "HALF": half, "IDW": cfg.score == "idw"}
-    scored = names | {
-        "K": cfg.top_k, "EPSILON": cfg.score_eps, "CHUNK": cfg.chunk_size, "RATE": cfg.learning_rate,
-        "WEIGHT": cfg.addressing_weight,
-    }  # fmt: skip
     chosen = kept.ids, kept.ranks, kept.kinds, kept.share, kept.counts, kept.moved, kept.keys_unclipped
     pull = Launch(
         kernels.pull_backward_kernel, tokens.query, kept.keys, both, *chosen, d_pulls, d_slopes,
-        **scored, **size.by_token,
+        **size.by_token,
     )  # fmt: skip
-    kinds = {w.writes for w in plan.windows}
     scores = {
         writes: Launch(
             kernels.scores_backward_kernel, tokens.query, kept.keys, both, *chosen, d_pulls, sums.totals, d_scores,
-            d_ranks, d_query, WRITES=writes, ADD=overlap, **scored, **size.by_token,
-        ) for writes in kinds
+            d_ranks, d_query, WRITES=writes, ADD=overlap, **size.by_token,
+        ) for writes in plan.kinds
     }  # fmt: skip
     keys = {
         writes: Launch(
             kernels.keys_backward_kernel, both, sums.sums, sums.totals, kept.moved, kept.pulled,
-            kept.keys_unclipped, RATE=cfg.learning_rate, DECAY=cfg.weight_decay,
-            WRITES=writes, **names, **size.keys,
-        ) for writes in kinds
+            kept.keys_unclipped, WRITES=writes, **size.keys_backward,
+        ) for writes in plan.kinds
     }  # fmt: skip
     for i in reversed(range(number)):
         start, length, writes, first, _ = plan.windows[i]

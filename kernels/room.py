@@ -1,7 +1,8 @@
 """Memory for what a call computes, and what of it the backward needs."""
 
+import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -65,6 +66,8 @@ class Kept(NamedTuple):
 _OF_FORWARD = {"flags", "kinds", "keys", "ids", "ranks", "share", "counts", "active", "slots", "weights", "strength"}
 _OF_FORWARD |= {"error", "order", "sorted_rows", "maps"}
 """What the forward computes in any case."""
+_COUNTED = ("share", "counts", "active", "maps")
+"""What begins as zeros."""
 
 
 def kept_shapes(
@@ -112,7 +115,7 @@ class Scratch(NamedTuple):
     """What the address of tokens needs besides."""
 
     zeros: Tensor
-    """bytes: what must begin as zeros, of ``Kept`` and, behind it, ``largest``"""
+    """int32: what must begin as zeros, of ``Kept`` and, behind it, ``largest``"""
     largest: Tensor
     """``[windows + 1, g]``: the largest ‖K‖² before each window, as the integer that has its bits."""
     norms: Tensor
@@ -125,35 +128,45 @@ def room_for(
     cfg: FwPKMConfig, plan: Plan, most: Bounds, keys: Tensor, batch: int, save: bool, in_keys: bool = False
 ) -> tuple[Kept, Scratch]:
     """Memory for all that a call computes by window; with ``in_keys`` the keys are written where they stand."""
-    memories, groups = keys.shape[0], 2 * keys.shape[0] * cfg.num_heads
-    specs = kept_shapes(cfg, most, memories, batch)
-    if not save:
-        specs["keys"] = (1, *specs["keys"][0][1:]), torch.float32
-    summed = ("share", "counts", "active", "maps")
-    zeros, (*counted, largest) = _together(
-        keys.device, *(specs[name] for name in summed), ((most.windows + 1, groups), torch.int32)
+    memories, groups, device = keys.shape[0], 2 * keys.shape[0] * cfg.num_heads, keys.device
+    specs, size, places = _layout(cfg, most, memories, batch, save)
+    zeros = torch.empty(size, dtype=torch.int32, device=device)
+    *counted, largest = (
+        (zeros if dtype == torch.int32 else zeros.view(dtype)).as_strided(*place) for dtype, place in places
     )
-    rooms: dict[str, Tensor | None] = dict(zip(summed, counted))
-    rooms["order"] = None  # the sort makes it
+    rooms: dict[str, Tensor | None] = dict(zip(_COUNTED, counted))
     if in_keys:
         rooms["keys"] = keys.view(specs["keys"][0])
-    for name in Kept._fields:
+    for name, spec in specs.items():
         if name not in rooms:
-            shape, dtype = specs[name]
-            needed = shape != (0,) and (save or name in _OF_FORWARD)
-            rooms[name] = torch.empty(shape, dtype=dtype, device=keys.device) if needed else None
+            rooms[name] = None if spec is None else torch.empty(spec[0], dtype=spec[1], device=device)
     kept = Kept(**rooms)  # type: ignore[arg-type]
     used = plan.total * cfg.slots_per_token
     if len(kept.sorted_rows) > used:  # what no window uses comes last
         kept.sorted_rows[used:] = torch.iinfo(kept.sorted_rows.dtype).max
-    norms = torch.empty(groups, cfg.num_subkeys, device=keys.device)
-    halves = torch.empty(groups, 2, cfg.num_subkeys, cfg.key_dim // 2, dtype=torch.bfloat16, device=keys.device)
+    norms = torch.empty(groups, cfg.num_subkeys, device=device)
+    halves = torch.empty(groups, 2, cfg.num_subkeys, cfg.key_dim // 2, dtype=torch.bfloat16, device=device)
     return kept, Scratch(zeros, largest, norms, halves)
 
 
-def _together(device: torch.device, *parts: tuple[tuple[int, ...], torch.dtype]) -> tuple[Tensor, list[Tensor]]:
-    """One buffer, and tensors of these shapes and dtypes in it: all become zeros at the price of one launch."""
-    sizes = [blocks_of(math.prod(shape) * dtype.itemsize, 16) * 16 for shape, dtype in parts]
-    buffer = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
-    taken = [x[: math.prod(shape) * dtype.itemsize] for x, (shape, dtype) in zip(buffer.split(sizes), parts)]
-    return buffer, [x.view(dtype).view(shape) for x, (shape, dtype) in zip(taken, parts)]
+@functools.lru_cache(64)
+def _layout(cfg: FwPKMConfig, most: Bounds, memories: int, batch: int, save: bool) -> tuple[dict, int, list]:
+    """``kept_shapes`` with None for what a call does not need; how many int32 must begin as zeros; and what they are.
+
+    That is, as dtypes and places: what is counted, and ``largest``. In one buffer all become zeros by one launch.
+    """
+    specs: dict[str, Any] = dict(kept_shapes(cfg, most, memories, batch))
+    for name, (shape, _) in specs.items():
+        if shape == (0,) or name == "order" or not (save or name in _OF_FORWARD):
+            specs[name] = None  # the sort makes the order
+    if not save:  # of the keys only the last
+        shape, dtype = specs["keys"]
+        specs["keys"] = (1, *shape[1:]), dtype
+    largest = (most.windows + 1, 2 * memories * cfg.num_heads), torch.int32
+    places, at = [], 0
+    for shape, dtype in (*(specs[name] for name in _COUNTED), largest):
+        words = dtype.itemsize // 4
+        strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
+        places.append((dtype, (shape, strides, at // words)))
+        at += blocks_of(math.prod(shape) * words, 4) * 4  # addresses of 16 bytes
+    return specs, at, places

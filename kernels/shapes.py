@@ -1,4 +1,7 @@
-"""The pinned block sizes of every kernel, from the configuration alone: never from B or T, so nothing is tuned anew."""
+"""The compile-time arguments of every kernel that follow from the configuration, pinned block sizes among them.
+
+Never from B or T, so nothing is tuned anew.
+"""
 
 import functools
 import os
@@ -14,6 +17,7 @@ class Shapes(NamedTuple):
     """Compile-time arguments by kernel."""
 
     prepare: dict[str, Any]
+    begin: dict[str, Any]
     select: dict[str, Any]
     rank: dict[str, Any]
     combine: dict[str, Any]
@@ -23,20 +27,33 @@ class Shapes(NamedTuple):
     key_sums: dict[str, Any]
     keys: dict[str, Any]
     read: dict[str, Any]
+    piece: dict[str, Any]
     values: dict[str, Any]
     read_backward: dict[str, Any]
+    piece_backward: dict[str, Any]
+    rows_backward: dict[str, Any]
+    table_backward: dict[str, Any]
+    combine_backward: dict[str, Any]
     by_token: dict[str, Any]
+    """``pull_backward`` and ``scores_backward``"""
+    keys_backward: dict[str, Any]
 
 
 @functools.lru_cache
 def shapes(cfg: FwPKMConfig, query: torch.dtype) -> Shapes:
-    """The block sizes for a configuration and the dtype of the queries."""
+    """For a configuration and the dtype of the queries."""
     half, k, heads, subkeys = cfg.key_dim // 2, cfg.top_k, cfg.num_heads, cfg.num_subkeys
     choices = triton.next_power_of_2(k)
     width = triton.next_power_of_2(cfg.value_dim)
     half_block = triton.next_power_of_2(half)
     head_block = triton.next_power_of_2(heads)
     entries = heads * k
+    names = {"HEADS": heads, "SUBKEYS": subkeys}
+    ranked = names | {"HALF": half, "IDW": cfg.score == "idw"}
+    scored = names | {"K": k, "IDW": cfg.score == "idw", "EPSILON": cfg.score_eps, "CHUNK": cfg.chunk_size}
+    table = {"SLOTS": cfg.num_slots, "WIDTH": cfg.value_dim, "ENTRIES": entries}
+    bound = {"CHUNK": cfg.chunk_size, "LOOKAHEAD": cfg.lookahead, "SCALE": _scale_of(cfg)}
+    step = {"RATE": cfg.learning_rate, "DECAY": cfg.weight_decay}
     exact = query == torch.bfloat16
     products = {"EXACT": exact, "UPCAST": os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")}
     # A row of sub-scores stays within a warp group's registers: 64 tokens x 256 sub-keys are 128 of a thread's 255.
@@ -49,13 +66,23 @@ def shapes(cfg: FwPKMConfig, query: torch.dtype) -> Shapes:
         "PROPOSED": proposed,
         "BITS": max(9, (subkeys - 1).bit_length()),
     }
+    lanes = max(1, 32 // choices)
+    by_warp = {"BLOCK": lanes, "HEAD_BLOCK": head_block, "CHOICES": choices, "num_warps": 1}
+    row = {"BLOCK": width, "PIECE": 64, "num_warps": max(1, min(4, width // 512))}
+    # Many entries in flight for the few rows that have many; two for the many that have few, to spare registers.
+    many, few = row | {"ENTRY_BLOCK": 8}, row | {"ENTRY_BLOCK": 2}
+    of_piece = {"WIDTH": cfg.value_dim, "ENTRIES": entries, **many}
     return Shapes(
         prepare={
+            "QUERY": heads * cfg.key_dim,
+            "VALUE": cfg.value_dim,
             "QUERY_BLOCK": triton.next_power_of_2(heads * cfg.key_dim),
             "VALUE_BLOCK": width,
             "num_warps": 1,  # a token is a few KB: one warp reads it in a few wide loads
         },
+        begin={"SUBKEYS": subkeys, "HALF": half, "BLOCK": half_block, "num_warps": 1},
         select={
+            **ranked,
             "BLOCK": 64,  # the fewest rows that a warp group multiplies at once
             "COLUMNS": columns,
             "DEPTH": max(16, min(32, half_block)),
@@ -65,6 +92,8 @@ def shapes(cfg: FwPKMConfig, query: torch.dtype) -> Shapes:
             **products,
         },
         rank={
+            **ranked,
+            "K": k,
             # A warp holds 1024 numbers of its token's sub-keys at once: 32 registers, all loads in flight.
             "STEP": max(8, min(1024 // choices, half_block)),
             "CHOICES": choices,
@@ -74,12 +103,7 @@ def shapes(cfg: FwPKMConfig, query: torch.dtype) -> Shapes:
             "num_warps": 1,
             **proposals,
         },
-        combine={
-            "BLOCK": max(1, 32 // choices),  # a warp's lanes
-            "HEAD_BLOCK": head_block,
-            "CHOICES": choices,
-            "num_warps": 1,
-        },
+        combine={**scored, "TEMPERATURE": cfg.temperature, **by_warp},
         scan={"CHOICES": 16, "STEP": max(8, min(128, half_block)), "num_warps": 1},
         token={
             "CHOICES": choices,
@@ -88,25 +112,63 @@ def shapes(cfg: FwPKMConfig, query: torch.dtype) -> Shapes:
             "STEP": max(16, min(width, 4096 // (head_block * choices))),
             "num_warps": 4,
         },
-        pull={"BLOCK": 32, "CHOICES": choices, "num_warps": 4},
+        pull={
+            **scored,
+            "LOOKAHEAD": cfg.lookahead,
+            "WEIGHT": cfg.addressing_weight,
+            "BLOCK": 32,
+            "CHOICES": choices,
+            "num_warps": 4,
+        },
         key_sums={
+            **names,
+            "HALF": half,
+            "K": k,
+            "CENTRED": cfg.score == "idw",
             "BLOCK": half_block,
             "CHOICES": choices,
             # A warp takes so many tokens at once: their queries are 64 of its registers, and nothing crosses warps.
             "WORDS": max(1, min(8, 2048 // half_block)),
             "num_warps": 1,
         },
-        keys={"BLOCK": half_block, "num_warps": 1},
-        read={"BLOCK": width, "ENTRY_BLOCK": min(8, triton.next_power_of_2(entries)), "num_warps": 4},
-        values={"BLOCK": width, "ENTRY_BLOCK": 2, "num_warps": max(1, min(4, width // 512))},
-        read_backward={"BLOCK": width, "ENTRY_BLOCK": min(4, triton.next_power_of_2(entries)), "num_warps": 4},
+        keys={**names, "HALF": half, **step, "CLIP": cfg.grad_clip, "BLOCK": half_block, "num_warps": 1},
+        read={
+            **table,
+            **bound,
+            "BLOCK": width,
+            "ENTRY_BLOCK": min(8, triton.next_power_of_2(entries)),
+            "num_warps": 4,
+        },
+        piece={**of_piece, "CHUNK": cfg.chunk_size},
+        values={**table, "CHUNK": cfg.chunk_size, **step, "CLIP": cfg.grad_clip, **few},
+        read_backward={
+            **table,
+            **bound,
+            "BLOCK": width,
+            "ENTRY_BLOCK": min(4, triton.next_power_of_2(entries)),
+            "num_warps": 4,
+        },
+        piece_backward=of_piece,
+        rows_backward={**table, **step, **few},
+        table_backward={"WIDTH": cfg.value_dim, "BLOCK": width, "num_warps": 4},
+        combine_backward={**names, "K": k, "TEMPERATURE": cfg.temperature, **by_warp},
         by_token={
+            **scored,
+            "HALF": half,
+            "RATE": cfg.learning_rate,
+            "WEIGHT": cfg.addressing_weight,
             "BLOCK": 1,  # one warp a token, as in combine
             "CHOICES": choices,
             "STEP": max(8, min(1024 // choices, half_block)),
             "num_warps": 1,
         },
+        keys_backward={**ranked, **step, "BLOCK": half_block, "num_warps": 1},
     )
+
+
+def _scale_of(cfg: FwPKMConfig) -> float:
+    """κ of §4, or 0 where it is 1/Σw²."""
+    return {"slots": float(cfg.slots_per_token), "unit": 1.0, "normalized": 0.0}[cfg.write_scale]
 
 
 def blocks_of(number: int, block: int) -> int:

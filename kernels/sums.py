@@ -1,5 +1,6 @@
 """Sums over the tokens that chose a sub-key: each has a map of them, a bit for each token of the window."""
 
+import functools
 from typing import TYPE_CHECKING
 
 import torch
@@ -96,28 +97,22 @@ class KeySums:
 
     def __init__(self, cfg: FwPKMConfig, query: Tensor, kept: "Kept", longest: int, due: Tensor | None = None) -> None:
         """For windows of at most ``longest`` tokens a memory, whose keys, sub-keys and maps are ``kept``."""
-        self.cfg, self.query, self.kept, self.due = cfg, query, kept, due
-        maps = kept.maps
-        _, self.groups, subkeys, self.words = maps.shape
+        self.query, self.kept, self.due = query, kept, due
+        _, self.groups, self.subkeys, self.words = kept.maps.shape
         self.size = shapes(cfg, query.dtype).key_sums
-        self.most = max(1, min(16, _PROGRAMS // (self.groups * subkeys)))
-        pieces = self._pieces(longest)[0]
-        self.sums = torch.empty(pieces, self.groups, subkeys, cfg.key_dim // 2, device=query.device)
-        self.totals = torch.empty(pieces, self.groups, subkeys, device=query.device)
+        pieces, _ = self._pieces(longest)
+        self.sums = torch.empty(pieces, self.groups, self.subkeys, cfg.key_dim // 2, device=query.device)
+        self.totals = torch.empty(pieces, self.groups, self.subkeys, device=query.device)
 
     def _pieces(self, tokens: int) -> tuple[int, int]:
-        number = blocks_of(tokens, 32 * self.size["WORDS"])
-        steps = blocks_of(number, self.most)
-        return blocks_of(number, steps), steps
+        return _pieces(blocks_of(tokens, 32 * self.size["WORDS"]), self.groups * self.subkeys)
 
     def of(self, factors: Tensor, queries: bool = True) -> Launch:
         """The launch that sums ``factors`` [., H, 2, k], and with ``queries`` also Σ f q, or Σ f (q - K)."""
-        cfg = self.cfg
+        kept = self.kept
         return Launch(
-            key_sums_kernel, self.query, self.kept.keys, self.kept.ids, self.kept.maps, factors, self.sums, self.totals,
-            self.due, CENTRED=cfg.score == "idw",
-            HEADS=cfg.num_heads, SUBKEYS=cfg.num_subkeys, HALF=cfg.key_dim // 2, K=cfg.top_k, QUERIES=queries,
-            **self.size,
+            key_sums_kernel, self.query, kept.keys, kept.ids, kept.maps, factors, self.sums, self.totals, self.due,
+            QUERIES=queries, **self.size,
         )  # fmt: skip
 
     def launch(
@@ -127,10 +122,17 @@ class KeySums:
         """Sum over a window; returns in how many pieces."""
         pieces, steps = self._pieces(rows * length)
         launch(
-            (self.cfg.num_subkeys * pieces, self.groups),
+            (self.subkeys * pieces, self.groups),
             window, version, offset, self.words, pieces, steps, start, length, first, room, rows,
         )  # fmt: skip
         return pieces
+
+
+@functools.lru_cache
+def _pieces(number: int, rows: int) -> tuple[int, int]:
+    """In how many pieces the steps over a map are cut where so many rows have one, and how many a piece has."""
+    steps = blocks_of(number, max(1, min(16, _PROGRAMS // rows)))
+    return blocks_of(number, steps), steps
 
 
 @triton.jit

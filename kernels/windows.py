@@ -1,5 +1,7 @@
 """Which windows a call reads (SPEC.md §5), and what any call of its length needs room for."""
 
+import functools
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from fwpkm import schedule
@@ -21,7 +23,7 @@ class Window(NamedTuple):
 class Plan(NamedTuple):
     """What a call reads and writes."""
 
-    windows: list[Window]
+    windows: tuple[Window, ...]
     arrived: int
     """Tokens of the stream that were pending: their reads have been output before."""
     room: int
@@ -30,22 +32,43 @@ class Plan(NamedTuple):
     """Where in the stream the tokens begin that no write has consumed."""
     total: int
     """Tokens of all windows, of all sequences."""
+    longest: int
+    """Tokens of a sequence in the longest window."""
+    kinds: frozenset[bool]
+    """Whether windows write, and whether any does not."""
+
+    @classmethod
+    def of(cls, windows: Iterable[Window], arrived: int, room: int, left: int, total: int) -> "Plan":
+        """With what follows from the windows."""
+        windows = tuple(windows)
+        kinds = frozenset(w.writes for w in windows)
+        return cls(windows, arrived, room, left, total, max(w.length for w in windows), kinds)
 
 
 def plan(cfg: FwPKMConfig, position: int, length: int, batch: int, update: bool) -> Plan:
     """The windows of a call of ``length`` tokens at ``position``."""
-    if not update:
-        return Plan([Window(0, length, False, 0, 0)], 0, length, 0, batch * length)
-    arrived = schedule.pending(cfg, position)
+    return _plan(cfg, schedule.pending(cfg, position) if update else None, length, batch)
+
+
+def write(length: int, batch: int) -> Plan:
+    """The one window of tokens that wait, to be written."""
+    return Plan.of([Window(0, length, True, 0, length)], length, length, length, batch * length)
+
+
+@functools.lru_cache(64)
+def _plan(cfg: FwPKMConfig, arrived: int | None, length: int, batch: int) -> Plan:
+    """The plan where so many tokens are pending, on which alone it depends; None only reads."""
+    if arrived is None:
+        return Plan.of([Window(0, length, False, 0, 0)], 0, length, 0, batch * length)
     windows, start, first = [], 0, 0
     fresh = arrived
-    for begin, end, writes in schedule.segments(cfg, position, length):
+    for begin, end, writes in schedule.segments(cfg, arrived, length):
         begin, end = begin + arrived, end + arrived
         begin = start if writes else begin  # a write reads its whole chunk again; else what is pending stays unread
         windows.append(Window(begin, end - begin, writes, first, fresh))
         first, fresh = first + batch * (end - begin), end
         start += cfg.chunk_size * writes
-    return Plan(windows, arrived, fresh, start, first)
+    return Plan.of(windows, arrived, fresh, start, first)
 
 
 class Bounds(NamedTuple):
@@ -70,4 +93,4 @@ def bounds(cfg: FwPKMConfig, length: int, batch: int, update: bool) -> Bounds:
 
 def least(plan: Plan, batch: int) -> Bounds:
     """What one plan needs room for."""
-    return Bounds(len(plan.windows), plan.total, plan.room, max(w.length for w in plan.windows))
+    return Bounds(len(plan.windows), plan.total, plan.room, plan.longest)

@@ -195,3 +195,28 @@ print(kernels.why_unsupported(cfg, be.init_memory(cfg), torch.zeros(1, 2, 16)))
     environment = {"PATH": "", "TRITON_INTERPRET": "0"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120)
     assert "CUDA device" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(("scope", "save"), [("batch", True), ("sequence", True), ("sequence", False)])
+def test_rows_that_many_tokens_read(scope: str, save: bool) -> None:
+    """Four slots for 90 tokens of two sequences: rows with hundreds of entries, over several pieces, in two windows."""
+    cfg = FwPKMConfig(
+        **SMALL | {"num_subkeys": 2, "top_k": 2, "chunk_size": 50, "memory_scope": scope, "write_scale": "unit"}
+    )
+    draw = torch.Generator().manual_seed(3)
+    given = [(torch.rand(2, 90, *w, generator=draw) - 0.5).to(DEVICE) for w in ((16,), (16,))]
+    mask = (torch.rand(2, 90, generator=draw) > 0.2).to(DEVICE)
+    cotangents = torch.rand(2, 90, 16, generator=draw).to(DEVICE) - 0.5
+    found = []
+    for implementation in ("eager", "triton"):
+        leaves = [x.clone().requires_grad_(save) for x in given]
+        tables = [x.to(DEVICE).requires_grad_(save) for x in be.init_memory(cfg, seed=1)]
+        state = be.init_state(cfg, Memory(*tables), batch_size=2)
+        output, state, _ = be.apply(cfg, state, *leaves, mask=mask, implementation=implementation)
+        results = [output, *state.memory]
+        if save:
+            total = (output * cotangents).sum() + sum(x.square().sum() for x in state.memory)
+            results += torch.autograd.grad(total, [*leaves, *tables])
+        found.append(results)
+    for expected, received in zip(*found, strict=True):
+        same_or_close(received, expected)

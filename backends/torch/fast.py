@@ -133,7 +133,7 @@ def flush(cfg: FwPKMConfig, memory: Memory, waiting: Tokens, owned: bool) -> tup
     from fwpkm.kernels import call, windows
 
     batch, length = waiting.mask.shape
-    plan = windows.Plan([windows.Window(0, length, True, 0, length)], length, length, length, batch * length)
+    plan = windows.write(length, batch)
     _, memory, _, trace = _run(cfg, plan, memory, call.Tokens(*waiting), owned, 1, waiting.query.dtype)
     return memory, trace
 
@@ -164,7 +164,7 @@ def chunk_update(
 
     cfg = dataclasses.replace(cfg, lookahead=0, chunk_size=_EVERY_TOKEN)
     batch, length = query.shape[:2]
-    plan = windows.Plan([windows.Window(0, length, True, 0, length)], length, length, length, batch * length)
+    plan = windows.write(length, batch)
     pair = query.new_ones(batch, length, dtype=torch.bool) if pair is None else pair
     tokens = call.Tokens(query, target, gate, mask, pair)
     _, memory, _, trace = _run(cfg, plan, memory, tokens, False, 1, query.dtype)
@@ -207,7 +207,7 @@ def _forward(
     """The result, and the table that was written: that of the caller if it is ``owned``, else a copy."""
     from fwpkm.kernels import call
 
-    if not any(window.writes for window in plan.windows):
+    if True not in plan.kinds:
         values = values.contiguous()
     elif not (owned and values.is_contiguous()):
         values = values.clone(memory_format=torch.contiguous_format)
