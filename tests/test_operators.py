@@ -8,6 +8,7 @@ from torch import Tensor
 from fwpkm import FwPKMConfig
 from fwpkm.agreement import BOUNDS
 from fwpkm.backends import torch as be
+from fwpkm.backends.torch import fast
 from fwpkm.containers import Memory, State
 
 CONFIGS = {
@@ -63,6 +64,48 @@ def test_compiled_without_a_break_it_gives_the_same(name: str) -> None:
     for expected, received in zip(*results, strict=True):
         assert received.dtype == expected.dtype
         same_or_close(received, expected)
+
+
+def test_compiled_a_table_is_overwritten_in_place_and_else_never() -> None:
+    cfg = FwPKMConfig(**SMALL)
+
+    def read(state: State, inplace: bool, *given: Tensor) -> tuple[Tensor, Memory]:
+        output, after, _ = be.apply(cfg, state, *given, inplace=inplace, implementation="triton")
+        return output * 2 + 1, after.memory
+
+    results, compiled = [], torch.compile(read, backend="aot_eager")
+    for function, inplace in ((read, False), (compiled, True), (compiled, False)):
+        given, state = [x.requires_grad_() for x in tokens_of(cfg, 5, batch=1)], state_of(cfg, batch=1)
+        before = state.memory.values.clone()
+        output, after = function(state, inplace, *given)
+        assert torch.equal(state.memory.values, after.values if inplace else before)
+        assert not torch.equal(after.values, before)
+        results.append([output, *after, *torch.autograd.grad(output.square().sum(), given)])
+    for expected, *received in zip(*results, strict=True):
+        for x in received:
+            same_or_close(x, expected)
+
+
+@pytest.mark.parametrize("served", [False, True], ids=["eager", "triton"])
+def test_a_compiled_layer_overwrites_a_state_in_place_and_never_its_own_tables(monkeypatch, served: bool) -> None:
+    for name in ("serves", "serves_traced"):
+        monkeypatch.setattr(fast, name, lambda *_: served)
+    layer = be.FwPKM(8, **SMALL).to(DEVICE).requires_grad_(False)
+    x, initial = torch.rand(1, 8, 8, device=DEVICE), layer.memory.values.clone()
+    expected, between = layer(x[:, :5])
+    more, last = layer(x[:, 5:], between)
+    compiled = torch.compile(layer, backend="aot_eager")
+    received, state = compiled(x[:, :5], inplace=True)  # without a state there is nothing to give up
+    same_or_close(received, expected)
+    same_or_close(state.memory.values, between.memory.values)
+    assert torch.equal(layer.memory.values, initial)
+    for inplace in (False, True):
+        before = state.memory.values.clone()
+        received, after = compiled(x[:, 5:], state, inplace=inplace)
+        same_or_close(received, more)
+        same_or_close(after.memory.values, last.memory.values)
+        assert torch.equal(state.memory.values, after.memory.values if inplace else before)
+        assert not torch.equal(after.memory.values, before)
 
 
 def test_the_operators_are_what_they_say() -> None:

@@ -148,7 +148,8 @@ class FwPKM(nn.Module):
             state: where the sequence stands; None starts from the initial memory.
             mask: ``[B, T]`` bool, False for tokens that never write (padding); None for True.
             update: False only reads and leaves the state as it is.
-            inplace: the tables of ``state`` may be overwritten, which saves one copy of them. Compiled, they never are.
+            inplace: the tables of ``state`` may be overwritten, which saves one copy of them. Of a compiled layer the
+                memory then runs between two graphs.
 
         Returns:
             y ``[B, T, hidden_size]`` in the projections' dtype, NaN for tokens that are not finite, and the next state.
@@ -158,12 +159,9 @@ class FwPKM(nn.Module):
             RuntimeError: ``inplace`` on a table that autograd still needs.
         """
         x, mask, dead, query, value, gate = self._project(x, mask)
-        # A fresh state is this call's own, so its table is written in place: one copy of the initial memory in all.
-        fresh = state is None
-        if state is None:
-            state = ops.fresh_state(self.config, self.memory(), query)
-        owned = inplace or (fresh and not state.memory.values.requires_grad)
-        read, state, _ = ops.apply(self.config, state, query, value, gate, mask, update, inplace=owned)
+        if state is None:  # written in place, so that the initial memory is copied once
+            state, inplace = ops.fresh_state(self.config, self.memory(), query)
+        read, state, _ = ops.apply(self.config, state, query, value, gate, mask, update, inplace=inplace)
         return self._output(read, value, gate, dead, x.dtype), state
 
     @torch.no_grad()

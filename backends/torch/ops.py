@@ -65,15 +65,15 @@ def init_state(cfg: FwPKMConfig, memory: Memory, batch_size: int) -> State:
     return _state(cfg, Memory(*tables), _no_tokens(cfg, memory.keys, batch_size), _position(batch_size, 0))
 
 
-def fresh_state(cfg: FwPKMConfig, memory: Memory, query: Tensor) -> State:
-    """What a layer's call without a state begins with: one copy of the initial tables, the call's own.
+def fresh_state(cfg: FwPKMConfig, memory: Memory, query: Tensor) -> tuple[State, bool]:
+    """What a layer's call without a state begins with, and whether the call may overwrite its tables.
 
-    Compiled, the operator makes that copy.
+    It may where they are its own copy and autograd does not need them; compiled, the operator makes that copy.
     """
     batch = query.shape[0]
     if torch.compiler.is_compiling() and fast.serves_traced(None, cfg, memory, query):
-        return _state(cfg, memory, _no_tokens(cfg, memory.keys, batch), _position(batch, 0))
-    return init_state(cfg, memory, batch)
+        return _state(cfg, memory, _no_tokens(cfg, memory.keys, batch), _position(batch, 0)), False
+    return init_state(cfg, memory, batch), not memory.values.requires_grad
 
 
 def apply(
@@ -98,7 +98,8 @@ def apply(
         gate: ``[B, T]`` in [0, 1], or None for 1.
         mask: ``[B, T]`` bool, False for tokens that never write, or None for True.
         update: False only reads: no write, nothing pending, position unchanged.
-        inplace: the state's value table may be overwritten, which saves one copy of it. Compiled, it never is.
+        inplace: the state's value table may be overwritten, which saves one copy of it. torch.compile then runs the
+            call between its graphs.
         implementation: None for the fastest that can serve the call, "triton" for the kernels (kernels/), "eager" for
             plain PyTorch. torch.compile keeps a call that the kernels serve in its graph.
 
@@ -109,7 +110,9 @@ def apply(
         ValueError: an argument does not fit; names it, what was expected and what was received.
         RuntimeError: ``inplace`` on a table that autograd still needs.
     """
-    if torch.compiler.is_compiling() and fast.serves_traced(implementation, cfg, state.memory, query):
+    # The operator is functional, as autograd demands: a call that overwrites stays out of the graph.
+    traced = torch.compiler.is_compiling() and not inplace
+    if traced and fast.serves_traced(implementation, cfg, state.memory, query):
         return operators.apply(cfg, state, query, value, gate, mask, update)
     return _apply(cfg, state, query, value, gate, mask, update, inplace, implementation)
 
