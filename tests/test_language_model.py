@@ -141,6 +141,12 @@ def test_without_memories_a_layer_sees_a_window(layers, window):
     assert differs.nonzero().flatten().tolist() == list(range(7, 7 + reach + 1))
 
 
+@given(st.integers(1, 9), st.integers(1, 99), st.integers(2, 999))
+def test_what_lies_beyond_is_out_of_reach_and_written(layers, window, chunk):
+    settings = ModelSettings(layers=layers, window=window, memory={"chunk_size": chunk})
+    assert settings.beyond == max(layers * (window - 1), chunk) + 64
+
+
 def test_memories_see_beyond_windows():
     model = built(window=3, memories=(1,))
     changed = TOKENS.clone()
@@ -213,9 +219,9 @@ MODEL_RULES = [
 TRAINING_RULES = [
     ("steps", 0), ("steps", -5), ("steps", 1.5), ("steps", True), ("batch", 0), ("length", 0), ("length", "64"),
     ("warmup", -1), ("warmup", 0.5), ("seed", -1), ("seed", "one"), ("facts", -0.1), ("facts", 1.1), ("facts", "all"),
-    ("facts", float("nan")), ("fresh", 2), ("decay", -1), ("decay", None), ("learning_rate", 0),
-    ("learning_rate", float("nan")), ("learning_rate", float("inf")), ("clip", 0), ("clip", [1]), ("asked_weight", 0),
-    ("asked_weight", -1), ("weight_decay", -0.1), ("weight_decay", "0"),
+    ("facts", float("nan")), ("span", 0), ("span", 1.5), ("gap", -1), ("gap", 0.5), ("decay", -1), ("decay", None),
+    ("learning_rate", 0), ("learning_rate", float("nan")), ("learning_rate", float("inf")), ("clip", 0), ("clip", [1]),
+    ("asked_weight", 0), ("asked_weight", -1), ("weight_decay", -0.1), ("weight_decay", "0"),
 ]  # fmt: skip
 RULES = [("model", *rule) for rule in MODEL_RULES] + [("training", *rule) for rule in TRAINING_RULES]
 
@@ -236,6 +242,15 @@ def test_a_sequence_ends_where_a_chunk_does():
     with pytest.raises(ValueError, match=re.escape("some.toml: training.length must be a multiple of model.memory")):
         Experiment.of(tables, "some.toml")
     Experiment.of({**tables, "model": {}}, "without memories")
+
+
+@pytest.mark.parametrize(("gap", "chunk"), [(512, 512), (520, 1024)])
+def test_a_fact_is_written_before_it_is_stated_again(gap, chunk):
+    tables = {"model": {"memories": [1], "memory": {"chunk_size": chunk}}, "training": {"gap": gap}}
+    with pytest.raises(ValueError, match=f"training.gap must be more than model.memory.chunk_size, .*gap={gap}"):
+        Experiment.of(tables, "some.toml")
+    Experiment.of({**tables, "model": {}}, "without memories")
+    Experiment.of({**tables, "training": {"gap": gap, "facts": 0.0}}, "without facts")
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import torch
 from asserting import assert_close
 from safetensors.torch import save_file
 
-from examples.language_model import by_position, checkpoint, facts, needle, training
+from examples.language_model import by_position, checkpoint, facts, inside, needle, training
 from examples.language_model.corpus import Corpus, Texts
 from examples.language_model.model import LanguageModel, Reading
 from examples.language_model.settings import Experiment, ModelSettings
@@ -211,8 +211,8 @@ def test_batches_of_any_size_ask_the_same(monkeypatch, at_once):
 
 
 WRONG = {
-    "an unknown phrasing": ({"phrasings": ["seen-0", "seen-9"]}, "a phrasing is one of seen-0, .*Received: seen-9"),
-    "a short length": ({"lengths": [1400, 900]}, "length must be at least .*Received: 900"),
+    "an unknown phrasing": ({"phrasings": ["seen-0", "seen-120"]}, "a phrasing is seen-0 to .*Received: seen-120"),
+    "a short length": ({"lengths": [1400, 700]}, f"in front of {ModelSettings(**MODEL).beyond} clear .*Received: 700"),
     "a long length": ({"lengths": [1400, 9000]}, "No document is long enough"),
     "no samples": ({"samples": 0}, "samples=0"),
     "no readings": ({"readings": 0}, "readings=0"),
@@ -229,6 +229,12 @@ def test_what_does_not_fit_is_said_before_anything_is_read(monkeypatch, tmp_path
     with pytest.raises(ValueError, match="is a folder"):
         needle.measure(tmp_path, CORPUS, tmp_path, CPU, **ASKED, controls=False)
     assert not (tmp_path / "out.json").exists()
+
+
+def test_what_is_looked_into_lies_beyond_attention_too(monkeypatch, folders, tmp_path):
+    monkeypatch.setattr(inside, "LENGTH", 300)
+    with pytest.raises(ValueError, match=f"in front of {EXPERIMENT.model.beyond} clear bytes. Received: 300"):
+        inside.draw(folders / "memory", CORPUS, tmp_path, CPU)
 
 
 # Bits

@@ -1,5 +1,7 @@
 """Training the language model: it goes on where it stopped, and keeps what it had when something is wrong."""
 
+import dataclasses
+import itertools
 import json
 import math
 import os
@@ -11,17 +13,20 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 from asserting import assert_close
+from interpreter import DEVICE
 from safetensors.torch import load_file, save_file
 
-from examples.language_model import checkpoint, results, training
+from examples.language_model import checkpoint, facts, results, training
 from examples.language_model.corpus import Corpus, Texts
 from examples.language_model.settings import Experiment
+from examples.language_model.training import Batch
+from fwpkm.backends.torch import fast
 
 CPU = torch.device("cpu")
 WEIGHTS, RECORD, SETTINGS = "checkpoint.safetensors", "record.jsonl", "experiment.json"
 MODEL = {"width": 16, "layers": 2, "heads": 2, "window": 8, "hidden": 16, "memories": [1]}
 MEMORY = {"num_subkeys": 16, "top_k": 2, "chunk_size": 16}
-TRAINING = {"steps": 6, "batch": 2, "length": 64, "warmup": 2, "fresh": 1.0, "facts": 0.0}
+TRAINING = {"steps": 6, "batch": 2, "length": 64, "warmup": 2, "span": 1, "facts": 0.0}
 
 
 def experiment(model=None, **fields):
@@ -91,26 +96,66 @@ def test_a_stop_before_the_first_step_goes_on_too(tmp_path, monkeypatch):
     assert equal(parts, whole)
 
 
-def test_memories_go_on_from_step_to_step_unless_they_start_anew():
-    trainers = [training.Trainer(experiment(fresh=fresh), CPU) for fresh in (0.0, 1.0)]
-    batches = list(training.batches(CORPUS, experiment().training, 0))
-    for batch in batches[:2]:
-        losses = [trainer.take(batch)[0].item() for trainer in trainers]
-    assert losses[0] != losses[1]
-    kept, anew = (trainer.reading.memories[0].memory.values.clone() for trainer in trainers)
-    first = trainers[0].model.memories["1"].memory().values
-    assert kept.shape == (1, 256, 16)  # one table for all rows
-    rows_kept, rows_anew = ((table != first).any(-1).sum() for table in (kept, anew))
-    assert rows_kept > rows_anew > 0
+def two_memories():
+    """A trainer, and the tables that it keeps for each row."""
+    trainer = training.Trainer(experiment(model={"memories": [0, 1]}), CPU)
+    return trainer, [table for state in trainer.reading.memories for table in state.memory]
+
+
+BATCHES = list(training.batches(CORPUS, experiment().training, 0))
+
+
+def test_a_row_that_begins_anew_starts_from_the_initial_tables():
+    (fresh, expected), (spoiled, found) = two_memories(), two_memories()
+    for table in found:
+        table.normal_()
+    fresh.take(BATCHES[0]._replace(anew=[False, False]))
+    spoiled.take(BATCHES[0]._replace(anew=[False, True]))
+    for table, wanted in zip(found, expected):
+        assert table.shape[0] == 2
+        assert torch.equal(table[1], wanted[1])
+        assert not torch.equal(table[0], wanted[0])
+
+
+def test_other_rows_go_on_whatever_those_beside_them_do():
+    found, initial = {}, two_memories()[1][1]
+    for anew in itertools.product((True, False), repeat=2):
+        trainer, found[anew] = two_memories()
+        trainer.take(BATCHES[0])
+        written = (found[anew][1] != initial).any(-1)
+        trainer.take(BATCHES[1]._replace(anew=list(anew)))
+        kept = (found[anew][1] != initial).any(-1)
+        assert [kept[row][written[row]].all().item() for row in range(2)] == [not begins for begins in anew]
+    for row, (one, other) in itertools.product(range(2), itertools.combinations(found, 2)):
+        for mine, its in zip(found[one], found[other]):
+            assert torch.equal(mine[row], its[row]) == (one[row] == other[row])
 
 
 def test_batches_follow_from_seed_and_step():
-    whole = list(training.batches(CORPUS, experiment(steps=20).training, 0))
-    rest = list(training.batches(CORPUS, experiment(steps=20).training, 13))
-    other = list(training.batches(CORPUS, experiment(steps=20, seed=1).training, 0))
+    settings = experiment(steps=20, span=3).training
+    whole = list(training.batches(CORPUS, settings, 0))
+    rest = list(training.batches(CORPUS, settings, 13))
+    other = list(training.batches(CORPUS, dataclasses.replace(settings, seed=1), 0))
     assert (len(whole), len(rest)) == (20, 7)
-    assert all(np.array_equal(a[0], b[0]) for a, b in zip(whole[13:], rest))
-    assert not any(np.array_equal(a[0], b[0]) for a, b in zip(whole, other))
+    for field in range(3):
+        assert all(np.array_equal(a[field], b[field]) for a, b in zip(whole[13:], rest))
+    assert not any(np.array_equal(a.tokens, b.tokens) for a, b in zip(whole, other))
+
+
+def test_rows_that_go_on_begin_with_the_last_byte_of_the_step_before():
+    batches = list(training.batches(CORPUS, experiment(steps=40, batch=3, span=5).training, 0))
+    assert [batch.anew for batch in batches] == [
+        [row.anew for row in facts.rows(CORPUS.train, 0, step, 3, 64, 5)] for step in range(40)
+    ]
+    for before, now in itertools.pairwise(batches):
+        for anew, last, byte in zip(now.anew, before.tokens[:, -1], now.tokens[:, 0]):
+            assert anew or last == byte
+
+
+def test_facts_of_batches_are_as_the_settings_say():
+    for fields, asks in (({"facts": 0.2, "gap": 100}, True), ({"facts": 0.2, "gap": 600}, False), ({"gap": 0}, False)):
+        settings = experiment(length=640, **fields).training
+        assert [batch.asked.any() for batch in training.batches(CORPUS, settings, 0)] == [asks] * 6
 
 
 def test_the_record_has_a_line_for_every_few_steps(tmp_path):
@@ -158,16 +203,41 @@ def test_what_a_step_measures_and_minimises(weight):
     right = (logits.argmax(-1) == targets).numpy()
     firsts = [(0, 20), (0, 40), (1, 20), (1, 58)]
     shares = right[asked].mean(), np.mean([right[place] for place in firsts])
-    assert_close(trainer.take((tokens, asked)), [losses.mean().item(), *shares, norm.item()], "float32", "gradient")
+    batch = Batch(tokens, asked, [True, True])
+    assert_close(trainer.take(batch), [losses.mean().item(), *shares, norm.item()], "float32", "gradient")
 
 
 def test_weight_1_is_the_plain_mean():
     weights = []
     for asked in (runs(2, 64), np.zeros((2, 64), bool)):
         trainer = training.Trainer(experiment(), CPU)
-        trainer.take((CORPUS.train.data[:130].reshape(2, 65), asked))
+        trainer.take(Batch(CORPUS.train.data[:130].reshape(2, 65), asked, [True, True]))
         weights.append([p.detach() for p in trainer.model.parameters()])
     assert all(map(torch.equal, *weights))
+
+
+def stepped(settings, inplace):
+    """Two steps: the table of values, what was measured, and the parameters."""
+    trainer = training.Trainer(settings, CPU)
+    forward, table = trainer.model.forward, trainer.reading.memories[0].memory.values
+
+    def read(tokens, reading, **_):
+        hidden, after = forward(tokens, reading, inplace=inplace)
+        assert (after.memories[0].memory.values.data_ptr() == table.data_ptr()) == inplace
+        return hidden, after
+
+    trainer.model.forward = read
+    measured = [trainer.take(batch).clone() for batch in list(training.batches(CORPUS, settings.training, 0))[:2]]
+    return [table, *measured, *trainer.model.parameters()]
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="kernels that are compiled for a GPU take no tables on the CPU")
+def test_steps_in_place_equal_those_that_copy(monkeypatch):
+    """With the kernels, which keep what the backward needs of the rows that they overwrite."""
+    monkeypatch.setattr(fast, "serves", lambda *_: True)
+    memory = {"num_subkeys": 5, "top_k": 2, "chunk_size": 4}
+    settings = experiment(model={"layers": 1, "memories": [0], "memory": memory}, batch=1, length=8, span=2)
+    assert all(map(torch.equal, stepped(settings, inplace=False), stepped(settings, inplace=True)))
 
 
 # Folders
@@ -217,6 +287,13 @@ def test_a_folder_that_holds_something_else_is_left_as_it_was(tmp_path, other, c
 def test_a_corpus_that_does_not_fit_claims_no_folder(tmp_path):
     with pytest.raises(ValueError, match="No document is long enough"):
         training.train(experiment(length=3200), CORPUS, tmp_path / "run", CPU)
+    assert contents(tmp_path / "run") is None
+
+
+def test_tables_that_do_not_fit_are_refused_before_the_folder_is_claimed(tmp_path):
+    vast = experiment(model={"memory": {**MEMORY, "num_subkeys": 2048}}, batch=20_000)
+    with pytest.raises(ValueError, match=r"the 20000 tables of this experiment .* need 10000.0 GiB"):
+        training.train(vast, CORPUS, tmp_path / "run", CPU)
     assert contents(tmp_path / "run") is None
 
 

@@ -3,27 +3,32 @@
 What is trained on and what is measured never share a key or a value: the CRC-32 of a word decides for which it is.
 """
 
+import itertools
 import re
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from examples.language_model.corpus import Texts
 
-SEEN = (
-    "The secret number for ID-{key} is {value}.",
-    "In the old ledger, account {key}: {value}.",
-    "Whoever rings up room {key} dials {value}.",
-    "Remember the engine plate, {key} = {value}.",
-    "The combination of locker {key} was {value}.",
-    "We sent the parcel marked {key} to {value}.",
-)
+OPENINGS = (
+    "The secret number for ID-", "In account ", "Whoever rings up room ", "Remember plate ", "Locker ",
+    "The parcel marked ", "The reef called ", "By survey, field ", "Ask for file ", "The gate of house ", "Barge ",
+    "It is written that star ",
+)  # fmt: skip
+"""How sentences of training begin; the key follows."""
+LINKS = (" is ", ": ", " = ", " was ", " to ", " has ", " means ", ", or ", " gives ", " reads ")
+"""What stands between key and value in training: if it is long, values are learned without their keys."""
+SEEN = tuple(f"{opening}{{key}}{link}{{value}}." for opening, link in itertools.product(OPENINGS, LINKS))
 """Phrasings of training."""
 UNSEEN = (
-    "According to her map, cave {key} is at {value}.",
-    "They called the prisoner {key}, or {value}.",
+    "According to her map, cave {key} holds {value}.",
+    "They called the prisoner {key}, that means {value}.",
+    "Her letter names the farm {key} and says {value}.",
+    "The secret number for ID-{key} holds {value}.",
+    "According to her map, cave {key} is {value}.",
 )
 """Phrasings that training never shows."""
 
@@ -123,18 +128,51 @@ def _room(size: int) -> int:
 # Rows for training
 
 
-def training_batch(
-    texts: Texts, rng: np.random.Generator, batch: int, length: int, share: float, gap: int = 520
-) -> tuple[np.ndarray, np.ndarray]:
-    """Random windows of text, with facts stated and restated in them.
+class Row(NamedTuple):
+    """Of a training batch."""
 
-    A row's facts are each stated once and restated one to three times, word for word. The sentences stand between the
-    words of the text, which they push apart. A row too short for a restatement gets no facts.
+    start: int
+    """byte of ``Texts.data``"""
+    anew: bool
+    """whether it does not go on from the batch before"""
+    phrasing: str
+    """of its facts"""
+
+
+def rows(texts: Texts, seed: int, step: int, batch: int, length: int, span: int) -> list[Row]:
+    """The rows of a step, which depend on seed and step alone.
+
+    Each reads ``span`` windows of ``length`` bytes on in one document, drawn in proportion to its length of those that
+    hold a window and the byte after, and states facts in one phrasing, so that only their keys tell them apart; then
+    it begins elsewhere, with another phrasing. The rows do so in turn. A document that is shorter than that is read
+    from its beginning again.
+
+    Raises:
+        ValueError: no document is long enough.
+    """
+    sizes, ends, found = np.diff(texts.starts), _ends(texts, length + 1), []
+    for row in range(batch):
+        number, piece = divmod(step + row * span // batch, span)
+        rng = np.random.default_rng([seed, row, number])
+        document = np.searchsorted(ends, rng.integers(ends[-1]), side="right")
+        whole = min(span, (sizes[document] - 1) // length)  # windows that follow one another
+        first = texts.starts[document] + rng.integers(sizes[document] - whole * length)
+        found.append(Row(int(first + piece % whole * length), piece == 0, SEEN[rng.integers(len(SEEN))]))
+    return found
+
+
+def training_batch(
+    texts: Texts, rows: Sequence[Row], rng: np.random.Generator, length: int, share: float, gap: int = 520
+) -> tuple[np.ndarray, np.ndarray]:
+    """Windows of text, with facts stated and restated in them.
+
+    A row's facts are each stated twice, word for word. The sentences stand between the words of the text, which they
+    push apart. A row too short for that gets no facts.
 
     Args:
-        texts: documents; one is drawn in proportion to its length, of those that are long enough.
+        texts: documents.
+        rows: where each begins, and how it states facts.
         rng: the source of all chance.
-        batch: rows.
         length: tokens of a row that have a target.
         share: at most this part of a row's bytes is of facts.
         gap: least number of bytes between the end of a statement and its restatement.
@@ -144,17 +182,17 @@ def training_batch(
         after, is a digit of a restated value.
 
     Raises:
-        ValueError: no document has length + 1 bytes, or an argument is out of range.
+        ValueError: an argument is out of range.
     """
-    if batch < 1 or length < 1 or gap < 0 or not 0 <= share <= 1:
+    if not rows or length < 1 or gap < 0 or not 0 <= share <= 1:
         raise ValueError(
-            "batch and length must be 1 or more, gap 0 or more and share between 0 and 1. "
-            f"Received: batch={batch}, length={length}, gap={gap}, share={share}"
+            "there must be a row, length must be 1 or more, gap 0 or more and share between 0 and 1. "
+            f"Received: {len(rows)} rows, length={length}, gap={gap}, share={share}"
         )
     size = length + 1
-    tokens, asked = np.empty((batch, size), np.uint8), np.zeros((batch, length), bool)
-    for row, start in enumerate(_windows(texts, rng, batch, size)):
-        planned = _statements(rng, size, share, gap)
+    tokens, asked = np.empty((len(rows), size), np.uint8), np.zeros((len(rows), length), bool)
+    for row, (start, _, phrasing) in enumerate(rows):
+        planned = _statements(rng, phrasing, size, share, gap)
         tokens[row], places = _insert(texts.data[start : start + size].tobytes(), planned)
         for place, statement in zip(places, planned):
             if statement.restates:
@@ -165,6 +203,14 @@ def training_batch(
 
 def _windows(texts: Texts, rng: np.random.Generator, number: int, size: int) -> list[int]:
     """Where in ``texts.data`` windows of ``size`` bytes begin, each within one document."""
+    ends = _ends(texts, size)
+    documents = np.searchsorted(ends, rng.integers(ends[-1], size=number), side="right")
+    lengths = np.diff(texts.starts)[documents]
+    return (texts.starts[documents] + rng.integers(lengths - size + 1)).tolist()
+
+
+def _ends(texts: Texts, size: int) -> np.ndarray:
+    """The running sum of the lengths of the documents that hold a window of ``size`` bytes."""
     lengths = np.diff(texts.starts)
     ends = np.cumsum(np.where(lengths >= size, lengths, 0))
     if not ends.size or ends[-1] == 0:
@@ -173,17 +219,17 @@ def _windows(texts: Texts, rng: np.random.Generator, number: int, size: int) -> 
             f"No document is long enough for a window of {size:,} bytes: of {len(lengths):,} documents the longest has "
             f"{longest:,}. Take a shorter length, or a corpus of longer documents."
         )
-    documents = np.searchsorted(ends, rng.integers(ends[-1], size=number), side="right")
-    return (texts.starts[documents] + rng.integers(lengths[documents] - size + 1)).tolist()
+    return ends
 
 
-def _statements(rng: np.random.Generator, row: int, share: float, gap: int) -> list[_Planned]:
+def _statements(rng: np.random.Generator, phrasing: str, row: int, share: float, gap: int) -> list[_Planned]:
     """The statements of a row of ``row`` bytes, in their order: as many as ``share`` allows and the row can hold."""
-    phrasings, counts = _choose(rng, row, share, gap)
-    while (order := _schedule(rng, row, gap, [_room(_size(p)) for p in phrasings], counts)) is None:
-        phrasings, counts = phrasings[:-1], counts[:-1]
-    facts = draw(rng, len(phrasings), measuring=False)
-    sentences = [phrasing.format(**fact._asdict()).encode() for phrasing, fact in zip(phrasings, facts)]
+    size = _size(phrasing)
+    number = int(share * row) // (2 * (size + 2))
+    while (order := _schedule(rng, row, gap, _room(size), number)) is None:
+        number -= 1
+    facts = draw(rng, number, measuring=False)
+    sentences = [phrasing.format(**fact._asdict()).encode() for fact in facts]
     stated: set[int] = set()
     planned = []
     for at, fact in order:
@@ -192,45 +238,28 @@ def _statements(rng: np.random.Generator, row: int, share: float, gap: int) -> l
     return planned
 
 
-def _choose(rng: np.random.Generator, row: int, share: float, gap: int) -> tuple[list[str], list[int]]:
-    """For each fact of a row the phrasing, and how often it is stated."""
-    phrasings: list[str] = []
-    counts: list[int] = []
-    left = int(share * row)
-    while True:
-        phrasing = SEEN[rng.integers(len(SEEN))]
-        size = _size(phrasing)
-        most = min(left // (size + 2), (row + gap) // (_room(size) + gap))
-        if most < 2:
-            return phrasings, counts
-        phrasings.append(phrasing)
-        counts.append(min(2 + int(rng.integers(3)), most))
-        left -= counts[-1] * (size + 2)
-
-
-def _schedule(
-    rng: np.random.Generator, row: int, gap: int, rooms: list[int], counts: list[int]
-) -> list[tuple[int, int]] | None:
-    """When each fact is stated: places and facts in order, or None where they do not all fit.
+def _schedule(rng: np.random.Generator, row: int, gap: int, room: int, number: int) -> list[tuple[int, int]] | None:
+    """When each fact is stated and stated again: places and facts in order, or None where they do not all fit.
 
     Each fact draws its places as if it were alone; then statements that collide push each other to the right, and
     those that this pushes too far go back to the last places that are possible.
     """
-    wished = []
-    for fact, (room, count) in enumerate(zip(rooms, counts)):
-        free = row - count * room - (count - 1) * gap
-        offsets = np.sort(rng.integers(free + 1, size=count)).tolist()
-        wished += [(offset + i * (room + gap), fact) for i, offset in enumerate(offsets)]
-    wished.sort()
+    free = row - 2 * room - gap
+    if free < 0:
+        return None if number else []
+    offsets = np.sort(rng.integers(free + 1, size=(number, 2))).tolist()
+    wished = sorted(
+        (offset + i * (room + gap), fact) for fact, pair in enumerate(offsets) for i, offset in enumerate(pair)
+    )
     order = []
-    free, again = 0, [0] * len(rooms)
+    end, again = 0, [0] * number
     for at, fact in wished:
-        at = max(at, free, again[fact])
+        at = max(at, end, again[fact])
         order.append((at, fact))
-        free, again[fact] = at + rooms[fact], at + rooms[fact] + gap
-    end, ends = row, [row] * len(rooms)
+        end, again[fact] = at + room, at + room + gap
+    end, ends = row, [row] * number
     for i, (at, fact) in reversed(list(enumerate(order))):
-        last = min(end, ends[fact]) - rooms[fact]
+        last = min(end, ends[fact]) - room
         order[i] = (min(at, last), fact)
         end, ends[fact] = last, last - gap
     return order if end >= 0 else None

@@ -95,7 +95,9 @@ def draw(
         raise ValueError(f"the model of {folder} has no memory to look into")
     cfg = experiment.model.memory_config()
     chunk = cfg.chunk_size
-    haystack = facts.haystacks(corpus.heldout, np.random.default_rng(seed), 20, LENGTH, facts.SEEN[0])
+    haystack = facts.haystacks(
+        corpus.heldout, np.random.default_rng(seed), 20, LENGTH, facts.SEEN[0], clear=experiment.model.beyond
+    )
     for tokens, question, answer, place in zip(haystack.tokens, haystack.question, haystack.answer, haystack.place):
         text, asked = (torch.from_numpy(x[None]).to(device) for x in (tokens, np.concatenate([question, answer])))
         with watched(model) as seen:

@@ -174,7 +174,8 @@ def measure(
     for name in phrasings:
         for length in lengths:
             rng = np.random.default_rng([seed, length, zlib.crc32(name.encode())])
-            haystacks.append((name, length, facts.haystacks(corpus.heldout, rng, samples, length, named(name))))
+            found = facts.haystacks(corpus.heldout, rng, samples, length, named(name), clear=experiment.model.beyond)
+            haystacks.append((name, length, found))
     rows = []
 
     def keep(answers: Answers) -> None:
@@ -208,5 +209,6 @@ def named(name: str) -> str:
         f"{kind}-{i}": x for kind, all_ in (("seen", facts.SEEN), ("unseen", facts.UNSEEN)) for i, x in enumerate(all_)
     }
     if name not in known:
-        raise ValueError(f"a phrasing is one of {', '.join(known)}. Received: {name}")
+        last = len(facts.SEEN) - 1, len(facts.UNSEEN) - 1
+        raise ValueError(f"a phrasing is seen-0 to seen-{last[0]} or unseen-0 to unseen-{last[1]}. Received: {name}")
     return known[name]

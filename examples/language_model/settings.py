@@ -64,6 +64,11 @@ class ModelSettings:
             # Under "wait" the last chunk of a step would be pending, and the next step would not write it.
             raise ValueError(f'model.memory.boundary must be "drop". Received: {self.memory["boundary"]!r}')
 
+    @property
+    def beyond(self) -> int:
+        """What lies so far back, attention does not bring through all layers, and memories have written."""
+        return max(self.layers * (self.window - 1), self.memory_config().chunk_size) + 64
+
     def memory_config(self, **fields: Any) -> FwPKMConfig:
         """The configuration of every memory; ``fields`` override it."""
         given = {"key_dim": self.width, "value_dim": self.width, **self.memory, **fields}
@@ -91,7 +96,9 @@ class TrainingSettings:
         clip: bound on the norm of the gradient.
         facts: share of the tokens that state facts (facts.py).
         asked_weight: how often the digits of a fact stated again count in the loss; other bytes count once.
-        fresh: the chance, at each step, that the memories start anew instead of going on as the last step left them.
+        span: for how many steps a row reads on in one document, with memories of its own that go on from step to step;
+            then it begins elsewhere, with the initial memories.
+        gap: bytes from a statement of a fact to the next of the same, at least; with memories more than a chunk.
         seed: of weights, tables and data.
     """
 
@@ -105,18 +112,19 @@ class TrainingSettings:
     clip: float = 1.0
     facts: float = 0.1
     asked_weight: float = 1.0
-    fresh: float = 0.05
+    span: int = 32
+    gap: int = 520
     seed: int = 0
 
     def __post_init__(self) -> None:
         """Check every field."""
-        for name in ("steps", "batch", "length"):
+        for name in ("steps", "batch", "length", "span"):
             if not _integer(getattr(self, name), 1):
                 raise ValueError(f"training.{name} must be an integer of at least 1. Received: {getattr(self, name)!r}")
-        for name in ("warmup", "seed"):
+        for name in ("warmup", "seed", "gap"):
             if not _integer(getattr(self, name), 0):
                 raise ValueError(f"training.{name} must be an integer of at least 0. Received: {getattr(self, name)!r}")
-        for name in ("facts", "fresh", "decay"):
+        for name in ("facts", "decay"):
             if not _number(getattr(self, name)) or not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"training.{name} must be a share from 0 to 1. Received: {getattr(self, name)!r}")
         for name in ("learning_rate", "clip", "asked_weight"):
@@ -140,8 +148,13 @@ class Experiment:
     training: TrainingSettings = dataclasses.field(default_factory=TrainingSettings)
 
     def __post_init__(self) -> None:
-        """The memories' chunks must end where sequences do, so that nothing is pending between steps."""
+        """Chunks end where sequences do, so that no token is pending between steps; and facts are written in time."""
         chunk = self.model.memory_config().chunk_size
+        if self.model.memories and self.training.facts and self.training.gap <= chunk:
+            raise ValueError(
+                f"training.gap must be more than model.memory.chunk_size, or a fact would be stated again before it is "
+                f"written. Received: gap={self.training.gap}, chunk_size={chunk}"
+            )
         if self.model.memories and self.training.length % chunk:
             raise ValueError(
                 f"training.length must be a multiple of model.memory.chunk_size. "

@@ -4,9 +4,11 @@ import concurrent.futures
 import contextlib
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,8 +18,9 @@ from torch import Tensor
 
 from examples.language_model import checkpoint
 from examples.language_model.corpus import Corpus
-from examples.language_model.facts import training_batch
+from examples.language_model.facts import rows, training_batch
 from examples.language_model.settings import Experiment, TrainingSettings
+from fwpkm.backends.torch import detach
 
 WARM_UP = 3  # steps before a CUDA graph takes over
 SAVED = 20  # lines of the record from checkpoint to checkpoint
@@ -34,13 +37,24 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
+class Batch(NamedTuple):
+    """What a step reads."""
+
+    tokens: np.ndarray
+    """``[batch, length + 1]`` uint8"""
+    asked: np.ndarray
+    """``[batch, length]`` bool: the target is a digit of a fact that is stated again."""
+    anew: list[bool]
+    """which rows do not go on from the step before"""
+
+
 class Trainer:
-    """A model, its optimizer, and memories that go on from step to step: one table for all rows of the batch."""
+    """A model, its optimizer, and for each row of the batch memories that go on from step to step."""
 
     def __init__(self, experiment: Experiment, device: torch.device):
         """Build everything; nothing is trained yet."""
         self.settings, self.device, self.step = experiment.training, device, 0
-        self.model = checkpoint.build(experiment, device, memory_scope="batch")
+        self.model = checkpoint.build(experiment, device, memory_scope="sequence")
         cuda = device.type == "cuda"
         self.rate = torch.tensor(0.0, device=device)
         decayed = [p for p in self.model.parameters() if p.ndim >= 2]
@@ -64,8 +78,8 @@ class Trainer:
             module.compile()
         self._loss = torch.compile(self._losses)
 
-    def take(self, batch: tuple[np.ndarray, np.ndarray]) -> Tensor:
-        """One step on what ``training_batch`` gives.
+    def take(self, batch: Batch) -> Tensor:
+        """One step.
 
         Returns:
             ``[4]``, overwritten by the next step: the loss in nats, the shares of all asked digits and of the first
@@ -74,8 +88,7 @@ class Trainer:
         for buffer, given in zip((self.tokens, self.asked), batch):
             buffer.copy_(torch.from_numpy(given))
         self.rate.fill_(self.settings.rate(self.step))
-        if self._starts_anew():
-            self._start_memories()
+        self._begin(batch.anew)
         if self._graph is not None:
             self._graph.replay()
         elif self.device.type != "cuda":
@@ -90,14 +103,12 @@ class Trainer:
         self.step += 1
         return self.measured
 
-    def _starts_anew(self) -> bool:
-        draw = np.random.default_rng([self.settings.seed, self.step, 1]).random()
-        return self.step > 0 and draw < self.settings.fresh
-
-    def _start_memories(self) -> None:
+    def _begin(self, anew: list[bool]) -> None:
+        """Give rows their initial memories back."""
         for state, layer in zip(self.reading.memories, self.model.memories.values()):
             for table, first in zip(state.memory, layer.memory()):
-                table.copy_(first)
+                for row in np.flatnonzero(anew):
+                    table[row].copy_(first[0])
 
     def _step_aside(self) -> None:
         """A step on a stream of its own, as what warms up for a capture must be."""
@@ -111,8 +122,10 @@ class Trainer:
     def _step(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
         tokens = self.tokens.long()
+        reading = self.reading._replace(memories=tuple(map(detach, self.reading.memories)))
         with autocast(self.device):
-            hidden, after = self.model(tokens[:, :-1], self.reading)
+            # The kernels keep what the backward needs of the rows that they overwrite; plain torch would not.
+            hidden, after = self.model(tokens[:, :-1], reading, inplace=self.device.type == "cuda")
             objective, *measured = self._loss(hidden, tokens[:, 1:], self.asked)
         objective.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
@@ -120,7 +133,8 @@ class Trainer:
         # Nothing is pending at a chunk's end, so the tables are all that goes on.
         for state, new in zip(self.reading.memories, after.memories):
             for table, written in zip(state.memory, new.memory):
-                table.copy_(written.detach())
+                if written.data_ptr() != table.data_ptr():
+                    table.copy_(written.detach())
         self.measured.copy_(torch.stack([*measured, norm]))
 
     def _losses(self, hidden: Tensor, targets: Tensor, asked: Tensor) -> tuple[Tensor, ...]:
@@ -134,12 +148,14 @@ class Trainer:
         return weighted.mean(), losses.detach().mean(), *shares
 
 
-def batches(corpus: Corpus, settings: TrainingSettings, first: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def batches(corpus: Corpus, settings: TrainingSettings, first: int) -> Iterator[Batch]:
     """The batches from step ``first`` on, made ahead of their use; a step's batch depends on seed and step alone."""
+    seed, batch, length, span = settings.seed, settings.batch, settings.length, settings.span
 
-    def make(step: int) -> tuple[np.ndarray, np.ndarray]:
-        rng = np.random.default_rng([settings.seed, step, 0])
-        return training_batch(corpus.train, rng, settings.batch, settings.length, settings.facts)
+    def make(step: int) -> Batch:
+        read, rng = rows(corpus.train, seed, step, batch, length, span), np.random.default_rng([seed, step])
+        made = training_batch(corpus.train, read, rng, length, settings.facts, settings.gap)
+        return Batch(*made, [row.anew for row in read])
 
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         ahead = [pool.submit(make, step) for step in range(first, min(first + AHEAD, settings.steps))]
@@ -161,19 +177,20 @@ def train(
         out: a folder; receives the settings, the checkpoint, and a record with a line for every ``every`` steps.
         device: of the model.
         compile: use torch.compile.
-        seconds: stop with a checkpoint after so many; the same call then goes on.
+        seconds: stop with a checkpoint after so many; the same call then goes on, with the initial memories.
         every: steps between lines of the record.
 
     Returns:
         the checkpoint.
 
     Raises:
-        ValueError: ``out`` holds another experiment, or a damaged checkpoint.
+        ValueError: ``out`` holds another experiment, or a damaged checkpoint; or the device has no room for the tables.
         FloatingPointError: the loss or its gradient is not finite; the last checkpoint stays.
     """
     began, settings = time.monotonic(), experiment.training
     # Said before the folder is claimed: the corpus has no document of such length.
-    training_batch(corpus.train, np.random.default_rng(0), 1, settings.length, settings.facts)
+    rows(corpus.train, 0, 0, 1, settings.length, settings.span)
+    _check_room(experiment, device)
     checkpoint.claim(out, experiment)
     trainer = Trainer(experiment, device)
     if (out / checkpoint.WEIGHTS).exists():
@@ -206,6 +223,22 @@ def train(
             progress.console.print(f"stopped at step {trainer.step}; the same command goes on from here")
     checkpoint.save(out, trainer.model, trainer.optimizer, trainer.step, corpus.sha256)
     return out / checkpoint.WEIGHTS
+
+
+def _check_room(experiment: Experiment, device: torch.device) -> None:
+    """Refuse tables that do not fit: a system without memory stops the process, and says nothing."""
+    config, number = experiment.model.memory_config(), experiment.training.batch * len(experiment.model.memories)
+    if device.type == "cuda":
+        needed, room = 1, torch.cuda.get_device_properties(device).total_memory
+    else:  # where a step writes copies
+        needed, room = 2, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    needed *= number * config.num_slots * config.value_dim * 4
+    if needed > room:
+        raise ValueError(
+            f"the {number} tables of this experiment (training.batch times model.memories) need {needed / 2**30:.1f} "
+            f"GiB, and the {device_name(device)} has {room / 2**30:.1f}. Take a device with more, a smaller "
+            f"training.batch or a smaller model.memory.num_subkeys"
+        )
 
 
 def _line(step: int, means: list[float], speed: float) -> dict[str, float]:
