@@ -68,7 +68,7 @@ def init_state(cfg: FwPKMConfig, memory: Memory, batch_size: int) -> State:
 def fresh_state(cfg: FwPKMConfig, memory: Memory, query: Tensor) -> tuple[State, bool]:
     """What a layer's call without a state begins with, and whether the call may overwrite its tables.
 
-    It may where they are its own copy and autograd does not need them; compiled, the operator makes that copy.
+    It may if they are the call's own copy and autograd does not need them; compiled, the operator makes that copy.
     """
     batch = query.shape[0]
     if torch.compiler.is_compiling() and fast.serves_traced(None, cfg, memory, query):

@@ -134,7 +134,7 @@ class Row(NamedTuple):
     start: int
     """byte of ``Texts.data``"""
     anew: bool
-    """whether it does not go on from the batch before"""
+    """whether its memories begin anew"""
     phrasing: str
     """of its facts"""
 
@@ -143,9 +143,9 @@ def rows(texts: Texts, seed: int, step: int, batch: int, length: int, span: int)
     """The rows of a step, which depend on seed and step alone.
 
     Each reads ``span`` windows of ``length`` bytes on in one document, drawn in proportion to its length of those that
-    hold a window and the byte after, and states facts in one phrasing, so that only their keys tell them apart; then
-    it begins elsewhere, with another phrasing. The rows do so in turn. A document that is shorter than that is read
-    from its beginning again.
+    hold a window and the byte after, and states facts in one phrasing, so that only their keys tell them apart; then it
+    begins elsewhere, with another phrasing. The rows do so in turn. Where a document holds fewer windows, the row comes
+    round to where it began in it.
 
     Raises:
         ValueError: no document is long enough.

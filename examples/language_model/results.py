@@ -110,7 +110,7 @@ def load(folder: Path) -> list[Run]:
         experiments[name] = experiment
     if not experiments:
         raise FileNotFoundError(f"{folder} holds no NAME.needle.json and no NAME.bits.json: measure first")
-    labels = [_label(x) for x in experiments.values()]
+    labels = [_label(x, found[name]["record"]) for name, x in experiments.items()]
     runs = [
         Run(label if labels.count(label) == 1 else f"{label} ({name})", experiment, **found[name])
         for label, (name, experiment) in zip(labels, experiments.items())
@@ -165,10 +165,11 @@ def _row(row: dict[str, Any]) -> dict[str, Any]:
     return {name: row[name] for name in (*ASKED, "exact", "exact_interval", "digits", "depth", "right")}
 
 
-def _label(experiment: Experiment) -> str:
+def _label(experiment: Experiment, record: list[dict[str, Any]]) -> str:
     training = experiment.training
+    stopped = f"{record[-1]['step']:,} of " if record and record[-1]["step"] < training.steps else ""
     parts = ["memory" if experiment.model.memories else "no memory", "" if training.facts else "no facts in training"]
-    return ", ".join(filter(None, [*parts, f"{training.steps:,} steps", f"seed {training.seed}"]))
+    return ", ".join(filter(None, [*parts, f"{stopped}{training.steps:,} steps", f"seed {training.seed}"]))
 
 
 def _of(experiment: Experiment, *shared: Any, steps: int | None = None) -> tuple[Any, ...]:

@@ -66,7 +66,7 @@ class ModelSettings:
 
     @property
     def beyond(self) -> int:
-        """What lies so far back, attention does not bring through all layers, and memories have written."""
+        """Bytes back from which attention brings nothing, through all layers, and memories have written everything."""
         return max(self.layers * (self.window - 1), self.memory_config().chunk_size) + 64
 
     def memory_config(self, **fields: Any) -> FwPKMConfig:

@@ -45,7 +45,7 @@ class Batch(NamedTuple):
     asked: np.ndarray
     """``[batch, length]`` bool: the target is a digit of a fact that is stated again."""
     anew: list[bool]
-    """which rows do not go on from the step before"""
+    """which rows begin with the initial memories"""
 
 
 class Trainer:
@@ -104,7 +104,7 @@ class Trainer:
         return self.measured
 
     def _begin(self, anew: list[bool]) -> None:
-        """Give rows their initial memories back."""
+        """Give rows their initial memories back, in the tables that a CUDA graph knows."""
         for state, layer in zip(self.reading.memories, self.model.memories.values()):
             for table, first in zip(state.memory, layer.memory()):
                 for row in np.flatnonzero(anew):
@@ -229,10 +229,10 @@ def _check_room(experiment: Experiment, device: torch.device) -> None:
     """Refuse tables that do not fit: a system without memory stops the process, and says nothing."""
     config, number = experiment.model.memory_config(), experiment.training.batch * len(experiment.model.memories)
     if device.type == "cuda":
-        needed, room = 1, torch.cuda.get_device_properties(device).total_memory
+        copies, room = 1, torch.cuda.get_device_properties(device).total_memory
     else:  # where a step writes copies
-        needed, room = 2, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    needed *= number * config.num_slots * config.value_dim * 4
+        copies, room = 2, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    needed = copies * number * config.num_slots * config.value_dim * 4
     if needed > room:
         raise ValueError(
             f"the {number} tables of this experiment (training.batch times model.memories) need {needed / 2**30:.1f} "
