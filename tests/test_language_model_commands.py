@@ -155,13 +155,13 @@ def test_what_the_parser_refuses(books, tmp_path, capsys, command):
 
 
 def test_a_model_for_two_cores_gains_by_writing(tmp_path):
-    """Trained on the pages of docs for a minute; three seeds gained 0.10 bits a byte and more."""
+    """Trained for a minute on the pages of docs, which change; it gained 0.21 bits a byte on those of this version."""
     corpus, run, out = (str(tmp_path / name) for name in ("corpus", "run", "bits.json"))
     main(["prepare", str(ROOT / "docs"), corpus])
     main(["train", str(TINY), "--corpus", corpus, "--out", run, "--device", "cpu"])
     record = [json.loads(line) for line in (tmp_path / "run/record.jsonl").read_text().splitlines()]
-    assert record[-1]["bits_per_byte"] < 2.6 < 5 < record[0]["bits_per_byte"]
+    assert record[-1]["bits_per_byte"] < 3 < 5 < record[0]["bits_per_byte"]
     main(["bits", "--model", run, "--corpus", corpus, "--out", out, "--length", "8192", "--device", "cpu"])
     bits = {mode: np.mean(x) for mode, x in json.loads((tmp_path / "bits.json").read_text())["bits"].items()}
-    assert bits["reset"] < 4
-    assert bits["reset"] < bits["frozen"] - 0.04
+    assert bits["reset"] < 3.6
+    assert bits["reset"] < bits["frozen"] - 0.1

@@ -291,6 +291,24 @@ def test_arguments_of_batches(changed, said):
         facts.training_batch(TEXTS, rng=np.random.default_rng(0), **arguments)
 
 
+@given(st.integers(200, 6000), st.floats(0.01, 1.0), st.integers(0, 3000), st.integers(0, 2**32))
+def test_rows_that_fit_hold_a_fact_in_every_phrasing(length, share, gap, seed):
+    rows = [facts.Row(0, True, phrasing) for phrasing in facts.SEEN]
+    rng = np.random.default_rng(seed)
+    try:
+        facts.check_fit(length, share, gap)
+    except ValueError as error:
+        least = int(re.search(r"at least ([\d,]+) ", str(error))[1].replace(",", ""))
+        assert least > length
+        facts.check_fit(length := least, share, gap)
+    _, asked = facts.training_batch(texts_of("x " * 200_000), rows, rng, length, share, gap)
+    assert asked.any(1).all()
+
+
+def test_a_share_of_zero_fits_anywhere():
+    facts.check_fit(1, 0.0, 520)
+
+
 # Haystacks
 
 

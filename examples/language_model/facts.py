@@ -4,6 +4,7 @@ What is trained on and what is measured never share a key or a value: the CRC-32
 """
 
 import itertools
+import math
 import re
 import zlib
 from collections.abc import Callable, Iterable, Sequence
@@ -126,6 +127,17 @@ def _room(size: int) -> int:
 
 
 # Rows for training
+
+
+def check_fit(length: int, share: float, gap: int) -> None:
+    """Raise a ValueError unless a row has room for a fact in every phrasing, stated twice; no share needs none."""
+    size = max(map(_size, SEEN))
+    least = max(2 * _room(size) + gap, math.ceil(2 * (size + 2) / share) if share else 0)
+    if share and length + 1 < least:
+        raise ValueError(
+            f"training.length must be at least {least - 1:,} for a fact stated twice, {gap:,} bytes apart, in a share "
+            f"of {share} of the bytes; or set training.facts to 0. Received: length={length}"
+        )
 
 
 class Row(NamedTuple):

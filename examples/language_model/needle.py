@@ -171,8 +171,8 @@ def measure(
     frozen = load(folder, device, memory_scope="sequence", learning_rate=0.0)[0] if controls and has_memory else None
     # All of them first, so that what does not fit is said before hours of reading.
     haystacks = []
-    for name in phrasings:
-        for length in lengths:
+    for name in dict.fromkeys(phrasings):
+        for length in dict.fromkeys(lengths):
             rng = np.random.default_rng([seed, length, zlib.crc32(name.encode())])
             found = facts.haystacks(corpus.heldout, rng, samples, length, named(name), clear=experiment.model.beyond)
             haystacks.append((name, length, found))

@@ -124,6 +124,9 @@ class TrainingSettings:
         for name in ("warmup", "seed", "gap"):
             if not _integer(getattr(self, name), 0):
                 raise ValueError(f"training.{name} must be an integer of at least 0. Received: {getattr(self, name)!r}")
+        for name in ("span", "seed", "gap"):
+            if getattr(self, name) >= 2**31:
+                raise ValueError(f"training.{name} must be less than 2^31. Received: {getattr(self, name)!r}")
         for name in ("facts", "decay"):
             if not _number(getattr(self, name)) or not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"training.{name} must be a share from 0 to 1. Received: {getattr(self, name)!r}")

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from examples.language_model import checkpoint
 from examples.language_model.corpus import Corpus
-from examples.language_model.facts import rows, training_batch
+from examples.language_model.facts import check_fit, rows, training_batch
 from examples.language_model.settings import Experiment, TrainingSettings
 from fwpkm.backends.torch import detach
 
@@ -184,11 +184,12 @@ def train(
         the checkpoint.
 
     Raises:
-        ValueError: ``out`` holds another experiment, or a damaged checkpoint; or the device has no room for the tables.
+        ValueError: ``out`` holds another experiment, or a damaged checkpoint; or facts, tables or sequences do not fit.
         FloatingPointError: the loss or its gradient is not finite; the last checkpoint stays.
     """
     began, settings = time.monotonic(), experiment.training
-    # Said before the folder is claimed: the corpus has no document of such length.
+    # What does not fit is said before the folder is claimed.
+    check_fit(settings.length, settings.facts, settings.gap)
     rows(corpus.train, 0, 0, 1, settings.length, settings.span)
     _check_room(experiment, device)
     checkpoint.claim(out, experiment)
