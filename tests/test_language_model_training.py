@@ -173,6 +173,16 @@ def test_the_record_has_a_line_for_every_few_steps(tmp_path):
     assert [(line["step"], line["run"]) for line in kept] == [(3, 0), (4, 1), (7, 1)]
 
 
+@pytest.mark.parametrize("rest", ["", '{"step": 3, "bits_per_b'])
+def test_a_line_that_a_crash_left_unfinished_is_cut_off(tmp_path, rest):
+    training.train(experiment(), CORPUS, tmp_path, CPU, seconds=0.0)
+    with (tmp_path / RECORD).open("a") as record:
+        record.write(rest)
+    training.train(experiment(), CORPUS, tmp_path, CPU)
+    lines = [json.loads(line) for line in (tmp_path / RECORD).read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 6]
+
+
 # One step
 
 

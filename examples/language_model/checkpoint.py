@@ -55,6 +55,13 @@ def claim(folder: Path, experiment: Experiment) -> None:
         )
 
 
+def mend(record: Path) -> None:
+    """Cut off a line that a crash left unfinished, so that the next one begins a line."""
+    if record.exists():
+        whole = record.read_bytes()
+        replace(record, lambda beside: beside.write_bytes(whole[: whole.rfind(b"\n") + 1]))
+
+
 def settings_of(folder: Path) -> Experiment:
     """The experiment of a folder.
 

@@ -193,6 +193,7 @@ def train(
     rows(corpus.train, 0, 0, 1, settings.length, settings.span)
     _check_room(experiment, device)
     checkpoint.claim(out, experiment)
+    checkpoint.mend(out / checkpoint.RECORD)
     trainer = Trainer(experiment, device)
     if (out / checkpoint.WEIGHTS).exists():
         trainer.step = checkpoint.resume(out, trainer.model, trainer.optimizer, corpus.sha256)
