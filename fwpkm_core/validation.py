@@ -26,15 +26,18 @@ def check_array(name: str, array: Any, axes: Sequence[Axis], kind: str, array_ty
         expected = " or ".join(".".join(name) for name in names)
         raise ValueError(f"{name} must be a {expected}. Received: {type(array).__name__}")
     shape = tuple(given.shape)
-    # None is a size that a TensorFlow graph does not know yet.
-    fits = len(shape) == len(axes) and all(None in (size, got) or size == got for (_, size), got in zip(axes, shape))
-    if not fits:
+    if not _fits(shape, axes):
         expected = ", ".join(label if size is None else f"{label}={size}".removeprefix("=") for label, size in axes)
         raise ValueError(f"{name} must have shape [{expected}]. Received: shape {shape}")
     dtype = _dtype(given)
     if not (dtype == kind or (kind == "float" and kind in dtype)):
         wanted = "a floating dtype" if kind == "float" else f"dtype {kind}"
         raise ValueError(f"{name} must have {wanted}. Received: dtype {dtype}")
+
+
+def _fits(shape: Sequence[int | None], axes: Sequence[Axis]) -> bool:
+    """Whether a shape has these axes; None is a size that a TensorFlow graph does not know yet."""
+    return len(shape) == len(axes) and all([None in (size, got) or size == got for (_, size), got in zip(axes, shape)])
 
 
 def check_config(cfg: Any) -> None:
@@ -217,7 +220,7 @@ def row_mask(rows: Any, batch_size: int, memories: int) -> np.ndarray:
 
 def _dtype(array: Any) -> str:
     """The name that all frameworks share: torch's dtypes have a prefix, TensorFlow's a description."""
-    return getattr(array.dtype, "name", str(array.dtype)).removeprefix("torch.")
+    return (getattr(array.dtype, "name", None) or str(array.dtype)).removeprefix("torch.")
 
 
 def _check_query(cfg: FwPKMConfig, query: Any, time: str, array_type: ArrayType) -> None:

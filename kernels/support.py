@@ -22,7 +22,7 @@ def why_unsupported(cfg: FwPKMConfig, memory: Memory, query: Tensor) -> str | No
         memory: the tables.
         query: ``[B, T, H*Dk]``.
     """
-    return why_unsupported_config(cfg) or why_unsupported_tensors(memory, query) or _why_here(query)
+    return _of_config(cfg) or why_unsupported_tensors(memory, query) or _why_here(query)
 
 
 def why_unsupported_config(cfg: FwPKMConfig) -> str | None:
@@ -35,6 +35,9 @@ def why_unsupported_config(cfg: FwPKMConfig) -> str | None:
         if getattr(cfg, field) % 16:
             return f"{field} must be a multiple of 16. Received: {field}={getattr(cfg, field)}"
     return None
+
+
+_of_config = functools.lru_cache(why_unsupported_config)
 
 
 def why_unsupported_tensors(memory: Memory, query: Tensor) -> str | None:

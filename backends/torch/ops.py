@@ -129,8 +129,7 @@ def _apply(
     inplace: bool,
     implementation: str | None,
 ) -> tuple[Tensor, State, Trace]:
-    validation.check_apply(cfg, state, query, value, gate, mask, Tensor)
-    check_device(query, value=value, gate=gate, mask=mask, **state._asdict())
+    _check_apply(cfg, state, query, value, gate, mask)
     _check_inplace(state.memory, inplace)
     length, position = query.shape[1], validation.check_position(state.position.tolist())
     if update:
@@ -371,6 +370,33 @@ def _as_tables(memory: Memory, query: Tensor) -> Memory:
     wide = query.dtype == memory.keys.dtype == torch.float64
     dtype = torch.float64 if wide else torch.float32
     return Memory(memory.keys.to(dtype), memory.values.to(dtype))
+
+
+_FITTING: set[tuple] = set()
+_MOST_KINDS = 1000
+
+
+def _check_apply(
+    cfg: FwPKMConfig, state: State, query: Tensor, value: Tensor, gate: Tensor | None, mask: Tensor | None
+) -> None:
+    """Check the arguments of ``apply``, of one kind once: that takes longer than some kernels.
+
+    Raises:
+        ValueError: an argument does not fit; names it, what was expected and what was received.
+    """
+    kind: tuple | None = None
+    if isinstance(cfg, FwPKMConfig) and isinstance(state, State) and isinstance(state.memory, Memory):
+        leaves = (*state.memory, *state[1:], query, value, gate, mask)
+        if all([x is None or isinstance(x, Tensor) for x in leaves]):
+            kind = (cfg, *[None if x is None else (x.shape, x.dtype, x.device) for x in leaves])
+            if kind in _FITTING:
+                return
+    validation.check_apply(cfg, state, query, value, gate, mask, Tensor)
+    check_device(query, value=value, gate=gate, mask=mask, **state._asdict())
+    if len(_FITTING) > _MOST_KINDS:
+        _FITTING.clear()
+    if kind is not None:
+        _FITTING.add(kind)
 
 
 def check_device(query: Tensor, **others: Any) -> None:
