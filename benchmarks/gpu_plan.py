@@ -26,8 +26,9 @@ _SHAPES = (
     ("read-128k-512", DTYPE, {"derived": False}),
 )
 """What is timed is compared as it is timed."""
-_TAIL = Workload("tail-512", WORKLOADS["shared-512"].config, batch=2, length=1300)
-"""Two chunks of two sequences and a part of a third, whose gradients pass through the final tables."""
+_TAIL = Workload("tail-512", WORKLOADS["shared-512"].config, batch=5, length=1300)
+"""Two chunks of each sequence and a part of a third, whose gradients pass through the final tables. The sums over that
+part's tokens have more pieces than those over a chunk's."""
 _STEP = Workload("step-256", WORKLOADS["shared-256"].config, batch=2, length=1300)
 _DECODED = Workload("decode-512", WORKLOADS["decode-512"].config, batch=1, length=1100)
 _CONFORM_SHAPES = 10

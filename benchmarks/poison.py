@@ -7,6 +7,8 @@ from unittest import mock
 
 import torch
 
+from fwpkm.kernels.room import Room
+
 _ALLOCATORS = (
     (torch, "empty"),
     (torch, "empty_like"),
@@ -22,6 +24,7 @@ def poisoned() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for owner, name in _ALLOCATORS:
             stack.enter_context(mock.patch.object(owner, name, _filled(getattr(owner, name))))
+        stack.enter_context(mock.patch.object(Room, "empty", _filled_room(Room.empty)))
         yield
 
 
@@ -29,6 +32,16 @@ def _filled(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor
     def fill(*args: Any, **kwargs: Any) -> torch.Tensor:
         tensor = allocate(*args, **kwargs)
         return tensor.detach().fill_(_poison(tensor.dtype)).requires_grad_(tensor.requires_grad)
+
+    return fill
+
+
+def _filled_room(allocate: Callable[..., Room]) -> Callable[..., Room]:
+    def fill(*args: Any) -> Room:
+        room = allocate(*args)
+        for name, place in room.layout.places.items():
+            room[name].fill_(_poison(place.dtype))
+        return room
 
     return fill
 

@@ -8,7 +8,7 @@ of the row after a window has the gradient there, or that of the final table.
 import triton
 import triton.language as tl
 
-from fwpkm.kernels.chunk_update import begins_row, piece_end, pull_of
+from fwpkm.kernels.chunk_update import begins_row, goes_on, own_end, pull_of
 from fwpkm.kernels.lookup import PROBABILITY_UNIT, sub_scores
 from fwpkm.kernels.sums import gathered
 from fwpkm.kernels.tokens import DEAD, INF, LIVE, TARGET, VARYING, token_of
@@ -143,14 +143,14 @@ def piece_backward_kernel(
     sorted_rows, order, weights, d_read, partial, first, total,
     WIDTH: tl.constexpr, ENTRIES: tl.constexpr, BLOCK: tl.constexpr, PIECE: tl.constexpr, ENTRY_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Σ w d v̂ of a row's entries in one piece of the window's that begins in the middle of the row's."""
+    """Σ w d v̂ of a row's entries in one piece of the window's, unless they are its own program's."""
     begin = (first * ENTRIES).to(tl.int64)
     at = begin + tl.program_id(0) * PIECE
-    row, new = begins_row(sorted_rows, begin, at)
-    if new:
+    row, others = goes_on(sorted_rows, begin, at, PIECE)
+    if not others:
         return
     d = tl.arange(0, BLOCK)
-    end = piece_end(begin, at, total.to(tl.int64) * ENTRIES, PIECE)
+    end = tl.minimum(at + PIECE, total.to(tl.int64) * ENTRIES)
     gradient = tl.zeros([BLOCK], tl.float32)
     segment = at
     found = ENTRY_BLOCK
@@ -172,26 +172,27 @@ def rows_backward_kernel(
     """The gradient of each row as the window found it: what decay leaves of that after, and Σ w d v̂."""
     begin = (first * ENTRIES).to(tl.int64)
     at = begin + tl.program_id(0)
-    row, new = begins_row(sorted_rows, begin, at)
+    last = total.to(tl.int64) * ENTRIES
+    end = own_end(begin, at, last, PIECE)
+    row, new = begins_row(sorted_rows, begin, at)  # loads go out together, as in values_kernel
+    follows = tl.load(sorted_rows + at + 1, mask=at + 1 < end, other=-1) == row
+    entry = tl.load(order + at).to(tl.int64)
     if not new:
         return
     d = tl.arange(0, BLOCK)
-    last = total.to(tl.int64) * ENTRIES
-    end = piece_end(begin, at, last, PIECE)
     place = row.to(tl.int64) - window * memories.to(tl.int64) * SLOTS
     following = tl.load(latest + place).to(tl.int64)
+    left = tl.where(tl.load(steps + at) != 0, 1 - RATE * DECAY, 1.0)
+    # Most rows have few entries: the first alone needs few registers.
+    toward = tl.load(d_read + (entry // ENTRIES - first) * WIDTH + d, mask=d < WIDTH, other=0.0)
+    toward = tl.load(weights + entry) * toward
     gradient = tl.zeros([BLOCK], tl.float32)
     if following >= 0:
         gradient += tl.load(gradients + following * WIDTH + d, mask=d < WIDTH, other=0.0)
     elif AFTER:
         gradient += tl.load(d_values + place * WIDTH + d, mask=d < WIDTH, other=0.0)
-    gradient *= tl.where(tl.load(steps + at) != 0, 1 - RATE * DECAY, 1.0)
-    entry = tl.load(order + at).to(tl.int64)
-    # Most rows have few entries: the first alone needs few registers.
-    toward = tl.load(d_read + (entry // ENTRIES - first) * WIDTH + d, mask=d < WIDTH, other=0.0)
-    gradient += tl.load(weights + entry) * toward
+    gradient = gradient * left + toward
     segment = at + 1
-    follows = tl.load(sorted_rows + segment, mask=segment < end, other=-1) == row
     found = follows.to(tl.int32) * ENTRY_BLOCK
     while found == ENTRY_BLOCK:
         more, found = toward_of(

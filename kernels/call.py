@@ -4,6 +4,7 @@ The keys do not depend on the values. So the windows are addressed one after the
 all windows are then sorted by table row at once; and the windows read and write the values one after the other.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -11,8 +12,9 @@ from torch import Tensor
 
 from fwpkm.config import FwPKMConfig
 from fwpkm.kernels import chunk_update, lookup, parts
-from fwpkm.kernels.launch import Launch
-from fwpkm.kernels.room import Kept, Scratch, room_for
+from fwpkm.kernels.launch import Steps
+from fwpkm.kernels.layouts import kept_layout, scratch_layout
+from fwpkm.kernels.room import Layout, Room
 from fwpkm.kernels.shapes import blocks_of, shapes
 from fwpkm.kernels.sums import KeySums
 from fwpkm.kernels.tokens import prepare_kernel
@@ -48,7 +50,8 @@ class Result(NamedTuple):
     """``[windows, M]``"""
     addressing: Tensor
     """``[windows, M]``"""
-    kept: Kept
+    kept: Room
+    """Of ``kept_layout``."""
 
 
 def forward(
@@ -67,138 +70,141 @@ def forward(
         dtype: of the output.
         most: what to make room for, so that the shapes of what is kept do not depend on the position.
     """
-    batch, memories, size = tokens.query.shape[0], keys.shape[0], shapes(cfg, tokens.query.dtype)
-    kept, scratch = room_for(cfg, plan, most or least(plan, batch), keys, batch, save)
-    scratch.zeros.zero_()
-    Launch(
-        prepare_kernel, *tokens, kept.flags,
-        HAS_GATE=tokens.gate is not None, HAS_MASK=tokens.mask is not None, HAS_PAIR=tokens.pair is not None,
-        SHIFTED=tokens.pair is not None, **size.prepare,
-    )((batch * plan.room,))  # fmt: skip
-    Launch(parts.begin_kernel, keys, kept.keys, scratch.norms, scratch.largest, scratch.halves, **size.begin)(
+    batch, memories, query = tokens.query.shape[0], keys.shape[0], tokens.query.dtype
+    layout = kept_layout(cfg, most or least(plan, batch), memories, batch, save)
+    others = scratch_layout(cfg, plan, memories, batch, query, layout.places["sorted_rows"].dtype)
+    given = tuple(x is not None for x in (tokens.gate, tokens.mask, tokens.pair))
+    steps = _steps(cfg, plan, query, batch, memories, save, given, layout, others)
+    tensors, kept = {**tokens._asdict(), "given_keys": keys, "table": values}, Room.empty(layout, keys)
+    steps.prepare.run(tensors, kept)  # which an idle GPU does while the rest is made ready
+    scratch, new, entries = Room.empty(others, keys), plan.room - plan.arrived, cfg.slots_per_token
+    slots = keys.new_empty(batch, new, entries, dtype=torch.int64)
+    weights, output = keys.new_empty(batch, new, entries), values.new_empty(batch, new, cfg.value_dim, dtype=dtype)
+    tensors |= {"new_slots": slots, "new_weights": weights, "output": output}
+    steps.address.run(tensors, kept, scratch)
+    used = slice(plan.total * entries)
+    torch.sort(scratch["table_rows"], stable=True, out=(kept["sorted_rows"][used], kept["order"][used]))
+    steps.write.run(tensors, kept, scratch)
+    writes = len(plan.windows) - (False in plan.kinds)  # all are of one length, and only the last window may not write
+    written = scratch["squared"][: writes * batch * plan.windows[0].length]
+    memorization = written.view(writes, memories, -1).sum(2) if writes else keys.new_zeros(0, memories)
+    addressing = scratch["terms"][:writes].view(writes, memories, 2 * cfg.num_heads, cfg.num_subkeys).sum((2, 3))
+    last = kept["keys"][writes * save].view(keys.shape).clone()
+    return Result(output, slots, weights, last, memorization, addressing, kept)
+
+
+class _Steps(NamedTuple):
+    """The launches of a call; between the last two the entries are sorted."""
+
+    prepare: Steps
+    address: Steps
+    write: Steps
+
+
+@functools.lru_cache(64)
+def _steps(
+    cfg: FwPKMConfig, plan: Plan, query: torch.dtype, batch: int, memories: int, save: bool, given: tuple[bool, ...],
+    kept: Layout, scratch: Layout,
+) -> _Steps:  # fmt: skip
+    """Those of a plan; ``given``: whether there is a gate, mask and pair."""
+    size, shown, (gated, masked, paired) = shapes(cfg, query), plan.room - plan.arrived, given
+    steps, (zeros,) = _Steps(Steps(kept), Steps(kept, scratch), Steps(kept, scratch)), kept.places["zeros"].shape
+    steps.prepare.of(
+        prepare_kernel, "query", "value", "gate", "mask", "pair", "flags", "zeros",
+        HAS_GATE=gated, HAS_MASK=masked, HAS_PAIR=paired, SHIFTED=paired, **size.prepare,
+    )((batch * plan.room,), blocks_of(zeros, batch * plan.room), zeros)  # fmt: skip
+    steps.address.of(parts.begin_kernel, "given_keys", "keys", "norms", "largest", "halves", **size.begin)(
         (cfg.num_subkeys, 2 * memories * cfg.num_heads)
     )
-    slots = kept.slots.new_empty(batch, plan.room - plan.arrived, cfg.slots_per_token, dtype=torch.int64)
-    weights = torch.empty_like(slots, dtype=torch.float32)
-    last, addressing = address(cfg, plan, tokens, kept, scratch, slots, weights, save)
-    sorted_rows, order = kept.sorted_rows.sort(stable=True)
-    kept = kept._replace(sorted_rows=sorted_rows, order=order)
-    output, squared = read_and_write(cfg, plan, values, tokens, kept, save, dtype)
-    writes = len(plan.windows) - (False in plan.kinds)  # all are of one length, and only the last window may not write
-    written = squared[: writes * batch * plan.windows[0].length]
-    memorization = written.view(writes, memories, -1).sum(2) if writes else squared.new_zeros(0, memories)
-    addressing = addressing[:writes].view(writes, memories, 2 * cfg.num_heads, cfg.num_subkeys).sum((2, 3))
-    last = last.view(keys.shape)
-    return Result(output, slots, weights, last.clone() if save else last, memorization, addressing, kept)
+    add_address(steps.address, cfg, plan, query, batch, memories, shown, save)
+    add_write(steps.write, cfg, plan, query, batch, memories, shown, save, gated)
+    return steps
 
 
-def address(
-    cfg: FwPKMConfig, plan: Plan, tokens: Tokens, kept: Kept, scratch: Scratch, slots: Tensor, weights: Tensor,
-    save: bool, due: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """What each token picks, moving the keys; returns the last keys and the terms of the addressing loss.
+def add_address(
+    steps: Steps, cfg: FwPKMConfig, plan: Plan, query: torch.dtype, batch: int, memories: int, shown: int, save: bool,
+) -> None:  # fmt: skip
+    """Add what each token picks, moving the keys.
 
     Args:
+        steps: receives the launches. Where the tensor ``due`` is not None but an int32 on the GPU, and 0, they do
+            nothing.
         cfg: the configuration.
         plan: the windows.
-        tokens: the stream, whose flags are ``kept``, as the keys before it are.
-        kept: receives what is computed.
-        scratch: of these keys.
-        slots: ``[B, T, H*k]`` int64, receives those of the tokens that the call has brought.
-        weights: ``[B, T, H*k]``, likewise.
+        query: the dtype of queries.
+        batch: B.
+        memories: M.
+        shown: how many tokens ``new_slots`` and ``new_weights`` have of each sequence.
         save: for ``backward``: keep the keys of each window.
-        due: None, or an int32 on the GPU: where it is 0, nothing is done and the results mean nothing.
     """
-    size, memories = shapes(cfg, tokens.query.dtype), kept.counts.shape[1]
-    rows, groups, subkeys = tokens.query.shape[0] // memories, 2 * memories * cfg.num_heads, cfg.num_subkeys
-    longest = rows * plan.longest
-
-    def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=slots.device)
-
-    _, largest, norms, halves = scratch
-    addressing = new(len(plan.windows), groups, subkeys)
-    listed = size.select["TILES"] * size.select["PROPOSED"]
-    proposals = new(memories * longest, cfg.num_heads, 2, listed, dtype=torch.int32)
-    scales, pulls = new(memories * longest, cfg.num_heads, 2), new(memories * longest, cfg.num_heads, 2, cfg.top_k)
-    sums = KeySums(cfg, tokens.query, kept, longest, due)
-    select = Launch(
-        lookup.select_kernel, tokens.query, kept.flags, norms, largest, halves, proposals, scales, due,
+    size, subkeys, words = shapes(cfg, query), cfg.num_subkeys, steps.place("maps").shape[-1]
+    rows, groups = batch // memories, 2 * memories * cfg.num_heads
+    select = steps.of(
+        lookup.select_kernel, "query", "flags", "norms", "largest", "halves", "proposals", "scales", "due",
         **size.select,
     )  # fmt: skip
-    rank = Launch(
-        lookup.rank_kernel, tokens.query, kept.keys, proposals, scales, kept.flags, kept.ids, kept.ranks, due,
-        **size.rank,
-    )  # fmt: skip
+    rank = steps.of(
+        lookup.rank_kernel, "query", "keys", "proposals", "scales", "flags", "ids", "ranks", "due", **size.rank
+    )
     combines = {
-        writes: Launch(
-            lookup.combine_kernel, kept.ids, kept.ranks, kept.flags, kept.kinds, kept.slots, kept.weights,
-            kept.sorted_rows, kept.share, kept.counts, kept.maps, slots, weights, due,
+        writes: steps.of(
+            lookup.combine_kernel, "ids", "ranks", "flags", "kinds", "slots", "weights", "table_rows", "share",
+            "counts", "maps", "new_slots", "new_weights", "due",
             WRITES=writes, MAPS=writes or save, **size.combine,
         ) for writes in plan.kinds
     }  # fmt: skip
-    pull = Launch(
-        chunk_update.pull_kernel, kept.ids, kept.ranks, kept.kinds, kept.share, kept.counts, kept.active, pulls, due,
-        **size.pull,
+    pull = steps.of(
+        chunk_update.pull_kernel, "ids", "ranks", "kinds", "share", "counts", "active", "pulls", "due", **size.pull
+    )
+    sum_keys = KeySums(cfg, query, memories, words).of(steps, "pulls")
+    step_keys = steps.of(
+        chunk_update.keys_kernel, "keys", "norms", "largest", "halves", "sums", "totals", "share", "counts", "active",
+        "terms", "moved", "pulled", "keys_unclipped", "due", SAVE=save, **size.keys,
     )  # fmt: skip
-    key_sums = sums.of(pulls)
-    step_keys = Launch(
-        chunk_update.keys_kernel, kept.keys, norms, largest, halves, sums.sums, sums.totals, kept.share, kept.counts,
-        kept.active, addressing, kept.moved, kept.pulled, kept.keys_unclipped, due, SAVE=save, **size.keys,
-    )  # fmt: skip
-    version = 0
     for i, (start, length, writes, first, fresh) in enumerate(plan.windows):
+        version, number = i * save, rows * length  # each window before has written
         where = (start, length, first, plan.room, rows)
-        select((blocks_of(rows * length, size.select["BLOCK"]), groups, size.select["TILES"]), version, i, *where)
-        rank((rows * length, groups), version, *where)
+        select((blocks_of(number, size.select["BLOCK"]), groups, size.select["TILES"]), version, i, *where)
+        rank((number, groups), version, *where)
         combines[writes](
-            (blocks_of(rows * length, size.combine["BLOCK"]), memories), i, memories, kept.maps.shape[-1], *where,
-            fresh, plan.arrived, slots.shape[1],
+            (blocks_of(number, size.combine["BLOCK"]), memories),
+            i, memories, words, *where, fresh, plan.arrived, shown,
         )  # fmt: skip
         if writes:
-            pull((blocks_of(rows * length, size.pull["BLOCK"]), groups), i, *where)
-            pieces = sums.launch(key_sums, i, version, first, *where)
-            after = version + 1 if save else 0
-            step_keys((subkeys, groups), i, version, after, pieces)
-            version = after
-    return kept.keys[version], addressing
+            pull((blocks_of(number, size.pull["BLOCK"]), groups), i, *where)
+            pieces = sum_keys(i, version, first, *where)
+            step_keys((subkeys, groups), i, version, version + save, pieces)
 
 
-def read_and_write(
-    cfg: FwPKMConfig, plan: Plan, values: Tensor, tokens: Tokens, kept: Kept, save: bool, dtype: torch.dtype,
-    due: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Read each window and write its chunk; returns the output, and ½ g ‖v̂ - u‖² [w]. Arguments as in ``address``."""
-    size, entries = shapes(cfg, tokens.query.dtype), cfg.slots_per_token
-    batch, memories = tokens.query.shape[0], values.shape[0]
-    output = values.new_empty(batch, plan.room - plan.arrived, cfg.value_dim, dtype=dtype)
-    squared = values.new_empty(plan.total)
+def add_write(
+    steps: Steps, cfg: FwPKMConfig, plan: Plan, query: torch.dtype, batch: int, memories: int, shown: int, save: bool,
+    gated: bool,
+) -> None:  # fmt: skip
+    """Add the reads of all windows and the writes of their chunks. Arguments as in ``add_address``."""
+    size, entries = shapes(cfg, query), cfg.slots_per_token
     reads = {
-        writes: Launch(
-            lookup.read_kernel, values, kept.slots, kept.weights, kept.kinds, tokens.value, tokens.gate, output,
-            kept.error, kept.strength, squared, due,
-            HAS_GATE=tokens.gate is not None, WRITES=writes, **size.read,
+        writes: steps.of(
+            lookup.read_kernel, "table", "slots", "weights", "kinds", "value", "gate", "output", "error", "strength",
+            "squared", "due", HAS_GATE=gated, WRITES=writes, **size.read,
         ) for writes in plan.kinds
     }  # fmt: skip
-    pieces = blocks_of(batch * plan.longest * entries, size.piece["PIECE"])
-    partial, counts = values.new_empty(pieces, cfg.value_dim), kept.slots.new_empty(pieces)
-    sum_pieces = Launch(
-        chunk_update.piece_kernel, kept.sorted_rows, kept.order, kept.weights, kept.strength, kept.error, kept.kinds,
-        partial, counts, due, **size.piece,
+    sum_pieces = steps.of(
+        chunk_update.piece_kernel, "sorted_rows", "order", "weights", "strength", "error", "kinds", "partial",
+        "partial_counts", "due", **size.piece,
     )  # fmt: skip
-    steps = {
-        writes: Launch(
-            chunk_update.values_kernel, values, kept.sorted_rows, kept.order, kept.weights, kept.strength, kept.error,
-            kept.kinds, kept.active, partial, counts, kept.heads, kept.steps, kept.rows, kept.values_unclipped, due,
+    writes_of = {
+        writes: steps.of(
+            chunk_update.values_kernel, "table", "sorted_rows", "order", "weights", "strength", "error", "kinds",
+            "active", "partial", "partial_counts", "heads", "steps", "rows", "values_unclipped", "due",
             WRITES=writes, SAVE=save, **size.values,
         ) for writes in plan.kinds
     }  # fmt: skip
     for i, (start, length, writes, first, fresh) in enumerate(plan.windows):
+        number = batch * length
         reads[writes](
-            (batch * length,), start, length, first, plan.room, batch // memories, fresh, plan.arrived, output.shape[1]
+            (number,), start, length, first, plan.room, batch // memories, fresh, plan.arrived, shown
         )  # fmt: skip
         if writes:
-            sum_pieces((blocks_of(batch * length * entries, size.piece["PIECE"]),), length, first, plan.total)
+            sum_pieces((blocks_of(number * entries, size.piece["PIECE"]),), length, first, plan.total)
         if writes or save:
-            steps[writes]((batch * length * entries,), i, memories, length, first, plan.total)
-    return output, squared
+            writes_of[writes]((number * entries,), i, memories, length, first, plan.total)

@@ -151,9 +151,19 @@ def begins_row(sorted_rows, begin, at):
 
 
 @triton.jit
-def piece_end(begin, at, last, PIECE: tl.constexpr):
-    """Where the piece of PIECE entries ends that an entry lies in, counted from the window's first."""
-    return tl.minimum(begin + ((at - begin) // PIECE + 1) * PIECE, last)
+def own_end(begin, at, last, PIECE: tl.constexpr):
+    """Where those entries of a row end that its own program sums: with the first piece that begins within the row.
+
+    Pieces have PIECE entries and are counted from the window's first. So few rows have any that another sums.
+    """
+    return tl.minimum(begin + (tl.cdiv(at - begin, PIECE) + 1) * PIECE, last)
+
+
+@triton.jit
+def goes_on(sorted_rows, begin, at, PIECE: tl.constexpr):
+    """The row of the entry that a piece begins with, and whether the piece before it begins with that row too."""
+    row = tl.load(sorted_rows + at)
+    return row, row == tl.load(sorted_rows + at - PIECE, mask=at > begin, other=-1)
 
 
 @triton.jit(do_not_specialize=["length", "first", "total"])
@@ -162,7 +172,7 @@ def piece_kernel(
     WIDTH: tl.constexpr, ENTRIES: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, PIECE: tl.constexpr,
     ENTRY_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Σ κ w g (v̂ - u) of a row's entries in one piece of the window's that begins in the middle of the row's.
+    """Σ κ w g (v̂ - u) of a row's entries in one piece of the window's, unless they are its own program's.
 
     Few rows have so many entries; but a token that all read alike would keep the program of its row busy alone.
     """
@@ -170,11 +180,11 @@ def piece_kernel(
         return
     begin = (first * ENTRIES).to(tl.int64)
     at = begin + tl.program_id(0) * PIECE
-    row, new = begins_row(sorted_rows, begin, at)
-    if new:
+    row, others = goes_on(sorted_rows, begin, at, PIECE)
+    if not others:
         return
     d = tl.arange(0, BLOCK)
-    end = piece_end(begin, at, total.to(tl.int64) * ENTRIES, PIECE)
+    end = tl.minimum(at + PIECE, total.to(tl.int64) * ENTRIES)
     gradient = tl.zeros([BLOCK], tl.float32)
     count = 0
     segment = at
@@ -209,22 +219,34 @@ def values_kernel(
         return
     begin = (first * ENTRIES).to(tl.int64)
     at = begin + tl.program_id(0)
+    last = total.to(tl.int64) * ENTRIES
+    end = own_end(begin, at, last, PIECE)
+    # Loads before each branch go out together: a row is a few of them in a chain, and programs wait for little else.
     row, new = begins_row(sorted_rows, begin, at)
+    follows = tl.load(sorted_rows + at + 1, mask=at + 1 < end, other=-1) == row
+    going_on = tl.load(sorted_rows + end, mask=end < last, other=-1) == row
+    mine = tl.load(order + at).to(tl.int64)
     if not new:
         return
     d = tl.arange(0, BLOCK)
-    last = total.to(tl.int64) * ENTRIES
-    end = piece_end(begin, at, last, PIECE)
     place = row.to(tl.int64) - window * memories.to(tl.int64) * SLOTS
     offset = place * WIDTH
     old = tl.load(values + offset + d, mask=d < WIDTH, other=0.0)
     # Most rows have few entries: the first alone needs few registers.
-    gradient, count, found = entries_of(
-        at, end, row, sorted_rows, order, weights, strength, error, kinds, heads, at, length, first, d,
-        WIDTH, ENTRIES, CHUNK, 1, WRITES, SAVE,
-    )  # fmt: skip
+    gradient = tl.zeros([BLOCK], tl.float32)
+    count = 0
+    lives = False
+    if WRITES:
+        token = mine // ENTRIES
+        miss = tl.load(error + token * WIDTH + d, mask=d < WIDTH, other=0.0)
+        pull = tl.load(strength + token) * tl.load(weights + mine)
+        lives = tl.load(active + window * memories + place // SLOTS) != 0
+        counts_too = ((token - first) % length < CHUNK) & ((tl.load(kinds + token) & LIVE) != 0)
+        gradient = tl.where(counts_too & (pull != 0), pull * miss, 0.0)
+        count += counts_too.to(tl.int32)
+    if SAVE:
+        tl.store(heads + mine, at.to(tl.int32))
     segment = at + 1
-    follows = tl.load(sorted_rows + segment, mask=segment < end, other=-1) == row
     found = follows.to(tl.int32) * ENTRY_BLOCK
     while found == ENTRY_BLOCK:
         more, counted, found = entries_of(
@@ -234,7 +256,6 @@ def values_kernel(
         gradient += more
         count += counted
         segment += ENTRY_BLOCK
-    going_on = tl.load(sorted_rows + end, mask=end < last, other=-1) == row
     while going_on:
         if WRITES:
             piece = (end - begin) // PIECE
@@ -257,8 +278,7 @@ def values_kernel(
                 tl.store(unclipped + at * WIDTH + d, (tl.abs(gradient) <= CLIP).to(tl.int8), mask=d < WIDTH)
             gradient = tl.minimum(tl.maximum(gradient, -CLIP), CLIP)
         new = tl.where(d < WIDTH, old - RATE * (gradient + DECAY * old), 0.0)
-        moves = (count > 0) & (tl.load(active + window * memories + place // SLOTS) != 0)
-        moves = moves & (tl.min((tl.abs(new) < INF).to(tl.int32), 0) != 0)
+        moves = (count > 0) & lives & (tl.min((tl.abs(new) < INF).to(tl.int32), 0) != 0)
         if moves:
             tl.store(values + offset + d, new, mask=d < WIDTH)
         if SAVE:

@@ -3,6 +3,8 @@
 So a CUDA graph can hold a step. What a write needs is launched too, and does nothing until a chunk is complete.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -12,14 +14,15 @@ from fwpkm import schedule
 from fwpkm.config import FwPKMConfig
 from fwpkm.containers import State
 from fwpkm.kernels import call
-from fwpkm.kernels.launch import Launch
+from fwpkm.kernels.launch import Steps
+from fwpkm.kernels.layouts import kept_layout, scratch_layout
 from fwpkm.kernels.lookup import best_sums, bounded_scores, softmax_all
 from fwpkm.kernels.parts import store_key
 from fwpkm.kernels.ranks import best_of_all, exact_ranks
-from fwpkm.kernels.room import room_for
+from fwpkm.kernels.room import Layout, Room
 from fwpkm.kernels.shapes import blocks_of, shapes
 from fwpkm.kernels.tokens import DEAD, INF, LIVE, flag_of, not_due
-from fwpkm.kernels.windows import least, write
+from fwpkm.kernels.windows import Plan, least, write
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -218,50 +221,75 @@ def decode(
         output ``[B, 1, Dv]`` in the query's dtype.
     """
     (keys, values), *pending, position = state
-    batch, memories, size = query.shape[0], keys.shape[0], shapes(cfg, query.dtype)
-    rows, heads, subkeys, half = batch // memories, cfg.num_heads, cfg.num_subkeys, cfg.key_dim // 2
+    batch, memories, room = query.shape[0], keys.shape[0], cfg.chunk_size + schedule.lag(cfg)
+    plan, given = write(room, batch), (gate is not None, mask is not None)
+    layouts = _layouts(cfg, plan, memories, batch)
+    steps = _steps(cfg, plan, query.dtype, batch, memories, *given, layouts)
+    output = query.new_empty(batch, 1, cfg.value_dim)
+    tensors = {
+        **dict(zip(_PENDING, pending)), "keys": keys, "table": values, "position": position, "output": output,
+        "token_query": query, "token_value": value, "token_gate": gate, "token_mask": mask,
+    }  # fmt: skip
+    steps.run(tensors, *(Room.empty(layout, keys) for layout in layouts))
+    return output
+
+
+@functools.lru_cache(64)
+def _layouts(cfg: FwPKMConfig, plan: Plan, memories: int, batch: int) -> tuple[Layout, ...]:
+    """Of what a step needs; its queries and values are float32 once they wait."""
+    kept = kept_layout(cfg, least(plan, batch), memories, batch, save=False, keys=False)
+    own = {
+        "token_ranks": ((batch, cfg.num_heads, 2, cfg.num_subkeys), torch.float32),
+        "token_flags": ((batch,), torch.int8),
+        "due": ((2,), torch.int32),
+        "query": ((batch, plan.room, cfg.num_heads * cfg.key_dim), torch.float32),
+        "value": ((batch, plan.room, cfg.value_dim), torch.float32),
+        "gate": ((batch, plan.room), torch.float32),
+        "new_slots": ((0,), torch.int64),
+        "new_weights": ((0,), torch.float32),
+    }
+    row = kept.places["sorted_rows"].dtype
+    return kept, scratch_layout(cfg, plan, memories, batch, torch.float32, row), Layout.of(own)
+
+
+_PENDING = "pending_query", "pending_value", "pending_gate", "pending_mask"
+
+
+@functools.lru_cache(64)
+def _steps(
+    cfg: FwPKMConfig, plan: Plan, query: torch.dtype, batch: int, memories: int, gated: bool, masked: bool,
+    layouts: tuple[Layout, ...],
+) -> Steps:  # fmt: skip
+    """The launches of a step, those of the write that ``plan`` is among them."""
+    steps, size, room = Steps(*layouts), shapes(cfg, query), plan.room
+    (zeros,) = steps.place("counted").shape
+    heads, subkeys, half = cfg.num_heads, cfg.num_subkeys, cfg.key_dim // 2
     lag, capacity, groups = schedule.lag(cfg), schedule.capacity(cfg), 2 * memories * cfg.num_heads
-    room = cfg.chunk_size + lag
-
-    def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=keys.device)
-
-    plan = write(room, batch)
-    kept, scratch = room_for(cfg, plan, least(plan, batch), keys, batch, save=False, in_keys=True)
-    flags, due, ranks = new(batch, dtype=torch.int8), new(2, dtype=torch.int32), new(batch, heads, 2, subkeys)
     widths = {"QUERY": heads * cfg.key_dim, "VALUE": cfg.value_dim}
     widths |= {name: size.prepare[name] for name in ("QUERY_BLOCK", "VALUE_BLOCK")}
     scored = {"HEADS": heads, "SUBKEYS": subkeys, "IDW": cfg.score == "idw"}
-    gated, output = {"HAS_GATE": gate is not None}, query.new_empty(batch, 1, cfg.value_dim)
-    Launch(scan_kernel, query, keys, ranks, HALF=half, **scored, **size.scan)(
-        (blocks_of(subkeys, size.scan["CHOICES"]), batch * heads * 2), rows
+    places = {"ROOM": room, "PENDING": capacity, "HAS_GATE": gated, **widths}
+    token, chunk = ("token_query", "token_value", "token_gate"), ("query", "value", "gate", "flags")
+    steps.of(scan_kernel, "token_query", "keys", "token_ranks", HALF=half, **scored, **size.scan)(
+        (blocks_of(subkeys, size.scan["CHOICES"]), batch * heads * 2), batch // memories
     )
-    Launch(
-        token_kernel, position, query, value, gate, mask, ranks, values, scratch.largest, flags, due, output,
-        HAS_MASK=mask is not None, CHUNK=cfg.chunk_size, LAG=lag, GROUPS=groups, K=cfg.top_k, EPSILON=cfg.score_eps,
-        TEMPERATURE=cfg.temperature, **gated, **widths, **scored, **size.token,
-    )((batch,), rows)  # fmt: skip
-
-    stream = new(batch, room, heads * cfg.key_dim), new(batch, room, cfg.value_dim), new(batch, room)
-    places = {"ROOM": room, "PENDING": capacity, **gated, **widths}
-    zeros = scratch.zeros[: scratch.largest.storage_offset()]  # which come before it
-    Launch(
-        stage_kernel, *pending, query, value, gate, flags, *stream, kept.flags, keys, scratch.norms, scratch.largest,
-        scratch.halves, zeros, due, TOKENS=batch * room, GROUPS=groups, SUBKEYS=subkeys, HALF=half,
-        BLOCK=size.keys["BLOCK"], ZEROS=len(zeros), ZERO_BLOCK=1024, num_warps=1, **places,
-    )((batch * room + groups * subkeys + blocks_of(len(zeros), 1024),))  # fmt: skip
-    tokens = call.Tokens(*stream, None)
-    none = kept.ids.new_empty(batch, 0, heads * cfg.top_k, dtype=torch.int64), new(batch, 0, heads * cfg.top_k)
-    call.address(cfg, plan, tokens, kept, scratch, *none, save=False, due=due)
-    table_rows, count = kept.sorted_rows, batch * room * cfg.slots_per_token // memories
-    kept = kept._replace(
-        sorted_rows=torch.empty_like(table_rows), order=torch.empty_like(table_rows, dtype=torch.int64)
-    )
-    Launch(sort_kernel, table_rows, kept.sorted_rows, kept.order, due, BLOCK=64, num_warps=4)(
+    steps.of(
+        token_kernel, "position", *token, "token_mask", "token_ranks", "table", "largest", "token_flags", "due",
+        "output", HAS_GATE=gated, HAS_MASK=masked, CHUNK=cfg.chunk_size, LAG=lag, GROUPS=groups, K=cfg.top_k,
+        EPSILON=cfg.score_eps, TEMPERATURE=cfg.temperature, **widths, **scored, **size.token,
+    )((batch,), batch // memories)  # fmt: skip
+    steps.of(
+        stage_kernel, *_PENDING, *token, "token_flags", *chunk, "keys", "norms", "largest", "halves", "counted", "due",
+        TOKENS=batch * room, GROUPS=groups, SUBKEYS=subkeys, HALF=half, BLOCK=size.keys["BLOCK"], ZEROS=zeros,
+        ZERO_BLOCK=1024, num_warps=1, **places,
+    )((batch * room + groups * subkeys + blocks_of(zeros, 1024),))  # fmt: skip
+    call.add_address(steps, cfg, plan, torch.float32, batch, memories, shown=0, save=False)
+    count = batch * room * cfg.slots_per_token // memories
+    steps.of(sort_kernel, "table_rows", "sorted_rows", "order", "due", BLOCK=64, num_warps=4)(
         (blocks_of(count, 64), memories), count
     )
-    call.read_and_write(cfg, plan, values, tokens, kept, save=False, dtype=query.dtype, due=due)
-    Launch(
-        settle_kernel, *pending, query, value, gate, flags, *stream, kept.flags, due, LAG=lag, num_warps=1, **places
-    )((batch, capacity))  # fmt: skip
-    return output
+    call.add_write(steps, cfg, plan, torch.float32, batch, memories, shown=0, save=False, gated=True)
+    steps.of(settle_kernel, *_PENDING, *token, "token_flags", *chunk, "due", LAG=lag, num_warps=1, **places)(
+        (batch, capacity)
+    )
+    return steps

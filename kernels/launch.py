@@ -1,44 +1,112 @@
-"""Launching a kernel many times: Triton looks at every argument each time, which costs more than a small kernel."""
+"""Launches listed once and made often: Triton looks at every argument each time, which costs more than a kernel."""
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
+from triton.runtime import JITFunction
+
+from fwpkm.kernels.room import Layout, Place, Room
 
 _COMPILED: dict[tuple, Any] = {}
 
 
-class Launch:
-    """A kernel with its tensors and compile-time arguments, to be launched with integers that are not specialized.
+class Steps:
+    """Launches of kernels in their order, with tensors that are named, and integers that are not specialized.
 
-    What Triton compiles depends on the device, each tensor's dtype and alignment, and the constants. So these are
-    looked at once, at the first launch, and what was compiled for them is launched again directly, with bare addresses,
-    on the stream of the first launch.
+    What Triton compiles depends on the device, each tensor's dtype and alignment, and the constants. So what was
+    compiled for tensors of one kind is launched again directly, with bare addresses.
     """
 
-    def __init__(self, kernel: Any, *tensors: torch.Tensor | None, **constants: Any) -> None:
-        """Nothing is looked at yet; the first of ``tensors`` is not None."""
-        self.kernel, self.tensors, self.constants = kernel, tensors, constants
-        self.ready: tuple | None = None
+    def __init__(self, *layouts: Layout) -> None:
+        """None yet. Names that are in ``layouts`` are those of tensors in rooms."""
+        self.layouts = layouts
+        self.names: dict[str, int] = {}
+        self.places: list[tuple[str, int, int]] = []
+        self.kernels: list[tuple[Any, list[int], dict[str, Any]]] = []
+        self.launches: list[tuple[int, tuple[int, int, int], tuple[int, ...]]] = []
+        self.ready: dict[tuple, list[tuple]] = {}
 
-    def __call__(self, grid: tuple[int, ...], *integers: int) -> None:
-        """Launch, on grids of one length; the current device must be the tensors'."""
-        if self.ready is None:
-            device: Any = self.tensors[0].device  # type: ignore[union-attr]
-            addresses = [None if x is None else x.data_ptr() for x in self.tensors]
-            dtypes = [None if x is None else x.dtype for x in self.tensors]
-            alignments = [address and address % 16 for address in addresses]
-            key = (id(self.kernel), device, *dtypes, *alignments, *self.constants.values())
-            found = _COMPILED.get(key)
-            if found is None:
-                compiled = self.kernel[grid](*self.tensors, *integers, **self.constants)
-                if compiled is not None:  # the interpreter compiles nothing
-                    names = self.kernel.arg_names[len(self.tensors) + len(integers) :]
-                    _COMPILED[key] = compiled, [self.constants[name] for name in names]
-                return
-            compiled, values = found
-            rest_of_grid, stream = (1,) * (3 - len(grid)), torch._C._cuda_getCurrentRawStream(device.index)
-            no_hooks = (None, None, None)
-            head = *rest_of_grid, stream, compiled.function, compiled.packed_metadata, *no_hooks, *addresses
-            self.ready = compiled.run, head, values
-        run, head, values = self.ready
-        run(*grid, *head, *integers, *values)
+    def of(self, kernel: Any, *names: str, **constants: Any) -> Callable[..., None]:
+        """What adds a launch of ``kernel`` on its tensors ``names`` and compile-time ``constants``.
+
+        It takes the grid, then the kernel's integers.
+        """
+        number = None
+
+        def launch(grid: tuple[int, ...], *integers: int) -> None:
+            nonlocal number
+            if number is None:
+                number = len(self.kernels)
+                self.kernels.append((kernel, [self._number(name) for name in names], constants))
+            x, y, z = (*grid, 1, 1)[:3]
+            self.launches.append((number, (x, y, z), integers))
+
+        return launch
+
+    def place(self, name: str) -> Place:
+        """That of a tensor in a room."""
+        return next(layout.places[name] for layout in self.layouts if name in layout.places)
+
+    def _number(self, name: str) -> int:
+        """That of a tensor, whose room and offset are kept; room -1 is none."""
+        if name not in self.names:
+            self.names[name] = len(self.names)
+            found = ((i, layout.places[name].offset) for i, layout in enumerate(self.layouts) if name in layout.places)
+            self.places.append((name, *next(found, (-1, 0))))
+        return self.names[name]
+
+    def run(self, tensors: Mapping[str, Tensor | None], *rooms: Room) -> None:
+        """Launch all on the current stream; the current device must be the tensors'.
+
+        Args:
+            tensors: those that are in no room; one that is not there, or None, is absent.
+            rooms: of the layouts.
+        """
+        device = rooms[0].buffer.device
+        bases = [room.buffer.data_ptr() for room in rooms]
+        addresses: list[int | None] = []
+        kind: list[Any] = [device, *(base % 16 for base in bases)]
+        for name, room, offset in self.places:
+            if room >= 0:
+                addresses.append(bases[room] + offset)
+            elif (x := tensors.get(name)) is None:
+                addresses.append(None)
+                kind.append(None)
+            else:
+                addresses.append(x.data_ptr())
+                kind += x.dtype, addresses[-1] % 16  # type: ignore[operator]
+        key = tuple(kind)
+        if key not in self.ready:
+            mine = [tensors.get(name) if room < 0 else rooms[room][name] for name, room, _ in self.places]
+            if not isinstance(self.kernels[0][0], JITFunction):  # the interpreter compiles nothing
+                return self._interpret(mine)
+            self.ready[key] = [self._compiled(number, mine, device) for number in range(len(self.kernels))]
+        stream = torch._C._cuda_getCurrentRawStream(device.index)
+        bound = [
+            (run, (stream, *function, *[addresses[i] for i in places]), values)
+            for (run, function, values), (_, places, _) in zip(self.ready[key], self.kernels)
+        ]
+        for number, grid, integers in self.launches:
+            run, head, values = bound[number]
+            run(*grid, *head, *integers, *values)
+
+    def _compiled(self, number: int, mine: list[Tensor | None], device: torch.device) -> tuple:
+        """Of a kernel: what launches it, what it wants before the tensors, and what after the integers."""
+        kernel, places, constants = self.kernels[number]
+        tensors = [mine[i] for i in places]
+        kinds = (None if x is None else (x.dtype, x.data_ptr() % 16) for x in tensors)
+        key = (id(kernel), device, *kinds, *constants.values())
+        if key not in _COMPILED:
+            grid, integers = next(launch[1:] for launch in self.launches if launch[0] == number)
+            compiled = kernel.warmup(*tensors, *integers, grid=grid, **constants)
+            values = [constants[name] for name in kernel.arg_names[len(tensors) + len(integers) :]]
+            no_hooks = None, None, None
+            _COMPILED[key] = compiled.run, (compiled.function, compiled.packed_metadata, *no_hooks), values
+        return _COMPILED[key]
+
+    def _interpret(self, mine: list[Tensor | None]) -> None:
+        for number, grid, integers in self.launches:
+            kernel, places, constants = self.kernels[number]
+            kernel[grid](*(mine[i] for i in places), *integers, **constants)

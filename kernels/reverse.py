@@ -1,5 +1,6 @@
 """The backward of one call: its windows in reverse, first through the values, then through the keys."""
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -8,8 +9,9 @@ from torch import Tensor
 from fwpkm.config import FwPKMConfig
 from fwpkm.kernels import backward as kernels
 from fwpkm.kernels.call import Tokens
-from fwpkm.kernels.launch import Launch
-from fwpkm.kernels.room import Kept
+from fwpkm.kernels.launch import Steps
+from fwpkm.kernels.layouts import backward_layout
+from fwpkm.kernels.room import Layout, Room
 from fwpkm.kernels.shapes import blocks_of, shapes
 from fwpkm.kernels.sums import KeySums
 from fwpkm.kernels.windows import Plan
@@ -30,7 +32,7 @@ def backward(
     cfg: FwPKMConfig,
     plan: Plan,
     tokens: Tokens,
-    kept: Kept,
+    kept: Room,
     d_output: Tensor | None,
     d_keys: Tensor | None,
     d_values: Tensor | None,
@@ -50,111 +52,125 @@ def backward(
         table: the shape of the value table, if its own gradient is asked for.
         d_weights: ``[w, H*k]`` float32, of the weights themselves.
     """
-    d_scores, values, value, gate = _through_values(cfg, plan, tokens, kept, d_output, d_values, table, d_weights)
-    keys, query = _through_keys(cfg, plan, tokens, kept, d_scores, d_keys)
-    return Gradients(keys, values, query, value, gate)
-
-
-def _through_values(
-    cfg: FwPKMConfig,
-    plan: Plan,
-    tokens: Tokens,
-    kept: Kept,
-    d_output: Tensor | None,
-    d_values: Tensor | None,
-    table: torch.Size | None,
-    of_weights: Tensor | None,
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-    """The gradients of sub-scores [w, H, 2, k], of the table, and of the stream's values and gates."""
-    size, entries, width = shapes(cfg, tokens.query.dtype), cfg.slots_per_token, cfg.value_dim
-    batch, memories, after = tokens.query.shape[0], kept.counts.shape[1], d_values is not None
-    latest = kept.slots.new_full((memories * cfg.num_slots,), -1)
-    d_weights, gradients = torch.empty_like(kept.weights), torch.empty_like(kept.rows)
-    d_read = kept.rows.new_empty(batch * plan.longest, width)
+    places, query = kept.layout.places, tokens.query.dtype
+    memories, entries = places["counts"].shape[1], places["rows"].shape[0]
+    scratch = Room.empty(backward_layout(cfg, plan, entries, memories, tokens.query.shape[0], query), tokens.query)
+    new = functools.partial(torch.empty, dtype=torch.float32, device=tokens.query.device)
+    overlap = any(a.start + a.length > b.start for a, b in zip(plan.windows, plan.windows[1:]))
+    both = new(2, *places["keys"].shape[1:])  # after a window and before it, in turns
+    after = both[len(plan.windows) % 2]
+    after.zero_() if d_keys is None else after.copy_(d_keys.view_as(after))
+    d_table = None
+    if table is not None:
+        d_table = new(table).zero_() if d_values is None else d_values.clone()
     d_value = torch.zeros_like(tokens.value)
     d_gate = None if tokens.gate is None else torch.zeros_like(tokens.gate)
-    new = plan.room - plan.arrived
+    d_query = torch.zeros_like(tokens.query, dtype=torch.float32 if overlap else None)
+    tensors = {
+        **tokens._asdict(), "latest": new(memories * cfg.num_slots, dtype=torch.int32).fill_(-1), "d_keys": both,
+        "d_values": d_values, "d_output": d_output, "d_table": d_table, "d_value": d_value, "d_gate": d_gate,
+        "d_query": d_query,
+    }  # fmt: skip
+    given = tokens.gate is not None, d_output is not None, d_values is not None, table is not None
+    through_values, through_keys = _steps(
+        cfg, plan, query, tokens.query.shape[0], memories, overlap, given, kept.layout, scratch.layout
+    )
+    through_values.run(tensors, kept, scratch)
+    if d_weights is not None:
+        scratch["d_weights"].add_(d_weights)
+    through_keys.run(tensors, kept, scratch)
+    keys = both[0].unflatten(0, (memories, cfg.num_heads, 2))
+    return Gradients(keys, d_table, d_query, d_value, d_gate)
+
+
+@functools.lru_cache(64)
+def _steps(
+    cfg: FwPKMConfig, plan: Plan, query: torch.dtype, batch: int, memories: int, overlap: bool,
+    given: tuple[bool, ...], kept: Layout, scratch: Layout,
+) -> tuple[Steps, Steps]:  # fmt: skip
+    """The launches of a backward, through the values and through the keys.
+
+    ``given``: whether there are gates, and gradients of the output and of the final table, and whether the gradient of
+    the table before the call is asked for.
+    """
+    values, keys = Steps(kept, scratch), Steps(kept, scratch)
+    _add_values(values, cfg, plan, query, batch, memories, *given)
+    size = shapes(cfg, query).combine_backward
+    keys.of(kernels.combine_backward_kernel, "ids", "slots", "weights", "kinds", "d_weights", "d_scores", **size)(
+        (blocks_of(plan.total, size["BLOCK"]),), plan.total
+    )
+    _add_keys(keys, cfg, plan, query, batch, memories, overlap)
+    return values, keys
+
+
+def _add_values(
+    steps: Steps, cfg: FwPKMConfig, plan: Plan, query: torch.dtype, batch: int, memories: int, gated: bool,
+    output: bool, after: bool, table: bool,
+) -> None:  # fmt: skip
+    """Add what gives the gradients of weights, of rows, and of the stream's values and gates."""
+    size, entries = shapes(cfg, query), cfg.slots_per_token
     reads = {
-        writes: Launch(
-            kernels.read_backward_kernel, kept.slots, kept.weights, kept.kinds, tokens.gate, kept.error, kept.strength,
-            kept.heads, kept.steps, latest, kept.rows, kept.values_unclipped, gradients, d_values, d_output, d_weights,
-            d_read, d_value, d_gate,
-            HAS_GATE=tokens.gate is not None, OUTPUT=d_output is not None, AFTER=after,
-            WRITES=writes, **size.read_backward,
+        writes: steps.of(
+            kernels.read_backward_kernel, "slots", "weights", "kinds", "gate", "error", "strength", "heads", "steps",
+            "latest", "rows", "values_unclipped", "gradients", "d_values", "d_output", "d_weights", "d_read",
+            "d_value", "d_gate",
+            HAS_GATE=gated, OUTPUT=output, AFTER=after, WRITES=writes, **size.read_backward,
         ) for writes in plan.kinds
     }  # fmt: skip
-    partial = kept.rows.new_empty(blocks_of(batch * plan.longest * entries, size.piece_backward["PIECE"]), width)
-    sum_pieces = Launch(
-        kernels.piece_backward_kernel, kept.sorted_rows, kept.order, kept.weights, d_read, partial,
-        **size.piece_backward,
-    )  # fmt: skip
-    rows = Launch(
-        kernels.rows_backward_kernel, kept.sorted_rows, kept.order, kept.weights, kept.steps, latest, gradients,
-        d_values, d_read, partial, AFTER=after, **size.rows_backward,
+    sum_pieces = steps.of(
+        kernels.piece_backward_kernel, "sorted_rows", "order", "weights", "d_read", "partial", **size.piece_backward
+    )
+    rows = steps.of(
+        kernels.rows_backward_kernel, "sorted_rows", "order", "weights", "steps", "latest", "gradients", "d_values",
+        "d_read", "partial", AFTER=after, **size.rows_backward,
     )  # fmt: skip
     for i in reversed(range(len(plan.windows))):
         start, length, writes, first, fresh = plan.windows[i]
-        count = batch * length
-        reads[writes]((count,), start, length, first, plan.room, batch // memories, fresh, plan.arrived, new)
-        if i > 0 or table is not None:
-            sum_pieces((blocks_of(count * entries, size.piece_backward["PIECE"]),), first, plan.total)
-            rows((count * entries,), i, memories, first, plan.total)
-    if of_weights is not None:
-        d_weights += of_weights
-    d_table = None
-    if table is not None:
-        d_table = torch.zeros(table, device=gradients.device) if d_values is None else d_values.clone()
-        Launch(kernels.table_backward_kernel, latest, gradients, d_table, **size.table_backward)((len(latest),))
-    d_scores = torch.empty_like(kept.ranks)
-    combine_backward = Launch(
-        kernels.combine_backward_kernel, kept.ids, kept.slots, kept.weights, kept.kinds, d_weights, d_scores,
-        **size.combine_backward,
-    )  # fmt: skip
-    combine_backward((blocks_of(plan.total, size.combine_backward["BLOCK"]),), plan.total)
-    return d_scores, d_table, d_value, d_gate
+        number = batch * length
+        reads[writes](
+            (number,), start, length, first, plan.room, batch // memories, fresh, plan.arrived,
+            plan.room - plan.arrived,
+        )  # fmt: skip
+        if i > 0 or table:
+            sum_pieces((blocks_of(number * entries, size.piece_backward["PIECE"]),), first, plan.total)
+            rows((number * entries,), i, memories, first, plan.total)
+    if table:
+        steps.of(kernels.table_backward_kernel, "latest", "gradients", "d_table", **size.table_backward)(
+            (memories * cfg.num_slots,)
+        )
 
 
-def _through_keys(
-    cfg: FwPKMConfig, plan: Plan, tokens: Tokens, kept: Kept, d_scores: Tensor, d_keys: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """The gradients of the keys before the call, and of the stream's queries."""
-    size, half, subkeys = shapes(cfg, tokens.query.dtype), cfg.key_dim // 2, cfg.num_subkeys
-    batch, memories = tokens.query.shape[0], kept.counts.shape[1]
-    rows, groups, number = batch // memories, memories * cfg.num_heads * 2, len(plan.windows)
-    overlap = any(a.start + a.length > b.start for a, b in zip(plan.windows, plan.windows[1:]))
-    d_query = torch.zeros_like(tokens.query, dtype=torch.float32 if overlap else None)
-    d_pulls, d_slopes, d_ranks = (torch.empty_like(kept.ranks) for _ in range(3))
-    both = kept.ranks.new_empty(2, groups, subkeys, half)  # after a window and before it, in turns
-    after = both[number % 2]
-    after.zero_() if d_keys is None else after.copy_(d_keys.view_as(after))
-    sums = KeySums(cfg, tokens.query, kept, rows * plan.longest)
-    sum_slopes, sum_ranks = sums.of(d_slopes, queries=False), sums.of(d_ranks)
-    chosen = kept.ids, kept.ranks, kept.kinds, kept.share, kept.counts, kept.moved, kept.keys_unclipped
-    pull = Launch(
-        kernels.pull_backward_kernel, tokens.query, kept.keys, both, *chosen, d_pulls, d_slopes,
-        **size.by_token,
-    )  # fmt: skip
+def _add_keys(
+    steps: Steps, cfg: FwPKMConfig, plan: Plan, query: torch.dtype, batch: int, memories: int, overlap: bool,
+) -> None:  # fmt: skip
+    """Add what gives the gradients of the keys before each window, and of the stream's queries."""
+    size, rows, groups = shapes(cfg, query), batch // memories, memories * cfg.num_heads * 2
+    sums = KeySums(cfg, query, memories, steps.place("maps").shape[-1])
+    sum_slopes, sum_ranks = sums.of(steps, "d_slopes", queries=False), sums.of(steps, "d_ranks")
+    chosen = "ids", "ranks", "kinds", "share", "counts", "moved", "keys_unclipped"
+    pull = steps.of(
+        kernels.pull_backward_kernel, "query", "keys", "d_keys", *chosen, "d_pulls", "d_slopes", **size.by_token
+    )
     scores = {
-        writes: Launch(
-            kernels.scores_backward_kernel, tokens.query, kept.keys, both, *chosen, d_pulls, sums.totals, d_scores,
-            d_ranks, d_query, WRITES=writes, ADD=overlap, **size.by_token,
+        writes: steps.of(
+            kernels.scores_backward_kernel, "query", "keys", "d_keys", *chosen, "d_pulls", "totals", "d_scores",
+            "d_ranks", "d_query", WRITES=writes, ADD=overlap, **size.by_token,
         ) for writes in plan.kinds
     }  # fmt: skip
     keys = {
-        writes: Launch(
-            kernels.keys_backward_kernel, both, sums.sums, sums.totals, kept.moved, kept.pulled,
-            kept.keys_unclipped, WRITES=writes, **size.keys_backward,
+        writes: steps.of(
+            kernels.keys_backward_kernel, "d_keys", "sums", "totals", "moved", "pulled", "keys_unclipped",
+            WRITES=writes, **size.keys_backward,
         ) for writes in plan.kinds
     }  # fmt: skip
-    for i in reversed(range(number)):
+    for i in reversed(range(len(plan.windows))):
         start, length, writes, first, _ = plan.windows[i]
         where = (start, length, first, plan.room, rows)
         by_token = (blocks_of(rows * length, size.by_token["BLOCK"]), groups)
         pieces = 0
         if writes:
             pull(by_token, i, *where)
-            pieces = sums.launch(sum_slopes, i, i, 0, *where)
+            pieces = sum_slopes(i, i, 0, *where)
         scores[writes](by_token, i, pieces, *where)
-        pieces = sums.launch(sum_ranks, i, i, 0, *where)
-        keys[writes]((subkeys, groups), i, pieces)
-    return both[0].unflatten(0, (memories, cfg.num_heads, 2)), d_query
+        pieces = sum_ranks(i, i, 0, *where)
+        keys[writes]((cfg.num_subkeys, groups), i, pieces)

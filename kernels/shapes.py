@@ -68,9 +68,11 @@ def shapes(cfg: FwPKMConfig, query: torch.dtype) -> Shapes:
     }
     lanes = max(1, 32 // choices)
     by_warp = {"BLOCK": lanes, "HEAD_BLOCK": head_block, "CHOICES": choices, "num_warps": 1}
-    row = {"BLOCK": width, "PIECE": 64, "num_warps": max(1, min(4, width // 512))}
-    # Many entries in flight for the few rows that have many; two for the many that have few, to spare registers.
-    many, few = row | {"ENTRY_BLOCK": 8}, row | {"ENTRY_BLOCK": 2}
+    # Short pieces: tokens that many others resemble keep their rows' own programs longest.
+    row = {"BLOCK": width, "PIECE": 16, "num_warps": max(1, min(4, width // 512))}
+    # Many entries in flight for the few rows that have many. One for the many that have few: 64 registers then, with
+    # which a multiprocessor holds 32 programs instead of 21.
+    many, few = row | {"ENTRY_BLOCK": 8}, row | {"ENTRY_BLOCK": 1}
     of_piece = {"WIDTH": cfg.value_dim, "ENTRIES": entries, **many}
     return Shapes(
         prepare={

@@ -1,20 +1,15 @@
 """Sums over the tokens that chose a sub-key: each has a map of them, a bit for each token of the window."""
 
-import functools
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from fwpkm.config import FwPKMConfig
-from fwpkm.kernels.launch import Launch
+from fwpkm.kernels.launch import Steps
 from fwpkm.kernels.shapes import blocks_of, shapes
 from fwpkm.kernels.tokens import VARYING, not_due, token_of
-
-if TYPE_CHECKING:
-    from fwpkm.kernels.room import Kept
 
 _WORDS = 16
 """A map has a multiple of so many words of 32 bits."""
@@ -93,46 +88,45 @@ def key_sums_kernel(
 
 
 class KeySums:
-    """Room for the sums over each sub-key's tokens, and the launches that fill it."""
+    """The launches that sum over each sub-key's tokens, in pieces that whoever reads the sums adds."""
 
-    def __init__(self, cfg: FwPKMConfig, query: Tensor, kept: "Kept", longest: int, due: Tensor | None = None) -> None:
-        """For windows of at most ``longest`` tokens a memory, whose keys, sub-keys and maps are ``kept``."""
-        self.query, self.kept, self.due = query, kept, due
-        _, self.groups, self.subkeys, self.words = kept.maps.shape
-        self.size = shapes(cfg, query.dtype).key_sums
-        pieces, _ = self._pieces(longest)
-        self.sums = torch.empty(pieces, self.groups, self.subkeys, cfg.key_dim // 2, device=query.device)
-        self.totals = torch.empty(pieces, self.groups, self.subkeys, device=query.device)
+    def __init__(self, cfg: FwPKMConfig, query: torch.dtype, memories: int, words: int) -> None:
+        """For maps of so many words."""
+        self.size, self.words = shapes(cfg, query).key_sums, words
+        self.groups, self.subkeys = 2 * memories * cfg.num_heads, cfg.num_subkeys
 
-    def _pieces(self, tokens: int) -> tuple[int, int]:
-        return _pieces(blocks_of(tokens, 32 * self.size["WORDS"]), self.groups * self.subkeys)
+    def of(self, steps: Steps, factors: str, queries: bool = True) -> Callable[..., int]:
+        """What adds the sum of ``factors`` [., H, 2, k] over a window, and with ``queries`` Σ f q, or Σ f (q - K).
 
-    def of(self, factors: Tensor, queries: bool = True) -> Launch:
-        """The launch that sums ``factors`` [., H, 2, k], and with ``queries`` also Σ f q, or Σ f (q - K)."""
-        kept = self.kept
-        return Launch(
-            key_sums_kernel, self.query, kept.keys, kept.ids, kept.maps, factors, self.sums, self.totals, self.due,
+        It takes the window, the version of the keys, where the factors' tokens begin, then ``VARYING``; and returns in
+        how many pieces the sum is.
+        """
+        launch = steps.of(
+            key_sums_kernel, "query", "keys", "ids", "maps", factors, "sums", "totals", "due",
             QUERIES=queries, **self.size,
         )  # fmt: skip
 
-    def launch(
-        self, launch: Launch, window: int, version: int, offset: int, start: int, length: int, first: int, room: int,
-        rows: int,
-    ) -> int:  # fmt: skip
-        """Sum over a window; returns in how many pieces."""
-        pieces, steps = self._pieces(rows * length)
-        launch(
-            (self.subkeys * pieces, self.groups),
-            window, version, offset, self.words, pieces, steps, start, length, first, room, rows,
-        )  # fmt: skip
-        return pieces
+        def add(window: int, version: int, offset: int, start: int, length: int, first: int, room: int, rows: int):
+            number = steps_over(rows * length, self.size["WORDS"])
+            per_piece = blocks_of(number, most_pieces(number, self.groups * self.subkeys))
+            pieces = blocks_of(number, per_piece)
+            launch(
+                (self.subkeys * pieces, self.groups),
+                window, version, offset, self.words, pieces, per_piece, start, length, first, room, rows,
+            )  # fmt: skip
+            return pieces
+
+        return add
 
 
-@functools.lru_cache
-def _pieces(number: int, rows: int) -> tuple[int, int]:
-    """In how many pieces the steps over a map are cut where so many rows have one, and how many a piece has."""
-    steps = blocks_of(number, max(1, min(16, _PROGRAMS // rows)))
-    return blocks_of(number, steps), steps
+def steps_over(tokens: int, words: int) -> int:
+    """How many steps of so many words a map of so many tokens takes."""
+    return blocks_of(tokens, 32 * words)
+
+
+def most_pieces(number: int, rows: int) -> int:
+    """In how many pieces at most so many steps over a map, or fewer, are cut where so many rows have one."""
+    return max(1, min(number, 16, _PROGRAMS // rows))
 
 
 @triton.jit

@@ -59,13 +59,13 @@ def flag_of(
     return live * (LIVE + TARGET * target) + (1 - alive) * DEAD
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["words", "all_words"])
 def prepare_kernel(
-    query, value, gate, mask, pair, flags,
+    query, value, gate, mask, pair, flags, zeros, words, all_words,
     QUERY: tl.constexpr, VALUE: tl.constexpr, QUERY_BLOCK: tl.constexpr, VALUE_BLOCK: tl.constexpr,
     HAS_GATE: tl.constexpr, HAS_MASK: tl.constexpr, HAS_PAIR: tl.constexpr, SHIFTED: tl.constexpr,
 ):  # fmt: skip
-    """The flag of each token.
+    """The flag of each token; and zeros, of which each program stores so many ``words``.
 
     SHIFTED values are targets already (``chunk_update``): one that is not finite makes no pair, and kills nothing.
     """
@@ -75,3 +75,7 @@ def prepare_kernel(
         QUERY, VALUE, QUERY_BLOCK, VALUE_BLOCK, HAS_GATE, HAS_MASK, HAS_PAIR, SHIFTED,
     )  # fmt: skip
     tl.store(flags + token, flag.to(tl.int8))
+    for at in range(0, words, 32):
+        mine = at + tl.arange(0, 32)
+        place = token * words + mine
+        tl.store(zeros + place, tl.zeros([32], tl.int32), mask=(mine < words) & (place < all_words))

@@ -1,5 +1,6 @@
 """Which windows a call reads (SPEC.md §5), and what any call of its length needs room for."""
 
+import dataclasses
 import functools
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -20,8 +21,9 @@ class Window(NamedTuple):
     """Where in the stream the tokens begin that no window before has read."""
 
 
-class Plan(NamedTuple):
-    """What a call reads and writes."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class Plan:
+    """What a call reads and writes. Each is made once and equal to itself alone, so that it is a quick key."""
 
     windows: tuple[Window, ...]
     arrived: int
@@ -50,6 +52,7 @@ def plan(cfg: FwPKMConfig, position: int, length: int, batch: int, update: bool)
     return _plan(cfg, schedule.pending(cfg, position) if update else None, length, batch)
 
 
+@functools.lru_cache(64)
 def write(length: int, batch: int) -> Plan:
     """The one window of tokens that wait, to be written."""
     return Plan.of([Window(0, length, True, 0, length)], length, length, length, batch * length)

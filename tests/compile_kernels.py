@@ -14,7 +14,7 @@ from triton.compiler import ASTSource
 
 from fwpkm import FwPKMConfig
 from fwpkm.containers import Memory, State
-from fwpkm.kernels import call, decode, launch, reverse, windows
+from fwpkm.kernels import call, decode, launch, reverse, room, windows
 
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}
 """What a program may use at most, by compute capability (CUDA C++ Programming Guide, technical specifications)."""
@@ -40,22 +40,25 @@ def kernels_of(cfg: FwPKMConfig, dtype: torch.dtype, masked: bool) -> dict:
     """Each kernel with its signature and constants, as a training step and a decode step launch them."""
     found: dict = {}
 
-    def record(self: launch.Launch, grid: tuple, *integers: int) -> None:
-        names, tensors = self.kernel.arg_names, self.tensors
-        plain = dict.fromkeys(names[len(tensors) : len(tensors) + len(integers)], "i32")
-        typed = {name: "constexpr" if x is None else "*" + TYPES[x.dtype] for name, x in zip(names, tensors)}
-        constants = {name: self.constants[name] for name in names if name in self.constants}
-        constants |= {name: None for name, x in zip(names, tensors) if x is None}
-        signature = {**typed, **plain, **dict.fromkeys(self.constants.keys() & set(names), "constexpr")}
-        options = {name: self.constants[name] for name in ("num_warps", "num_stages") if name in self.constants}
-        places = {name: (i,) for i, name in enumerate(names)}
-        source = ASTSource(
-            self.kernel,
-            {name: signature[name] for name in names},
-            {places[name]: value for name, value in constants.items()},
-            {places[name]: [["tt.divisibility", 16]] for name, kind in typed.items() if kind != "constexpr"},
-        )
-        found[self.kernel.__name__, str(sorted(signature.items())), str(sorted(constants.items()))] = source, options
+    def record(self: launch.Steps, tensors: dict, *rooms: room.Room) -> None:
+        all_of_them = [tensors.get(name) if i < 0 else rooms[i][name] for name, i, _ in self.places]
+        for number, _, integers in self.launches:
+            kernel, places, constants = self.kernels[number]
+            names, mine = kernel.arg_names, [all_of_them[i] for i in places]
+            plain = dict.fromkeys(names[len(mine) : len(mine) + len(integers)], "i32")
+            typed = {name: "constexpr" if x is None else "*" + TYPES[x.dtype] for name, x in zip(names, mine)}
+            fixed = {name: constants[name] for name in names if name in constants}
+            fixed |= {name: None for name, x in zip(names, mine) if x is None}
+            signature = {**typed, **plain, **dict.fromkeys(constants.keys() & set(names), "constexpr")}
+            options = {name: constants[name] for name in ("num_warps", "num_stages") if name in constants}
+            places_of = {name: (i,) for i, name in enumerate(names)}
+            source = ASTSource(
+                kernel,
+                {name: signature[name] for name in names},
+                {places_of[name]: value for name, value in fixed.items()},
+                {places_of[name]: [["tt.divisibility", 16]] for name, kind in typed.items() if kind != "constexpr"},
+            )
+            found[kernel.__name__, str(sorted(signature.items())), str(sorted(fixed.items()))] = source, options
 
     batch, length = 2, cfg.chunk_size * 2 + 7
     memories = batch if cfg.memory_scope == "sequence" else 1
@@ -72,7 +75,7 @@ def kernels_of(cfg: FwPKMConfig, dtype: torch.dtype, masked: bool) -> dict:
         empty(memories, cfg.num_heads, 2, cfg.num_subkeys, cfg.key_dim // 2),
         empty(memories, cfg.num_slots, cfg.value_dim),
     )
-    launched, launch.Launch.__call__ = launch.Launch.__call__, record
+    run, launch.Steps.run = launch.Steps.run, record
     try:
         plan, stream = windows.plan(cfg, 0, length, batch, True), call.Tokens(*tokens(length))
         call.forward(cfg, plan, *memory, stream, save=False, dtype=dtype)
@@ -84,7 +87,7 @@ def kernels_of(cfg: FwPKMConfig, dtype: torch.dtype, masked: bool) -> dict:
         state = State(memory, *waiting, empty(batch, pending, dtype=torch.bool), position)
         decode.decode(cfg, state, *tokens(1))
     finally:
-        launch.Launch.__call__ = launched
+        launch.Steps.run = run
     return found
 
 

@@ -78,7 +78,9 @@ def check_decoding(state: State, query: Tensor) -> None:
 
 def on_device_of(x: Tensor) -> contextlib.AbstractContextManager:
     """Kernels are launched on the current device."""
-    return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()
+    if x.device.type != "cuda" or x.device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(x.device)
 
 
 def stream_of(pending: Tokens, arrived: int, given: Given) -> Given:
@@ -175,7 +177,7 @@ def _run(
     cfg: FwPKMConfig, plan: Any, memory: Memory, stream: Any, owned: bool, columns: int, dtype: torch.dtype,
     weights: list | None = None,
 ) -> tuple[Tensor, Memory, Tensor, Trace]:  # fmt: skip
-    """One call: output in ``dtype``, tables, flags of the stream, and trace of so many columns.
+    """One call: output in ``dtype``, tables, at least the flags of the stream, and trace of so many columns.
 
     Its differentiable weights are appended to ``weights``.
     """
@@ -187,7 +189,7 @@ def _run(
     else:
         result, new_values = _forward(cfg, plan, owned, keys, values, stream, False, dtype)
         output, slots, w, new_keys, memorization, addressing, kept = result
-        flags = kept.flags
+        flags = kept["flags"]
     writes = len(memorization)
     if writes:
         memory = Memory(new_keys, new_values)
@@ -238,26 +240,27 @@ class _Call(torch.autograd.Function):
             ctx.mark_dirty(values)
         kept = result.kept
         if save:
-            ctx.save_for_backward(query, value, gate, mask, pair, *kept)
-            ctx.cfg, ctx.plan, ctx.shape = cfg, plan, written.shape
+            ctx.save_for_backward(query, value, gate, mask, pair, kept.buffer)
+            ctx.cfg, ctx.plan, ctx.shape, ctx.layout = cfg, plan, written.shape, kept.layout
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(result.slots, result.memorization, result.addressing, kept.flags)
+        flags = kept["flags"]
+        ctx.mark_non_differentiable(result.slots, result.memorization, result.addressing, flags)
         keys = result.keys if writes else None
         new_values = written if writes else None
-        records = result.slots, result.weights, result.memorization, result.addressing, kept.flags
+        records = result.slots, result.weights, result.memorization, result.addressing, flags
         return result.output, keys, new_values, *records
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_output, d_keys, d_values, _slots, d_weights, *_):
         from fwpkm.kernels import call, reverse
-        from fwpkm.kernels.room import Kept
+        from fwpkm.kernels.room import Room
 
         none = (None,) * 11
         if d_output is None and d_keys is None and d_values is None and d_weights is None:
             return none
-        query, value, gate, mask, pair, *saved = ctx.saved_tensors
-        kept = Kept(*saved)
+        query, value, gate, mask, pair, buffer = ctx.saved_tensors
+        kept = Room(ctx.layout, buffer)
         plan, batch = ctx.plan, query.shape[0]
         if d_weights is not None:
             d_weights = _of_news(plan, batch, d_weights, plan.total)

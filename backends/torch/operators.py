@@ -75,13 +75,13 @@ def _plan(cfg: FwPKMConfig, position: Tensor, query: Tensor, update: bool) -> An
     return windows.plan(cfg, at, length, batch, update)
 
 
-def _kept_shapes(cfg: FwPKMConfig, query: Tensor, update: bool) -> Any:
-    """What a call keeps, in room for any position."""
-    from fwpkm.kernels import room, windows
+def _kept_layout(cfg: FwPKMConfig, query: Tensor, update: bool) -> Any:
+    """Of what a call keeps, in room for any position."""
+    from fwpkm.kernels import layouts, windows
 
     batch, length = query.shape[:2]
     most = windows.bounds(cfg, length, batch, update)
-    return room.kept_shapes(cfg, most, validation.memories_for(cfg, batch), batch).values()
+    return layouts.kept_layout(cfg, most, validation.memories_for(cfg, batch), batch, True)
 
 
 def _contiguous(x: Tensor | None) -> Tensor | None:
@@ -110,8 +110,8 @@ def _apply(
     with fast.on_device_of(query):
         result = call.forward(cfg, plan, tables[0].contiguous(), table, tokens, save, query.dtype, most)
         if update:
-            new_keys = result.keys.clone() if plan.windows[0].writes else tables[0].clone()
-            left = fast.left_of(stream, plan.left, result.kept.flags).pad(schedule.capacity(cfg))
+            new_keys = result.keys if plan.windows[0].writes else tables[0].clone()
+            left = fast.left_of(stream, plan.left, result.kept["flags"]).pad(schedule.capacity(cfg))
             state = [new_keys, table, *(x.clone() for x in left), position + length]
         else:
             state = [query.new_empty(0) for _ in range(7)]
@@ -120,15 +120,8 @@ def _apply(
             torch.nn.functional.pad(x.T, (0, columns - writes)).contiguous()
             for x in (result.memorization, result.addressing)
         ]
-        kept = _separate(result.kept) if save else []
+        kept = [result.kept.buffer] if save else []
     return [result.output, *state, result.slots, result.weights, *losses, torch.tensor(writes), *kept]
-
-
-def _separate(kept: Any) -> list[Tensor]:
-    """What is kept, each in memory of its own, as an operator's results must be."""
-    nothing = kept.kinds.new_empty(0)
-    own = kept._replace(**{name: getattr(kept, name).clone() for name in ("share", "counts", "active", "maps")})
-    return [nothing.clone() if x is None else x for x in own]
 
 
 @_apply.register_fake
@@ -153,7 +146,7 @@ def _(
     records += [new(memories, columns), new(memories, columns), torch.empty((), dtype=torch.int64, device="cpu")]
     kept = []
     if save:
-        kept = [new(*shape, dtype=dtype) for shape, dtype in _kept_shapes(cfg, query, update)]
+        kept = [new(_kept_layout(cfg, query, update).size, dtype=torch.uint8)]
     return [query.new_empty(batch, length, cfg.value_dim), *after, *records, *kept]
 
 
@@ -173,7 +166,7 @@ def _backward(ctx: Any, d_results: list[Tensor | None]) -> tuple[Tensor | None, 
     if all(d is None for d in (d_output, d_keys, d_values, d_query, d_value, d_gate)):
         return nothing
     gradients = torch.ops.fwpkm.apply_backward(
-        ctx.config, *pending, position, query, value, gate, mask, list(ctx.saved_tensors[9:]),
+        ctx.config, *pending, position, query, value, gate, mask, ctx.saved_tensors[9],
         d_output, d_keys, d_values, d_query, d_value, d_gate, ctx.update, ctx.needs_input_grad[2],
     )  # fmt: skip
     keys, values, pending_query, pending_value, pending_gate, query, value, d_gate = gradients
@@ -192,7 +185,7 @@ _apply.register_autograd(_backward, setup_context=_set_up)
 @torch.library.custom_op("fwpkm::apply_backward", mutates_args=())
 def _apply_backward(
     config: str, pending_query: Tensor, pending_value: Tensor, pending_gate: Tensor, pending_mask: Tensor,
-    position: Tensor, query: Tensor, value: Tensor, gate: Tensor | None, mask: Tensor | None, kept: list[Tensor],
+    position: Tensor, query: Tensor, value: Tensor, gate: Tensor | None, mask: Tensor | None, kept: Tensor,
     d_output: Tensor | None, d_keys: Tensor | None, d_values: Tensor | None, d_pending_query: Tensor | None,
     d_pending_value: Tensor | None, d_pending_gate: Tensor | None, update: bool, table: bool,
 ) -> list[Tensor]:  # fmt: skip
@@ -205,15 +198,14 @@ def _apply_backward(
     pending = Tokens(pending_query, pending_value, pending_gate, pending_mask)
     stream = fast.stream_of(pending, plan.arrived, Given(query, value, gate, mask))
     tokens: Any = call.Tokens(*map(_contiguous, stream))  # type: ignore[arg-type]
-    needed: list[Any] = [x if shape != (0,) else None for x, (shape, _) in zip(kept, _kept_shapes(cfg, query, update))]
-    whole = room.Kept(*needed)
+    whole = room.Room(_kept_layout(cfg, query, update), kept)
     d_output, d_keys, d_values = (None if d is None else d.contiguous() for d in (d_output, d_keys, d_values))
     shape = torch.Size((memories, cfg.num_slots, cfg.value_dim)) if table else None
     with fast.on_device_of(query):
         found = reverse.backward(cfg, plan, tokens, whole, d_output, d_keys, d_values, shape)
         gate_gradient = pending_gate.new_zeros(batch, plan.room) if found.gate is None else found.gate
         of_stream = [found.query, found.value, gate_gradient]
-        dead = (whole.flags[: batch * plan.room].view(batch, plan.room)[:, plan.left :] & fast.DEAD) != 0
+        dead = (whole["flags"][: batch * plan.room].view(batch, plan.room)[:, plan.left :] & fast.DEAD) != 0
         left = dead.shape[1]
         for i, d in enumerate((d_pending_query, d_pending_value, d_pending_gate)):
             if d is not None and left:
