@@ -118,7 +118,7 @@ MISTAKES = {
     "no model": (NEEDLE.replace("{books}/run", "{new}/none"), "{new}/none has no experiment.json: train first"),
     "a file for a model": (NEEDLE.replace("{books}/run", "{books}/books.toml"), "train first"),
     "an unknown phrasing": (NEEDLE + " --phrasings seen-0 new-0", "a phrasing is seen-0 to seen-119"),
-    "no samples": (NEEDLE + " --samples 0", "number=0"),
+    "no samples": (NEEDLE + " --samples 0", "samples=0"),
     "no readings": (NEEDLE + " --readings 0", "readings=0"),
     "a length for no needle": (NEEDLE + " --lengths 100", "length must be at least"),
     "a negative length": (NEEDLE + " --lengths -5", "lengths=[-5]"),

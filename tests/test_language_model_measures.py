@@ -41,7 +41,8 @@ def folders(tmp_path_factory):
     for name, experiment in (("memory", EXPERIMENT), ("plain", plain)):
         path = training.train(experiment, CORPUS, root / name, CPU)
         tensors, about = checkpoint._read(path)
-        save_file({key: 8 * x if x.ndim > 1 else x for key, x in tensors.items()}, path, about)
+        grown = {key: 8 * x if x.ndim > 1 else x for key, x in tensors.items()}
+        save_file(grown, path, {**about, "weights": checkpoint.digest(grown)})
     return root
 
 

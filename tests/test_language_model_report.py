@@ -227,6 +227,10 @@ DAMAGE = {
     "other bins": ("z.bits.json", lambda d: changed(d, 512, "bin")),
     "unknown settings": ("x0.bits.json", lambda d: changed(d, 1, "experiment", "training", "colour")),
     "a share that its samples do not give": ("x0.needle.json", lambda d: changed(d, 0.1, "rows", 0, "exact")),
+    "a word for a share": ("x0.needle.json", lambda d: changed(d, "all", "rows", 0, "digits")),
+    "a word for a bound": ("x0.needle.json", lambda d: changed(d, "low", "rows", 0, "exact_interval", 0)),
+    "a word for a count": ("x0.needle.json", lambda d: changed(d, "two", "rows", 0, "readings")),
+    "a word for a depth": ("x0.needle.json", lambda d: changed(d, "deep", "rows", 0, "depth", 0)),
     "fewer depths": ("x0.needle.json", lambda d: d["rows"][0]["depth"].pop()),
     "fewer documents": ("z.bits.json", lambda d: d["bits"]["no memory"].pop()),
     "a ragged table": ("z.bits.json", lambda d: d["bits"]["no memory"][0].pop()),
@@ -245,6 +249,15 @@ def test_damaged_files_are_named(folder, damage):
     with pytest.raises(
         ValueError, match=name if "another" not in damage and "other" not in damage else r"\.json is of"
     ):
+        report.report(folder)
+
+
+@pytest.mark.parametrize(("field", "value"), [("step", "9"), ("steps_per_second", None), ("digits_right", "all")])
+def test_a_line_of_a_record_that_is_no_line(folder, field, value):
+    path = folder / "z.record.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("\n".join(json.dumps({**line, field: value}) for line in lines))
+    with pytest.raises(ValueError, match=r"z\.record\.jsonl is damaged, or of another version"):
         report.report(folder)
 
 

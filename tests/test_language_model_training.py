@@ -1,11 +1,13 @@
 """Training the language model: it goes on where it stopped, and keeps what it had when something is wrong."""
 
+import concurrent.futures
 import dataclasses
 import itertools
 import json
 import math
 import os
 import re
+import signal
 
 import examples_folder  # noqa: F401  (makes examples importable)
 import numpy as np
@@ -51,13 +53,13 @@ def equal(found, expected):
     return found.keys() == expected.keys() and all(torch.equal(x, found[name]) for name, x in expected.items())
 
 
-def stopping(monkeypatch, at, before=lambda trainer: None):
-    """Ctrl-C in step ``at``, counted from 0; ``before`` is told before each step."""
+def stopping(monkeypatch, at, before=lambda trainer: None, times=1):
+    """Ctrl-C so many times in step ``at``, counted from 0; ``before`` is told before each step."""
     take = training.Trainer.take
 
     def stopped(trainer, batch):
-        if trainer.step == at:
-            raise KeyboardInterrupt
+        for _ in range(times * (trainer.step == at)):
+            signal.raise_signal(signal.SIGINT)
         before(trainer)
         return take(trainer, batch)
 
@@ -70,8 +72,9 @@ def stopping(monkeypatch, at, before=lambda trainer: None):
 def test_a_stop_changes_nothing(tmp_path, monkeypatch):
     training.train(experiment(), CORPUS, tmp_path / "whole", CPU)
     with monkeypatch.context() as patch:
-        stopping(patch, at=3)
-        training.train(experiment(), CORPUS, tmp_path / "parts", CPU)
+        stopping(patch, at=2)
+        with pytest.raises(KeyboardInterrupt, match="stopped at step 3"):
+            training.train(experiment(), CORPUS, tmp_path / "parts", CPU)
     about = checkpoint._read(tmp_path / "parts" / WEIGHTS)[1]
     assert about["step"] == "3"
     training.train(experiment(), CORPUS, tmp_path / "parts", CPU)
@@ -86,14 +89,23 @@ def test_a_stop_changes_nothing(tmp_path, monkeypatch):
     assert equal(load_file(tmp_path / "whole" / WEIGHTS), whole)
 
 
-def test_a_stop_before_the_first_step_goes_on_too(tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        stopping(patch, at=0)
-        training.train(experiment(), CORPUS, tmp_path / "parts", CPU)
-    for name in ("parts", "whole"):
-        training.train(experiment(), CORPUS, tmp_path / name, CPU)
-    whole, parts = (load_file(tmp_path / name / WEIGHTS) for name in ("whole", "parts"))
-    assert equal(parts, whole)
+def test_a_second_stop_is_at_once_and_keeps_the_last_checkpoint(tmp_path, monkeypatch, capsys):
+    training.train(experiment(), CORPUS, tmp_path, CPU, seconds=0.0)
+    before = (tmp_path / WEIGHTS).read_bytes()
+    stopping(monkeypatch, at=2, times=2)
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        training.train(experiment(), CORPUS, tmp_path, CPU)
+    assert (tmp_path / WEIGHTS).read_bytes() == before
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert "Ctrl-C again" in capsys.readouterr().out
+
+
+def test_training_in_another_thread_leaves_signals_alone(tmp_path):
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        pool.submit(training.train, experiment(), CORPUS, tmp_path / "aside", CPU).result()
+    training.train(experiment(), CORPUS, tmp_path / "here", CPU)
+    assert equal(*(load_file(tmp_path / name / WEIGHTS) for name in ("aside", "here")))
 
 
 def two_memories():
@@ -319,6 +331,8 @@ DAMAGE = {
     "half the moments": without("optimizer.norm.weight.exp_avg_sq"),
     "moments of another shape": lambda tensors, about: tensors.update({"optimizer.norm.weight.exp_avg": torch.ones(2)}),
     "other tables": lambda tensors, about: about.update(tables="0"),
+    "a weight that is no number": lambda tensors, about: tensors["model.norm.weight"].fill_(math.nan),
+    "moments that are no numbers": lambda tensors, about: tensors["optimizer.norm.weight.exp_avg"].fill_(math.inf),
 }
 
 
@@ -354,8 +368,26 @@ def refused(folder, path, load=True):
 def test_a_changed_checkpoint_is_refused(run, name, change):
     tensors, about = checkpoint._read(run / WEIGHTS)
     change(tensors, about)
-    save_file(tensors, run / WEIGHTS, about)
+    save_file(tensors, run / WEIGHTS, {**about, "weights": checkpoint.digest(tensors)})
     refused(run, run / WEIGHTS, load="moments" not in name)  # which only training needs
+
+
+def test_a_changed_weight_is_told_by_its_checksum(run):
+    tensors, about = checkpoint._read(run / WEIGHTS)
+    tensors["model.norm.weight"][0] += 1
+    save_file(tensors, run / WEIGHTS, about)
+    refused(run, run / WEIGHTS)
+    del about["weights"]  # as checkpoints of before had none
+    save_file(tensors, run / WEIGHTS, about)
+    checkpoint.load(run, CPU)
+
+
+def test_a_file_for_a_folder_is_refused(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(ValueError, match=re.escape(f"{tmp_path / 'file'} is a file: name a folder")):
+            training.train(experiment(), CORPUS, out, CPU)
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 @pytest.mark.parametrize("kept", [0, 4, 100, 0.5, -1])

@@ -36,16 +36,28 @@ def ready(path: Path) -> None:
     """
     if path.is_dir():
         raise ValueError(f"{path} is a folder: name a file that may be written")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    made(path.parent)
+
+
+def made(folder: Path) -> None:
+    """Make a folder, unless it is there.
+
+    Raises:
+        ValueError: a file is in its way.
+    """
+    for part in (folder, *folder.parents):
+        if part.exists() and not part.is_dir():
+            raise ValueError(f"{part} is a file: name a folder")
+    folder.mkdir(parents=True, exist_ok=True)
 
 
 def claim(folder: Path, experiment: Experiment) -> None:
     """Make the folder an experiment's.
 
     Raises:
-        ValueError: it is another experiment's.
+        ValueError: it is another experiment's, or a file.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    made(folder)
     path = folder / SETTINGS
     if not path.exists():
         replace(path, lambda beside: beside.write_text(json.dumps(experiment.tables(), indent=1)))
@@ -76,7 +88,10 @@ def settings_of(folder: Path) -> Experiment:
         tables = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}): remove it, or copy it again") from error
-    return Experiment.of(tables, str(path))
+    try:
+        return Experiment.of(tables, str(path))
+    except ValueError as error:
+        raise ValueError(f"{error}. It is damaged, or of another version: train in another folder") from error
 
 
 def build(experiment: Experiment, device: torch.device, **memory: Any) -> LanguageModel:
@@ -96,6 +111,15 @@ def tables_of(model: LanguageModel) -> str:
     return digest.hexdigest()
 
 
+def digest(tensors: dict[str, Tensor]) -> str:
+    """A sha256 of named tensors."""
+    found = hashlib.sha256()
+    for name in sorted(tensors):
+        found.update(f"{name} {tuple(tensors[name].shape)}".encode())
+        found.update(tensors[name].cpu().flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
 def save(folder: Path, model: LanguageModel, optimizer: torch.optim.Optimizer, step: int, corpus: str) -> None:
     """Replace the folder's checkpoint by this one; ``corpus`` is the sha256 of what was read."""
     tensors = {}
@@ -103,7 +127,7 @@ def save(folder: Path, model: LanguageModel, optimizer: torch.optim.Optimizer, s
         tensors[f"model.{name}"] = p.detach().contiguous()
         moments = optimizer.state.get(p, {})
         tensors |= {f"optimizer.{name}.{key}": moments[key].contiguous() for key in MOMENTS if key in moments}
-    about = {"step": str(step), "corpus": corpus, "tables": tables_of(model)}
+    about = {"step": str(step), "corpus": corpus, "tables": tables_of(model), "weights": digest(tensors)}
     replace(folder / WEIGHTS, lambda path: save_file(tensors, path, about))
 
 
@@ -160,6 +184,8 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise ValueError(f"{path} is no checkpoint of this example: its metadata lacks {sorted(missing)}")
     if not about["step"].isdecimal():
         raise ValueError(f"{path} is damaged (step {about['step']!r}): remove it, or copy it again")
+    if about.get("weights", found := digest(tensors)) != found:  # checkpoints of before have no checksum
+        raise ValueError(f"{path} is damaged (its tensors do not match their sha256): remove it, or copy it again")
     return tensors, about
 
 
@@ -178,4 +204,6 @@ def _fitting(tensors: dict[str, Tensor], name: str, like: Tensor, folder: Path) 
     if found is None or found.shape != like.shape:
         shape = None if found is None else tuple(found.shape)
         raise ValueError(f"{folder / WEIGHTS}: {name} must be {tuple(like.shape)}. Received: {shape}")
+    if not found.isfinite().all():
+        raise ValueError(f"{folder / WEIGHTS}: {name} must be finite. Received: numbers that are not")
     return found

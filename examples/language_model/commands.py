@@ -11,13 +11,16 @@ from examples.language_model.settings import Experiment
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run one command; what the user can mend is said in one line, with exit status 2."""
+    """Run one command; what the user can mend is said in one line, with exit status 2, or 130 after Ctrl-C."""
     options = _parser().parse_args(arguments)
     try:
         options.run(options)
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt as interrupt:
+        print(str(interrupt) or "stopped", file=sys.stderr)
+        sys.exit(130)
 
 
 def _parser() -> argparse.ArgumentParser:

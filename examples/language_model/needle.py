@@ -160,9 +160,9 @@ def measure(
         FileNotFoundError: nothing was trained in the folder.
         ValueError: an argument is out of range, or no held-out document is long enough.
     """
-    if readings < 1 or min(lengths) < 1 or (controls and samples < 2):
+    if readings < 1 or min(lengths) < 1 or samples < 1 + controls:
         raise ValueError(
-            "readings and lengths must be 1 or more, and samples with controls 2 or more, since they swap memories. "
+            "readings, lengths and samples must be 1 or more, and samples with controls 2, since they swap memories. "
             f"Received: readings={readings}, lengths={lengths}, samples={samples}"
         )
     ready(out)

@@ -3,9 +3,10 @@
 import contextlib
 import dataclasses
 import json
+import math
 import re
 import statistics
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +20,9 @@ EQUAL_TIME = 1.25  # trainings whose times differ by no more than this factor ar
 
 
 ASKED = ("control", "phrasing", "length", "readings")  # what tells rows apart
+_NUMBER = (int, float)
+_LINE = {"step": int, "device": str, **dict.fromkeys(("steps_per_second", "digits_right", "first_right"), _NUMBER)}
+_ROW = {"control": str, "phrasing": str, "length": int, "readings": int, "exact": _NUMBER, "digits": _NUMBER}
 
 
 class Run(NamedTuple):
@@ -128,15 +132,24 @@ def _naming(path: Path) -> Iterator[None]:
     try:
         yield
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise ValueError(f"{path} is damaged ({error!r}): measure again, or copy it again") from error
+        raise ValueError(f"{path} is damaged, or of another version ({error!r}): measure or copy it again") from error
+
+
+def _check(data: Mapping[str, Any], kinds: Mapping[str, Any]) -> None:
+    """Raise where a value is not of its kind; numbers must be finite, and not bool."""
+    for name, kind in kinds.items():
+        value = data[name]
+        number = isinstance(value, kind) and not isinstance(value, bool)
+        if not number or (isinstance(value, float) and not math.isfinite(value)):
+            raise ValueError(f"{name} is {value!r}")
 
 
 def record(text: str) -> list[dict[str, Any]]:
     """The lines of a record of training, without those of steps that a later run took again."""
     lines: list[dict[str, float]] = []
     for line in map(json.loads, text.splitlines()):
-        shares = line["digits_right"], line["first_right"]
-        if not np.isfinite(shares).all() or line["steps_per_second"] <= 0 or line["step"] < 1 or not line["device"]:
+        _check(line, _LINE)
+        if line["steps_per_second"] <= 0 or line["step"] < 1 or not line["device"]:
             raise ValueError(f"not a line of a record: {line}")
         while lines and lines[-1]["step"] >= line["step"]:
             lines.pop()
@@ -159,6 +172,12 @@ def _bits(data: dict[str, Any], memory: bool) -> dict[str, np.ndarray]:
 
 
 def _row(row: dict[str, Any]) -> dict[str, Any]:
+    _check(row, _ROW)
+    low, high = row["exact_interval"]
+    _check({"low": low, "high": high}, {"low": _NUMBER, "high": _NUMBER})
+    for name in ("depth", "right"):
+        for value in row[name]:
+            _check({name: value}, {name: _NUMBER})
     exact = np.array(row["right"]) == DIGITS
     if len(exact) != len(row["depth"]) or abs(exact.mean() - row["exact"]) > 1e-3:
         raise ValueError(f"the samples of {row['length']} bytes do not give the share of them that is right")

@@ -19,6 +19,7 @@ from torch import Tensor
 from examples.language_model import checkpoint
 from examples.language_model.corpus import Corpus
 from examples.language_model.facts import check_fit, rows, training_batch
+from examples.language_model.interrupt import noted
 from examples.language_model.settings import Experiment, TrainingSettings
 from fwpkm.backends.torch import detach
 
@@ -186,6 +187,7 @@ def train(
     Raises:
         ValueError: ``out`` holds another experiment, or a damaged checkpoint; or facts, tables or sequences do not fit.
         FloatingPointError: the loss or its gradient is not finite; the last checkpoint stays.
+        KeyboardInterrupt: Ctrl-C; after the first a step is taken to its end and saved, the same call then goes on.
     """
     began, settings = time.monotonic(), experiment.training
     # What does not fit is said before the folder is claimed.
@@ -200,30 +202,32 @@ def train(
     if compile:
         trainer.compile()
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns) as progress, (out / checkpoint.RECORD).open("a") as record:
+    with (
+        Progress(*columns) as progress,
+        (out / checkpoint.RECORD).open("a") as record,
+        noted(progress.console.print) as interrupted,
+    ):
         begins = "the first steps take longest" if trainer.step < settings.steps else "already trained"
         bar = progress.add_task(begins, total=settings.steps, completed=trainer.step)
         sums, count, clock = torch.zeros(4, device=device), 0, time.monotonic()
-        try:
-            for batch in batches(corpus, settings, trainer.step):
-                sums += trainer.take(batch)
-                count += 1
-                over = seconds is not None and time.monotonic() - began > seconds
-                if trainer.step % every == 0 or over or trainer.step == settings.steps:
-                    line = _line(trainer.step, (sums / count).tolist(), count / (time.monotonic() - clock))
-                    record.write(json.dumps({**line, "device": device_name(device)}) + "\n")
-                    record.flush()
-                    if trainer.step % (SAVED * every) == 0:
-                        checkpoint.save(out, trainer.model, trainer.optimizer, trainer.step, corpus.sha256)
-                    text = f"{line['bits_per_byte']:.3f} bits a byte, {line['digits_right']:.0%} of asked digits"
-                    progress.update(bar, completed=trainer.step, description=text)
-                    sums, count, clock = torch.zeros_like(sums), 0, time.monotonic()
-                if over:
-                    break
-        except KeyboardInterrupt:
-            _check(trainer.step, sums.tolist())  # what went wrong since the last line must not be saved
-            progress.console.print(f"stopped at step {trainer.step}; the same command goes on from here")
-    checkpoint.save(out, trainer.model, trainer.optimizer, trainer.step, corpus.sha256)
+        for batch in batches(corpus, settings, trainer.step):
+            sums += trainer.take(batch)
+            count += 1
+            over = interrupted() or (seconds is not None and time.monotonic() - began > seconds)
+            if trainer.step % every == 0 or over or trainer.step == settings.steps:
+                line = _line(trainer.step, (sums / count).tolist(), count / (time.monotonic() - clock))
+                record.write(json.dumps({**line, "device": device_name(device)}) + "\n")
+                record.flush()
+                if trainer.step % (SAVED * every) == 0:
+                    checkpoint.save(out, trainer.model, trainer.optimizer, trainer.step, corpus.sha256)
+                text = f"{line['bits_per_byte']:.3f} bits a byte, {line['digits_right']:.0%} of asked digits"
+                progress.update(bar, completed=trainer.step, description=text)
+                sums, count, clock = torch.zeros_like(sums), 0, time.monotonic()
+            if over:
+                break
+        checkpoint.save(out, trainer.model, trainer.optimizer, trainer.step, corpus.sha256)
+    if interrupted() and trainer.step < settings.steps:
+        raise KeyboardInterrupt(f"stopped at step {trainer.step}; the same command goes on from here")
     return out / checkpoint.WEIGHTS
 
 
