@@ -40,7 +40,8 @@ def _filled_room(allocate: Callable[..., Room]) -> Callable[..., Room]:
     def fill(*args: Any) -> Room:
         room = allocate(*args)
         for name, place in room.layout.places.items():
-            room[name].fill_(_poison(place.dtype))
+            if place is not None:
+                room[name].fill_(_poison(place.dtype))
         return room
 
     return fill

@@ -4,7 +4,6 @@ The keys do not depend on the values. So the windows are addressed one after the
 all windows are then sorted by table row at once; and the windows read and write the values one after the other.
 """
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -18,7 +17,7 @@ from fwpkm.kernels.room import Layout, Room
 from fwpkm.kernels.shapes import blocks_of, shapes
 from fwpkm.kernels.sums import KeySums
 from fwpkm.kernels.tokens import prepare_kernel
-from fwpkm.kernels.windows import Bounds, Plan, least
+from fwpkm.kernels.windows import Bounds, Plan, least, of_plan
 
 
 class Tokens(NamedTuple):
@@ -72,10 +71,10 @@ def forward(
     """
     batch, memories, query = tokens.query.shape[0], keys.shape[0], tokens.query.dtype
     layout = kept_layout(cfg, most or least(plan, batch), memories, batch, save)
-    others = scratch_layout(cfg, plan, memories, batch, query, layout.places["sorted_rows"].dtype)
+    others = scratch_layout(cfg, plan, memories, batch, query, layout.place("sorted_rows").dtype)
     given = tuple(x is not None for x in (tokens.gate, tokens.mask, tokens.pair))
     steps = _steps(cfg, plan, query, batch, memories, save, given, layout, others)
-    tensors, kept = {**tokens._asdict(), "given_keys": keys, "table": values}, Room.empty(layout, keys)
+    tensors, kept = {**tokens._asdict(), "given_keys": keys, "table": values, "due": None}, Room.empty(layout, keys)
     steps.prepare.run(tensors, kept)  # which an idle GPU does while the rest is made ready
     scratch, new, entries = Room.empty(others, keys), plan.room - plan.arrived, cfg.slots_per_token
     slots = keys.new_empty(batch, new, entries, dtype=torch.int64)
@@ -101,18 +100,18 @@ class _Steps(NamedTuple):
     write: Steps
 
 
-@functools.lru_cache(64)
+@of_plan
 def _steps(
     cfg: FwPKMConfig, plan: Plan, query: torch.dtype, batch: int, memories: int, save: bool, given: tuple[bool, ...],
     kept: Layout, scratch: Layout,
 ) -> _Steps:  # fmt: skip
     """Those of a plan; ``given``: whether there is a gate, mask and pair."""
     size, shown, (gated, masked, paired) = shapes(cfg, query), plan.room - plan.arrived, given
-    steps, (zeros,) = _Steps(Steps(kept), Steps(kept, scratch), Steps(kept, scratch)), kept.places["zeros"].shape
+    steps, (zeros,) = _Steps(Steps(kept), Steps(kept, scratch), Steps(kept, scratch)), kept.place("zeros").shape
     steps.prepare.of(
         prepare_kernel, "query", "value", "gate", "mask", "pair", "flags", "zeros",
         HAS_GATE=gated, HAS_MASK=masked, HAS_PAIR=paired, SHIFTED=paired, **size.prepare,
-    )((batch * plan.room,), blocks_of(zeros, batch * plan.room), zeros)  # fmt: skip
+    )((batch * plan.room + blocks_of(zeros, size.prepare["ZEROS"]),), batch * plan.room, zeros)  # fmt: skip
     steps.address.of(parts.begin_kernel, "given_keys", "keys", "norms", "largest", "halves", **size.begin)(
         (cfg.num_subkeys, 2 * memories * cfg.num_heads)
     )

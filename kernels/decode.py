@@ -3,8 +3,6 @@
 So a CUDA graph can hold a step. What a write needs is launched too, and does nothing until a chunk is complete.
 """
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
@@ -22,7 +20,7 @@ from fwpkm.kernels.ranks import best_of_all, exact_ranks
 from fwpkm.kernels.room import Layout, Room
 from fwpkm.kernels.shapes import blocks_of, shapes
 from fwpkm.kernels.tokens import DEAD, INF, LIVE, flag_of, not_due
-from fwpkm.kernels.windows import Plan, least, write
+from fwpkm.kernels.windows import Plan, least, of_plan, write
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -234,10 +232,10 @@ def decode(
     return output
 
 
-@functools.lru_cache(64)
+@of_plan
 def _layouts(cfg: FwPKMConfig, plan: Plan, memories: int, batch: int) -> tuple[Layout, ...]:
     """Of what a step needs; its queries and values are float32 once they wait."""
-    kept = kept_layout(cfg, least(plan, batch), memories, batch, save=False, keys=False)
+    kept = kept_layout(cfg, least(plan, batch), memories, batch, False, False)
     own = {
         "token_ranks": ((batch, cfg.num_heads, 2, cfg.num_subkeys), torch.float32),
         "token_flags": ((batch,), torch.int8),
@@ -248,14 +246,14 @@ def _layouts(cfg: FwPKMConfig, plan: Plan, memories: int, batch: int) -> tuple[L
         "new_slots": ((0,), torch.int64),
         "new_weights": ((0,), torch.float32),
     }
-    row = kept.places["sorted_rows"].dtype
+    row = kept.place("sorted_rows").dtype
     return kept, scratch_layout(cfg, plan, memories, batch, torch.float32, row), Layout.of(own)
 
 
 _PENDING = "pending_query", "pending_value", "pending_gate", "pending_mask"
 
 
-@functools.lru_cache(64)
+@of_plan
 def _steps(
     cfg: FwPKMConfig, plan: Plan, query: torch.dtype, batch: int, memories: int, gated: bool, masked: bool,
     layouts: tuple[Layout, ...],

@@ -13,13 +13,12 @@ from fwpkm.config import FwPKMConfig
 from fwpkm.kernels.room import Layout, Place, Specs
 from fwpkm.kernels.shapes import blocks_of, shapes
 from fwpkm.kernels.sums import most_pieces, steps_over, words_for
-from fwpkm.kernels.windows import Bounds, Plan
+from fwpkm.kernels.windows import Bounds, Plan, of_plan
 
 _FLOAT, _INT, _LONG, _BYTE = torch.float32, torch.int32, torch.int64, torch.int8
 
 
-@functools.lru_cache(64)
-def kept_layout(cfg: FwPKMConfig, most: Bounds, memories: int, batch: int, save: bool, keys: bool = True) -> Layout:
+def layout_of_kept(cfg: FwPKMConfig, most: Bounds, memories: int, batch: int, save: bool, keys: bool = True) -> Layout:
     """Of what a call keeps; "zeros" is what of it must begin as such, and "counted" that without "largest".
 
     Args:
@@ -33,7 +32,7 @@ def kept_layout(cfg: FwPKMConfig, most: Bounds, memories: int, batch: int, save:
     windows, total, room, longest = most
     groups, half, subkeys = 2 * memories * cfg.num_heads, cfg.key_dim // 2, cfg.num_subkeys
     entries, width = total * cfg.slots_per_token, cfg.value_dim
-    choices = (total, cfg.num_heads, 2, cfg.top_k)
+    choices, clipped = (total, cfg.num_heads, 2, cfg.top_k), cfg.grad_clip is not None
     counted: Specs = {
         "share": ((windows, groups, subkeys), _LONG),  # Σ p over the chunk
         "maps": ((windows, groups, subkeys, words_for(longest * batch // memories)), _INT),  # a bit for each token of
@@ -43,7 +42,7 @@ def kept_layout(cfg: FwPKMConfig, most: Bounds, memories: int, batch: int, save:
         # The largest ‖K‖² before each window, as the integer that has its bits; behind what else begins as zeros.
         "largest": ((windows + 1, groups), _INT),
     }
-    computed: Specs = {
+    computed: dict = {
         "flags": ((batch * room,), _BYTE),
         "kinds": ((total,), _BYTE),  # the flags as the window found them
         "ids": (choices, _INT),  # sub-keys, best first
@@ -64,18 +63,21 @@ def kept_layout(cfg: FwPKMConfig, most: Bounds, memories: int, batch: int, save:
         "heads": ((entries,), _INT),  # where each entry's segment begins in the order
         "steps": ((entries,), _FLOAT),  # by segment: η/N of a row that moved, else 0
         "rows": ((entries, width), _FLOAT),  # by segment: the table row before the write
+        "keys_unclipped": ((windows, groups, subkeys, half), _BYTE) if clipped else None,
+        "values_unclipped": ((entries, width), _BYTE) if clipped else None,
     }
-    if cfg.grad_clip is not None:
-        saved["keys_unclipped"] = (windows, groups, subkeys, half), _BYTE
-        saved["values_unclipped"] = (entries, width), _BYTE
-    layout = Layout.of({**counted, **computed, **(saved if save else {})})
-    largest = layout.places["largest"]
-    layout.places["counted"] = Place(0, (largest.offset // 4,), _INT)
-    layout.places["zeros"] = Place(0, ((largest.offset + largest.bytes) // 4,), _INT)
-    return layout
+    layout = Layout.of({**counted, **computed, **(saved if save else dict.fromkeys(saved))})
+    largest = layout.place("largest")
+    ends = {"counted": largest.offset, "zeros": largest.offset + largest.bytes}
+    of_zeros = {name: Place(0, (end // 4,), _INT) for name, end in ends.items()}  # of the first tensors once more
+    return Layout({**layout.places, **of_zeros}, layout.size)
 
 
-@functools.lru_cache(64)
+kept_layout = functools.lru_cache(1024)(layout_of_kept)
+"""The same of plain integers; torch.compile traces symbols, which have no hash."""
+
+
+@of_plan
 def scratch_layout(
     cfg: FwPKMConfig, plan: Plan, memories: int, batch: int, query: torch.dtype, row: torch.dtype
 ) -> Layout:
@@ -83,7 +85,7 @@ def scratch_layout(
     size, half, subkeys = shapes(cfg, query), cfg.key_dim // 2, cfg.num_subkeys
     groups, entries = 2 * memories * cfg.num_heads, cfg.slots_per_token
     by_token = batch * plan.longest, cfg.num_heads, 2
-    pieces = blocks_of(batch * plan.longest * entries, size.piece["PIECE"])
+    pieces = blocks_of(batch * plan.longest * entries, size.piece["PIECE"]) * (True in plan.kinds)
     return Layout.of(
         {
             "norms": ((groups, subkeys), _FLOAT),  # ‖K‖²
@@ -91,8 +93,8 @@ def scratch_layout(
             "proposals": ((*by_token, size.select["TILES"] * size.select["PROPOSED"]), _INT),  # (select_kernel)
             "scales": (by_token, _FLOAT),  # the unit of their ranks
             "table_rows": ((plan.total * entries,), row),  # the entries', unsorted
-            "pulls": ((*by_token, cfg.top_k), _FLOAT),  # c of each choice
-            **sums_specs(cfg, plan, memories, batch, query),
+            "pulls": ((*by_token, cfg.top_k * (True in plan.kinds)), _FLOAT),  # c of each choice
+            **(sums_specs(cfg, plan, memories, batch, query) if True in plan.kinds else {}),
             "terms": ((len(plan.windows), groups, subkeys), _FLOAT),  # of the addressing loss
             "partial": ((pieces, cfg.value_dim), _FLOAT),  # sums over the entries of a row that has many
             "partial_counts": ((pieces,), _INT),  # how many of those count
@@ -101,14 +103,14 @@ def scratch_layout(
     )
 
 
-@functools.lru_cache(64)
-def backward_layout(cfg: FwPKMConfig, plan: Plan, kept: int, memories: int, batch: int, query: torch.dtype) -> Layout:
-    """Of what the backward needs besides; ``kept`` entries have room in what was kept."""
+@of_plan
+def backward_layout(cfg: FwPKMConfig, plan: Plan, memories: int, batch: int, query: torch.dtype) -> Layout:
+    """Of what the backward needs besides."""
     size, entries, width = shapes(cfg, query), cfg.slots_per_token, cfg.value_dim
     longest, choices = batch * plan.longest, ((plan.total, cfg.num_heads, 2, cfg.top_k), _FLOAT)
     return Layout.of(
         {
-            "gradients": ((kept, width), _FLOAT),  # by segment
+            "gradients": ((plan.total * entries, width), _FLOAT),  # by segment
             "d_weights": ((plan.total, entries), _FLOAT),
             "d_read": ((longest, width), _FLOAT),
             "partial": ((blocks_of(longest * entries, size.piece_backward["PIECE"]), width), _FLOAT),

@@ -14,7 +14,7 @@ from fwpkm.kernels.layouts import backward_layout
 from fwpkm.kernels.room import Layout, Room
 from fwpkm.kernels.shapes import blocks_of, shapes
 from fwpkm.kernels.sums import KeySums
-from fwpkm.kernels.windows import Plan
+from fwpkm.kernels.windows import Plan, of_plan
 
 
 class Gradients(NamedTuple):
@@ -52,12 +52,11 @@ def backward(
         table: the shape of the value table, if its own gradient is asked for.
         d_weights: ``[w, H*k]`` float32, of the weights themselves.
     """
-    places, query = kept.layout.places, tokens.query.dtype
-    memories, entries = places["counts"].shape[1], places["rows"].shape[0]
-    scratch = Room.empty(backward_layout(cfg, plan, entries, memories, tokens.query.shape[0], query), tokens.query)
+    query, memories = tokens.query.dtype, kept.layout.place("counts").shape[1]
+    scratch = Room.empty(backward_layout(cfg, plan, memories, tokens.query.shape[0], query), tokens.query)
     new = functools.partial(torch.empty, dtype=torch.float32, device=tokens.query.device)
     overlap = any(a.start + a.length > b.start for a, b in zip(plan.windows, plan.windows[1:]))
-    both = new(2, *places["keys"].shape[1:])  # after a window and before it, in turns
+    both = new(2, *kept.layout.place("keys").shape[1:])  # after a window and before it, in turns
     after = both[len(plan.windows) % 2]
     after.zero_() if d_keys is None else after.copy_(d_keys.view_as(after))
     d_table = None
@@ -69,7 +68,7 @@ def backward(
     tensors = {
         **tokens._asdict(), "latest": new(memories * cfg.num_slots, dtype=torch.int32).fill_(-1), "d_keys": both,
         "d_values": d_values, "d_output": d_output, "d_table": d_table, "d_value": d_value, "d_gate": d_gate,
-        "d_query": d_query,
+        "d_query": d_query, "due": None,
     }  # fmt: skip
     given = tokens.gate is not None, d_output is not None, d_values is not None, table is not None
     through_values, through_keys = _steps(
@@ -83,7 +82,7 @@ def backward(
     return Gradients(keys, d_table, d_query, d_value, d_gate)
 
 
-@functools.lru_cache(64)
+@of_plan
 def _steps(
     cfg: FwPKMConfig, plan: Plan, query: torch.dtype, batch: int, memories: int, overlap: bool,
     given: tuple[bool, ...], kept: Layout, scratch: Layout,

@@ -8,10 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fwpkm.kernels.shapes import blocks_of
-
-Specs = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
-"""Shapes and dtypes by name."""
+Specs = Mapping[str, tuple[tuple[int, ...], torch.dtype] | None]
+"""Shapes and dtypes by name; None of what is absent."""
 _ALIGNMENT = 256
 """Bytes, as of an allocation."""
 
@@ -33,17 +31,24 @@ class Place(NamedTuple):
 class Layout:
     """What a room holds, and its bytes. Each is made once and equal to itself alone, so that it is a quick key."""
 
-    places: dict[str, Place]
+    places: dict[str, Place | None]
     size: int
 
     @classmethod
     def of(cls, specs: Specs) -> "Layout":
         """One after the other."""
-        places, at = {}, 0
+        places: dict[str, Place | None] = {}
+        at = 0
         for name, spec in specs.items():
-            places[name] = Place(at, *spec)
-            at += blocks_of(places[name].bytes, _ALIGNMENT) * _ALIGNMENT
+            places[name] = place = None if spec is None else Place(at, *spec)
+            at += 0 if place is None else -(-place.bytes // _ALIGNMENT) * _ALIGNMENT
         return cls(places, at)
+
+    def place(self, name: str) -> Place:
+        """That of a tensor which is there."""
+        place = self.places[name]
+        assert place is not None, name
+        return place
 
 
 class Room:
@@ -62,5 +67,5 @@ class Room:
 
     def __getitem__(self, name: str) -> Tensor:
         """A tensor of it."""
-        place = self.layout.places[name]
+        place = self.layout.place(name)
         return self.buffer[place.offset : place.offset + place.bytes].view(place.dtype).view(place.shape)

@@ -4,13 +4,13 @@ Never from B or T, so nothing is tuned anew.
 """
 
 import functools
-import os
 from typing import Any, NamedTuple
 
 import torch
 import triton
 
 from fwpkm.config import FwPKMConfig
+from fwpkm.kernels.tokens import INTERPRETED
 
 
 class Shapes(NamedTuple):
@@ -55,7 +55,7 @@ def shapes(cfg: FwPKMConfig, query: torch.dtype) -> Shapes:
     bound = {"CHUNK": cfg.chunk_size, "LOOKAHEAD": cfg.lookahead, "SCALE": _scale_of(cfg)}
     step = {"RATE": cfg.learning_rate, "DECAY": cfg.weight_decay}
     exact = query == torch.bfloat16
-    products = {"EXACT": exact, "UPCAST": os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")}
+    products = {"EXACT": exact, "UPCAST": INTERPRETED}
     # A row of sub-scores stays within a warp group's registers: 64 tokens x 256 sub-keys are 128 of a thread's 255.
     columns = max(16, min(256, triton.next_power_of_2(subkeys)))
     tiles = -(-subkeys // columns)
@@ -80,6 +80,7 @@ def shapes(cfg: FwPKMConfig, query: torch.dtype) -> Shapes:
             "VALUE": cfg.value_dim,
             "QUERY_BLOCK": triton.next_power_of_2(heads * cfg.key_dim),
             "VALUE_BLOCK": width,
+            "ZEROS": 1024,
             "num_warps": 1,  # a token is a few KB: one warp reads it in a few wide loads
         },
         begin={"SUBKEYS": subkeys, "HALF": half, "BLOCK": half_block, "num_warps": 1},

@@ -107,9 +107,7 @@ class KeySums:
         )  # fmt: skip
 
         def add(window: int, version: int, offset: int, start: int, length: int, first: int, room: int, rows: int):
-            number = steps_over(rows * length, self.size["WORDS"])
-            per_piece = blocks_of(number, most_pieces(number, self.groups * self.subkeys))
-            pieces = blocks_of(number, per_piece)
+            pieces, per_piece = pieces_of(steps_over(rows * length, self.size["WORDS"]), self.groups * self.subkeys)
             launch(
                 (self.subkeys * pieces, self.groups),
                 window, version, offset, self.words, pieces, per_piece, start, length, first, room, rows,
@@ -127,6 +125,12 @@ def steps_over(tokens: int, words: int) -> int:
 def most_pieces(number: int, rows: int) -> int:
     """In how many pieces at most so many steps over a map, or fewer, are cut where so many rows have one."""
     return max(1, min(number, 16, _PROGRAMS // rows))
+
+
+def pieces_of(number: int, rows: int) -> tuple[int, int]:
+    """In how many pieces so many steps are cut, and how many a piece has."""
+    per_piece = blocks_of(number, most_pieces(number, rows))
+    return blocks_of(number, per_piece), per_piece
 
 
 @triton.jit

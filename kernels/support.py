@@ -2,7 +2,6 @@
 
 import functools
 import importlib.util
-import os
 import sys
 
 import torch
@@ -60,8 +59,10 @@ def _why_here(query: Tensor) -> str | None:
             return "triton is not installed: pip install 'fwpkm[triton]'"
         if "tensorflow" in sys.modules:  # whose LLVM its library would bind to, and crash
             return "triton must be imported before tensorflow in a process that uses both"
-    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
-        return None  # the interpreter runs kernels on tensors of any device
+    from fwpkm.kernels.tokens import INTERPRETED
+
+    if INTERPRETED:
+        return None  # on tensors of any device
     if query.device.type != "cuda":
         return (
             f"query must be on a CUDA device; to try the kernels without one, set TRITON_INTERPRET=1 before triton is "

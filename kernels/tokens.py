@@ -7,6 +7,7 @@ memory, ``rows`` sequences, are consecutive.
 
 import triton
 import triton.language as tl
+from triton.runtime import JITFunction
 
 LIVE = tl.constexpr(1)
 """A flag's bit: unmasked and finite, so it counts and may write."""
@@ -59,23 +60,28 @@ def flag_of(
     return live * (LIVE + TARGET * target) + (1 - alive) * DEAD
 
 
-@triton.jit(do_not_specialize=["words", "all_words"])
+@triton.jit(do_not_specialize=["tokens", "words"])
 def prepare_kernel(
-    query, value, gate, mask, pair, flags, zeros, words, all_words,
+    query, value, gate, mask, pair, flags, zeros, tokens, words,
     QUERY: tl.constexpr, VALUE: tl.constexpr, QUERY_BLOCK: tl.constexpr, VALUE_BLOCK: tl.constexpr,
     HAS_GATE: tl.constexpr, HAS_MASK: tl.constexpr, HAS_PAIR: tl.constexpr, SHIFTED: tl.constexpr,
+    ZEROS: tl.constexpr,
 ):  # fmt: skip
-    """The flag of each token; and zeros, of which each program stores so many ``words``.
+    """The flag of each of the ``tokens``; and ZEROS of the ``words`` by each program behind theirs.
 
     SHIFTED values are targets already (``chunk_update``): one that is not finite makes no pair, and kills nothing.
     """
     token = tl.program_id(0).to(tl.int64)
-    flag = flag_of(
-        query, value, gate, mask, pair, token,
-        QUERY, VALUE, QUERY_BLOCK, VALUE_BLOCK, HAS_GATE, HAS_MASK, HAS_PAIR, SHIFTED,
-    )  # fmt: skip
-    tl.store(flags + token, flag.to(tl.int8))
-    for at in range(0, words, 32):
-        mine = at + tl.arange(0, 32)
-        place = token * words + mine
-        tl.store(zeros + place, tl.zeros([32], tl.int32), mask=(mine < words) & (place < all_words))
+    if token < tokens:
+        flag = flag_of(
+            query, value, gate, mask, pair, token,
+            QUERY, VALUE, QUERY_BLOCK, VALUE_BLOCK, HAS_GATE, HAS_MASK, HAS_PAIR, SHIFTED,
+        )  # fmt: skip
+        tl.store(flags + token, flag.to(tl.int8))
+    else:
+        place = (token - tokens) * ZEROS + tl.arange(0, ZEROS)
+        tl.store(zeros + place, tl.zeros([ZEROS], tl.int32), mask=place < words)
+
+
+INTERPRETED = not any(isinstance(kernel, JITFunction) for kernel in (prepare_kernel, tl.cdiv))
+"""Whether Triton's interpreter runs the kernels; tl.cdiv is one of its own, for which it was decided earlier."""

@@ -2,8 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 from fwpkm import schedule
 from fwpkm.config import FwPKMConfig
@@ -52,13 +52,13 @@ def plan(cfg: FwPKMConfig, position: int, length: int, batch: int, update: bool)
     return _plan(cfg, schedule.pending(cfg, position) if update else None, length, batch)
 
 
-@functools.lru_cache(64)
+@functools.lru_cache(1024)
 def write(length: int, batch: int) -> Plan:
     """The one window of tokens that wait, to be written."""
     return Plan.of([Window(0, length, True, 0, length)], length, length, length, batch * length)
 
 
-@functools.lru_cache(64)
+@functools.lru_cache(1024)
 def _plan(cfg: FwPKMConfig, arrived: int | None, length: int, batch: int) -> Plan:
     """The plan where so many tokens are pending, on which alone it depends; None only reads."""
     if arrived is None:
@@ -72,6 +72,19 @@ def _plan(cfg: FwPKMConfig, arrived: int | None, length: int, batch: int) -> Pla
         first, fresh = first + batch * (end - begin), end
         start += cfg.chunk_size * writes
     return Plan.of(windows, arrived, fresh, start, first)
+
+
+def of_plan(make: Callable[..., Any]) -> Callable[..., Any]:
+    """Remember what ``make(cfg, plan, ...)`` gives: of many short plans, as a token a call has one for each place in a
+    chunk, and of few long ones, as their lists of launches are long.
+    """
+    many, few = functools.lru_cache(1024)(make), functools.lru_cache(64)(make)
+
+    @functools.wraps(make)
+    def remembered(cfg: FwPKMConfig, plan: Plan, *rest: Any) -> Any:
+        return (many if len(plan.windows) <= 2 else few)(cfg, plan, *rest)
+
+    return remembered
 
 
 class Bounds(NamedTuple):

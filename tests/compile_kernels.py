@@ -41,7 +41,7 @@ def kernels_of(cfg: FwPKMConfig, dtype: torch.dtype, masked: bool) -> dict:
     found: dict = {}
 
     def record(self: launch.Steps, tensors: dict, *rooms: room.Room) -> None:
-        all_of_them = [tensors.get(name) if i < 0 else rooms[i][name] for name, i, _ in self.places]
+        all_of_them = self.tensors(tensors, *rooms)
         for number, _, integers in self.launches:
             kernel, places, constants = self.kernels[number]
             names, mine = kernel.arg_names, [all_of_them[i] for i in places]

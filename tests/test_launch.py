@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from fwpkm.kernels import launch
 from fwpkm.kernels.launch import Steps
 from fwpkm.kernels.room import Layout, Room
-from fwpkm.kernels.sums import most_pieces
+from fwpkm.kernels.sums import most_pieces, pieces_of
 
 STREAM = 7
 
@@ -54,7 +54,7 @@ def test_addresses_are_those_of_the_call(kernel: Kernel) -> None:
     for _ in range(3):
         room, x = Room.empty(layout, torch.zeros(1)), torch.zeros(8)
         kernel.launched.clear()
-        steps.run({"given": x, "unused": None}, room)
+        steps.run({"given": x, "never": None, "unused": None}, room)
         head = (STREAM, "f", "m", None, None, None, room["mine"].data_ptr(), x.data_ptr(), None)
         assert kernel.launched == [(5, 1, 1, *head, 1, 64), (6, 2, 1, *head, 2**30, 64)]
     assert len(kernel.compiled) == 1
@@ -66,9 +66,9 @@ def test_another_kind_of_tensors_is_compiled_anew(kernel: Kernel) -> None:
     steps, room, x = steps_of(kernel, layout), Room.empty(layout, torch.zeros(1)), torch.zeros(8)
     kinds = [x, x[1:], x.to(torch.bfloat16), None, x[4:]]  # the last is aligned as the first
     for given_tensor in kinds:
-        steps.run({"given": given_tensor}, room)
+        steps.run({"given": given_tensor, "never": None}, room)
     assert len(kernel.compiled) == 4
-    steps_of(kernel, layout).run({"given": x}, room)  # what one list has compiled, another launches
+    steps_of(kernel, layout).run({"given": x, "never": None}, room)  # what one list has compiled, another launches
     assert len(kernel.compiled) == 4
 
 
@@ -88,7 +88,21 @@ def test_tensors_of_a_room_do_not_overlap() -> None:
 
 @given(st.integers(1, 200), st.integers(1, 200), st.integers(1, 10000))
 def test_there_is_room_for_the_pieces_of_shorter_windows(longest: int, shorter: int, rows: int) -> None:
-    def pieces(number: int) -> int:
-        return -(-number // -(-number // most_pieces(number, rows)))  # of so many steps each, rounded up
+    pieces, per_piece = pieces_of(min(shorter, longest), rows)
+    assert pieces <= most_pieces(longest, rows)
+    assert (pieces - 1) * per_piece < min(shorter, longest) <= pieces * per_piece
 
-    assert pieces(min(shorter, longest)) <= most_pieces(longest, rows)
+
+def test_a_name_that_nobody_gives_is_told(kernel: Kernel) -> None:
+    layout = Layout.of({"mine": ((4,), torch.float32)})
+    with pytest.raises(KeyError, match="never"):
+        steps_of(kernel, layout).run({"given": torch.zeros(8)}, Room.empty(layout, torch.zeros(1)))
+
+
+def test_what_a_layout_lacks_is_absent(kernel: Kernel) -> None:
+    layout = Layout.of({"never": None, "mine": ((4,), torch.float32)})
+    room = Room.empty(layout, torch.zeros(1))
+    steps_of(kernel, layout).run({"given": None}, room)
+    assert [launched[9:] for launched in kernel.launched] == [
+        (room.buffer.data_ptr(), None, None, n, 64) for n in (1, 2**30)
+    ]

@@ -66,6 +66,25 @@ def test_compiled_without_a_break_it_gives_the_same(name: str) -> None:
         same_or_close(received, expected)
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_compiled_lengths_may_vary(name: str) -> None:
+    """The second length becomes a symbol, of which nothing may be remembered."""
+    cfg = FwPKMConfig(**SMALL | CONFIGS[name])
+    state = state_of(cfg)
+
+    def read(*given: Tensor) -> Tensor:
+        return be.apply(cfg, state, *given, implementation="triton")[0].square().sum()
+
+    compiled = torch.compile(read, fullgraph=True, backend="aot_eager")
+    for length in (5, 7, 9):
+        results = []
+        for function in (read, compiled):
+            given = [x.requires_grad_() for x in tokens_of(cfg, length)]
+            results.append([loss := function(*given), *torch.autograd.grad(loss, given)])
+        for expected, received in zip(*results, strict=True):
+            same_or_close(received, expected)
+
+
 def test_compiled_a_table_is_overwritten_in_place_and_else_never() -> None:
     cfg = FwPKMConfig(**SMALL)
 

@@ -83,6 +83,11 @@ def on_device_of(x: Tensor) -> contextlib.AbstractContextManager:
     return torch.cuda.device(x.device)
 
 
+def plain(x: Tensor | None) -> Tensor | None:
+    """As kernels read it: contiguous, and without a sign that torch has yet to apply."""
+    return None if x is None else (x.resolve_neg() if x.is_neg() else x).contiguous()
+
+
 def stream_of(pending: Tokens, arrived: int, given: Given) -> Given:
     """The tokens that are pending, then those of the call; as they are given where nothing is pending."""
     if not arrived:
@@ -181,8 +186,8 @@ def _run(
 
     Its differentiable weights are appended to ``weights``.
     """
-    keys, values = (table.to(torch.float32) for table in memory)
-    stream = stream._replace(**{name: x.contiguous() for name, x in stream._asdict().items() if x is not None})
+    keys, values = (table.to(torch.float32).resolve_neg() for table in memory)
+    stream = type(stream)(*map(plain, stream))
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (keys, values, *stream)):
         results = _Call.apply(cfg, plan, owned, dtype, keys, values, *stream)
         output, new_keys, new_values, slots, w, memorization, addressing, flags = results
@@ -265,7 +270,7 @@ class _Call(torch.autograd.Function):
         if d_weights is not None:
             d_weights = _of_news(plan, batch, d_weights, plan.total)
         d_output, d_keys, d_values = (
-            None if d is None or d.numel() == 0 else d.contiguous() for d in (d_output, d_keys, d_values)
+            None if d is None or d.numel() == 0 else plain(d) for d in (d_output, d_keys, d_values)
         )
         tokens = call.Tokens(query, value, gate, mask, pair)
         table = ctx.shape if ctx.needs_input_grad[5] else None

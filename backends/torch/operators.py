@@ -77,15 +77,17 @@ def _plan(cfg: FwPKMConfig, position: Tensor, query: Tensor, update: bool) -> An
 
 def _kept_layout(cfg: FwPKMConfig, query: Tensor, update: bool) -> Any:
     """Of what a call keeps, in room for any position."""
-    from fwpkm.kernels import layouts, windows
+    from fwpkm.kernels import layouts
+
+    return layouts.kept_layout(*_kept(cfg, query, update))
+
+
+def _kept(cfg: FwPKMConfig, query: Tensor, update: bool) -> tuple:
+    """What that layout follows from; of a query that is traced, symbols."""
+    from fwpkm.kernels import windows
 
     batch, length = query.shape[:2]
-    most = windows.bounds(cfg, length, batch, update)
-    return layouts.kept_layout(cfg, most, validation.memories_for(cfg, batch), batch, True)
-
-
-def _contiguous(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()
+    return cfg, windows.bounds(cfg, length, batch, update), validation.memories_for(cfg, batch), batch, True
 
 
 @torch.library.custom_op("fwpkm::apply", mutates_args=())
@@ -102,8 +104,8 @@ def _apply(
     plan = _plan(cfg, position, query, update)
     pending = Tokens(pending_query, pending_value, pending_gate, pending_mask)
     stream = fast.stream_of(pending, plan.arrived, Given(query, value, gate, mask))
-    tokens: Any = call.Tokens(*map(_contiguous, stream))  # type: ignore[arg-type]
-    tables = [x.expand(memories, *x.shape[1:]).to(torch.float32) for x in (keys, values)]
+    tokens: Any = call.Tokens(*map(fast.plain, stream))  # type: ignore[arg-type]
+    tables = [x.expand(memories, *x.shape[1:]).to(torch.float32).resolve_neg() for x in (keys, values)]
     # With update=False nothing is written, and no table is returned.
     table = tables[1].clone(memory_format=torch.contiguous_format) if update else tables[1].contiguous()
     most = windows.bounds(cfg, length, batch, update)
@@ -146,7 +148,9 @@ def _(
     records += [new(memories, columns), new(memories, columns), torch.empty((), dtype=torch.int64, device="cpu")]
     kept = []
     if save:
-        kept = [new(_kept_layout(cfg, query, update).size, dtype=torch.uint8)]
+        from fwpkm.kernels import layouts
+
+        kept = [new(layouts.layout_of_kept(*_kept(cfg, query, update)).size, dtype=torch.uint8)]
     return [query.new_empty(batch, length, cfg.value_dim), *after, *records, *kept]
 
 
@@ -197,9 +201,9 @@ def _apply_backward(
     plan = _plan(cfg, position, query, update)
     pending = Tokens(pending_query, pending_value, pending_gate, pending_mask)
     stream = fast.stream_of(pending, plan.arrived, Given(query, value, gate, mask))
-    tokens: Any = call.Tokens(*map(_contiguous, stream))  # type: ignore[arg-type]
+    tokens: Any = call.Tokens(*map(fast.plain, stream))  # type: ignore[arg-type]
     whole = room.Room(_kept_layout(cfg, query, update), kept)
-    d_output, d_keys, d_values = (None if d is None else d.contiguous() for d in (d_output, d_keys, d_values))
+    d_output, d_keys, d_values = (fast.plain(d) for d in (d_output, d_keys, d_values))
     shape = torch.Size((memories, cfg.num_slots, cfg.value_dim)) if table else None
     with fast.on_device_of(query):
         found = reverse.backward(cfg, plan, tokens, whole, d_output, d_keys, d_values, shape)
@@ -268,5 +272,5 @@ def decode(
     cfg: FwPKMConfig, state: State, query: Tensor, value: Tensor, gate: Tensor | None, mask: Tensor | None
 ) -> Tensor:
     """``ops.decode`` on the kernels."""
-    given = (x if x is None else x.contiguous() for x in (query, value, gate, mask))
+    given = map(fast.plain, (query, value, gate, mask))
     return torch.ops.fwpkm.decode(cfg.to_json(), *state.memory, *state[1:], *given)

@@ -384,19 +384,30 @@ def _check_apply(
     Raises:
         ValueError: an argument does not fit; names it, what was expected and what was received.
     """
-    kind: tuple | None = None
-    if isinstance(cfg, FwPKMConfig) and isinstance(state, State) and isinstance(state.memory, Memory):
-        leaves = (*state.memory, *state[1:], query, value, gate, mask)
-        if all([x is None or isinstance(x, Tensor) for x in leaves]):
-            kind = (cfg, *[None if x is None else (x.shape, x.dtype, x.device) for x in leaves])
-            if kind in _FITTING:
-                return
+    kind = _kind_of(cfg, state, query, value, gate, mask)
+    if kind is not None and kind in _FITTING:
+        return
     validation.check_apply(cfg, state, query, value, gate, mask, Tensor)
     check_device(query, value=value, gate=gate, mask=mask, **state._asdict())
     if len(_FITTING) > _MOST_KINDS:
         _FITTING.clear()
     if kind is not None:
         _FITTING.add(kind)
+
+
+def _kind_of(cfg: FwPKMConfig, state: State, *tokens: Tensor | None) -> tuple | None:
+    """What the checks look at; None of what is no tensor, or has symbols for sizes: those have no hash."""
+    if not (isinstance(cfg, FwPKMConfig) and isinstance(state, State) and isinstance(state.memory, Memory)):
+        return None
+    leaves = (*state.memory, *state[1:], *tokens)
+    if not all([x is None or isinstance(x, Tensor) for x in leaves]):
+        return None
+    kind = (cfg, *[None if x is None else (x.shape, x.dtype, x.device) for x in leaves])
+    try:
+        hash(kind)
+    except TypeError:
+        return None
+    return kind
 
 
 def check_device(query: Tensor, **others: Any) -> None:
