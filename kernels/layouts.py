@@ -35,8 +35,8 @@ def layout_of_kept(cfg: FwPKMConfig, most: Bounds, memories: int, batch: int, sa
     choices, clipped = (total, cfg.num_heads, 2, cfg.top_k), cfg.grad_clip is not None
     counted: Specs = {
         "share": ((windows, groups, subkeys), _LONG),  # Σ p over the chunk
-        "maps": ((windows, groups, subkeys, words_for(longest * batch // memories)), _INT),  # a bit for each token of
-        # the window, set where it chose the sub-key
+        # A bit for each token of the window, set where it chose the sub-key.
+        "maps": ((windows, groups, subkeys, words_for(longest * batch // memories)), _INT),
         "counts": ((windows, memories), _INT),  # n
         "active": ((windows, memories), _INT),  # whether any token has a pair
         # The largest ‖K‖² before each window, as the integer that has its bits; behind what else begins as zeros.
