@@ -3,17 +3,15 @@
 import ast
 import subprocess
 import sys
-import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from sources import SRC, Source, core, sources
 
 import fwpkm
 
-ROOT = Path(__file__).parents[1]
-FOLDERS = {"fwpkm": "fwpkm_core", "fwpkm.backends": "backends", "fwpkm.kernels": "kernels"}
 FRAMEWORKS = {"torch", "jax", "jaxlib", "tensorflow", "keras", "triton"}
 SHOW = {"matplotlib", "rich"}
 DRAW = {"hypothesis"}
@@ -149,35 +147,27 @@ class Import(NamedTuple):
     where: str
 
 
-def imports(path: Path, package: str) -> Iterator[Import]:
+def imports(source: Source) -> Iterator[Import]:
     """Every import statement of a file, relative ones resolved; ``from a import b`` counts as a.b."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    functions = [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    functions = [node for node in ast.walk(source.tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
     inside = {id(node) for function in functions for node in ast.walk(function)}
-    for node in ast.walk(tree):
+    for node in ast.walk(source.tree):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            parents = package.split(".")
+            parents = source.package.split(".")
             base = parents[: len(parents) + 1 - node.level] if node.level else []
-            source = ".".join([*base, *([node.module] if node.module else [])])
-            names = [f"{source}.{alias.name}" for alias in node.names]
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            names = [f"{module}.{alias.name}" for alias in node.names]
         else:
             continue
         for name in names:
-            yield Import(name, id(node) in inside, f"{path.relative_to(ROOT)}:{node.lineno}")
+            yield Import(name, id(node) in inside, f"{source.where}:{node.lineno}")
 
 
 def imports_of(package: str) -> list[Import]:
     """The imports of a package's files; of the core without the packages that other folders hold."""
-    found = []
-    for owner, folder in FOLDERS.items():
-        for path in sorted((ROOT / folder).rglob("*.py")):
-            parents = path.parent.relative_to(ROOT / folder).parts
-            name = ".".join([owner, *parents])
-            if (name + ".").startswith(package + ".") and (package != "fwpkm" or owner == "fwpkm"):
-                found += imports(path, name)
-    return found
+    return [found for source in (core() if package == "fwpkm" else sources(package)) for found in imports(source)]
 
 
 def is_of(name: str, *packages: str) -> bool:
@@ -189,8 +179,8 @@ def test_core_imports_only_the_standard_library_numpy_and_safetensors() -> None:
     found = imports_of("fwpkm")
     assert len(found) > 20
     for name, _, where in found:
-        extra = SHOW if where.startswith(("fwpkm_core/demo/", "fwpkm_core/cli.py:")) else set()
-        extra = DRAW | {"rich"} if where.startswith("fwpkm_core/conformance/") else extra
+        extra = SHOW if where.startswith(("fwpkm/demo/", "fwpkm/cli.py:")) else set()
+        extra = DRAW | {"rich"} if where.startswith("fwpkm/conformance/") else extra
         assert name.partition(".")[0] in allowed | extra, (where, name)
 
 
@@ -225,7 +215,7 @@ def test_only_the_torch_backend_imports_kernels_and_only_when_it_runs_them() -> 
     for name, lazy, where in imports_of("fwpkm.backends"):
         if is_of(name, "fwpkm.kernels"):
             assert lazy, where
-            assert where.startswith("backends/torch/"), where
+            assert where.startswith("fwpkm/backends/torch/"), where
 
 
 def test_kernels_import_core_torch_and_triton() -> None:
@@ -242,8 +232,18 @@ def test_the_reference_shares_no_code_with_a_backend() -> None:
 
 
 def test_every_package_folder_is_shipped() -> None:
-    pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    assert pyproject["tool"]["setuptools"]["package-dir"] == FOLDERS
-    inits = [(o, p.parent.relative_to(ROOT / f)) for o, f in FOLDERS.items() for p in (ROOT / f).rglob("__init__.py")]
-    found = {".".join([owner, *path.parts]) for owner, path in inits}
-    assert found == set(pyproject["tool"]["setuptools"]["packages"])
+    """Links make one package of three folders; setuptools finds the packages that have an ``__init__.py``."""
+    links = {SRC / "fwpkm": "../fwpkm_core"}
+    links |= {SRC / "fwpkm" / name: f"../{name}" for name in ("backends", "kernels")}
+    for link, target in links.items():
+        if link.is_symlink():  # an sdist holds the folders themselves
+            assert str(link.readlink()) == target
+    folders = {source.path.parent for source in sources()}
+    assert {SRC / "fwpkm", SRC / "fwpkm/backends/torch", SRC / "fwpkm/kernels"} <= folders
+    assert {folder for folder in folders if not (folder / "__init__.py").is_file()} == set()
+
+
+def test_no_folder_of_a_clone_hides_the_package(tmp_path: Path) -> None:
+    """A folder named fwpkm in the current folder, as a clone's parent has, is no package."""
+    (tmp_path / "fwpkm").mkdir()
+    assert Path(run("import fwpkm; print(fwpkm.__file__)", tmp_path).strip()).is_file()
