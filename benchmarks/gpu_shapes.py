@@ -75,7 +75,7 @@ def untied_inputs(workload: Workload, dtype: str, seed: int) -> Inputs:
     state = be.init_state(thin, Memory(keys, values), batch_size=batch)
     nothing = torch.zeros(batch, length, 1, dtype=torch.float64, device=DEVICE)
     with torch.no_grad():
-        for start, stop, _ in schedule.segments(cfg, 0, length):
+        for start, stop, _ in schedule.windows(cfg, 0, length):
             part = query[:, start:stop]  # a view
             for _ in range(_MOST_DRAWS):
                 close = deciding_gap(cfg, state.memory.keys, part) <= _CLEAR

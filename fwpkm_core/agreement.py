@@ -9,8 +9,10 @@ import numpy as np
 
 from fwpkm import reference
 from fwpkm.config import FwPKMConfig
-from fwpkm.containers import Array, Memory
-from fwpkm.schedule import segments, written
+from fwpkm.containers import Memory
+from fwpkm.equations import sub_scores
+from fwpkm.schedule import windows, written
+from fwpkm.tokens import Array
 
 GAP = 1e-5
 """Slots must be equal wherever every gap that decided them exceeds this (§6)."""
@@ -90,14 +92,14 @@ def deciding_gap(cfg: FwPKMConfig, memory: Memory, query: Array) -> Array:
     """
     batch, length, _ = query.shape
     heads, k = cfg.num_heads, cfg.top_k
-    keys = np.asarray(memory.keys, dtype=np.float64)[:, None]  # [M, 1, H, 2, S, Dk/2]
-    halves = np.asarray(query, dtype=np.float64).reshape(batch, length, heads, 2, 1, cfg.key_dim // 2)
+    keys = np.asarray(memory.keys, dtype=np.float64)
+    halves = np.asarray(query, dtype=np.float64).reshape(batch, length, heads, 2, cfg.key_dim // 2)
+    scores = np.empty((batch, length, heads, 2, cfg.num_subkeys))
     with np.errstate(all="ignore"):
-        if cfg.score == "idw":
-            scores = -np.log(cfg.score_eps + np.square(halves - keys).sum(-1))
-        else:
-            scores = (halves * keys).sum(-1)
-        scores = -np.sort(-scores, axis=-1)  # [B, n, H, 2, S], descending
+        for b, h, codebook in np.ndindex(batch, heads, 2):
+            codes = keys[min(b, len(keys) - 1), h, codebook]
+            scores[b, :, h, codebook] = sub_scores(cfg, halves[b, :, h, codebook], codes)
+        scores = -np.sort(-scores, axis=-1)  # descending
         sums = scores[..., 0, :k, None] + scores[..., 1, None, :k]
         sums = -np.sort(-sums.reshape(batch, length, heads, k * k), axis=-1)
         gaps = np.concatenate([_gap_after(scores, k).reshape(batch, length, 2 * heads), _gap_after(sums, k)], axis=-1)
@@ -123,7 +125,7 @@ def comparable_tokens(
     gate = None if gate is None else np.asarray(gate, dtype=np.float64)
     batch, length, _ = query.shape
     state = reference.init_state(cfg, memory, batch_size=batch)
-    for start, stop, _ in segments(cfg, 0, length):
+    for start, stop, _ in windows(cfg, 0, length):
         first = written(cfg, start) * cfg.chunk_size  # from here on, tokens are read again by a write yet to come
         close = deciding_gap(cfg, state.memory, query[:, first:stop]).min(axis=0) <= gap
         if close.any():

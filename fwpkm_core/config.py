@@ -6,21 +6,22 @@ import json
 import math
 import numbers
 import operator
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
-_CHOICES = {
+CHOICES = {
     "boundary": ("drop", "wait"),
     "score": ("idw", "dot_product"),
     "write_scale": ("slots", "unit", "normalized"),
     "memory_scope": ("sequence", "batch"),
 }
+"""The values of the fields that name a rule. Whatever computes by one names every value and refuses any other."""
 _POSITIVE_INTEGERS = ("key_dim", "value_dim", "num_heads", "num_subkeys", "top_k", "chunk_size")
 _POSITIVE_NUMBERS = ("score_eps", "temperature", "grad_clip")
 _NON_NEGATIVE_NUMBERS = ("learning_rate", "weight_decay", "addressing_weight")
 
 
 class _Text:
-    """Room for a configuration's text outside ``vars``, which are its fields."""
+    """Holds a configuration's text outside ``vars``, which are its fields."""
 
     __slots__ = ("_json",)
     _json: str
@@ -83,7 +84,7 @@ class FwPKMConfig(_Text):
                 self._number(name, positive=True)
         for name in _NON_NEGATIVE_NUMBERS:
             self._number(name, positive=False)
-        for name, choices in _CHOICES.items():
+        for name, choices in CHOICES.items():
             value = getattr(self, name)
             if not isinstance(value, str) or value not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}. Received: {name}={value!r}")
@@ -141,6 +142,19 @@ class FwPKMConfig(_Text):
         """H·k, the entries that one token reads."""
         return self.num_heads * self.top_k
 
+    @property
+    def capacity(self) -> int:
+        """P, the pending tokens that a state has space for: C + L - 1."""
+        return self.chunk_size + self.lookahead - 1
+
+    def refuse(self, field: str, implementation: str) -> NoReturn:
+        """Raise for a value of ``field`` that an implementation does not know; the last branch on every choice.
+
+        Raises:
+            ValueError: always; names the field, its value and the implementation.
+        """
+        raise ValueError(f"{field}={getattr(self, field)!r} is not implemented by {implementation}")
+
     @classmethod
     def paper(cls) -> Self:
         """The layer of the paper (arXiv 2601.00671): Dk = Dv = 512, S = 512; 512 MiB of values a row."""
@@ -154,12 +168,14 @@ class FwPKMConfig(_Text):
     def from_json(cls, text: str) -> Self:
         """The inverse of :meth:`to_json`.
 
+        Fields that it lacks have their defaults.
+
         Raises:
-            ValueError: not a JSON object, an unknown or missing field, or a field that breaks its rule.
+            ValueError: not a JSON object, an unknown field, or a field that breaks its rule.
         """
         fields: Any = json.loads(text)
-        names = {field.name for field in dataclasses.fields(cls)}
-        if not isinstance(fields, dict) or set(fields) != names:
-            received = sorted(fields) if isinstance(fields, dict) else fields
-            raise ValueError(f"a config must be a JSON object with the fields {sorted(names)}. Received: {received}")
+        names = [field.name for field in dataclasses.fields(cls)]
+        unknown = sorted(fields.keys() - set(names)) if isinstance(fields, dict) else fields
+        if unknown or not isinstance(fields, dict):
+            raise ValueError(f"a config must be a JSON object with fields among {names}. Received: {unknown!r}")
         return cls(**fields)

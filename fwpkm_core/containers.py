@@ -1,8 +1,9 @@
 """The values that pass between a caller and a backend (SPEC.md §5 and §8): NamedTuples of native arrays."""
 
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, Self
 
-Array: TypeAlias = Any  # numpy.ndarray, torch.Tensor, jax.Array, ...: each backend uses its own
+from fwpkm.config import FwPKMConfig
+from fwpkm.tokens import TOKEN_FIELDS, Array, ArraySpec, Tokens, token_specs
 
 
 class Memory(NamedTuple):
@@ -28,6 +29,20 @@ class State(NamedTuple):
     """``[B, P]`` bool"""
     position: Array
     """``[B]`` int32: tokens since the count began, equal in all rows."""
+
+    @classmethod
+    def of(cls, memory: Memory, pending: Tokens, position: Array) -> Self:
+        """A state of these parts; ``pending`` [B, P, ...]."""
+        return cls(memory, position=position, **{f"pending_{name}": x for name, x in pending._asdict().items()})
+
+    @property
+    def pending(self) -> Tokens:
+        """The pending fields as tokens ``[B, P, ...]``; valid entries come first, the rest are zero."""
+        return Tokens(**{field.name: getattr(self, f"pending_{field.name}") for field in TOKEN_FIELDS})
+
+    def replace_pending(self, pending: Tokens) -> Self:
+        """The state with other pending tokens ``[B, P, ...]``."""
+        return self.of(self.memory, pending, self.position)
 
 
 class Lookup(NamedTuple):
@@ -60,6 +75,33 @@ class Trace(NamedTuple):
     memorization: Array
     """``[M, W]`` loss of each write in order, W = ceil(T/C); columns past ``writes`` are 0."""
     addressing: Array
-    """``[M, W]`` likewise."""
+    """``[M, W]`` addressing loss of each write in order; columns past ``writes`` are 0."""
     writes: Array
     """int scalar: how many chunks were written."""
+
+
+def memories_for(cfg: FwPKMConfig, batch_size: int) -> int:
+    """M, the tables that a batch of this size reads: B in "sequence" scope, 1 in "batch" scope.
+
+    Raises:
+        ValueError: the scope is another one.
+    """
+    if cfg.memory_scope == "sequence":
+        return batch_size
+    if cfg.memory_scope == "batch":
+        return 1
+    return cfg.refuse("memory_scope", "fwpkm")
+
+
+def memory_specs(cfg: FwPKMConfig, memories: int | None) -> Memory:
+    """What the tables of M memories must be, as ``ArraySpec``."""
+    keys = (("M", memories), ("H", cfg.num_heads), ("2", 2), ("S", cfg.num_subkeys), ("Dk/2", cfg.key_dim // 2))
+    values = (("M", memories), ("N", cfg.num_slots), ("Dv", cfg.value_dim))
+    return Memory(ArraySpec(keys, "float"), ArraySpec(values, "float"))
+
+
+def state_specs(cfg: FwPKMConfig, batch: int | None) -> State:
+    """What the arrays of a state of B rows must be, as ``ArraySpec``."""
+    memory = memory_specs(cfg, None if batch is None else memories_for(cfg, batch))
+    pending = token_specs(cfg, batch, ("P", cfg.capacity))
+    return State.of(memory, pending, ArraySpec((("B", batch),), "int32"))

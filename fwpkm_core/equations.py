@@ -11,6 +11,7 @@ import numpy as np
 from fwpkm.config import FwPKMConfig
 
 Array = np.ndarray
+REFERENCE = "the NumPy reference"
 
 
 class Selection(NamedTuple):
@@ -35,8 +36,10 @@ def sub_scores(cfg: FwPKMConfig, query: Array, keys: Array) -> Array:
     """s = -log(ε + |q - K|²) or q·K: query [n, d], keys [S, d] -> [n, S]."""
     if cfg.score == "dot_product":
         return query @ keys.T
-    squared_distance = np.stack([np.square(query - key).sum(-1) for key in keys], axis=-1)
-    return -np.log(query.dtype.type(cfg.score_eps) + squared_distance)
+    if cfg.score == "idw":
+        squared_distance = np.stack([np.square(query - key).sum(-1) for key in keys], axis=-1)
+        return -np.log(query.dtype.type(cfg.score_eps) + squared_distance)
+    return cfg.refuse("score", REFERENCE)
 
 
 def top_k(scores: Array, k: int) -> Array:
@@ -50,7 +53,7 @@ def softmax(scores: Array) -> Array:
     return exponentials / exponentials.sum(-1, keepdims=True)
 
 
-def select(cfg: FwPKMConfig, query: Array, keys: Array) -> Selection:
+def select_slots(cfg: FwPKMConfig, query: Array, keys: Array) -> Selection:
     """Top-k of both codebooks, top-k of the k² sums, one softmax across all heads."""
     n, k = len(query), cfg.top_k
     finite = np.isfinite(query).all((1, 2, 3))
@@ -81,6 +84,18 @@ def read(values: Array, slots: Array, weights: Array) -> Array:
 
 
 # --- §3 Losses ---
+
+
+def ahead(cfg: FwPKMConfig, x: Array) -> Array:
+    """x at t + L, the time axis being the second; zeros where that has not arrived."""
+    shifted = np.zeros_like(x)
+    shifted[:, : max(0, x.shape[1] - cfg.lookahead)] = x[:, cfg.lookahead :]
+    return shifted
+
+
+def pairs(cfg: FwPKMConfig, counted: Array, live: Array) -> Array:
+    """Which counted tokens of a window [B, n] have a pair: their partner, L tokens later, is live."""
+    return counted & ahead(cfg, live)
 
 
 def memorization_loss(error: Array, gate: Array, pair: Array) -> Array:
@@ -115,22 +130,24 @@ def write_scale(cfg: FwPKMConfig, weights: Array) -> Array:
         return np.full(len(weights), cfg.slots_per_token, weights.dtype)
     if cfg.write_scale == "unit":
         return np.ones(len(weights), weights.dtype)
-    return 1 / np.square(weights).sum(-1)
+    if cfg.write_scale == "normalized":
+        return 1 / np.square(weights).sum(-1)
+    return cfg.refuse("write_scale", REFERENCE)
 
 
 def value_gradient(
     cfg: FwPKMConfig, selection: Selection, error: Array, gate: Array, pair: Array, counted: Array
 ) -> tuple[Array, Array]:
     """The slots with N_i > 0 [r] and their G_i = (1/N_i) Σ κ w g (v̂ - u) [r, Dv]."""
-    coefficient = np.where(pair, write_scale(cfg, selection.weights) * gate, 0)
+    strength = np.where(pair, write_scale(cfg, selection.weights) * gate, 0)
     flat = selection.slots[counted].ravel()
     order = np.argsort(flat, kind="stable")
     touched, first, reads = np.unique(flat[order], return_index=True, return_counts=True)
-    share = (coefficient[:, None] * selection.weights)[counted].ravel()[order]
+    coefficient = (strength[:, None] * selection.weights)[counted].ravel()[order]
     token = np.repeat(np.flatnonzero(counted), cfg.slots_per_token)[order]
     # A token without a pair contributes nothing, even where its own error would overflow.
-    pulls = share[:, None] * np.where(pair[:, None], error, 0)[token]
-    return touched, np.add.reduceat(pulls, first, axis=0) / reads[:, None].astype(pulls.dtype)
+    terms = coefficient[:, None] * np.where(pair[:, None], error, 0)[token]
+    return touched, np.add.reduceat(terms, first, axis=0) / reads[:, None].astype(terms.dtype)
 
 
 def key_gradient(cfg: FwPKMConfig, keys: Array, query: Array, selection: Selection, counted: Array) -> Array:
@@ -143,14 +160,20 @@ def key_gradient(cfg: FwPKMConfig, keys: Array, query: Array, selection: Selecti
     where = (h[..., None], codebook[..., None], selection.subkeys[counted])
     p, a = p[counted], slope[where]
     d_score = p / counted.sum() * (a - (p * a).sum(-1, keepdims=True))
-    toward = query[counted][..., None, :]
-    if cfg.score == "idw":
-        difference = toward - keys[where]
-        squared_distance = np.square(difference).sum(-1, keepdims=True)
-        toward = 2 * difference / (keys.dtype.type(cfg.score_eps) + squared_distance)
     gradient = np.zeros_like(keys)
-    np.add.at(gradient, where, d_score[..., None] * toward)
+    np.add.at(gradient, where, d_score[..., None] * score_gradient(cfg, query[counted][..., None, :], keys[where]))
     return gradient
+
+
+def score_gradient(cfg: FwPKMConfig, query: Array, keys: Array) -> Array:
+    """∂s/∂K of chosen sub-keys, over the last axis: 2(q - K)/(ε + |q - K|²), or q."""
+    if cfg.score == "dot_product":
+        return np.broadcast_to(query, keys.shape)
+    if cfg.score == "idw":
+        difference = query - keys
+        squared_distance = np.square(difference).sum(-1, keepdims=True)
+        return 2 * difference / (keys.dtype.type(cfg.score_eps) + squared_distance)
+    return cfg.refuse("score", REFERENCE)
 
 
 def step(cfg: FwPKMConfig, rows: Array, gradient: Array) -> Array:

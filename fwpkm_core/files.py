@@ -22,9 +22,9 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from fwpkm import registry, schedule, validation
+from fwpkm import registry, validation
 from fwpkm.config import FwPKMConfig
-from fwpkm.containers import Memory, State
+from fwpkm.containers import Memory, State, state_specs
 
 FORMAT_VERSION = "1"
 
@@ -171,18 +171,9 @@ def _state_forms(cfg: FwPKMConfig, found: _Forms) -> _Forms:
     """What a state must hold; only B is taken from what was found."""
     rows = found["position"].shape if "position" in found else ()
     batch = rows[0] if rows and rows[0] else 1
-    memories = validation.memories_for(cfg, batch)
-    tokens = (batch, schedule.capacity(cfg))
-    query_width = cfg.num_heads * cfg.key_dim
-    return {
-        "memory.keys": _Form((memories, cfg.num_heads, 2, cfg.num_subkeys, cfg.key_dim // 2), _FLOATS),
-        "memory.values": _Form((memories, cfg.num_slots, cfg.value_dim), _FLOATS),
-        "pending_query": _Form((*tokens, query_width), _FLOATS),
-        "pending_value": _Form((*tokens, cfg.value_dim), _FLOATS),
-        "pending_gate": _Form(tokens, _FLOATS),
-        "pending_mask": _Form(tokens, ("bool",)),
-        "position": _Form((batch,), ("int32",)),
-    }
+    dtypes = {"float": _FLOATS, "bool": ("bool",), "int32": ("int32",)}
+    specs = _state_arrays(state_specs(cfg, batch))
+    return {name: _Form(spec.shape, dtypes[spec.kind]) for name, spec in specs.items()}
 
 
 def _forms(tensors: Mapping[str, np.ndarray]) -> _Forms:

@@ -1,66 +1,44 @@
 """The NumPy backend: the specification, written to be read beside SPEC.md §2 to §5 and §8.
 
-The equations are in equations.py; here is what calls them: reads, writes, and the stream of chunks.
+The equations are in equations.py; here is what calls them: reads, writes, and the stream of chunks. The functions are
+documented on ``fwpkm.protocol.Backend``.
 """
 
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
 from fwpkm import equations, schedule, validation
 from fwpkm.config import FwPKMConfig
-from fwpkm.containers import Lookup, Losses, Memory, State, Trace
+from fwpkm.containers import Lookup, Losses, Memory, State, Trace, memories_for
+from fwpkm.equations import Selection, ahead
 from fwpkm.initial import initial_arrays
+from fwpkm.tokens import TOKEN_FIELDS, Tokens, token_specs
+from fwpkm.validation import Implementation
 
 Array = np.ndarray
 _quiet = np.errstate(over="ignore", invalid="ignore", divide="ignore")  # §5: non-finite numbers are expected
 
-
-class Tokens(NamedTuple):
-    """n tokens of B sequences, in the tables' dtype."""
-
-    query: Array
-    """``[B, n, H*Dk]``"""
-    value: Array
-    """``[B, n, Dv]``: what a token offers as a target."""
-    gate: Array
-    """``[B, n]``"""
-    mask: Array
-    """``[B, n]`` bool"""
-
-    def slice(self, start: int, stop: int | None) -> "Tokens":
-        """Tokens start to stop of every row."""
-        return Tokens(*(x[:, start:stop] for x in self))
-
-    def join(self, later: "Tokens") -> "Tokens":
-        """These tokens, then the later ones."""
-        return Tokens(*(np.concatenate(pair, axis=1) for pair in zip(self, later)))
-
-    def without(self, dead: Array) -> "Tokens":
-        """The dead ones [B, n] stored as zeros with mask False (§5)."""
-        return Tokens(*(np.where(dead.reshape(dead.shape + (1,) * (x.ndim - 2)), x.dtype.type(0), x) for x in self))
+SELF = Implementation.of(
+    equations.REFERENCE,
+    Array,
+    """
+    key_dim value_dim num_heads num_subkeys top_k chunk_size lookahead boundary score score_eps temperature
+    learning_rate write_scale weight_decay grad_clip addressing_weight memory_scope
+    """,
+)
 
 
 def init_memory(cfg: FwPKMConfig, memories: int = 1, seed: int = 0) -> Memory:
-    """Fresh tables (§7), the same numbers in every backend for one seed.
-
-    Returns:
-        float32 keys ``[M, H, 2, S, Dk/2]`` and values ``[M, N, Dv]``.
-
-    Raises:
-        ValueError: ``memories`` is not an integer of at least 1.
-    """
+    """Fresh tables (§7), the same numbers in every backend for one seed."""
     return Memory(*initial_arrays(cfg, memories, seed))
 
 
 def init_state(cfg: FwPKMConfig, memory: Memory, batch_size: int) -> State:
-    """A state at position 0 that owns a copy of ``memory``; M = 1 is broadcast to B rows in "sequence" scope.
-
-    Raises:
-        ValueError: the tables fit neither ``cfg`` nor ``batch_size``.
-    """
-    validation.check_initial(cfg, memory, batch_size, Array)
-    memories = validation.memories_for(cfg, batch_size)
+    """A state at position 0 that owns a copy of ``memory``."""
+    validation.check_initial(cfg, memory, batch_size, SELF)
+    memories = memories_for(cfg, batch_size)
     tables = Memory(*(np.broadcast_to(x, (memories, *x.shape[1:])).copy() for x in memory))
     return _state(cfg, tables, _no_tokens(cfg, batch_size, memory.keys.dtype), 0)
 
@@ -77,91 +55,66 @@ def apply(
     *,
     inplace: bool = False,
 ) -> tuple[Array, State, Trace]:
-    """Read T tokens and write every chunk that they complete (§5).
-
-    Args:
-        cfg: the configuration.
-        state: where the sequence stands; left as it was, unless ``inplace``.
-        query: ``[B, T, H*Dk]``, any floating dtype.
-        value: ``[B, T, Dv]``.
-        gate: ``[B, T]`` in [0, 1], or None for 1.
-        mask: ``[B, T]`` bool, False for tokens that never write, or None for True.
-        update: False only reads: no write, nothing pending, position unchanged.
-        inplace: the state's tables may be overwritten.
-
-    Returns:
-        output ``[B, T, Dv]`` in the query's dtype, the next state, and the trace.
-
-    Raises:
-        ValueError: an argument does not fit; names it, what was expected and what was received.
-    """
-    validation.check_apply(cfg, state, query, value, gate, mask, Array)
+    """Read T tokens and write every chunk that they complete (§5)."""
+    tokens = Tokens(query, value, gate, mask)
+    validation.check_apply(cfg, state, tokens, SELF)
     batch, length = query.shape[:2]
     position = validation.check_position(state.position.tolist())
-    memory = _as_tables(state.memory, query)
-    tokens = _tokens(memory.keys.dtype, query, value, gate, mask)
-    trace = _empty_trace(cfg, len(memory.keys), batch, length, memory.keys.dtype)
-    output = np.empty((batch, length, cfg.value_dim), memory.keys.dtype)
-    runs = schedule.segments(cfg, position, length) if update else [schedule.Segment(0, length, False)]
     if update:
         validation.check_length(position, length)
-    waiting, owned, writes = _pending(cfg, state, memory.keys.dtype), inplace, 0
-    for start, stop, completes in runs:
+    memory = _as_tables(state.memory, query)
+    tokens = _filled(memory.keys.dtype, tokens)
+    trace = _empty_trace(cfg, len(memory.keys), batch, length, memory.keys.dtype)
+    output = np.empty((batch, length, cfg.value_dim), memory.keys.dtype)
+    pending, owned, writes = _pending(cfg, state, memory.keys.dtype), inplace, 0
+    for start, stop, completes in windows(cfg, position, length, update):
         part = tokens.slice(start, stop)
         look, finite = _look(cfg, memory, part.query)
         dead = ~(finite & _finite(part))
         output[:, start:stop] = np.where(dead[..., None], np.nan, look.output)
         trace.slots[:, start:stop] = look.slots
         trace.weights[:, start:stop] = np.where(dead[..., None], np.nan, look.weights)
-        waiting = waiting.join(part.without(dead))
+        pending = _join(pending, _without(part, dead))
         if completes:
             memory = memory if owned else Memory(*(x.copy() for x in memory))
             owned = True
-            losses = _write_window(cfg, memory, waiting)
+            losses = _write_window(cfg, memory, pending)
             trace.memorization[:, writes], trace.addressing[:, writes] = losses
-            waiting, writes = waiting.slice(cfg.chunk_size, None), writes + 1
+            pending, writes = pending.slice(cfg.chunk_size, None), writes + 1
     trace = trace._replace(writes=np.int32(writes))
     if update and length:
         tables = memory if writes else state.memory
-        state = _state(cfg, tables, waiting, position + length)
+        state = _state(cfg, tables, pending, position + length)
     return output.astype(query.dtype), state, trace
+
+
+def windows(cfg: FwPKMConfig, position: int, length: int, update: bool) -> Iterator[schedule.Window]:
+    """Which of a call's tokens read the same tables, and whether the pending chunk is written after them (§5)."""
+    return schedule.windows(cfg, position, length) if update else iter([schedule.Window(0, length, False)])
 
 
 @_quiet
 def flush(cfg: FwPKMConfig, state: State, *, inplace: bool = False) -> tuple[State, Trace]:
-    """Write the pending chunk, empty it and restart the count (§5).
-
-    Returns:
-        the state at position 0, and the trace of that write: losses ``[M, 1]``, slots and weights ``[B, 0, H*k]``.
-
-    Raises:
-        ValueError: the state does not fit ``cfg``.
-    """
-    validation.check_state(cfg, state, None, Array)
+    """Write the pending chunk, empty it and restart the count (§5)."""
+    validation.check_state(cfg, state, None, SELF)
     validation.check_position(state.position.tolist())
     memory = state.memory
     batch, dtype = len(state.position), memory.keys.dtype
-    waiting = _pending(cfg, state, dtype)
+    pending = _pending(cfg, state, dtype)
     trace = _empty_trace(cfg, len(memory.keys), batch, 0, dtype, columns=1)
-    count = waiting.mask.shape[1]
+    count = pending.mask.shape[1]
     writes = schedule.flush_writes(cfg, count)
     if count > cfg.lookahead:  # else no token has a pair
         memory = memory if inplace else Memory(*(x.copy() for x in memory))
-        losses = _write_window(cfg, memory, waiting)
+        losses = _write_window(cfg, memory, pending)
         trace.memorization[:, 0], trace.addressing[:, 0] = losses
     return _state(cfg, memory, _no_tokens(cfg, batch, dtype), 0), trace._replace(writes=np.int32(writes))
 
 
 @_quiet
 def lookup(cfg: FwPKMConfig, memory: Memory, query: Array) -> Lookup:
-    """Read the tables (§2): query ``[B, n, H*Dk]`` -> output ``[B, n, Dv]``, slots and weights ``[B, n, H*k]``.
-
-    A token whose query or selected scores are not finite reads NaN.
-
-    Raises:
-        ValueError: shapes or dtypes do not fit.
-    """
-    validation.check_lookup(cfg, memory, query, Array)
+    """Read the tables (§2); a token whose query or selected scores are not finite reads NaN."""
+    validation.check_lookup(cfg, memory, query, SELF)
     memory = _as_tables(memory, query)
     look, finite = _look(cfg, memory, query.astype(memory.keys.dtype))
     output, weights = (np.where(finite[..., None], x, np.nan) for x in (look.output, look.weights))
@@ -178,32 +131,17 @@ def chunk_update(
     mask: Array | None = None,
     pair: Array | None = None,
 ) -> tuple[Memory, Losses]:
-    """Write one chunk (§4) whose targets are already shifted.
-
-    Args:
-        cfg: the configuration.
-        memory: the tables to be written; left as they were.
-        query: ``[B, n, H*Dk]``.
-        target: ``[B, n, Dv]``, u_t.
-        gate: ``[B, n]``, or None for 1.
-        mask: ``[B, n]`` bool, or None for True.
-        pair: ``[B, n]`` bool, which tokens have a target; None for all unmasked ones.
-
-    Returns:
-        the new tables and the losses ``[M]``.
-
-    Raises:
-        ValueError: shapes or dtypes do not fit.
-    """
-    validation.check_chunk(cfg, memory, query, target, gate, mask, pair, Array)
+    """Write one chunk (§4) whose targets are already shifted."""
+    chunk = Tokens(query, target, gate, mask)
+    validation.check_chunk(cfg, memory, chunk, pair, SELF)
     tables = _as_tables(memory, query)
-    tokens = _tokens(tables.keys.dtype, query, target, gate, mask)
-    selections = _select(cfg, tables, tokens.query)
-    finite = np.stack([s.finite for s in selections]) & np.isfinite(tokens.gate)
-    tokens = tokens.without(~finite)
+    chunk = _filled(tables.keys.dtype, chunk)
+    selections = _select(cfg, tables, chunk.query)
+    finite = np.stack([s.finite for s in selections]) & np.isfinite(chunk.gate)
+    chunk = _without(chunk, ~finite)
     has_target = np.isfinite(target).all(-1) & (True if pair is None else pair)
     tables = Memory(*(x.copy() for x in tables))
-    losses = _write(cfg, tables, selections, tokens, tokens.value, tokens.mask, tokens.mask & has_target)
+    losses = _write(cfg, tables, selections, chunk, chunk.value, chunk.mask, chunk.mask & has_target)
     return tables, losses
 
 
@@ -213,23 +151,13 @@ def detach(state: State) -> State:
 
 
 def reset(state: State, memory: Memory, rows: Any) -> State:
-    """Give rows their initial memory back and mask their pending tokens; the count goes on (§5).
-
-    Args:
-        state: left as it was.
-        memory: the initial tables, M = 1 or that of the state.
-        rows: integers, or a bool mask ``[B]``; all of them where one table serves the batch.
-
-    Raises:
-        ValueError: rows out of range, some of the rows that share one table, or tables of other shapes.
-    """
+    """Give rows their initial memory back and mask their pending tokens; the count goes on (§5)."""
     validation.check_reset(state, memory, Array)
     batch, memories = len(state.position), len(state.memory.keys)
     chosen = validation.row_mask(rows, batch, memories)
     tables = chosen if memories == batch else chosen[:1]
-    fresh = (np.where(_rows(tables, x), y.astype(x.dtype), x) for x, y in zip(state.memory, memory))
-    zeroed = Tokens(*(np.where(_rows(chosen, x), x.dtype.type(0), x) for x in state[1:5]))
-    return State(Memory(*fresh), *zeroed, position=state.position)
+    fresh = (np.where(_outer(tables, x), y.astype(x.dtype), x) for x, y in zip(state.memory, memory))
+    return State.of(Memory(*fresh), _without(state.pending, chosen), state.position)
 
 
 def asarray(x: Any, dtype: str) -> Array:
@@ -247,8 +175,12 @@ def device_name() -> str:
     return "cpu"
 
 
-def _rows(chosen: Array, like: Array) -> Array:
-    return chosen.reshape((-1,) + (1,) * (like.ndim - 1))
+# --- Tokens and tables ---
+
+
+def _outer(flags: Array, like: Array) -> Array:
+    """``flags`` with axes of length 1 behind its own, so that it broadcasts against ``like``."""
+    return flags.reshape(flags.shape + (1,) * (like.ndim - flags.ndim))
 
 
 def _dtype(query: Array, memory: Memory) -> np.dtype:
@@ -262,30 +194,47 @@ def _as_tables(memory: Memory, query: Array) -> Memory:
     return Memory(*(x.astype(dtype, copy=False) for x in memory))
 
 
-def _tokens(dtype: np.dtype, query: Array, value: Array, gate: Array | None, mask: Array | None) -> Tokens:
-    shape = query.shape[:2]
-    gate = np.ones(shape, dtype) if gate is None else gate.astype(dtype)
-    mask = np.ones(shape, bool) if mask is None else mask
-    return Tokens(query.astype(dtype), value.astype(dtype), gate, mask)
+def _filled(dtype: np.dtype, tokens: Tokens) -> Tokens:
+    """The tokens of a call in the tables' dtype, with defaults for what was left out."""
+    shape, arrays = tokens.query.shape[:2], []
+    for field, x in zip(TOKEN_FIELDS, tokens):
+        wanted = dtype if field.kind == "float" else np.dtype(bool)
+        arrays.append(np.full(shape, field.default, wanted) if x is None else x.astype(wanted, copy=False))
+    return Tokens(*arrays)
 
 
 def _no_tokens(cfg: FwPKMConfig, batch: int, dtype: np.dtype) -> Tokens:
-    query = np.zeros((batch, 0, cfg.num_heads * cfg.key_dim), dtype)
-    return _tokens(dtype, query, np.zeros((batch, 0, cfg.value_dim), dtype), None, None)
+    specs = token_specs(cfg, batch, ("P", 0))
+    return specs.map(lambda spec: np.zeros(spec.shape, dtype if spec.kind == "float" else bool))
+
+
+def _join(before: Tokens, after: Tokens) -> Tokens:
+    return Tokens(*(np.concatenate(two, axis=1) for two in zip(before, after)))
+
+
+def _finite(tokens: Tokens) -> Array:
+    """``[B, n]``: every number of a token is finite."""
+    numbers = [x for field, x in zip(TOKEN_FIELDS, tokens) if field.kind == "float"]
+    return np.all([np.isfinite(x).all(tuple(range(2, x.ndim))) for x in numbers], axis=0)
+
+
+def _without(tokens: Tokens, dead: Array) -> Tokens:
+    """The dead ones [B, n], or [B], stored as zeros with mask False (§5)."""
+    return tokens.map(lambda x: np.where(_outer(dead, x), x.dtype.type(0), x))
 
 
 def _pending(cfg: FwPKMConfig, state: State, dtype: np.dtype) -> Tokens:
     """The valid entries of the state's buffers."""
     count = schedule.pending(cfg, int(state.position[0]))
-    return _tokens(dtype, *state[1:5]).slice(0, count)
+    return _filled(dtype, state.pending).slice(0, count)
 
 
-def _state(cfg: FwPKMConfig, memory: Memory, waiting: Tokens, position: int) -> State:
-    """Pad the waiting tokens to P, so that shapes never change."""
-    batch, count = waiting.mask.shape
-    room = schedule.capacity(cfg) - count
-    padded = Tokens(*(np.pad(x, [(0, 0), (0, room)] + [(0, 0)] * (x.ndim - 2)) for x in waiting))
-    return State(memory, *padded, position=np.full(batch, position, np.int32))
+def _state(cfg: FwPKMConfig, memory: Memory, pending: Tokens, position: int) -> State:
+    """Pad the pending tokens to P, so that shapes never change."""
+    batch, count = pending.mask.shape
+    padding = (0, cfg.capacity - count)
+    padded = pending.map(lambda x: np.pad(x, [(0, 0), padding] + [(0, 0)] * (x.ndim - 2)))
+    return State.of(memory, padded, np.full(batch, position, np.int32))
 
 
 def _empty_trace(
@@ -298,9 +247,7 @@ def _empty_trace(
     )
 
 
-def _finite(tokens: Tokens) -> Array:
-    """``[B, n]``: query, value and gate are all finite."""
-    return np.isfinite(tokens.query).all(-1) & np.isfinite(tokens.value).all(-1) & np.isfinite(tokens.gate)
+# --- Reads and writes ---
 
 
 def _halves(cfg: FwPKMConfig, query: Array) -> Array:
@@ -316,9 +263,10 @@ def _look(cfg: FwPKMConfig, memory: Memory, query: Array) -> tuple[Lookup, Array
     return Lookup(np.stack(reads), slots, weights), finite
 
 
-def _select(cfg: FwPKMConfig, memory: Memory, query: Array) -> list[equations.Selection]:
+def _select(cfg: FwPKMConfig, memory: Memory, query: Array) -> list[Selection]:
     """What each row of a batch selects in its own memory, or in the one that all share."""
-    return [equations.select(cfg, row, memory.keys[_memory_of(b, memory)]) for b, row in enumerate(_halves(cfg, query))]
+    rows = enumerate(_halves(cfg, query))
+    return [equations.select_slots(cfg, row, memory.keys[_memory_of(b, memory)]) for b, row in rows]
 
 
 def _memory_of(row: int, memory: Memory) -> int:
@@ -327,32 +275,23 @@ def _memory_of(row: int, memory: Memory) -> int:
 
 def _write_window(cfg: FwPKMConfig, memory: Memory, window: Tokens) -> Losses:
     """Write, in place, the chunk that begins a window; tokens after its first C serve only as targets (§5)."""
-    if cfg.boundary == "drop":
-        window = window.slice(0, cfg.chunk_size)
     selections = _select(cfg, memory, window.query)
     live = window.mask & np.stack([s.finite for s in selections])
     counted = live & (np.arange(live.shape[1]) < cfg.chunk_size)
-    pair = counted & _ahead(live, cfg.lookahead)
-    return _write(cfg, memory, selections, window, _ahead(window.value, cfg.lookahead), counted, pair)
-
-
-def _ahead(x: Array, lookahead: int) -> Array:
-    """x[:, t + L] at t; zeros where that has not arrived."""
-    shifted = np.zeros_like(x)
-    shifted[:, : max(0, x.shape[1] - lookahead)] = x[:, lookahead:]
-    return shifted
+    pair = equations.pairs(cfg, counted, live)
+    return _write(cfg, memory, selections, window, ahead(cfg, window.value), counted, pair)
 
 
 def _write(
     cfg: FwPKMConfig,
     memory: Memory,
-    selections: list[equations.Selection],
+    selections: list[Selection],
     tokens: Tokens,
     target: Array,
     counted: Array,
     pair: Array,
 ) -> Losses:
-    """Write the counted tokens, those with a pair pulling towards their targets, into every memory in place (§4)."""
+    """Write the counted tokens, those with a pair moving their slots towards their targets, in place (§4)."""
     memories, batch = len(memory.keys), len(selections)
     query = _halves(cfg, tokens.query)
     losses = Losses(*np.zeros((2, memories), memory.keys.dtype))
@@ -360,15 +299,15 @@ def _write(
         rows = [m] if memories == batch else list(range(batch))
         if not pair[rows].any():
             continue
-        chosen = equations.Selection(*(np.concatenate(x) for x in zip(*(selections[b] for b in rows))))
+        chosen = Selection(*(np.concatenate(x) for x in zip(*(selections[b] for b in rows))))
         q, u, g, n, has = (np.concatenate(x[rows]) for x in (query, target, tokens.gate, counted, pair))
         keys, values = memory.keys[m], memory.values[m]
         error = equations.read(values, chosen.slots, chosen.weights) - u
         p = equations.sub_key_probabilities(chosen.sub_scores)
         losses.memorization[m] = equations.memorization_loss(error, g, has)
         losses.addressing[m] = equations.addressing_loss(equations.mean_probabilities(cfg, p, chosen.subkeys, n))
-        touched, pull = equations.value_gradient(cfg, chosen, error, g, has, n)
-        values[touched] = equations.step(cfg, values[touched], pull)
-        spread = keys.dtype.type(cfg.addressing_weight) * equations.key_gradient(cfg, keys, q, chosen, n)
-        keys[...] = equations.step(cfg, keys, spread)
+        touched, gradient = equations.value_gradient(cfg, chosen, error, g, has, n)
+        values[touched] = equations.step(cfg, values[touched], gradient)
+        weighted = keys.dtype.type(cfg.addressing_weight) * equations.key_gradient(cfg, keys, q, chosen, n)
+        keys[...] = equations.step(cfg, keys, weighted)
     return losses

@@ -3,8 +3,9 @@
 import importlib
 import importlib.util
 from collections.abc import Iterator
-from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
+
+from fwpkm.protocol import DifferentiableBackend
 
 
 class _Backend(NamedTuple):
@@ -39,8 +40,10 @@ def backend_names() -> tuple[str, ...]:
     return tuple(_BACKENDS)
 
 
-def get_backend(name: str) -> ModuleType:
+def get_backend(name: str) -> DifferentiableBackend:
     """The module with the functions of SPEC.md §8 for one framework: "numpy", "torch", "jax" or "keras".
+
+    They are documented on :class:`fwpkm.protocol.Backend`; NumPy's has no ``vjp``.
 
     Raises:
         ValueError: no backend has this name.
@@ -55,7 +58,7 @@ def get_backend(name: str) -> ModuleType:
             f"installs the framework alone. Available: {', '.join(n for n, b in _BACKENDS.items() if _shipped(b))}"
         )
     try:
-        return importlib.import_module(backend.module)
+        return cast(DifferentiableBackend, importlib.import_module(backend.module))
     except ModuleNotFoundError as error:
         # Only the framework's own absence means "install the extra"; any other failure must show itself.
         if error.name != backend.framework:
@@ -67,7 +70,7 @@ def get_backend(name: str) -> ModuleType:
         ) from error
 
 
-def backend_of(array: Any) -> ModuleType:
+def backend_of(array: Any) -> DifferentiableBackend:
     """The backend whose native arrays ``array`` belongs to.
 
     Raises:

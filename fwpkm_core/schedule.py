@@ -10,12 +10,12 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from fwpkm.config import FwPKMConfig
-from fwpkm.containers import Array
+from fwpkm.tokens import Array
 
 MAX_POSITION = 2**31 - 1  # positions are int32
 
 
-class Segment(NamedTuple):
+class Window(NamedTuple):
     """A run of one call's tokens that reads the same tables.
 
     ``start`` and ``stop`` count from the call's first token. With ``writes`` the tables are rewritten after ``stop``:
@@ -28,13 +28,16 @@ class Segment(NamedTuple):
 
 
 def lag(cfg: FwPKMConfig) -> int:
-    """Tokens read between a chunk's end and its write."""
-    return cfg.lookahead if cfg.boundary == "wait" else 0
+    """Tokens read between a chunk's end and its write.
 
-
-def capacity(cfg: FwPKMConfig) -> int:
-    """P, the pending tokens that a state has room for: C + L - 1."""
-    return cfg.chunk_size + cfg.lookahead - 1
+    Raises:
+        ValueError: the boundary is another one.
+    """
+    if cfg.boundary == "drop":
+        return 0
+    if cfg.boundary == "wait":
+        return cfg.lookahead
+    return cfg.refuse("boundary", "fwpkm")
 
 
 def written(cfg: FwPKMConfig, position: Array) -> Array:
@@ -44,7 +47,7 @@ def written(cfg: FwPKMConfig, position: Array) -> Array:
 
 
 def pending(cfg: FwPKMConfig, position: Array) -> Array:
-    """How many of ``position`` tokens no write has consumed yet; at most ``capacity``."""
+    """How many of ``position`` tokens no write has consumed yet; at most ``cfg.capacity``."""
     return position - written(cfg, position) * cfg.chunk_size
 
 
@@ -59,11 +62,11 @@ def flush_writes(cfg: FwPKMConfig, pending: Array) -> Array:
     return (1 + abs(excess) - abs(excess - 1)) // 2  # excess > 0 as an int, which TensorFlow makes of no bool by 1 *
 
 
-def segments(cfg: FwPKMConfig, position: int, length: int) -> Iterator[Segment]:
+def windows(cfg: FwPKMConfig, position: int, length: int) -> Iterator[Window]:
     """The runs of ``length`` tokens that begin at ``position``, in order; none is empty."""
     start = 0
     while start < length:
         missing = cfg.chunk_size + lag(cfg) - pending(cfg, position + start)
         stop = min(length, start + missing)
-        yield Segment(start, stop, writes=stop - start == missing)
+        yield Window(start, stop, writes=stop - start == missing)
         start = stop

@@ -5,34 +5,54 @@ Every failure is a ValueError that names the argument, what was expected and wha
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from fwpkm import schedule
 from fwpkm.config import FwPKMConfig
-from fwpkm.containers import Memory, State
+from fwpkm.containers import Memory, State, memories_for, memory_specs, state_specs
+from fwpkm.tokens import TOKEN_FIELDS, ArraySpec, Axis, Tokens, token_specs
 
-Axis = tuple[str, int | None]
 ArrayType = type | tuple[type, ...]
+
+
+class Implementation(NamedTuple):
+    """What computes a memory, as the checks see it."""
+
+    name: str
+    """Such as "the torch backend"."""
+    arrays: ArrayType
+    """The type of its arrays."""
+    fields: frozenset[str]
+    """The fields of a configuration that it serves at any value; any other must be at its default."""
+
+    @classmethod
+    def of(cls, name: str, arrays: ArrayType, fields: str) -> "Implementation":
+        """One whose fields are named in a text, separated by white space."""
+        return cls(name, arrays, frozenset(fields.split()))
 
 
 def check_array(name: str, array: Any, axes: Sequence[Axis], kind: str, array_type: ArrayType) -> None:
     """Raise unless ``array`` is a native array of this kind ("float", "bool" or "int32") and shape."""
-    given: Any = array
+    received: Any = array
     if not isinstance(array, array_type):
         types = array_type if isinstance(array_type, tuple) else (array_type,)
         names = ((t.__module__.partition(".")[0], t.__name__.rpartition(".")[2]) for t in types)  # jax's holds dots
         expected = " or ".join(".".join(name) for name in names)
         raise ValueError(f"{name} must be a {expected}. Received: {type(array).__name__}")
-    shape = tuple(given.shape)
+    shape = tuple(received.shape)
     if not _fits(shape, axes):
         expected = ", ".join(label if size is None else f"{label}={size}".removeprefix("=") for label, size in axes)
         raise ValueError(f"{name} must have shape [{expected}]. Received: shape {shape}")
-    dtype = _dtype(given)
+    dtype = _dtype(received)
     if not (dtype == kind or (kind == "float" and kind in dtype)):
         wanted = "a floating dtype" if kind == "float" else f"dtype {kind}"
         raise ValueError(f"{name} must have {wanted}. Received: dtype {dtype}")
+
+
+def _check_spec(name: str, array: Any, spec: ArraySpec, array_type: ArrayType) -> None:
+    check_array(name, array, spec.axes, spec.kind, array_type)
 
 
 def _fits(shape: Sequence[int | None], axes: Sequence[Axis]) -> bool:
@@ -44,6 +64,17 @@ def check_config(cfg: Any) -> None:
     """Raise unless ``cfg`` is an FwPKMConfig."""
     if not isinstance(cfg, FwPKMConfig):
         raise ValueError(f"cfg must be an FwPKMConfig. Received: {type(cfg).__name__}")
+
+
+def check_served(cfg: Any, implementation: Implementation) -> None:
+    """Raise unless ``cfg`` is an FwPKMConfig whose fields the implementation serves."""
+    check_config(cfg)
+    for field in dataclasses.fields(cfg):
+        if field.name not in implementation.fields and getattr(cfg, field.name) != field.default:
+            raise ValueError(
+                f"{field.name} must be {field.default!r}: {implementation.name} does not serve it. "
+                f"Received: {field.name}={getattr(cfg, field.name)!r}"
+            )
 
 
 def check_count(name: str, value: Any) -> None:
@@ -72,17 +103,14 @@ def layer_config(hidden_size: Any, config: Any, value_norm: Any, config_fields: 
     return config
 
 
-def check_memory(cfg: FwPKMConfig, memory: Any, memories: int | None, array_type: ArrayType) -> None:
+def check_memory(cfg: FwPKMConfig, memory: Any, memories: int | None, implementation: Implementation) -> None:
     """Raise unless the tables fit ``cfg``; with ``memories`` there must be exactly so many."""
-    check_config(cfg)
+    check_served(cfg, implementation)
     if not isinstance(memory, Memory):
         raise ValueError(f"memory must be a fwpkm.Memory(keys, values). Received: {type(memory).__name__}")
-    h, s, d = cfg.num_heads, cfg.num_subkeys, cfg.key_dim // 2
-    keys_axes = [("M", memories), ("H", h), ("2", 2), ("S", s), ("Dk/2", d)]
-    check_array("memory.keys", memory.keys, keys_axes, "float", array_type)
-    memories = memory.keys.shape[0]
-    values_axes = [("M", memories), ("N", cfg.num_slots), ("Dv", cfg.value_dim)]
-    check_array("memory.values", memory.values, values_axes, "float", array_type)
+    _check_spec("memory.keys", memory.keys, memory_specs(cfg, memories).keys, implementation.arrays)
+    specs = memory_specs(cfg, memory.keys.shape[0])
+    _check_spec("memory.values", memory.values, specs.values, implementation.arrays)
     if memory.keys.dtype != memory.values.dtype:
         raise ValueError(
             f"memory.keys and memory.values must have one dtype. "
@@ -90,14 +118,9 @@ def check_memory(cfg: FwPKMConfig, memory: Any, memories: int | None, array_type
         )
 
 
-def memories_for(cfg: FwPKMConfig, batch_size: int) -> int:
-    """M, the tables that a batch of this size reads: B in "sequence" scope, 1 in "batch" scope."""
-    return batch_size if cfg.memory_scope == "sequence" else 1
-
-
-def check_initial(cfg: FwPKMConfig, memory: Any, batch_size: Any, array_type: ArrayType) -> None:
+def check_initial(cfg: FwPKMConfig, memory: Any, batch_size: Any, implementation: Implementation) -> None:
     """Raise unless a state of ``batch_size`` rows can start from these tables."""
-    check_memory(cfg, memory, None, array_type)
+    check_memory(cfg, memory, None, implementation)
     check_count("batch_size", batch_size)
     wanted = memories_for(cfg, batch_size)
     if memory.keys.shape[0] not in (1, wanted):
@@ -108,31 +131,28 @@ def check_initial(cfg: FwPKMConfig, memory: Any, batch_size: Any, array_type: Ar
         )
 
 
-def check_lookup(cfg: FwPKMConfig, memory: Any, query: Any, array_type: ArrayType) -> None:
+def check_lookup(cfg: FwPKMConfig, memory: Any, query: Any, implementation: Implementation) -> None:
     """Raise unless ``query`` [B, n, H*Dk] can read these tables."""
-    check_config(cfg)
-    _check_query(cfg, query, "n", array_type)
-    check_memory(cfg, memory, memories_for(cfg, query.shape[0]), array_type)
+    check_served(cfg, implementation)
+    _check_query(cfg, query, "n", implementation.arrays)
+    check_memory(cfg, memory, memories_for(cfg, query.shape[0]), implementation)
 
 
-def check_chunk(
-    cfg: FwPKMConfig, memory: Any, query: Any, target: Any, gate: Any, mask: Any, pair: Any, array_type: ArrayType
-) -> None:
-    """Raise unless the arguments of ``chunk_update`` fit each other."""
-    check_lookup(cfg, memory, query, array_type)
-    b, n = query.shape[:2]
-    _check_tokens({"target": target}, {"gate": gate}, {"mask": mask, "pair": pair}, cfg, ("n", b, n), array_type)
+def check_chunk(cfg: FwPKMConfig, memory: Any, chunk: Tokens, pair: Any, implementation: Implementation) -> None:
+    """Raise unless the arguments of ``chunk_update`` fit each other; the chunk's values are its targets."""
+    check_lookup(cfg, memory, chunk.query, implementation)
+    _check_tokens(cfg, chunk, "n", implementation.arrays, names={"value": "target"})
+    if pair is not None:
+        axes = [("B", chunk.query.shape[0]), ("n", chunk.query.shape[1])]
+        check_array("pair", pair, axes, "bool", implementation.arrays)
 
 
-def check_apply(
-    cfg: FwPKMConfig, state: Any, query: Any, value: Any, gate: Any, mask: Any, array_type: ArrayType
-) -> None:
+def check_apply(cfg: FwPKMConfig, state: Any, tokens: Tokens, implementation: Implementation) -> None:
     """Raise unless the arguments of ``apply`` fit each other."""
-    check_config(cfg)
-    _check_query(cfg, query, "T", array_type)
-    b, t = query.shape[:2]
-    _check_tokens({"value": value}, {"gate": gate}, {"mask": mask}, cfg, ("T", b, t), array_type)
-    check_state(cfg, state, b, array_type)
+    check_served(cfg, implementation)
+    _check_query(cfg, tokens.query, "T", implementation.arrays)
+    _check_tokens(cfg, tokens, "T", implementation.arrays)
+    check_state(cfg, state, tokens.query.shape[0], implementation)
 
 
 def check_is_state(state: Any) -> None:
@@ -141,19 +161,16 @@ def check_is_state(state: Any) -> None:
         raise ValueError(f"state must be a fwpkm.State, as init_state returns. Received: {type(state).__name__}")
 
 
-def check_state(cfg: FwPKMConfig, state: Any, batch_size: int | None, array_type: ArrayType) -> None:
+def check_state(cfg: FwPKMConfig, state: Any, batch_size: int | None, implementation: Implementation) -> None:
     """Raise unless the state fits ``cfg`` and, where given, the batch size."""
-    check_config(cfg)
+    check_served(cfg, implementation)
     check_is_state(state)
-    check_array("state.position", state.position, [("B", batch_size)], "int32", array_type)
-    b, p = state.position.shape[0], schedule.capacity(cfg)
-    check_memory(cfg, state.memory, memories_for(cfg, b), array_type)
-    rows = [("B", b), ("P", p)]
-    query_axes = [*rows, ("H*Dk", cfg.num_heads * cfg.key_dim)]
-    check_array("state.pending_query", state.pending_query, query_axes, "float", array_type)
-    check_array("state.pending_value", state.pending_value, [*rows, ("Dv", cfg.value_dim)], "float", array_type)
-    check_array("state.pending_gate", state.pending_gate, rows, "float", array_type)
-    check_array("state.pending_mask", state.pending_mask, rows, "bool", array_type)
+    _check_spec("state.position", state.position, state_specs(cfg, batch_size).position, implementation.arrays)
+    batch = state.position.shape[0]
+    check_memory(cfg, state.memory, memories_for(cfg, batch), implementation)
+    specs = state_specs(cfg, batch).pending._asdict()
+    for name, array in state.pending._asdict().items():
+        _check_spec(f"state.pending_{name}", array, specs[name], implementation.arrays)
 
 
 def check_reset(state: Any, memory: Any, array_type: ArrayType) -> None:
@@ -231,19 +248,10 @@ def _check_query(cfg: FwPKMConfig, query: Any, time: str, array_type: ArrayType)
 
 
 def _check_tokens(
-    wide: dict[str, Any],
-    scalar: dict[str, Any],
-    flags: dict[str, Any],
-    cfg: FwPKMConfig,
-    axes: tuple[str, int, int],
-    array_type: ArrayType,
+    cfg: FwPKMConfig, tokens: Tokens, time: str, array_type: ArrayType, names: dict[str, str] | None = None
 ) -> None:
-    """Check per-token arguments against the query's [B, time]; gate and flags may be None."""
-    time, b, n = axes
-    tokens = [("B", b), (time, n)]
-    for name, array in wide.items():
-        check_array(name, array, [*tokens, ("Dv", cfg.value_dim)], "float", array_type)
-    for kind, arrays in (("float", scalar), ("bool", flags)):
-        for name, array in arrays.items():
-            if array is not None:
-                check_array(name, array, tokens, kind, array_type)
+    """Check per-token arguments against the query's [B, time]; ``names`` are what the caller calls some of them."""
+    specs = token_specs(cfg, tokens.query.shape[0], (time, tokens.query.shape[1]))
+    for field, array, spec in zip(TOKEN_FIELDS, tokens, specs):
+        if array is not None or field.default is None:
+            _check_spec((names or {}).get(field.name, field.name), array, spec, array_type)

@@ -262,7 +262,7 @@ def _steps(
     steps, size, room = Steps(*layouts), shapes(cfg, query), plan.room
     (zeros,) = steps.place("counted").shape
     heads, subkeys, half = cfg.num_heads, cfg.num_subkeys, cfg.key_dim // 2
-    lag, capacity, groups = schedule.lag(cfg), schedule.capacity(cfg), 2 * memories * cfg.num_heads
+    lag, capacity, groups = schedule.lag(cfg), cfg.capacity, 2 * memories * cfg.num_heads
     widths = {"QUERY": heads * cfg.key_dim, "VALUE": cfg.value_dim}
     widths |= {name: size.prepare[name] for name in ("QUERY_BLOCK", "VALUE_BLOCK")}
     scored = {"HEADS": heads, "SUBKEYS": subkeys, "IDW": cfg.score == "idw"}

@@ -65,7 +65,7 @@ def _plan(cfg: FwPKMConfig, arrived: int | None, length: int, batch: int) -> Pla
         return Plan.of([Window(0, length, False, 0, 0)], 0, length, 0, batch * length)
     windows, start, first = [], 0, 0
     fresh = arrived
-    for begin, end, writes in schedule.segments(cfg, arrived, length):
+    for begin, end, writes in schedule.windows(cfg, arrived, length):
         begin, end = begin + arrived, end + arrived
         begin = start if writes else begin  # a write reads its whole chunk again; else what is pending stays unread
         windows.append(Window(begin, end - begin, writes, first, fresh))
@@ -102,7 +102,7 @@ def bounds(cfg: FwPKMConfig, length: int, batch: int, update: bool) -> Bounds:
     """The bounds of ``plan`` over all positions."""
     if not update:
         return Bounds(1, batch * length, length, length)
-    writes, room = schedule.max_writes(cfg, length), schedule.capacity(cfg) + length
+    writes, room = schedule.max_writes(cfg, length), cfg.capacity + length
     longest = min(room, cfg.chunk_size + schedule.lag(cfg))
     return Bounds(writes + 1, batch * (room + schedule.lag(cfg) * writes), room, longest)
 

@@ -77,11 +77,11 @@ def test_valid_entries_formula(chunk_size: int, lookahead: int, boundary: str) -
 @pytest.mark.parametrize(("chunk_size", "lookahead", "boundary"), SMALL)
 def test_capacity_is_never_exceeded_and_reached_under_wait(chunk_size: int, lookahead: int, boundary: str) -> None:
     cfg = config(chunk_size, lookahead, boundary)
-    assert schedule.capacity(cfg) == chunk_size + lookahead - 1
+    assert cfg.capacity == chunk_size + lookahead - 1
     counts = [schedule.pending(cfg, n) for n in range(6 * chunk_size + 5)]
     assert min(counts) == 0
     assert max(counts) == chunk_size - 1 + (lookahead if boundary == "wait" else 0)
-    assert max(counts) <= schedule.capacity(cfg)
+    assert max(counts) <= cfg.capacity
 
 
 @given(sizes=sizes(), calls=st.lists(st.integers(0, 25), max_size=8))
@@ -93,7 +93,7 @@ def test_segments_of_any_split_follow_the_stream(sizes: tuple[int, int, str], ca
     position = 0
     for length in calls:
         start = 0
-        for segment in schedule.segments(cfg, position, length):
+        for segment in schedule.windows(cfg, position, length):
             assert segment.start == start
             assert segment.stop > segment.start
             reads += [len(written_at)] * (segment.stop - segment.start)
@@ -114,7 +114,7 @@ def test_segments_far_into_a_stream(sizes: tuple[int, int, str], position: int, 
     cfg = config(*sizes)
     near = position if position < 3 * cfg.chunk_size else 2 * cfg.chunk_size + position % cfg.chunk_size
     written_at = walk(*sizes, near + length).written_at
-    ends = [s.stop for s in schedule.segments(cfg, position, length) if s.writes]
+    ends = [s.stop for s in schedule.windows(cfg, position, length) if s.writes]
     assert ends == [at - near for at in written_at if at > near]
     assert schedule.written(cfg, position + length) - schedule.written(cfg, position) == len(ends)
 

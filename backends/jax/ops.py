@@ -14,6 +14,7 @@ import numpy as np
 from jax import Array
 
 from fwpkm import schedule, validation
+from fwpkm import tokens as token_fields
 from fwpkm.backends.jax.stream import Result, plan_apply, plan_flush, plan_read, run
 from fwpkm.backends.jax.tokens import Tokens
 from fwpkm.backends.jax.window import Write, visit, walk
@@ -21,6 +22,14 @@ from fwpkm.config import FwPKMConfig
 from fwpkm.containers import Lookup, Losses, Memory, State, Trace
 from fwpkm.initial import initial_arrays
 
+SELF = validation.Implementation.of(
+    "the JAX backend",
+    Array,
+    """
+    key_dim value_dim num_heads num_subkeys top_k chunk_size lookahead boundary score score_eps temperature
+    learning_rate write_scale weight_decay grad_clip addressing_weight memory_scope
+    """,
+)
 _ZERO: Any = np.int32(0)
 
 
@@ -42,7 +51,7 @@ def init_state(cfg: FwPKMConfig, memory: Memory, batch_size: int) -> State:
     Raises:
         ValueError: the tables fit neither ``cfg`` nor ``batch_size``.
     """
-    validation.check_initial(cfg, memory, batch_size, Array)
+    validation.check_initial(cfg, memory, batch_size, SELF)
     return _init_state(cfg, batch_size, memory)
 
 
@@ -73,7 +82,7 @@ def apply(
         ValueError: an argument does not fit; names it, what was expected and what was received. Of the position, only
             where it is not traced.
     """
-    validation.check_apply(cfg, state, query, value, gate, mask, Array)
+    validation.check_apply(cfg, state, token_fields.Tokens(query, value, gate, mask), SELF)
     length, writes = query.shape[1], True
     if not isinstance(state.position, jax.core.Tracer):
         position = validation.check_position(np.asarray(state.position).tolist())
@@ -97,8 +106,8 @@ def flush(cfg: FwPKMConfig, state: State) -> tuple[State, Trace]:
     Raises:
         ValueError: the state does not fit ``cfg``.
     """
-    validation.check_state(cfg, state, None, Array)
-    writes = schedule.capacity(cfg) > 0
+    validation.check_state(cfg, state, None, SELF)
+    writes = cfg.capacity > 0
     if not isinstance(state.position, jax.core.Tracer):
         position = validation.check_position(np.asarray(state.position).tolist())
         writes = schedule.pending(cfg, position) > cfg.lookahead  # else no token has a pair
@@ -114,7 +123,7 @@ def lookup(cfg: FwPKMConfig, memory: Memory, query: Array) -> Lookup:
     Raises:
         ValueError: shapes or dtypes do not fit.
     """
-    validation.check_lookup(cfg, memory, query, Array)
+    validation.check_lookup(cfg, memory, query, SELF)
     if query.shape[1] == 0:
         trace = _empty_trace(cfg, memory, query)
         return Lookup(jnp.zeros((*query.shape[:2], cfg.value_dim), query.dtype), trace.slots, trace.weights)
@@ -147,7 +156,7 @@ def chunk_update(
     Raises:
         ValueError: shapes or dtypes do not fit.
     """
-    validation.check_chunk(cfg, memory, query, target, gate, mask, pair, Array)
+    validation.check_chunk(cfg, memory, token_fields.Tokens(query, target, gate, mask), pair, SELF)
     if query.shape[1] == 0:
         return memory, Losses(*jnp.zeros((2, len(memory.keys)), _dtype(memory, query)))
     return _chunk_update(cfg, memory, query, target, gate, mask, pair)
@@ -178,7 +187,7 @@ def reset(state: State, memory: Memory, rows: Sequence[int] | Sequence[bool] | A
         return jnp.where(pick, fresh.astype(current.dtype), current)
 
     tables = Memory(*map(blend, memory, state.memory))
-    pending = Tokens(*(blend(jnp.zeros_like(x[:1]), x) for x in state[1:5]))
+    pending = Tokens(*(blend(jnp.zeros_like(x[:1]), x) for x in state.pending))
     return State(tables, *pending, state.position)
 
 
@@ -269,10 +278,10 @@ def _apply(
         result = run(cfg, plan_read(cfg, length), memory, news, _ZERO, _ZERO)
         return _output(result, query), None, None, _trace(result, columns, _ZERO)
     pending = schedule.pending(cfg, state.position[0])
-    stream = Tokens.of(dtype, *state[1:5]).insert(news, pending)
+    stream = Tokens.of(dtype, *state.pending).insert(news, pending)
     due = schedule.written(cfg, pending + length) if writes else _ZERO
     result = run(cfg, plan_apply(cfg, length, writes), memory, stream, pending, due)
-    rest = stream.without(result.dead).rest(due * cfg.chunk_size, schedule.capacity(cfg))
+    rest = stream.without(result.dead).rest(due * cfg.chunk_size, cfg.capacity)
     tables = Memory(result.keys, result.values) if writes else None
     return _output(result, query), tables, (*rest, state.position + length), _trace(result, columns, due)
 
@@ -281,7 +290,7 @@ def _apply(
 def _flush(cfg: FwPKMConfig, writes: bool, state: State) -> tuple[Memory | None, tuple[Array, ...], Trace]:
     """``flush``; the tables only where a chunk may be pending, and the other fields of the state."""
     dtype = state.memory.keys.dtype
-    waiting = Tokens.of(dtype, *state[1:5])
+    waiting = Tokens.of(dtype, *state.pending)
     result = run(cfg, plan_flush(cfg, writes), state.memory, waiting, _ZERO, _ZERO + writes)
     empty = _no_tokens(cfg, len(waiting.mask), dtype)
     count = schedule.flush_writes(cfg, schedule.pending(cfg, state.position[0]))
@@ -325,7 +334,7 @@ def _tables(memory: Memory, dtype: jnp.dtype) -> Memory:
 
 def _no_tokens(cfg: FwPKMConfig, batch_size: int, dtype: jnp.dtype) -> Tokens:
     """The buffers of a state with nothing pending."""
-    tokens = (batch_size, schedule.capacity(cfg))
+    tokens = (batch_size, cfg.capacity)
     query = jnp.zeros((*tokens, cfg.num_heads * cfg.key_dim), dtype)
     value = jnp.zeros((*tokens, cfg.value_dim), dtype)
     return Tokens(query, value, jnp.zeros(tokens, dtype), jnp.zeros(tokens, bool))

@@ -79,7 +79,7 @@ def plan_read(cfg: FwPKMConfig, length: int) -> Plan:
 
 def plan_flush(cfg: FwPKMConfig, writes: bool) -> Plan:
     """At most P pending tokens, whose chunk is due."""
-    return Plan(0, int(writes), schedule.capacity(cfg), 0, 0)
+    return Plan(0, int(writes), cfg.capacity, 0, 0)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 import keras
 from keras import ops
 
-from fwpkm import schedule
 from fwpkm.config import FwPKMConfig
 from fwpkm.containers import Array, Memory, State
 from fwpkm.validation import memories_for
@@ -23,7 +22,7 @@ class Form(NamedTuple):
 
 def forms(cfg: FwPKMConfig, batch_size: Any, dtype: str) -> list[Form]:
     """What a state of ``batch_size`` rows, None where unknown, consists of; ``dtype`` is that of the tables."""
-    memories, tokens = memories_for(cfg, batch_size), (batch_size, schedule.capacity(cfg))
+    memories, tokens = memories_for(cfg, batch_size), (batch_size, cfg.capacity)
     floats = [
         (memories, cfg.num_heads, 2, cfg.num_subkeys, cfg.key_dim // 2),
         (memories, cfg.num_slots, cfg.value_dim),

@@ -14,6 +14,7 @@ import numpy as np
 from keras import ops
 
 from fwpkm import schedule, validation
+from fwpkm import tokens as token_fields
 from fwpkm.backends.keras.stream import no_losses, nothing_seen, read_stream, visit, visit_and_write, write_chunk
 from fwpkm.backends.keras.tokens import Tokens, outer
 from fwpkm.config import FwPKMConfig
@@ -42,9 +43,9 @@ def init_state(cfg: FwPKMConfig, memory: Memory, batch_size: int | Array) -> Sta
         ValueError: the tables fit neither ``cfg`` nor ``batch_size``.
     """
     if ops.is_tensor(batch_size):
-        validation.check_memory(cfg, memory, 1, _tensor())
+        validation.check_memory(cfg, memory, 1, _self())
     else:
-        validation.check_initial(cfg, memory, batch_size, _tensor())
+        validation.check_initial(cfg, memory, batch_size, _self())
     memories = validation.memories_for(cfg, batch_size)
     tables = Memory(*(ops.broadcast_to(x, (memories, *x.shape[1:])) for x in memory))
     return State(tables, *_no_tokens(cfg, memory, batch_size), position=ops.zeros((batch_size,), "int32"))
@@ -76,7 +77,7 @@ def apply(
     Raises:
         ValueError: an argument does not fit; names it, what was expected and what was received.
     """
-    validation.check_apply(cfg, state, query, value, gate, mask, _tensor())
+    validation.check_apply(cfg, state, token_fields.Tokens(query, value, gate, mask), _self())
     length = ops.shape(query)[1]
     _check_position(state, length if update else 0)
     memory = _as_tables(state.memory, query)
@@ -90,7 +91,7 @@ def apply(
         seen, _ = visit(cfg, memory, tokens)
         trace = Trace(seen.slots, seen.weights, *losses, writes=none)
         return ops.cast(seen.output, query.dtype), state, trace
-    seen, memory, waiting, losses, writes = read_stream(cfg, memory, Tokens(*state[1:5]), state.position[0], tokens)
+    seen, memory, waiting, losses, writes = read_stream(cfg, memory, Tokens(*state.pending), state.position[0], tokens)
     state = State(memory, *waiting, position=state.position + length)
     return ops.cast(seen.output, query.dtype), state, Trace(seen.slots, seen.weights, *losses, writes)
 
@@ -104,10 +105,10 @@ def flush(cfg: FwPKMConfig, state: State) -> tuple[State, Trace]:
     Raises:
         ValueError: the state does not fit ``cfg``.
     """
-    validation.check_state(cfg, state, None, _tensor())
+    validation.check_state(cfg, state, None, _self())
     _check_position(state, 0)
     memory, batch = state.memory, ops.shape(state.position)[0]
-    waiting, count = Tokens.of(_dtype(memory), *state[1:5]), schedule.pending(cfg, state.position[0])
+    waiting, count = Tokens.of(_dtype(memory), *state.pending), schedule.pending(cfg, state.position[0])
 
     def due(written: Array, *_: Any) -> Array:
         return (written == 0) & (count > cfg.lookahead)  # else no token has a pair
@@ -119,7 +120,7 @@ def flush(cfg: FwPKMConfig, state: State) -> tuple[State, Trace]:
     start = (ops.zeros((), "int32"), memory, no_losses(memory, 1))
     _, memory, losses = ops.while_loop(due, step, start, maximum_iterations=1)
     state = State(memory, *_no_tokens(cfg, memory, batch), position=ops.zeros_like(state.position))
-    nothing = nothing_seen(cfg, Tokens(*(x[:, :0] for x in state[1:5])))
+    nothing = nothing_seen(cfg, Tokens(*(x[:, :0] for x in state.pending)))
     trace = Trace(
         nothing.slots, nothing.weights, losses.memorization, losses.addressing, schedule.flush_writes(cfg, count)
     )
@@ -134,7 +135,7 @@ def lookup(cfg: FwPKMConfig, memory: Memory, query: Array) -> Lookup:
     Raises:
         ValueError: shapes or dtypes do not fit.
     """
-    validation.check_lookup(cfg, memory, query, _tensor())
+    validation.check_lookup(cfg, memory, query, _self())
     memory = _as_tables(memory, query)
     value = ops.zeros((*ops.shape(query)[:2], cfg.value_dim), query.dtype)
     tokens = Tokens.of(_dtype(memory), query, value, None, None)
@@ -168,7 +169,7 @@ def chunk_update(
     Raises:
         ValueError: shapes or dtypes do not fit.
     """
-    validation.check_chunk(cfg, memory, query, target, gate, mask, pair, _tensor())
+    validation.check_chunk(cfg, memory, token_fields.Tokens(query, target, gate, mask), pair, _self())
     tables = _as_tables(memory, query)
     if query.shape[1] == 0:
         return memory, Losses(*[ops.zeros_like(tables.keys[:, 0, 0, 0, 0])] * 2)
@@ -200,7 +201,7 @@ def reset(state: State, memory: Memory, rows: Any) -> State:
         return ops.where(outer(chosen[: current.shape[0]], current), ops.cast(fresh, current.dtype), current)
 
     tables = Memory(*map(blend, memory, state.memory))
-    pending = Tokens(*(blend(ops.zeros_like(x[:1]), x) for x in state[1:5]))
+    pending = Tokens(*(blend(ops.zeros_like(x[:1]), x) for x in state.pending))
     return State(tables, *pending, position=state.position)
 
 
@@ -247,7 +248,7 @@ def device_name() -> str:
 
 def _no_tokens(cfg: FwPKMConfig, memory: Memory, batch_size: int | Array) -> Tokens:
     """The pending tokens of a fresh state."""
-    shape, dtype = (batch_size, schedule.capacity(cfg)), _dtype(memory)
+    shape, dtype = (batch_size, cfg.capacity), _dtype(memory)
     query, value = (ops.zeros((*shape, width), dtype) for width in (cfg.num_heads * cfg.key_dim, cfg.value_dim))
     return Tokens(query, value, ops.zeros(shape, dtype), ops.zeros(shape, "bool"))
 
@@ -269,6 +270,17 @@ def _check_position(state: State, length: int | Array) -> None:
 
 
 @cache
+def _self() -> validation.Implementation:
+    return validation.Implementation.of(
+        "the Keras backend",
+        _tensor(),
+        """
+        key_dim value_dim num_heads num_subkeys top_k chunk_size lookahead boundary score score_eps temperature
+        learning_rate write_scale weight_decay grad_clip addressing_weight memory_scope
+        """,
+    )
+
+
 def _tensor() -> type:
     import tensorflow  # Keras has no name for the type of its tensors
 

@@ -80,7 +80,7 @@ def read_stream(
         what the tokens read, the tables, the tokens pending now, the losses ``[M, W]``, and the number of writes.
     """
     length, size, lag = ops.shape(tokens.mask)[1], cfg.chunk_size, schedule.lag(cfg)
-    before, room = schedule.pending(cfg, position), schedule.capacity(cfg)
+    before, room = schedule.pending(cfg, position), cfg.capacity
     writes = schedule.written(cfg, position + length) - schedule.written(cfg, position)
     columns = schedule.max_writes(cfg, length)
     buffer = Tokens.of(tokens.query.dtype, *pending).join(tokens)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fwpkm.backends.torch.entries import Entries, finite_rows
 from fwpkm.backends.torch.subkeys import ChosenKeys, pull, sub_scores
-from fwpkm.backends.torch.tokens import some
+from fwpkm.backends.torch.tokens import maybe_any
 from fwpkm.config import FwPKMConfig
 
 _MARGIN = 16  # units of rounding of a product of matrices beyond which a lower-ranked sub-key is not searched for
@@ -55,7 +55,7 @@ def address(cfg: FwPKMConfig, query: Tensor, keys: Tensor) -> Address:
     # A query that is not finite has no finite rank. Both are blanked before autograd sees them: a gradient of 0
     # through an infinity is NaN.
     finite = ranks.isfinite().all(-1).all(1).all(1)
-    if some(~finite):
+    if maybe_any(~finite):
         dead = ~finite[:, None, None, :, None]
         query, ranks = query.masked_fill(dead, 0), ranks.masked_fill(dead, 0)
         differences = None if differences is None else differences.masked_fill_(dead[..., None], 0)
@@ -91,7 +91,7 @@ def select(cfg: FwPKMConfig, query: Tensor, keys: Tensor) -> Choice:
     margin = scale * torch.clamp(4 * error, min=_MARGIN * torch.finfo(keys.dtype).eps / 2)
     next_best = rough.scatter_(-1, ids, -torch.inf).amax(-1, keepdim=True) - origin
     unsure = ~(exact.amin(-1, keepdim=True) > next_best + margin).squeeze(-1)
-    if k < cfg.num_subkeys and not query.is_meta and some(unsure):
+    if k < cfg.num_subkeys and not query.is_meta and maybe_any(unsure):
         _select_in_full(cfg, query, keys, unsure, ids, exact, rows)
     differences = rows.view(*shape, k, -1) if cfg.score == "idw" else None
     return Choice(ids.view(*shape, k), exact.view(*shape, k), differences)

@@ -5,8 +5,10 @@ from torch import Tensor
 
 from fwpkm import validation
 from fwpkm.backends.torch import fast, operators, ops
+from fwpkm.backends.torch.tokens import SELF
 from fwpkm.config import FwPKMConfig
 from fwpkm.containers import Memory, State
+from fwpkm.tokens import Tokens
 
 
 def start_decoding(state: State) -> State:
@@ -79,6 +81,6 @@ def decode(
 def _check_decode(
     cfg: FwPKMConfig, state: State, query: Tensor, value: Tensor, gate: Tensor | None, mask: Tensor | None
 ) -> None:
-    validation.check_apply(cfg, state, query, value, gate, mask, Tensor)
+    validation.check_apply(cfg, state, Tokens(query, value, gate, mask), SELF)
     ops.check_device(query, value=value, gate=gate, mask=mask, **state._asdict())
     fast.check_decoding(state, query)

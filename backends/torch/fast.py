@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fwpkm import schedule
-from fwpkm.backends.torch.tokens import Given, Tokens
+from fwpkm.backends.torch.tokens import filled, join, pad, without
 from fwpkm.config import FwPKMConfig
 from fwpkm.containers import Lookup, Losses, Memory, State, Trace
+from fwpkm.tokens import Tokens
 
 DEAD = 2
 """The kernels' flag of a token that is not finite; importing theirs would import triton."""
@@ -88,26 +89,25 @@ def plain(x: Tensor | None) -> Tensor | None:
     return None if x is None else (x.resolve_neg() if x.is_neg() else x).contiguous()
 
 
-def stream_of(pending: Tokens, arrived: int, given: Given) -> Given:
+def stream_of(pending: Tokens, arrived: int, given: Tokens) -> Tokens:
     """The tokens that are pending, then those of the call; as they are given where nothing is pending."""
     if not arrived:
         return given
-    before, after = (Tokens.of(torch.float32, *x) for x in (pending.slice(0, arrived), given))
-    return Given(*before.join(after))
+    before, after = (filled(torch.float32, x) for x in (pending.slice(0, arrived), given))
+    return join(before, after)
 
 
-def left_of(stream: Given, left: int, flags: Tensor) -> Tokens:
+def left_of(stream: Tokens, left: int, flags: Tensor) -> Tokens:
     """What no write has consumed: from token ``left`` on, the dead ones ``flags`` [B·n] blanked."""
     shape = stream.query.shape[:2]
-    gate, mask = (x if x is None else x[:, left:] for x in stream[2:])
-    waiting = Tokens.of(torch.float32, stream.query[:, left:], stream.value[:, left:], gate, mask)
+    waiting = filled(torch.float32, stream.slice(left, None))
     if not waiting.length:
         return waiting
-    return waiting.without((flags[: shape.numel()].view(shape)[:, left:] & DEAD) != 0)
+    return without(waiting, (flags[: shape.numel()].view(shape)[:, left:] & DEAD) != 0)
 
 
 def apply(
-    cfg: FwPKMConfig, state: State, position: int, given: Given, update: bool, owned: bool
+    cfg: FwPKMConfig, state: State, position: int, given: Tokens, update: bool, owned: bool
 ) -> tuple[Tensor, Memory, Tokens, Trace]:
     """Read T tokens and write every chunk that they complete.
 
@@ -126,12 +126,12 @@ def apply(
 
     batch, length = given.query.shape[:2]
     plan = windows.plan(cfg, position, length, batch, update)
-    pending = Tokens(*state[1:5])
+    pending = state.pending
     stream = stream_of(pending, plan.arrived, given)
     columns, dtype = schedule.max_writes(cfg, length), given.query.dtype
     output, memory, flags, trace = _run(cfg, plan, state.memory, call.Tokens(*stream), owned, columns, dtype)
     if plan.arrived or plan.left < plan.room:  # else nothing was pending and nothing is: zeros before and after
-        pending = left_of(stream, plan.left, flags).pad(schedule.capacity(cfg))
+        pending = pad(left_of(stream, plan.left, flags), cfg.capacity)
     return output, memory, pending, trace
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fwpkm import validation
 from fwpkm.backends.torch import decoding, ops
 from fwpkm.backends.torch.entries import finite_rows
-from fwpkm.backends.torch.tokens import some
+from fwpkm.backends.torch.tokens import maybe_any
 from fwpkm.config import FwPKMConfig
 from fwpkm.containers import Memory, State
 from fwpkm.files import layer_spec
@@ -193,7 +193,7 @@ class FwPKM(nn.Module):
         x = x.to(self.query_norm.weight.dtype)
         # A token that is not finite must not reach the projections: their weights' gradients would be 0 · NaN.
         dead = ~finite_rows(x.flatten(0, 1)).view(x.shape[:2])
-        if some(dead):
+        if maybe_any(dead):
             x = x.masked_fill(dead[..., None], 0)
             mask = ~dead if mask is None else mask & ~dead
         query = self.query_proj(self.query_norm(x))
@@ -206,11 +206,11 @@ class FwPKM(nn.Module):
     def _output(self, read: Tensor, value: Tensor, gate: Tensor | None, dead: Tensor, dtype: torch.dtype) -> Tensor:
         """y from v̂: the mixture with the values, normalised and projected; NaN for dead tokens."""
         dead = dead | ~finite_rows(read.flatten(0, 1)).view(dead.shape)
-        if some(dead):
+        if maybe_any(dead):
             read, value = (z.masked_fill(dead[..., None], 0) for z in (read, value))
         mixed = read + value if gate is None else gate[..., None] * read + (1 - gate[..., None]) * value
         y = self.output_proj(self.output_norm(mixed.to(dtype)))
-        return y.masked_fill(dead[..., None], torch.nan) if some(dead) else y
+        return y.masked_fill(dead[..., None], torch.nan) if maybe_any(dead) else y
 
     def init_state(self, batch_size: int) -> State:
         """The state that a call without one starts from: the initial memory for each row, at position 0."""

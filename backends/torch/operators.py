@@ -13,9 +13,10 @@ from torch import Tensor
 
 from fwpkm import schedule, validation
 from fwpkm.backends.torch import fast
-from fwpkm.backends.torch.tokens import Given, Tokens
+from fwpkm.backends.torch.tokens import SELF, pad
 from fwpkm.config import FwPKMConfig
 from fwpkm.containers import Memory, State, Trace
+from fwpkm.tokens import Tokens
 
 _RESULTS = 13
 """How many of the operator's results come before what it keeps."""
@@ -29,7 +30,7 @@ def apply(
     cfg: FwPKMConfig, state: State, query: Tensor, value: Tensor, gate: Tensor | None, mask: Tensor | None, update: bool
 ) -> tuple[Tensor, State, Trace]:
     """``ops.apply`` as one operator. A memory of M = 1 serves as that of each sequence."""
-    leaves = (*state.memory, *state[1:5], query, value, *(() if gate is None else (gate,)))
+    leaves = (*state.memory, *state.pending, query, value, *(() if gate is None else (gate,)))
     save = torch.is_grad_enabled() and any(x.requires_grad for x in leaves)
     results = torch.ops.fwpkm.apply(cfg.to_json(), *state.memory, *state[1:], query, value, gate, mask, update, save)
     output, keys, values, *pending, position, slots, weights, memorization, addressing, writes = results[:_RESULTS]
@@ -60,7 +61,7 @@ def _check(
     from fwpkm import kernels
 
     state = state._replace(memory=_of_each(cfg, state.memory, query))
-    validation.check_apply(cfg, state, query, value, gate, mask, Tensor)
+    validation.check_apply(cfg, state, Tokens(query, value, gate, mask), SELF)
     reason = kernels.why_unsupported(cfg, state.memory, query)
     if reason is not None:
         raise ValueError(f"the kernels cannot serve this call: {reason}")
@@ -103,7 +104,7 @@ def _apply(
     memories = validation.memories_for(cfg, batch)
     plan = _plan(cfg, position, query, update)
     pending = Tokens(pending_query, pending_value, pending_gate, pending_mask)
-    stream = fast.stream_of(pending, plan.arrived, Given(query, value, gate, mask))
+    stream = fast.stream_of(pending, plan.arrived, Tokens(query, value, gate, mask))
     tokens: Any = call.Tokens(*map(fast.plain, stream))  # type: ignore[arg-type]
     tables = [x.expand(memories, *x.shape[1:]).to(torch.float32).resolve_neg() for x in (keys, values)]
     # With update=False nothing is written, and no table is returned.
@@ -113,7 +114,7 @@ def _apply(
         result = call.forward(cfg, plan, tables[0].contiguous(), table, tokens, save, query.dtype, most)
         if update:
             new_keys = result.keys if plan.windows[0].writes else tables[0].clone()
-            left = fast.left_of(stream, plan.left, result.kept["flags"]).pad(schedule.capacity(cfg))
+            left = pad(fast.left_of(stream, plan.left, result.kept["flags"]), cfg.capacity)
             state = [new_keys, table, *(x.clone() for x in left), position + length]
         else:
             state = [query.new_empty(0) for _ in range(7)]
@@ -135,7 +136,7 @@ def _(
     state = State(Memory(keys, values), pending_query, pending_value, pending_gate, pending_mask, position)
     _check(cfg, state, query, value, gate, mask)
     batch, length = query.shape[:2]
-    memories, capacity = validation.memories_for(cfg, batch), schedule.capacity(cfg)
+    memories, capacity = validation.memories_for(cfg, batch), cfg.capacity
     columns, entries = schedule.max_writes(cfg, length), cfg.slots_per_token
     new = functools.partial(torch.empty, device=query.device, dtype=torch.float32)
     if update:
@@ -200,7 +201,7 @@ def _apply_backward(
     memories = validation.memories_for(cfg, batch)
     plan = _plan(cfg, position, query, update)
     pending = Tokens(pending_query, pending_value, pending_gate, pending_mask)
-    stream = fast.stream_of(pending, plan.arrived, Given(query, value, gate, mask))
+    stream = fast.stream_of(pending, plan.arrived, Tokens(query, value, gate, mask))
     tokens: Any = call.Tokens(*map(fast.plain, stream))  # type: ignore[arg-type]
     whole = room.Room(_kept_layout(cfg, query, update), kept)
     d_output, d_keys, d_values = (fast.plain(d) for d in (d_output, d_keys, d_values))

@@ -13,10 +13,11 @@ from torch import Tensor
 from fwpkm import schedule, validation
 from fwpkm.backends.torch import fast, operators
 from fwpkm.backends.torch.stream import Visit, settle, visit, visit_and_write, visit_chunk
-from fwpkm.backends.torch.tokens import Given, Tokens, some
+from fwpkm.backends.torch.tokens import SELF, filled, join, maybe_any, pad
 from fwpkm.config import FwPKMConfig
 from fwpkm.containers import Lookup, Losses, Memory, State, Trace
 from fwpkm.initial import initial_arrays
+from fwpkm.tokens import Tokens
 
 
 def _outside_graphs(fn: Callable) -> Callable:
@@ -59,7 +60,7 @@ def init_state(cfg: FwPKMConfig, memory: Memory, batch_size: int) -> State:
     Raises:
         ValueError: the tables fit neither ``cfg`` nor ``batch_size``.
     """
-    validation.check_initial(cfg, memory, batch_size, Tensor)
+    validation.check_initial(cfg, memory, batch_size, SELF)
     memories = validation.memories_for(cfg, batch_size)
     tables = (x.expand(memories, *x.shape[1:]).clone(memory_format=torch.contiguous_format) for x in memory)
     return _state(cfg, Memory(*tables), _no_tokens(cfg, memory.keys, batch_size), _position(batch_size, 0))
@@ -135,32 +136,32 @@ def _apply(
     if update:
         validation.check_length(position, length)
     if fast.serves(implementation, cfg, state.memory, query) and length:
-        given = Given(query, value, gate, mask)
+        given = Tokens(query, value, gate, mask)
         output, memory, pending, trace = fast.apply(cfg, state, position, given, update, inplace)
         return output, State(memory, *pending, state.position + length) if update else state, trace
     memory = _as_tables(state.memory, query)
     dtype = memory.keys.dtype
-    tokens = Tokens.of(dtype, query, value, gate, mask)
+    tokens = filled(dtype, Tokens(query, value, gate, mask))
     if length == 0:
         return tokens.value.to(query.dtype), state, _trace(cfg, memory, tokens, [], [], [])
-    runs = list(schedule.segments(cfg, position, length)) if update else [schedule.Segment(0, length, False)]
+    runs = list(schedule.windows(cfg, position, length)) if update else [schedule.Window(0, length, False)]
     waiting, keys, visits, first = _pending(cfg, state, dtype), memory.keys, [], []
     with _full_precision(query):
         for start, stop, writes in runs:
             part = tokens.slice(start, stop)
             if writes:  # the chunk's earlier tokens are read again, now to write them
                 first.append(waiting.length)
-                seen, keys = visit_and_write(cfg, keys, waiting.join(part))
+                seen, keys = visit_and_write(cfg, keys, join(waiting, part))
                 waiting = seen.tokens.slice(cfg.chunk_size, None)
             else:
                 first.append(0)
                 seen = visit(cfg, keys, part)
-                waiting = waiting.join(seen.tokens)
+                waiting = join(waiting, seen.tokens)
             visits.append(seen)
         reads, values, losses = settle(cfg, memory.values, visits, owned=inplace)
         output = _news(reads, first)
         dead = _news([v.dead for v in visits], first)
-        if some(dead):
+        if maybe_any(dead):
             output = output.masked_fill(dead[..., None], torch.nan)
         trace = _trace(cfg, memory, tokens, visits, first, losses)
     if update:
@@ -188,7 +189,7 @@ def flush(
         ValueError: the state does not fit ``cfg``.
         RuntimeError: ``inplace`` on a table that autograd still needs.
     """
-    validation.check_state(cfg, state, None, Tensor)
+    validation.check_state(cfg, state, None, SELF)
     check_device(state.pending_query, **state._asdict())
     validation.check_position(state.position.tolist())
     _check_inplace(state.memory, inplace)
@@ -223,7 +224,7 @@ def lookup(cfg: FwPKMConfig, memory: Memory, query: Tensor, *, implementation: s
     Raises:
         ValueError: shapes or dtypes do not fit.
     """
-    validation.check_lookup(cfg, memory, query, Tensor)
+    validation.check_lookup(cfg, memory, query, SELF)
     check_device(query, memory=memory)
     served = fast.serves(implementation, cfg, memory, query)
     memory = _as_tables(memory, query)
@@ -234,7 +235,7 @@ def lookup(cfg: FwPKMConfig, memory: Memory, query: Tensor, *, implementation: s
         return fast.lookup(cfg, memory, query)
     nothing = query.new_zeros(*query.shape[:2], cfg.value_dim)
     with _full_precision(query):
-        seen = visit(cfg, memory.keys, Tokens.of(memory.keys.dtype, query, nothing, None, None))
+        seen = visit(cfg, memory.keys, filled(memory.keys.dtype, Tokens(query, nothing, None, None)))
         (read,), _, _ = settle(cfg, memory.values, [seen], owned=False)
         dead = seen.dead[..., None]
         weights = seen.weights.masked_fill(dead, torch.nan)
@@ -271,7 +272,7 @@ def chunk_update(
     Raises:
         ValueError: shapes or dtypes do not fit.
     """
-    validation.check_chunk(cfg, memory, query, target, gate, mask, pair, Tensor)
+    validation.check_chunk(cfg, memory, Tokens(query, target, gate, mask), pair, SELF)
     check_device(query, memory=memory, target=target, gate=gate, mask=mask, pair=pair)
     served = fast.serves(implementation, cfg, memory, query)
     tables = _as_tables(memory, query)
@@ -280,7 +281,7 @@ def chunk_update(
     if served:
         return fast.chunk_update(cfg, memory, query, target, gate, mask, pair)
     with _full_precision(query):
-        chunk = Tokens.of(tables.keys.dtype, query, target, gate, mask)
+        chunk = filled(tables.keys.dtype, Tokens(query, target, gate, mask))
         seen, keys = visit_chunk(cfg, tables.keys, chunk, pair)
         _, values, (memorization,) = settle(cfg, tables.values, [seen], owned=False)
     return Memory(keys, values), Losses(memorization, seen.addressing)
@@ -312,7 +313,7 @@ def reset(state: State, memory: Memory, rows: Sequence[int] | Sequence[bool] | T
         return torch.where(pick, fresh.to(current.dtype), current)
 
     tables = Memory(*map(blend, memory, state.memory))
-    pending = Tokens(*(blend(torch.zeros_like(x[:1]), x) for x in state[1:5]))
+    pending = Tokens(*(blend(torch.zeros_like(x[:1]), x) for x in state.pending))
     return State(tables, *pending, position=state.position)
 
 
@@ -387,7 +388,7 @@ def _check_apply(
     kind = _kind_of(cfg, state, query, value, gate, mask)
     if kind is not None and kind in _FITTING:
         return
-    validation.check_apply(cfg, state, query, value, gate, mask, Tensor)
+    validation.check_apply(cfg, state, Tokens(query, value, gate, mask), SELF)
     check_device(query, value=value, gate=gate, mask=mask, **state._asdict())
     if len(_FITTING) > _MOST_KINDS:
         _FITTING.clear()
@@ -433,16 +434,16 @@ def _position(batch_size: int, position: int) -> Tensor:
 
 def _no_tokens(cfg: FwPKMConfig, keys: Tensor, batch_size: int) -> Tokens:
     query = keys.new_zeros(batch_size, 0, cfg.num_heads * cfg.key_dim)
-    return Tokens.of(keys.dtype, query, keys.new_zeros(batch_size, 0, cfg.value_dim), None, None)
+    return filled(keys.dtype, Tokens(query, keys.new_zeros(batch_size, 0, cfg.value_dim)))
 
 
 def _pending(cfg: FwPKMConfig, state: State, dtype: torch.dtype) -> Tokens:
     """The valid entries of the state's buffers."""
-    return Tokens.of(dtype, *state[1:5]).slice(0, schedule.pending(cfg, int(state.position[0])))
+    return filled(dtype, state.pending).slice(0, schedule.pending(cfg, int(state.position[0])))
 
 
 def _state(cfg: FwPKMConfig, memory: Memory, waiting: Tokens, position: Tensor) -> State:
-    return State(memory, *waiting.pad(schedule.capacity(cfg)), position)
+    return State.of(memory, pad(waiting, cfg.capacity), position)
 
 
 def _news(parts: list[Tensor], first: list[int]) -> Tensor:

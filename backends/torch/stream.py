@@ -12,8 +12,9 @@ from torch import Tensor
 from fwpkm.backends.torch.addressing import Address, address, write_keys
 from fwpkm.backends.torch.entries import finite_rows
 from fwpkm.backends.torch.table import Window, read_and_write
-from fwpkm.backends.torch.tokens import Tokens, ahead, by_memory, halves
+from fwpkm.backends.torch.tokens import ahead, by_memory, finite, halves, without
 from fwpkm.config import FwPKMConfig
+from fwpkm.tokens import Tokens
 
 
 class Visit(NamedTuple):
@@ -103,8 +104,8 @@ def settle(
 def _look(cfg: FwPKMConfig, keys: Tensor, window: Tokens) -> tuple[Address, Tensor, Tensor, Tokens, Tensor]:
     chosen = address(cfg, halves(cfg, window.query, keys.shape[0]), keys)
     shape = window.mask.shape
-    dead = ~(chosen.finite.view(shape) & window.finite())
-    return chosen, chosen.slots.view(*shape, -1), chosen.weights.view(*shape, -1), window.without(dead), dead
+    dead = ~(chosen.finite.view(shape) & finite(window))
+    return chosen, chosen.slots.view(*shape, -1), chosen.weights.view(*shape, -1), without(window, dead), dead
 
 
 def _write(cfg: FwPKMConfig, keys: Tensor, chosen: Address, v: Visit) -> tuple[Visit, Tensor]:

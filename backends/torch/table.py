@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fwpkm.backends.torch.entries import Entries, distinct, finite_rows
-from fwpkm.backends.torch.tokens import some
+from fwpkm.backends.torch.tokens import maybe_any
 from fwpkm.config import FwPKMConfig
 
 
@@ -165,10 +165,10 @@ def _rewrite(
         gradient = gradient.add_(local, alpha=cfg.weight_decay)
     new = gradient.mul_(-cfg.learning_rate).add_(local)
     moves = may_move & finite_rows(new)
-    if not moves.is_meta and some(~moves):
+    if not moves.is_meta and maybe_any(~moves):
         new[~moves] = local[~moves]
     wild = ~finite_rows(error)
-    if some(wild):
+    if maybe_any(wild):
         error = error.masked_fill(wild[:, None], 0)
     return new, error, (cfg.learning_rate * share).masked_fill_(~moves, 0), *unclipped
 

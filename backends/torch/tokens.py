@@ -1,6 +1,7 @@
 """Tokens of B sequences as the tables see them, and the layout in which tokens meet their memory."""
 
-from typing import NamedTuple
+import functools
+import operator
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -8,76 +9,58 @@ from torch import Tensor
 
 from fwpkm.backends.torch.entries import finite_rows
 from fwpkm.config import FwPKMConfig
+from fwpkm.tokens import TOKEN_FIELDS, TokenField, Tokens
+from fwpkm.validation import Implementation
+
+SELF = Implementation.of(
+    "the torch backend",
+    Tensor,
+    """
+    key_dim value_dim num_heads num_subkeys top_k chunk_size lookahead boundary score score_eps temperature
+    learning_rate write_scale weight_decay grad_clip addressing_weight memory_scope
+    """,
+)
 
 
-class Given(NamedTuple):
-    """The tokens of a call, in the caller's dtypes; a gate or mask that is None is 1 or True."""
+def filled(dtype: torch.dtype, tokens: Tokens) -> Tokens:
+    """The tokens of a call in the tables' dtype, with defaults for what was left out."""
+    shape = tokens.query.shape[:2]
 
-    query: Tensor
-    """``[B, n, H*Dk]``"""
-    value: Tensor
-    """``[B, n, Dv]``"""
-    gate: Tensor | None
-    """``[B, n]``"""
-    mask: Tensor | None
-    """``[B, n]`` bool"""
+    def fill(field: TokenField, x: Tensor | None) -> Tensor:
+        wanted = dtype if field.kind == "float" else torch.bool
+        return tokens.query.new_full(shape, field.default, dtype=wanted) if x is None else x.to(wanted)
+
+    return Tokens(*map(fill, TOKEN_FIELDS, tokens))
 
 
-class Tokens(NamedTuple):
-    """n tokens of B sequences, in the tables' dtype."""
-
-    query: Tensor
-    """``[B, n, H*Dk]``"""
-    value: Tensor
-    """``[B, n, Dv]``: what a token offers as a target."""
-    gate: Tensor
-    """``[B, n]``"""
-    mask: Tensor
-    """``[B, n]`` bool"""
-
-    @classmethod
-    def of(cls, dtype: torch.dtype, query: Tensor, value: Tensor, gate: Tensor | None, mask: Tensor | None) -> "Tokens":
-        """The arguments of a call; a missing gate is 1 and a missing mask True."""
-        shape = query.shape[:2]
-        gate = query.new_ones(shape, dtype=dtype) if gate is None else gate.to(dtype)
-        mask = query.new_ones(shape, dtype=torch.bool) if mask is None else mask
-        return cls(query.to(dtype), value.to(dtype), gate, mask)
-
-    @property
-    def length(self) -> int:
-        """n."""
-        return self.mask.shape[1]
-
-    def slice(self, start: int, stop: int | None) -> "Tokens":
-        """Tokens start to stop of every row."""
-        return Tokens(*(x[:, start:stop] for x in self))
-
-    def join(self, later: "Tokens") -> "Tokens":
-        """These tokens, then the later ones."""
-        if self.length == 0:
-            return later
-        return Tokens(*(torch.cat(pair, dim=1) for pair in zip(self, later)))
-
-    def pad(self, length: int) -> "Tokens":
-        """Zeros and mask False up to a length, so that a state's shapes never change."""
-        room = length - self.length
-        query, value = (F.pad(x, (0, 0, 0, room)) for x in (self.query, self.value))
-        return Tokens(query, value, F.pad(self.gate, (0, room)), F.pad(self.mask, (0, room)))
-
-    def finite(self) -> Tensor:
-        """``[B, n]``: query, value and gate are all finite."""
-        query, value = (finite_rows(x.flatten(0, 1)).view_as(self.mask) for x in (self.query, self.value))
-        return query & value & self.gate.isfinite()
-
-    def without(self, dead: Tensor) -> "Tokens":
-        """The dead ones ``[B, n]`` as zeros with mask False (SPEC.md §5); no gradient passes through them."""
-        if not some(dead):
-            return self
-        query, value = (x.masked_fill(dead[..., None], 0) for x in (self.query, self.value))
-        return Tokens(query, value, self.gate.masked_fill(dead, 0), self.mask & ~dead)
+def join(before: Tokens, after: Tokens) -> Tokens:
+    """The tokens of one call after those of another."""
+    if before.length == 0:
+        return after
+    return Tokens(*(torch.cat(two, dim=1) for two in zip(before, after)))
 
 
-def some(flags: Tensor) -> bool:
+def pad(tokens: Tokens, length: int) -> Tokens:
+    """Zeros and mask False up to a length, so that a state's shapes never change."""
+    padding = length - tokens.length
+    return tokens.map(lambda x: F.pad(x, (0, 0) * (x.ndim - 2) + (0, padding)))
+
+
+def finite(tokens: Tokens) -> Tensor:
+    """``[B, n]``: every number of a token is finite."""
+    numbers = [(field, x) for field, x in zip(TOKEN_FIELDS, tokens) if field.kind == "float"]
+    flags = [finite_rows(x.flatten(0, 1)).view(x.shape[:2]) if field.width else x.isfinite() for field, x in numbers]
+    return functools.reduce(operator.and_, flags)
+
+
+def without(tokens: Tokens, dead: Tensor) -> Tokens:
+    """The dead ones ``[B, n]`` as zeros with mask False (SPEC.md §5); no gradient passes through them."""
+    if not maybe_any(dead):
+        return tokens
+    return tokens.map(lambda x: x.masked_fill(dead.view(*dead.shape, *[1] * (x.ndim - 2)), 0))
+
+
+def maybe_any(flags: Tensor) -> bool:
     """Whether any flag may be set: on the CPU a copy of all tokens is saved where none is; a GPU is not waited for."""
     return torch.compiler.is_compiling() or flags.device.type != "cpu" or bool(flags.any())
 

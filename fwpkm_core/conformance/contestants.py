@@ -5,6 +5,7 @@ import os
 import traceback
 from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 from fwpkm.registry import backend_names, get_backend
 
@@ -54,7 +55,7 @@ def load(name: str, dtype: str) -> ModuleType:
     """
     try:
         known = _MODULES.get(name, name)
-        module = get_backend(known) if known in backend_names() else importlib.import_module(known)
+        module: Any = get_backend(known) if known in backend_names() else importlib.import_module(known)
     except ImportError as error:
         known_names = ", ".join((*DEFAULT, "triton"))
         missing = isinstance(error, ModuleNotFoundError) and error.name in (name, name.partition(".")[0])

@@ -1,8 +1,7 @@
 """What a backend makes of a passage, and what the reference makes of it."""
 
 import functools
-from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,7 +24,7 @@ class Result(NamedTuple):
     """By the names of ``INPUTS``; empty where none were asked for, or the backend has no ``vjp``."""
 
 
-def run(be: ModuleType, passage: Passage) -> Result:
+def run(be: Any, passage: Passage) -> Result:
     """Read a passage; its gradients too where it asks for them and the backend has ``vjp``."""
     derived = passage.with_gradients and callable(getattr(be, "vjp", None))
     return Result(*_read(be, passage), _gradients(be, passage) if derived else {})
@@ -38,7 +37,7 @@ def expect(passage: Passage) -> Result:
     return Result(*_read(reference, wide), grads)
 
 
-def _read(be: ModuleType, passage: Passage) -> tuple[Reading, State]:
+def _read(be: Any, passage: Passage) -> tuple[Reading, State]:
     """In calls of the passage's sizes, flushed where the case says and at the end, handed over in the middle."""
     case, sizes, parts = passage.case, passage.sizes, []
     state, at, call = start(be, case), 0, 0
@@ -62,7 +61,7 @@ def _read(be: ModuleType, passage: Passage) -> tuple[Reading, State]:
     return whole, half
 
 
-def _gradients(be: ModuleType, passage: Passage) -> dict[str, np.ndarray]:
+def _gradients(be: Any, passage: Passage) -> dict[str, np.ndarray]:
     case = passage.case
     output, keys, values = draw_cotangents(case, np.random.default_rng(case.seed))
     output = np.where(_finite(case.tokens)[..., None], output, 0)

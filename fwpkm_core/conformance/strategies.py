@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from fwpkm import reference
 from fwpkm.agreement import GAP, comparable_tokens
-from fwpkm.config import FwPKMConfig
+from fwpkm.config import CHOICES, FwPKMConfig
 from fwpkm.containers import Memory
 
 TWISTS = ("at_keys", "repeats", "masked_row", "masked_chunk", "twins")
@@ -103,16 +103,13 @@ def configs(**fixed: Any) -> st.SearchStrategy[FwPKMConfig]:
         "top_k": st.integers(1, 7),
         "chunk_size": st.integers(1, 6),
         "lookahead": st.integers(0, 5),
-        "boundary": st.sampled_from(["drop", "wait"]),
-        "score": st.sampled_from(["idw", "dot_product"]),
         "score_eps": st.sampled_from([1e-3, 1e-2, 0.1]),
         "temperature": st.sampled_from([0.5, 1.0, 2.0]),
         "learning_rate": st.sampled_from([1.0, 0.5, 0.1, 0.0]),
-        "write_scale": st.sampled_from(["slots", "unit", "normalized"]),
         "weight_decay": st.sampled_from([0.0, 0.01, 0.1]),
         "grad_clip": st.sampled_from([None, 0.05, 1.0]),
         "addressing_weight": st.sampled_from([1.0, 0.3, 0.0]),
-        "memory_scope": st.sampled_from(["sequence", "batch"]),
+        **{field: st.sampled_from(values) for field, values in CHOICES.items()},
     }
     for name, value in fixed.items():
         drawn[name] = value if isinstance(value, st.SearchStrategy) else st.just(value)

@@ -13,7 +13,7 @@ from fwpkm.config import FwPKMConfig
 from fwpkm.containers import Memory
 from fwpkm.registry import get_backend
 
-_be = get_backend("torch")
+_be: Any = get_backend("torch")
 _DEVICE = "cuda" if importlib.import_module("torch").cuda.is_available() else "cpu"
 
 init_state, reset, to_numpy, vjp = _be.init_state, _be.reset, _be.to_numpy, _be.vjp

@@ -4,7 +4,6 @@ import dataclasses
 import inspect
 import time
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,6 +11,7 @@ import numpy as np
 from fwpkm.config import FwPKMConfig
 from fwpkm.demo.contexts import SEED, Contexts
 from fwpkm.demo.text import Text
+from fwpkm.protocol import Backend
 
 TOP_K = 16
 MAX_SUBKEYS = 2048  # 4 million slots; the three tables of a demo then take 6 GiB
@@ -80,7 +80,7 @@ class Reader:
     """
 
     def __init__(
-        self, be: ModuleType, cfg: FwPKMConfig, text: Text, contexts: Contexts, *, shuffled: bool = False
+        self, be: Backend, cfg: FwPKMConfig, text: Text, contexts: Contexts, *, shuffled: bool = False
     ) -> None:
         """Start from the memory that the seed gives, the same in every backend."""
         self._be, self._cfg, self._text, self._contexts, self._shuffled = be, cfg, text, contexts, shuffled
@@ -136,7 +136,7 @@ class Trial:
         text: what to read.
     """
 
-    def __init__(self, be: ModuleType, cfg: FwPKMConfig, text: Text) -> None:
+    def __init__(self, be: Backend, cfg: FwPKMConfig, text: Text) -> None:
         """Draw the contexts and start all three from the same memory."""
         # A chunk longer than the text is written whole at the end of the pass, and so is one of its length.
         cfg = dataclasses.replace(cfg, chunk_size=min(cfg.chunk_size, len(text.ids)))

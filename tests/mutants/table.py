@@ -202,8 +202,8 @@ GRADIENTS = [
         "no gradient through pending tokens",
         "torch",
         "ops.py",
-        "return State(memory, *waiting.pad(schedule.capacity(cfg)), position)",
-        "return State(memory, *(x.detach() for x in waiting.pad(schedule.capacity(cfg))), position)",
+        "return State(memory, *waiting.pad(cfg.capacity), position)",
+        "return State(memory, *(x.detach() for x in waiting.pad(cfg.capacity)), position)",
         "grad value",
     ),
 ]
