@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-quick lint types clean
 
 demo: $(VENV)/.demo
 	$(BIN)/fwpkm demo $(ARGS)
@@ -12,12 +12,19 @@ demo: $(VENV)/.demo
 test: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile $(ARGS)
 
+# The core of every surface, in about two minutes on two cores: while you work. `make test` decides.
+test-quick: $(VENV)/.test
+	HYPOTHESIS_PROFILE=quick OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile -m quick $(ARGS)
+
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+types: $(VENV)/.test
+	$(BIN)/mypy
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) build dist *.egg-info src/*.egg-info
 
 $(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[torch,demo]'

@@ -113,6 +113,7 @@ def main() -> int:
     parser.add_argument("--backend", choices=("torch", "triton", "jax", "keras"), default="torch")
     parser.add_argument("--device", default="cpu", help="of torch and triton: cpu or cuda")
     parser.add_argument("--every", type=int, default=1, metavar="N", help="each Nth case alone")
+    parser.add_argument("--first", type=int, default=0, metavar="K", help="begin with case K")
     parser.add_argument("--save", metavar="FILE", help="an .npz to write")
     parser.add_argument("--against", metavar="FILE", help="an .npz of --save")
     args = parser.parse_args()
@@ -124,7 +125,7 @@ def main() -> int:
     place = (lambda x: x.to(args.device)) if native else (lambda x: x)
     before = dict(np.load(args.against)) if args.against else {}
     kept, digests, differs = {}, [], False
-    for name, (cfg, seed) in itertools.islice(cases().items(), 0, None, args.every):
+    for name, (cfg, seed) in itertools.islice(cases().items(), args.first, None, args.every):
         arrays = numbers(be, cfg, seed, options, place)
         digests.append(digest(arrays))
         line = f"{digests[-1][:16]}  {name}"

@@ -51,13 +51,13 @@ class Pass(NamedTuple):
     reads: np.ndarray
     """``[S, S]`` int64: how many times each slot was read."""
     collisions: float
-    """Share of the reads that went to slots which contexts with different next tokens read in this pass."""
+    """Fraction of the reads that went to slots which contexts with different next tokens read in this pass."""
     seconds: float
     """Time in the memory: reads, writes and the copy of the outputs."""
 
     @property
     def recall(self) -> float:
-        """Share of hits."""
+        """Fraction of hits."""
         return float(self.hits.mean())
 
     @property

@@ -20,11 +20,11 @@ ROW = (
     "{number:>4}   {memory:.4f}   {frozen:.4f}    {shuffled:.4f}  |  {slots:>10,}  {collisions:>10.1%}  {speed:>8,.0f}"
 )
 LEGEND = """\
-memory      share of tokens whose successor is the nearest code to what was
+memory      fraction of tokens whose successor is the nearest code to what was
             read, before the write; always guessing the commonest: {chance:.4f}
 rate 0      the same memory with learning_rate 0: nothing is written
 shuffled    written with targets in shuffled order, judged by the true ones
-collisions  share of reads of slots that contexts with another next token
+collisions  fraction of reads of slots that contexts with another next token
             read too; each context reads {top_k} slots, so the rest outvote them"""
 
 
