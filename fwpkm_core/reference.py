@@ -136,10 +136,12 @@ def chunk_update(
     validation.check_chunk(cfg, memory, chunk, pair, SELF)
     tables = _as_tables(memory, query)
     chunk = _filled(tables.keys.dtype, chunk)
+    finite_target = np.isfinite(target).all(-1)
+    chunk = chunk._replace(value=np.where(finite_target[..., None], chunk.value, 0))  # they are read, and have no pair
     selections = _select(cfg, tables, chunk.query)
-    finite = np.stack([s.finite for s in selections]) & np.isfinite(chunk.gate)
+    finite = np.stack([s.finite for s in selections]) & _finite(chunk)
     chunk = _without(chunk, ~finite)
-    has_target = np.isfinite(target).all(-1) & (True if pair is None else pair)
+    has_target = finite_target & (True if pair is None else pair)
     tables = Memory(*(x.copy() for x in tables))
     losses = _write(cfg, tables, selections, chunk, chunk.value, chunk.mask, chunk.mask & has_target)
     return tables, losses
