@@ -10,10 +10,10 @@ from keras import ops
 from keras_suite.layers import BACKEND, HIDDEN, SMALL, gradients, inputs, make, native, numpy
 
 import fwpkm
-from fwpkm import FwPKMConfig, Memory, State, agreement
+from fwpkm import FwPKMConfig, agreement
 from fwpkm.backends.keras import FwPKM
-from fwpkm.backends.keras.layout import NAMES
-from fwpkm.backends.keras.norms import zscore
+from fwpkm.backends.keras.layout import NAMES, by_name, unflatten
+from fwpkm.rules import zscore
 
 FORWARD = agreement.BOUNDS["float32"].forward
 STATE_SHAPES = [(4, 2, 2, 4, 2), (4, 16, 3), (4, 4, 8), (4, 4, 3), (4, 4), (4, 4), (4,)]
@@ -42,7 +42,7 @@ def test_the_layer_is_the_torch_layer(dtype, options, tmp_path):
     expected, expected_state = torch_layer(torch.from_numpy(x))
     y, *state = layer(native(x))
     assert error(y, expected) < bounds.forward
-    for actual, wanted in zip(state, [*expected_state.memory, *expected_state[1:]], strict=True):
+    for actual, wanted in zip(state, by_name(expected_state).values(), strict=True):
         assert keras.backend.standardize_dtype(actual.dtype) == str(wanted.dtype).removeprefix("torch.")
         assert error(actual, wanted) < bounds.forward
     cotangent = inputs(dtype=dtype)[..., ::-1].copy()
@@ -74,7 +74,7 @@ def test_states_go_to_the_torch_layer_in_files(tmp_path):
     layer, x = make(return_state=True), inputs()
     torch_layer = twin(layer, tmp_path, {})
     _, *state = layer(x[:, :6])
-    fwpkm.save_state(tmp_path / "state.safetensors", State(Memory(*state[:2]), *state[2:]), layer.config)
+    fwpkm.save_state(tmp_path / "state.safetensors", unflatten(state), layer.config)
     y, _ = torch_layer(
         torch.from_numpy(x[:, 6:]), fwpkm.load_state(tmp_path / "state.safetensors", layer.config, "torch")
     )
@@ -107,7 +107,7 @@ def test_a_mask_hides_padding_and_goes_on():
     np.testing.assert_array_equal(numpy(layer(spoiled, mask=mask))[mask], numpy(layer(x, mask=mask))[mask])
     assert layer.compute_mask(x, mask) is mask
     returning = make(return_state=True)
-    assert returning.compute_mask(x, mask) == [mask, *[None] * 7]
+    assert returning.compute_mask(x, mask) == [mask, *[None] * len(NAMES)]
 
 
 def test_the_mask_of_an_embedding_arrives_also_beside_a_state():
@@ -191,7 +191,7 @@ def test_shapes_are_known_without_running():
 
 def test_a_constant_row_of_values_gives_zero():
     z = np.array([[0.1] * 7, [0.0] * 7, [1.0, 2, 3, 4, 5, 6, 7]], "float32")
-    out = numpy(zscore(ops.convert_to_tensor(z)))
+    out = numpy(zscore(ops, ops.convert_to_tensor(z)))
     assert (out[:2] == 0).all()
     assert out[2] == pytest.approx((np.arange(7) - 3) / np.std(np.arange(7), ddof=1), rel=1e-5)
 
@@ -237,14 +237,15 @@ def test_a_stateful_layer_goes_on_until_it_is_reset():
     layer, x = make(batch=4, stateful=True, return_state=True), inputs()
     stateless = make(return_state=True)
     whole, *final = stateless(x)
-    pieces = [layer(x[:, :6]), layer(x[:, 6:])]
-    outputs = np.concatenate([numpy(piece[0]) for piece in pieces], axis=1)
+    first, *_ = layer(x[:, :6])
+    second, *state = layer(x[:, 6:])
+    outputs = np.concatenate([numpy(first), numpy(second)], axis=1)
     assert agreement.relative_error(outputs, numpy(whole)) < FORWARD
-    for actual, held, expected in zip(pieces[1][1:], [*layer.state.memory, *layer.state[1:]], final):
+    for actual, held, expected in zip(state, by_name(layer.state).values(), final, strict=True):
         assert agreement.relative_error(numpy(actual), numpy(expected)) < FORWARD
         np.testing.assert_array_equal(numpy(held), numpy(actual))
     layer(x, update=False)
-    np.testing.assert_array_equal(numpy(layer.state.memory.values), numpy(pieces[1][2]))
+    np.testing.assert_array_equal(numpy(layer.state.memory.values), numpy(unflatten(state).memory.values))
     layer.reset_state()
     np.testing.assert_array_equal(numpy(layer(x)[0]), numpy(whole))
 
