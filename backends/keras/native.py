@@ -34,10 +34,10 @@ def functions() -> ModuleType:
 
 def apply(cfg: FwPKMConfig, state: State, tokens: Tokens, update: bool, *, owned: bool) -> tuple[Array, State]:
     """``apply`` without its trace; torch may overwrite the table of a state that the caller owns."""
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {name: x for name, x in tokens._asdict().items() if x is not None}
     if keras.backend.backend() == "torch":
         options["inplace"] = owned and not state.memory.values.requires_grad
-    output, state, _ = functions().apply(cfg, on_host(state), **tokens._asdict(), update=update, **options)
+    output, state, _ = functions().apply(cfg, on_host(state), update=update, **options)
     return output, state
 
 

@@ -89,7 +89,8 @@ def flush(cfg: FwPKMConfig, state: State) -> tuple[State, Trace]:
     start = (ops.zeros((), "int32"), state.memory, no_losses(state.memory, 1))
     _, memory, losses = ops.while_loop(due, write, start, maximum_iterations=1)
     nothing = nothing_read(cfg, pending.slice(0, 0))
-    trace = Trace(nothing.slots, nothing.weights, *losses, schedule.flush_writes(cfg, num_pending))
+    writes = schedule.flush_writes(cfg, num_pending)
+    trace = Trace(nothing.slots, nothing.weights, losses.memorization, losses.addressing, writes)
     empty = no_tokens(cfg, ops.shape(state.position)[0], dtype)
     return State.of(memory, empty, ops.zeros_like(state.position)), trace
 

@@ -1,5 +1,6 @@
 """The Keras layer against SPEC.md §7, the torch layer, and what Keras users expect of a layer."""
 
+import dataclasses
 import json
 
 import keras
@@ -10,7 +11,7 @@ from keras import ops
 from keras_suite.layers import BACKEND, HIDDEN, SMALL, gradients, inputs, make, native, numpy
 
 import fwpkm
-from fwpkm import FwPKMConfig, agreement
+from fwpkm import FwPKMConfig, agreement, config
 from fwpkm.backends.keras import FwPKM
 from fwpkm.backends.keras.layout import NAMES, by_name, unflatten
 from fwpkm.rules import zscore
@@ -169,8 +170,7 @@ def test_initial_numbers():
 def test_the_config_is_flat_and_makes_the_same_layer():
     options = {"gated": False, "value_norm": None, "return_state": True, "stateful": True, "chunk_size": 7}
     layer = FwPKM(**SMALL | options, name="store", dtype="mixed_bfloat16")
-    config = json.loads(json.dumps(layer.get_config()))
-    again = FwPKM.from_config(config)
+    again = FwPKM.from_config(json.loads(json.dumps(layer.get_config())))
     assert again.get_config() == layer.get_config()
     assert again.config == FwPKMConfig(**SMALL | {"chunk_size": 7})
     assert (again.name, again.dtype_policy.name, again.stateful) == ("store", "mixed_bfloat16", True)
@@ -208,6 +208,28 @@ def test_a_constant_row_of_values_gives_zero():
 def test_wrong_arguments(options, message):
     with pytest.raises(ValueError, match=message):
         FwPKM(**options)
+
+
+@pytest.mark.parametrize("field", config.CHOICES)
+def test_a_choice_that_is_not_implemented_is_refused(field, monkeypatch):
+    """By the functions that the layer calls, on whichever framework."""
+    monkeypatch.setitem(config.CHOICES, field, (*config.CHOICES[field], "novel"))
+    layer = make(**{field: "novel"})
+    with pytest.raises(ValueError, match=rf"{field}='novel' is not implemented by"):
+        layer(inputs())
+
+
+def test_a_field_that_the_layer_does_not_serve_must_be_at_its_default(monkeypatch):
+    @dataclasses.dataclass(frozen=True)
+    class WiderConfig(FwPKMConfig):
+        forget: float = 0.0
+
+    monkeypatch.setattr(fwpkm.validation, "FwPKMConfig", WiderConfig)
+    layer = make()
+    assert np.isfinite(numpy(layer(inputs()))).all()
+    assert layer.get_config()["forget"] == 0.0
+    with pytest.raises(ValueError, match=r"forget must be 0\.0: the Keras backend does not serve it.*forget=0\.5"):
+        FwPKM(**SMALL, forget=0.5)
 
 
 def test_wrong_inputs():
