@@ -157,7 +157,7 @@ class FwPKM(keras.layers.Layer):
         else:
             state = unflatten(initial_state)
         live = ~dead if mask is None else mask & ~dead
-        tokens = Tokens(query, value, gate, live)
+        tokens = Tokens(query, value, gate=gate, mask=live)
         read, state = native.apply(self._config, state, tokens, update, owned=initial_state is None)
         dead = dead | ~finite_rows(read)
         read, value = ops.cast(blank(read, dead), value.dtype), blank(value, dead)

@@ -55,7 +55,7 @@ def apply(
     update: bool = True,
 ) -> tuple[Array, State, Trace]:
     """Read T tokens and write every chunk that they complete (SPEC.md §5)."""
-    tokens = Tokens(query, value, gate, mask)
+    tokens = Tokens(query, value, gate=gate, mask=mask)
     validation.check_apply(cfg, state, tokens, _self())
     length = ops.shape(query)[1]
     _check_position(state, length if update else 0)
@@ -115,7 +115,7 @@ def chunk_update(
     pair: Array | None = None,
 ) -> tuple[Memory, Losses]:
     """Write one chunk (SPEC.md §4) whose targets are already shifted."""
-    chunk = Tokens(query, target, gate, mask)
+    chunk = Tokens(query, target, gate=gate, mask=mask)
     validation.check_chunk(cfg, memory, chunk, pair, _self())
     tables = _as_tables(memory, query)
     if query.shape[1] == 0:
