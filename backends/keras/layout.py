@@ -12,7 +12,7 @@ from fwpkm.tokens import Array, ArraySpec
 
 
 def by_name(state: State) -> dict[str, Any]:
-    """The arrays of a state, or what stands in their place; those of its memory as "memory.keys" and so on."""
+    """The arrays of a state, or their specs, by name; those of its memory as "memory.keys" and so on."""
     fields = state._asdict()
     memory = fields.pop("memory")
     return {f"memory.{name}": x for name, x in memory._asdict().items()} | fields

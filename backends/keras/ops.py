@@ -18,10 +18,10 @@ from fwpkm.backends.keras.tokens import SELF, filled, no_tokens, outer, without
 from fwpkm.backends.keras.windows import (
     no_losses,
     nothing_read,
-    read_and_write,
     read_stream,
     select_window,
     write_chunk,
+    write_window,
 )
 from fwpkm.config import FwPKMConfig
 from fwpkm.containers import Lookup, Losses, Memory, State, Trace, memories_for
@@ -83,7 +83,7 @@ def flush(cfg: FwPKMConfig, state: State) -> tuple[State, Trace]:
         return (written == 0) & (num_pending > cfg.lookahead)  # else no token has a pair
 
     def write(written: Array, memory: Memory, losses: Losses) -> tuple:
-        _, memory, losses = read_and_write(cfg, memory, pending)  # what is not valid is masked
+        _, memory, losses = write_window(cfg, memory, pending)  # what is not valid is masked
         return written + 1, memory, Losses(*(x[:, None] for x in losses))
 
     start = (ops.zeros((), "int32"), state.memory, no_losses(state.memory, 1))

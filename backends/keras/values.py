@@ -29,12 +29,12 @@ def memorization_loss(error: Array, gate: Array, pair: Array) -> Array:
 
 
 def value_gradient(coefficient: Array, error: Array, count: Array, leader: Array) -> Array:
-    """G_i = (1/N_i) Σ κ w g (v̂ - u) (§4), ``[M*R*K, Dv]``: of each slot in the place of its leader.
+    """G_i = (1/N_i) Σ κ w g (v̂ - u) (§4), ``[M*R*K, Dv]``: each slot's at its leader.
 
     Args:
         coefficient: ``[M, R, K]``: κ g w.
         error: ``[M, R, Dv]``: v̂ - u, 0 without a pair.
-        count: ``[M*R*K, 1]``: N_i, in the place of its slot's leader.
+        count: ``[M*R*K, 1]``: N_i, each slot's at its leader.
         leader: ``[M*R*K]``: the entry that stands for the slot of each.
     """
     return _total(coefficient[..., None] * error[:, :, None, :], leader) / ops.maximum(count, 1)
@@ -81,7 +81,7 @@ def write_values(
 
 
 def _total(x: Array, leader: Array) -> Array:
-    """``[M, R, K, n] -> [M*R*K, n]``: the sum over each slot's entries, in the place of its leader."""
+    """``[M, R, K, n] -> [M*R*K, n]``: the sum over each slot's entries, at its leader."""
     return ops.segment_sum(ops.reshape(x, (-1, x.shape[-1])), leader, ops.shape(leader)[0])
 
 

@@ -86,7 +86,7 @@ def pairs(cfg: FwPKMConfig, counted: Array, live: Array) -> Array:
 
 
 def select_window(cfg: FwPKMConfig, memory: Memory, window: Tokens) -> tuple[Reads, Selected]:
-    """Read a window."""
+    """What a window's tokens read, and what a write of them needs."""
     memories = ops.shape(memory.keys)[0]
     selection = select_slots(cfg, halves(cfg, window.query, memories), memory.keys)
     dead = ~(by_row(selection.finite, window) & finite(window))
@@ -97,7 +97,7 @@ def select_window(cfg: FwPKMConfig, memory: Memory, window: Tokens) -> tuple[Rea
     return reads, Selected(selection, without(window, dead), row_index, output)
 
 
-def read_and_write(cfg: FwPKMConfig, memory: Memory, window: Tokens) -> tuple[Reads, Memory, Losses]:
+def write_window(cfg: FwPKMConfig, memory: Memory, window: Tokens) -> tuple[Reads, Memory, Losses]:
     """Read a window and write its first C tokens; those after serve only as targets (§5)."""
     reads, selected = select_window(cfg, memory, window)
     live = selected.tokens.mask
@@ -122,26 +122,26 @@ def read_stream(cfg: FwPKMConfig, state: State, tokens: Tokens) -> tuple[Reads, 
         what the tokens read, the next state, the losses ``[M, W]``, and the number of writes.
     """
     length, size, lag = ops.shape(tokens.mask)[1], cfg.chunk_size, schedule.lag(cfg)
-    parts = windows(cfg, state.position[0], length)
+    runs = windows(cfg, state.position[0], length)
     columns = schedule.max_writes(cfg, length)
     buffer = join(filled(tokens.query.dtype, state.pending), tokens)
 
     def stream(index: Array, dead: Array) -> Tokens:
         """Stream tokens at ``index`` [n], those of the new ones that were found ``dead`` [B, T] blanked."""
-        new = ops.clip(index - parts.num_pending, 0, length - 1)
-        old = index < parts.num_pending
+        new = ops.clip(index - runs.num_pending, 0, length - 1)
+        old = index < runs.num_pending
         found = take(buffer, ops.where(old, index, cfg.capacity + new))
         return without(found, ops.take(dead, new, axis=1) & ~old)
 
     def due(window: Array, *_: Any) -> Array:
-        return window < parts.writes
+        return window < runs.writes
 
     def read_one(window: Array, memory: Memory, reads: Reads, losses: Losses) -> tuple:
         read_here = stream(window * size + ops.arange(size + lag, dtype="int32"), reads.dead)
-        here, memory, lost = read_and_write(cfg, memory, read_here)
+        here, memory, written = write_window(cfg, memory, read_here)
         column = ops.arange(columns, dtype="int32") == window
-        losses = Losses(*(ops.where(column, x[:, None], all_) for x, all_ in zip(lost, losses)))
-        return window + 1, memory, _merge(reads, here, *parts.first_reads(cfg, window)), losses
+        losses = Losses(*(ops.where(column, x[:, None], all_) for x, all_ in zip(written, losses)))
+        return window + 1, memory, _merge(reads, here, *runs.first_reads(cfg, window)), losses
 
     start = (ops.zeros((), "int32"), state.memory, nothing_read(cfg, tokens), no_losses(state.memory, columns))
     _, memory, reads, losses = ops.while_loop(due, read_one, start, maximum_iterations=columns)
@@ -149,11 +149,11 @@ def read_stream(cfg: FwPKMConfig, state: State, tokens: Tokens) -> tuple[Reads, 
     tail = ops.minimum(length, size + lag)  # more cannot follow the last write
     start_of_tail = length - tail
     here, _ = select_window(cfg, memory, take(tokens, start_of_tail + ops.arange(tail, dtype="int32")))
-    _, first = parts.first_reads(cfg, parts.writes)
-    reads = _merge(reads, here, parts.stream_index - parts.num_pending - start_of_tail, first)
-    rest = parts.writes * size + ops.arange(cfg.capacity, dtype="int32")
-    pending = without(stream(rest, reads.dead), (rest >= parts.num_pending + length)[None])
-    return reads, State.of(memory, pending, state.position + length), losses, parts.writes
+    _, first = runs.first_reads(cfg, runs.writes)
+    reads = _merge(reads, here, runs.stream_index - runs.num_pending - start_of_tail, first)
+    rest = runs.writes * size + ops.arange(cfg.capacity, dtype="int32")
+    pending = without(stream(rest, reads.dead), (rest >= runs.num_pending + length)[None])
+    return reads, State.of(memory, pending, state.position + length), losses, runs.writes
 
 
 def _merge(reads: Reads, here: Reads, index: Array, first: Array) -> Reads:

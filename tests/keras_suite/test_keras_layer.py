@@ -185,8 +185,8 @@ def test_shapes_are_known_without_running():
     assert layer.compute_output_shape((None, None, HIDDEN)) == unknown
     assert [shape for shape in layer.compute_output_shape((4, 11, HIDDEN))] == [(4, 11, HIDDEN), *STATE_SHAPES]
     assert FwPKM(**SMALL).compute_output_shape((4, 11, HIDDEN)) == (4, 11, HIDDEN)
-    shared = FwPKM(**SMALL, return_state=True, memory_scope="batch")(keras.Input((None, HIDDEN)))
-    assert tuple(shared[1].shape) == (1, 2, 2, 4, 2)
+    _, *state = FwPKM(**SMALL, return_state=True, memory_scope="batch")(keras.Input((None, HIDDEN)))
+    assert tuple(unflatten(state).memory.keys.shape) == (1, 2, 2, 4, 2)
 
 
 def test_a_constant_row_of_values_gives_zero():
