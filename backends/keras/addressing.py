@@ -1,4 +1,4 @@
-"""SPEC.md §2 and the key half of §4: which slots a query picks, and how the keys move.
+"""SPEC.md §2, the addressing loss of §3 and the keys of §4: which slots a query picks, and how the keys move.
 
 M memories, R tokens a memory, d = Dk/2: query [M, H, 2, R, d], keys [M, H, 2, S, d].
 """
@@ -7,20 +7,23 @@ from typing import NamedTuple
 
 from keras import ops
 
-from fwpkm.backends.keras.tokens import blank, outer
+from fwpkm.backends.keras.tokens import SELF, ChunkFlags, blank, outer
 from fwpkm.config import FwPKMConfig
-from fwpkm.containers import Array
+from fwpkm.rules import addressing_loss, addressing_slope, step
+from fwpkm.tokens import Array
 
 
-class Address(NamedTuple):
-    """What R tokens of each memory picked."""
+class Selection(NamedTuple):
+    """What R tokens of each memory picked. Tokens that are not finite have query and sub-keys of zero."""
 
-    place: Array
-    """``[M, H, 2, R, k]`` the chosen sub-keys, best first, as rows of all keys ``[M*H*2*S, d]``."""
-    scores: Array
+    query: Array
+    """``[M, H, 2, R, 1, d]``"""
+    subkeys: Array
+    """``[M, H, 2, R, k, d]`` the selected sub-keys, best first."""
+    row_index: Array
+    """``[M, H, 2, R, k]`` where they stand, as rows of all keys ``[M*H*2*S, d]``."""
+    sub_scores: Array
     """``[M, H, 2, R, k]`` their scores."""
-    pull: Array
-    """``[M, H, 2, R, k, d]``: ∂s/∂K (§4)."""
     slots: Array
     """``[M, R, H*k]`` by head, then by descending sum."""
     weights: Array
@@ -29,56 +32,90 @@ class Address(NamedTuple):
     """``[M, R]`` whether the query and all its selected scores are finite."""
 
 
-def address(cfg: FwPKMConfig, query: Array, keys: Array) -> Address:
-    """Pick slots and weigh them (§2). Tokens that are not finite come back as if all their scores were equal."""
+def sub_scores(cfg: FwPKMConfig, query: Array, keys: Array) -> Array:
+    """s = -log(ε + ‖q - K‖²) or q·K, over the last axis (§2)."""
+    if cfg.score == "dot_product":
+        return ops.sum(query * keys, axis=-1)
+    if cfg.score == "idw":
+        return -ops.log(cfg.score_eps + ops.sum(ops.square(query - keys), axis=-1))
+    return cfg.refuse("score", SELF.name)
+
+
+def score_gradient(cfg: FwPKMConfig, query: Array, keys: Array) -> Array:
+    """∂s/∂K over the last axis: 2(q - K)/(ε + ‖q - K‖²), or q (§4)."""
+    if cfg.score == "dot_product":
+        return query
+    if cfg.score == "idw":
+        difference = query - keys
+        return 2 * difference / (cfg.score_eps + ops.sum(ops.square(difference), axis=-1, keepdims=True))
+    return cfg.refuse("score", SELF.name)
+
+
+def top_k(scores: Array, k: int) -> tuple[Array, Array]:
+    """The k largest of the last axis, best first, and their positions; ties go to the lower one."""
+    # Keras' own has no order for NaN.
+    return ops.top_k(ops.where(ops.isnan(scores), ops.cast(-float("inf"), scores.dtype), scores), k)
+
+
+def select_slots(cfg: FwPKMConfig, query: Array, keys: Array) -> Selection:
+    """Top-k of both codebooks, top-k of the k² sums, one softmax across all heads (§2).
+
+    Integers are chosen first, without gradients. Then the chosen sub-keys are scored anew, for autodiff: tokens that
+    are not finite are blanked before it meets them, since a gradient of 0 through an infinity is NaN.
+    """
     k = cfg.top_k
     finite = ops.all(ops.isfinite(ops.stop_gradient(query)), axis=(1, 2, 4))
     query = _blank_tokens(query, finite)
-    ranks, subkeys = ops.top_k(_ranks(cfg, ops.stop_gradient(query), ops.stop_gradient(keys)), k)
-    rough = ranks if cfg.score == "dot_product" else -ops.log(cfg.score_eps - ranks)
-    grid = rough[:, :, 0, :, :, None] + rough[:, :, 1, :, None, :]
-    sums, cells = ops.top_k(ops.reshape(grid, (*ops.shape(grid)[:-2], k * k)), k)
-    finite &= ops.all(ops.isfinite(rough), axis=(1, 2, 4)) & ops.all(ops.isfinite(sums / cfg.temperature), axis=(1, 3))
+    ranks, chosen = top_k(_ranks(cfg, ops.stop_gradient(query), ops.stop_gradient(keys)), k)
+    constant = _scores_of_ranks(cfg, ranks)
+    grid = constant[:, :, 0, :, :, None] + constant[:, :, 1, :, None, :]
+    sums, cells = top_k(ops.reshape(grid, (*ops.shape(grid)[:-2], k * k)), k)
+    finite &= ops.all(ops.isfinite(constant), axis=(1, 2, 4))
+    finite &= ops.all(ops.isfinite(sums / cfg.temperature), axis=(1, 3))
 
-    groups = ops.arange(ops.shape(keys)[0] * cfg.num_heads * 2, dtype=subkeys.dtype)
-    place = subkeys + ops.reshape(groups * cfg.num_subkeys, (-1, cfg.num_heads, 2, 1, 1))
-    scores, pull = _scores(cfg, query, ops.take(_rows(keys), place, axis=0), finite)
-    first, second = cells // k, cells % k
+    codebooks = ops.arange(ops.shape(keys)[0] * cfg.num_heads * 2, dtype=chosen.dtype)
+    row_index = chosen + ops.reshape(codebooks * cfg.num_subkeys, (-1, cfg.num_heads, 2, 1, 1))
+    subkeys = _blank_tokens(ops.take(_rows(keys), row_index, axis=0), finite)
+    query = _blank_tokens(query[..., None, :], finite)
+    scores, first, second = sub_scores(cfg, query, subkeys), cells // k, cells % k
     sums = _pick(scores[:, :, 0], first) + _pick(scores[:, :, 1], second)
-    slots = _pick(subkeys[:, :, 0], first) * cfg.num_subkeys + _pick(subkeys[:, :, 1], second)
+    slots = _pick(chosen[:, :, 0], first) * cfg.num_subkeys + _pick(chosen[:, :, 1], second)
     weights = _softmax(_by_token(sums) / cfg.temperature)
-    return Address(place, scores, pull, _by_token(slots), weights, finite)
+    return Selection(query, subkeys, row_index, scores, _by_token(slots), weights, finite)
 
 
-def write_keys(cfg: FwPKMConfig, keys: Array, chosen: Address, counted: Array, active: Array) -> tuple[Array, Array]:
-    """Move the keys down the addressing loss (§3, §4).
+def sub_key_probabilities(chosen_scores: Array) -> Array:
+    """p over the k selected sub-scores of each head and codebook, no temperature (§3): ``[M, H, 2, R, k]``."""
+    return _softmax(chosen_scores)
 
-    Args:
-        cfg: the configuration.
-        keys: ``[M, H, 2, S, d]``.
-        chosen: what the tokens of the chunk picked in these keys.
-        counted: ``[M, R]``, the chunk's unmasked tokens.
-        active: ``[M]``, the memories in which the chunk has a pair.
 
-    Returns:
-        the new keys, and the loss ``[M]``.
+def mean_probabilities(keys: Array, p: Array, row_index: Array, fraction: Array) -> Array:
+    """p̄ ``[M*H*2*S]``, the mean of p over the chunk's unmasked tokens (§3).
+
+    ``fraction`` ``[M, 1, 1, R, 1]`` is what each token is of its chunk: 1/n, 0 where it does not count.
     """
-    flat, rows = ops.reshape(chosen.place, (-1,)), ops.shape(_rows(keys))[0]
-    p = _softmax(chosen.scores)
-    counted = ops.cast(counted, p.dtype)
-    share = (counted / ops.maximum(ops.sum(counted, axis=-1, keepdims=True), 1))[:, None, None, :, None] * p
-    mean = ops.segment_sum(ops.reshape(share, (-1,)), flat, rows)
-    log = ops.log(mean + 1e-8)
-    loss = ops.sum(ops.reshape(mean * log, (ops.shape(keys)[0], -1)), axis=-1) * ops.cast(active, p.dtype)
-    slope = ops.take(log + mean / (mean + 1e-8), chosen.place, axis=0)
-    d_score = cfg.addressing_weight * share * (slope - ops.sum(p * slope, axis=-1, keepdims=True))
-    pulls = ops.reshape(d_score[..., None] * chosen.pull, (-1, keys.shape[-1]))
-    gradient = ops.reshape(ops.segment_sum(pulls, flat, rows), (-1, *keys.shape[1:]))
-    if cfg.grad_clip is not None:
-        gradient = ops.clip(gradient, -cfg.grad_clip, cfg.grad_clip)
-    new = keys - cfg.learning_rate * (gradient + cfg.weight_decay * keys)
+    return ops.segment_sum(ops.reshape(fraction * p, (-1,)), ops.reshape(row_index, (-1,)), ops.shape(_rows(keys))[0])
+
+
+def key_gradient(cfg: FwPKMConfig, keys: Array, selection: Selection, p: Array, mean: Array, fraction: Array) -> Array:
+    """∇_keys L_addr ``[M, H, 2, S, d]``, the closed form of §4."""
+    slope = ops.take(addressing_slope(ops, mean), selection.row_index, axis=0)
+    d_score = fraction * p * (slope - ops.sum(p * slope, axis=-1, keepdims=True))
+    d_rows = d_score[..., None] * score_gradient(cfg, selection.query, selection.subkeys)
+    flat, entries = ops.reshape(d_rows, (-1, keys.shape[-1])), ops.reshape(selection.row_index, (-1,))
+    return ops.reshape(ops.segment_sum(flat, entries, ops.shape(_rows(keys))[0]), (-1, *keys.shape[1:]))
+
+
+def write_keys(cfg: FwPKMConfig, keys: Array, selection: Selection, flags: ChunkFlags) -> tuple[Array, Array]:
+    """Move the keys ``[M, H, 2, S, d]`` down the addressing loss ``[M]`` of a chunk (§3, §4); returns both."""
+    p = sub_key_probabilities(selection.sub_scores)
+    counted, active = ops.cast(flags.counted, p.dtype), flags.active
+    fraction = (counted / ops.maximum(ops.sum(counted, axis=-1, keepdims=True), 1))[:, None, None, :, None]
+    mean = mean_probabilities(keys, p, selection.row_index, fraction)
+    terms = ops.reshape(addressing_loss(ops, mean), (ops.shape(keys)[0], -1))
+    new = step(ops, cfg, keys, cfg.addressing_weight * key_gradient(cfg, keys, selection, p, mean, fraction))
     moves = outer(active, keys) & ops.all(ops.isfinite(new), axis=-1, keepdims=True)
-    return ops.where(moves, new, keys), loss
+    return ops.where(moves, new, keys), ops.sum(terms, axis=-1) * ops.cast(active, p.dtype)
 
 
 def _ranks(cfg: FwPKMConfig, query: Array, keys: Array) -> Array:
@@ -90,29 +127,27 @@ def _ranks(cfg: FwPKMConfig, query: Array, keys: Array) -> Array:
 
     def add(feature: Array, total: Array) -> Array:
         q, key = ops.take(query, feature, axis=-1)[..., :, None], ops.take(keys, feature, axis=-1)[..., None, :]
-        return total + q * key if cfg.score == "dot_product" else total - ops.square(q - key)
+        if cfg.score == "dot_product":
+            return total + q * key
+        if cfg.score == "idw":
+            return total - ops.square(q - key)
+        return cfg.refuse("score", SELF.name)
 
-    ranks = ops.fori_loop(0, cfg.key_dim // 2, add, query[..., :1] * 0 + keys[..., None, :, 0] * 0)
-    return ops.where(ops.isnan(ranks), ops.cast(-float("inf"), ranks.dtype), ranks)  # top_k has no order for NaN
+    return ops.fori_loop(0, cfg.key_dim // 2, add, query[..., :1] * 0 + keys[..., None, :, 0] * 0)
 
 
-def _scores(cfg: FwPKMConfig, query: Array, near: Array, finite: Array) -> tuple[Array, Array]:
-    """Scores ``[M, H, 2, R, k]`` of the chosen sub-keys ``near`` [M, H, 2, R, k, d], and ∂s/∂K.
-
-    Tokens that are not finite are blanked before they meet autodiff: a gradient of 0 through an infinity is NaN.
-    """
+def _scores_of_ranks(cfg: FwPKMConfig, ranks: Array) -> Array:
+    """The sub-scores that ranks stand for."""
     if cfg.score == "dot_product":
-        toward = _blank_tokens(query[..., None, :] + ops.zeros_like(near), finite)
-        return ops.sum(toward * near, axis=-1), toward
-    difference = _blank_tokens(query[..., None, :] - near, finite)
-    distance = cfg.score_eps + ops.sum(ops.square(difference), axis=-1)
-    return -ops.log(distance), 2 * difference / distance[..., None]
+        return ranks
+    if cfg.score == "idw":
+        return -ops.log(cfg.score_eps - ranks)
+    return cfg.refuse("score", SELF.name)
 
 
 def _blank_tokens(x: Array, finite: Array) -> Array:
     """``[M, H, 2, R, ...]`` with zeros where ``finite`` [M, R] is not."""
-    shape = (ops.shape(x)[0], 1, 1, ops.shape(x)[3])
-    return blank(x, ops.reshape(~finite, shape))
+    return blank(x, ~finite[:, None, None])
 
 
 def _softmax(scores: Array) -> Array:

@@ -10,12 +10,13 @@ from keras import KerasTensor, initializers, ops
 
 from fwpkm import validation
 from fwpkm.backends.keras import native
-from fwpkm.backends.keras.layout import NAMES, copies_of, flatten, forms, unflatten
-from fwpkm.backends.keras.norms import rms_normalised, zscore
-from fwpkm.backends.keras.tokens import blank, finite_rows
+from fwpkm.backends.keras.layout import NAMES, by_name, copies_of, specs, unflatten
+from fwpkm.backends.keras.tokens import SELF, blank, dtype_of, finite_rows
 from fwpkm.config import FwPKMConfig
-from fwpkm.containers import Array, Memory, State
+from fwpkm.containers import Memory, State, memory_specs
 from fwpkm.files import layer_spec
+from fwpkm.rules import mix, rms_norm, zscore
+from fwpkm.tokens import Array, Tokens
 
 
 @keras.saving.register_keras_serializable(package="fwpkm")
@@ -64,6 +65,7 @@ class FwPKM(keras.layers.Layer):
         # autocast would round the tables of a passed state: the layer casts for itself.
         super().__init__(trainable=trainable, dtype=dtype, name=name, autocast=False)
         self._config = validation.layer_config(1, None, value_norm, config_fields)  # the width comes with build
+        validation.check_served(self._config, SELF)
         if learn_memory and stateful:
             raise ValueError(
                 "learn_memory must be False with stateful=True, where batches pass no gradient to the initial memory. "
@@ -102,18 +104,15 @@ class FwPKM(keras.layers.Layer):
             self._add(f"{part}_norm.weight", (into,), initializers.Ones())
             self._add(f"{part}_proj.weight", (out, into), initializers.RandomNormal(stddev=0.02))
             self._add(f"{part}_proj.bias", (out,), initializers.Zeros())
-        keys, values, *pending = forms(cfg, self.batch_size, self._table_dtype)
-        bound, spread = cfg.key_dim**-0.5, cfg.value_dim**-0.5
-        for name, form, start in (
-            ("memory.keys", keys, initializers.RandomUniform(-bound, bound)),
-            ("memory.values", values, initializers.RandomNormal(stddev=spread)),
-        ):
-            table = self._add(name, form.shape[1:], start, dtype=form.dtype, trainable=self.learn_memory)
-            if self.stateful:
-                self._add(f"state.{name}", form.shape, copies_of(table), dtype=form.dtype, trainable=False)
-        if self.stateful:
-            for name, form in zip(NAMES[2:], pending):
-                self._add(f"state.{name}", form.shape, initializers.Zeros(), dtype=form.dtype, trainable=False)
+        bound, dtype = cfg.key_dim**-0.5, self._table_dtype
+        start = Memory(initializers.RandomUniform(-bound, bound), initializers.RandomNormal(stddev=cfg.value_dim**-0.5))
+        tables = {}
+        for name, spec in memory_specs(cfg, 1)._asdict().items():
+            options = {"initializer": getattr(start, name), "dtype": dtype, "trainable": self.learn_memory}
+            tables[f"memory.{name}"] = self._add(f"memory.{name}", spec.shape[1:], **options)
+        for name, spec in specs(cfg, self.batch_size).items() if self.stateful else ():
+            initial = copies_of(tables[name]) if name in tables else initializers.Zeros()
+            self._add(f"state.{name}", spec.shape, initial, dtype=dtype_of(spec.kind, dtype), trainable=False)
 
     def call(
         self,
@@ -151,24 +150,23 @@ class FwPKM(keras.layers.Layer):
         dead = ~finite_rows(x)
         x = blank(x, dead)
         query, value = self._project("query", x), self._project("value", x)
-        value = zscore(value) if self.value_norm == "zscore" else value
+        value = zscore(ops, _wide(value)) if self.value_norm == "zscore" else value
         gate = ops.sigmoid(self._project("gate", x)[..., 0]) if self.gated else None
         if initial_state is None:
             state = self.state if self.stateful else self.init_state(ops.shape(x)[0])
         else:
             state = unflatten(initial_state)
         live = ~dead if mask is None else mask & ~dead
-        read, state = native.apply(self._config, state, query, value, gate, live, update, owned=initial_state is None)
+        tokens = Tokens(query, value, gate=gate, mask=live)
+        read, state = native.apply(self._config, state, tokens, update, owned=initial_state is None)
         dead = dead | ~finite_rows(read)
         read, value = ops.cast(blank(read, dead), value.dtype), blank(value, dead)
-        g = None if gate is None else ops.cast(gate[..., None], value.dtype)
-        mixed = read + value if g is None else g * read + (1 - g) * value
+        mixed = mix(None if gate is None else ops.cast(gate, value.dtype), read, value)
         y = self._project("output", mixed)
         y = ops.where(dead[..., None], ops.cast(float("nan"), y.dtype), y)
         if self.stateful and update:
-            for name, array in zip(NAMES, flatten(native.functions().detach(state))):
-                self._weight(f"state.{name}").assign(array)
-        return [y, *flatten(state)] if self.return_state else y
+            self._keep(native.functions().detach(state))
+        return [y, *by_name(state).values()] if self.return_state else y
 
     def compute_output_spec(
         self, x: KerasTensor, mask: Any = None, initial_state: Any = None, training: Any = None, update: bool = True
@@ -179,14 +177,15 @@ class FwPKM(keras.layers.Layer):
         if not self.return_state:
             return y
         dtype = self._table_dtype if initial_state is None else unflatten(initial_state).memory.keys.dtype
-        return [y, *(KerasTensor(form.shape, dtype=form.dtype) for form in forms(self._config, x.shape[0], dtype))]
+        state = specs(self._config, x.shape[0]).values()
+        return [y, *(KerasTensor(spec.shape, dtype=dtype_of(spec.kind, dtype)) for spec in state)]
 
     def compute_output_shape(self, input_shape: Sequence[int | None]) -> Any:
         """The shape of y, or of ``[y, *state]``."""
         shape = tuple(input_shape)
         if not self.return_state:
             return shape
-        return [shape, *(form.shape for form in forms(self._config, shape[0], self._table_dtype))]
+        return [shape, *(spec.shape for spec in specs(self._config, shape[0]).values())]
 
     def compute_mask(self, inputs: Any, previous_mask: Any = None) -> Any:
         """The mask goes on with y; the arrays of a state have none."""
@@ -205,8 +204,8 @@ class FwPKM(keras.layers.Layer):
         Raises:
             ValueError: the layer is not built.
         """
-        keys, values = (ops.convert_to_tensor(self._weight(name)) for name in NAMES[:2])
-        return native.functions().init_state(self._config, Memory(keys[None], values[None]), batch_size)
+        tables = Memory(*(ops.convert_to_tensor(self._weight(f"memory.{name}"))[None] for name in Memory._fields))
+        return native.functions().init_state(self._config, tables, batch_size)
 
     @property
     def state(self) -> State:
@@ -229,8 +228,7 @@ class FwPKM(keras.layers.Layer):
         if not self.stateful:
             raise ValueError("reset_state needs a layer with stateful=True. Received: stateful=False")
         if self.built:
-            for name, array in zip(NAMES, flatten(self.init_state(self.batch_size))):
-                self._weight(f"state.{name}").assign(ops.stop_gradient(array))
+            self._keep(native.functions().detach(self.init_state(self.batch_size)))
 
     def spec(self) -> dict[str, Any]:
         """What a file of this layer's weights must have been saved from."""
@@ -254,6 +252,11 @@ class FwPKM(keras.layers.Layer):
         if self.stateful:
             self.reset_state()
 
+    def _keep(self, state: State) -> None:
+        """Let the next call of a stateful layer go on from here."""
+        for name, array in by_name(state).items():
+            self._weight(f"state.{name}").assign(array)
+
     @property
     def _table_dtype(self) -> str:
         return "float64" if self.variable_dtype == "float64" else "float32"
@@ -275,7 +278,7 @@ class FwPKM(keras.layers.Layer):
         """Weights and initial tables by canonical name."""
         parts = [part for part in ("query", "value", "gate", "output") if self.gated or part != "gate"]
         names = [f"{part}_{weight}" for part in parts for weight in ("norm.weight", "proj.weight", "proj.bias")]
-        return {name: self._weight(name) for name in (*names, *NAMES[:2])}
+        return {name: self._weight(name) for name in (*names, *(f"memory.{name}" for name in Memory._fields))}
 
     def _check(self, x: Any) -> None:
         axes = [("B", None), ("T", None), ("hidden_size", self.hidden_size)]
@@ -292,8 +295,13 @@ class FwPKM(keras.layers.Layer):
             ops.cast(self._weight(f"{part}_{name}"), self.compute_dtype)
             for name in ("norm.weight", "proj.weight", "proj.bias")
         )
-        x = ops.cast(rms_normalised(x), self.compute_dtype) * norm
+        x = ops.cast(rms_norm(ops, _wide(x), 1.0), self.compute_dtype) * norm
         return ops.einsum("bti,oi->bto", x, weight) + bias  # on torch ops.matmul multiplies float64 in float32
+
+
+def _wide(x: Array) -> Array:
+    """At least float32, as the norms of §7 are whatever the policy."""
+    return ops.cast(x, "float32") if "float16" in keras.backend.standardize_dtype(x.dtype) else x
 
 
 def _attribute(name: str) -> str:

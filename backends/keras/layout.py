@@ -1,48 +1,37 @@
-"""A state as Keras passes it: a list of its seven arrays, in the order of fwpkm.State."""
+"""A state as Keras passes it: a list of its arrays in the order of fwpkm.State, with the names that files give them."""
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import keras
 from keras import ops
 
 from fwpkm.config import FwPKMConfig
-from fwpkm.containers import Array, Memory, State
-from fwpkm.validation import memories_for
-
-NAMES = ("memory.keys", "memory.values", *State._fields[1:])
+from fwpkm.containers import Memory, State, memories_for, memory_specs, state_specs
+from fwpkm.tokens import Array, ArraySpec
 
 
-class Form(NamedTuple):
-    """The shape and dtype of one array of a state."""
-
-    shape: tuple[int | None, ...]
-    dtype: str
-
-
-def forms(cfg: FwPKMConfig, batch_size: Any, dtype: str) -> list[Form]:
-    """What a state of ``batch_size`` rows, None where unknown, consists of; ``dtype`` is that of the tables."""
-    memories, tokens = memories_for(cfg, batch_size), (batch_size, cfg.capacity)
-    floats = [
-        (memories, cfg.num_heads, 2, cfg.num_subkeys, cfg.key_dim // 2),
-        (memories, cfg.num_slots, cfg.value_dim),
-        (*tokens, cfg.num_heads * cfg.key_dim),
-        (*tokens, cfg.value_dim),
-        tokens,
-    ]
-    return [*(Form(shape, dtype) for shape in floats), Form(tokens, "bool"), Form((batch_size,), "int32")]
+def by_name(state: State) -> dict[str, Any]:
+    """The arrays of a state, or their specs, by name; those of its memory as "memory.keys" and so on."""
+    fields = state._asdict()
+    memory = fields.pop("memory")
+    return {f"memory.{name}": x for name, x in memory._asdict().items()} | fields
 
 
-def flatten(state: State) -> list[Array]:
-    """The arrays of a state."""
-    return [*state.memory, *state[1:]]
+NAMES = tuple(by_name(state_specs(FwPKMConfig(), None)))
+
+
+def from_names(arrays: Mapping[str, Any]) -> State:
+    """The inverse of :func:`by_name`."""
+    memory = Memory(**{name: arrays[f"memory.{name}"] for name in Memory._fields})
+    return State(memory, **{name: arrays[name] for name in State._fields if name != "memory"})
 
 
 def unflatten(arrays: Any) -> State:
-    """The inverse of :func:`flatten`; a State is itself.
+    """A state from the list of its arrays; a State is itself.
 
     Raises:
-        ValueError: neither a State nor seven arrays.
+        ValueError: neither a State nor so many arrays.
     """
     if isinstance(arrays, State):
         return arrays
@@ -51,7 +40,13 @@ def unflatten(arrays: Any) -> State:
         raise ValueError(
             f"initial_state must be a fwpkm.State or the list of its arrays [{', '.join(NAMES)}]. Received: {received}"
         )
-    return State(Memory(*arrays[:2]), *arrays[2:])
+    return from_names(dict(zip(NAMES, arrays)))
+
+
+def specs(cfg: FwPKMConfig, batch_size: Any) -> dict[str, ArraySpec]:
+    """What a state of ``batch_size`` rows, None where unknown, consists of."""
+    memory = memory_specs(cfg, memories_for(cfg, batch_size))  # one in batch scope, however many rows
+    return by_name(state_specs(cfg, batch_size)._replace(memory=memory))
 
 
 def copies_of(table: keras.Variable) -> Any:

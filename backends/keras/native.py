@@ -7,7 +7,8 @@ from typing import Any
 import keras
 
 from fwpkm.config import FwPKMConfig
-from fwpkm.containers import Array, State
+from fwpkm.containers import State
+from fwpkm.tokens import Array, Tokens
 
 _MODULES = {
     "tensorflow": "fwpkm.backends.keras.ops",
@@ -31,22 +32,12 @@ def functions() -> ModuleType:
     return importlib.import_module(_MODULES[name])
 
 
-def apply(
-    cfg: FwPKMConfig,
-    state: State,
-    query: Array,
-    value: Array,
-    gate: Array | None,
-    mask: Array | None,
-    update: bool,
-    *,
-    owned: bool,
-) -> tuple[Array, State]:
+def apply(cfg: FwPKMConfig, state: State, tokens: Tokens, update: bool, *, owned: bool) -> tuple[Array, State]:
     """``apply`` without its trace; torch may overwrite the table of a state that the caller owns."""
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {name: x for name, x in tokens._asdict().items() if x is not None}
     if keras.backend.backend() == "torch":
         options["inplace"] = owned and not state.memory.values.requires_grad
-    output, state, _ = functions().apply(cfg, on_host(state), query, value, gate, mask, update, **options)
+    output, state, _ = functions().apply(cfg, on_host(state), update=update, **options)
     return output, state
 
 

@@ -1,49 +1,80 @@
 """Tokens of B sequences as the tables see them, and the layout in which tokens meet their memory."""
 
+import functools
+import operator
 from typing import NamedTuple
 
 from keras import ops
 
 from fwpkm.config import FwPKMConfig
-from fwpkm.containers import Array
+from fwpkm.tokens import TOKEN_FIELDS, Array, TokenField, Tokens, token_specs
+from fwpkm.validation import Implementation
+
+SELF = Implementation.of(
+    "the Keras backend",
+    object,  # the type of its arrays is known once tensorflow is loaded: ops.py
+    """
+    key_dim value_dim num_heads num_subkeys top_k chunk_size lookahead boundary score score_eps temperature
+    learning_rate write_scale weight_decay grad_clip addressing_weight memory_scope
+    """,
+)
 
 
-class Tokens(NamedTuple):
-    """n tokens of B sequences, in the tables' dtype."""
+class ChunkFlags(NamedTuple):
+    """What the tokens of a chunk do in its write."""
 
-    query: Array
-    """``[B, n, H*Dk]``"""
-    value: Array
-    """``[B, n, Dv]``: what a token offers as a target."""
-    gate: Array
-    """``[B, n]``"""
-    mask: Array
-    """``[B, n]`` bool"""
+    counted: Array
+    """``[M, R]`` bool: unmasked tokens, whose reads count in N_i and p̄."""
+    pair: Array
+    """``[M, R]`` bool: counted tokens with a target."""
 
-    @classmethod
-    def of(cls, dtype: str, query: Array, value: Array, gate: Array | None, mask: Array | None) -> "Tokens":
-        """The arguments of a call; a missing gate is 1 and a missing mask True."""
-        one = ops.ones_like(query[..., 0], dtype=dtype)
-        gate = one if gate is None else ops.cast(gate, dtype)
-        mask = ops.cast(one, "bool") if mask is None else mask
-        return cls(ops.cast(query, dtype), ops.cast(value, dtype), gate, mask)
+    @property
+    def active(self) -> Array:
+        """``[M]`` bool: the memories in which the chunk has a pair."""
+        return ops.any(self.pair, axis=1)
 
-    def join(self, later: "Tokens") -> "Tokens":
-        """These tokens, then the later ones."""
-        return Tokens(*(ops.concatenate(pair, axis=1) for pair in zip(self, later)))
 
-    def take(self, index: Array) -> "Tokens":
-        """The tokens at ``index`` [m] of every row."""
-        return Tokens(*(ops.take(x, index, axis=1) for x in self))
+def dtype_of(kind: str, tables: str) -> str:
+    """The dtype of a stored array: a float has that of the tables."""
+    return tables if kind == "float" else kind
 
-    def finite(self) -> Array:
-        """``[B, n]``: query, value and gate are all finite."""
-        return finite_rows(self.query) & finite_rows(self.value) & ops.isfinite(self.gate)
 
-    def without(self, dead: Array) -> "Tokens":
-        """The dead ones ``[B, n]`` as zeros with mask False (SPEC.md §5); no gradient passes through them."""
-        query, value, gate = (blank(x, dead) for x in self[:3])
-        return Tokens(query, value, gate, self.mask & ~dead)
+def filled(dtype: str, tokens: Tokens) -> Tokens:
+    """The tokens of a call in the tables' dtype, with defaults for what was left out."""
+    shape = ops.shape(tokens.query)[:2]
+
+    def fill(field: TokenField, x: Array | None) -> Array:
+        wanted = dtype_of(field.kind, dtype)
+        return ops.full(shape, field.default, dtype=wanted) if x is None else ops.cast(x, wanted)
+
+    return Tokens(*map(fill, TOKEN_FIELDS, tokens))
+
+
+def no_tokens(cfg: FwPKMConfig, batch_size: int | Array, dtype: str) -> Tokens:
+    """The pending tokens ``[B, P, ...]`` of a state that begins: zeros, and mask False."""
+    specs = token_specs(cfg, batch_size, ("P", cfg.capacity))
+    return specs.map(lambda spec: ops.zeros(spec.shape, dtype_of(spec.kind, dtype)))
+
+
+def join(before: Tokens, after: Tokens) -> Tokens:
+    """The tokens of one call after those of another."""
+    return Tokens(*(ops.concatenate(two, axis=1) for two in zip(before, after)))
+
+
+def take(tokens: Tokens, index: Array) -> Tokens:
+    """The tokens at ``index`` [n] of every row."""
+    return tokens.map(lambda x: ops.take(x, index, axis=1))
+
+
+def finite(tokens: Tokens) -> Array:
+    """``[B, n]``: every number of a token is finite."""
+    numbers = [(field, x) for field, x in zip(TOKEN_FIELDS, tokens) if field.kind == "float"]
+    return functools.reduce(operator.and_, [finite_rows(x) if field.width else ops.isfinite(x) for field, x in numbers])
+
+
+def without(tokens: Tokens, dead: Array) -> Tokens:
+    """The dead ones, ``[B, n]`` or ``[B]``, as zeros with mask False (SPEC.md §5); no gradient passes through them."""
+    return tokens.map(lambda x: blank(x, dead))
 
 
 def blank(x: Array, dead: Array) -> Array:
@@ -53,9 +84,7 @@ def blank(x: Array, dead: Array) -> Array:
 
 def outer(flags: Array, like: Array) -> Array:
     """``flags`` with axes of length 1 behind its own, so that it broadcasts against ``like``."""
-    for _ in range(len(like.shape) - len(flags.shape)):
-        flags = flags[..., None]
-    return flags
+    return flags[(...,) + (None,) * (len(like.shape) - len(flags.shape))]
 
 
 def finite_rows(x: Array) -> Array:
@@ -64,7 +93,7 @@ def finite_rows(x: Array) -> Array:
 
 
 def ahead(x: Array, lookahead: int) -> Array:
-    """``[B, n, ...]``: x at t + L, zeros where that has not arrived."""
+    """``[B, n, ...]``: x at t + L, zeros behind the last."""
     return ops.concatenate([x[:, lookahead:], ops.zeros_like(x[:, :lookahead])], axis=1) if lookahead else x
 
 

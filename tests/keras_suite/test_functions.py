@@ -71,7 +71,7 @@ def test_one_graph_serves_every_batch_time_and_position(jit_compile, be):
     graph = tensorflow.function(run, jit_compile=jit_compile, input_signature=[*tables, *unknown], autograph=False)
     for position, *shape in ((3, 2, 11), (6, 3, 2)):
         arrays = (rng.normal(size=(*shape, 8)), rng.normal(size=(*shape, 3)), rng.uniform(size=shape))
-        given = [*memory, *(be.asarray(array, "float32") for array in arrays)]
-        given.append(be.asarray(np.full(shape[0], position), "int32"))
-        for actual, expected in zip(keras.tree.flatten(graph(*given)), keras.tree.flatten(run(*given)), strict=True):
+        inputs = [*memory, *(be.asarray(array, "float32") for array in arrays)]
+        inputs.append(be.asarray(np.full(shape[0], position), "int32"))
+        for actual, expected in zip(keras.tree.flatten(graph(*inputs)), keras.tree.flatten(run(*inputs)), strict=True):
             assert agreement.relative_error(be.to_numpy(actual), be.to_numpy(expected)) < bound

@@ -1,5 +1,6 @@
 """The Keras layer against SPEC.md §7, the torch layer, and what Keras users expect of a layer."""
 
+import dataclasses
 import json
 
 import keras
@@ -10,10 +11,10 @@ from keras import ops
 from keras_suite.layers import BACKEND, HIDDEN, SMALL, gradients, inputs, make, native, numpy
 
 import fwpkm
-from fwpkm import FwPKMConfig, Memory, State, agreement
+from fwpkm import FwPKMConfig, agreement, config
 from fwpkm.backends.keras import FwPKM
-from fwpkm.backends.keras.layout import NAMES
-from fwpkm.backends.keras.norms import zscore
+from fwpkm.backends.keras.layout import NAMES, by_name, unflatten
+from fwpkm.rules import zscore
 
 FORWARD = agreement.BOUNDS["float32"].forward
 STATE_SHAPES = [(4, 2, 2, 4, 2), (4, 16, 3), (4, 4, 8), (4, 4, 3), (4, 4), (4, 4), (4,)]
@@ -42,7 +43,7 @@ def test_the_layer_is_the_torch_layer(dtype, options, tmp_path):
     expected, expected_state = torch_layer(torch.from_numpy(x))
     y, *state = layer(native(x))
     assert error(y, expected) < bounds.forward
-    for actual, wanted in zip(state, [*expected_state.memory, *expected_state[1:]], strict=True):
+    for actual, wanted in zip(state, by_name(expected_state).values(), strict=True):
         assert keras.backend.standardize_dtype(actual.dtype) == str(wanted.dtype).removeprefix("torch.")
         assert error(actual, wanted) < bounds.forward
     cotangent = inputs(dtype=dtype)[..., ::-1].copy()
@@ -74,7 +75,7 @@ def test_states_go_to_the_torch_layer_in_files(tmp_path):
     layer, x = make(return_state=True), inputs()
     torch_layer = twin(layer, tmp_path, {})
     _, *state = layer(x[:, :6])
-    fwpkm.save_state(tmp_path / "state.safetensors", State(Memory(*state[:2]), *state[2:]), layer.config)
+    fwpkm.save_state(tmp_path / "state.safetensors", unflatten(state), layer.config)
     y, _ = torch_layer(
         torch.from_numpy(x[:, 6:]), fwpkm.load_state(tmp_path / "state.safetensors", layer.config, "torch")
     )
@@ -107,7 +108,7 @@ def test_a_mask_hides_padding_and_goes_on():
     np.testing.assert_array_equal(numpy(layer(spoiled, mask=mask))[mask], numpy(layer(x, mask=mask))[mask])
     assert layer.compute_mask(x, mask) is mask
     returning = make(return_state=True)
-    assert returning.compute_mask(x, mask) == [mask, *[None] * 7]
+    assert returning.compute_mask(x, mask) == [mask, *[None] * len(NAMES)]
 
 
 def test_the_mask_of_an_embedding_arrives_also_beside_a_state():
@@ -169,8 +170,7 @@ def test_initial_numbers():
 def test_the_config_is_flat_and_makes_the_same_layer():
     options = {"gated": False, "value_norm": None, "return_state": True, "stateful": True, "chunk_size": 7}
     layer = FwPKM(**SMALL | options, name="store", dtype="mixed_bfloat16")
-    config = json.loads(json.dumps(layer.get_config()))
-    again = FwPKM.from_config(config)
+    again = FwPKM.from_config(json.loads(json.dumps(layer.get_config())))
     assert again.get_config() == layer.get_config()
     assert again.config == FwPKMConfig(**SMALL | {"chunk_size": 7})
     assert (again.name, again.dtype_policy.name, again.stateful) == ("store", "mixed_bfloat16", True)
@@ -185,13 +185,13 @@ def test_shapes_are_known_without_running():
     assert layer.compute_output_shape((None, None, HIDDEN)) == unknown
     assert [shape for shape in layer.compute_output_shape((4, 11, HIDDEN))] == [(4, 11, HIDDEN), *STATE_SHAPES]
     assert FwPKM(**SMALL).compute_output_shape((4, 11, HIDDEN)) == (4, 11, HIDDEN)
-    shared = FwPKM(**SMALL, return_state=True, memory_scope="batch")(keras.Input((None, HIDDEN)))
-    assert tuple(shared[1].shape) == (1, 2, 2, 4, 2)
+    _, *state = FwPKM(**SMALL, return_state=True, memory_scope="batch")(keras.Input((None, HIDDEN)))
+    assert tuple(unflatten(state).memory.keys.shape) == (1, 2, 2, 4, 2)
 
 
 def test_a_constant_row_of_values_gives_zero():
     z = np.array([[0.1] * 7, [0.0] * 7, [1.0, 2, 3, 4, 5, 6, 7]], "float32")
-    out = numpy(zscore(ops.convert_to_tensor(z)))
+    out = numpy(zscore(ops, ops.convert_to_tensor(z)))
     assert (out[:2] == 0).all()
     assert out[2] == pytest.approx((np.arange(7) - 3) / np.std(np.arange(7), ddof=1), rel=1e-5)
 
@@ -208,6 +208,28 @@ def test_a_constant_row_of_values_gives_zero():
 def test_wrong_arguments(options, message):
     with pytest.raises(ValueError, match=message):
         FwPKM(**options)
+
+
+@pytest.mark.parametrize("field", config.CHOICES)
+def test_a_choice_that_is_not_implemented_is_refused(field, monkeypatch):
+    """By the functions that the layer calls, on whichever framework."""
+    monkeypatch.setitem(config.CHOICES, field, (*config.CHOICES[field], "novel"))
+    layer = make(**{field: "novel"})
+    with pytest.raises(ValueError, match=rf"{field}='novel' is not implemented by"):
+        layer(inputs())
+
+
+def test_a_field_that_the_layer_does_not_serve_must_be_at_its_default(monkeypatch):
+    @dataclasses.dataclass(frozen=True)
+    class WiderConfig(FwPKMConfig):
+        forget: float = 0.0
+
+    monkeypatch.setattr(fwpkm.validation, "FwPKMConfig", WiderConfig)
+    layer = make()
+    assert np.isfinite(numpy(layer(inputs()))).all()
+    assert layer.get_config()["forget"] == 0.0
+    with pytest.raises(ValueError, match=r"forget must be 0\.0: the Keras backend does not serve it.*forget=0\.5"):
+        FwPKM(**SMALL, forget=0.5)
 
 
 def test_wrong_inputs():
@@ -237,14 +259,15 @@ def test_a_stateful_layer_goes_on_until_it_is_reset():
     layer, x = make(batch=4, stateful=True, return_state=True), inputs()
     stateless = make(return_state=True)
     whole, *final = stateless(x)
-    pieces = [layer(x[:, :6]), layer(x[:, 6:])]
-    outputs = np.concatenate([numpy(piece[0]) for piece in pieces], axis=1)
+    first, *_ = layer(x[:, :6])
+    second, *state = layer(x[:, 6:])
+    outputs = np.concatenate([numpy(first), numpy(second)], axis=1)
     assert agreement.relative_error(outputs, numpy(whole)) < FORWARD
-    for actual, held, expected in zip(pieces[1][1:], [*layer.state.memory, *layer.state[1:]], final):
+    for actual, held, expected in zip(state, by_name(layer.state).values(), final, strict=True):
         assert agreement.relative_error(numpy(actual), numpy(expected)) < FORWARD
         np.testing.assert_array_equal(numpy(held), numpy(actual))
     layer(x, update=False)
-    np.testing.assert_array_equal(numpy(layer.state.memory.values), numpy(pieces[1][2]))
+    np.testing.assert_array_equal(numpy(layer.state.memory.values), numpy(unflatten(state).memory.values))
     layer.reset_state()
     np.testing.assert_array_equal(numpy(layer(x)[0]), numpy(whole))
 
