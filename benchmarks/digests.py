@@ -3,7 +3,8 @@
 Every choice of a configuration is covered: outputs, slots, weights, losses, states in mid-sequence, final tables and
 gradients of 24 small cases, masked, gated, with tokens that are not finite, read in calls of several sizes. Two runs
 whose digests are equal computed the same bits. With ``--save FILE`` the numbers are kept, and with ``--against FILE``
-compared: the largest relative error of each case (SPEC.md §6).
+compared: the largest relative error of each case (SPEC.md §6). On a GPU torch runs its deterministic algorithms, and
+cuBLAS wants CUBLAS_WORKSPACE_CONFIG=:4096:8.
 
     python -m benchmarks.digests --backend torch --save before.npz
     python -m benchmarks.digests --backend torch --against before.npz
@@ -14,6 +15,7 @@ keras on the framework that KERAS_BACKEND names. ``--device cuda`` moves the fir
 
 import argparse
 import hashlib
+import importlib
 import itertools
 from typing import Any
 
@@ -122,6 +124,9 @@ def main() -> int:
     if native:
         options["implementation"] = "triton" if args.backend == "triton" else "eager"
     be: Any = fwpkm.get_backend("torch" if native else args.backend)
+    if args.device == "cuda":  # plain PyTorch adds in any order there unless it is told not to
+        torch = importlib.import_module("torch")
+        torch.use_deterministic_algorithms(True, warn_only=True)
     place = (lambda x: x.to(args.device)) if native else (lambda x: x)
     before = dict(np.load(args.against)) if args.against else {}
     kept, digests, differs = {}, [], False
