@@ -1,4 +1,4 @@
-"""Checks of what a caller passes that only torch needs: devices and autograd; each signature of a call is checked once."""
+"""Checks of arguments that only torch needs: devices, autograd, and each signature of a call but once."""
 
 from typing import Any
 

@@ -63,7 +63,8 @@ def decode(
     Raises:
         ValueError: an argument does not fit; names it, what was expected and what was received.
     """
-    traced = engine.in_graph(implementation, cfg, state.memory, query)
+    traced = torch.compiler.is_compiling()
+    traced = traced and engine.choose_engine(implementation, cfg, state.memory, query) == "compiled"
     if not traced:
         _check_decode(cfg, state, query, value, gate, mask)
     if traced or engine.choose_engine(implementation, cfg, state.memory, query) != "eager":

@@ -40,11 +40,6 @@ def choose_engine(implementation: str | None, cfg: FwPKMConfig, memory: Memory, 
     return engine if reason is None else "eager"
 
 
-def in_graph(implementation: str | None, cfg: FwPKMConfig, memory: Memory, query: Tensor) -> bool:
-    """Whether torch.compile traces this call and keeps it; costs nothing where nothing is traced."""
-    return torch.compiler.is_compiling() and choose_engine(implementation, cfg, memory, query) == "compiled"
-
-
 def outside_graphs(fn: Callable) -> Callable:
     """Let torch.compile run ``fn`` as it is, between its graphs.
 

@@ -45,7 +45,7 @@ def initial_state(cfg: FwPKMConfig, memory: Memory, query: Tensor) -> tuple[Stat
 
     It may if they are the call's own copy and autograd does not need them; compiled, the operator makes that copy.
     """
-    if engine.in_graph(None, cfg, memory, query):
+    if torch.compiler.is_compiling() and engine.choose_engine(None, cfg, memory, query) == "compiled":
         return _start(cfg, memory, query.shape[0]), False
     return init_state(cfg, memory, query.shape[0]), not memory.values.requires_grad
 
@@ -76,7 +76,8 @@ def apply(
         RuntimeError: ``inplace`` on a table that autograd still needs.
     """
     # The operator is functional, as autograd demands: a call that overwrites stays out of the graph.
-    if not inplace and engine.in_graph(implementation, cfg, state.memory, query):
+    traced = torch.compiler.is_compiling() and not inplace
+    if traced and engine.choose_engine(implementation, cfg, state.memory, query) == "compiled":
         return operators.apply(cfg, state, query, value, gate, mask, update)
     return _apply(cfg, state, Tokens(query, value, gate, mask), update, inplace, implementation)
 

@@ -36,6 +36,8 @@ def join(before: Tokens, after: Tokens) -> Tokens:
     """The tokens of one call after those of another."""
     if before.length == 0:
         return after
+    if after.length == 0:
+        return before
     return Tokens(*(torch.cat(two, dim=1) for two in zip(before, after)))
 
 
