@@ -148,13 +148,7 @@ def _rank(cfg: FwPKMConfig, query: Tensor, rows: Tensor) -> tuple[Tensor, Tensor
 
 
 def _select_in_full(
-    cfg: FwPKMConfig,
-    query: Tensor,
-    keys: Tensor,
-    which: Tensor,
-    ids: Tensor,
-    ranks: Tensor,
-    differences: Tensor | None,
+    cfg: FwPKMConfig, query: Tensor, keys: Tensor, which: Tensor, ids: Tensor, ranks: Tensor, differences: Tensor | None
 ) -> None:
     """Overwrite what was selected for the tokens ``which`` [G, R] by ranking all S sub-keys from differences."""
     for group, token in (x.unbind(1) for x in which.nonzero().split(_BLOCK)):

@@ -12,14 +12,7 @@ from fwpkm import schedule, validation
 from fwpkm.backends.torch import engine, fast, operators
 from fwpkm.backends.torch.checks import check_apply, check_device, check_inplace
 from fwpkm.backends.torch.tokens import SELF, filled, maybe_any, pad
-from fwpkm.backends.torch.windows import (
-    apply_values,
-    new_tokens,
-    select_window,
-    trace_of,
-    windows,
-    write_chunk,
-)
+from fwpkm.backends.torch.windows import apply_values, new_tokens, select_window, trace_of, windows, write_chunk
 from fwpkm.config import FwPKMConfig
 from fwpkm.containers import Lookup, Losses, Memory, State, Trace, memories_for
 from fwpkm.initial import initial_arrays
@@ -64,12 +57,9 @@ def apply(
 ) -> tuple[Tensor, State, Trace]:
     """Read T tokens and write every chunk that they complete.
 
-    Args:
-        cfg: the configuration, and then ``state`` to ``update``, as on :class:`fwpkm.protocol.Backend`.
-        inplace: the state's value table may be overwritten, which saves one copy of it. torch.compile then runs the
-            call between its graphs.
-        implementation: None for the fastest that can serve the call, "triton" for the kernels (kernels/), "eager" for
-            plain PyTorch. torch.compile keeps a call that the kernels serve in its graph.
+    With ``inplace`` the state's value table may be overwritten, which saves one copy of it; torch.compile then runs the
+    call between its graphs. ``implementation`` is None for the fastest that can serve the call, "triton" for the
+    kernels (kernels/), or "eager" for plain PyTorch. torch.compile keeps a call that the kernels serve in its graph.
 
     Raises:
         ValueError: an argument does not fit, or ``implementation`` cannot serve the call.
@@ -101,13 +91,13 @@ def _apply(
         return tokens.value.to(inputs.query.dtype), state, trace_of(cfg, memory, tokens, [], [], columns)
     runs = schedule.windows(cfg, position, length) if update else [schedule.Window(0, length, False)]
     pending = _pending(cfg, state, memory.keys.dtype)
-    output, written, pending, trace = _read_and_write(cfg, memory, pending, tokens, runs, inplace, columns)
+    output, written, pending, trace = _run_eagerly(cfg, memory, pending, tokens, runs, inplace, columns)
     if update:
         state = _state(cfg, state.memory if written is None else written, pending, state.position + length)
     return output.to(inputs.query.dtype), state, trace
 
 
-def _read_and_write(
+def _run_eagerly(
     cfg: FwPKMConfig,
     memory: Memory,
     pending: Tokens,
@@ -151,7 +141,7 @@ def flush(
         written, trace = fast.flush(cfg, memory, pending, inplace)
     else:
         runs = [schedule.Window(0, 0, True)]
-        _, written, _, trace = _read_and_write(cfg, memory, pending, nothing, runs, inplace, columns=1)
+        _, written, _, trace = _run_eagerly(cfg, memory, pending, nothing, runs, inplace, columns=1)
     trace = trace._replace(writes=torch.tensor(schedule.flush_writes(cfg, pending.length)))
     return _state(cfg, state.memory if written is None else written, nothing, torch.zeros_like(state.position)), trace
 

@@ -17,6 +17,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fwpkm import schedule
 from fwpkm.backends.torch.tokens import finite_rows, maybe_any
 from fwpkm.config import FwPKMConfig
 from fwpkm.tokens import Array
@@ -85,18 +86,10 @@ class Entries(NamedTuple):
         return torch.stack([rows.index_select(0, i).mul_(tokens).sum(-1) for i in self.row_index.unbind(1)], dim=1)
 
 
-class Span(NamedTuple):
-    """A window: tokens [start, stop) of those that walk together; whether a chunk is written after them."""
-
-    start: int
-    stop: int
-    writes: bool
-
-
 def read_and_write(
     cfg: FwPKMConfig,
     values: Tensor,
-    spans: list[Span],
+    spans: list[schedule.Window],
     slots: Tensor,
     weights: Tensor,
     strength: Tensor,
@@ -110,7 +103,7 @@ def read_and_write(
     Args:
         cfg: the configuration.
         values: ``[M, N, Dv]``.
-        spans: the windows of the n tokens.
+        spans: the windows, counted from the first of the n tokens.
         slots: ``[B, n, K]`` ids in [0, N), K = H·k.
         weights: ``[B, n, K]``.
         strength: ``[B, n]``: κ g of the tokens that have a pair, else 0.
@@ -177,8 +170,8 @@ class _Table(torch.autograd.Function):
                 error = read - u
                 squared[:, start:stop] = error.square().sum(-1).view(batch, -1)
                 count = entries.count(n)
-                may_move = active[i].index_select(0, rows // num_slots) & (count > 0)
-                after, error, rate, unclipped = _write(cfg, entries, before, error, c[:, None] * w, count, may_move)
+                moves = active[i].index_select(0, rows // num_slots) & (count > 0)
+                after, error, rate, unclipped = _write(cfg, entries, before, error, c[:, None] * w, count, moves)
                 table.index_copy_(0, rows, after)
             if keep:
                 residuals.append(_Residuals(rows, before, *entries, error=error, rate=rate, unclipped=unclipped))
@@ -233,24 +226,18 @@ def value_gradient(entries: Entries, error: Tensor, coefficient: Tensor, inverse
 
 
 def _write(
-    cfg: FwPKMConfig,
-    entries: Entries,
-    before: Tensor,
-    error: Tensor,
-    coefficient: Tensor,
-    count: Tensor,
-    may_move: Tensor,
+    cfg: FwPKMConfig, entries: Entries, before: Tensor, error: Tensor, coefficient: Tensor, count: Tensor, moves: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """The rows after a write ``[P, Dv]``, then error, rate and unclipped of ``_Residuals``.
 
-    ``before`` [P, Dv] are the rows, ``count`` [P] is N_i, and ``may_move`` [P] tells the rows that a counted token
-    reads in a memory where the chunk has a pair; ``value_gradient`` explains the rest.
+    ``before`` [P, Dv] are the rows, ``count`` [P] is N_i, and ``moves`` [P] tells the rows that a counted token reads
+    in a memory where the chunk has a pair; ``value_gradient`` explains the rest.
     """
     inverse_count = count.clamp(min=1).to(before.dtype).reciprocal_()
     gradient = value_gradient(entries, error, coefficient, inverse_count)
     unclipped = None if cfg.grad_clip is None else gradient.abs() <= cfg.grad_clip
     after = _step_in_place(cfg, before, gradient)
-    moves = may_move & finite_rows(after)
+    moves = moves & finite_rows(after)
     if not moves.is_meta and maybe_any(~moves):
         after[~moves] = before[~moves]
     nonfinite = ~finite_rows(error)

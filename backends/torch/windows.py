@@ -14,11 +14,11 @@ from torch import Tensor
 from fwpkm import schedule
 from fwpkm.backends.torch.addressing import Selection, select_slots, write_keys
 from fwpkm.backends.torch.tokens import ahead, by_memory, finite, finite_rows, halves, join, without
-from fwpkm.backends.torch.values import Span, read_and_write
+from fwpkm.backends.torch.values import read_and_write
 from fwpkm.config import FwPKMConfig
 from fwpkm.containers import Losses, Memory, Trace
 from fwpkm.rules import write_scale
-from fwpkm.tokens import Tokens
+from fwpkm.tokens import Array, Tokens
 
 
 class Window(NamedTuple):
@@ -32,15 +32,15 @@ class Window(NamedTuple):
     """the window's tokens, the dead ones blanked."""
     dead: Tensor
     """``[B, n]`` bool: an input or a selected score is not finite."""
-    target: Tensor
+    target: Array = None
     """``[B, n, Dv]``: u of the tokens with a pair, else 0."""
-    pair: Tensor
+    pair: Array = None
     """``[B, n]`` bool"""
-    counted: Tensor
+    counted: Array = None
     """``[B, n]`` bool: the unmasked tokens of the chunk."""
-    active: Tensor
+    active: Array = None
     """``[M]`` bool: the memories in which the chunk has a pair."""
-    addressing: Tensor | None
+    addressing: Array = None
     """``[M]`` loss, None where nothing is written."""
     first_new: int = 0
     """The tokens before it are read again, only to be written."""
@@ -83,27 +83,29 @@ def pairs(cfg: FwPKMConfig, counted: Tensor, live: Tensor) -> Tensor:
 
 def select_window(cfg: FwPKMConfig, keys: Tensor, tokens: Tokens) -> Window:
     """What a window's tokens read; nothing is written after it."""
-    selection, tokens, dead = _select(cfg, keys, tokens)
-    never = torch.zeros_like(dead)
-    active = never.new_zeros(keys.shape[0])
-    return _window(selection, tokens, dead, torch.zeros_like(tokens.value), never, never, active, None)
+    _, window = _select(cfg, keys, tokens)
+    never = torch.zeros_like(window.dead)
+    target, active = torch.zeros_like(window.tokens.value), never.new_zeros(keys.shape[0])
+    return window._replace(target=target, pair=never, counted=never, active=active)
 
 
 def write_window(cfg: FwPKMConfig, keys: Tensor, tokens: Tokens) -> tuple[Window, Tensor]:
     """What a window's tokens read, and the keys after its first C are written; those after serve only as targets."""
-    selection, tokens, dead = _select(cfg, keys, tokens)
-    counted = tokens.mask & (torch.arange(tokens.length, device=dead.device) < cfg.chunk_size)
-    pair = pairs(cfg, counted, tokens.mask)
-    return _write(cfg, keys, selection, tokens, dead, ahead(tokens.value, cfg.lookahead), pair, counted)
+    selection, window = _select(cfg, keys, tokens)
+    live, value = window.tokens.mask, window.tokens.value
+    counted = live & (torch.arange(tokens.length, device=live.device) < cfg.chunk_size)
+    pair = pairs(cfg, counted, live)
+    return _write(cfg, keys, selection, window, ahead(value, cfg.lookahead), pair, counted)
 
 
 def write_chunk(cfg: FwPKMConfig, keys: Tensor, chunk: Tokens, pair: Tensor | None) -> tuple[Window, Tensor]:
     """Write a chunk whose values are its own targets, already shifted; those that are not finite make no pair."""
     finite_target = finite_rows(chunk.value.flatten(0, 1)).view_as(chunk.mask)
     chunk = chunk._replace(value=chunk.value.masked_fill(~finite_target[..., None], 0))
-    selection, chunk, dead = _select(cfg, keys, chunk)
-    pair = chunk.mask & finite_target & (True if pair is None else pair)
-    return _write(cfg, keys, selection, chunk, dead, chunk.value, pair, chunk.mask)
+    selection, window = _select(cfg, keys, chunk)
+    live = window.tokens.mask
+    pair = live & finite_target & (True if pair is None else pair)
+    return _write(cfg, keys, selection, window, window.tokens.value, pair, live)
 
 
 def apply_values(
@@ -122,7 +124,7 @@ def apply_values(
     """
     spans, start = [], 0
     for w in walked:
-        spans.append(Span(start, start + w.tokens.length, w.addressing is not None))
+        spans.append(schedule.Window(start, start + w.tokens.length, w.addressing is not None))
         start += w.tokens.length
     strength = [torch.where(w.pair, write_scale(torch, cfg, w.weights) * w.tokens.gate, 0) for w in walked]
     slots, weights, target, counted = (
@@ -166,39 +168,19 @@ def trace_of(
     return Trace(slots, weights, *padded, writes=torch.tensor(len(losses)))
 
 
-def _select(cfg: FwPKMConfig, keys: Tensor, tokens: Tokens) -> tuple[Selection, Tokens, Tensor]:
-    """What tokens select, the tokens without the dead ones, and which those are."""
-    selection = select_slots(cfg, halves(cfg, tokens.query, keys.shape[0]), keys)
-    dead = ~(selection.finite.view(tokens.mask.shape) & finite(tokens))
-    return selection, without(tokens, dead), dead
+def _select(cfg: FwPKMConfig, keys: Tensor, tokens: Tokens) -> tuple[Selection, Window]:
+    """What tokens select; of the window, what it reads."""
+    selection, shape = select_slots(cfg, halves(cfg, tokens.query, keys.shape[0]), keys), tokens.mask.shape
+    dead = ~(selection.finite.view(shape) & finite(tokens))
+    slots, weights = (x.view(*shape, -1) for x in (selection.slots, selection.weights))
+    return selection, Window(slots, weights, without(tokens, dead), dead)
 
 
 def _write(
-    cfg: FwPKMConfig,
-    keys: Tensor,
-    selection: Selection,
-    tokens: Tokens,
-    dead: Tensor,
-    target: Tensor,
-    pair: Tensor,
-    counted: Tensor,
+    cfg: FwPKMConfig, keys: Tensor, selection: Selection, window: Window, target: Tensor, pair: Tensor, counted: Tensor
 ) -> tuple[Window, Tensor]:
-    memories = keys.shape[0]
-    active = by_memory(pair, memories).any(1)
-    keys, loss = write_keys(cfg, keys, selection, by_memory(counted, memories), active)
+    """The window with what it writes, and the keys after that."""
+    active = by_memory(pair, keys.shape[0]).any(1)
+    keys, loss = write_keys(cfg, keys, selection, by_memory(counted, keys.shape[0]), active)
     target = target.masked_fill(~pair[..., None], 0)
-    return _window(selection, tokens, dead, target, pair, counted, active, loss), keys
-
-
-def _window(
-    selection: Selection,
-    tokens: Tokens,
-    dead: Tensor,
-    target: Tensor,
-    pair: Tensor,
-    counted: Tensor,
-    active: Tensor,
-    addressing: Tensor | None,
-) -> Window:
-    slots, weights = (x.view(*dead.shape, -1) for x in (selection.slots, selection.weights))
-    return Window(slots, weights, tokens, dead, target, pair, counted, active, addressing)
+    return window._replace(target=target, pair=pair, counted=counted, active=active, addressing=loss), keys
