@@ -22,7 +22,7 @@ from examples.language_model import checkpoint, facts, results, training
 from examples.language_model.corpus import Corpus, Texts
 from examples.language_model.settings import Experiment
 from examples.language_model.training import Batch
-from fwpkm.backends.torch import fast
+from fwpkm.backends.torch import engine
 
 CPU = torch.device("cpu")
 WEIGHTS, RECORD, SETTINGS = "checkpoint.safetensors", "record.jsonl", "experiment.json"
@@ -256,7 +256,7 @@ def stepped(settings, inplace):
 @pytest.mark.skipif(DEVICE == "cuda", reason="kernels that are compiled for a GPU take no tables on the CPU")
 def test_steps_in_place_equal_those_that_copy(monkeypatch):
     """With the kernels, which keep what the backward needs of the rows that they overwrite."""
-    monkeypatch.setattr(fast, "serves", lambda *_: True)
+    monkeypatch.setattr(engine, "choose_engine", lambda *_: "triton")
     memory = {"num_subkeys": 5, "top_k": 2, "chunk_size": 4}
     settings = experiment(model={"layers": 1, "memories": [0], "memory": memory}, batch=1, length=8, span=2)
     assert all(map(torch.equal, stepped(settings, inplace=False), stepped(settings, inplace=True)))

@@ -263,6 +263,19 @@ def test_gradient_checkpointing(reentrant):
     assert torch.equal(x.grad, expected)
 
 
+def test_hooks_see_every_submodule_called_and_what_a_backward_needs():
+    """What sharding and offloading build on."""
+    layer, x, called = make(), inputs().requires_grad_(), []
+    for name, module in layer.named_children():
+        module.register_forward_hook(lambda *_, name=name: called.append(name))
+    (expected,) = torch.autograd.grad(layer(x)[0].square().sum(), x)
+    names = [f"{part}_{kind}" for part in ("query", "value", "gate", "output") for kind in ("norm", "proj")]
+    assert sorted(called) == sorted([*names, "memory"])
+    with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda array: array):
+        y, _ = layer(x)
+    assert torch.equal(torch.autograd.grad(y.square().sum(), x)[0], expected)
+
+
 # torch's own tracing looks at .grad of tensors that are no leaves.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 def test_compile():

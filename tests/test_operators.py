@@ -8,7 +8,7 @@ from torch import Tensor
 from fwpkm import FwPKMConfig
 from fwpkm.agreement import BOUNDS
 from fwpkm.backends import torch as be
-from fwpkm.backends.torch import fast
+from fwpkm.backends.torch import engine
 from fwpkm.containers import Memory, State
 
 CONFIGS = {
@@ -107,8 +107,9 @@ def test_compiled_a_table_is_overwritten_in_place_and_else_never() -> None:
 
 @pytest.mark.parametrize("served", [False, True], ids=["eager", "triton"])
 def test_a_compiled_layer_overwrites_a_state_in_place_and_never_its_own_tables(monkeypatch, served: bool) -> None:
-    for name in ("serves", "serves_traced"):
-        monkeypatch.setattr(fast, name, lambda *_: served)
+    choose = engine.choose_engine
+    forced = "triton" if served else "eager"
+    monkeypatch.setattr(engine, "choose_engine", lambda _, *rest: choose(forced, *rest))
     layer = be.FwPKM(8, **SMALL).to(DEVICE).requires_grad_(False)
     x, initial = torch.rand(1, 8, 8, device=DEVICE), layer.memory.values.clone()
     expected, between = layer(x[:, :5])

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from fwpkm import validation
-from fwpkm.backends.torch import fast, operators, ops
+from fwpkm.backends.torch import engine, fast, operators, ops
 from fwpkm.backends.torch.tokens import SELF
 from fwpkm.config import FwPKMConfig
 from fwpkm.containers import Memory, State
@@ -63,10 +63,11 @@ def decode(
     Raises:
         ValueError: an argument does not fit; names it, what was expected and what was received.
     """
-    traced = torch.compiler.is_compiling() and fast.serves_traced(implementation, cfg, state.memory, query)
+    traced = torch.compiler.is_compiling()
+    traced = traced and engine.choose_engine(implementation, cfg, state.memory, query) == "compiled"
     if not traced:
         _check_decode(cfg, state, query, value, gate, mask)
-    if traced or fast.serves(implementation, cfg, state.memory, query):
+    if traced or engine.choose_engine(implementation, cfg, state.memory, query) != "eager":
         return operators.decode(cfg, state, query, value, gate, mask)
     position = state.position
     output, after, _ = ops.apply(

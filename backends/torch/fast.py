@@ -22,38 +22,6 @@ DEAD = 2
 _EVERY_TOKEN = 2**30  # a chunk size that no call reaches
 
 
-def serves(implementation: str | None, cfg: FwPKMConfig, memory: Memory, query: Tensor) -> bool:
-    """Whether the kernels are to run a call.
-
-    Raises:
-        ValueError: ``implementation`` is unknown, or "triton" and the kernels cannot.
-    """
-    _check(implementation)
-    if implementation == "eager" or (implementation is None and query.device.type != "cuda"):
-        return False
-    from fwpkm import kernels
-
-    reason = kernels.why_unsupported(cfg, memory, query)
-    if implementation == "triton" and reason is not None:
-        raise ValueError(f'implementation="triton" cannot serve this call: {reason}')
-    return reason is None
-
-
-def _check(implementation: str | None) -> None:
-    if implementation not in (None, "triton", "eager"):
-        raise ValueError(f'implementation must be None, "triton" or "eager". Received: {implementation!r}')
-
-
-def serves_traced(implementation: str | None, cfg: FwPKMConfig, memory: Memory, query: Tensor) -> bool:
-    """The same for what torch.compile traces, whose device is taken to be one that the kernels know."""
-    _check(implementation)
-    if implementation == "eager" or (implementation is None and query.device.type != "cuda") or not query.shape[1]:
-        return False
-    from fwpkm.kernels import support
-
-    return support.why_unsupported_config(cfg) is None and support.why_unsupported_tensors(memory, query) is None
-
-
 def check_decoding(state: State, query: Tensor) -> None:
     """Raise a ValueError unless one token can be read into a state that may be overwritten."""
     if query.shape[1] != 1:

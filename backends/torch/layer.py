@@ -7,20 +7,28 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fwpkm import validation
+from fwpkm import rules, validation
 from fwpkm.backends.torch import decoding, ops
-from fwpkm.backends.torch.entries import finite_rows
-from fwpkm.backends.torch.tokens import maybe_any
+from fwpkm.backends.torch.tokens import finite_rows, maybe_any
 from fwpkm.config import FwPKMConfig
-from fwpkm.containers import Memory, State
+from fwpkm.containers import Memory, State, memory_specs
 from fwpkm.files import layer_spec
+from fwpkm.rules import mix
+from fwpkm.tokens import Tokens
 
-_NORM_EPS = 1e-5
-_ZSCORE_EPS = 1e-6
+
+def rms_norm(norm: nn.RMSNorm, x: Tensor) -> Tensor:
+    """x / √(mean of x² + 1e-5) · weight (§7), by the module, whose call hooks and sharding must see."""
+    return norm(x)
+
+
+def zscore(z: Tensor) -> Tensor:
+    """(z - mean) / (std + 1e-6) over the last axis (§7), in float32 at least; a constant row gives 0 and gradient 0."""
+    return rules.zscore(torch, z.float() if z.element_size() < 4 else z)
 
 
 class InitialMemory(nn.Module):
-    """The tables that a fresh sequence starts from; float32 or float64, whatever the rest of a model is cast to.
+    """The tables that a new sequence starts from; float32 or float64, whatever the rest of a model is cast to.
 
     Attributes:
         keys: ``[H, 2, S, Dk/2]``, uniform in ±1/√Dk.
@@ -33,11 +41,9 @@ class InitialMemory(nn.Module):
     def __init__(self, config: FwPKMConfig, *, learn: bool, device: Any = None, dtype: Any = None):
         """Parameters if ``learn``, else buffers."""
         super().__init__()
-        half = (config.num_heads, 2, config.num_subkeys, config.key_dim // 2)
-        shapes = {"keys": half, "values": (config.num_slots, config.value_dim)}
         dtype = torch.float64 if dtype == torch.float64 else torch.float32
-        for name, shape in shapes.items():
-            table = torch.empty(shape, device=device, dtype=dtype)
+        for name, spec in memory_specs(config, None)._asdict().items():
+            table = torch.empty(spec.shape[1:], device=device, dtype=dtype)
             if learn:
                 self.register_parameter(name, nn.Parameter(table))
             else:
@@ -45,7 +51,7 @@ class InitialMemory(nn.Module):
         self._bounds = config.key_dim**-0.5, config.value_dim**-0.5
 
     def reset_parameters(self) -> None:
-        """Draw fresh tables from torch's generator."""
+        """Draw new tables from torch's generator."""
         with torch.no_grad():
             self.keys.uniform_(-self._bounds[0], self._bounds[0])
             self.values.normal_(std=self._bounds[1])
@@ -116,9 +122,9 @@ class FwPKM(nn.Module):
         if gated:
             outputs["gate"] = 1
         for name, width in outputs.items():
-            self.add_module(f"{name}_norm", nn.RMSNorm(hidden_size, eps=_NORM_EPS, **factory))
+            self.add_module(f"{name}_norm", nn.RMSNorm(hidden_size, eps=rules.RMS_EPS, **factory))
             self.add_module(f"{name}_proj", nn.Linear(hidden_size, width, **factory))
-        self.output_norm = nn.RMSNorm(config.value_dim, eps=_NORM_EPS, **factory)
+        self.output_norm = nn.RMSNorm(config.value_dim, eps=rules.RMS_EPS, **factory)
         self.output_proj = nn.Linear(config.value_dim, hidden_size, **factory)
         self.memory = InitialMemory(config, learn=learn_memory, **factory)
         self.reset_parameters()
@@ -158,11 +164,11 @@ class FwPKM(nn.Module):
             ValueError: an argument does not fit; names it, what was expected and what was received.
             RuntimeError: ``inplace`` on a table that autograd still needs.
         """
-        x, mask, dead, query, value, gate = self._project(x, mask)
+        tokens, dead, dtype = self._project(x, mask)
         if state is None:  # written in place, so that the initial memory is copied once
-            state, inplace = ops.fresh_state(self.config, self.memory(), query)
-        read, state, _ = ops.apply(self.config, state, query, value, gate, mask, update, inplace=inplace)
-        return self._output(read, value, gate, dead, x.dtype), state
+            state, inplace = ops.initial_state(self.config, self.memory(), tokens.query)
+        read, state, _ = ops.apply(self.config, state, **tokens._asdict(), update=update, inplace=inplace)
+        return self._output(read, tokens, dead, dtype), state
 
     @torch.no_grad()
     def decode(self, x: Tensor, state: State, mask: Tensor | None = None) -> Tensor:
@@ -180,14 +186,12 @@ class FwPKM(nn.Module):
             ValueError: an argument does not fit; names it, what was expected and what was received.
         """
         validation.check_array("x", x, [("B", None), ("T", 1), ("hidden_size", self.hidden_size)], "float", Tensor)
-        x, mask, dead, query, value, gate = self._project(x, mask)
-        read = decoding.decode(self.config, state, query, value, gate, mask)
-        return self._output(read, value, gate, dead, x.dtype)
+        tokens, dead, dtype = self._project(x, mask)
+        read = decoding.decode(self.config, state, **tokens._asdict())
+        return self._output(read, tokens, dead, dtype)
 
-    def _project(
-        self, x: Tensor, mask: Tensor | None
-    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor | None]:
-        """x and mask without what is not finite; which tokens are not; and query, value and gate."""
+    def _project(self, x: Tensor, mask: Tensor | None) -> tuple[Tokens, Tensor, torch.dtype]:
+        """What the tokens bring to the memory, which of them are not finite ``[B, T]``, and the projections' dtype."""
         validation.check_array("x", x, [("B", None), ("T", None), ("hidden_size", self.hidden_size)], "float", Tensor)
         # Under autocast x may be narrower than the norms' weights, which the fused kernel refuses.
         x = x.to(self.query_norm.weight.dtype)
@@ -196,20 +200,19 @@ class FwPKM(nn.Module):
         if maybe_any(dead):
             x = x.masked_fill(dead[..., None], 0)
             mask = ~dead if mask is None else mask & ~dead
-        query = self.query_proj(self.query_norm(x))
-        value = self.value_proj(self.value_norm(x))
+        query = self.query_proj(rms_norm(self.query_norm, x))
+        value = self.value_proj(rms_norm(self.value_norm, x))
         if self.value_normalization == "zscore":
             value = zscore(value)
-        gate = self.gate_proj(self.gate_norm(x)).squeeze(-1).sigmoid() if self.gated else None
-        return x, mask, dead, query, value, gate
+        gate = self.gate_proj(rms_norm(self.gate_norm, x)).squeeze(-1).sigmoid() if self.gated else None
+        return Tokens(query, value, gate, mask), dead, x.dtype
 
-    def _output(self, read: Tensor, value: Tensor, gate: Tensor | None, dead: Tensor, dtype: torch.dtype) -> Tensor:
+    def _output(self, read: Tensor, tokens: Tokens, dead: Tensor, dtype: torch.dtype) -> Tensor:
         """y from v̂: the mixture with the values, normalised and projected; NaN for dead tokens."""
-        dead = dead | ~finite_rows(read.flatten(0, 1)).view(dead.shape)
+        value, dead = tokens.value, dead | ~finite_rows(read.flatten(0, 1)).view(dead.shape)
         if maybe_any(dead):
             read, value = (z.masked_fill(dead[..., None], 0) for z in (read, value))
-        mixed = read + value if gate is None else gate[..., None] * read + (1 - gate[..., None]) * value
-        y = self.output_proj(self.output_norm(mixed.to(dtype)))
+        y = self.output_proj(rms_norm(self.output_norm, mix(tokens.gate, read, value).to(dtype)))
         return y.masked_fill(dead[..., None], torch.nan) if maybe_any(dead) else y
 
     def init_state(self, batch_size: int) -> State:
@@ -248,15 +251,3 @@ class FwPKM(nn.Module):
         with torch.no_grad():
             for name, x in own.items():
                 x.copy_(torch.from_numpy(tensors[name]))
-
-
-def zscore(z: Tensor) -> Tensor:
-    """(z - mean) / (std + 1e-6) over the last axis, std unbiased; a constant row gives 0 and gradient 0 (SPEC.md §7).
-
-    At least float32, whatever the input.
-    """
-    z = z.float() if z.element_size() < 4 else z
-    constant = (z == z[..., :1]).all(-1, keepdim=True)
-    centred = z - z.mean(-1, keepdim=True)
-    variance = centred.square().sum(-1, keepdim=True) / (z.shape[-1] - 1)
-    return torch.where(constant, 0, centred / (torch.where(constant, 1, variance).sqrt() + _ZSCORE_EPS))

@@ -1,7 +1,7 @@
-"""Scores of chosen sub-keys and the pull that they exert on the keys, with backwards of a few fused sums.
+"""Sums over the sub-keys that tokens chose, each with a backward of a few fused sums.
 
-Everything is a sum of weighted differences q - K, which are formed once: Σ c q - (Σ c) K would lose all accuracy near a
-key. T tokens choose k of P sub-keys.
+Everything about distances is a sum of weighted differences q - K, which are formed once: Σ c q - (Σ c) K would lose all
+accuracy near a key. T tokens choose k of P sub-keys: query [T, d], keys [P, d].
 """
 
 from typing import NamedTuple
@@ -10,104 +10,107 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fwpkm.backends.torch.entries import Entries
-from fwpkm.config import FwPKMConfig
+from fwpkm.backends.torch.values import Entries
+from fwpkm.tokens import Array
 
 
-class ChosenKeys(NamedTuple):
-    """The sub-keys that each token chose."""
+class _Residuals(NamedTuple):
+    """What a backward here needs, None where it does not need it."""
 
-    entries: Entries
-    """which rows of the keys ``[P, d]``."""
-    ranks: Tensor
-    """``[T, k]``: q·K, or -‖q - K‖²."""
-    differences: Tensor | None
-    """``[T, k, d]``: q - K, or None for the dot product."""
+    row_index: Tensor
+    order: Tensor
+    starts: Tensor
+    query: Array = None
+    keys: Array = None
+    weights: Array = None
+    """``[T, k]``"""
+    differences: Array = None
+    """``[T, k, d]``: q - K."""
 
-
-def sub_scores(cfg: FwPKMConfig, query: Tensor, keys: Tensor, chosen: ChosenKeys) -> Tensor:
-    """The scores of SPEC.md §2 ``[T, k]``, for query [T, d] and keys [P, d], from ranks that were computed already."""
-    if chosen.differences is None:
-        return _Product.apply(query, keys, chosen.ranks, *chosen.entries)
-    distance = _SquaredDistance.apply(query, keys, chosen.ranks.neg(), chosen.differences, *chosen.entries)
-    return -torch.log(cfg.score_eps + distance)
-
-
-def pull(cfg: FwPKMConfig, query: Tensor, keys: Tensor, chosen: ChosenKeys, scores: Tensor, d_scores: Tensor) -> Tensor:
-    """``[P, d]``: Σ over a sub-key's entries of d_score · ∂s/∂K (§4): 2(q - K)/(ε + ‖q - K‖²), or q."""
-    if chosen.differences is None:
-        return _Spread.apply(query, d_scores, *chosen.entries)
-    # e^s = 1/(ε + ‖q - K‖²)
-    return _Pull.apply(query, keys, 2 * d_scores * scores.exp(), chosen.differences, *chosen.entries)
+    @property
+    def entries(self) -> Entries:
+        """Which sub-keys each token chose."""
+        return Entries(self.row_index, self.order, self.starts)
 
 
 class _SquaredDistance(torch.autograd.Function):
-    """‖q - K‖² of each entry [T, k]."""
+    """‖q - K‖² of each entry [T, k], computed already."""
 
     @staticmethod
-    def forward(ctx, query, keys, distance, differences, *entries):
-        ctx.save_for_backward(differences, *entries)
+    def forward(ctx, query, keys, distance, differences, entries):
+        ctx.save_for_backward(*_Residuals(**entries._asdict(), differences=differences))
         return distance
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
-        differences, *entries = ctx.saved_tensors
-        entries, vectors = Entries(*entries), differences.flatten(0, 1)
+        residuals = _Residuals(*ctx.saved_tensors)
+        entries, vectors = residuals.entries, residuals.differences.flatten(0, 1)
         d_query = entries.by_token(vectors, 2 * gradient) if ctx.needs_input_grad[0] else None
         d_keys = entries.by_row(vectors, -2 * gradient) if ctx.needs_input_grad[1] else None
-        return d_query, d_keys, *[None] * 5
+        return d_query, d_keys, None, None, None
+
+
+squared_distance = _SquaredDistance.apply
 
 
 class _Product(torch.autograd.Function):
-    """q·K of each entry [T, k]."""
+    """q·K of each entry [T, k], computed already."""
 
     @staticmethod
-    def forward(ctx, query, keys, product, *entries):
-        ctx.save_for_backward(query, keys, *entries)
+    def forward(ctx, query, keys, product, entries):
+        ctx.save_for_backward(*_Residuals(**entries._asdict(), query=query, keys=keys))
         return product
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
-        query, keys, *entries = ctx.saved_tensors
-        entries = Entries(*entries)
-        d_query = entries.read(keys, gradient) if ctx.needs_input_grad[0] else None
-        d_keys = entries.spread(query, gradient) if ctx.needs_input_grad[1] else None
-        return d_query, d_keys, *[None] * 4
+        residuals = _Residuals(*ctx.saved_tensors)
+        d_query = residuals.entries.read(residuals.keys, gradient) if ctx.needs_input_grad[0] else None
+        d_keys = residuals.entries.scatter_add(residuals.query, gradient) if ctx.needs_input_grad[1] else None
+        return d_query, d_keys, None, None
 
 
-class _Pull(torch.autograd.Function):
+product = _Product.apply
+
+
+class _SumOfDifferences(torch.autograd.Function):
     """``[P, d]``: Σ over a sub-key's entries of weight · (q - K)."""
 
     @staticmethod
-    def forward(ctx, query, keys, weights, differences, *entries):
-        ctx.save_for_backward(weights, differences, *entries)
-        return Entries(*entries).by_row(differences.flatten(0, 1), weights)
+    def forward(ctx, query, keys, weights, differences, entries):
+        ctx.save_for_backward(*_Residuals(**entries._asdict(), weights=weights, differences=differences))
+        return entries.by_row(differences.flatten(0, 1), weights)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
-        weights, differences, *entries = ctx.saved_tensors
-        entries = Entries(*entries)
-        columns = zip(entries.place.unbind(1), differences.unbind(1))
-        d_weights = [gradient.index_select(0, place).mul_(toward).sum(-1) for place, toward in columns]
+        residuals = _Residuals(*ctx.saved_tensors)
+        entries, weights = residuals.entries, residuals.weights
+        columns = zip(entries.row_index.unbind(1), residuals.differences.unbind(1))
+        d_weights = [gradient.index_select(0, row).mul_(toward).sum(-1) for row, toward in columns]
         d_query = entries.read(gradient, weights)
         d_keys = -entries.total(weights)[:, None] * gradient if ctx.needs_input_grad[1] else None
-        return d_query, d_keys, torch.stack(d_weights, dim=1), *[None] * 4
+        return d_query, d_keys, torch.stack(d_weights, dim=1), None, None
 
 
-class _Spread(torch.autograd.Function):
+sum_of_differences = _SumOfDifferences.apply
+
+
+class _SumOfQueries(torch.autograd.Function):
     """``[P, d]``: Σ over a sub-key's entries of weight · q."""
 
     @staticmethod
-    def forward(ctx, query, weights, *entries):
-        ctx.save_for_backward(query, weights, *entries)
-        return Entries(*entries).spread(query, weights)
+    def forward(ctx, query, weights, entries):
+        ctx.save_for_backward(*_Residuals(**entries._asdict(), query=query, weights=weights))
+        return entries.scatter_add(query, weights)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
-        query, weights, *entries = ctx.saved_tensors
-        entries = Entries(*entries)
-        return entries.read(gradient, weights), entries.dot(gradient, query), None, None, None
+        residuals = _Residuals(*ctx.saved_tensors)
+        d_query = residuals.entries.read(gradient, residuals.weights)
+        return d_query, residuals.entries.dot(gradient, residuals.query), None
+
+
+sum_of_queries = _SumOfQueries.apply

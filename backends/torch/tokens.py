@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from fwpkm.backends.torch.entries import finite_rows
 from fwpkm.config import FwPKMConfig
 from fwpkm.tokens import TOKEN_FIELDS, TokenField, Tokens
 from fwpkm.validation import Implementation
@@ -37,6 +36,8 @@ def join(before: Tokens, after: Tokens) -> Tokens:
     """The tokens of one call after those of another."""
     if before.length == 0:
         return after
+    if after.length == 0:
+        return before
     return Tokens(*(torch.cat(two, dim=1) for two in zip(before, after)))
 
 
@@ -51,6 +52,15 @@ def finite(tokens: Tokens) -> Tensor:
     numbers = [(field, x) for field, x in zip(TOKEN_FIELDS, tokens) if field.kind == "float"]
     flags = [finite_rows(x.flatten(0, 1)).view(x.shape[:2]) if field.width else x.isfinite() for field, x in numbers]
     return functools.reduce(operator.and_, flags)
+
+
+def finite_rows(x: Tensor) -> Tensor:
+    """``[P]``: whether all of a row of [P, D] is finite, from its sum, scaled so that finite terms do not overflow it.
+
+    A fraction of the time of ``isfinite().all(-1)``, which passes over memory several times.
+    """
+    x = x.detach()
+    return x.mv(x.new_full((x.shape[1],), 2.0**-20)).isfinite()
 
 
 def without(tokens: Tokens, dead: Tensor) -> Tokens:

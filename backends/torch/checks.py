@@ -1,0 +1,65 @@
+"""Checks of arguments that only torch needs: devices, autograd, and each signature of a call but once."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fwpkm import validation
+from fwpkm.backends.torch.tokens import SELF
+from fwpkm.config import FwPKMConfig
+from fwpkm.containers import Memory, State
+from fwpkm.tokens import Tokens
+
+_FITTING: set[tuple] = set()
+_MOST_SIGNATURES = 1000
+
+
+def check_apply(cfg: FwPKMConfig, state: State, inputs: Tokens) -> None:
+    """Check the arguments of ``apply``, of one signature once: that takes longer than some kernels.
+
+    Raises:
+        ValueError: an argument does not fit; names it, what was expected and what was received.
+    """
+    signature = _signature_of(cfg, state, inputs)
+    if signature is not None and signature in _FITTING:
+        return
+    validation.check_apply(cfg, state, inputs, SELF)
+    check_device(inputs.query, **inputs._asdict(), **state._asdict())
+    if len(_FITTING) > _MOST_SIGNATURES:
+        _FITTING.clear()
+    if signature is not None:
+        _FITTING.add(signature)
+
+
+def _signature_of(cfg: FwPKMConfig, state: State, inputs: Tokens) -> tuple | None:
+    """What the checks look at; None of what is no tensor, or has symbols for sizes: those have no hash."""
+    if not (isinstance(cfg, FwPKMConfig) and isinstance(state, State) and isinstance(state.memory, Memory)):
+        return None
+    leaves = [x for x in (*state.memory, *state, *inputs) if not isinstance(x, Memory)]
+    if not all([x is None or isinstance(x, Tensor) for x in leaves]):
+        return None
+    signature = (cfg, *[None if x is None else (x.shape, x.dtype, x.device) for x in leaves])
+    try:
+        hash(signature)
+    except TypeError:
+        return None
+    return signature
+
+
+def check_device(query: Tensor, /, **others: Any) -> None:
+    """Raise a ValueError unless all tensors but ``position`` lie where the query does."""
+    for name, x in others.items():
+        if isinstance(x, Memory):
+            check_device(query, **{f"{name}.{field}": table for field, table in x._asdict().items()})
+        elif x is not None and name != "position" and x.device != query.device:
+            raise ValueError(f"{name} must be on the query's device, {query.device}. Received: {name} on {x.device}")
+
+
+def check_inplace(memory: Memory, inplace: bool) -> None:
+    """Raise a RuntimeError where autograd still needs a table that a call may overwrite."""
+    if inplace and torch.is_grad_enabled() and memory.values.requires_grad:
+        raise RuntimeError(
+            "inplace=True would overwrite state.memory.values, which autograd still needs: pass detach(state), or "
+            "inplace=False. Received: a table with requires_grad=True"
+        )

@@ -1,0 +1,59 @@
+"""What runs a call: plain PyTorch, the Triton kernels, or the kernels as an operator that torch.compile keeps."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fwpkm.config import FwPKMConfig
+from fwpkm.containers import Memory
+
+Engine = Literal["eager", "triton", "compiled"]
+
+
+def choose_engine(implementation: str | None, cfg: FwPKMConfig, memory: Memory, query: Tensor) -> Engine:
+    """The engine of a call with these tables and queries; "compiled" only while torch.compile traces it.
+
+    What is traced is taken to lie on a device that the kernels know.
+
+    Raises:
+        ValueError: ``implementation`` is unknown, or "triton" and the kernels cannot serve the call.
+    """
+    if implementation not in (None, "triton", "eager"):
+        raise ValueError(f'implementation must be None, "triton" or "eager". Received: {implementation!r}')
+    if implementation == "eager" or (implementation is None and query.device.type != "cuda"):
+        return "eager"
+    engine: Engine
+    if torch.compiler.is_compiling():
+        from fwpkm.kernels import support
+
+        reason = support.why_unsupported_config(cfg) or support.why_unsupported_tensors(memory, query)
+        engine = "compiled" if query.shape[1] else "eager"
+    else:
+        from fwpkm import kernels
+
+        reason, engine = kernels.why_unsupported(cfg, memory, query), "triton"
+    if implementation == "triton" and reason is not None:
+        raise ValueError(f'implementation="triton" cannot serve this call: {reason}')
+    return engine if reason is None else "eager"
+
+
+def outside_graphs(fn: Callable) -> Callable:
+    """Let torch.compile run ``fn`` as it is, between its graphs.
+
+    The schedule decides in Python how many chunks a call writes, so tracing would compile anew for every position.
+    The check comes first because merely naming ``disable`` imports the compiler, which takes seconds.
+    """
+    untraced: dict[str, Callable] = {}  # made once: a new object each time would compile anew each time
+
+    @functools.wraps(fn)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_compiling():
+            return fn(*args, **kwargs)
+        if "fn" not in untraced:
+            untraced["fn"] = torch.compiler.disable(fn)
+        return untraced["fn"](*args, **kwargs)
+
+    return call
