@@ -1,5 +1,6 @@
 """The Triton kernels, in Triton's interpreter where there is no GPU, beside the eager torch backend."""
 
+import dataclasses
 import subprocess
 import sys
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 from interpreter import DEVICE, SMALL, same_or_close
 
-from fwpkm import FwPKMConfig, kernels
+from fwpkm import FwPKMConfig, config, kernels
 from fwpkm.agreement import BOUNDS, relative_error
 from fwpkm.backends import torch as be
 from fwpkm.containers import Memory
@@ -175,6 +176,33 @@ def test_what_the_kernels_do_not_serve_says_why(fields: dict, dtype: torch.dtype
     with pytest.raises(ValueError, match=reason):
         be.lookup(cfg, memory, query, implementation="triton")
     assert be.lookup(cfg, memory, query).output.shape == (1, 2, 16)
+
+
+@dataclasses.dataclass(frozen=True)
+class Extended(FwPKMConfig):
+    """With a field that nobody serves."""
+
+    forget: float = 0.0
+
+
+def test_a_field_that_the_kernels_do_not_know_is_refused() -> None:
+    cfg, query = Extended(**SMALL), torch.zeros(1, 2, 16, device=DEVICE)
+    memory = Memory(*(x.to(DEVICE) for x in be.init_memory(cfg)))
+    assert kernels.why_unsupported(cfg, memory, query) is None
+    cfg = Extended(**SMALL, forget=0.5)
+    assert kernels.why_unsupported(cfg, memory, query) == "forget must be 0.0. Received: forget=0.5"
+    with pytest.raises(ValueError, match=r"forget must be 0\.0"):
+        be.lookup(cfg, memory, query, implementation="triton")
+
+
+@pytest.mark.parametrize("field", config.CHOICES)
+def test_a_choice_that_the_kernels_do_not_know_is_refused(field: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(config.CHOICES, field, (*config.CHOICES[field], "another"))
+    cfg, query = FwPKMConfig(**SMALL | {field: "another"}), torch.zeros(1, 2, 16, device=DEVICE)
+    memory = Memory(*(x.to(DEVICE) for x in be.init_memory(cfg)))
+    assert f"{field} must be one of" in str(kernels.why_unsupported(cfg, memory, query))
+    with pytest.raises(ValueError, match=f"{field}='another'"):
+        be.lookup(cfg, memory, query, implementation="triton")
 
 
 def test_an_unknown_implementation_is_refused() -> None:

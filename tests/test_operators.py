@@ -9,6 +9,7 @@ from fwpkm import FwPKMConfig
 from fwpkm.agreement import BOUNDS
 from fwpkm.backends import torch as be
 from fwpkm.backends.torch import fast
+from fwpkm.backends.torch.flat import flatten
 from fwpkm.containers import Memory, State
 
 CONFIGS = {
@@ -50,7 +51,7 @@ def test_compiled_without_a_break_it_gives_the_same(name: str) -> None:
         more, state, trace = be.apply(cfg, state, *second, **implementation)
         again, same, _ = be.apply(cfg, state, query, value, gate, update=False, **implementation)
         assert same.memory is state.memory
-        return torch.cat([output, more, again], 1), *state.memory, *state[1:], *trace
+        return torch.cat([output, more, again], 1), *flatten(state), *trace
 
     results = []
     for function in (read, torch.compile(read, fullgraph=True, backend="aot_eager")):
@@ -131,11 +132,11 @@ def test_the_operators_are_what_they_say() -> None:
     """Schemas, shapes without data, and gradients, by torch's own checks."""
     cfg = FwPKMConfig(**SMALL)
     state, (query, value, gate) = state_of(cfg), tokens_of(cfg, 5)
-    arguments = (cfg.to_json(), *state.memory, *state[1:], query, value, gate, None, True, False)
+    arguments = (cfg.to_json(), *flatten(state), query, value, gate, None, True, False)
     torch.library.opcheck(torch.ops.fwpkm.apply.default, arguments, test_utils=("test_schema", "test_faketensor"))
     started = be.start_decoding(state)
     one = [x[:, :1].contiguous() for x in (query, value, gate)]
-    arguments = (cfg.to_json(), *started.memory, *started[1:], *one, None)
+    arguments = (cfg.to_json(), *flatten(started), *one, None)
     torch.library.opcheck(torch.ops.fwpkm.decode.default, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
@@ -198,14 +199,14 @@ def test_decoding_equals_reading(name: str, implementation: str) -> None:
     mask[1, 3] = False
     state = state_of(cfg)
     decoding = be.start_decoding(state)
-    fields = (*decoding.memory, *decoding[1:])
+    fields = flatten(decoding)
     with torch.no_grad():
         for t in range(11):
             one = [x[:, t : t + 1] for x in (query, value, gate, mask)]
             expected, state, _ = be.apply(cfg, state, *one, implementation="eager")
             received = be.decode(cfg, decoding, *one, implementation=implementation)
             same_or_close(received, expected)
-            for field, wanted in zip(fields, (*state.memory, *state[1:]), strict=True):
+            for field, wanted in zip(fields, flatten(state), strict=True):
                 same_or_close(field, wanted)
 
 
