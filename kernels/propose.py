@@ -1,6 +1,6 @@
 """Candidates for the top-k of SPEC.md §2: sub-keys proposed by a product of matrices, with a bound of its error.
 
-Float32 is given as a sum hi + lo of bfloat16 numbers, which a GPU multiplies as matrices.
+A float32 number is split into hi + lo of bfloat16, which a GPU multiplies as matrices.
 """
 
 import triton
@@ -80,7 +80,7 @@ def propose_kernel(
 ):  # fmt: skip
     """Propose the PROPOSED best sub-keys of each token, codebook and tile of sub-keys: ‖q - K‖², or q·K.
 
-    A product of matrices, ‖q‖² + ‖K‖² - 2 q·K: of a key hi and lo, of a query hi (EXACT, it is given in bfloat16) or
+    A product of matrices, ‖q‖² + ‖K‖² - 2 q·K: of a key hi and lo, of a query hi (EXACT, it is bfloat16 already) or
     both. A proposal is one integer: the rank in units of its bound ``scales``, (‖q‖ + max ‖K‖)² or ‖q‖ max ‖K‖, above
     BITS bits that count the sub-keys down. So the largest is the best, and of equal ones the lowest.
     """

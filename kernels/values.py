@@ -1,6 +1,6 @@
 """The write of the value table (SPEC.md §4), in place: one program owns each row, and its sums run in token order.
 
-Backward: windows in reverse, from the touched rows that the forward kept. Each touched row of each window has one
+Backward: windows in reverse, from the touched rows that the forward saved. Each touched row of each window has one
 gradient row, by its segment: that of the row as the window found it. ``latest`` has for every row of the table its
 segment in the earliest window done, or -1: what is left of the row after a window has the gradient there, or that of
 the final table.

@@ -24,7 +24,7 @@ class Kernel:
     """Notes what it is compiled for and launched with; its arguments are tensors, one integer and one constant."""
 
     __name__ = "stand_in"
-    arg_names = ("mine", "given", "never", "count", "BLOCK")
+    arg_names = ("mine", "passed", "never", "count", "BLOCK")
 
     def __init__(self) -> None:
         self.compiled: list[tuple] = []
@@ -32,7 +32,7 @@ class Kernel:
 
     def warmup(self, *arguments: Any, grid: tuple, **constants: Any) -> SimpleNamespace:
         self.compiled.append(arguments)
-        return SimpleNamespace(run=lambda *given: self.launched.append(given), function="f", packed_metadata="m")
+        return SimpleNamespace(run=lambda *passed: self.launched.append(passed), function="f", packed_metadata="m")
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
 
 def launches_of(kernel: Kernel, layout: Layout) -> Launches:
     """Two launches, on a tensor of a workspace, one that is passed and one that never is."""
-    launches = Launches(layout, inputs=["given", *({"never"} - layout.tensors.keys())])
+    launches = Launches(layout, inputs=["passed", *({"never"} - layout.tensors.keys())])
     constants = {"BLOCK": 64, "num_warps": 2}
     launches.add(kernel, (5,), {"count": 1}, constants)
     launches.add(kernel, (6, 2), {"count": 2**30, "unused": 3}, constants)
@@ -59,7 +59,7 @@ def test_addresses_are_those_of_the_call(kernel: Kernel) -> None:
     for _ in range(3):
         workspace, x = Workspace.empty(layout, torch.zeros(1)), torch.zeros(8)
         kernel.launched.clear()
-        launches.run({"given": x, "never": None, "unused": None}, workspace)
+        launches.run({"passed": x, "never": None, "unused": None}, workspace)
         head = (STREAM, "f", "m", None, None, None, workspace["mine"].data_ptr(), x.data_ptr(), None)
         assert kernel.launched == [(5, 1, 1, *head, 1, 64), (6, 2, 1, *head, 2**30, 64)]
     assert len(kernel.compiled) == 1
@@ -71,10 +71,10 @@ def test_another_kind_of_tensors_is_compiled_anew(kernel: Kernel) -> None:
     launches, workspace, x = launches_of(kernel, layout), Workspace.empty(layout, torch.zeros(1)), torch.zeros(8)
     tensors = [x, x[1:], x.to(torch.bfloat16), None, x[4:]]  # the last is aligned as the first
     for tensor in tensors:
-        launches.run({"given": tensor, "never": None}, workspace)
+        launches.run({"passed": tensor, "never": None}, workspace)
     assert len(kernel.compiled) == 4
     # What one list has compiled, another launches.
-    launches_of(kernel, layout).run({"given": x, "never": None}, workspace)
+    launches_of(kernel, layout).run({"passed": x, "never": None}, workspace)
     assert len(kernel.compiled) == 4
 
 
@@ -103,26 +103,26 @@ def test_a_name_that_nobody_knows_is_told_before_anything_runs(kernel: Kernel) -
     layout = Layout.of({"mine": ((4,), torch.float32)})
     constants = {"BLOCK": 64}
     with pytest.raises(TypeError, match=r"stand_in\(never=...\): never must be in one layout or input, is in none"):
-        Launches(layout, inputs=["given"]).add(kernel, (1,), {"count": 1}, constants)
+        Launches(layout, inputs=["passed"]).add(kernel, (1,), {"count": 1}, constants)
     with pytest.raises(TypeError, match=r"stand_in\(count=...\): count must"):
-        Launches(layout, inputs=["given", "never"]).add(kernel, (1,), {"counts": 1}, constants)
+        Launches(layout, inputs=["passed", "never"]).add(kernel, (1,), {"counts": 1}, constants)
     for unknown, buffers in (({"BLOKC": 64}, {}), ({}, {"givn": "mine"})):
         with pytest.raises(TypeError, match="stand_in has no parameter"):
-            Launches(layout, inputs=["given", "never"]).add(kernel, (1,), {"count": 1}, constants | unknown, **buffers)
+            Launches(layout, inputs=["passed", "never"]).add(kernel, (1,), {"count": 1}, constants | unknown, **buffers)
     with pytest.raises(TypeError, match="in two"):
-        Launches(layout, inputs=["mine", "given", "never"]).add(kernel, (1,), {"count": 1}, constants)
+        Launches(layout, inputs=["mine", "passed", "never"]).add(kernel, (1,), {"count": 1}, constants)
 
 
 def test_another_tensor_is_bound_where_that_is_said(kernel: Kernel) -> None:
     launches = Launches(inputs=["mine", "other", "never"])
-    launches.add(kernel, (1,), {"count": 1}, {"BLOCK": 64}, given="other")
+    launches.add(kernel, (1,), {"count": 1}, {"BLOCK": 64}, passed="other")
     assert [name for name, *_ in launches.sources] == ["mine", "other", "never"]
 
 
 def test_what_a_layout_lacks_is_absent(kernel: Kernel) -> None:
     layout = Layout.of({"never": None, "mine": ((4,), torch.float32)})
     workspace = Workspace.empty(layout, torch.zeros(1))
-    launches_of(kernel, layout).run({"given": None}, workspace)
+    launches_of(kernel, layout).run({"passed": None}, workspace)
     assert [launched[9:] for launched in kernel.launched] == [
         (workspace.buffer.data_ptr(), None, None, n, 64) for n in (1, 2**30)
     ]

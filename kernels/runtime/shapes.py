@@ -14,7 +14,7 @@ from fwpkm.config import FwPKMConfig
 from fwpkm.kernels.runtime.launch import INTERPRETED
 
 _PRODUCT_ERRORS = {"idw": 2.0**-17, "dot_product": 2.0**-16}
-"""What bfloat16 parts of keys and sums leave out, in the unit of a score's proposals."""
+"""What hi and lo of keys and their sums leave out, in the unit of a score's proposals."""
 
 
 class Shapes(NamedTuple):
@@ -109,7 +109,7 @@ def shapes(cfg: FwPKMConfig, query: torch.dtype) -> Shapes:
             "DEPTH": max(8, min(1024 // choices, half_block)),
             "CHOICES": choices,
             "LISTED": triton.next_power_of_2(tiles * proposed),
-            # What parts and sums leave out, of (|q| + max |K|)² or |q| max |K|, at worst.
+            # What hi, lo and sums leave out, of (|q| + max |K|)² or |q| max |K|, at worst.
             "ERROR": (1 if exact else 2) * _PRODUCT_ERRORS[cfg.score],
             "num_warps": 1,
             **proposals,

@@ -126,8 +126,8 @@ class Call(NamedTuple):
 
 
 def of_call(make: Callable[..., Any]) -> Callable[..., Any]:
-    """Remember what ``make(call, ...)`` gives: of many short plans, as a token a call has one for each place in a
-    chunk, and of few long ones, as their lists of launches are long.
+    """Remember what ``make(call, ...)`` gives: of many short plans, as a token a call has one for each position in
+    a chunk, and of few long ones, as their lists of launches are long.
     """
     many, few = functools.lru_cache(1024)(make), functools.lru_cache(64)(make)
 
