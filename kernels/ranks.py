@@ -1,34 +1,15 @@
-"""The k best sub-keys of one token in one codebook, decided by ranks of float32 quality: -‖q - K‖², or q·K."""
+"""The k best sub-keys of one token in one codebook (SPEC.md §2), by ranks of float32 quality: -‖q - K‖², or q·K."""
 
 import triton
 import triton.language as tl
 
-from fwpkm.kernels.tokens import INF
+from fwpkm.kernels.propose import NOTHING
+from fwpkm.kernels.runtime.launch import Launches
+from fwpkm.kernels.runtime.windows import Call
+from fwpkm.kernels.scores import exact_ranks
+from fwpkm.kernels.tokens import DEAD, INF, VARYING, not_due, token_of
 
-NOTHING = tl.constexpr(-(2**31))
-"""No proposal."""
-
-
-@triton.jit
-def exact_ranks(
-    query, keys, chosen, wanted, alive,
-    HALF: tl.constexpr, IDW: tl.constexpr, CHOICES: tl.constexpr, STEP: tl.constexpr,
-):  # fmt: skip
-    """-‖q - K‖² from differences, or q·K, of the ``chosen`` [CHOICES]; -inf where not ``wanted``.
-
-    The sum of each has the same order wherever it stands, so equal sub-keys tie.
-    """
-    rank = tl.zeros([CHOICES], tl.float32)
-    for at in range(0, HALF, STEP):
-        d = at + tl.arange(0, STEP)
-        inside = (d < HALF) & alive
-        q = tl.load(query + d, mask=inside, other=0.0).to(tl.float32)[None, :]
-        k = tl.load(keys + chosen[:, None] * HALF + d[None, :], mask=wanted[:, None] & inside[None, :], other=0.0)
-        if IDW:
-            rank -= tl.sum((q - k) * (q - k), 1)
-        else:
-            rank += tl.sum(q * k, 1)
-    return tl.where(wanted & (rank == rank), rank, -INF)
+EQUATIONS = ("top_k",)
 
 
 @triton.jit
@@ -40,30 +21,30 @@ def ahead_of(rank, chosen, other_rank, other_chosen):
 
 
 @triton.jit
-def placed(x, place, choice):
-    """x, each at its place; 0 where none has that place."""
-    return tl.sum(tl.where(place[:, None] == choice[None, :], x[:, None], 0), 0)
+def moved_to(x, index, choice):
+    """x, each at its index; 0 where none has that index."""
+    return tl.sum(tl.where(index[:, None] == choice[None, :], x[:, None], 0), 0)
 
 
 @triton.jit
 def merged(rank, chosen, more_rank, more, choice):
     """The best of both lists, in order. All ids differ."""
-    place = ahead_of(rank, chosen, rank, chosen) + ahead_of(rank, chosen, more_rank, more)
-    more_place = ahead_of(more_rank, more, rank, chosen) + ahead_of(more_rank, more, more_rank, more)
+    index = ahead_of(rank, chosen, rank, chosen) + ahead_of(rank, chosen, more_rank, more)
+    more_index = ahead_of(more_rank, more, rank, chosen) + ahead_of(more_rank, more, more_rank, more)
     return (
-        placed(rank, place, choice) + placed(more_rank, more_place, choice),
-        placed(chosen, place, choice) + placed(more, more_place, choice),
+        moved_to(rank, index, choice) + moved_to(more_rank, more_index, choice),
+        moved_to(chosen, index, choice) + moved_to(more, more_index, choice),
     )
 
 
 @triton.jit
-def best_proposed(
+def top_k_proposed(
     query, keys, proposals, scale, alive,
-    SUBKEYS: tl.constexpr, HALF: tl.constexpr, K: tl.constexpr, IDW: tl.constexpr,
+    SUBKEYS: tl.constexpr, HALF: tl.constexpr, K: tl.constexpr, SCORE: tl.constexpr,
     TILES: tl.constexpr, PROPOSED: tl.constexpr, LISTED: tl.constexpr, BITS: tl.constexpr, ERROR: tl.constexpr,
-    CHOICES: tl.constexpr, STEP: tl.constexpr,
+    CHOICES: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """The k best from what ``select_kernel`` proposed, as (ranks, ids) [CHOICES].
+    """The k best from what ``propose_kernel`` proposed, as (ranks, ids) [CHOICES].
 
     Proposals are off by up to ERROR · scale. So if the next one, were it better by that much, could be among the k
     best, the rest of the list is ranked too; and if what is not listed could be, all sub-keys are. The choice has the
@@ -85,7 +66,7 @@ def best_proposed(
     mask: tl.constexpr = 2**BITS - 1
     wanted, possible = choice < K, spare != NOTHING
     chosen = tl.where(wanted, mask - (mine & mask), SUBKEYS + choice)
-    rank = exact_ranks(query, keys, chosen, wanted, alive, HALF, IDW, CHOICES, STEP)
+    rank = exact_ranks(query, keys, chosen, wanted, alive, HALF, SCORE, CHOICES, DEPTH)
     if PROPOSED > K:
         worst = tl.min(tl.where(wanted, rank, INF), 0)
         # A level is rounded by less than one; the scale is not finite where products are not.
@@ -94,7 +75,7 @@ def best_proposed(
         unsure = alive & ~((tl.max(tl.where(possible, bound, -INF), 0) < worst) & (scale < INF))
         if unsure:
             more = tl.where(possible, mask - (spare & mask), SUBKEYS + CHOICES + choice)
-            more_rank = exact_ranks(query, keys, more, possible, alive, HALF, IDW, CHOICES, STEP)
+            more_rank = exact_ranks(query, keys, more, possible, alive, HALF, SCORE, CHOICES, DEPTH)
             rank, chosen = merged(rank, chosen, more_rank, more, choice)
             if PROPOSED < SUBKEYS:
                 worst = tl.min(tl.where(wanted, rank, INF), 0)
@@ -103,15 +84,15 @@ def best_proposed(
                     for at in range(0, SUBKEYS, CHOICES):
                         more = at + choice
                         known = tl.max((more[:, None] == chosen[None, :]).to(tl.int32), 1) > 0
-                        fresh = (more < SUBKEYS) & ~known
-                        more_rank = exact_ranks(query, keys, more, fresh, alive, HALF, IDW, CHOICES, STEP)
-                        more = tl.where(fresh, more, SUBKEYS + 2 * CHOICES + more)
+                        unknown = (more < SUBKEYS) & ~known
+                        more_rank = exact_ranks(query, keys, more, unknown, alive, HALF, SCORE, CHOICES, DEPTH)
+                        more = tl.where(unknown, more, SUBKEYS + 2 * CHOICES + more)
                         rank, chosen = merged(rank, chosen, more_rank, more, choice)
     return rank, chosen
 
 
 @triton.jit
-def best_of_all(ranks, SUBKEYS: tl.constexpr, K: tl.constexpr, CHOICES: tl.constexpr, LISTED: tl.constexpr):
+def top_k(ranks, SUBKEYS: tl.constexpr, K: tl.constexpr, CHOICES: tl.constexpr, LISTED: tl.constexpr):
     """The k best of the ranks of all sub-keys, best first, as (ranks, ids) [CHOICES]."""
     choice, column = tl.arange(0, CHOICES), tl.arange(0, LISTED)
     left = tl.load(ranks + column, mask=column < SUBKEYS, other=-INF)
@@ -125,3 +106,37 @@ def best_of_all(ranks, SUBKEYS: tl.constexpr, K: tl.constexpr, CHOICES: tl.const
         free = free & (column != at)
         left = tl.where(free, left, -INF)
     return rank, chosen
+
+
+@triton.jit(do_not_specialize=["version", *VARYING])
+def rank_kernel(
+    query, keys, proposals, scales, flags, ids, ranks, due, version, start, length, first, num_tokens, rows,
+    HEADS: tl.constexpr, SUBKEYS: tl.constexpr, HALF: tl.constexpr, K: tl.constexpr, SCORE: tl.constexpr,
+    TILES: tl.constexpr, PROPOSED: tl.constexpr, BITS: tl.constexpr,
+    LISTED: tl.constexpr, ERROR: tl.constexpr, CHOICES: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """The k best sub-keys of one token and codebook, in any order, and their ranks, of float32 quality."""
+    if not_due(due):
+        return
+    group = tl.program_id(1)
+    memory, half = group // (2 * HEADS), group % (2 * HEADS)
+    r = tl.program_id(0)
+    token, _ = token_of(r, memory, start, length, num_tokens, rows)
+    local = (memory * rows * length + r).to(tl.int64)
+    row_index = local * 2 * HEADS + half
+    alive = (tl.load(flags + token).to(tl.int32) & DEAD) == 0
+    rank, chosen = top_k_proposed(
+        query + token * (2 * HEADS * HALF) + half * HALF,
+        keys + (version * tl.num_programs(1) + group).to(tl.int64) * SUBKEYS * HALF,
+        proposals + row_index * TILES * PROPOSED, tl.load(scales + row_index), alive,
+        SUBKEYS, HALF, K, SCORE, TILES, PROPOSED, LISTED, BITS, ERROR, CHOICES, DEPTH,
+    )  # fmt: skip
+    choice = tl.arange(0, CHOICES)
+    at = ((first + local) * 2 * HEADS + half) * K + choice
+    tl.store(ids + at, chosen, mask=choice < K)
+    tl.store(ranks + at, rank, mask=choice < K)
+
+
+def add_rank(launches: Launches, call: Call, integers: dict[str, int]) -> None:
+    """Add the top-k of a window's proposals, ranked by ``version`` of the keys."""
+    launches.add(rank_kernel, (call.rows * integers["length"], call.groups), integers, call.shapes.rank)

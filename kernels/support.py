@@ -1,5 +1,6 @@
 """What the kernels serve, in words for people. Imports triton only once nothing else is in the way."""
 
+import dataclasses
 import functools
 import importlib.util
 import sys
@@ -10,7 +11,21 @@ from torch import Tensor
 from fwpkm.config import FwPKMConfig
 from fwpkm.containers import Memory
 
-_HALVES = (torch.bfloat16, torch.float16, torch.float32)
+SERVED_CHOICES = {
+    "boundary": ("drop", "wait"),
+    "score": ("idw", "dot_product"),
+    "write_scale": ("slots", "unit", "normalized"),
+    "memory_scope": ("sequence", "batch"),
+}
+"""The values of the fields that name a rule; any other is refused."""
+SERVED_FIELDS = {
+    "key_dim", "value_dim", "num_heads", "num_subkeys", "top_k", "chunk_size", "lookahead", "boundary", "score",
+    "score_eps", "temperature", "learning_rate", "write_scale", "weight_decay", "grad_clip", "addressing_weight",
+    "memory_scope",
+}  # fmt: skip
+"""The fields of a configuration that the kernels serve; any other must be at its default."""
+_MOST = {"num_heads": 4, "top_k": 32, "num_subkeys": 2048, "key_dim": 1024, "value_dim": 1024}
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def why_unsupported(cfg: FwPKMConfig, memory: Memory, query: Tensor) -> str | None:
@@ -26,13 +41,18 @@ def why_unsupported(cfg: FwPKMConfig, memory: Memory, query: Tensor) -> str | No
 
 def why_unsupported_config(cfg: FwPKMConfig) -> str | None:
     """The reason that lies in the configuration; can be traced."""
-    bounds = {"num_heads": 4, "top_k": 32, "num_subkeys": 2048, "key_dim": 1024, "value_dim": 1024}
-    for field, most in bounds.items():
-        if getattr(cfg, field) > most:
-            return f"{field} must be at most {most}. Received: {field}={getattr(cfg, field)}"
-    for field in ("key_dim", "value_dim"):
-        if getattr(cfg, field) % 16:
-            return f"{field} must be a multiple of 16. Received: {field}={getattr(cfg, field)}"
+    for field in dataclasses.fields(cfg):
+        if field.name not in SERVED_FIELDS and getattr(cfg, field.name) != field.default:
+            return f"{field.name} must be {field.default!r}. Received: {field.name}={getattr(cfg, field.name)!r}"
+    for name, values in SERVED_CHOICES.items():
+        if getattr(cfg, name) not in values:
+            return f"{name} must be one of {', '.join(map(repr, values))}. Received: {name}={getattr(cfg, name)!r}"
+    for name, most in _MOST.items():
+        if getattr(cfg, name) > most:
+            return f"{name} must be at most {most}. Received: {name}={getattr(cfg, name)}"
+    for name in ("key_dim", "value_dim"):
+        if getattr(cfg, name) % 16:
+            return f"{name} must be a multiple of 16. Received: {name}={getattr(cfg, name)}"
     return None
 
 
@@ -41,9 +61,9 @@ _of_config = functools.lru_cache(why_unsupported_config)
 
 def why_unsupported_tensors(memory: Memory, query: Tensor) -> str | None:
     """The reason that lies in dtypes; can be traced."""
-    if query.dtype not in _HALVES:
+    if query.dtype not in _DTYPES:
         return f"query must be float32, bfloat16 or float16. Received: {query.dtype}"
-    if any(table.dtype not in _HALVES for table in memory):
+    if any(table.dtype not in _DTYPES for table in memory):
         return f"tables must be float32. Received: keys {memory.keys.dtype}, values {memory.values.dtype}"
     return None
 
@@ -59,7 +79,7 @@ def _why_here(query: Tensor) -> str | None:
             return "triton is not installed: pip install 'fwpkm[triton]'"
         if "tensorflow" in sys.modules:  # whose LLVM its library would bind to, and crash
             return "triton must be imported before tensorflow in a process that uses both"
-    from fwpkm.kernels.tokens import INTERPRETED
+    from fwpkm.kernels.runtime.launch import INTERPRETED
 
     if INTERPRETED:
         return None  # on tensors of any device

@@ -1,14 +1,18 @@
-"""The tokens of a call as every kernel numbers them, and what each is to the memory.
+"""The tokens of a call as every kernel numbers them, and what each is to the memory (SPEC.md §3 and §5).
 
-A call reads a stream of ``room`` tokens of each sequence, in windows: runs of ``length`` tokens from ``start`` on that
-read the same tables. The tokens of a window are numbered by sequence, then by time, from ``first`` on; so those of one
-memory, ``rows`` sequences, are consecutive.
+A call reads a stream of ``num_tokens`` tokens of each sequence, in windows: runs of ``length`` tokens from ``start`` on
+that read the same tables. The tokens of a window are numbered by sequence, then by time, from ``first`` on; so those of
+one memory, ``rows`` sequences, are consecutive.
 """
 
 import triton
 import triton.language as tl
-from triton.runtime import JITFunction
 
+from fwpkm.kernels.runtime.launch import Launches
+from fwpkm.kernels.runtime.shapes import blocks_of
+from fwpkm.kernels.runtime.windows import Call
+
+EQUATIONS = ("pairs",)
 LIVE = tl.constexpr(1)
 """A flag's bit: unmasked and finite, so it counts and may write."""
 DEAD = tl.constexpr(2)
@@ -16,7 +20,7 @@ DEAD = tl.constexpr(2)
 TARGET = tl.constexpr(4)
 """Its value may be bound to a query."""
 INF = tl.constexpr(float("inf"))
-VARYING = ["start", "length", "first", "room", "rows"]
+VARYING = ["start", "length", "first", "num_tokens", "rows"]
 """Arguments of a window: no kernel is compiled anew for another T."""
 
 
@@ -30,9 +34,17 @@ def not_due(due):
 
 
 @triton.jit
-def token_of(r, memory, start, length, room, rows):
+def token_of(r, memory, start, length, num_tokens, rows):
     """Where token r of a memory's window lies in the stream, as (stream index, time within the window)."""
-    return (memory * rows + r // length).to(tl.int64) * room + start + r % length, r % length
+    return (memory * rows + r // length).to(tl.int64) * num_tokens + start + r % length, r % length
+
+
+@triton.jit
+def pairs(window_flags, here, t, length, counted, LOOKAHEAD: tl.constexpr):
+    """Which ``counted`` tokens at time t have a partner, L tokens later in their window, that may be bound (§3)."""
+    has_partner = counted & (t + LOOKAHEAD < length)
+    partner = tl.load(window_flags + here + LOOKAHEAD, mask=has_partner, other=0).to(tl.int32)
+    return has_partner & ((partner & TARGET) != 0)
 
 
 @triton.jit
@@ -60,28 +72,35 @@ def flag_of(
     return live * (LIVE + TARGET * target) + (1 - alive) * DEAD
 
 
-@triton.jit(do_not_specialize=["tokens", "words"])
+@triton.jit(do_not_specialize=["num_flags", "num_zeros"])
 def prepare_kernel(
-    query, value, gate, mask, pair, flags, zeros, tokens, words,
+    query, value, gate, mask, pair, flags, zeros, num_flags, num_zeros,
     QUERY: tl.constexpr, VALUE: tl.constexpr, QUERY_BLOCK: tl.constexpr, VALUE_BLOCK: tl.constexpr,
     HAS_GATE: tl.constexpr, HAS_MASK: tl.constexpr, HAS_PAIR: tl.constexpr, SHIFTED: tl.constexpr,
     ZEROS: tl.constexpr,
 ):  # fmt: skip
-    """The flag of each of the ``tokens``; and ZEROS of the ``words`` by each program behind theirs.
+    """The flag of each token; and ZEROS of the zeros by each program behind theirs.
 
     SHIFTED values are targets already (``chunk_update``): one that is not finite makes no pair, and kills nothing.
     """
     token = tl.program_id(0).to(tl.int64)
-    if token < tokens:
+    if token < num_flags:
         flag = flag_of(
             query, value, gate, mask, pair, token,
             QUERY, VALUE, QUERY_BLOCK, VALUE_BLOCK, HAS_GATE, HAS_MASK, HAS_PAIR, SHIFTED,
         )  # fmt: skip
         tl.store(flags + token, flag.to(tl.int8))
     else:
-        place = (token - tokens) * ZEROS + tl.arange(0, ZEROS)
-        tl.store(zeros + place, tl.zeros([ZEROS], tl.int32), mask=place < words)
+        at = (token - num_flags) * ZEROS + tl.arange(0, ZEROS)
+        tl.store(zeros + at, tl.zeros([ZEROS], tl.int32), mask=at < num_zeros)
 
 
-INTERPRETED = not any(isinstance(kernel, JITFunction) for kernel in (prepare_kernel, tl.cdiv))
-"""Whether Triton's interpreter runs the kernels; tl.cdiv is one of its own, for which it was decided earlier."""
+def add_prepare(launches: Launches, call: Call) -> None:
+    """Add the flags of the stream, and the zeros that the residuals begin with."""
+    constants, paired = call.shapes.prepare, "pair" in call.present
+    has = {"HAS_GATE": "gate" in call.present, "HAS_MASK": "mask" in call.present, "HAS_PAIR": paired}
+    (zeros,), flags = launches.spec("zeros").shape, call.batch * call.plan.num_tokens
+    launches.add(
+        prepare_kernel, (flags + blocks_of(zeros, constants["ZEROS"]),), {"num_flags": flags, "num_zeros": zeros},
+        constants | has | {"SHIFTED": paired},
+    )  # fmt: skip

@@ -2,19 +2,23 @@
 
 ``python tests/compile_kernels.py 90 paper``: one line a kernel; any that does not compile, or needs more shared memory
 than the GPU has, raises. Tensors hold no data, and what would be launched is compiled instead.
+``python tests/compile_kernels.py refuse SCORE``: those that would compute something, were a choice unknown, do not.
 """
 
 import re
 import sys
+from typing import Any
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.compiler.errors import CompilationError
 
 from fwpkm import FwPKMConfig
 from fwpkm.containers import Memory, State
-from fwpkm.kernels import call, decode, launch, reverse, room, windows
+from fwpkm.kernels.runtime import call, decoding, launch, windows, workspace
+from fwpkm.tokens import Tokens
 
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}
 """What a program may use at most, by compute capability (CUDA C++ Programming Guide, technical specifications)."""
@@ -36,58 +40,65 @@ CONFIGS = {
 }  # fmt: skip
 
 
+def source_of(kernel: Any, tensors: dict, integers: tuple[str, ...], constants: dict) -> tuple[ASTSource, dict]:
+    """What Triton compiles of a kernel for such tensors, and its options."""
+    names = kernel.arg_names
+    typed = {name: "constexpr" if x is None else "*" + TYPES[x.dtype] for name, x in tensors.items()}
+    fixed = {name: constants[name] for name in names if name in constants}
+    fixed |= {name: None for name, x in tensors.items() if x is None}
+    signature = {**typed, **dict.fromkeys(integers, "i32"), **dict.fromkeys(constants, "constexpr")}
+    options = {name: constants[name] for name in ("num_warps", "num_stages") if name in constants}
+    index = {name: (i,) for i, name in enumerate(names)}
+    source = ASTSource(
+        kernel,
+        {name: signature[name] for name in names},
+        {index[name]: value for name, value in fixed.items()},
+        {index[name]: [["tt.divisibility", 16]] for name, kind in typed.items() if kind != "constexpr"},
+    )
+    return source, options
+
+
 def kernels_of(cfg: FwPKMConfig, dtype: torch.dtype, masked: bool) -> dict:
     """Each kernel with its signature and constants, as a training step and a decode step launch them."""
     found: dict = {}
 
-    def record(self: launch.Steps, tensors: dict, *rooms: room.Room) -> None:
-        all_of_them = self.tensors(tensors, *rooms)
-        for number, _, integers in self.launches:
-            kernel, places, constants = self.kernels[number]
-            names, mine = kernel.arg_names, [all_of_them[i] for i in places]
-            plain = dict.fromkeys(names[len(mine) : len(mine) + len(integers)], "i32")
-            typed = {name: "constexpr" if x is None else "*" + TYPES[x.dtype] for name, x in zip(names, mine)}
-            fixed = {name: constants[name] for name in names if name in constants}
-            fixed |= {name: None for name, x in zip(names, mine) if x is None}
-            signature = {**typed, **plain, **dict.fromkeys(constants.keys() & set(names), "constexpr")}
-            options = {name: constants[name] for name in ("num_warps", "num_stages") if name in constants}
-            places_of = {name: (i,) for i, name in enumerate(names)}
-            source = ASTSource(
-                kernel,
-                {name: signature[name] for name in names},
-                {places_of[name]: value for name, value in fixed.items()},
-                {places_of[name]: [["tt.divisibility", 16]] for name, kind in typed.items() if kind != "constexpr"},
-            )
-            found[kernel.__name__, str(sorted(signature.items())), str(sorted(fixed.items()))] = source, options
+    def record(self: launch.Launches, inputs: dict, *workspaces: workspace.Workspace) -> None:
+        all_of_them = self.tensors(inputs, *workspaces)
+        for kernel, indices, integers, constants in self.kernels:
+            tensors = dict(zip(kernel.arg_names, [all_of_them[i] for i in indices]))
+            source, options = source_of(kernel, tensors, integers, constants)
+            found[kernel.__name__, str(sorted(source.signature.items())), str(source.constants)] = source, options
 
     batch, length = 2, cfg.chunk_size * 2 + 7
     memories = batch if cfg.memory_scope == "sequence" else 1
-    width, pending = cfg.num_heads * cfg.key_dim, cfg.chunk_size + cfg.lookahead - 1
+    width, pending = cfg.num_heads * cfg.key_dim, cfg.capacity
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    def tokens(n: int) -> list[torch.Tensor | None]:
+    def tokens(n: int) -> Tokens:
         mask = empty(batch, n, dtype=torch.bool) if masked else None
-        return [empty(batch, n, w, dtype=dtype) for w in (width, cfg.value_dim)] + [empty(batch, n, dtype=dtype), mask]
+        query, value = (empty(batch, n, w, dtype=dtype) for w in (width, cfg.value_dim))
+        return Tokens(query, value, empty(batch, n, dtype=dtype), mask)
 
     memory = Memory(
         empty(memories, cfg.num_heads, 2, cfg.num_subkeys, cfg.key_dim // 2),
         empty(memories, cfg.num_slots, cfg.value_dim),
     )
-    run, launch.Steps.run = launch.Steps.run, record
+    run, launch.Launches.run = launch.Launches.run, record
     try:
-        plan, stream = windows.plan(cfg, 0, length, batch, True), call.Tokens(*tokens(length))
-        call.forward(cfg, plan, *memory, stream, save=False, dtype=dtype)
-        kept = call.forward(cfg, plan, *memory, stream, save=True, dtype=dtype).kept
+        plan, stream = windows.plan(cfg, 0, length, batch, True), tokens(length)
+        call.forward(cfg, plan, *memory, stream, None, save=False, dtype=dtype)
+        residuals = call.forward(cfg, plan, *memory, stream, None, save=True, dtype=dtype).residuals
         d_output = empty(batch, length, cfg.value_dim, dtype=dtype)
-        reverse.backward(cfg, plan, stream, kept, d_output, memory.keys, memory.values, memory.values.shape)
-        waiting = empty(batch, pending, width), empty(batch, pending, cfg.value_dim), empty(batch, pending)
-        position = empty(batch, dtype=torch.int32)
-        state = State(memory, *waiting, empty(batch, pending, dtype=torch.bool), position)
-        decode.decode(cfg, state, *tokens(1))
+        call.backward(cfg, plan, stream, residuals, d_output, memory.keys, memory.values, memory.values.shape)
+        before = Tokens(
+            empty(batch, pending, width), empty(batch, pending, cfg.value_dim), empty(batch, pending),
+            empty(batch, pending, dtype=torch.bool),
+        )  # fmt: skip
+        decoding.decode(cfg, State.of(memory, before, empty(batch, dtype=torch.int32)), tokens(1))
     finally:
-        launch.Steps.run = run
+        launch.Launches.run = run
     return found
 
 
@@ -105,6 +116,28 @@ def check_buffers(name: str, module: str) -> None:
         raise RuntimeError(f"{name}: operands of products have different numbers of buffers: {buffers}")
 
 
+def refuse(field: str) -> None:
+    """Print the kernels that take a choice by name and do not compile for an unknown one; raise where one does."""
+    refused, compiled = set(), set()
+    for (name, *_), (source, options) in kernels_of(*CONFIGS["paper"]).items():
+        index = (source.fn.arg_names.index(field),) if field in source.fn.arg_names else None
+        if index is not None:
+            constants = source.constants | {index: "another"}
+            source = ASTSource(source.fn, source.signature, constants, source.attrs)
+            try:
+                triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+                compiled.add(name)  # what a variant leaves out it need not refuse
+            except CompilationError as error:
+                reason: BaseException = error
+                while reason.__cause__ is not None:  # up to the function that refuses
+                    reason = reason.__cause__
+                assert f"do not know this {field}" in str(reason), reason
+                refused.add(name)
+    if compiled - refused:
+        raise RuntimeError(f"compiled for an unknown {field}: {sorted(compiled - refused)}")
+    print(*sorted(refused))
+
+
 def main(capability: int, config: str) -> None:
     """Compile them all, or raise."""
     for (name, *_), (source, options) in kernels_of(*CONFIGS[config]).items():
@@ -117,4 +150,7 @@ def main(capability: int, config: str) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2])
+    if sys.argv[1] == "refuse":
+        refuse(sys.argv[2])
+    else:
+        main(int(sys.argv[1]), sys.argv[2])

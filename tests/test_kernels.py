@@ -1,5 +1,6 @@
 """The Triton kernels, in Triton's interpreter where there is no GPU, beside the eager torch backend."""
 
+import dataclasses
 import subprocess
 import sys
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 from interpreter import DEVICE, SMALL, same_or_close
 
-from fwpkm import FwPKMConfig, kernels
+from fwpkm import FwPKMConfig, config, kernels
 from fwpkm.agreement import BOUNDS, relative_error
 from fwpkm.backends import torch as be
 from fwpkm.containers import Memory
@@ -31,26 +32,26 @@ def reading(cfg: FwPKMConfig, implementation: str, cuts: list[int], with_holes: 
     mask = torch.rand(2, cuts[-1], generator=draw) > 0.2 if with_holes else None
     if with_holes:
         query[0, 4, 1], value[1, 8, 0] = torch.inf, torch.nan
-    given = [x.to(DEVICE).requires_grad_() for x in (query, value, gate)]
+    inputs = [x.to(DEVICE).requires_grad_() for x in (query, value, gate)]
     tables = [x.to(DEVICE).requires_grad_() for x in be.init_memory(cfg, seed=1)]
     state = be.init_state(cfg, Memory(*tables), batch_size=2)
     outputs, weights, start = [], [], 0
     for stop in cuts:
-        part = [x[:, start:stop] for x in given]
+        part = [x[:, start:stop] for x in inputs]
         masked = None if mask is None else mask[:, start:stop].to(DEVICE)
         output, state, trace = be.apply(cfg, state, *part, masked, implementation=implementation)
         outputs.append(output)
         weights.append(trace.weights)
         start = stop
     state, trace = be.flush(cfg, state, implementation=implementation)
-    seen = be.lookup(cfg, state.memory, given[0], implementation=implementation)
+    seen = be.lookup(cfg, state.memory, inputs[0], implementation=implementation)
     pair = (torch.rand(2, cuts[-1], generator=draw) > 0.3).to(DEVICE)
-    memory, losses = be.chunk_update(cfg, state.memory, *given, pair=pair, implementation=implementation)
+    memory, losses = be.chunk_update(cfg, state.memory, *inputs, pair=pair, implementation=implementation)
     chosen = seen.slots.double().masked_fill(seen.weights.isnan(), torch.nan)  # of the dead they mean nothing
     live = [torch.cat(outputs, 1), *state.memory, seen.output, seen.weights, *memory]
     cotangents = [torch.rand(x.shape, generator=draw).to(DEVICE) - 0.5 for x in live]
     total = sum((x.nan_to_num() * c.masked_fill(x.isnan(), 0)).sum() for x, c in zip(live, cotangents))
-    gradients = torch.autograd.grad(total, [*given, *tables])
+    gradients = torch.autograd.grad(total, [*inputs, *tables])
     records = [torch.cat(weights, 1), trace.memorization, trace.addressing, chosen, *losses]
     return [x.detach().double() for x in (*live, *records, *gradients)]
 
@@ -105,10 +106,10 @@ def test_narrow_inputs_are_read_exactly(dtype: torch.dtype) -> None:
     """SPEC.md §6: tables as those of a float32 run on the rounded inputs, outputs rounded once."""
     cfg = FwPKMConfig(**SMALL)
     draw = torch.Generator().manual_seed(0)
-    given = [(torch.rand(2, 9, *w, generator=draw) - 0.5).to(DEVICE, dtype) for w in ((16,), (16,), ())]
+    inputs = [(torch.rand(2, 9, *w, generator=draw) - 0.5).to(DEVICE, dtype) for w in ((16,), (16,), ())]
     state = be.init_state(cfg, Memory(*(x.to(DEVICE) for x in be.init_memory(cfg))), batch_size=2)
-    received, narrow, _ = be.apply(cfg, state, *given, implementation="triton")
-    expected, wide, _ = be.apply(cfg, state, *(x.float() for x in given), implementation="eager")
+    received, narrow, _ = be.apply(cfg, state, *inputs, implementation="triton")
+    expected, wide, _ = be.apply(cfg, state, *(x.float() for x in inputs), implementation="eager")
     assert received.dtype == dtype
     assert relative_error(received.float().cpu(), expected.cpu()) < BOUNDS[str(dtype).removeprefix("torch.")].forward
     for a, b in zip(narrow.memory, wide.memory):
@@ -147,8 +148,8 @@ def test_one_slot_for_all_tokens() -> None:
     keys[:, :, :, 1:] += 100
     memory = Memory(keys.to(DEVICE), memory.values.to(DEVICE))
     draw = torch.Generator().manual_seed(0)
-    given = [(torch.rand(1, 40, 16, generator=draw) - 0.5).to(DEVICE) for _ in range(2)]
-    expected, received = (be.chunk_update(cfg, memory, *given, implementation=name) for name in ("eager", "triton"))
+    inputs = [(torch.rand(1, 40, 16, generator=draw) - 0.5).to(DEVICE) for _ in range(2)]
+    expected, received = (be.chunk_update(cfg, memory, *inputs, implementation=name) for name in ("eager", "triton"))
     for a, b in zip((*received[0], *received[1]), (*expected[0], *expected[1])):
         same_or_close(a, b)
 
@@ -175,6 +176,33 @@ def test_what_the_kernels_do_not_serve_says_why(fields: dict, dtype: torch.dtype
     with pytest.raises(ValueError, match=reason):
         be.lookup(cfg, memory, query, implementation="triton")
     assert be.lookup(cfg, memory, query).output.shape == (1, 2, 16)
+
+
+@dataclasses.dataclass(frozen=True)
+class Extended(FwPKMConfig):
+    """With a field that nobody serves."""
+
+    forget: float = 0.0
+
+
+def test_a_field_that_the_kernels_do_not_know_is_refused() -> None:
+    cfg, query = Extended(**SMALL), torch.zeros(1, 2, 16, device=DEVICE)
+    memory = Memory(*(x.to(DEVICE) for x in be.init_memory(cfg)))
+    assert kernels.why_unsupported(cfg, memory, query) is None
+    cfg = Extended(**SMALL, forget=0.5)
+    assert kernels.why_unsupported(cfg, memory, query) == "forget must be 0.0. Received: forget=0.5"
+    with pytest.raises(ValueError, match=r"forget must be 0\.0"):
+        be.lookup(cfg, memory, query, implementation="triton")
+
+
+@pytest.mark.parametrize("field", config.CHOICES)
+def test_a_choice_that_the_kernels_do_not_know_is_refused(field: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(config.CHOICES, field, (*config.CHOICES[field], "another"))
+    cfg, query = FwPKMConfig(**SMALL | {field: "another"}), torch.zeros(1, 2, 16, device=DEVICE)
+    memory = Memory(*(x.to(DEVICE) for x in be.init_memory(cfg)))
+    assert f"{field} must be one of" in str(kernels.why_unsupported(cfg, memory, query))
+    with pytest.raises(ValueError, match=f"{field}='another'"):
+        be.lookup(cfg, memory, query, implementation="triton")
 
 
 def test_an_unknown_implementation_is_refused() -> None:
@@ -204,12 +232,12 @@ def test_rows_that_many_tokens_read(scope: str, save: bool) -> None:
         **SMALL | {"num_subkeys": 2, "top_k": 2, "chunk_size": 50, "memory_scope": scope, "write_scale": "unit"}
     )
     draw = torch.Generator().manual_seed(3)
-    given = [(torch.rand(2, 90, *w, generator=draw) - 0.5).to(DEVICE) for w in ((16,), (16,))]
+    inputs = [(torch.rand(2, 90, *w, generator=draw) - 0.5).to(DEVICE) for w in ((16,), (16,))]
     mask = (torch.rand(2, 90, generator=draw) > 0.2).to(DEVICE)
     cotangents = torch.rand(2, 90, 16, generator=draw).to(DEVICE) - 0.5
     found = []
     for implementation in ("eager", "triton"):
-        leaves = [x.clone().requires_grad_(save) for x in given]
+        leaves = [x.clone().requires_grad_(save) for x in inputs]
         tables = [x.to(DEVICE).requires_grad_(save) for x in be.init_memory(cfg, seed=1)]
         state = be.init_state(cfg, Memory(*tables), batch_size=2)
         output, state, _ = be.apply(cfg, state, *leaves, mask=mask, implementation=implementation)

@@ -7,15 +7,34 @@ from pathlib import Path
 
 import pytest
 
+SCORING = """
+    coefficients_backward_kernel coefficients_kernel key_sums_kernel keys_backward_kernel propose_kernel rank_kernel
+    scan_kernel scores_backward_kernel select_slots_kernel token_kernel
+"""
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(Path(__file__).parent / "compile_kernels.py"), *arguments]
+    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500)
+
 
 @pytest.mark.parametrize(
     ("capability", "config"), [(80, "paper"), (90, "paper"), (80, "odd"), (90, "largest")], ids=str
 )
 def test_every_kernel_compiles(capability: int, config: str) -> None:
     """For GPUs that need not be here; the interpreter takes what compilers refuse."""
-    command = [sys.executable, str(Path(__file__).parent / "compile_kernels.py"), str(capability), config]
-    environment = os.environ | {"TRITON_INTERPRET": "0"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500)
+    done = run(str(capability), config)
     assert done.returncode == 0, done.stderr[-3000:]
     printed = {line.split()[2] for line in done.stdout.splitlines()}
-    assert {"select_kernel", "rank_kernel", "values_kernel", "scores_backward_kernel", "settle_kernel"} <= printed
+    assert {"propose_kernel", "values_kernel", "scores_backward_kernel", "store_pending_kernel"} <= printed
+
+
+@pytest.mark.parametrize(
+    ("field", "kernels"), [("SCORE", SCORING), ("WRITE_SCALE", "read_backward_kernel read_kernel")]
+)
+def test_an_unknown_choice_does_not_compile(field: str, kernels: str) -> None:
+    """Whoever adds a score must tell each kernel that has to know it."""
+    done = run("refuse", field)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.split() == kernels.split()

@@ -1,5 +1,7 @@
 """Launches that are listed once: what they pass on when they are made again. Kernels here are stand-ins."""
 
+import importlib
+import pkgutil
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,10 +10,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fwpkm.kernels import launch
-from fwpkm.kernels.launch import Steps
-from fwpkm.kernels.room import Layout, Room
-from fwpkm.kernels.sums import most_pieces, pieces_of
+from fwpkm import FwPKMConfig
+from fwpkm import kernels as package
+from fwpkm.kernels.key_sums import most_pieces, pieces_of
+from fwpkm.kernels.runtime import call, decoding, launch, windows
+from fwpkm.kernels.runtime.launch import Launches
+from fwpkm.kernels.runtime.workspace import Layout, Workspace
 
 STREAM = 7
 
@@ -19,7 +23,8 @@ STREAM = 7
 class Kernel:
     """Notes what it is compiled for and launched with; its arguments are tensors, one integer and one constant."""
 
-    arg_names = ("x", "y", "absent", "count", "BLOCK")
+    __name__ = "stand_in"
+    arg_names = ("mine", "passed", "never", "count", "BLOCK")
 
     def __init__(self) -> None:
         self.compiled: list[tuple] = []
@@ -27,7 +32,7 @@ class Kernel:
 
     def warmup(self, *arguments: Any, grid: tuple, **constants: Any) -> SimpleNamespace:
         self.compiled.append(arguments)
-        return SimpleNamespace(run=lambda *given: self.launched.append(given), function="f", packed_metadata="m")
+        return SimpleNamespace(run=lambda *passed: self.launched.append(passed), function="f", packed_metadata="m")
 
 
 @pytest.fixture
@@ -39,70 +44,119 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
     return Kernel()
 
 
-def steps_of(kernel: Kernel, layout: Layout) -> Steps:
-    """Two launches, on a tensor of a room, one that is given and one that never is."""
-    steps = Steps(layout)
-    add = steps.of(kernel, "mine", "given", "never", BLOCK=64, num_warps=2)
-    add((5,), 1)
-    add((6, 2), 2**30)
-    return steps
+def launches_of(kernel: Kernel, layout: Layout) -> Launches:
+    """Two launches, on a tensor of a workspace, one that is passed and one that never is."""
+    launches = Launches(layout, inputs=["passed", *({"never"} - layout.tensors.keys())])
+    constants = {"BLOCK": 64, "num_warps": 2}
+    launches.add(kernel, (5,), {"count": 1}, constants)
+    launches.add(kernel, (6, 2), {"count": 2**30, "unused": 3}, constants)
+    return launches
 
 
 def test_addresses_are_those_of_the_call(kernel: Kernel) -> None:
     layout = Layout.of({"other": ((3,), torch.float32), "mine": ((2, 2), torch.float32)})
-    steps = steps_of(kernel, layout)
+    launches = launches_of(kernel, layout)
     for _ in range(3):
-        room, x = Room.empty(layout, torch.zeros(1)), torch.zeros(8)
+        workspace, x = Workspace.empty(layout, torch.zeros(1)), torch.zeros(8)
         kernel.launched.clear()
-        steps.run({"given": x, "never": None, "unused": None}, room)
-        head = (STREAM, "f", "m", None, None, None, room["mine"].data_ptr(), x.data_ptr(), None)
+        launches.run({"passed": x, "never": None, "unused": None}, workspace)
+        head = (STREAM, "f", "m", None, None, None, workspace["mine"].data_ptr(), x.data_ptr(), None)
         assert kernel.launched == [(5, 1, 1, *head, 1, 64), (6, 2, 1, *head, 2**30, 64)]
     assert len(kernel.compiled) == 1
-    assert room["mine"].data_ptr() == room.buffer.data_ptr() + 256
+    assert workspace["mine"].data_ptr() == workspace.buffer.data_ptr() + 256
 
 
 def test_another_kind_of_tensors_is_compiled_anew(kernel: Kernel) -> None:
     layout = Layout.of({"mine": ((4,), torch.float32)})
-    steps, room, x = steps_of(kernel, layout), Room.empty(layout, torch.zeros(1)), torch.zeros(8)
-    kinds = [x, x[1:], x.to(torch.bfloat16), None, x[4:]]  # the last is aligned as the first
-    for given_tensor in kinds:
-        steps.run({"given": given_tensor, "never": None}, room)
+    launches, workspace, x = launches_of(kernel, layout), Workspace.empty(layout, torch.zeros(1)), torch.zeros(8)
+    tensors = [x, x[1:], x.to(torch.bfloat16), None, x[4:]]  # the last is aligned as the first
+    for tensor in tensors:
+        launches.run({"passed": tensor, "never": None}, workspace)
     assert len(kernel.compiled) == 4
-    steps_of(kernel, layout).run({"given": x, "never": None}, room)  # what one list has compiled, another launches
+    # What one list has compiled, another launches.
+    launches_of(kernel, layout).run({"passed": x, "never": None}, workspace)
     assert len(kernel.compiled) == 4
 
 
-def test_tensors_of_a_room_do_not_overlap() -> None:
+def test_tensors_of_a_workspace_do_not_overlap() -> None:
     specs = {"bytes": ((3,), torch.int8), "none": ((0, 4), torch.float32), "numbers": ((5, 2), torch.int64)}
     layout = Layout.of(specs)
-    room = Room.empty(layout, torch.zeros(1))
+    workspace = Workspace.empty(layout, torch.zeros(1))
     for i, name in enumerate(specs):
-        room[name].fill_(i + 1)
+        workspace[name].fill_(i + 1)
     for i, (name, (shape, dtype)) in enumerate(specs.items()):
-        assert room[name].shape == shape
-        assert room[name].dtype == dtype
-        assert (room[name] == i + 1).all()
-        assert layout.places[name].offset % 256 == 0
-    assert layout.size == room.buffer.numel()
+        assert workspace[name].shape == shape
+        assert workspace[name].dtype == dtype
+        assert (workspace[name] == i + 1).all()
+        assert layout.tensors[name].offset % 256 == 0
+    assert layout.size == workspace.buffer.numel()
 
 
 @given(st.integers(1, 200), st.integers(1, 200), st.integers(1, 10000))
-def test_there_is_room_for_the_pieces_of_shorter_windows(longest: int, shorter: int, rows: int) -> None:
+def test_there_is_space_for_the_pieces_of_shorter_windows(longest: int, shorter: int, rows: int) -> None:
     pieces, per_piece = pieces_of(min(shorter, longest), rows)
     assert pieces <= most_pieces(longest, rows)
     assert (pieces - 1) * per_piece < min(shorter, longest) <= pieces * per_piece
 
 
-def test_a_name_that_nobody_gives_is_told(kernel: Kernel) -> None:
+def test_a_name_that_nobody_knows_is_told_before_anything_runs(kernel: Kernel) -> None:
     layout = Layout.of({"mine": ((4,), torch.float32)})
-    with pytest.raises(KeyError, match="never"):
-        steps_of(kernel, layout).run({"given": torch.zeros(8)}, Room.empty(layout, torch.zeros(1)))
+    constants = {"BLOCK": 64}
+    with pytest.raises(TypeError, match=r"stand_in\(never=...\): never must be in one layout or input, is in none"):
+        Launches(layout, inputs=["passed"]).add(kernel, (1,), {"count": 1}, constants)
+    with pytest.raises(TypeError, match=r"stand_in\(count=...\): count must"):
+        Launches(layout, inputs=["passed", "never"]).add(kernel, (1,), {"counts": 1}, constants)
+    for unknown, buffers in (({"BLOKC": 64}, {}), ({}, {"givn": "mine"})):
+        with pytest.raises(TypeError, match="stand_in has no parameter"):
+            Launches(layout, inputs=["passed", "never"]).add(kernel, (1,), {"count": 1}, constants | unknown, **buffers)
+    with pytest.raises(TypeError, match="in two"):
+        Launches(layout, inputs=["mine", "passed", "never"]).add(kernel, (1,), {"count": 1}, constants)
+
+
+def test_another_tensor_is_bound_where_that_is_said(kernel: Kernel) -> None:
+    launches = Launches(inputs=["mine", "other", "never"])
+    launches.add(kernel, (1,), {"count": 1}, {"BLOCK": 64}, passed="other")
+    assert [name for name, *_ in launches.sources] == ["mine", "other", "never"]
 
 
 def test_what_a_layout_lacks_is_absent(kernel: Kernel) -> None:
     layout = Layout.of({"never": None, "mine": ((4,), torch.float32)})
-    room = Room.empty(layout, torch.zeros(1))
-    steps_of(kernel, layout).run({"given": None}, room)
+    workspace = Workspace.empty(layout, torch.zeros(1))
+    launches_of(kernel, layout).run({"passed": None}, workspace)
     assert [launched[9:] for launched in kernel.launched] == [
-        (room.buffer.data_ptr(), None, None, n, 64) for n in (1, 2**30)
+        (workspace.buffer.data_ptr(), None, None, n, 64) for n in (1, 2**30)
     ]
+
+
+@pytest.mark.parametrize("clip", [None, 0.1])
+@pytest.mark.parametrize("scope", ["batch", "sequence"])
+def test_every_tensor_of_every_kernel_is_bound_by_its_own_name(scope: str, clip: float | None) -> None:
+    """All launches of reading, writing, their backward and decoding; one kernel sums tensors of several names."""
+    cfg = FwPKMConfig(
+        key_dim=16, value_dim=16, num_subkeys=5, top_k=3, chunk_size=4, memory_scope=scope, grad_clip=clip
+    )
+    plan, memories = windows.plan(cfg, 0, 11, 2, True), {"batch": 1, "sequence": 2}[scope]
+    everything = frozenset(["gate", "mask", "pair", "d_output", "d_values", "d_table"])
+    lists = []
+    for save in (False, True):
+        forward = call._forward_launches(windows.Call(cfg, plan, torch.float32, 2, memories, save, everything), None)
+        lists += forward.prepare, forward.address, forward.write
+    backward = call._backward_launches(
+        windows.Call(cfg, plan, torch.float32, 2, memories, True, everything), True, forward.residuals
+    )
+    step = windows.Call(cfg, windows.write(4, 2), torch.float32, 2, memories, False, everything)
+    lists += backward.through_values, backward.through_keys, decoding._launches(step)
+    factors, kernels = set(), set()
+    for launches in lists:
+        names = [name for name, *_ in launches.sources]
+        for bound in launches.kernels:
+            kernels.add(bound.kernel.__name__)
+            tensors = dict(zip(bound.kernel.arg_names, [names[i] for i in bound.tensors]))
+            if "factors" in tensors:
+                factors.add(tensors.pop("factors"))
+            assert list(tensors) == list(tensors.values())
+    assert factors == {"coefficients", "d_slopes", "d_ranks"}
+    modules = [
+        importlib.import_module(f"fwpkm.kernels.{found.name}") for found in pkgutil.iter_modules(package.__path__)
+    ]
+    assert kernels == {name for module in modules for name in vars(module) if name.endswith("_kernel")}

@@ -9,6 +9,7 @@ from fwpkm import FwPKMConfig
 from fwpkm.agreement import BOUNDS
 from fwpkm.backends import torch as be
 from fwpkm.backends.torch import engine
+from fwpkm.backends.torch.flat import flatten
 from fwpkm.containers import Memory, State
 
 CONFIGS = {
@@ -50,17 +51,17 @@ def test_compiled_without_a_break_it_gives_the_same(name: str) -> None:
         more, state, trace = be.apply(cfg, state, *second, **implementation)
         again, same, _ = be.apply(cfg, state, query, value, gate, update=False, **implementation)
         assert same.memory is state.memory
-        return torch.cat([output, more, again], 1), *state.memory, *state[1:], *trace
+        return torch.cat([output, more, again], 1), *flatten(state), *trace
 
     results = []
     for function in (read, torch.compile(read, fullgraph=True, backend="aot_eager")):
-        given = [x.requires_grad_() for x in tokens_of(cfg, 9)]
+        inputs = [x.requires_grad_() for x in tokens_of(cfg, 9)]
         tables = [x.requires_grad_() for x in be.init_memory(cfg, seed=1)]
         state = be.init_state(cfg, Memory(*(x.to(DEVICE) for x in tables)), batch_size=2)
-        found = function(state, *given)
+        found = function(state, *inputs)
         live = [x for x in found if x.requires_grad]
         total = sum((x * torch.linspace(-1, 1, x.numel(), device=x.device).view_as(x)).sum() for x in live)
-        results.append([*found, *torch.autograd.grad(total, [*given, *tables])])
+        results.append([*found, *torch.autograd.grad(total, [*inputs, *tables])])
     for expected, received in zip(*results, strict=True):
         assert received.dtype == expected.dtype
         same_or_close(received, expected)
@@ -72,15 +73,15 @@ def test_compiled_lengths_may_vary(name: str) -> None:
     cfg = FwPKMConfig(**SMALL | CONFIGS[name])
     state = state_of(cfg)
 
-    def read(*given: Tensor) -> Tensor:
-        return be.apply(cfg, state, *given, implementation="triton")[0].square().sum()
+    def read(*inputs: Tensor) -> Tensor:
+        return be.apply(cfg, state, *inputs, implementation="triton")[0].square().sum()
 
     compiled = torch.compile(read, fullgraph=True, backend="aot_eager")
     for length in (5, 7, 9):
         results = []
         for function in (read, compiled):
-            given = [x.requires_grad_() for x in tokens_of(cfg, length)]
-            results.append([loss := function(*given), *torch.autograd.grad(loss, given)])
+            inputs = [x.requires_grad_() for x in tokens_of(cfg, length)]
+            results.append([loss := function(*inputs), *torch.autograd.grad(loss, inputs)])
         for expected, received in zip(*results, strict=True):
             same_or_close(received, expected)
 
@@ -88,18 +89,18 @@ def test_compiled_lengths_may_vary(name: str) -> None:
 def test_compiled_a_table_is_overwritten_in_place_and_else_never() -> None:
     cfg = FwPKMConfig(**SMALL)
 
-    def read(state: State, inplace: bool, *given: Tensor) -> tuple[Tensor, Memory]:
-        output, after, _ = be.apply(cfg, state, *given, inplace=inplace, implementation="triton")
+    def read(state: State, inplace: bool, *inputs: Tensor) -> tuple[Tensor, Memory]:
+        output, after, _ = be.apply(cfg, state, *inputs, inplace=inplace, implementation="triton")
         return output * 2 + 1, after.memory
 
     results, compiled = [], torch.compile(read, backend="aot_eager")
     for function, inplace in ((read, False), (compiled, True), (compiled, False)):
-        given, state = [x.requires_grad_() for x in tokens_of(cfg, 5, batch=1)], state_of(cfg, batch=1)
+        inputs, state = [x.requires_grad_() for x in tokens_of(cfg, 5, batch=1)], state_of(cfg, batch=1)
         before = state.memory.values.clone()
-        output, after = function(state, inplace, *given)
+        output, after = function(state, inplace, *inputs)
         assert torch.equal(state.memory.values, after.values if inplace else before)
         assert not torch.equal(after.values, before)
-        results.append([output, *after, *torch.autograd.grad(output.square().sum(), given)])
+        results.append([output, *after, *torch.autograd.grad(output.square().sum(), inputs)])
     for expected, *received in zip(*results, strict=True):
         for x in received:
             same_or_close(x, expected)
@@ -132,11 +133,11 @@ def test_the_operators_are_what_they_say() -> None:
     """Schemas, shapes without data, and gradients, by torch's own checks."""
     cfg = FwPKMConfig(**SMALL)
     state, (query, value, gate) = state_of(cfg), tokens_of(cfg, 5)
-    arguments = (cfg.to_json(), *state.memory, *state[1:], query, value, gate, None, True, False)
+    arguments = (cfg.to_json(), *flatten(state), query, value, gate, None, True, False)
     torch.library.opcheck(torch.ops.fwpkm.apply.default, arguments, test_utils=("test_schema", "test_faketensor"))
     started = be.start_decoding(state)
     one = [x[:, :1].contiguous() for x in (query, value, gate)]
-    arguments = (cfg.to_json(), *started.memory, *started[1:], *one, None)
+    arguments = (cfg.to_json(), *flatten(started), *one, None)
     torch.library.opcheck(torch.ops.fwpkm.decode.default, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
@@ -144,16 +145,16 @@ def test_the_operators_are_what_they_say() -> None:
 def test_narrow_inputs_in_the_middle_of_a_chunk(backend: str) -> None:
     """SPEC.md §6: outputs in the query's dtype. A compiler believes what the operator says of its results."""
     cfg = FwPKMConfig(**SMALL)
-    state, given = state_of(cfg), [x.bfloat16() for x in tokens_of(cfg, 6)]
-    _, state, _ = be.apply(cfg, state, *(x[:, :2] for x in given), implementation="triton")
-    given = [x[:, 2:] for x in given]
+    state, inputs = state_of(cfg), [x.bfloat16() for x in tokens_of(cfg, 6)]
+    _, state, _ = be.apply(cfg, state, *(x[:, :2] for x in inputs), implementation="triton")
+    inputs = [x[:, 2:] for x in inputs]
 
-    def read(state: State, *given: Tensor) -> Tensor:
-        return be.apply(cfg, state, *given, implementation="triton")[0] * 2 + 1
+    def read(state: State, *inputs: Tensor) -> Tensor:
+        return be.apply(cfg, state, *inputs, implementation="triton")[0] * 2 + 1
 
-    expected = be.apply(cfg, state, *given, implementation="eager")[0] * 2 + 1
+    expected = be.apply(cfg, state, *inputs, implementation="eager")[0] * 2 + 1
     for function in (read, torch.compile(read, fullgraph=True, backend=backend)):
-        received = function(state, *given)
+        received = function(state, *inputs)
         assert received.dtype == torch.bfloat16
         assert (received.float() - expected.float()).norm() < BOUNDS["bfloat16"].forward * expected.float().norm()
 
@@ -183,9 +184,9 @@ def test_compiled_calls_are_checked(name: str, change, message: str) -> None:
 
 def test_what_the_kernels_do_not_serve_is_compiled_around_them() -> None:
     cfg = FwPKMConfig(**SMALL | {"key_dim": 24})
-    state, given = state_of(cfg), tokens_of(cfg, 5)
-    compiled = torch.compile(lambda state, *given: be.apply(cfg, state, *given)[0], backend="aot_eager")
-    same_or_close(compiled(state, *given), be.apply(cfg, state, *given)[0])
+    state, inputs = state_of(cfg), tokens_of(cfg, 5)
+    compiled = torch.compile(lambda state, *inputs: be.apply(cfg, state, *inputs)[0], backend="aot_eager")
+    same_or_close(compiled(state, *inputs), be.apply(cfg, state, *inputs)[0])
 
 
 @pytest.mark.parametrize("implementation", ["triton", "eager"])
@@ -199,26 +200,26 @@ def test_decoding_equals_reading(name: str, implementation: str) -> None:
     mask[1, 3] = False
     state = state_of(cfg)
     decoding = be.start_decoding(state)
-    fields = (*decoding.memory, *decoding[1:])
+    fields = flatten(decoding)
     with torch.no_grad():
         for t in range(11):
             one = [x[:, t : t + 1] for x in (query, value, gate, mask)]
             expected, state, _ = be.apply(cfg, state, *one, implementation="eager")
             received = be.decode(cfg, decoding, *one, implementation=implementation)
             same_or_close(received, expected)
-            for field, wanted in zip(fields, (*state.memory, *state[1:]), strict=True):
+            for field, wanted in zip(fields, flatten(state), strict=True):
                 same_or_close(field, wanted)
 
 
 def test_decoding_goes_on_as_reading() -> None:
     cfg = FwPKMConfig(**SMALL)
-    given, state = tokens_of(cfg, 9), state_of(cfg)
-    expected, _, _ = be.apply(cfg, state, *given)
-    _, state, _ = be.apply(cfg, state, *(x[:, :5] for x in given))
+    inputs, state = tokens_of(cfg, 9), state_of(cfg)
+    expected, _, _ = be.apply(cfg, state, *inputs)
+    _, state, _ = be.apply(cfg, state, *(x[:, :5] for x in inputs))
     decoding = be.start_decoding(state)
-    outputs = [be.decode(cfg, decoding, *(x[:, t : t + 1] for x in given)) for t in (5, 6)]
+    outputs = [be.decode(cfg, decoding, *(x[:, t : t + 1] for x in inputs)) for t in (5, 6)]
     state = decoding._replace(position=decoding.position.cpu())
-    outputs.append(be.apply(cfg, state, *(x[:, 7:] for x in given))[0])
+    outputs.append(be.apply(cfg, state, *(x[:, 7:] for x in inputs))[0])
     same_or_close(torch.cat(outputs, 1), expected[:, 5:])
 
 

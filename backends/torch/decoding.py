@@ -5,9 +5,10 @@ from torch import Tensor
 
 from fwpkm import validation
 from fwpkm.backends.torch import engine, fast, operators, ops
+from fwpkm.backends.torch.flat import flatten, unflatten
 from fwpkm.backends.torch.tokens import SELF
 from fwpkm.config import FwPKMConfig
-from fwpkm.containers import Memory, State
+from fwpkm.containers import State
 from fwpkm.tokens import Tokens
 
 
@@ -29,7 +30,7 @@ def start_decoding(state: State) -> State:
         x = x.detach().clone(memory_format=torch.contiguous_format).to(device)
         return x.to(dtype) if x.is_floating_point() else x
 
-    return State(Memory(*map(copy, state.memory)), *map(copy, state[1:]))
+    return unflatten(State, map(copy, flatten(state)))
 
 
 @torch.no_grad()
@@ -73,7 +74,7 @@ def decode(
     output, after, _ = ops.apply(
         cfg, state._replace(position=position.cpu()), query, value, gate, mask, inplace=True, implementation="eager"
     )
-    for old, new in zip((*state.memory, *state[1:]), (*after.memory, *after[1:])):
+    for old, new in zip(flatten(state), flatten(after)):
         if old is not new:
             old.copy_(new)
     return output

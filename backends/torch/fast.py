@@ -5,13 +5,14 @@ Nothing here waits for the GPU: the schedule follows from ``position``, which li
 
 import contextlib
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fwpkm import schedule
+from fwpkm.backends.torch.flat import flat, flatten, unflatten
 from fwpkm.backends.torch.tokens import filled, join, pad, without
 from fwpkm.config import FwPKMConfig
 from fwpkm.containers import Lookup, Losses, Memory, State, Trace
@@ -57,25 +58,24 @@ def plain(x: Tensor | None) -> Tensor | None:
     return None if x is None else (x.resolve_neg() if x.is_neg() else x).contiguous()
 
 
-def stream_of(pending: Tokens, arrived: int, given: Tokens) -> Tokens:
-    """The tokens that are pending, then those of the call; as they are given where nothing is pending."""
-    if not arrived:
-        return given
-    before, after = (filled(torch.float32, x) for x in (pending.slice(0, arrived), given))
-    return join(before, after)
+def stream_of(pending: Tokens, num_pending: int, new_tokens: Tokens) -> Tokens:
+    """The tokens that are pending, then those of the call; these as they are where nothing is pending."""
+    if not num_pending:
+        return new_tokens
+    return join(*(filled(torch.float32, x) for x in (pending.slice(0, num_pending), new_tokens)))
 
 
-def left_of(stream: Tokens, left: int, flags: Tensor) -> Tokens:
-    """What no write has consumed: from token ``left`` on, the dead ones ``flags`` [B·n] blanked."""
+def unwritten(stream: Tokens, first: int, flags: Tensor) -> Tokens:
+    """What no write has consumed: from token ``first`` on, the dead ones ``flags`` [B·n] blanked."""
     shape = stream.query.shape[:2]
-    waiting = filled(torch.float32, stream.slice(left, None))
-    if not waiting.length:
-        return waiting
-    return without(waiting, (flags[: shape.numel()].view(shape)[:, left:] & DEAD) != 0)
+    pending = filled(torch.float32, stream.slice(first, None))
+    if not pending.length:
+        return pending
+    return without(pending, (flags[: shape.numel()].view(shape)[:, first:] & DEAD) != 0)
 
 
 def apply(
-    cfg: FwPKMConfig, state: State, position: int, given: Tokens, update: bool, owned: bool
+    cfg: FwPKMConfig, state: State, position: int, new_tokens: Tokens, update: bool, owned: bool
 ) -> tuple[Tensor, Memory, Tokens, Trace]:
     """Read T tokens and write every chunk that they complete.
 
@@ -83,46 +83,43 @@ def apply(
         cfg: the configuration.
         state: where the sequence stands.
         position: of the state.
-        given: query, value, gate and mask as the caller gave them; the last two may be None.
+        new_tokens: as the caller passed them; gate and mask may be None.
         update: False only reads.
         owned: the value table may be overwritten.
 
     Returns:
         output, tables, what is pending then, and the trace.
     """
-    from fwpkm.kernels import call, windows
+    from fwpkm.kernels.runtime import windows
 
-    batch, length = given.query.shape[:2]
+    batch, length = new_tokens.query.shape[:2]
     plan = windows.plan(cfg, position, length, batch, update)
     pending = state.pending
-    stream = stream_of(pending, plan.arrived, given)
-    columns, dtype = schedule.max_writes(cfg, length), given.query.dtype
-    output, memory, flags, trace = _run(cfg, plan, state.memory, call.Tokens(*stream), owned, columns, dtype)
-    if plan.arrived or plan.left < plan.room:  # else nothing was pending and nothing is: zeros before and after
-        pending = pad(left_of(stream, plan.left, flags), cfg.capacity)
-    return output, memory, pending, trace
+    stream = stream_of(pending, plan.num_pending, new_tokens)
+    columns, dtype = schedule.max_writes(cfg, length), new_tokens.query.dtype
+    done = _run(cfg, plan, state.memory, stream, None, owned, columns, dtype)
+    if plan.num_pending or plan.first_unwritten < plan.num_tokens:  # else there are zeros before and after
+        pending = pad(unwritten(stream, plan.first_unwritten, done.flags), cfg.capacity)
+    return done.output, done.memory, pending, done.trace
 
 
-def flush(cfg: FwPKMConfig, memory: Memory, waiting: Tokens, owned: bool) -> tuple[Memory, Trace]:
-    """Write the tokens that wait."""
-    from fwpkm.kernels import call, windows
+def flush(cfg: FwPKMConfig, memory: Memory, pending: Tokens, owned: bool) -> tuple[Memory, Trace]:
+    """Write the pending tokens."""
+    from fwpkm.kernels.runtime import windows
 
-    batch, length = waiting.mask.shape
-    plan = windows.write(length, batch)
-    _, memory, _, trace = _run(cfg, plan, memory, call.Tokens(*waiting), owned, 1, waiting.query.dtype)
-    return memory, trace
+    plan = windows.write(pending.length, pending.query.shape[0])
+    done = _run(cfg, plan, memory, pending, None, owned, 1, pending.query.dtype)
+    return done.memory, done.trace
 
 
 def lookup(cfg: FwPKMConfig, memory: Memory, query: Tensor) -> Lookup:
     """Read the tables."""
-    from fwpkm.kernels import call, windows
+    from fwpkm.kernels.runtime import windows
 
     nothing = query.new_zeros(*query.shape[:2], cfg.value_dim)
     plan = windows.plan(cfg, 0, query.shape[1], query.shape[0], update=False)
-    weights: list[Tensor] = []
-    tokens = call.Tokens(query, nothing, None, None)
-    output, _, _, trace = _run(cfg, plan, memory, tokens, False, 0, query.dtype, weights)
-    return Lookup(output, trace.slots, weights[0])
+    done = _run(cfg, plan, memory, Tokens(query, nothing), None, False, 0, query.dtype)
+    return Lookup(done.output, done.trace.slots, done.weights)
 
 
 def chunk_update(
@@ -135,116 +132,167 @@ def chunk_update(
     pair: Tensor | None,
 ) -> tuple[Memory, Losses]:
     """Write one chunk whose targets are already shifted."""
-    from fwpkm.kernels import call, windows
+    from fwpkm.kernels.runtime import windows
 
     cfg = dataclasses.replace(cfg, lookahead=0, chunk_size=_EVERY_TOKEN)
     batch, length = query.shape[:2]
     plan = windows.write(length, batch)
     pair = query.new_ones(batch, length, dtype=torch.bool) if pair is None else pair
-    tokens = call.Tokens(query, target, gate, mask, pair)
-    _, memory, _, trace = _run(cfg, plan, memory, tokens, False, 1, query.dtype)
-    return memory, Losses(trace.memorization[:, 0], trace.addressing[:, 0])
+    done = _run(cfg, plan, memory, Tokens(query, target, gate, mask), pair, False, 1, query.dtype)
+    return done.memory, Losses(done.trace.memorization[:, 0], done.trace.addressing[:, 0])
+
+
+class _Done(NamedTuple):
+    """What a call gives."""
+
+    output: Tensor
+    memory: Memory
+    flags: Tensor
+    """At least those of the stream."""
+    trace: Trace
+    weights: Tensor
+    """Those of the trace, differentiable."""
+
+
+class _Settings(NamedTuple):
+    """What the launches of a call follow from, beside its tensors."""
+
+    cfg: FwPKMConfig
+    plan: Any
+    owned: bool
+    """The value table may be overwritten."""
+    dtype: torch.dtype
+    """Of the output."""
 
 
 def _run(
-    cfg: FwPKMConfig, plan: Any, memory: Memory, stream: Any, owned: bool, columns: int, dtype: torch.dtype,
-    weights: list | None = None,
-) -> tuple[Tensor, Memory, Tensor, Trace]:  # fmt: skip
-    """One call: output in ``dtype``, tables, at least the flags of the stream, and trace of so many columns.
-
-    Its differentiable weights are appended to ``weights``.
-    """
+    cfg: FwPKMConfig, plan: Any, memory: Memory, stream: Tokens, pair: Tensor | None, owned: bool, columns: int,
+    dtype: torch.dtype,
+) -> _Done:  # fmt: skip
+    """One call: output in ``dtype``, and a trace of so many columns."""
     keys, values = (table.to(torch.float32).resolve_neg() for table in memory)
-    stream = type(stream)(*map(plain, stream))
+    stream, pair, settings = stream.map(plain), plain(pair), _Settings(cfg, plan, owned, dtype)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (keys, values, *stream)):
-        results = _Call.apply(cfg, plan, owned, dtype, keys, values, *stream)
-        output, new_keys, new_values, slots, w, memorization, addressing, flags = results
+        flat_inputs = (keys, values, pair, *flatten(stream))
+        results = unflatten(_Results, _Call.apply(settings, *flat_inputs))
     else:
-        result, new_values = _forward(cfg, plan, owned, keys, values, stream, False, dtype)
-        output, slots, w, new_keys, memorization, addressing, kept = result
-        flags = kept["flags"]
-    writes = len(memorization)
+        results = _results(*_forward(settings, keys, values, stream, pair, False))
+    writes = plan.num_writes
     if writes:
-        memory = Memory(new_keys, new_values)
-    if weights is not None:
-        weights.append(w)
-    memorization, addressing = memorization.T, addressing.T
+        memory = Memory(results.keys, results.values)
+    memorization, addressing = results.memorization.T, results.addressing.T
     if writes < columns:
         memorization, addressing = (
             torch.nn.functional.pad(x, (0, columns - writes)) for x in (memorization, addressing)
         )
-    return output, memory, flags, Trace(slots, w.detach(), memorization, addressing, torch.tensor(writes))
+    weights = results.weights
+    trace = Trace(results.slots, weights.detach(), memorization, addressing, torch.tensor(writes))
+    return _Done(results.output, memory, results.flags, trace, weights)
 
 
 def _forward(
-    cfg: FwPKMConfig, plan: Any, owned: bool, keys: Tensor, values: Tensor, stream: Any, save: bool, dtype: torch.dtype
+    settings: _Settings, keys: Tensor, values: Tensor, stream: Tokens, pair: Tensor | None, save: bool
 ) -> tuple[Any, Tensor]:
     """The result, and the table that was written: that of the caller if it is ``owned``, else a copy."""
-    from fwpkm.kernels import call
+    from fwpkm.kernels.runtime import call
 
-    if True not in plan.kinds:
+    cfg, plan, owned, dtype = settings
+    if not plan.num_writes:
         values = values.contiguous()
     elif not (owned and values.is_contiguous()):
         values = values.clone(memory_format=torch.contiguous_format)
     with on_device_of(values):
-        return call.forward(cfg, plan, keys.contiguous(), values, stream, save, dtype), values
+        return call.forward(cfg, plan, keys.contiguous(), values, stream, pair, save, dtype), values
 
 
-def _of_news(plan: Any, batch: int, d: Tensor, total: int) -> Tensor:
-    """Its adjoint: ``[w, ...]`` from ``[B, T, ...]``."""
-    out = d.new_zeros(total, *d.shape[2:])
-    for start, length, _, first, fresh in plan.windows:
-        mine = out[first : first + batch * length].view(batch, length, *d.shape[2:])
-        mine[:, fresh - start :] = d[:, fresh - plan.arrived : start + length - plan.arrived]
-    return out
+def _by_window(plan: Any, batch: int, d: Tensor) -> Tensor:
+    """Gradients of the tokens that a call outputs, ``[B, T, ...]``, as ``[w, ...]`` of its windows."""
+    by_window = d.new_zeros(plan.total, *d.shape[2:])
+    for start, length, _, first, first_new in plan.windows:
+        window = by_window[first : first + batch * length].view(batch, length, *d.shape[2:])
+        window[:, first_new - start :] = d[:, first_new - plan.num_pending : start + length - plan.num_pending]
+    return by_window
+
+
+@flat
+class _Inputs(NamedTuple):
+    """What ``_Call`` takes."""
+
+    settings: Any
+    keys: Tensor
+    values: Any
+    """``[M, N, Dv]``; its gradient may be None."""
+    pair: Tensor | None
+    tokens: Tokens
+
+
+@flat
+class _Results(NamedTuple):
+    """What ``_Call`` returns; of the tables only those that were written."""
+
+    output: Tensor
+    keys: Tensor | None
+    values: Tensor | None
+    slots: Tensor
+    weights: Tensor
+    memorization: Tensor
+    addressing: Tensor
+    flags: Tensor
+
+
+@flat
+class _Saved(NamedTuple):
+    """What ``_Call`` keeps for its backward."""
+
+    tokens: Tokens
+    residuals: Tensor
+
+
+def _results(result: Any, written: Tensor) -> _Results:
+    keys, values = (result.keys, written) if len(result.memorization) else (None, None)
+    return _Results(
+        result.output, keys, values, result.slots, result.weights, result.memorization, result.addressing,
+        result.residuals["flags"],
+    )  # fmt: skip
 
 
 class _Call(torch.autograd.Function):
-    """``kernels.call.forward`` and ``kernels.reverse.backward``."""
+    """``forward`` and ``backward`` of kernels/runtime/call.py."""
 
     @staticmethod
-    def forward(ctx, cfg, plan, owned, dtype, keys, values, query, value, gate, mask, pair):
-        from fwpkm.kernels import call
-
-        tokens, save = call.Tokens(query, value, gate, mask, pair), any(ctx.needs_input_grad)
-        result, written = _forward(cfg, plan, owned, keys, values, tokens, save, dtype)
-        writes = len(result.memorization) > 0
-        if writes and written is values:
+    def forward(ctx, *inputs):
+        settings, keys, values, pair, tokens = unflatten(_Inputs, inputs)
+        save = any(ctx.needs_input_grad)
+        result, written = _forward(settings, keys, values, tokens, pair, save)
+        results = _results(result, written)
+        if results.values is values:
             ctx.mark_dirty(values)
-        kept = result.kept
         if save:
-            ctx.save_for_backward(query, value, gate, mask, pair, kept.buffer)
-            ctx.cfg, ctx.plan, ctx.shape, ctx.layout = cfg, plan, written.shape, kept.layout
+            ctx.save_for_backward(*flatten(_Saved(tokens, result.residuals.buffer)))
+            ctx.settings, ctx.shape, ctx.layout = settings, written.shape, result.residuals.layout
         ctx.set_materialize_grads(False)
-        flags = kept["flags"]
-        ctx.mark_non_differentiable(result.slots, result.memorization, result.addressing, flags)
-        keys = result.keys if writes else None
-        new_values = written if writes else None
-        records = result.slots, result.weights, result.memorization, result.addressing, flags
-        return result.output, keys, new_values, *records
+        ctx.mark_non_differentiable(results.slots, results.memorization, results.addressing, results.flags)
+        return tuple(results)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, d_output, d_keys, d_values, _slots, d_weights, *_):
-        from fwpkm.kernels import call, reverse
-        from fwpkm.kernels.room import Room
+    def backward(ctx, *d_results):
+        from fwpkm.kernels.runtime import call
+        from fwpkm.kernels.runtime.workspace import Workspace
 
-        none = (None,) * 11
-        if d_output is None and d_keys is None and d_values is None and d_weights is None:
-            return none
-        query, value, gate, mask, pair, buffer = ctx.saved_tensors
-        kept = Room(ctx.layout, buffer)
-        plan, batch = ctx.plan, query.shape[0]
-        if d_weights is not None:
-            d_weights = _of_news(plan, batch, d_weights, plan.total)
+        d = unflatten(_Results, d_results)
+        if d.output is None and d.keys is None and d.values is None and d.weights is None:
+            return (None,) * len(ctx.needs_input_grad)
+        saved, plan = unflatten(_Saved, ctx.saved_tensors), ctx.settings.plan
+        tokens, residuals = saved.tokens, Workspace(ctx.layout, saved.residuals)
+        d_weights = None if d.weights is None else _by_window(plan, tokens.query.shape[0], d.weights)
         d_output, d_keys, d_values = (
-            None if d is None or d.numel() == 0 else plain(d) for d in (d_output, d_keys, d_values)
+            None if x is None or x.numel() == 0 else plain(x) for x in (d.output, d.keys, d.values)
         )
-        tokens = call.Tokens(query, value, gate, mask, pair)
-        table = ctx.shape if ctx.needs_input_grad[5] else None
-        with on_device_of(query):
-            gradients = reverse.backward(ctx.cfg, plan, tokens, kept, d_output, d_keys, d_values, table, d_weights)
-        return (
-            None, None, None, None, gradients.keys, gradients.values, gradients.query.to(query.dtype), gradients.value,
-            gradients.gate, None, None,
-        )  # fmt: skip
+        table = ctx.shape if unflatten(_Inputs, ctx.needs_input_grad).values else None
+        with on_device_of(tokens.query):
+            gradients = call.backward(
+                ctx.settings.cfg, plan, tokens, residuals, d_output, d_keys, d_values, table, d_weights
+            )
+        of_tokens = gradients.tokens._replace(query=gradients.tokens.query.to(tokens.query.dtype))
+        return tuple(flatten(_Inputs(None, gradients.keys, gradients.values, None, of_tokens)))

@@ -9,21 +9,23 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
+from fwpkm import schedule
 from fwpkm.config import FwPKMConfig
-from fwpkm.kernels.tokens import INTERPRETED
+from fwpkm.kernels.runtime.launch import INTERPRETED
+
+_PRODUCT_ERRORS = {"idw": 2.0**-17, "dot_product": 2.0**-16}
+"""What hi and lo of keys and their sums leave out, in the unit of a score's proposals."""
 
 
 class Shapes(NamedTuple):
     """Compile-time arguments by kernel."""
 
     prepare: dict[str, Any]
-    begin: dict[str, Any]
-    select: dict[str, Any]
+    begin_keys: dict[str, Any]
+    propose: dict[str, Any]
     rank: dict[str, Any]
-    combine: dict[str, Any]
-    scan: dict[str, Any]
-    token: dict[str, Any]
-    pull: dict[str, Any]
+    select_slots: dict[str, Any]
+    coefficients: dict[str, Any]
     key_sums: dict[str, Any]
     keys: dict[str, Any]
     read: dict[str, Any]
@@ -33,10 +35,14 @@ class Shapes(NamedTuple):
     piece_backward: dict[str, Any]
     rows_backward: dict[str, Any]
     table_backward: dict[str, Any]
-    combine_backward: dict[str, Any]
+    select_slots_backward: dict[str, Any]
     by_token: dict[str, Any]
-    """``pull_backward`` and ``scores_backward``"""
+    """``coefficients_backward`` and ``scores_backward``"""
     keys_backward: dict[str, Any]
+    scan: dict[str, Any]
+    token: dict[str, Any]
+    stage: dict[str, Any]
+    store_pending: dict[str, Any]
 
 
 @functools.lru_cache
@@ -49,11 +55,12 @@ def shapes(cfg: FwPKMConfig, query: torch.dtype) -> Shapes:
     head_block = triton.next_power_of_2(heads)
     entries = heads * k
     names = {"HEADS": heads, "SUBKEYS": subkeys}
-    ranked = names | {"HALF": half, "IDW": cfg.score == "idw"}
-    scored = names | {"K": k, "IDW": cfg.score == "idw", "EPSILON": cfg.score_eps, "CHUNK": cfg.chunk_size}
+    ranked = names | {"HALF": half, "SCORE": cfg.score}
+    scored = names | {"K": k, "SCORE": cfg.score, "EPSILON": cfg.score_eps}
+    chosen = scored | {"CHUNK": cfg.chunk_size}
     table = {"SLOTS": cfg.num_slots, "WIDTH": cfg.value_dim, "ENTRIES": entries}
-    bound = {"CHUNK": cfg.chunk_size, "LOOKAHEAD": cfg.lookahead, "SCALE": _scale_of(cfg)}
-    step = {"RATE": cfg.learning_rate, "DECAY": cfg.weight_decay}
+    bound = {"CHUNK": cfg.chunk_size, "LOOKAHEAD": cfg.lookahead, "WRITE_SCALE": cfg.write_scale}
+    rate = {"RATE": cfg.learning_rate, "DECAY": cfg.weight_decay}
     exact = query == torch.bfloat16
     products = {"EXACT": exact, "UPCAST": INTERPRETED}
     # A row of sub-scores stays within a warp group's registers: 64 tokens x 256 sub-keys are 128 of a thread's 255.
@@ -74,17 +81,18 @@ def shapes(cfg: FwPKMConfig, query: torch.dtype) -> Shapes:
     # which a multiprocessor holds 32 programs instead of 21.
     many, few = row | {"ENTRY_BLOCK": 8}, row | {"ENTRY_BLOCK": 1}
     of_piece = {"WIDTH": cfg.value_dim, "ENTRIES": entries, **many}
+    widths = {
+        "QUERY": heads * cfg.key_dim,
+        "VALUE": cfg.value_dim,
+        "QUERY_BLOCK": triton.next_power_of_2(heads * cfg.key_dim),
+        "VALUE_BLOCK": width,
+    }
+    lag = schedule.lag(cfg)
+    pending = {"CAPACITY": cfg.capacity, "TOKENS": cfg.chunk_size + lag, **widths, "num_warps": 1}
     return Shapes(
-        prepare={
-            "QUERY": heads * cfg.key_dim,
-            "VALUE": cfg.value_dim,
-            "QUERY_BLOCK": triton.next_power_of_2(heads * cfg.key_dim),
-            "VALUE_BLOCK": width,
-            "ZEROS": 1024,
-            "num_warps": 1,  # a token is a few KB: one warp reads it in a few wide loads
-        },
-        begin={"SUBKEYS": subkeys, "HALF": half, "BLOCK": half_block, "num_warps": 1},
-        select={
+        prepare={**widths, "ZEROS": 1024, "num_warps": 1},  # a token is a few KB: one warp reads it in a few wide loads
+        begin_keys={"SUBKEYS": subkeys, "HALF": half, "BLOCK": half_block, "num_warps": 1},
+        propose={
             **ranked,
             "BLOCK": 64,  # the fewest rows that a warp group multiplies at once
             "COLUMNS": columns,
@@ -98,25 +106,17 @@ def shapes(cfg: FwPKMConfig, query: torch.dtype) -> Shapes:
             **ranked,
             "K": k,
             # A warp holds 1024 numbers of its token's sub-keys at once: 32 registers, all loads in flight.
-            "STEP": max(8, min(1024 // choices, half_block)),
+            "DEPTH": max(8, min(1024 // choices, half_block)),
             "CHOICES": choices,
             "LISTED": triton.next_power_of_2(tiles * proposed),
-            # What parts and sums leave out, of (|q| + max |K|)² or |q| max |K|, at worst.
-            "ERROR": (1 if exact else 2) * (2.0**-17 if cfg.score == "idw" else 2.0**-16),
+            # What hi, lo and sums leave out, of (|q| + max |K|)² or |q| max |K|, at worst.
+            "ERROR": (1 if exact else 2) * _PRODUCT_ERRORS[cfg.score],
             "num_warps": 1,
             **proposals,
         },
-        combine={**scored, "TEMPERATURE": cfg.temperature, **by_warp},
-        scan={"CHOICES": 16, "STEP": max(8, min(128, half_block)), "num_warps": 1},
-        token={
-            "CHOICES": choices,
-            "LISTED": triton.next_power_of_2(subkeys),
-            "HEAD_BLOCK": head_block,
-            "STEP": max(16, min(width, 4096 // (head_block * choices))),
-            "num_warps": 4,
-        },
-        pull={
-            **scored,
+        select_slots={**chosen, "TEMPERATURE": cfg.temperature, **by_warp},
+        coefficients={
+            **chosen,
             "LOOKAHEAD": cfg.lookahead,
             "WEIGHT": cfg.addressing_weight,
             "BLOCK": 32,
@@ -124,17 +124,15 @@ def shapes(cfg: FwPKMConfig, query: torch.dtype) -> Shapes:
             "num_warps": 4,
         },
         key_sums={
-            **names,
-            "HALF": half,
+            **ranked,
             "K": k,
-            "CENTRED": cfg.score == "idw",
             "BLOCK": half_block,
             "CHOICES": choices,
             # A warp takes so many tokens at once: their queries are 64 of its registers, and nothing crosses warps.
             "WORDS": max(1, min(8, 2048 // half_block)),
             "num_warps": 1,
         },
-        keys={**names, "HALF": half, **step, "CLIP": cfg.grad_clip, "BLOCK": half_block, "num_warps": 1},
+        keys={**names, "HALF": half, **rate, "CLIP": cfg.grad_clip, "BLOCK": half_block, "num_warps": 1},
         read={
             **table,
             **bound,
@@ -143,7 +141,7 @@ def shapes(cfg: FwPKMConfig, query: torch.dtype) -> Shapes:
             "num_warps": 4,
         },
         piece={**of_piece, "CHUNK": cfg.chunk_size},
-        values={**table, "CHUNK": cfg.chunk_size, **step, "CLIP": cfg.grad_clip, **few},
+        values={**table, "CHUNK": cfg.chunk_size, **rate, "CLIP": cfg.grad_clip, **few},
         read_backward={
             **table,
             **bound,
@@ -152,26 +150,35 @@ def shapes(cfg: FwPKMConfig, query: torch.dtype) -> Shapes:
             "num_warps": 4,
         },
         piece_backward=of_piece,
-        rows_backward={**table, **step, **few},
+        rows_backward={**table, **rate, **few},
         table_backward={"WIDTH": cfg.value_dim, "BLOCK": width, "num_warps": 4},
-        combine_backward={**names, "K": k, "TEMPERATURE": cfg.temperature, **by_warp},
+        select_slots_backward={**names, "K": k, "TEMPERATURE": cfg.temperature, **by_warp},
         by_token={
-            **scored,
+            **chosen,
             "HALF": half,
             "RATE": cfg.learning_rate,
             "WEIGHT": cfg.addressing_weight,
             "BLOCK": 1,  # one warp a token, as in combine
             "CHOICES": choices,
-            "STEP": max(8, min(1024 // choices, half_block)),
+            "DEPTH": max(8, min(1024 // choices, half_block)),
             "num_warps": 1,
         },
-        keys_backward={**ranked, **step, "BLOCK": half_block, "num_warps": 1},
+        keys_backward={**ranked, **rate, "BLOCK": half_block, "num_warps": 1},
+        scan={**ranked, "CHOICES": 16, "DEPTH": max(8, min(128, half_block)), "num_warps": 1},
+        token={
+            **chosen,
+            **widths,
+            "LAG": lag,
+            "TEMPERATURE": cfg.temperature,
+            "CHOICES": choices,
+            "LISTED": triton.next_power_of_2(subkeys),
+            "HEAD_BLOCK": head_block,
+            "DEPTH": max(16, min(width, 4096 // (head_block * choices))),
+            "num_warps": 4,
+        },
+        stage={**pending, "SUBKEYS": subkeys, "HALF": half, "BLOCK": half_block, "ZERO_BLOCK": 1024},
+        store_pending={**pending, "LAG": lag},
     )
-
-
-def _scale_of(cfg: FwPKMConfig) -> float:
-    """κ of §4, or 0 where it is 1/Σw²."""
-    return {"slots": float(cfg.slots_per_token), "unit": 1.0, "normalized": 0.0}[cfg.write_scale]
 
 
 def blocks_of(number: int, block: int) -> int:

@@ -1,0 +1,139 @@
+"""Sums over the tokens that chose a sub-key (SPEC.md §4), of which it has a map: a bit for each token of the window."""
+
+import triton
+import triton.language as tl
+
+from fwpkm.kernels.runtime.launch import Launches
+from fwpkm.kernels.runtime.shapes import blocks_of
+from fwpkm.kernels.runtime.windows import Call
+from fwpkm.kernels.scores import key_direction
+from fwpkm.kernels.tokens import VARYING, not_due, token_of
+
+EQUATIONS = ("key_gradient",)
+_WORDS = 16
+"""A map has a multiple of so many words of 32 bits."""
+_PROGRAMS = 8192
+"""About how many fill a GPU: of fewer sub-keys the tokens are cut into more pieces, at most 16."""
+
+
+def words_for(tokens: int) -> int:
+    """How many words a map of so many tokens has."""
+    return blocks_of(tokens, 32 * _WORDS) * _WORDS
+
+
+@triton.jit
+def lowest_bit(word):
+    """The number of the lowest bit that is set; without meaning where none is."""
+    bit = (word & -word).to(tl.uint32, bitcast=True).to(tl.float32)  # a power of two, which a float holds exactly
+    return (bit.to(tl.int32, bitcast=True) >> 23) - 127
+
+
+@triton.jit(do_not_specialize=["window", "version", "offset", "words", "pieces", "rounds", *VARYING])
+def key_sums_kernel(
+    query, keys, ids, maps, factors, sums, totals, due,
+    window, version, offset, words, pieces, rounds, start, length, first, num_tokens, rows,
+    HEADS: tl.constexpr, SUBKEYS: tl.constexpr, HALF: tl.constexpr, K: tl.constexpr, SCORE: tl.constexpr,
+    QUERIES: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr, CHOICES: tl.constexpr,
+):  # fmt: skip
+    """Σ f and Σ f (q - K), or Σ f q, of the factors f of a sub-key's choices, for one piece of the tokens.
+
+    Each round takes one token of each word of the map, the first that is left; the pieces are added later. ``factors``
+    [., H, 2, k] begin ``offset`` tokens before the window's.
+    """
+    if not_due(due):
+        return
+    group, subkey = tl.program_id(1), tl.program_id(0) // pieces
+    piece = tl.program_id(0) % pieces
+    memory, half = group // (2 * HEADS), group % (2 * HEADS)
+    row = group.to(tl.int64) * SUBKEYS + subkey
+    maps += (window * tl.num_programs(1).to(tl.int64) * SUBKEYS + row) * words
+    d = tl.arange(0, BLOCK)
+    choice = tl.arange(0, CHOICES)
+    result = tl.zeros([BLOCK], tl.float32)
+    total = tl.zeros([WORDS], tl.float32)
+    key = tl.zeros([BLOCK], tl.float32)
+    if QUERIES:
+        key_row = version * tl.num_programs(1).to(tl.int64) * SUBKEYS + row
+        key = tl.load(keys + key_row * HALF + d, mask=d < HALF, other=0.0)
+    for number in range(piece * rounds, piece * rounds + rounds):
+        index = number * WORDS + tl.arange(0, WORDS)
+        word = tl.load(maps + index, mask=index < words, other=0)
+        while tl.max((word != 0).to(tl.int32), 0) > 0:
+            known = word != 0
+            r = tl.where(known, index * 32 + lowest_bit(word), 0)
+            here = (first + memory * rows * length + r).to(tl.int64)
+            at = (here * 2 * HEADS + half) * K
+            use = known[:, None] & (choice < K)[None, :]
+            chosen = tl.load(ids + at[:, None] + choice[None, :], mask=use, other=-1)
+            at -= offset.to(tl.int64) * 2 * HEADS * K
+            f = tl.load(factors + at[:, None] + choice[None, :], mask=use, other=0.0)
+            f = tl.sum(tl.where(chosen == subkey, f, 0.0), 1)
+            total += f
+            if QUERIES:
+                token, _ = token_of(r, memory, start, length, num_tokens, rows)
+                q = tl.load(
+                    query + token[:, None] * (2 * HEADS * HALF) + half * HALF + d[None, :],
+                    mask=known[:, None] & (d < HALF)[None, :],
+                    other=0.0,
+                )
+                result += tl.sum(f[:, None] * key_direction(q.to(tl.float32), key[None, :], SCORE), 0)
+            word = word & (word - 1)
+    row += piece * tl.num_programs(1).to(tl.int64) * SUBKEYS
+    if QUERIES:
+        tl.store(sums + row * HALF + d, result, mask=d < HALF)
+    tl.store(totals + row, tl.sum(total, 0))
+
+
+def add_key_sums(
+    launches: Launches, call: Call, integers: dict[str, int], factors: str, offset: int = 0, queries: bool = True
+) -> int:
+    """Add the sums of ``factors`` [., H, 2, k] over a window's tokens, in pieces that whoever reads them adds.
+
+    Args:
+        launches: receives the launch.
+        call: what it follows from.
+        integers: of the window; ``version`` of the keys among them.
+        factors: the name of their tensor.
+        offset: how many tokens before the window's own it begins.
+        queries: whether Σ f (q - K), or Σ f q, is asked for, beside Σ f.
+
+    Returns:
+        in how many pieces the sums are.
+    """
+    constants = call.shapes.key_sums | {"QUERIES": queries}
+    rounds = rounds_over(call.rows * integers["length"], constants["WORDS"])
+    pieces, rounds = pieces_of(rounds, call.groups * call.cfg.num_subkeys)
+    words = launches.spec("maps").shape[-1]
+    launches.add(
+        key_sums_kernel, (call.cfg.num_subkeys * pieces, call.groups),
+        integers | {"offset": offset, "words": words, "pieces": pieces, "rounds": rounds}, constants, factors=factors,
+    )  # fmt: skip
+    return pieces
+
+
+def rounds_over(tokens: int, words: int) -> int:
+    """How many rounds of so many words a map of so many tokens takes."""
+    return blocks_of(tokens, 32 * words)
+
+
+def most_pieces(rounds: int, rows: int) -> int:
+    """In how many pieces at most so many rounds over a map, or fewer, are cut where so many rows have one."""
+    return max(1, min(rounds, 16, _PROGRAMS // rows))
+
+
+def pieces_of(rounds: int, rows: int) -> tuple[int, int]:
+    """In how many pieces so many rounds are cut, and how many a piece has."""
+    per_piece = blocks_of(rounds, most_pieces(rounds, rows))
+    return blocks_of(rounds, per_piece), per_piece
+
+
+@triton.jit
+def sum_of_pieces(sums, totals, pieces, groups, row, subkeys, d, HALF: tl.constexpr):
+    """The pieces of one sub-key's sums, added in their order."""
+    result = tl.zeros_like(d).to(tl.float32)
+    total = 0.0
+    for piece in range(pieces):
+        at = piece * groups.to(tl.int64) * subkeys + row
+        result += tl.load(sums + at * HALF + d, mask=d < HALF, other=0.0)
+        total += tl.load(totals + at)
+    return result, total

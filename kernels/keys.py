@@ -1,0 +1,124 @@
+"""The write of the keys (SPEC.md §4), by codebook and sub-key, from the sums over the tokens that chose it."""
+
+import triton
+import triton.language as tl
+
+from fwpkm.kernels.key_sums import sum_of_pieces
+from fwpkm.kernels.losses import addressing_loss, mean_probabilities
+from fwpkm.kernels.propose import store_key
+from fwpkm.kernels.runtime.launch import Launches
+from fwpkm.kernels.runtime.windows import Call
+from fwpkm.kernels.scores import add_direction_vjp, of_query_factors
+from fwpkm.kernels.step import step
+from fwpkm.kernels.tokens import not_due
+
+EQUATIONS = ("mean_probabilities", "addressing_loss", "key_gradient", "step")
+
+
+@triton.jit
+def rows_before(window, groups, SUBKEYS: tl.constexpr):
+    """How many sub-keys lie before a window's own where each window has them all."""
+    return window * groups.to(tl.int64) * SUBKEYS
+
+
+@triton.jit
+def count_of(counts, window, memory, memories):
+    """n of a window and memory, at least 1."""
+    return tl.maximum(tl.load(counts + window * memories + memory), 1).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["window", "before", "after", "pieces"])
+def keys_kernel(
+    keys, norms, largest, keys_hi_lo, sums, totals, probability_sums, counts, active, addressing_terms, moved,
+    coefficient_sums, keys_unclipped, due, window, before, after, pieces,
+    HEADS: tl.constexpr, SUBKEYS: tl.constexpr, HALF: tl.constexpr,
+    RATE: tl.constexpr, DECAY: tl.constexpr, CLIP: tl.constexpr, BLOCK: tl.constexpr, SAVE: tl.constexpr,
+):  # fmt: skip
+    """keys ← keys - η (clip(α ∇L_addr) + λ keys), and the sub-key's term p̄ log(p̄ + 1e-8) of the loss.
+
+    ∇ = Σ c (q - K), or Σ c q.
+    """
+    if not_due(due):
+        return
+    subkey, group = tl.program_id(0), tl.program_id(1)
+    groups = tl.num_programs(1)
+    memory, memories = group // (2 * HEADS), groups // (2 * HEADS)
+    row = group.to(tl.int64) * SUBKEYS + subkey
+    here = window * groups.to(tl.int64) * SUBKEYS + row
+    d = tl.arange(0, BLOCK)
+    key = tl.load(keys + (before * groups.to(tl.int64) * SUBKEYS + row) * HALF + d, mask=d < HALF, other=0.0)
+    count = count_of(counts, window, memory, memories)
+    lives = tl.load(active + window * memories + memory) != 0
+    gradient, total = sum_of_pieces(sums, totals, pieces, groups, row, SUBKEYS, d, HALF)
+    if CLIP is not None:
+        if SAVE:
+            tl.store(keys_unclipped + here * HALF + d, (tl.abs(gradient) <= CLIP).to(tl.int8), mask=d < HALF)
+    new, finite = step(key, gradient, d < HALF, RATE, DECAY, CLIP)
+    moves = lives & finite
+    new = tl.where(moves, new, key)
+    store_key(new, keys, norms, largest, keys_hi_lo, after, window + 1, groups, group, subkey, d, SUBKEYS, HALF)
+    mean = mean_probabilities(tl.load(probability_sums + here), count)
+    tl.store(addressing_terms + here, tl.where(lives, addressing_loss(mean), 0.0))
+    if SAVE:
+        tl.store(moved + here, moves.to(tl.int8))
+        tl.store(coefficient_sums + here, total)
+
+
+def add_keys(launches: Launches, call: Call, integers: dict[str, int]) -> None:
+    """Add the write of the keys after a window: from version ``before`` to version ``after``."""
+    constants = call.shapes.keys | {"SAVE": call.save}
+    launches.add(keys_kernel, (call.cfg.num_subkeys, call.groups), integers, constants)
+
+
+@triton.jit
+def key_gradients(d_keys, moved, keys_unclipped, before, row, known, d, HALF: tl.constexpr, RATE: tl.constexpr):
+    """The gradient [..., D] of α ∇L_addr at rows [...] of the keys: -η of that of the keys after, where they moved.
+
+    ``moved`` and ``keys_unclipped`` have those of all windows; the window's own begin at row ``before``.
+    """
+    inside = known[:, :, None] & (d < HALF)[None, None, :]
+    at = row.to(tl.int64)[:, :, None] * HALF + d[None, None, :]
+    gradient = tl.load(d_keys + at, mask=inside, other=0.0) * -RATE
+    gradient *= tl.load(moved + before + row, mask=known, other=0).to(tl.float32)[:, :, None]
+    if keys_unclipped is not None:
+        gradient *= tl.load(keys_unclipped + before * HALF + at, mask=inside, other=0).to(tl.float32)
+    return gradient
+
+
+@triton.jit
+def key_gradients_after(d_keys, window, groups, SUBKEYS: tl.constexpr, HALF: tl.constexpr):
+    """Where the gradients of the keys after a window begin: the buffer holds those before it and after it in turns."""
+    return d_keys + ((window + 1) % 2) * groups.to(tl.int64) * SUBKEYS * HALF
+
+
+@triton.jit(do_not_specialize=["window", "pieces"])
+def keys_backward_kernel(
+    d_keys, sums, totals, moved, coefficient_sums, keys_unclipped, window, pieces,
+    HEADS: tl.constexpr, SUBKEYS: tl.constexpr, HALF: tl.constexpr, SCORE: tl.constexpr,
+    RATE: tl.constexpr, DECAY: tl.constexpr, BLOCK: tl.constexpr, WRITES: tl.constexpr,
+):  # fmt: skip
+    """The gradient of each sub-key as the window found it, from Σ f (q - K), or Σ f q, of its ranks' gradients f."""
+    subkey, group = tl.program_id(0), tl.program_id(1)
+    groups = tl.num_programs(1)
+    before = rows_before(window, groups, SUBKEYS)
+    after = key_gradients_after(d_keys, window, groups, SUBKEYS, HALF)
+    row = group.to(tl.int64) * SUBKEYS + subkey
+    d = tl.arange(0, BLOCK)
+    gradient = tl.load(after + row * HALF + d, mask=d < HALF, other=0.0)
+    toward, _ = sum_of_pieces(sums, totals, pieces, groups, row, SUBKEYS, d, HALF)
+    toward = of_query_factors(toward, SCORE)
+    if WRITES:
+        moves = tl.load(moved + before + row).to(tl.float32)
+        passed = gradient * -RATE * moves
+        if keys_unclipped is not None:
+            passed *= tl.load(keys_unclipped + (before + row) * HALF + d, mask=d < HALF, other=0).to(tl.float32)
+        gradient = gradient * (1 - RATE * DECAY * moves)
+        gradient = add_direction_vjp(gradient, tl.load(coefficient_sums + before + row), passed, SCORE)
+    into = key_gradients_after(d_keys, window + 1, groups, SUBKEYS, HALF)
+    tl.store(into + row * HALF + d, gradient + toward, mask=d < HALF)
+
+
+def add_keys_backward(launches: Launches, call: Call, integers: dict[str, int]) -> None:
+    """Add the gradient of the keys before a window, from ``pieces`` of the sums of ``d_ranks``."""
+    constants = call.shapes.keys_backward | {"WRITES": call.plan.windows[integers["window"]].writes}
+    launches.add(keys_backward_kernel, (call.cfg.num_subkeys, call.groups), integers, constants)

@@ -1,0 +1,154 @@
+"""Candidates for the top-k of SPEC.md §2: sub-keys proposed by a product of matrices, with a bound of its error.
+
+A float32 number is split into hi + lo of bfloat16, which a GPU multiplies as matrices.
+"""
+
+import triton
+import triton.language as tl
+
+from fwpkm.kernels.runtime.launch import Launches
+from fwpkm.kernels.runtime.shapes import blocks_of
+from fwpkm.kernels.runtime.windows import Call
+from fwpkm.kernels.tokens import DEAD, VARYING, not_due, token_of
+
+EQUATIONS = ("top_k",)
+NOTHING = tl.constexpr(-(2**31))
+"""No proposal."""
+
+
+@triton.jit
+def dot_hi_lo(a, b, total, UPCAST: tl.constexpr):
+    """total + a b of bfloat16 matrices; UPCAST for the interpreter, which has no bfloat16 arithmetic."""
+    if UPCAST:  # noqa: SIM108
+        total = tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision="ieee")
+    else:
+        total = tl.dot(a, b, total)
+    return total
+
+
+@triton.jit
+def lo_of(x, hi):
+    """What bfloat16 ``hi`` leaves of float32 x."""
+    return x - hi.to(tl.float32)
+
+
+@triton.jit
+def store_key(
+    key, keys, norms, largest, keys_hi_lo, version, window, groups, group, subkey, d,
+    SUBKEYS: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    """A sub-key; and for ``propose_kernel`` its square, the largest square of its codebook, and hi and lo.
+
+    hi + lo is the sub-key up to 2^-17. ``largest`` is found as an integer, as which positive floats have the same
+    order.
+    """
+    row = group.to(tl.int64) * SUBKEYS + subkey
+    at = version * groups.to(tl.int64) * SUBKEYS + row
+    tl.store(keys + at * HALF + d, key, mask=d < HALF)
+    square = tl.sum(key * key, 0)
+    tl.store(norms + row, square)
+    tl.atomic_max(largest + window * groups + group, square.to(tl.int32, bitcast=True))
+    hi = key.to(tl.bfloat16)
+    base = keys_hi_lo + ((2 * group).to(tl.int64) * SUBKEYS + subkey) * HALF + d
+    tl.store(base, hi, mask=d < HALF)
+    tl.store(base + SUBKEYS * HALF, lo_of(key, hi).to(tl.bfloat16), mask=d < HALF)
+
+
+@triton.jit
+def begin_keys_kernel(
+    initial_keys, keys, norms, largest, keys_hi_lo, SUBKEYS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Version 0 of the keys: those of the caller."""
+    subkey, group = tl.program_id(0), tl.program_id(1)
+    d = tl.arange(0, BLOCK)
+    key = tl.load(initial_keys + (group.to(tl.int64) * SUBKEYS + subkey) * HALF + d, mask=d < HALF, other=0.0)
+    store_key(key, keys, norms, largest, keys_hi_lo, 0, 0, tl.num_programs(1), group, subkey, d, SUBKEYS, HALF)
+
+
+def add_begin_keys(launches: Launches, call: Call) -> None:
+    """Add the keys before the first window."""
+    launches.add(begin_keys_kernel, (call.cfg.num_subkeys, call.groups), {}, call.shapes.begin_keys)
+
+
+@triton.jit(do_not_specialize=["version", "window", *VARYING])
+def propose_kernel(
+    query, flags, norms, largest, keys_hi_lo, proposals, scales, due,
+    version, window, start, length, first, num_tokens, rows,
+    HEADS: tl.constexpr, SUBKEYS: tl.constexpr, HALF: tl.constexpr, SCORE: tl.constexpr,
+    TILES: tl.constexpr, PROPOSED: tl.constexpr, BITS: tl.constexpr,
+    BLOCK: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, EXACT: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Propose the PROPOSED best sub-keys of each token, codebook and tile of sub-keys: ‖q - K‖², or q·K.
+
+    A product of matrices, ‖q‖² + ‖K‖² - 2 q·K: of a key hi and lo, of a query hi (EXACT, it is bfloat16 already) or
+    both. A proposal is one integer: the rank in units of its bound ``scales``, (‖q‖ + max ‖K‖)² or ‖q‖ max ‖K‖, above
+    BITS bits that count the sub-keys down. So the largest is the best, and of equal ones the lowest.
+    """
+    if not_due(due):
+        return
+    group, tile = tl.program_id(1), tl.program_id(2)
+    memory, half = group // (2 * HEADS), group % (2 * HEADS)
+    r = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    token, _ = token_of(r, memory, start, length, num_tokens, rows)
+    inside = r < rows * length
+    live = inside & ((tl.load(flags + token, mask=inside, other=DEAD) & DEAD) == 0)
+    query += half * HALF
+    keys_hi_lo += (2 * group).to(tl.int64) * SUBKEYS * HALF
+    column = tile * COLUMNS + tl.arange(0, COLUMNS)
+    # In a loop of its own: of an operand that is also used as numbers Triton 3.6 pipelines one buffer too few,
+    # and a copy overwrites what a product still reads.
+    square = tl.zeros([BLOCK], tl.float32)
+    for at in tl.range(0, HALF, DEPTH, num_stages=1):
+        d = at + tl.arange(0, DEPTH)
+        q = tl.load(
+            query + token[:, None] * (2 * HEADS * HALF) + d[None, :],
+            mask=live[:, None] & (d < HALF)[None, :],
+            other=0.0,
+        ).to(tl.float32)
+        square += tl.sum(q * q, 1)
+    product = tl.zeros([BLOCK, COLUMNS], tl.float32)
+    for at in range(0, HALF, DEPTH):
+        d = at + tl.arange(0, DEPTH)
+        q = tl.load(
+            query + token[:, None] * (2 * HEADS * HALF) + d[None, :],
+            mask=live[:, None] & (d < HALF)[None, :],
+            other=0.0,
+        )
+        address = keys_hi_lo + column[None, :] * HALF + d[:, None]
+        known = (column < SUBKEYS)[None, :] & (d < HALF)[:, None]
+        k_hi = tl.load(address, mask=known, other=0.0)
+        k_lo = tl.load(address + SUBKEYS * HALF, mask=known, other=0.0)
+        q_hi = q.to(tl.bfloat16)
+        product = dot_hi_lo(q_hi, k_hi, product, UPCAST)
+        product = dot_hi_lo(q_hi, k_lo, product, UPCAST)
+        if not EXACT:
+            product = dot_hi_lo(lo_of(q.to(tl.float32), q_hi).to(tl.bfloat16), k_hi, product, UPCAST)
+    reach = tl.sqrt(tl.load(largest + window * tl.num_programs(1) + group).to(tl.float32, bitcast=True))
+    if SCORE == "idw":
+        norm = tl.load(norms + group * SUBKEYS + column, mask=column < SUBKEYS, other=0.0)
+        product = 2 * product - norm[None, :] - square[:, None]
+        scale = tl.sqrt(square) + reach
+        scale = scale * scale
+    elif SCORE == "dot_product":
+        scale = tl.sqrt(square) * reach
+    else:
+        tl.static_assert(False, "the kernels do not know this SCORE")
+    unit: tl.constexpr = 2 ** (31 - BITS)
+    level = product * (unit / tl.maximum(scale, 1e-30))[:, None]
+    level = tl.where(level > 1 - unit, level, 1 - unit)  # also what is not a number
+    packed = tl.minimum(level, unit - 1).to(tl.int32) * (2**BITS) + (2**BITS - 1 - column)[None, :]
+    packed = tl.where((column < SUBKEYS)[None, :], packed, NOTHING)
+    at = ((memory * rows * length + r).to(tl.int64) * 2 * HEADS + half) * TILES + tile
+    for j in range(PROPOSED):
+        best = tl.max(packed, 1)
+        tl.store(proposals + at * PROPOSED + j, best, mask=inside)
+        packed = tl.where(packed == best[:, None], NOTHING, packed)
+    if tile == 0:
+        tl.store(scales + at // TILES, scale, mask=inside)
+
+
+def add_propose(launches: Launches, call: Call, integers: dict[str, int]) -> None:
+    """Add the proposals of a window, from ``version`` of the keys."""
+    constants = call.shapes.propose
+    grid = blocks_of(call.rows * integers["length"], constants["BLOCK"]), call.groups, constants["TILES"]
+    launches.add(propose_kernel, grid, integers, constants)

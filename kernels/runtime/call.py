@@ -1,0 +1,243 @@
+"""One call of the memory on a GPU: the windows of SPEC.md §5 through the kernels of each step, and back.
+
+The keys do not depend on the values. So the windows are addressed one after the other, moving the keys; the entries of
+all windows are then sorted by table row at once; and the windows read and write the values one after the other. The
+backward takes the windows in reverse, first through the values, then through the keys.
+"""
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fwpkm.config import FwPKMConfig
+from fwpkm.kernels import key_gradient, key_sums, keys, propose, ranks, read, slots, tokens, values
+from fwpkm.kernels.runtime.launch import Launches
+from fwpkm.kernels.runtime.layouts import backward_layout, forward_layout, residuals_layout
+from fwpkm.kernels.runtime.windows import Bounds, Call, Plan, least, of_call
+from fwpkm.kernels.runtime.workspace import Layout, Workspace
+from fwpkm.tokens import Tokens
+
+_INPUTS = ("due", "pair", *Tokens._fields)
+
+
+class Result(NamedTuple):
+    """What a call gives."""
+
+    output: Tensor
+    """``[B, T, Dv]``"""
+    slots: Tensor
+    """``[B, T, H*k]`` int64"""
+    weights: Tensor
+    """``[B, T, H*k]``: NaN for dead tokens."""
+    keys: Tensor
+    memorization: Tensor
+    """``[windows, M]``"""
+    addressing: Tensor
+    """``[windows, M]``"""
+    residuals: Workspace
+    """Of ``residuals_layout``."""
+
+
+class Gradients(NamedTuple):
+    """With respect to a call's inputs; those of the tables are None where they were not asked for."""
+
+    keys: Tensor
+    values: Tensor | None
+    tokens: Tokens
+    """Of the stream: query ``[B, n, H*Dk]`` in its dtype or float32, value, and gate where there was one."""
+
+
+def forward(
+    cfg: FwPKMConfig, plan: Plan, keys: Tensor, values: Tensor, tokens: Tokens, pair: Tensor | None, save: bool,
+    dtype: torch.dtype, most: Bounds | None = None,
+) -> Result:  # fmt: skip
+    """Read and write all windows; ``values`` [M, N, Dv] is overwritten, ``keys`` is not.
+
+    Args:
+        cfg: the configuration.
+        plan: the windows.
+        keys: ``[M, H, 2, S, Dk/2]`` float32, contiguous.
+        values: ``[M, N, Dv]`` float32, contiguous.
+        tokens: the stream, contiguous; a gate or mask that is None is 1 or True.
+        pair: ``[B, n]`` bool, contiguous: values are targets already, and these may be bound (``chunk_update``).
+        save: keep what ``backward`` needs.
+        dtype: of the output.
+        most: what to make space for, so that the shapes of residuals do not depend on the position.
+    """
+    inputs = {**tokens._asdict(), "pair": pair, "initial_keys": keys, "table": values, "due": None}
+    batch = tokens.query.shape[0]
+    call = Call(cfg, plan, tokens.query.dtype, batch, keys.shape[0], save, _present(inputs))
+    launches = _forward_launches(call, most)
+    residuals = Workspace.empty(launches.residuals, keys)
+    launches.prepare.run(inputs, residuals)  # which an idle GPU does while the rest is made ready
+    workspace, entries = Workspace.empty(launches.workspace, keys), cfg.slots_per_token
+    slots = keys.new_empty(batch, plan.num_new, entries, dtype=torch.int64)
+    weights = keys.new_empty(batch, plan.num_new, entries)
+    output = values.new_empty(batch, plan.num_new, cfg.value_dim, dtype=dtype)
+    inputs |= {"new_slots": slots, "new_weights": weights, "output": output}
+    launches.address.run(inputs, residuals, workspace)
+    used = slice(plan.total * entries)
+    torch.sort(workspace["table_rows"], stable=True, out=(residuals["sorted_rows"][used], residuals["order"][used]))
+    launches.write.run(inputs, residuals, workspace)
+    writes = plan.num_writes
+    written = workspace["squared"][: writes * batch * plan.windows[0].length]
+    memorization = written.view(writes, call.memories, -1).sum(2) if writes else keys.new_zeros(0, call.memories)
+    terms = workspace["addressing_terms"][:writes].view(writes, call.memories, 2 * cfg.num_heads, cfg.num_subkeys)
+    last = residuals["keys"][writes * save].view(keys.shape).clone()
+    return Result(output, slots, weights, last, memorization, terms.sum((2, 3)), residuals)
+
+
+def _present(inputs: dict[str, Tensor | None]) -> frozenset[str]:
+    return frozenset([name for name, x in inputs.items() if x is not None])
+
+
+class _Forward(NamedTuple):
+    """The launches of a forward; between the last two the entries are sorted."""
+
+    residuals: Layout
+    workspace: Layout
+    prepare: Launches
+    address: Launches
+    write: Launches
+
+
+@of_call
+def _forward_launches(call: Call, most: Bounds | None) -> _Forward:
+    """Those of a call whose residuals have space for ``most``, or for its own windows."""
+    most = most or least(call.plan, call.batch)
+    residuals = residuals_layout(call.cfg, most, call.memories, call.batch, call.save)
+    workspace = forward_layout(call, residuals.spec("sorted_rows").dtype)
+    inputs = *_INPUTS, "initial_keys", "table", "new_slots", "new_weights", "output"
+    prepare, address, write = (
+        Launches(residuals, inputs=_INPUTS),
+        *(Launches(residuals, workspace, inputs=inputs) for _ in range(2)),
+    )
+    tokens.add_prepare(prepare, call)
+    propose.add_begin_keys(address, call)
+    add_address(address, call)
+    add_write(write, call)
+    return _Forward(residuals, workspace, prepare, address, write)
+
+
+def add_address(launches: Launches, call: Call) -> None:
+    """Add what each token picks, moving the keys.
+
+    Where the tensor ``due`` is not None but an int32 on the GPU, and 0, the launches do nothing.
+    """
+    for i, window in enumerate(call.plan.windows):
+        version = i * call.save  # each window before has written
+        integers = call.integers(i) | {"version": version}
+        propose.add_propose(launches, call, integers)
+        ranks.add_rank(launches, call, integers)
+        slots.add_select_slots(launches, call, integers)
+        if window.writes:
+            key_gradient.add_coefficients(launches, call, integers)
+            pieces = key_sums.add_key_sums(launches, call, integers, "coefficients", offset=window.first)
+            integers |= {"before": version, "after": version + call.save, "pieces": pieces}
+            keys.add_keys(launches, call, integers)
+
+
+def add_write(launches: Launches, call: Call) -> None:
+    """Add the reads of all windows and the writes of their chunks."""
+    for i in range(len(call.plan.windows)):
+        integers = call.integers(i)
+        read.add_read(launches, call, integers)
+        values.add_values(launches, call, integers)
+
+
+def backward(
+    cfg: FwPKMConfig,
+    plan: Plan,
+    tokens: Tokens,
+    residuals: Workspace,
+    d_output: Tensor | None,
+    d_keys: Tensor | None,
+    d_values: Tensor | None,
+    table: torch.Size | None,
+    d_weights: Tensor | None = None,
+) -> Gradients:
+    """Gradients of a call from those of its output, final keys and final values (None: zero).
+
+    Args:
+        cfg: the configuration.
+        plan: the windows.
+        tokens: the stream.
+        residuals: of the forward.
+        d_output: ``[B, T, Dv]``, contiguous.
+        d_keys: ``[M, H, 2, S, Dk/2]`` float32, contiguous.
+        d_values: ``[M, N, Dv]`` float32, contiguous.
+        table: the shape of the value table, if its own gradient is asked for.
+        d_weights: ``[w, H*k]`` float32, of the weights themselves.
+    """
+    query, gate, memories = tokens.query, tokens.gate, residuals.layout.spec("counts").shape[1]
+    new = functools.partial(torch.empty, dtype=torch.float32, device=query.device)
+    overlap = any(a.start + a.length > b.start for a, b in zip(plan.windows, plan.windows[1:]))
+    both = new(2, *residuals.layout.spec("keys").shape[1:])  # after a window and before it, in turns
+    after = both[len(plan.windows) % 2]
+    after.zero_() if d_keys is None else after.copy_(d_keys.view_as(after))
+    d_table = None
+    if table is not None:
+        d_table = new(table).zero_() if d_values is None else d_values.clone()
+    d_value = torch.zeros_like(tokens.value)
+    d_gate = None if gate is None else torch.zeros_like(gate)
+    d_query = torch.zeros_like(query, dtype=torch.float32 if overlap else None)
+    inputs = {
+        **tokens._asdict(), "latest": new(memories * cfg.num_slots, dtype=torch.int32).fill_(-1), "d_keys": both,
+        "d_values": d_values, "d_output": d_output, "d_table": d_table, "d_value": d_value, "d_gate": d_gate,
+        "d_query": d_query, "due": None,
+    }  # fmt: skip
+    call = Call(cfg, plan, query.dtype, query.shape[0], memories, True, _present(inputs))
+    launches = _backward_launches(call, overlap, residuals.layout)
+    workspace = Workspace.empty(launches.workspace, query)
+    launches.through_values.run(inputs, residuals, workspace)
+    if d_weights is not None:
+        workspace["d_weights"].add_(d_weights)
+    launches.through_keys.run(inputs, residuals, workspace)
+    keys = both[0].unflatten(0, (memories, cfg.num_heads, 2))
+    return Gradients(keys, d_table, Tokens(d_query, d_value, d_gate))
+
+
+class _Backward(NamedTuple):
+    """The launches of a backward."""
+
+    workspace: Layout
+    through_values: Launches
+    through_keys: Launches
+
+
+@of_call
+def _backward_launches(call: Call, overlap: bool, residuals: Layout) -> _Backward:
+    """Those of a call; ``overlap``: whether windows share tokens."""
+    workspace = backward_layout(call)
+    names = "latest", "d_keys", "d_values", "d_output", "d_table", "d_value", "d_gate", "d_query"
+    through_values, through_keys = (Launches(residuals, workspace, inputs=(*_INPUTS, *names)) for _ in range(2))
+    _add_values_backward(through_values, call)
+    slots.add_select_slots_backward(through_keys, call)
+    _add_keys_backward(through_keys, call, overlap)
+    return _Backward(workspace, through_values, through_keys)
+
+
+def _add_values_backward(launches: Launches, call: Call) -> None:
+    """Add what gives the gradients of weights, of rows, and of the stream's values and gates."""
+    table = "d_table" in call.present
+    for i in reversed(range(len(call.plan.windows))):
+        integers = call.integers(i)
+        read.add_read_backward(launches, call, integers)
+        if i > 0 or table:
+            values.add_values_backward(launches, call, integers)
+    if table:
+        values.add_table_backward(launches, call)
+
+
+def _add_keys_backward(launches: Launches, call: Call, overlap: bool) -> None:
+    """Add what gives the gradients of the keys before each window, and of the stream's queries."""
+    for i in reversed(range(len(call.plan.windows))):
+        integers = call.integers(i) | {"version": i, "pieces": 0}
+        if call.plan.windows[i].writes:
+            key_gradient.add_coefficients_backward(launches, call, integers)
+            integers["pieces"] = key_sums.add_key_sums(launches, call, integers, "d_slopes", queries=False)
+        key_gradient.add_scores_backward(launches, call, integers, overlap)
+        integers["pieces"] = key_sums.add_key_sums(launches, call, integers, "d_ranks")
+        keys.add_keys_backward(launches, call, integers)

@@ -1,0 +1,75 @@
+"""One token of each sequence on a GPU, and the write of the chunk that it completes, where it does (SPEC.md §5)."""
+
+import torch
+from torch import Tensor
+
+from fwpkm import schedule
+from fwpkm.config import FwPKMConfig
+from fwpkm.containers import State
+from fwpkm.kernels import decode as kernels
+from fwpkm.kernels.runtime.call import add_address, add_write
+from fwpkm.kernels.runtime.launch import Launches
+from fwpkm.kernels.runtime.layouts import forward_layout, residuals_layout
+from fwpkm.kernels.runtime.windows import Call, least, of_call, write
+from fwpkm.kernels.runtime.workspace import Layout, Workspace
+from fwpkm.tokens import TOKEN_FIELDS, Tokens
+
+_PENDING = tuple(f"pending_{field.name}" for field in TOKEN_FIELDS)
+_TOKEN = tuple(f"token_{field.name}" for field in TOKEN_FIELDS)
+
+
+def decode(cfg: FwPKMConfig, state: State, tokens: Tokens) -> Tensor:
+    """Read one token of each sequence, and write the chunk that it completes; everything in ``state`` is overwritten.
+
+    Args:
+        cfg: the configuration.
+        state: contiguous, float32, its position on the GPU.
+        tokens: T = 1, contiguous; a gate or mask that is None is 1 or True.
+
+    Returns:
+        output ``[B, 1, Dv]`` in the query's dtype.
+    """
+    keys, values = state.memory.keys, state.memory.values
+    batch, num_tokens = tokens.query.shape[0], cfg.chunk_size + schedule.lag(cfg)
+    output = tokens.query.new_empty(batch, 1, cfg.value_dim)
+    inputs = {
+        **dict(zip(_PENDING, state.pending)), **dict(zip(_TOKEN, tokens)),
+        "keys": keys, "table": values, "position": state.position, "output": output,
+    }  # fmt: skip
+    present = frozenset(["gate", *(name for name, x in zip(_TOKEN, tokens) if x is not None)])
+    # Queries are float32 once they are pending; what reads the token itself does not depend on their dtype.
+    call = Call(cfg, write(num_tokens, batch), torch.float32, batch, keys.shape[0], False, present)
+    launches = _launches(call)
+    launches.run(inputs, *(Workspace.empty(layout, keys) for layout in launches.layouts))
+    return output
+
+
+@of_call
+def _launches(call: Call) -> Launches:
+    """The launches of a step, those of the write among them."""
+    inputs = *_PENDING, *_TOKEN, "keys", "table", "position", "output"
+    launches = Launches(*_layouts(call), inputs=inputs)
+    kernels.add_read_token(launches, call)
+    kernels.add_stage(launches, call)
+    add_address(launches, call)
+    kernels.add_sort(launches, call)
+    add_write(launches, call)
+    kernels.add_store_pending(launches, call)
+    return launches
+
+
+def _layouts(call: Call) -> tuple[Layout, ...]:
+    """Of what a step needs."""
+    cfg, batch, num_tokens = call.cfg, call.batch, call.plan.num_tokens
+    residuals = residuals_layout(cfg, least(call.plan, batch), call.memories, batch, False, False)
+    own = {
+        "token_ranks": ((batch, cfg.num_heads, 2, cfg.num_subkeys), torch.float32),
+        "token_flags": ((batch,), torch.int8),
+        "due": ((2,), torch.int32),
+        "query": ((batch, num_tokens, cfg.num_heads * cfg.key_dim), torch.float32),
+        "value": ((batch, num_tokens, cfg.value_dim), torch.float32),
+        "gate": ((batch, num_tokens), torch.float32),
+        "new_slots": ((0,), torch.int64),
+        "new_weights": ((0,), torch.float32),
+    }
+    return residuals, forward_layout(call, residuals.spec("sorted_rows").dtype), Layout.of(own)

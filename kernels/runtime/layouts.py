@@ -1,0 +1,128 @@
+"""What a call computes, and where that lies.
+
+By window: token w of all windows, entry e = w·H·k + j, group g of [M, H, 2]. There may be space for more windows and
+tokens.
+"""
+
+import functools
+import math
+
+import torch
+
+from fwpkm.config import FwPKMConfig
+from fwpkm.kernels.key_sums import most_pieces, rounds_over, words_for
+from fwpkm.kernels.runtime.shapes import blocks_of
+from fwpkm.kernels.runtime.windows import Bounds, Call
+from fwpkm.kernels.runtime.workspace import Layout, Specs, TensorSpec
+
+_FLOAT, _INT, _LONG, _BYTE = torch.float32, torch.int32, torch.int64, torch.int8
+
+
+def layout_of_residuals(
+    cfg: FwPKMConfig, most: Bounds, memories: int, batch: int, save: bool, keys: bool = True
+) -> Layout:
+    """Of what outlives a call's forward, for its backward.
+
+    "zeros" is what of it must begin as such, and "counters" that without "largest".
+
+    Args:
+        cfg: the configuration.
+        most: the windows that there is space for.
+        memories: M.
+        batch: B.
+        save: whether a backward will come.
+        keys: whether the keys are among it.
+    """
+    windows, total, num_tokens, longest = most
+    groups, half, subkeys = 2 * memories * cfg.num_heads, cfg.key_dim // 2, cfg.num_subkeys
+    entries, width = total * cfg.slots_per_token, cfg.value_dim
+    choices, clipped = (total, cfg.num_heads, 2, cfg.top_k), cfg.grad_clip is not None
+    counters: Specs = {
+        "probability_sums": ((windows, groups, subkeys), _LONG),  # Σ p over the chunk
+        # A bit for each token of the window, set where it chose the sub-key.
+        "maps": ((windows, groups, subkeys, words_for(longest * batch // memories)), _INT),
+        "counts": ((windows, memories), _INT),  # n
+        "active": ((windows, memories), _INT),  # whether any token has a pair
+        # The largest ‖K‖² before each window, as the integer that has its bits; behind what else begins as zeros.
+        "largest": ((windows + 1, groups), _INT),
+    }
+    computed: dict = {
+        "flags": ((batch * num_tokens,), _BYTE),
+        "window_flags": ((total,), _BYTE),  # the flags as the window found them
+        "ids": (choices, _INT),  # sub-keys, best first
+        "ranks": (choices, _FLOAT),  # -‖q - K‖², or q·K
+        "slots": ((total, cfg.slots_per_token), _INT),
+        "weights": ((total, cfg.slots_per_token), _FLOAT),
+        "strength": ((total,), _FLOAT),  # κ g of the tokens that have a pair, else 0
+        "error": ((total, width), _FLOAT),  # v̂ - u of those, else 0
+        "order": ((entries,), _LONG),  # the entries by window, table row and token
+        # Their table rows, those of the next window's tables behind those of this one's.
+        "sorted_rows": ((entries,), _LONG if windows * memories * cfg.num_slots > 2**31 - 1 else _INT),
+    }
+    if keys:  # before each window, and after the last; or only the last
+        computed["keys"] = (windows + 1 if save else 1, groups, subkeys, half), _FLOAT
+    saved: Specs = {
+        "moved": ((windows, groups, subkeys), _BYTE),  # whether the sub-key moved
+        "coefficient_sums": ((windows, groups, subkeys), _FLOAT),  # Σ c
+        "segment_start": ((entries,), _INT),  # where each entry's segment begins in the order
+        "step_sizes": ((entries,), _FLOAT),  # by segment: η/N of a row that moved, else 0
+        "old_rows": ((entries, width), _FLOAT),  # by segment: the table row before the write
+        "keys_unclipped": ((windows, groups, subkeys, half), _BYTE) if clipped else None,
+        "values_unclipped": ((entries, width), _BYTE) if clipped else None,
+    }
+    layout = Layout.of({**counters, **computed, **(saved if save else dict.fromkeys(saved))})
+    largest = layout.spec("largest")
+    ends = {"counters": largest.offset, "zeros": largest.offset + largest.nbytes}
+    of_zeros = {name: TensorSpec(0, (end // 4,), _INT) for name, end in ends.items()}  # of the first tensors once more
+    return Layout({**layout.tensors, **of_zeros}, layout.size)
+
+
+residuals_layout = functools.lru_cache(1024)(layout_of_residuals)
+"""The same of plain integers; torch.compile traces symbols, which have no hash."""
+
+
+def forward_layout(call: Call, row: torch.dtype) -> Layout:
+    """Of what the forward needs besides; ``row`` holds the number of any table row."""
+    cfg, plan, size = call.cfg, call.plan, call.shapes
+    half, subkeys, entries, writes = cfg.key_dim // 2, cfg.num_subkeys, cfg.slots_per_token, plan.num_writes > 0
+    by_token = call.batch * plan.longest, cfg.num_heads, 2
+    pieces = blocks_of(call.batch * plan.longest * entries, size.piece["PIECE"]) * writes
+    return Layout.of(
+        {
+            "norms": ((call.groups, subkeys), _FLOAT),  # ‖K‖²
+            "keys_hi_lo": ((call.groups, 2, subkeys, half), torch.bfloat16),  # each sub-key as a sum of two
+            "proposals": ((*by_token, size.propose["TILES"] * size.propose["PROPOSED"]), _INT),  # (propose_kernel)
+            "scales": (by_token, _FLOAT),  # the unit of their ranks
+            "table_rows": ((plan.total * entries,), row),  # the entries', unsorted
+            "coefficients": ((*by_token, cfg.top_k * writes), _FLOAT),  # c of each choice
+            **(_sums_specs(call) if writes else {}),
+            "addressing_terms": ((len(plan.windows), call.groups, subkeys), _FLOAT),  # of the addressing loss
+            "partial": ((pieces, cfg.value_dim), _FLOAT),  # sums over the entries of a row that has many
+            "partial_counts": ((pieces,), _INT),  # how many of those count
+            "squared": ((plan.total,), _FLOAT),  # ½ g ‖v̂ - u‖²
+        }
+    )
+
+
+def backward_layout(call: Call) -> Layout:
+    """Of what the backward needs besides."""
+    cfg, plan, entries, width = call.cfg, call.plan, call.cfg.slots_per_token, call.cfg.value_dim
+    longest, choices = call.batch * plan.longest, ((plan.total, cfg.num_heads, 2, cfg.top_k), _FLOAT)
+    return Layout.of(
+        {
+            "gradients": ((plan.total * entries, width), _FLOAT),  # by segment
+            "d_weights": ((plan.total, entries), _FLOAT),
+            "d_read": ((longest, width), _FLOAT),
+            "partial": ((blocks_of(longest * entries, call.shapes.piece_backward["PIECE"]), width), _FLOAT),
+            **dict.fromkeys(("d_scores", "d_coefficients", "d_slopes", "d_ranks"), choices),
+            **_sums_specs(call),
+        }
+    )
+
+
+def _sums_specs(call: Call) -> Specs:
+    """Of the sums over each sub-key's tokens of a window, in pieces."""
+    rows = call.groups, call.cfg.num_subkeys
+    rounds = rounds_over(call.rows * call.plan.longest, call.shapes.key_sums["WORDS"])
+    pieces = most_pieces(rounds, math.prod(rows))
+    return {"sums": ((pieces, *rows, call.cfg.key_dim // 2), _FLOAT), "totals": ((pieces, *rows), _FLOAT)}

@@ -1,0 +1,141 @@
+"""The score of a sub-key (SPEC.md §2) and its derivatives (§4): all that depends on ``cfg.score``, but proposals.
+
+What orders sub-keys is their rank: -‖q - K‖² or q·K. A derivative of a score s by a key or a query is a factor times a
+direction: 2 exp(s) (q - K) and its negative for "idw"; q and K for "dot_product".
+"""
+
+import triton
+import triton.language as tl
+
+from fwpkm.kernels.tokens import INF
+
+EQUATIONS = ("sub_scores",)
+
+
+@triton.jit
+def exact_ranks(
+    query, keys, chosen, wanted, alive,
+    HALF: tl.constexpr, SCORE: tl.constexpr, CHOICES: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """-‖q - K‖² from differences, or q·K, of the ``chosen`` [CHOICES]; -inf where not ``wanted``.
+
+    The sum of each has the same order wherever it stands, so equal sub-keys tie.
+    """
+    rank = tl.zeros([CHOICES], tl.float32)
+    for at in range(0, HALF, DEPTH):
+        d = at + tl.arange(0, DEPTH)
+        inside = (d < HALF) & alive
+        q = tl.load(query + d, mask=inside, other=0.0).to(tl.float32)[None, :]
+        k = tl.load(keys + chosen[:, None] * HALF + d[None, :], mask=wanted[:, None] & inside[None, :], other=0.0)
+        if SCORE == "idw":
+            rank -= tl.sum((q - k) * (q - k), 1)
+        elif SCORE == "dot_product":
+            rank += tl.sum(q * k, 1)
+        else:
+            tl.static_assert(False, "the kernels do not know this SCORE")
+    return tl.where(wanted & (rank == rank), rank, -INF)
+
+
+@triton.jit
+def sub_scores(rank, EPSILON: tl.constexpr, SCORE: tl.constexpr):
+    """s of §2 from ranks: -log(ε + ‖q - K‖²), or q·K."""
+    if SCORE == "idw":
+        score = -tl.log(EPSILON - rank)
+    elif SCORE == "dot_product":
+        score = rank
+    else:
+        tl.static_assert(False, "the kernels do not know this SCORE")
+    return score
+
+
+@triton.jit
+def bounded_scores(rank, choice, K: tl.constexpr, EPSILON: tl.constexpr, SCORE: tl.constexpr):
+    """Sub-scores [BLOCK, CHOICES] of the first K, and whether all of them are finite."""
+    bounded = tl.abs(rank) < INF
+    picked = (choice < K)[None, :]
+    score = tl.where(picked, sub_scores(tl.where(bounded, rank, 0.0), EPSILON, SCORE), -INF)
+    return score, tl.min((bounded | ~picked).to(tl.int32), 1) > 0
+
+
+@triton.jit
+def key_factor(d_score, score, SCORE: tl.constexpr):
+    """What a score's gradient makes of its key's direction."""
+    if SCORE == "idw":
+        factor = 2 * tl.exp(score) * d_score
+    elif SCORE == "dot_product":
+        factor = d_score
+    else:
+        tl.static_assert(False, "the kernels do not know this SCORE")
+    return factor
+
+
+@triton.jit
+def key_direction(q, key, SCORE: tl.constexpr):
+    """q - K from a difference, since of q and K apart no digit is left near a key; or q."""
+    if SCORE == "idw":
+        direction = q - key
+    elif SCORE == "dot_product":
+        direction = q
+    else:
+        tl.static_assert(False, "the kernels do not know this SCORE")
+    return direction
+
+
+@triton.jit
+def query_factor(d_score, score, SCORE: tl.constexpr):
+    """What a score's gradient makes of its query's direction."""
+    if SCORE == "idw":
+        factor = -2 * tl.exp(score) * d_score
+    elif SCORE == "dot_product":
+        factor = d_score
+    else:
+        tl.static_assert(False, "the kernels do not know this SCORE")
+    return factor
+
+
+@triton.jit
+def query_direction(q, key, SCORE: tl.constexpr):
+    """q - K, or K."""
+    if SCORE == "idw":
+        direction = q - key
+    elif SCORE == "dot_product":
+        direction = key
+    else:
+        tl.static_assert(False, "the kernels do not know this SCORE")
+    return direction
+
+
+@triton.jit
+def add_factor_vjp(d_score, coefficient, d_coefficient, SCORE: tl.constexpr):
+    """A score's gradient, and what its ``key_factor``, the ``coefficient``, passes on: 2 exp(s) is its own slope."""
+    if SCORE == "idw":
+        d_score += coefficient * d_coefficient
+    elif SCORE == "dot_product":
+        pass
+    else:
+        tl.static_assert(False, "the kernels do not know this SCORE")
+    return d_score
+
+
+@triton.jit
+def add_direction_vjp(d_key, coefficient_sum, d_key_gradient, SCORE: tl.constexpr):
+    """A key's gradient, and what the directions of its own gradient Σ c (q - K), or Σ c q, pass on."""
+    if SCORE == "idw":
+        d_key -= coefficient_sum * d_key_gradient
+    elif SCORE == "dot_product":
+        pass
+    else:
+        tl.static_assert(False, "the kernels do not know this SCORE")
+    return d_key
+
+
+@triton.jit
+def of_query_factors(total, SCORE: tl.constexpr):
+    """A key's gradient from the sum of its directions times the factors of its queries' gradients."""
+    if SCORE == "idw":
+        total = -total
+    elif SCORE == "dot_product":
+        pass
+    else:
+        tl.static_assert(False, "the kernels do not know this SCORE")
+    return total

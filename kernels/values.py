@@ -1,0 +1,318 @@
+"""The write of the value table (SPEC.md §4), in place: one program owns each row, and its sums run in token order.
+
+Backward: windows in reverse, from the touched rows that the forward saved. Each touched row of each window has one
+gradient row, by its segment: that of the row as the window found it. ``latest`` has for every row of the table its
+segment in the earliest window done, or -1: what is left of the row after a window has the gradient there, or that of
+the final table.
+"""
+
+import triton
+import triton.language as tl
+
+from fwpkm.kernels.runtime.launch import Launches
+from fwpkm.kernels.runtime.shapes import blocks_of
+from fwpkm.kernels.runtime.windows import Call
+from fwpkm.kernels.step import step
+from fwpkm.kernels.tokens import LIVE, not_due
+
+EQUATIONS = ("value_gradient", "step")
+
+
+@triton.jit
+def entries_of(
+    at, end, row, sorted_rows, order, weights, strength, error, window_flags, segment_start, segment, length, first, d,
+    WIDTH: tl.constexpr, ENTRIES: tl.constexpr, CHUNK: tl.constexpr, ENTRY_BLOCK: tl.constexpr,
+    WRITES: tl.constexpr, SAVE: tl.constexpr,
+):  # fmt: skip
+    """Of a row's next entries, as many as ENTRY_BLOCK: Σ κ w g (v̂ - u), how many count, and how many there are.
+
+    None from ``end`` on.
+    """
+    e = at + tl.arange(0, ENTRY_BLOCK)
+    inside = e < end
+    same = tl.load(sorted_rows + e, mask=inside, other=-1) == row
+    entry = tl.load(order + e, mask=inside, other=0).to(tl.int64)
+    gradient = tl.zeros_like(d).to(tl.float32)
+    count = 0
+    if SAVE:
+        tl.store(segment_start + entry, segment.to(tl.int32) + tl.zeros_like(e).to(tl.int32), mask=same)
+    if WRITES:
+        token = entry // ENTRIES
+        t = ((token - first) % length).to(tl.int32)
+        counted = same & (t < CHUNK) & ((tl.load(window_flags + token, mask=same, other=0) & LIVE) != 0)
+        count += tl.sum(counted.to(tl.int32), 0)
+        coefficient = tl.load(strength + token, mask=same, other=0.0) * tl.load(weights + entry, mask=same, other=0.0)
+        miss = tl.load(
+            error + token[:, None] * WIDTH + d[None, :], mask=same[:, None] & (d < WIDTH)[None, :], other=0.0
+        )
+        gradient += tl.sum(tl.where((counted & (coefficient != 0))[:, None], coefficient[:, None] * miss, 0.0), 0)
+    return gradient, count, tl.sum(same.to(tl.int32), 0)
+
+
+@triton.jit
+def begins_row(sorted_rows, begin, at):
+    """The row of an entry, and whether it is the first of that row's."""
+    row = tl.load(sorted_rows + at)
+    return row, row != tl.load(sorted_rows + at - 1, mask=at > begin, other=-1)
+
+
+@triton.jit
+def own_end(begin, at, last, PIECE: tl.constexpr):
+    """Where those entries of a row end that its own program sums: with the first piece that begins within the row.
+
+    Pieces have PIECE entries and are counted from the window's first. So few rows have any that another sums.
+    """
+    return tl.minimum(begin + (tl.cdiv(at - begin, PIECE) + 1) * PIECE, last)
+
+
+@triton.jit
+def goes_on(sorted_rows, begin, at, PIECE: tl.constexpr):
+    """The row of the entry that a piece begins with, and whether the piece before it begins with that row too."""
+    row = tl.load(sorted_rows + at)
+    return row, row == tl.load(sorted_rows + at - PIECE, mask=at > begin, other=-1)
+
+
+@triton.jit(do_not_specialize=["length", "first", "total"])
+def piece_kernel(
+    sorted_rows, order, weights, strength, error, window_flags, partial, partial_counts, due, length, first, total,
+    WIDTH: tl.constexpr, ENTRIES: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, PIECE: tl.constexpr,
+    ENTRY_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Σ κ w g (v̂ - u) of a row's entries in one piece of the window's, unless they are its own program's.
+
+    Few rows have so many entries; but a token that all read alike would keep the program of its row busy alone.
+    """
+    if not_due(due):
+        return
+    begin = (first * ENTRIES).to(tl.int64)
+    piece_start = begin + tl.program_id(0) * PIECE
+    row, others = goes_on(sorted_rows, begin, piece_start, PIECE)
+    if not others:
+        return
+    d = tl.arange(0, BLOCK)
+    end = tl.minimum(piece_start + PIECE, total.to(tl.int64) * ENTRIES)
+    gradient = tl.zeros([BLOCK], tl.float32)
+    count = 0
+    at = piece_start
+    found = ENTRY_BLOCK
+    while (found == ENTRY_BLOCK) & (at < end):
+        more, counted, found = entries_of(
+            at, end, row, sorted_rows, order, weights, strength, error, window_flags, None, piece_start, length, first,
+            d, WIDTH, ENTRIES, CHUNK, ENTRY_BLOCK, True, False,
+        )  # fmt: skip
+        gradient += more
+        count += counted
+        at += ENTRY_BLOCK
+    tl.store(partial + tl.program_id(0).to(tl.int64) * WIDTH + d, gradient, mask=d < WIDTH)
+    tl.store(partial_counts + tl.program_id(0), count)
+
+
+@triton.jit(do_not_specialize=["window", "memories", "length", "first", "total"])
+def values_kernel(
+    table, sorted_rows, order, weights, strength, error, window_flags, active, partial, partial_counts,
+    segment_start, step_sizes, old_rows, values_unclipped, due, window, memories, length, first, total,
+    SLOTS: tl.constexpr, WIDTH: tl.constexpr, ENTRIES: tl.constexpr, CHUNK: tl.constexpr,
+    RATE: tl.constexpr, DECAY: tl.constexpr, CLIP: tl.constexpr, BLOCK: tl.constexpr, PIECE: tl.constexpr,
+    ENTRY_BLOCK: tl.constexpr, WRITES: tl.constexpr, SAVE: tl.constexpr,
+):  # fmt: skip
+    """values_i ← values_i - η (clip(G_i) + λ values_i), G_i = (1/N_i) Σ κ w g (v̂ - u) over the entries of slot i.
+
+    All entries of the call lie sorted by window, table row and token. Those of one row and window are a segment, and
+    the program of its first entry owns the row; the sums of the pieces behind its own are there already. With SAVE it
+    keeps what the backward needs by segment: the row and the step size η/N_i; and for each entry, its segment.
+    """
+    if not_due(due):
+        return
+    begin = (first * ENTRIES).to(tl.int64)
+    segment = begin + tl.program_id(0)
+    last = total.to(tl.int64) * ENTRIES
+    end = own_end(begin, segment, last, PIECE)
+    # Loads before each branch go out together: a row is a few of them in a chain, and programs wait for little else.
+    row, new_row = begins_row(sorted_rows, begin, segment)
+    follows = tl.load(sorted_rows + segment + 1, mask=segment + 1 < end, other=-1) == row
+    going_on = tl.load(sorted_rows + end, mask=end < last, other=-1) == row
+    first_entry = tl.load(order + segment).to(tl.int64)
+    if not new_row:
+        return
+    d = tl.arange(0, BLOCK)
+    row_index = row.to(tl.int64) - window * memories.to(tl.int64) * SLOTS
+    offset = row_index * WIDTH
+    old = tl.load(table + offset + d, mask=d < WIDTH, other=0.0)
+    # Most rows have few entries: the first alone needs few registers.
+    gradient = tl.zeros([BLOCK], tl.float32)
+    count = 0
+    lives = False
+    if WRITES:
+        token = first_entry // ENTRIES
+        miss = tl.load(error + token * WIDTH + d, mask=d < WIDTH, other=0.0)
+        coefficient = tl.load(strength + token) * tl.load(weights + first_entry)
+        lives = tl.load(active + window * memories + row_index // SLOTS) != 0
+        counts_too = ((token - first) % length < CHUNK) & ((tl.load(window_flags + token) & LIVE) != 0)
+        gradient = tl.where(counts_too & (coefficient != 0), coefficient * miss, 0.0)
+        count += counts_too.to(tl.int32)
+    if SAVE:
+        tl.store(segment_start + first_entry, segment.to(tl.int32))
+    at = segment + 1
+    found = follows.to(tl.int32) * ENTRY_BLOCK
+    while found == ENTRY_BLOCK:
+        more, counted, found = entries_of(
+            at, end, row, sorted_rows, order, weights, strength, error, window_flags, segment_start, segment, length,
+            first, d, WIDTH, ENTRIES, CHUNK, ENTRY_BLOCK, WRITES, SAVE,
+        )  # fmt: skip
+        gradient += more
+        count += counted
+        at += ENTRY_BLOCK
+    while going_on:
+        if WRITES:
+            piece = (end - begin) // PIECE
+            gradient += tl.load(partial + piece * WIDTH + d, mask=d < WIDTH, other=0.0)
+            count += tl.load(partial_counts + piece)
+        if SAVE:
+            e = end + tl.arange(0, PIECE)
+            same = tl.load(sorted_rows + e, mask=e < last, other=-1) == row
+            entry = tl.load(order + e, mask=same, other=0).to(tl.int64)
+            tl.store(segment_start + entry, segment.to(tl.int32) + tl.zeros_like(e).to(tl.int32), mask=same)
+        end += PIECE
+        going_on = tl.load(sorted_rows + end, mask=end < last, other=-1) == row
+    if SAVE:
+        tl.store(old_rows + segment * WIDTH + d, old, mask=d < WIDTH)
+    if WRITES:
+        fraction = 1.0 / tl.maximum(count, 1).to(tl.float32)
+        gradient = gradient * fraction
+        if CLIP is not None:
+            if SAVE:
+                tl.store(values_unclipped + segment * WIDTH + d, (tl.abs(gradient) <= CLIP).to(tl.int8), mask=d < WIDTH)
+        new, finite = step(old, gradient, d < WIDTH, RATE, DECAY, CLIP)
+        moves = (count > 0) & lives & finite
+        if moves:
+            tl.store(table + offset + d, new, mask=d < WIDTH)
+        if SAVE:
+            tl.store(step_sizes + segment, tl.where(moves, RATE * fraction, 0.0))
+    elif SAVE:
+        tl.store(step_sizes + segment, 0.0)
+
+
+def add_values(launches: Launches, call: Call, integers: dict[str, int]) -> None:
+    """Add the write of a window's rows, and what its backward needs of them."""
+    writes, entries = call.plan.windows[integers["window"]].writes, call.batch * integers["length"]
+    entries *= call.cfg.slots_per_token
+    if writes:
+        constants = call.shapes.piece
+        launches.add(piece_kernel, (blocks_of(entries, constants["PIECE"]),), integers, constants)
+    if writes or call.save:
+        constants = call.shapes.values | {"WRITES": writes, "SAVE": call.save}
+        launches.add(values_kernel, (entries,), integers, constants)
+
+
+@triton.jit
+def toward_of(
+    at, end, row, sorted_rows, order, weights, d_read, first, d,
+    WIDTH: tl.constexpr, ENTRIES: tl.constexpr, ENTRY_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Of a row's next entries, as many as ENTRY_BLOCK: Σ w d v̂, and how many there are before ``end``."""
+    e = at + tl.arange(0, ENTRY_BLOCK)
+    known = e < end
+    entries = tl.load(order + e, mask=known, other=0).to(tl.int64)
+    same = tl.load(sorted_rows + e, mask=known, other=-1) == row
+    w = tl.load(weights + entries, mask=same, other=0.0)
+    tokens = entries // ENTRIES - first
+    towards = tl.load(
+        d_read + tokens[:, None] * WIDTH + d[None, :], mask=same[:, None] & (d < WIDTH)[None, :], other=0.0
+    )
+    return tl.sum(w[:, None] * towards, 0), tl.sum(same.to(tl.int32), 0)
+
+
+@triton.jit(do_not_specialize=["first", "total"])
+def piece_backward_kernel(
+    sorted_rows, order, weights, d_read, partial, first, total,
+    WIDTH: tl.constexpr, ENTRIES: tl.constexpr, BLOCK: tl.constexpr, PIECE: tl.constexpr, ENTRY_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Σ w d v̂ of a row's entries in one piece of the window's, unless they are its own program's."""
+    begin = (first * ENTRIES).to(tl.int64)
+    piece_start = begin + tl.program_id(0) * PIECE
+    row, others = goes_on(sorted_rows, begin, piece_start, PIECE)
+    if not others:
+        return
+    d = tl.arange(0, BLOCK)
+    end = tl.minimum(piece_start + PIECE, total.to(tl.int64) * ENTRIES)
+    gradient = tl.zeros([BLOCK], tl.float32)
+    at = piece_start
+    found = ENTRY_BLOCK
+    while (found == ENTRY_BLOCK) & (at < end):
+        more, found = toward_of(
+            at, end, row, sorted_rows, order, weights, d_read, first, d, WIDTH, ENTRIES, ENTRY_BLOCK
+        )
+        gradient += more
+        at += ENTRY_BLOCK
+    tl.store(partial + tl.program_id(0).to(tl.int64) * WIDTH + d, gradient, mask=d < WIDTH)
+
+
+@triton.jit(do_not_specialize=["window", "memories", "first", "total"])
+def rows_backward_kernel(
+    sorted_rows, order, weights, step_sizes, latest, gradients, d_values, d_read, partial,
+    window, memories, first, total,
+    SLOTS: tl.constexpr, WIDTH: tl.constexpr, ENTRIES: tl.constexpr, RATE: tl.constexpr, DECAY: tl.constexpr,
+    BLOCK: tl.constexpr, PIECE: tl.constexpr, ENTRY_BLOCK: tl.constexpr, AFTER: tl.constexpr,
+):  # fmt: skip
+    """The gradient of each row as the window found it: what decay leaves of that after, and Σ w d v̂."""
+    begin = (first * ENTRIES).to(tl.int64)
+    segment = begin + tl.program_id(0)
+    last = total.to(tl.int64) * ENTRIES
+    end = own_end(begin, segment, last, PIECE)
+    row, new_row = begins_row(sorted_rows, begin, segment)  # loads go out together, as in values_kernel
+    follows = tl.load(sorted_rows + segment + 1, mask=segment + 1 < end, other=-1) == row
+    entry = tl.load(order + segment).to(tl.int64)
+    if not new_row:
+        return
+    d = tl.arange(0, BLOCK)
+    row_index = row.to(tl.int64) - window * memories.to(tl.int64) * SLOTS
+    next_segment = tl.load(latest + row_index).to(tl.int64)
+    left = tl.where(tl.load(step_sizes + segment) != 0, 1 - RATE * DECAY, 1.0)
+    # Most rows have few entries: the first alone needs few registers.
+    toward = tl.load(d_read + (entry // ENTRIES - first) * WIDTH + d, mask=d < WIDTH, other=0.0)
+    toward = tl.load(weights + entry) * toward
+    gradient = tl.zeros([BLOCK], tl.float32)
+    if next_segment >= 0:
+        gradient += tl.load(gradients + next_segment * WIDTH + d, mask=d < WIDTH, other=0.0)
+    elif AFTER:
+        gradient += tl.load(d_values + row_index * WIDTH + d, mask=d < WIDTH, other=0.0)
+    gradient = gradient * left + toward
+    at = segment + 1
+    found = follows.to(tl.int32) * ENTRY_BLOCK
+    while found == ENTRY_BLOCK:
+        more, found = toward_of(
+            at, end, row, sorted_rows, order, weights, d_read, first, d, WIDTH, ENTRIES, ENTRY_BLOCK
+        )
+        gradient += more
+        at += ENTRY_BLOCK
+    while tl.load(sorted_rows + end, mask=end < last, other=-1) == row:
+        piece = (end - begin) // PIECE
+        gradient += tl.load(partial + piece * WIDTH + d, mask=d < WIDTH, other=0.0)
+        end += PIECE
+    tl.store(gradients + segment * WIDTH + d, gradient, mask=d < WIDTH)
+    tl.store(latest + row_index, segment.to(tl.int32))
+
+
+def add_values_backward(launches: Launches, call: Call, integers: dict[str, int]) -> None:
+    """Add the gradients of the rows that a window found."""
+    entries = call.batch * integers["length"] * call.cfg.slots_per_token
+    constants = call.shapes.piece_backward
+    launches.add(piece_backward_kernel, (blocks_of(entries, constants["PIECE"]),), integers, constants)
+    after = {"AFTER": "d_values" in call.present}
+    launches.add(rows_backward_kernel, (entries,), integers, call.shapes.rows_backward | after)
+
+
+@triton.jit
+def table_backward_kernel(latest, gradients, d_table, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """The gradient of the table before the call, where the call touched it."""
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.load(latest + row).to(tl.int64)
+    if at >= 0:
+        d = tl.arange(0, BLOCK)
+        gradient = tl.load(gradients + at * WIDTH + d, mask=d < WIDTH, other=0.0)
+        tl.store(d_table + row * WIDTH + d, gradient, mask=d < WIDTH)
+
+
+def add_table_backward(launches: Launches, call: Call) -> None:
+    """Add the gradient of the table before the first window."""
+    launches.add(table_backward_kernel, (call.memories * call.cfg.num_slots,), {}, call.shapes.table_backward)
