@@ -48,6 +48,16 @@ def step(xp: Any, cfg: FwPKMConfig, rows: Array, gradient: Array) -> Array:
     return rows - cfg.learning_rate * gradient
 
 
+def step_vjp(xp: Any, cfg: FwPKMConfig, d_new: Array, unclipped: Array | None) -> tuple[Array, Array]:
+    """The gradients of :func:`step`'s rows and gradient from that of its result.
+
+    ``unclipped`` says where the gradient's magnitude is at most ``cfg.grad_clip``; None where nothing is clipped.
+    """
+    d_gradient = -cfg.learning_rate * d_new
+    d_rows = d_new + cfg.weight_decay * d_gradient if cfg.weight_decay else d_new
+    return d_rows, d_gradient if unclipped is None else d_gradient * unclipped
+
+
 def rms_norm(xp: Any, x: Array, weight: Array) -> Array:
     """x / √(mean of x² + 1e-5) · weight over the last axis (§7); x must be at least float32."""
     return x / xp.sqrt(_mean(xp, xp.square(x)) + RMS_EPS) * weight

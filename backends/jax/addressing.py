@@ -1,9 +1,11 @@
-"""SPEC.md §2 and the key half of §4: which slots a query picks, and how the keys move.
+"""SPEC.md §2 and the key half of §3 and §4: which slots a query picks, and how the keys move.
 
-``choose`` finds the slots; it is all that grows with S, and it has no gradient. ``address`` computes scores and weights
-of what was chosen, ``write_keys`` moves the keys; both are differentiable and touch the k chosen sub-keys alone.
+``select_slots`` finds the slots; it is all that grows with S, and it has no gradient. ``address`` computes scores and
+weights of what was selected, ``write_keys`` moves the keys; both are differentiable and touch the k selected sub-keys
+alone.
 
-M memories, R tokens a memory, d = Dk/2: query [M, H, 2, R, d], keys [M, H, 2, S, d].
+M memories, R tokens a memory, d = Dk/2: query [M, H, 2, R, d], keys [M, H, 2, S, d]. The rank of a sub-key is q·K or
+-‖q - K‖²: it orders them as the scores do.
 """
 
 from functools import cache
@@ -14,21 +16,24 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from fwpkm.backends.jax.table import dot, spread, spread_differences, squared_distance
+from fwpkm.backends.jax.indexing import along, gather, put, scatter_sum
+from fwpkm.backends.jax.tokens import SELF, finite_rows
+from fwpkm.backends.jax.values import dot, scatter_add, scatter_add_differences, squared_distance
 from fwpkm.config import FwPKMConfig
+from fwpkm.rules import addressing_loss, addressing_slope, step
 
 _MARGIN = 16  # units of rounding of a product of matrices beyond which a lower-ranked sub-key is not searched for
 _FEW = 32  # sub-keys that are all ranked from differences at once
 _BLOCK = 4  # tokens ranked in full at a time: their differences to S sub-keys stay in a few MB
 
 
-class Choice(NamedTuple):
+class Selection(NamedTuple):
     """What R tokens of each memory picked; integers, so that a backward pass can follow the same path."""
 
     subkeys: Array
     """``[M, H, 2, R, k]`` ids, best first."""
     cells: Array
-    """``[M, H, R, k]`` the chosen sums, best first, as positions in ``_grid(k)``."""
+    """``[M, H, R, k]`` the selected sums, best first, as positions in ``_grid(k)``."""
     slots: Array
     """``[M, R, H*k]`` by head, then by descending sum."""
     finite: Array
@@ -36,147 +41,57 @@ class Choice(NamedTuple):
 
 
 class Address(NamedTuple):
-    """Scores and weights of a choice."""
+    """Scores and weights of a selection."""
 
+    ranks: Array
+    """``[M, H, 2, R, k]``, best first."""
     scores: Array
-    """``[M, H, 2, R, k]`` sub-scores, best first."""
-    slope: Array
-    """``[M, H, 2, R, k]``: ∂s/∂K of an entry (§4) is slope · (q - K), or slope · q under the dot product."""
+    """``[M, H, 2, R, k]`` their sub-scores."""
     weights: Array
     """``[M, R, H*k]``"""
 
 
-def choose(cfg: FwPKMConfig, query: Array, keys: Array) -> Choice:
-    """Top-k of both codebooks and of the k² sums, ties to the lower position (§2)."""
-    query, keys = lax.stop_gradient((query, keys))
-    subkeys, ranks = _select(cfg, query, keys)
-    order = lax.top_k(ranks, cfg.top_k)[1]  # ids ascend, so ties stay with the lower one
-    subkeys, ranks = (_along(x, order) for x in (subkeys, ranks))
-    scores = ranks if cfg.score == "dot_product" else -jnp.log(cfg.score_eps - ranks)
-    first, second = _grid(cfg.top_k)
-    sums, cells = lax.top_k(scores[:, :, 0][..., first] + scores[:, :, 1][..., second], cfg.top_k)
-    ids = subkeys[:, :, 0][..., first] * cfg.num_subkeys + subkeys[:, :, 1][..., second]
-    slots = _along(ids, cells).swapaxes(1, 2)
-    finite = jnp.isfinite(scores).all((1, 2, 4)) & jnp.isfinite(sums / cfg.temperature).all((1, 3))
-    return Choice(subkeys, cells, slots.reshape(*slots.shape[:2], -1), finite)
+# --- What differs from score to score ---
 
 
-def address(cfg: FwPKMConfig, query: Array, keys: Array, choice: Choice) -> Address:
-    """Scores and weights of chosen slots (§2). Differentiable; tokens that are not finite must have been blanked."""
-    scores = _measure(cfg, query, keys, choice.subkeys)
-    slope = jnp.ones_like(scores)
-    if cfg.score != "dot_product":
-        distance = cfg.score_eps + scores
-        scores, slope = -jnp.log(distance), 2 / distance
-    first, second = (jnp.asarray(axis)[choice.cells] for axis in _grid(cfg.top_k))
-    sums = _along(scores[:, :, 0], first) + _along(scores[:, :, 1], second)
-    logits = sums.swapaxes(1, 2).reshape(*choice.slots.shape) / cfg.temperature
-    return Address(scores, slope, jax.nn.softmax(logits, -1))
+def sub_scores(cfg: FwPKMConfig, ranks: Array) -> Array:
+    """s = -log(ε + ‖q - K‖²) or q·K (§2), from ranks."""
+    if cfg.score == "idw":
+        return -jnp.log(cfg.score_eps - ranks)
+    if cfg.score == "dot_product":
+        return ranks
+    return cfg.refuse("score", SELF.name)
 
 
-def write_keys(
-    cfg: FwPKMConfig,
-    query: Array,
-    keys: Array,
-    chosen: Address,
-    subkeys: Array,
-    counted: Array,
-    active: Array,
-    moves: Array | None,
-) -> tuple[Array, Array, Array]:
-    """Move the keys down the addressing loss (§3, §4).
-
-    Args:
-        cfg: the configuration.
-        query: ``[M, H, 2, R, d]``.
-        keys: ``[M, H, 2, S, d]``.
-        chosen: what the tokens of the chunk picked in these keys.
-        subkeys: ``[M, H, 2, R, k]`` ids of what they picked.
-        counted: ``[M, R]``, the chunk's unmasked tokens.
-        active: ``[M]``, the memories in which the chunk has a pair.
-        moves: ``[M, H, 2, S, 1]``, the sub-keys that move, where that is known.
-
-    Returns:
-        the new keys, which of them moved, and the loss ``[M]``.
-    """
-    p = jax.nn.softmax(chosen.scores, -1)
-    counted = counted.astype(p.dtype)
-    share = (counted / jnp.maximum(counted.sum(-1, keepdims=True), 1))[:, None, None, :, None] * p
-    mean = _spread(jnp.zeros(keys.shape[:-1], p.dtype), subkeys, share)
-    log = jnp.log(mean + 1e-8)
-    loss = (mean * log).sum((1, 2, 3)) * active
-    slope = _chosen_rows(log + mean / (mean + 1e-8), subkeys)
-    d_score = cfg.addressing_weight * share * (slope - (p * slope).sum(-1, keepdims=True))
-    gradient = _push(cfg, query, keys, subkeys, d_score * chosen.slope)
-    if cfg.grad_clip is not None:
-        gradient = jnp.clip(gradient, -cfg.grad_clip, cfg.grad_clip)
-    new = keys - cfg.learning_rate * (gradient + cfg.weight_decay * keys)
-    if moves is None:
-        moves = active[:, None, None, None, None] & jnp.isfinite(lax.stop_gradient(new)).all(-1, keepdims=True)
-    return jnp.where(moves, new, keys), moves, loss
+def score_slope(cfg: FwPKMConfig, ranks: Array) -> Array:
+    """What ∂s/∂K (§4) is as a multiple of q - K, or of q under the dot product."""
+    if cfg.score == "idw":
+        return 2 / (cfg.score_eps - ranks)
+    if cfg.score == "dot_product":
+        return jnp.ones_like(ranks)
+    return cfg.refuse("score", SELF.name)
 
 
-def _select(cfg: FwPKMConfig, query: Array, keys: Array) -> tuple[Array, Array]:
-    """The k best sub-keys of each codebook, ties to the lower id: ids, ascending, and ranks ``[M, H, 2, R, k]``.
-
-    A product of matrices proposes k sub-keys, and only theirs are computed from differences. Where the worst of them
-    does not beat the next proposal by more than the product's rounding error, all S are ranked from differences. So the
-    choice has the quality of differences near a key.
-    """
-    shape = (*query.shape[:-1], cfg.top_k)
-    query, keys = (x.reshape(-1, *x.shape[-2:]) for x in (query, keys))
-    finite = jnp.isfinite(query).all(-1)
-    query = jnp.where(finite[..., None], query, 0)
-    if cfg.num_subkeys <= _FEW:
-        ids, ranks = _best(_rank(cfg, query[:, :, None], keys[:, None]), cfg.top_k)
-    else:
-        ids, ranks = _proposed(cfg, query, keys, finite)
-    return ids.reshape(shape), jnp.where(finite[..., None], ranks, jnp.nan).reshape(shape)
+def _ranks(cfg: FwPKMConfig, query: Array, keys: Array) -> Array:
+    """q·K or -‖q - K‖² over the last axis."""
+    if cfg.score == "idw":
+        return -jnp.square(query - keys).sum(-1)
+    if cfg.score == "dot_product":
+        return (query * keys).sum(-1)
+    return cfg.refuse("score", SELF.name)
 
 
-def _proposed(cfg: FwPKMConfig, query: Array, keys: Array, finite: Array) -> tuple[Array, Array]:
-    """``_select`` among many, for query [G, R, d] and keys [G, S, d]."""
-    k, tokens = cfg.top_k, query.shape[1]
-    rough, origin, scale = _expanded(cfg, query, keys)
-    # Without the barrier XLA cannot tell a top-k from a sort that is sliced twice, and sorts everything.
-    best, ids = lax.optimization_barrier(lax.top_k(rough, min(k + 1, cfg.num_subkeys)))
-    next_best, ids = best[..., k:] - origin, jnp.sort(ids[..., :k], -1)
-    ranks = _measure(cfg, query, keys, ids)
-    if cfg.score != "dot_product":
-        ranks = -ranks
-    if k == cfg.num_subkeys:
-        return ids, ranks
-    error = jnp.abs(_along(rough, ids) - origin - ranks).max(-1, keepdims=True) / scale
-    error = jnp.nan_to_num(error, nan=0, posinf=0).max()
-    margin = scale * jnp.maximum(4 * error, _MARGIN * jnp.finfo(keys.dtype).eps / 2)
-    unsure = ~(ranks.min(-1, keepdims=True) > next_best + margin)[..., 0] & finite
-
-    def in_full(found: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        """Rank all S sub-keys from differences for the next few tokens that are unsure."""
-        unsure, ids, ranks = found
-        at = jnp.nonzero(unsure, size=_BLOCK, fill_value=unsure.size)[0]  # past the last one: dropped below
-        group, token = jnp.minimum(at // tokens, len(keys) - 1), at % tokens
-        better = _best(_rank(cfg, query[group, token][:, None], keys[group]), k)
-        ids, ranks = (x.at[at].set(new, mode="drop") for x, new in zip((ids, ranks), better))
-        return unsure.at[at].set(False, mode="drop"), ids, ranks
-
-    flat = unsure.ravel(), ids.reshape(-1, k), ranks.reshape(-1, k)
-    _, best_ids, best_ranks = lax.while_loop(lambda found: found[0].any(), in_full, flat)
-    return best_ids.reshape(ids.shape), best_ranks.reshape(ids.shape)
+def _ranks_at(cfg: FwPKMConfig, query: Array, keys: Array, ids: Array) -> Array:
+    """Ranks of some sub-keys: query [..., R, d], keys [..., S, d], ids [..., R, k]. Differentiable."""
+    entries = _as_table(query, keys, ids)
+    if cfg.score == "idw":
+        return -squared_distance(*entries).reshape(ids.shape)
+    if cfg.score == "dot_product":
+        return dot(*entries).reshape(ids.shape)
+    return cfg.refuse("score", SELF.name)
 
 
-def _best(ranks: Array, k: int) -> tuple[Array, Array]:
-    """The k largest of the last axis, by position; ties go to the lower one."""
-    ids = jnp.sort(lax.top_k(ranks, k)[1], -1)
-    return ids, _along(ranks, ids)
-
-
-def _along(x: Array, index: Array) -> Array:
-    """Entries of the last axis."""
-    return jnp.take_along_axis(x, index, -1, mode="promise_in_bounds")
-
-
-def _expanded(cfg: FwPKMConfig, query: Array, keys: Array) -> tuple[Array, Array, Array]:
+def _rough_ranks(cfg: FwPKMConfig, query: Array, keys: Array) -> tuple[Array, Array, Array]:
     """Approximate ranks from a product of matrices, for query [G, R, d] and keys [G, S, d].
 
     Returns:
@@ -185,54 +100,176 @@ def _expanded(cfg: FwPKMConfig, query: Array, keys: Array) -> tuple[Array, Array
     product = jnp.einsum("grd,gsd->grs", query, keys, precision=lax.Precision.HIGHEST)
     q, key = (jnp.square(x).sum(-1, keepdims=True) for x in (query, keys))
     largest = jnp.sqrt(key.max(1, keepdims=True))
+    if cfg.score == "idw":
+        return 2 * product - key.swapaxes(1, 2), q, jnp.square(jnp.sqrt(q) + largest)
     if cfg.score == "dot_product":
         return product, jnp.zeros_like(q), jnp.sqrt(q) * largest
-    return 2 * product - key.swapaxes(1, 2), q, jnp.square(jnp.sqrt(q) + largest)
+    return cfg.refuse("score", SELF.name)
 
 
-def _rank(cfg: FwPKMConfig, query: Array, rows: Array) -> Array:
-    """q·K or -‖q - K‖² over the last axis; they order sub-keys as the scores do."""
-    return (query * rows).sum(-1) if cfg.score == "dot_product" else -jnp.square(query - rows).sum(-1)
+def _key_vjp(cfg: FwPKMConfig, query: Array, keys: Array, ids: Array, d_scores: Array, slope: Array) -> Array:
+    """Σ over a sub-key's entries of d_scores · ∂s/∂K, in the shape of ``keys``."""
+    rows, row_index, tokens = _as_table(query, keys, ids)
+    coefficient = (d_scores * slope).reshape(row_index.shape)
+    if cfg.score == "idw":
+        return scatter_add_differences(rows, row_index, coefficient, tokens).reshape(keys.shape)
+    if cfg.score == "dot_product":
+        return scatter_add(rows, row_index, coefficient, tokens).reshape(keys.shape)
+    return cfg.refuse("score", SELF.name)
 
 
-def _measure(cfg: FwPKMConfig, query: Array, keys: Array, ids: Array) -> Array:
-    """q·K or ‖q - K‖² of chosen sub-keys: query [..., R, d], keys [..., S, d], ids [..., R, k]. Differentiable."""
-    measure = dot if cfg.score == "dot_product" else squared_distance
-    return measure(*_as_table(query, keys, ids)).reshape(ids.shape)
+# --- §2 Lookup ---
 
 
-def _push(cfg: FwPKMConfig, query: Array, keys: Array, ids: Array, amount: Array) -> Array:
-    """Σ over a sub-key's entries of amount · (q - K), or amount · q under the dot product, in the shape of ``keys``."""
-    push = spread if cfg.score == "dot_product" else spread_differences
-    rows, place, tokens = _as_table(query, keys, ids)
-    return push(rows, place, amount.reshape(place.shape), tokens).reshape(keys.shape)
+def top_k(x: Array, k: int) -> tuple[Array, Array]:
+    """The k largest of the last axis, best first, and their positions; ties go to the lower one."""
+    # Without the barrier XLA cannot tell a top-k from a sort that is sliced twice, and sorts everything.
+    return lax.optimization_barrier(tuple(lax.top_k(x, k)))
+
+
+def select_slots(cfg: FwPKMConfig, query: Array, keys: Array) -> Selection:
+    """Top-k of both codebooks and of the k² sums, ties to the lower position (§2)."""
+    query, keys = lax.stop_gradient((query, keys))
+    ranks, subkeys = _select_subkeys(cfg, query, keys)
+    scores = sub_scores(cfg, ranks)
+    first, second = _grid(cfg.top_k)
+    sums, cells = top_k(scores[:, :, 0][..., first] + scores[:, :, 1][..., second], cfg.top_k)
+    ids = subkeys[:, :, 0][..., first] * cfg.num_subkeys + subkeys[:, :, 1][..., second]
+    slots = along(ids, cells).swapaxes(1, 2)
+    finite = jnp.isfinite(scores).all((1, 2, 4)) & jnp.isfinite(sums / cfg.temperature).all((1, 3))
+    return Selection(subkeys, cells, slots.reshape(*slots.shape[:2], -1), finite)
+
+
+def address(cfg: FwPKMConfig, query: Array, keys: Array, selection: Selection) -> Address:
+    """Scores and weights of selected slots (§2). Differentiable; tokens that are not finite must have been blanked."""
+    ranks = _ranks_at(cfg, query, keys, selection.subkeys)
+    scores = sub_scores(cfg, ranks)
+    first, second = (gather(jnp.asarray(axis), selection.cells) for axis in _grid(cfg.top_k))
+    sums = along(scores[:, :, 0], first) + along(scores[:, :, 1], second)
+    logits = sums.swapaxes(1, 2).reshape(*selection.slots.shape) / cfg.temperature
+    return Address(ranks, scores, jax.nn.softmax(logits, -1))
+
+
+# --- §3 Losses and §4 Chunk update ---
+
+
+def sub_key_probabilities(scores: Array) -> Array:
+    """p over the k selected sub-scores of each head and codebook: ``[M, H, 2, R, k]``."""
+    return jax.nn.softmax(scores, -1)
+
+
+def mean_probabilities(fraction: Array, subkeys: Array, num_subkeys: int) -> Array:
+    """p̄ ``[M, H, 2, S]`` from p over the number of counted tokens, 0 for the others, ``[M, H, 2, R, k]`` (§3)."""
+    shape = (*subkeys.shape[:-2], num_subkeys)
+    return scatter_sum(int(np.prod(shape)), _row_index(subkeys, num_subkeys), fraction).reshape(shape)
+
+
+def key_gradient(
+    cfg: FwPKMConfig, query: Array, keys: Array, at: Address, subkeys: Array, counted: Array
+) -> tuple[Array, Array]:
+    """α ∇_keys L_addr in the shape of ``keys``, the closed form of §4, and L_addr ``[M]``; counted [M, R]."""
+    p = sub_key_probabilities(at.scores)
+    counted = counted.astype(p.dtype)
+    fraction = (counted / jnp.maximum(counted.sum(-1, keepdims=True), 1))[:, None, None, :, None] * p
+    mean = mean_probabilities(fraction, subkeys, cfg.num_subkeys)
+    loss = addressing_loss(jnp, mean).sum((1, 2, 3))
+    a = gather(addressing_slope(jnp, mean).ravel(), _row_index(subkeys, cfg.num_subkeys))
+    d_scores = cfg.addressing_weight * fraction * (a - (p * a).sum(-1, keepdims=True))
+    return _key_vjp(cfg, query, keys, subkeys, d_scores, score_slope(cfg, at.ranks)), loss
+
+
+def write_keys(
+    cfg: FwPKMConfig,
+    query: Array,
+    keys: Array,
+    at: Address,
+    subkeys: Array,
+    counted: Array,
+    active: Array,
+    moves: Array | None,
+) -> tuple[Array, Array, Array]:
+    """Move the keys down the addressing loss; those that would not be finite keep their bits (§4).
+
+    Args:
+        cfg: the configuration.
+        query: ``[M, H, 2, R, d]``.
+        keys: ``[M, H, 2, S, d]``.
+        at: scores of what the tokens of the chunk picked in these keys.
+        subkeys: ``[M, H, 2, R, k]`` ids of what they picked.
+        counted: ``[M, R]``, the chunk's unmasked tokens.
+        active: ``[M]``, the memories in which the chunk has a pair.
+        moves: ``[M, H, 2, S, 1]``, the sub-keys that move, where that is known.
+
+    Returns:
+        the new keys, which of them moved, and the loss ``[M]``.
+    """
+    gradient, loss = key_gradient(cfg, query, keys, at, subkeys, counted)
+    new = step(jnp, cfg, keys, gradient)
+    if moves is None:
+        moves = active[:, None, None, None, None] & finite_rows(new)[..., None]
+    return jnp.where(moves, new, keys), moves, loss * active
+
+
+# --- Searching the codebooks ---
+
+
+def _select_subkeys(cfg: FwPKMConfig, query: Array, keys: Array) -> tuple[Array, Array]:
+    """The k best sub-keys of each codebook, best first, ties to the lower id: ranks and ids ``[M, H, 2, R, k]``.
+
+    A product of matrices proposes k sub-keys, and only theirs are computed from differences. Where the worst of them
+    does not beat the next proposal by more than the product's rounding error, all S are ranked from differences. So the
+    selection has the quality of differences near a key. Queries must be finite.
+    """
+    shape = (*query.shape[:-1], cfg.top_k)
+    query, keys = (x.reshape(-1, *x.shape[-2:]) for x in (query, keys))
+    if cfg.num_subkeys <= _FEW or query.shape[1] <= _BLOCK:
+        ranks, ids = top_k(_ranks(cfg, query[:, :, None], keys[:, None]), cfg.top_k)
+    else:
+        ranks, ids = _proposed(cfg, query, keys)
+    return ranks.reshape(shape), ids.reshape(shape)
+
+
+def _proposed(cfg: FwPKMConfig, query: Array, keys: Array) -> tuple[Array, Array]:
+    """``_select_subkeys`` among many, for query [G, R, d] and keys [G, S, d]."""
+    k, tokens = cfg.top_k, query.shape[1]
+    rough, origin, scale = _rough_ranks(cfg, query, keys)
+    best, ids = top_k(rough, min(k + 1, cfg.num_subkeys))
+    next_best, ids = best[..., k:] - origin, ids[..., :k]
+    ranks = _ranks_at(cfg, query, keys, ids)
+    if k < cfg.num_subkeys:
+        error = jnp.abs(best[..., :k] - origin - ranks).max(-1, keepdims=True) / scale
+        error = jnp.nan_to_num(error, nan=0, posinf=0).max()
+        margin = scale * jnp.maximum(4 * error, _MARGIN * jnp.finfo(keys.dtype).eps / 2)
+        unsure = ~(ranks.min(-1, keepdims=True) > next_best + margin)[..., 0]
+
+        def in_full(found: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            """Rank all S sub-keys from differences for the next few tokens that are unsure."""
+            unsure, ranks, ids = found
+            flags, at = top_k(unsure.astype(jnp.float32), _BLOCK)  # nonzero would compile ten times as long
+            better = top_k(_ranks(cfg, gather(flat_query, at)[:, None], gather(keys, at // tokens)), k)
+            at = jnp.where(flags > 0, at, unsure.size)  # those that are sure keep their bits: dropped
+            none = jnp.zeros(_BLOCK, bool)
+            unsure, ranks, ids = (put(x, at, new, mode="drop") for x, new in zip(found, (none, *better)))
+            return unsure, ranks, ids
+
+        flat_query = query.reshape(-1, query.shape[-1])
+        flat = unsure.ravel(), ranks.reshape(-1, k), ids.reshape(-1, k)
+        _, ranks, ids = lax.while_loop(lambda found: found[0].any(), in_full, flat)
+    negated, ids = lax.sort((-ranks.reshape(*query.shape[:2], k), ids.reshape(*query.shape[:2], k)), num_keys=2)
+    return -negated, ids
 
 
 def _as_table(query: Array, keys: Array, ids: Array) -> tuple[Array, Array, Array]:
-    """Keys as one table of rows, the places in it of each token's sub-keys, and the tokens."""
+    """Keys as one table of rows, the rows of each token's sub-keys, and the tokens."""
     rows, tokens = (x.reshape(-1, x.shape[-1]) for x in (keys, query))
-    return rows, _flat(ids, keys.shape[-2]).reshape(len(tokens), -1), tokens
+    return rows, _row_index(ids, keys.shape[-2]).reshape(len(tokens), -1), tokens
 
 
-def _flat(ids: Array, size: int) -> Array:
+def _row_index(ids: Array, size: int) -> Array:
     """``[..., R, k]`` ids among ``size`` rows of each group as ids among the rows of all groups."""
     groups = ids.shape[:-2]
     first = size * jnp.arange(int(np.prod(groups)), dtype=ids.dtype)
     return ids + first.reshape(*groups, 1, 1)
-
-
-def _chosen_rows(table: Array, ids: Array) -> Array:
-    """Rows of ``table [..., S, (d)]`` at ``ids [..., R, k]``: ``[..., R, k, (d)]``."""
-    lead = ids.ndim - 2
-    rows = table.reshape(-1, *table.shape[lead + 1 :])
-    return rows.at[_flat(ids, table.shape[lead])].get(mode="promise_in_bounds")
-
-
-def _spread(table: Array, ids: Array, entries: Array) -> Array:
-    """``table [..., S, (d)]`` plus ``entries [..., R, k, (d)]`` at their ids."""
-    lead = ids.ndim - 2
-    rows = table.reshape(-1, *table.shape[lead + 1 :])
-    return rows.at[_flat(ids, table.shape[lead])].add(entries, mode="promise_in_bounds").reshape(table.shape)
 
 
 @cache

@@ -10,13 +10,13 @@ from jax import Array
 
 from fwpkm import validation
 from fwpkm.backends.jax import ops
+from fwpkm.backends.jax.tokens import finite_rows
 from fwpkm.config import FwPKMConfig
 from fwpkm.containers import Memory, State
 from fwpkm.files import layer_spec
+from fwpkm.rules import mix, rms_norm, zscore
 
 Variables = dict[str, Any]
-_NORM_EPS = 1e-5
-_ZSCORE_EPS = 1e-6
 
 
 class FwPKM:
@@ -128,20 +128,19 @@ class FwPKM:
         dtype = params["query_proj"]["weight"].dtype
         x = x.astype(dtype)
         # A token that is not finite must not reach the projections: their weights' gradients would be 0 · NaN.
-        dead = ~jnp.isfinite(x).all(-1)
+        dead = ~finite_rows(x)
         x = jnp.where(dead[..., None], 0, x)
         mask = ~dead if mask is None else mask & ~dead
         query, value = (_project(params, name, x) for name in ("query", "value"))
         if self.value_norm == "zscore":
-            value = zscore(value)
+            value = zscore(jnp, _wide(value))
         gate = jax.nn.sigmoid(_project(params, "gate", x)[..., 0]) if self.gated else None
         if state is None:
             state = self.init_state(variables, x.shape[0])
         read, state, _ = ops.apply(self.config, state, query, value, gate, mask, update)
-        dead |= ~jnp.isfinite(read).all(-1)
+        dead |= ~finite_rows(read)
         read, value = (jnp.where(dead[..., None], 0, z) for z in (read, value))
-        mixed = read + value if gate is None else gate[..., None] * read + (1 - gate[..., None]) * value
-        y = _project(params, "output", mixed.astype(dtype))
+        y = _project(params, "output", mix(gate, read, value).astype(dtype))
         return jnp.where(dead[..., None], jnp.nan, y), state
 
     def init_state(self, variables: Variables, batch_size: int) -> State:
@@ -205,19 +204,10 @@ class FwPKM:
 
 def _project(params: Variables, name: str, x: Array) -> Array:
     """W·RMSNorm(x) + b."""
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    scaled = wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + _NORM_EPS)
-    projection = params[f"{name}_proj"]
-    return scaled.astype(x.dtype) * params[f"{name}_norm"]["weight"] @ projection["weight"].T + projection["bias"]
+    normed = rms_norm(jnp, _wide(x), params[f"{name}_norm"]["weight"]).astype(x.dtype)
+    return normed @ params[f"{name}_proj"]["weight"].T + params[f"{name}_proj"]["bias"]
 
 
-def zscore(z: Array) -> Array:
-    """(z - mean) / (std + 1e-6) over the last axis, std unbiased; a constant row gives 0 and gradient 0 (SPEC.md §7).
-
-    At least float32, whatever the input.
-    """
-    z = z.astype(jnp.promote_types(z.dtype, jnp.float32))
-    constant = (z == z[..., :1]).all(-1, keepdims=True)
-    centred = z - z.mean(-1, keepdims=True)
-    variance = jnp.square(centred).sum(-1, keepdims=True) / (z.shape[-1] - 1)
-    return jnp.where(constant, 0, centred / (jnp.sqrt(jnp.where(constant, 1, variance)) + _ZSCORE_EPS))
+def _wide(x: Array) -> Array:
+    """At least float32, whatever the projections are."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))

@@ -14,43 +14,32 @@ import numpy as np
 from jax import Array
 
 from fwpkm import schedule, validation
-from fwpkm import tokens as token_fields
-from fwpkm.backends.jax.stream import Result, plan_apply, plan_flush, plan_read, run
-from fwpkm.backends.jax.tokens import Tokens
-from fwpkm.backends.jax.window import Write, visit, walk
-from fwpkm.config import FwPKMConfig
-from fwpkm.containers import Lookup, Losses, Memory, State, Trace
-from fwpkm.initial import initial_arrays
-
-SELF = validation.Implementation.of(
-    "the JAX backend",
-    Array,
-    """
-    key_dim value_dim num_heads num_subkeys top_k chunk_size lookahead boundary score score_eps temperature
-    learning_rate write_scale weight_decay grad_clip addressing_weight memory_scope
-    """,
+from fwpkm.backends.jax.backward import run
+from fwpkm.backends.jax.tokens import SELF, cut, filled, finite, insert, no_tokens, pad, without
+from fwpkm.backends.jax.windows import (
+    Result,
+    Write,
+    compute_window,
+    plan_apply,
+    plan_flush,
+    plan_read,
+    select_window,
 )
+from fwpkm.config import FwPKMConfig
+from fwpkm.containers import Lookup, Losses, Memory, State, Trace, memories_for
+from fwpkm.initial import initial_arrays
+from fwpkm.tokens import Tokens
+
 _ZERO: Any = np.int32(0)
 
 
 def init_memory(cfg: FwPKMConfig, memories: int = 1, seed: int = 0) -> Memory:
-    """Fresh tables (SPEC.md §7), the same numbers in every backend for one seed.
-
-    Returns:
-        float32 keys ``[M, H, 2, S, Dk/2]`` and values ``[M, N, Dv]``.
-
-    Raises:
-        ValueError: ``memories`` is not an integer of at least 1.
-    """
+    """Fresh tables (SPEC.md §7)."""
     return Memory(*map(jnp.asarray, initial_arrays(cfg, memories, seed)))
 
 
 def init_state(cfg: FwPKMConfig, memory: Memory, batch_size: int) -> State:
-    """A state at position 0 that owns a copy of ``memory``; M = 1 is broadcast to B rows in "sequence" scope.
-
-    Raises:
-        ValueError: the tables fit neither ``cfg`` nor ``batch_size``.
-    """
+    """A state at position 0 that owns a copy of ``memory``."""
     validation.check_initial(cfg, memory, batch_size, SELF)
     return _init_state(cfg, batch_size, memory)
 
@@ -66,24 +55,12 @@ def apply(
 ) -> tuple[Array, State, Trace]:
     """Read T tokens and write every chunk that they complete (SPEC.md §5).
 
-    Args:
-        cfg: the configuration; static under ``jax.jit``.
-        state: where the sequence stands; left as it was, unless the caller donates it.
-        query: ``[B, T, H*Dk]``, any floating dtype.
-        value: ``[B, T, Dv]``.
-        gate: ``[B, T]`` in [0, 1], or None for 1.
-        mask: ``[B, T]`` bool, False for tokens that never write, or None for True.
-        update: False only reads: no write, nothing pending, position unchanged. Static.
-
-    Returns:
-        output ``[B, T, Dv]`` in the query's dtype, the next state, and the trace.
-
-    Raises:
-        ValueError: an argument does not fit; names it, what was expected and what was received. Of the position, only
-            where it is not traced.
+    ``cfg`` and ``update`` are static under ``jax.jit``. The values of a position are checked only where it is not
+    traced; where it is known, and no chunk falls due, the tables come back as the same arrays.
     """
-    validation.check_apply(cfg, state, token_fields.Tokens(query, value, gate, mask), SELF)
-    length, writes = query.shape[1], True
+    tokens = Tokens(query, value, gate, mask)
+    validation.check_apply(cfg, state, tokens, SELF)
+    length, writes = tokens.length, True
     if not isinstance(state.position, jax.core.Tracer):
         position = validation.check_position(np.asarray(state.position).tolist())
         if update:
@@ -91,38 +68,26 @@ def apply(
         writes = schedule.written(cfg, position + length) > schedule.written(cfg, position)
     if length == 0:
         return jnp.zeros_like(value, query.dtype), state, _empty_trace(cfg, state.memory, query)
-    output, tables, rest, trace = _apply(cfg, update, update and writes, state, query, value, gate, mask)
-    if update:
-        state = State(state.memory if tables is None else tables, *rest)
-    return output, state, trace
+    if not update:
+        output, trace = _read_only(cfg, state.memory, tokens)
+        return output, state, trace
+    output, tables, pending, position, trace = _apply(cfg, writes, state, tokens)
+    return output, State.of(state.memory if tables is None else tables, pending, position), trace
 
 
 def flush(cfg: FwPKMConfig, state: State) -> tuple[State, Trace]:
-    """Write the pending chunk, empty it and restart the count (SPEC.md §5).
-
-    Returns:
-        the state at position 0, and the trace of that write: losses ``[M, 1]``, slots and weights ``[B, 0, H*k]``.
-
-    Raises:
-        ValueError: the state does not fit ``cfg``.
-    """
+    """Write the pending chunk, empty it and restart the count (SPEC.md §5)."""
     validation.check_state(cfg, state, None, SELF)
     writes = cfg.capacity > 0
     if not isinstance(state.position, jax.core.Tracer):
         position = validation.check_position(np.asarray(state.position).tolist())
         writes = schedule.pending(cfg, position) > cfg.lookahead  # else no token has a pair
-    tables, rest, trace = _flush(cfg, writes, state)
-    return State(state.memory if tables is None else tables, *rest), trace
+    tables, pending, position, trace = _flush(cfg, writes, state)
+    return State.of(state.memory if tables is None else tables, pending, position), trace
 
 
 def lookup(cfg: FwPKMConfig, memory: Memory, query: Array) -> Lookup:
-    """Read the tables (SPEC.md §2): query ``[B, n, H*Dk]`` -> output ``[B, n, Dv]``, slots, weights ``[B, n, H*k]``.
-
-    A token whose query or selected scores are not finite reads NaN.
-
-    Raises:
-        ValueError: shapes or dtypes do not fit.
-    """
+    """Read the tables (SPEC.md §2)."""
     validation.check_lookup(cfg, memory, query, SELF)
     if query.shape[1] == 0:
         trace = _empty_trace(cfg, memory, query)
@@ -139,56 +104,31 @@ def chunk_update(
     mask: Array | None = None,
     pair: Array | None = None,
 ) -> tuple[Memory, Losses]:
-    """Write one chunk (SPEC.md §4) whose targets are already shifted.
-
-    Args:
-        cfg: the configuration; static under ``jax.jit``.
-        memory: the tables to be written; left as they were.
-        query: ``[B, n, H*Dk]``.
-        target: ``[B, n, Dv]``, u_t.
-        gate: ``[B, n]``, or None for 1.
-        mask: ``[B, n]`` bool, or None for True.
-        pair: ``[B, n]`` bool, which tokens have a target; None for all unmasked ones.
-
-    Returns:
-        the new tables and the losses ``[M]``.
-
-    Raises:
-        ValueError: shapes or dtypes do not fit.
-    """
-    validation.check_chunk(cfg, memory, token_fields.Tokens(query, target, gate, mask), pair, SELF)
-    if query.shape[1] == 0:
+    """Write one chunk (SPEC.md §4) whose targets are already shifted."""
+    chunk = Tokens(query, target, gate, mask)
+    validation.check_chunk(cfg, memory, chunk, pair, SELF)
+    if chunk.length == 0:
         return memory, Losses(*jnp.zeros((2, len(memory.keys)), _dtype(memory, query)))
-    return _chunk_update(cfg, memory, query, target, gate, mask, pair)
+    return _chunk_update(cfg, memory, chunk, pair)
 
 
 def detach(state: State) -> State:
-    """The state without its gradient history: truncated backpropagation between calls."""
+    """The state without its gradient history."""
     return jax.lax.stop_gradient(state)
 
 
 def reset(state: State, memory: Memory, rows: Sequence[int] | Sequence[bool] | Array | np.ndarray | int) -> State:
-    """Give rows their initial memory back and mask their pending tokens; the count goes on (SPEC.md §5).
-
-    Args:
-        state: left as it was.
-        memory: the initial tables, M = 1 or that of the state.
-        rows: integers, or a bool mask ``[B]``; all of them where one table serves the batch. Static under ``jax.jit``.
-
-    Raises:
-        ValueError: rows out of range, some of the rows that share one table, or tables of other shapes.
-    """
+    """Give rows their initial memory back and mask their pending tokens; ``rows`` are static under ``jax.jit``."""
     validation.check_reset(state, memory, Array)
     batch, memories = state.position.shape[0], state.memory.keys.shape[0]
     chosen = jnp.asarray(validation.row_mask(rows, batch, memories))
 
-    def blend(fresh: Array, current: Array) -> Array:
+    def blend(initial: Array, current: Array) -> Array:
         pick = chosen[: len(current)].reshape(-1, *[1] * (current.ndim - 1))
-        return jnp.where(pick, fresh.astype(current.dtype), current)
+        return jnp.where(pick, initial.astype(current.dtype), current)
 
     tables = Memory(*map(blend, memory, state.memory))
-    pending = Tokens(*(blend(jnp.zeros_like(x[:1]), x) for x in state.pending))
-    return State(tables, *pending, state.position)
+    return State.of(tables, state.pending.map(lambda x: blend(jnp.zeros_like(x[:1]), x)), state.position)
 
 
 def asarray(x: Any, dtype: str) -> Array:
@@ -213,16 +153,7 @@ def to_numpy(x: Array) -> np.ndarray:
 def vjp(
     fn: Callable[..., Array | tuple[Array, ...]], args: Sequence[Array], cotangents: Sequence[Array] | Array
 ) -> tuple[Array, ...]:
-    """Gradients of Σ output · cotangent with respect to every argument; zeros where one has no influence.
-
-    Args:
-        fn: takes the arguments one by one, returns an array or a tuple of arrays.
-        args: floating arrays.
-        cotangents: one for each output, in its shape.
-
-    Returns:
-        a gradient for each argument, in its shape.
-    """
+    """Gradients of Σ output · cotangent with respect to every argument; zeros where one has no influence."""
     alone = isinstance(cotangents, Array)
 
     def outputs(*arguments: Array) -> tuple[Array, ...]:
@@ -254,90 +185,75 @@ def _dtype(memory: Memory, query: Array) -> jnp.dtype:
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _init_state(cfg: FwPKMConfig, batch_size: int, memory: Memory) -> State:
-    memories = validation.memories_for(cfg, batch_size)
+    memories = memories_for(cfg, batch_size)
     tables = Memory(*(jnp.broadcast_to(x, (memories, *x.shape[1:])) for x in memory))
-    return State(tables, *_no_tokens(cfg, batch_size, memory.keys.dtype), jnp.zeros(batch_size, jnp.int32))
-
-
-@partial(jax.jit, static_argnums=(0, 1, 2))
-def _apply(
-    cfg: FwPKMConfig,
-    update: bool,
-    writes: bool,
-    state: State,
-    query: Array,
-    value: Array,
-    gate: Array | None,
-    mask: Array | None,
-) -> tuple[Array, Memory | None, tuple[Array, ...] | None, Trace]:
-    """``apply``; the tables only where a write may be due, and the other fields of the state only with ``update``."""
-    dtype, length = _dtype(state.memory, query), query.shape[1]
-    memory, news = _tables(state.memory, dtype), Tokens.of(dtype, query, value, gate, mask)
-    columns = schedule.max_writes(cfg, length)
-    if not update:
-        result = run(cfg, plan_read(cfg, length), memory, news, _ZERO, _ZERO)
-        return _output(result, query), None, None, _trace(result, columns, _ZERO)
-    pending = schedule.pending(cfg, state.position[0])
-    stream = Tokens.of(dtype, *state.pending).insert(news, pending)
-    due = schedule.written(cfg, pending + length) if writes else _ZERO
-    result = run(cfg, plan_apply(cfg, length, writes), memory, stream, pending, due)
-    rest = stream.without(result.dead).rest(due * cfg.chunk_size, cfg.capacity)
-    tables = Memory(result.keys, result.values) if writes else None
-    return _output(result, query), tables, (*rest, state.position + length), _trace(result, columns, due)
+    return State.of(tables, no_tokens(cfg, batch_size, memory.keys.dtype), jnp.zeros(batch_size, jnp.int32))
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _flush(cfg: FwPKMConfig, writes: bool, state: State) -> tuple[Memory | None, tuple[Array, ...], Trace]:
-    """``flush``; the tables only where a chunk may be pending, and the other fields of the state."""
-    dtype = state.memory.keys.dtype
-    waiting = Tokens.of(dtype, *state.pending)
-    result = run(cfg, plan_flush(cfg, writes), state.memory, waiting, _ZERO, _ZERO + writes)
-    empty = _no_tokens(cfg, len(waiting.mask), dtype)
+def _apply(
+    cfg: FwPKMConfig, writes: bool, state: State, tokens: Tokens
+) -> tuple[Array, Memory | None, Tokens, Array, Trace]:
+    """``apply``: the output, the tables where a write may be due, pending tokens, the position and the trace."""
+    dtype, length = _dtype(state.memory, tokens.query), tokens.length
+    num_pending = schedule.pending(cfg, state.position[0])
+    stream = insert(filled(dtype, state.pending), filled(dtype, tokens), num_pending)
+    due = schedule.written(cfg, num_pending + length) if writes else _ZERO
+    result = run(cfg, plan_apply(cfg, length, writes), _tables(state.memory, dtype), stream, num_pending, due)
+    pending = cut(pad(without(stream, result.dead), cfg.capacity), due * cfg.chunk_size, cfg.capacity)
+    trace = _trace(result, schedule.max_writes(cfg, length), due)
+    return _output(result, tokens.query), _written(result, writes), pending, state.position + length, trace
+
+
+@partial(jax.jit, static_argnums=(0,))
+def _read_only(cfg: FwPKMConfig, memory: Memory, tokens: Tokens) -> tuple[Array, Trace]:
+    """``apply`` with ``update=False``."""
+    dtype = _dtype(memory, tokens.query)
+    plan = plan_read(cfg, tokens.length)
+    result = run(cfg, plan, _tables(memory, dtype), filled(dtype, tokens), _ZERO, _ZERO)
+    return _output(result, tokens.query), _trace(result, schedule.max_writes(cfg, tokens.length), _ZERO)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _flush(cfg: FwPKMConfig, writes: bool, state: State) -> tuple[Memory | None, Tokens, Array, Trace]:
+    """``flush``: the tables where a chunk may be pending, no pending tokens, the position and the trace."""
+    dtype, batch_size = state.memory.keys.dtype, len(state.position)
+    result = run(cfg, plan_flush(cfg, writes), state.memory, filled(dtype, state.pending), _ZERO, _ZERO + writes)
     count = schedule.flush_writes(cfg, schedule.pending(cfg, state.position[0]))
-    tables = Memory(result.keys, result.values) if writes else None
-    return tables, (*empty, jnp.zeros_like(state.position)), _trace(result, 1, jnp.asarray(count, jnp.int32))
+    trace = _trace(result, 1, jnp.asarray(count, jnp.int32))
+    return _written(result, writes), no_tokens(cfg, batch_size, dtype), jnp.zeros_like(state.position), trace
 
 
 @partial(jax.jit, static_argnums=(0,))
 def _lookup(cfg: FwPKMConfig, memory: Memory, query: Array) -> Lookup:
     dtype = _dtype(memory, query)
-    tokens = Tokens.of(dtype, query, jnp.zeros((*query.shape[:2], cfg.value_dim), dtype), None, None)
+    tokens = filled(dtype, Tokens(query, jnp.zeros((*query.shape[:2], cfg.value_dim), dtype)))
     result = run(cfg, plan_read(cfg, query.shape[1]), _tables(memory, dtype), tokens, _ZERO, _ZERO)
     return Lookup(_output(result, query), result.slots, _weights(result))
 
 
 @partial(jax.jit, static_argnums=(0,))
-def _chunk_update(
-    cfg: FwPKMConfig,
-    memory: Memory,
-    query: Array,
-    target: Array,
-    gate: Array | None,
-    mask: Array | None,
-    pair: Array | None,
-) -> tuple[Memory, Losses]:
-    dtype = _dtype(memory, query)
-    memory, chunk = _tables(memory, dtype), Tokens.of(dtype, query, target, gate, mask)
+def _chunk_update(cfg: FwPKMConfig, memory: Memory, chunk: Tokens, pair: Array | None) -> tuple[Memory, Losses]:
+    dtype = _dtype(memory, chunk.query)
+    memory, chunk = _tables(memory, dtype), filled(dtype, chunk)
     finite_target = jnp.isfinite(chunk.value).all(-1)  # those that are not finite make no pair, but are read
     chunk = chunk._replace(value=jnp.where(finite_target[..., None], chunk.value, 0))
-    found = visit(cfg, memory, chunk, ~chunk.finite())
-    chunk = chunk.without(found.dead)
-    pairs = chunk.mask & finite_target & (True if pair is None else pair)
-    step = walk(cfg, found.keys, found.rows, chunk, found, Write(chunk.value, pairs, chunk.mask), cfg.num_slots)
-    values = found.touched.put(memory.values.reshape(-1, cfg.value_dim), step.rows)
-    return Memory(step.keys, values.reshape(memory.values.shape)), Losses(step.memorization, step.addressing)
+    selected = select_window(cfg, memory, chunk, ~finite(chunk))
+    chunk = without(chunk, selected.dead)
+    write = Write(chunk.value, chunk.mask & finite_target & (True if pair is None else pair), chunk.mask)
+    computed = compute_window(cfg, selected.keys, selected.rows, chunk, selected, write, cfg.num_slots)
+    values = selected.touched.put(memory.values.reshape(-1, cfg.value_dim), computed.rows)
+    losses = Losses(computed.memorization, computed.addressing)
+    return Memory(computed.keys, values.reshape(memory.values.shape)), losses
 
 
 def _tables(memory: Memory, dtype: jnp.dtype) -> Memory:
     return Memory(*(x.astype(dtype) for x in memory))
 
 
-def _no_tokens(cfg: FwPKMConfig, batch_size: int, dtype: jnp.dtype) -> Tokens:
-    """The buffers of a state with nothing pending."""
-    tokens = (batch_size, cfg.capacity)
-    query = jnp.zeros((*tokens, cfg.num_heads * cfg.key_dim), dtype)
-    value = jnp.zeros((*tokens, cfg.value_dim), dtype)
-    return Tokens(query, value, jnp.zeros(tokens, dtype), jnp.zeros(tokens, bool))
+def _written(result: Result, writes: bool) -> Memory | None:
+    """The tables where something may have been written, else None: the caller then keeps its own."""
+    return Memory(result.keys, result.values) if writes else None
 
 
 def _output(result: Result, query: Array) -> Array:
@@ -351,6 +267,6 @@ def _weights(result: Result) -> Array:
 def _trace(result: Result, columns: int, writes: Array) -> Trace:
     """The record of a stream, its losses filled up with zeros to this many columns."""
     weights = jax.lax.stop_gradient(_weights(result))
-    room = [(0, 0), (0, columns - result.memorization.shape[1])]
-    memorization, addressing = (jnp.pad(x, room) for x in (result.memorization, result.addressing))
+    padding = [(0, 0), (0, columns - result.memorization.shape[1])]
+    memorization, addressing = (jnp.pad(x, padding) for x in (result.memorization, result.addressing))
     return Trace(result.slots, weights, memorization, addressing, writes)

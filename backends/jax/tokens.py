@@ -1,63 +1,82 @@
 """Tokens of B sequences as the tables see them, and the layout in which tokens meet their memory."""
 
-from typing import NamedTuple
+import functools
+import operator
+from typing import Any
 
 import jax.numpy as jnp
 from jax import Array, lax
 
 from fwpkm.config import FwPKMConfig
+from fwpkm.tokens import TOKEN_FIELDS, TokenField, Tokens, token_specs
+from fwpkm.validation import Implementation
+
+SELF = Implementation.of(
+    "the JAX backend",
+    Array,
+    """
+    key_dim value_dim num_heads num_subkeys top_k chunk_size lookahead boundary score score_eps temperature
+    learning_rate write_scale weight_decay grad_clip addressing_weight memory_scope
+    """,
+)
 
 
-class Tokens(NamedTuple):
-    """n tokens of B sequences, in the tables' dtype."""
+def filled(dtype: jnp.dtype, tokens: Tokens) -> Tokens:
+    """The tokens of a call in the tables' dtype, with defaults for what was left out."""
+    shape = tokens.query.shape[:2]
 
-    query: Array
-    """``[B, n, H*Dk]``"""
-    value: Array
-    """``[B, n, Dv]``: what a token offers as a target."""
-    gate: Array
-    """``[B, n]``"""
-    mask: Array
-    """``[B, n]`` bool"""
+    def fill(field: TokenField, x: Array | None) -> Array:
+        wanted = dtype if field.kind == "float" else bool
+        default: Any = field.default
+        return jnp.full(shape, default, wanted) if x is None else x.astype(wanted)
 
-    @classmethod
-    def of(cls, dtype: jnp.dtype, query: Array, value: Array, gate: Array | None, mask: Array | None) -> "Tokens":
-        """The arguments of a call; a missing gate is 1 and a missing mask True."""
-        shape = query.shape[:2]
-        gate = jnp.ones(shape, dtype) if gate is None else gate.astype(dtype)
-        mask = jnp.ones(shape, bool) if mask is None else mask
-        return cls(query.astype(dtype), value.astype(dtype), gate, mask)
+    return Tokens(*map(fill, TOKEN_FIELDS, tokens))
 
-    @property
-    def length(self) -> int:
-        """n."""
-        return self.mask.shape[1]
 
-    def slice(self, start: Array | int, length: int) -> "Tokens":
-        """``length`` tokens of every row from ``start`` on, which may be traced."""
-        return Tokens(*(lax.dynamic_slice_in_dim(x, start, length, axis=1) for x in self))
+def no_tokens(cfg: FwPKMConfig, batch_size: int, dtype: jnp.dtype) -> Tokens:
+    """What a state with nothing pending holds ``[B, P, ...]``."""
+    specs = token_specs(cfg, batch_size, ("P", cfg.capacity))
+    return specs.map(lambda spec: jnp.zeros(spec.shape, dtype if spec.kind == "float" else bool))
 
-    def rest(self, start: Array, length: int) -> "Tokens":
-        """Likewise; zeros where the tokens end."""
-        return self._padded(length).slice(start, length)
 
-    def insert(self, later: "Tokens", at: Array) -> "Tokens":
-        """These tokens up to ``at``, then the later ones, then zeros: a stream of both lengths together."""
-        longer = self._padded(later.length)
-        return Tokens(*(lax.dynamic_update_slice_in_dim(x, y, at, axis=1) for x, y in zip(longer, later)))
+def numbers(tokens: Tokens) -> dict[str, Array]:
+    """The fields that gradients pass through, by name."""
+    return {field.name: x for field, x in zip(TOKEN_FIELDS, tokens) if field.kind == "float"}
 
-    def _padded(self, length: int) -> "Tokens":
-        """With so many zeros at the end."""
-        return Tokens(*(jnp.pad(x, [(0, 0), (0, length)] + [(0, 0)] * (x.ndim - 2)) for x in self))
 
-    def finite(self) -> Array:
-        """``[B, n]``: query, value and gate are all finite."""
-        return jnp.isfinite(self.query).all(-1) & jnp.isfinite(self.value).all(-1) & jnp.isfinite(self.gate)
+def cut(tokens: Tokens, start: Array | int, length: int) -> Tokens:
+    """``length`` tokens of every row from ``start`` on, which may be traced."""
+    return tokens.map(lambda x: lax.dynamic_slice_in_dim(x, start, length, axis=1))
 
-    def without(self, dead: Array) -> "Tokens":
-        """The dead ones ``[B, n]`` as zeros with mask False (SPEC.md §5); no gradient passes through them."""
-        query, value = (jnp.where(dead[..., None], 0, x) for x in (self.query, self.value))
-        return Tokens(query, value, jnp.where(dead, 0, self.gate), self.mask & ~dead)
+
+def pad(tokens: Tokens, padding: int) -> Tokens:
+    """With so many zeros, and mask False, at the end."""
+    return tokens.map(lambda x: jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2)))
+
+
+def insert(tokens: Tokens, later: Tokens, at: Array) -> Tokens:
+    """The tokens up to ``at``, then the later ones, then zeros: a stream of both lengths together."""
+    both = zip(pad(tokens, later.length), later)
+    return Tokens(*(lax.dynamic_update_slice_in_dim(x, y, at, axis=1) for x, y in both))
+
+
+def finite(tokens: Tokens) -> Array:
+    """``[B, n]``: every number of a token is finite."""
+    flags = (finite_rows(x) if x.ndim > 2 else jnp.isfinite(x) for x in numbers(tokens).values())
+    return functools.reduce(operator.and_, flags)
+
+
+def finite_rows(x: Array) -> Array:
+    """Whether all of the last axis is finite: 0 · x is NaN where it is not.
+
+    XLA takes thrice as long to compile ``isfinite(x).all(-1)``, and its largest magnitude may pass over a NaN.
+    """
+    return (0 * lax.stop_gradient(x)).sum(-1) == 0
+
+
+def without(tokens: Tokens, dead: Array) -> Tokens:
+    """The dead ones ``[B, n]`` as zeros with mask False (SPEC.md §5); no gradient passes through them."""
+    return tokens.map(lambda x: jnp.where(dead.reshape(*dead.shape, *[1] * (x.ndim - 2)), jnp.zeros((), x.dtype), x))
 
 
 def ahead(x: Array, lookahead: int) -> Array:
