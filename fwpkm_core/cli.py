@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from fwpkm import __version__, backend_names, backend_status, vectors
-from fwpkm.conformance.command import run as judge
+from fwpkm.conformance import require_extra
 from fwpkm.demo import DemoError, command, recall
 
 DESCRIPTION = "Fast-weight Product Key Memory: a memory layer that is rewritten while a sequence is read."
@@ -17,8 +17,8 @@ Stream a text through an untrained memory, several times, and count how often it
 run two controls, one that never writes and one whose targets are shuffled. Prints a table and saves a picture."""
 CONFORM = """\
 Judge backends by the NumPy reference (SPEC.md §6) on drawn cases: outputs, slots, weights, losses, tables, the state in
-mid-sequence, and gradients, which are held to torch's in float64. Exit status: 1 where a bound is broken, 2 where a
-backend cannot run."""
+mid-sequence, gradients, which are held to torch's in float64, each function by itself, and whether arguments stay as
+they were. Exit status: 1 where a bound is broken, 2 where a backend cannot run."""
 VECTORS = """\
 Write the reference vectors into a new folder: inputs, and the float64 results and gradients of the published equations,
 as .npz files (docs/conformance.md)."""
@@ -138,7 +138,10 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 
 def _conform(arguments: argparse.Namespace) -> int:
-    return judge(
+    require_extra()
+    from fwpkm.conformance.command import run  # only now: it imports hypothesis, rich and torch
+
+    return run(
         arguments.backends,
         cases=arguments.cases,
         seed=arguments.seed,

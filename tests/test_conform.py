@@ -1,6 +1,7 @@
 """fwpkm conform and fwpkm vectors: what they print, their exit status, and that a case can be repeated."""
 
 import importlib.util
+import pickle
 import re
 import shlex
 import subprocess
@@ -14,9 +15,8 @@ from mutants.build import build
 from mutants.table import UPDATE
 
 from fwpkm import cli, vectors
-from fwpkm.conformance import command, contestants, exchange, judging, results, rounding
-from fwpkm.conformance.drawing import draw, drawer
-from fwpkm.conformance.shapes import shapes
+from fwpkm.conformance import command, contestants, judging, results
+from fwpkm.conformance.drawing import draw, drawer, shapes
 
 
 def conform(folder, *arguments):
@@ -29,6 +29,12 @@ def rows(printed):
     """The table's cells by quantity; quantities that have a space in their name too."""
     cells = (re.split(r"\s*\|\s*|  +", line.strip(" |")) for line in printed.splitlines())
     return {row[0]: row[1:] for row in cells if row[0] in judging.QUANTITIES}
+
+
+def stopped_by(printed):
+    """The words of the row, and of the lines that it is folded into, that says why a backend was not judged."""
+    lines = re.search(r"^  stopped by(.*\n(  .*\n)*)", printed, re.MULTILINE)
+    return " ".join(lines[1].split())
 
 
 def test_a_module_of_the_current_folder_passes(tmp_path):
@@ -49,7 +55,7 @@ def test_a_module_of_the_current_folder_passes(tmp_path):
 
 def test_a_wrong_backend_fails_and_the_case_can_be_repeated(tmp_path):
     mutant = next(mutant for mutant in UPDATE if mutant.name == "kappa constant under normalized")
-    module = build(mutant.backend, tmp_path, "wrong", mutant)
+    module = build(tmp_path, "wrong", mutant)
     done = conform(tmp_path, "--backends", "numpy", module, "--cases", "20", "--seed", "3")
     assert done.returncode == 1, done.stderr
     assert not re.search(r"numpy: [\w ]+ (off|differ)", done.stdout)
@@ -66,7 +72,9 @@ def test_a_backend_that_raises_fails(tmp_path):
     (tmp_path / "raises.py").write_text("\n".join(lines))
     done = conform(tmp_path, "--backends", "raises", "--cases", "2")
     assert done.returncode == 1
-    assert "raises: 2 cases raised, first KeyError: 'rows'" in done.stdout
+    assert "raises: 2 cases raised, first KeyError: 'rows': fwpkm conform --backends raises" in done.stdout
+    assert rows(done.stdout)["output"] == ["1e-05", "-"]
+    assert stopped_by(done.stdout) == "2 cases raised, first KeyError: 'rows'"
     assert "--case 0" in done.stdout
     again = conform(tmp_path, "--backends", "raises", "--case", "0")
     assert "Traceback" in again.stderr
@@ -80,7 +88,8 @@ def test_backends_that_cannot_run_are_explained_and_the_others_judged(tmp_path):
     names = ("numpy", "lacks", "breaks", "dies", "needs", "no.such")
     done = conform(tmp_path, "--backends", *names, "--cases", "1")
     assert done.returncode == 2, done.stderr
-    assert rows(done.stdout)["writes"] == ["equal", "equal"]
+    assert rows(done.stdout)["writes"] == ["equal", "equal", "-", "-", "-", "-", "-"]
+    assert {"lacks", "ZeroD", "'nowhere'", "named"} <= set(stopped_by(done.stdout).split())
     for expected in (
         "lacks cannot run: the module lacks lacks these functions of SPEC.md §8: flush, reset",
         "breaks cannot run: importing it raised ZeroDivisionError: division by zero",
@@ -154,8 +163,8 @@ def test_wrong_arguments_are_named(option, value, capsys):
 
 
 def test_too_many_cases_set_aside_fail(monkeypatch, capsys):
-    expect = rounding.expect_unmoved
-    monkeypatch.setattr(rounding, "expect_unmoved", lambda passage: None if passage.number else expect(passage))
+    expect = judging.expect_unmoved
+    monkeypatch.setattr(judging, "expect_unmoved", lambda passage: None if passage.number else expect(passage))
     assert command.run(["numpy"], cases=3) == 1
     assert "2 of 3 set aside" in capsys.readouterr().out
 
@@ -169,21 +178,23 @@ def test_a_case_follows_from_seed_and_number():
         assert one.case.seed != another.case.seed
 
 
-def test_passages_and_results_survive_their_files(tmp_path):
+def test_passages_and_results_survive_their_way_between_processes():
     passages = [drawer(1, "float32")(number) for number in range(10)]
-    exchange.save_passages(tmp_path / "passages.json", passages)
-    for passage, loaded in zip(passages, exchange.load_passages(tmp_path / "passages.json")):
+    for passage, loaded in zip(passages, pickle.loads(pickle.dumps(passages))):
         assert_same_bits(tuple(passage.case.memory), tuple(loaded.case.memory))
         for array, same in zip(passage.case.tokens, loaded.case.tokens):
             assert (array is None) == (same is None)
             if array is not None:
                 assert_same_bits(array, same)
         assert loaded.case.cfg == passage.case.cfg
-        assert (loaded.sizes, loaded.handed, loaded.case.flush_after) == (*passage[2:], passage.case.flush_after)
+        assert (loaded.number, loaded.sizes, loaded.handed) == (passage.number, passage.sizes, passage.handed)
+        assert loaded.case.flush_after == passage.case.flush_after
     result = results.expect(passages[0])
-    exchange.save_result(tmp_path / "0.npz", result)
-    loaded = exchange.load_result(tmp_path / "0.npz")
-    assert_same_bits(loaded[:2], result[:2])
+    loaded = pickle.loads(pickle.dumps(result))
+    assert_same_bits(loaded.reading, result.reading)
+    assert_same_bits((loaded.state, loaded.flushed), (result.state, result.flushed))
+    assert loaded.calls.unchanged is result.calls.unchanged is True
+    assert_same_bits(loaded.calls._replace(unchanged=None)[:-1], result.calls._replace(unchanged=None)[:-1])
     assert set(loaded.gradients) == {"query", "value", "gate", "keys", "values"}
     for name, gradient in result.gradients.items():
         assert_same_bits(loaded.gradients[name], gradient)

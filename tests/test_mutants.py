@@ -1,23 +1,22 @@
 """The judge is judged: conform catches every wrong backend of tests/mutants; `-s` prints what gave each away."""
 
-import re
-
 import pytest
-from mutants.build import SOURCES, load
-from mutants.table import MUTANTS
+from mutants import build, graphs, table, wrappers
 
 from fwpkm.conformance import judging, results
 from fwpkm.conformance.drawing import drawer
-from fwpkm.conformance.rounding import expect_unmoved
 
 SEEDS = (0, 1, 2)
 CASES = 30
+MUTANTS = [*table.LINES, *graphs.GRADIENTS, *wrappers.FUNCTIONS]
 
 
 @pytest.fixture(scope="module", params=SEEDS)
 def passages(request):
     """What a short run of ``fwpkm conform`` tries; gradients come in its first and third ten."""
-    expected = [(passage, expect_unmoved(passage)) for passage in map(drawer(request.param, "float32"), range(CASES))]
+    expected = [
+        (passage, judging.expect_unmoved(passage)) for passage in map(drawer(request.param, "float32"), range(CASES))
+    ]
     kept = {passage.number: (passage, right) for passage, right in expected if right is not None}
     assert len(kept) >= CASES - 1, "one in fifty may be set aside"
     return kept
@@ -31,21 +30,20 @@ def broken(be, passage, expected):
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory):
-    """The module of a mutant, or of a right copy, made once."""
+    """The module of a mutant, made once."""
     folder, modules = tmp_path_factory.mktemp("mutants"), {}
 
-    def get(backend, mutant=None):
-        key = f"right_{backend}" if mutant is None else "mutant_" + re.sub(r"\W", "_", mutant.name)
-        if key not in modules:
-            modules[key] = load(backend, folder, key, mutant)
-        return modules[key]
+    def get(mutant):
+        if mutant.name not in modules:
+            modules[mutant.name] = mutant.load(folder)
+        return modules[mutant.name]
 
     return get
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
 def test_every_mutant_is_caught(mutant, loaded, passages):
-    be, found = loaded(mutant.backend, mutant), {}
+    be, found = loaded(mutant), {}
     for number, (passage, expected) in passages.items():
         for quantity in broken(be, passage, expected):
             found.setdefault(quantity, number)
@@ -55,11 +53,17 @@ def test_every_mutant_is_caught(mutant, loaded, passages):
     assert mutant.caught_by in found
 
 
-@pytest.mark.parametrize("backend", SOURCES)
-def test_right_copies_pass(backend, loaded, passages):
+RIGHT = [
+    build.Mutant("right copy", "reference.py", "return np.asarray(x)", "return np.asarray(x)", ""),
+    build.Wrapper("right wrapper", graphs.backend, "", graphs.by_window(graphs.right)),
+]
+
+
+@pytest.mark.parametrize("right", RIGHT, ids=lambda right: right.name)
+def test_right_copies_pass(right, loaded, passages):
     """So what gives a mutant away is its line, not the copying."""
     for passage, expected in passages.values():
-        assert not broken(loaded(backend), passage, expected)
+        assert not broken(loaded(right), passage, expected)
 
 
 def test_there_are_twelve_and_each_is_another():

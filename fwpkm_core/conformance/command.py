@@ -1,19 +1,23 @@
-"""``fwpkm conform``: draw cases, ask the reference, run the backends, print the table."""
+"""``fwpkm conform``: draw cases, ask the reference, run the backends, print the table and what to look at again."""
 
-import importlib
+import math
 import sys
 import tempfile
+import textwrap
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from rich.progress import Progress
+from rich import box
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from rich.text import Text
 
-    from fwpkm.conformance.processes import Verdict
-    from fwpkm.conformance.results import Result
-    from fwpkm.conformance.shapes import Passage
+from fwpkm.conformance import contestants, judging, processes
+from fwpkm.conformance.drawing import Passage, drawer
+from fwpkm.conformance.processes import Verdict
+from fwpkm.conformance.results import Result
 
 AT_ONCE = 2
 """Processes: two cores are what a small machine has."""
@@ -44,23 +48,14 @@ def run(
     Returns:
         the exit status: 1 where a bound is broken, a case raised or too many cases were set aside; else 2 where a
         backend cannot run; else 0.
-
-    Raises:
-        ImportError: hypothesis, rich or torch is missing; names the extra.
     """
-    require_extra()
-    # Only now: these import hypothesis, rich and torch.
-    from fwpkm.conformance import contestants, report
-    from fwpkm.conformance.drawing import drawer
-    from fwpkm.conformance.rounding import expect_unmoved
-
     names = list(dict.fromkeys(backends or contestants.DEFAULT))
     numbers = range(cases) if case is None else [case]
     with _progress() as progress, tempfile.TemporaryDirectory(prefix="fwpkm-conform-") as folder:
         draw = drawer(seed, dtype, contestants.unit(names))
         passages = [draw(number) for number in progress.track(numbers, description="drawing")]
         with ThreadPoolExecutor(1) as pool:  # the reference works beside the first backends
-            expected = {passage.number: pool.submit(expect_unmoved, passage) for passage in passages}
+            expected = {passage.number: pool.submit(judging.expect_unmoved, passage) for passage in passages}
             try:
                 verdicts = _judge(names, passages, expected, dtype, Path(folder), progress)
                 judged = [passage for passage in passages if expected[passage.number].result() is not None]
@@ -72,7 +67,7 @@ def run(
     summary = f"{len(judged)} cases, {sum(passage.with_gradients for passage in judged)} of them with gradients"
     summary += f"; {aside} of {len(numbers)} set aside, as rounding their inputs would move them by too much"
     summary += f": more than one in {SET_ASIDE}" * too_many
-    report.print_all(verdicts, summary, dtype, seed, markdown)
+    _print(verdicts, summary, dtype, seed, markdown)
     if case is not None:
         sys.stderr.write("".join(verdict.log for verdict in verdicts))
     if too_many or any(verdict.raised or verdict.broken(dtype) for verdict in verdicts):
@@ -80,42 +75,101 @@ def run(
     return 2 if any(verdict.cannot_run for verdict in verdicts) else 0
 
 
-def require_extra() -> None:
-    """Raise ImportError, naming the extra, unless what draws, derives and prints can be imported."""
-    for package in ("hypothesis", "rich", "torch"):
-        try:
-            importlib.import_module(package)
-        except ImportError as error:
-            raise ImportError(
-                f"conform needs {package}, which could not be imported ({error}). "
-                f"Install it with: pip install 'fwpkm[conform]'",
-                name=error.name,
-            ) from error
-
-
 def _judge(
     names: Sequence[str],
-    passages: "Sequence[Passage]",
-    expected: "Mapping[int, Future[Result | None]]",
+    passages: Sequence[Passage],
+    expected: Mapping[int, Future[Result | None]],
     dtype: str,
     folder: Path,
-    progress: "Progress",
-) -> "list[Verdict]":
-    from fwpkm.conformance.processes import judge
-
-    def one(number: int, name: str) -> "Verdict":
-        task = progress.add_task(name, total=len(passages))
-        own = folder / str(number)
-        own.mkdir()
-        return judge(name, passages, expected, dtype, own, lambda: progress.advance(task))
+    progress: Progress,
+) -> list[Verdict]:
+    def one(name: str) -> Verdict:
+        task, own = progress.add_task(name, total=len(passages)), Path(tempfile.mkdtemp(dir=folder))
+        return processes.judge(name, passages, expected, dtype, own, lambda: progress.advance(task))
 
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        return list(pool.map(one, range(len(names)), names))
+        return list(pool.map(one, names))
 
 
-def _progress() -> "Progress":
-    from rich.console import Console
-    from rich.progress import Progress
-
+def _progress() -> Progress:
     console = Console(stderr=True)
     return Progress(console=console, transient=True, disable=not console.is_terminal)
+
+
+# --- The table ---
+
+
+def table(verdicts: Sequence[Verdict], dtype: str, markdown: bool = False) -> Table:
+    """The worst relative error of every quantity in every backend, "-" where there is none; last, what stopped one."""
+    style = box.MARKDOWN if markdown else box.SIMPLE_HEAD
+    shown = Table(box=style, title=None if markdown else f"worst relative errors, {dtype}", title_justify="left")
+    shown.add_column("quantity", no_wrap=True)
+    shown.add_column("bound", justify="right", no_wrap=True)
+    for verdict in verdicts:
+        shown.add_column(verdict.name, justify="right", overflow="fold")
+    for quantity in judging.QUANTITIES:
+        bound = judging.bound(quantity, dtype)
+        cells = [_cell(verdict, quantity, bound) for verdict in verdicts]
+        shown.add_row(quantity, f"{bound:.0e}" if bound else "equal", *cells)
+    stopped = [verdict.cannot_run or _raised(verdict) for verdict in verdicts]
+    if any(stopped):
+        reasons = (textwrap.shorten(reason, 90, placeholder=" ...") or "-" for reason in stopped)
+        shown.add_row("stopped by", "", *(Text(reason, "" if reason == "-" else "bold red") for reason in reasons))
+    return shown
+
+
+def _cell(verdict: Verdict, quantity: str, bound: float) -> str:
+    if quantity not in verdict.worst:
+        return "-"
+    error = verdict.worst[quantity].error
+    text = ("differ" if error else "equal") if quantity in judging.EXACT else f"{error:.1e}"
+    return text if error <= bound else f"[bold red]{text}[/]"
+
+
+def _raised(verdict: Verdict) -> str:
+    return f"{len(verdict.raised)} cases raised, first {next(iter(verdict.raised.values()))}" if verdict.raised else ""
+
+
+def findings(verdict: Verdict, dtype: str, seed: int, beside: Sequence[str] = ()) -> list[str]:
+    """Lines about a backend: why it cannot run, what it breaks, or its worst case, and how to repeat that.
+
+    ``beside`` names the backends without which the cases would be others.
+    """
+    names = " ".join(dict.fromkeys((verdict.name, *beside)))
+
+    def repeat(number: int) -> str:
+        return f"fwpkm conform --backends {names} --seed {seed} --dtype {dtype} --case {number}"
+
+    lines = [f"{verdict.name} cannot run: {verdict.cannot_run}"] if verdict.cannot_run else []
+    broken = verdict.broken(dtype)
+    for quantity, worst in broken.items():
+        amount = _amount(worst.error, judging.bound(quantity, dtype))
+        lines.append(f"{verdict.name}: {quantity} {amount}: {repeat(worst.number)}")
+    if verdict.raised:
+        lines.append(f"{verdict.name}: {_raised(verdict)}: {repeat(next(iter(verdict.raised)))}")
+    if verdict.worst and not broken and not verdict.raised:
+        name, worst = max(verdict.worst.items(), key=lambda item: item[1].error / (judging.bound(item[0], dtype) or 1))
+        lines.append(f"{verdict.name}: worst {name}, {worst.error:.1e}: {repeat(worst.number)}")
+    return lines
+
+
+def _amount(error: float, bound: float) -> str:
+    if not bound:
+        return "differ"
+    if not math.isfinite(error):
+        return "differ in shape, in what is not finite, or in what must be equal"
+    return f"off by {error:.1e}, more than {bound:.0e}"
+
+
+def _print(verdicts: Sequence[Verdict], summary: str, dtype: str, seed: int, markdown: bool) -> None:
+    """The table, with ``markdown`` alone; else the findings and the summary too."""
+    shown = table(verdicts, dtype, markdown)
+    # A row of Markdown must not be wrapped.
+    width = Console(width=10_000).measure(shown).maximum if markdown else max(120, Console().width)
+    Console(soft_wrap=False, width=width, highlight=False).print(shown)
+    console = Console(stderr=markdown, highlight=False)
+    beside = [verdict.name for verdict in verdicts if contestants.unit([verdict.name]) > 1]
+    for verdict in verdicts:
+        for line in findings(verdict, dtype, seed, beside):
+            console.print(line, markup=False, soft_wrap=True)
+    console.print(summary, markup=False, soft_wrap=True)

@@ -4,16 +4,19 @@ import importlib
 import os
 import traceback
 from collections.abc import Sequence
-from types import ModuleType
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
+
+from fwpkm.config import FwPKMConfig
+from fwpkm.containers import Memory
 from fwpkm.registry import backend_names, get_backend
 
 KERAS = ("keras-tensorflow", "keras-torch", "keras-jax")
 DEFAULT = (*(name for name in backend_names() if name != "keras"), *KERAS)
 """What is judged unless names are given: not the kernels ("triton"), which take minutes without a GPU."""
-
-_MODULES = dict.fromkeys(KERAS, "keras") | {"triton": "fwpkm.conformance.triton"}
 
 FUNCTIONS = ("init_memory", "init_state", "apply", "flush", "lookup", "chunk_update", "reset", "asarray", "to_numpy")
 """What a module must have (SPEC.md §8); ``vjp`` as well, for its gradients to be judged."""
@@ -47,29 +50,52 @@ def environment(name: str, dtype: str, cache: str) -> dict[str, str]:
     return variables
 
 
-def load(name: str, dtype: str) -> ModuleType:
-    """The module that a name stands for, in a process with its ``environment``.
+def load(name: str, dtype: str) -> Any:
+    """The module, or the functions, that a name stands for, in a process with its ``environment``.
 
     Raises:
         CannotRunError: it cannot be imported, lacks functions of SPEC.md §8, or is "triton" and cannot serve the dtype.
     """
     try:
-        known = _MODULES.get(name, name)
+        if name == "triton":
+            return _kernels(dtype)
+        known = "keras" if name in KERAS else name
         module: Any = get_backend(known) if known in backend_names() else importlib.import_module(known)
     except ImportError as error:
         known_names = ", ".join((*DEFAULT, "triton"))
         missing = isinstance(error, ModuleNotFoundError) and error.name in (name, name.partition(".")[0])
         hint = f". Expected one of {known_names}, or a module that can be imported from here" if missing else ""
         raise CannotRunError(f"{error}{hint}") from error
+    except CannotRunError:
+        raise
     except Exception as error:
-        raise CannotRunError("importing it raised " + _one_line(error)) from error
+        words = "".join(traceback.format_exception_only(error)).split()
+        raise CannotRunError(f"importing it raised {' '.join(words)}") from error
     lacking = [function for function in FUNCTIONS if not callable(getattr(module, function, None))]
     if lacking:
         raise CannotRunError(f"the module {module.__name__} lacks these functions of SPEC.md §8: {', '.join(lacking)}")
-    if name == "triton" and (reason := module.why_unsupported(dtype)):
-        raise CannotRunError(f"the kernels cannot serve {dtype} here: {reason}")
     return module
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join("".join(traceback.format_exception_only(error)).split())
+def _kernels(dtype: str) -> Any:
+    """The torch backend held to its kernels, on a GPU where there is one, else in Triton's interpreter.
+
+    Raises:
+        CannotRunError: they cannot serve any case of the dtype here.
+    """
+    be: Any = get_backend("torch")
+    device = "cuda" if importlib.import_module("torch").cuda.is_available() else "cpu"
+
+    def init_memory(cfg: FwPKMConfig, memories: int = 1, seed: int = 0) -> Memory:
+        return Memory(*(table.to(device) for table in be.init_memory(cfg, memories, seed)))
+
+    def asarray(x: Any, dtype: str) -> Any:
+        return be.asarray(x, dtype).to("cpu" if dtype.startswith("int") else device)  # positions stay there (§5)
+
+    cfg = FwPKMConfig(key_dim=16, value_dim=16, num_subkeys=4, top_k=1)
+    query = asarray(np.zeros((1, 1, cfg.key_dim)), dtype)
+    if reason := importlib.import_module("fwpkm.kernels").why_unsupported(cfg, init_memory(cfg), query):
+        raise CannotRunError(f"the kernels cannot serve {dtype} here: {reason}")
+    names = ("apply", "flush", "lookup", "chunk_update")
+    held = {name: partial(getattr(be, name), implementation="triton") for name in names}
+    return SimpleNamespace(**vars(be) | held | {"init_memory": init_memory, "asarray": asarray})

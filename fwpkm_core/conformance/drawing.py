@@ -1,14 +1,141 @@
-"""Drawing from Hypothesis strategies outside a test: the same seed gives the same cases."""
+"""What one run of ``fwpkm conform`` tries: ten shapes, and cases that differ in numbers, not in shapes.
+
+The same seed gives the same cases, drawn from Hypothesis strategies outside a test.
+
+A backend may compile for every configuration and every length of a call, which can take it ten seconds each. So a run
+has ten configurations, each of them calls of two lengths, and six of them gradients through calls of one. The choices
+on which the equations branch stand in ``STRATA``, so that every seed covers them all; sizes and real-valued fields are
+drawn.
+"""
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import hypothesis
 from hypothesis import strategies as st
 
-from fwpkm.conformance.shapes import Passage, Shape, passages, shapes
+from fwpkm.config import FwPKMConfig
+from fwpkm.conformance.strategies import Case, configs, untied_case
+
+TWISTS = ("at_keys", "repeats", "masked_row", "masked_chunk", "nonfinite")
 
 T = TypeVar("T")
+
+_DECAY, _CLIP = st.sampled_from([0.01, 0.1]), st.sampled_from([0.05, 0.2])
+_COLUMNS = (
+    *("boundary", "memory_scope", "score", "write_scale", "num_heads", "lookahead", "gated", "masked"),
+    *("grad_clip", "weight_decay", "temperature", "learning_rate", "addressing_weight", "score_eps"),
+)
+STRATA: tuple[tuple[Any, ...], ...] = (
+    ("drop", "sequence", "idw", "slots", 1, 1, True, True, None, 0.0, 1.0, 1.0, 0.3, 1e-3),
+    ("wait", "sequence", "idw", "normalized", 2, 1, True, True, None, 0.0, 0.5, 1.0, 0.3, 0.1),
+    ("drop", "batch", "dot_product", "unit", 2, 2, True, False, None, _DECAY, 2.0, 1.0, 1.0, 1e-3),
+    ("wait", "batch", "idw", "slots", 1, 2, False, True, _CLIP, 0.0, 1.0, 0.5, 1.0, 1e-3),
+    ("drop", "sequence", "dot_product", "normalized", 1, 0, True, True, _CLIP, 0.0, 0.5, 1.0, 1.0, 1e-3),
+    ("wait", "sequence", "dot_product", "unit", 2, 0, False, False, None, _DECAY, 1.0, 0.5, 1.0, 1e-3),
+    ("drop", "batch", "idw", "normalized", 2, 1, True, True, None, _DECAY, 2.0, 1.0, 1.0, 0.1),
+    ("wait", "batch", "dot_product", "normalized", 1, 2, True, True, None, 0.0, 1.0, 1.0, 1.0, 1e-3),
+    ("wait", "sequence", "idw", "unit", 3, 3, True, True, _CLIP, _DECAY, 1.0, 1.0, 0.3, 0.1),
+    ("drop", "sequence", "idw", "unit", 2, 0, True, True, None, 0.0, 1.0, 0.5, 0.3, 0.1),
+)
+"""Ten rows under ``_COLUMNS``: each value of each choice, and the combinations in which one hides another's error."""
+
+SINGLE = 9
+"""The row whose chunks are single tokens."""
+
+SMALL = (0, 3, 4, 8, 9)
+"""Rows that are read in single tokens, alone or around a half; the others in one call, or two halves."""
+
+DERIVED = (0, 1, 2, 3, 4, 8)
+"""Rows whose gradients are judged, in every second round over the rows."""
+
+IN_HALVES = (1,)
+"""Rows whose gradients pass through a state."""
+
+
+class Shape(NamedTuple):
+    """All that a compiled function depends on."""
+
+    cfg: FwPKMConfig
+    batch: int
+    length: int
+    gated: bool
+    masked: bool
+
+
+class Passage(NamedTuple):
+    """A case and the calls that read it."""
+
+    number: int
+    """Of the case in its run."""
+    case: Case
+    sizes: list[int]
+    """Tokens of each call."""
+    handed: int
+    """After so many calls the state passes through NumPy, and its fields are judged."""
+
+    @property
+    def with_gradients(self) -> bool:
+        """Whether gradients are judged too."""
+        return self.number // len(STRATA) % 2 == 0 and self.number % len(STRATA) in DERIVED
+
+    @property
+    def gradient_sizes(self) -> list[int]:
+        """The calls that gradients pass through: halves in one of the shapes, one call in the others."""
+        length = self.case.length
+        return [length // 2, length // 2] if self.number % len(STRATA) in IN_HALVES else [length]
+
+
+def shapes(unit: int = 1) -> st.SearchStrategy[tuple[Shape, ...]]:
+    """Ten shapes, one for each stratum; Dk and Dv of a few numbers, or of one to three times ``unit``."""
+    return st.tuples(*(_shape(number, unit) for number in range(len(STRATA))))
+
+
+@st.composite
+def _shape(draw: st.DrawFn, number: int, unit: int) -> Shape:
+    row = dict(zip(_COLUMNS, STRATA[number]))
+    gated, masked, lookahead = row.pop("gated"), row.pop("masked"), row["lookahead"]
+    multiples = st.sampled_from([unit, 2 * unit, 3 * unit])
+    if unit > 1 and row["score"] == "idw" and row["grad_clip"] is not None:
+        row["addressing_weight"] *= 4  # or clipping would never bite: wide keys have a gradient of small parts
+    cfg = draw(
+        configs(
+            key_dim=st.sampled_from([4, 6, 8]) if unit == 1 else multiples,
+            value_dim=st.integers(2, 6) if unit == 1 else multiples,
+            num_subkeys=st.integers(4, 7),
+            top_k=st.integers(2, 3),
+            chunk_size=1 if number == SINGLE else st.integers(lookahead + 2, 5),
+            **row,
+        )
+    )
+    chunk = cfg.chunk_size
+    # A half of three chunks or so, and cut within a chunk where a chunk can be cut.
+    halves = range((3 * chunk + cfg.lookahead) // 2, 3 * chunk // 2 + cfg.lookahead + 3)
+    half = draw(st.sampled_from([size for size in halves if size > 2 and (chunk == 1 or size % chunk)]))
+    return Shape(cfg, draw(st.integers(2, 3)), 2 * half, gated, masked)
+
+
+@st.composite
+def passages(draw: st.DrawFn, number: int, shape: Shape, dtype: str) -> Passage:
+    """Numbers, twists and calls for a shape."""
+    half = shape.length // 2
+    sizes = draw(_small(half) if number % len(STRATA) in SMALL else st.sampled_from([[2 * half], [half, half]]))
+    handed = draw(st.integers(1, max(1, len(sizes) - 1)))
+    flushed = draw(st.one_of(st.none(), st.integers(1, handed - 1))) if handed > 1 else None
+    flush_after = None if flushed is None else sum(sizes[:flushed])
+    twists = draw(st.frozensets(st.sampled_from(TWISTS), max_size=2))
+    if "at_keys" in twists:
+        twists -= {"repeats"}  # a whole chunk at one key: the steepest scores there are, and nothing to tell them apart
+    seed = draw(st.integers(0, 2**32 - 1))
+    cfg, batch, length, gated, masked = shape
+    case = untied_case(cfg, seed, dtype, twists, batch, length, gated, masked, flush_after)
+    return Passage(number, case, sizes, handed)
+
+
+def _small(half: int) -> st.SearchStrategy[list[int]]:
+    """Single tokens, alone or around a half."""
+    around = st.integers(0, half).map(lambda before: [1] * before + [half] + [1] * (half - before))
+    return st.one_of(around, st.just([1] * (2 * half)))
 
 
 def draw(strategy: st.SearchStrategy[T], seed: int | str) -> T:
@@ -39,7 +166,7 @@ def drawer(seed: int, dtype: str, unit: int = 1) -> Callable[[int], Passage]:
     Args:
         seed: what the cases follow from.
         dtype: of their arrays.
-        unit: of Dk and Dv, as in :func:`shapes`.
+        unit: of Dk and Dv: see :func:`shapes`.
     """
     drawn: tuple[Shape, ...] = draw(shapes(unit), seed)
 

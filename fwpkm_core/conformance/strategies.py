@@ -5,19 +5,20 @@ and its repr is short.
 """
 
 import dataclasses
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from typing import Any
 
 import numpy as np
 from hypothesis import strategies as st
 
 from fwpkm import reference
-from fwpkm.agreement import GAP, comparable_tokens
+from fwpkm.agreement import GAP, comparable_tokens, deciding_gap
 from fwpkm.config import CHOICES, FwPKMConfig
-from fwpkm.containers import Memory
+from fwpkm.containers import Memory, memories_for
+from fwpkm.tokens import TOKEN_FIELDS, Array, Tokens
 
 TWISTS = ("at_keys", "repeats", "masked_row", "masked_chunk", "twins")
-"""Queries exactly at keys; one query repeated; a row without unmasked tokens; likewise a chunk; equal keys (ties).
+"""Queries exactly at keys; one query repeated; a row, or a chunk, without unmasked tokens; equal keys (ties).
 
 ``make_case`` knows one more, "nonfinite": tokens that hold NaN or an infinity.
 """
@@ -26,37 +27,6 @@ ROWS = st.integers(1, 3)
 EITHER = st.booleans()
 FLOAT64 = st.just("float64")
 FLOATS = st.sampled_from(["float64", "float32"])
-
-
-@dataclasses.dataclass(frozen=True)
-class Tokens:
-    """T tokens of B sequences as NumPy arrays; gate and mask may be None."""
-
-    query: np.ndarray
-    value: np.ndarray
-    gate: np.ndarray | None
-    mask: np.ndarray | None
-
-    def __iter__(self) -> Iterator[Any]:
-        """In the order of ``apply``'s arguments."""
-        return iter((self.query, self.value, self.gate, self.mask))
-
-    def cut(self, start: int, stop: int | None) -> "Tokens":
-        """Tokens start to stop of every row."""
-        return self.map(lambda array: array[:, start:stop])
-
-    def rows(self, rows: Any) -> "Tokens":
-        """Some rows of the batch."""
-        return self.map(lambda array: array[rows])
-
-    def map(self, function: Callable[[np.ndarray], np.ndarray]) -> "Tokens":
-        """The function of each array that is there."""
-        gate, mask = (None if array is None else function(array) for array in (self.gate, self.mask))
-        return Tokens(function(self.query), function(self.value), gate, mask)
-
-    def unmasked(self) -> np.ndarray:
-        """``[B, T]`` bool, whether or not there is a mask."""
-        return np.ones(self.query.shape[:2], bool) if self.mask is None else self.mask
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,8 +46,8 @@ class Case:
     def _repr_pretty_(self, printer, cycle):
         """All that the arrays follow from, and not the arrays: what Hypothesis prints."""
         fields = ("cfg", "seed", "dtype", "twists", "batch", "length", "flush_after")
-        masks = [None if array is None else array.shape for array in (self.tokens.gate, self.tokens.mask)]
-        printer.text(f"Case({', '.join(f'{n}={getattr(self, n)!r}' for n in fields)}, gate and mask={masks})")
+        present = [name for name, array in self.tokens._asdict().items() if array is not None]
+        printer.text(f"Case({', '.join(f'{n}={getattr(self, n)!r}' for n in fields)}, tokens={present})")
 
     def map(self, function: Callable[[np.ndarray], np.ndarray]) -> "Case":
         """The same case with the function of each floating array."""
@@ -91,6 +61,16 @@ class Case:
     def widened(self) -> "Case":
         """The same numbers in float64."""
         return self.map(lambda array: array.astype(np.float64))
+
+
+def floating(tokens: Tokens) -> dict[str, Array]:
+    """The fields that hold floating numbers, by name; None where one was left out."""
+    return {field.name: getattr(tokens, field.name) for field in TOKEN_FIELDS if field.kind == "float"}
+
+
+def unmasked(tokens: Tokens) -> np.ndarray:
+    """``[B, T]`` bool, whether or not there is a mask."""
+    return np.ones(tokens.query.shape[:2], bool) if tokens.mask is None else tokens.mask
 
 
 def configs(**fixed: Any) -> st.SearchStrategy[FwPKMConfig]:
@@ -198,7 +178,7 @@ def make_case(
     rng = np.random.default_rng(seed)
     memory, tokens = draw_memory(rng, cfg, batch, twists), draw_tokens(rng, cfg, batch, length, gated, masked)
     if "at_keys" in twists:
-        tokens = dataclasses.replace(tokens, query=_at_keys(rng, cfg, memory, tokens.query))
+        tokens = tokens._replace(query=_at_keys(rng, cfg, memory, tokens.query))
     if "repeats" in twists:
         tokens.query[:, 1::2] = tokens.query[:, :1]
     if tokens.mask is not None and "masked_row" in twists:
@@ -213,7 +193,7 @@ def make_case(
 
 def draw_memory(rng: np.random.Generator, cfg: FwPKMConfig, batch: int, twists: Collection[str] = ()) -> Memory:
     """float64 tables; with "twins" the first half of each codebook stands in its second half again."""
-    memories = batch if cfg.memory_scope == "sequence" else 1
+    memories = memories_for(cfg, batch)
     keys = rng.uniform(-1, 1, (memories, cfg.num_heads, 2, cfg.num_subkeys, cfg.key_dim // 2))
     half = cfg.num_subkeys // 2
     if "twins" in twists and half:
@@ -246,20 +226,24 @@ def _at_keys(rng, cfg, memory, query):
 
 def _spoil(rng, tokens):
     """Some tokens hold a number that is not finite, in query, value or gate."""
-    for spoilt in (array for array in list(tokens)[:3] if array is not None):
+    for spoilt in (array for array in floating(tokens).values() if array is not None):
         row, at = (rng.integers(size) for size in spoilt.shape[:2])
         spoilt[(row, at, *(rng.integers(size) for size in spoilt.shape[2:]))] = rng.choice([np.nan, np.inf, -np.inf])
 
 
 def is_untied(case: Case, gap: float = GAP) -> bool:
-    """Whether every gap of every read exceeds ``gap``, before the flush in the middle and after it."""
+    """Whether every gap exceeds ``gap``: of every read up to the flush in the middle and after it.
+
+    The first chunk's reads of the first tables count even where a flush comes before its end.
+    """
     case = case.widened()
     memory = case.memory
+    if (deciding_gap(case.cfg, memory, case.tokens.slice(0, case.cfg.chunk_size).query) <= gap).any():
+        return False
     first = case.length if case.flush_after is None else case.flush_after
     for start, stop in ((0, first), (first, case.length)):
-        tokens = case.tokens.cut(start, stop)
-        query, value, gate, mask = tokens
-        if comparable_tokens(case.cfg, memory, query, value, gate, mask, gap) < stop - start:
+        tokens = case.tokens.slice(start, stop)
+        if comparable_tokens(case.cfg, memory, *tokens, gap=gap) < stop - start:
             return False
         state = reference.init_state(case.cfg, memory, case.batch)
         memory = reference.flush(case.cfg, reference.apply(case.cfg, state, *tokens)[1])[0].memory

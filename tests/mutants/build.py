@@ -1,25 +1,25 @@
-"""Wrong backends: copies of a right one's sources with one line replaced."""
+"""Wrong backends: copies of the reference with one line replaced, or right backends with functions replaced."""
 
 import importlib
+import re
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
-ROOT = Path(__file__).parents[2]
-SOURCES = {
-    "numpy": ("fwpkm", ROOT / "fwpkm_core", ("reference.py", "equations.py", "schedule.py"), "reference"),
-    "torch": ("fwpkm.backends.torch", ROOT / "backends" / "torch", ("*.py",), ""),
+CORE = Path(__file__).parents[2] / "fwpkm_core"
+SOURCES = ("reference.py", "equations.py", "schedule.py")
+OWN_IMPORTS = {
+    "from fwpkm import equations, schedule,": "from {} import equations, schedule\nfrom fwpkm import",
+    "from fwpkm.equations import": "from {}.equations import",
 }
-"""By backend: the package that its modules lie in, their folder, which of them are copied, and the one to import."""
-
-REFERENCE_IMPORT = "from fwpkm import equations, schedule, validation\n"
+"""How the copies import each other."""
 
 
 class Mutant(NamedTuple):
-    """One mistake."""
+    """One mistake in one line."""
 
     name: str
-    backend: str
     file: str
     right: str
     """A line of the file, without its indentation; it occurs once."""
@@ -27,25 +27,38 @@ class Mutant(NamedTuple):
     caught_by: str
     """One of the quantities that must give it away."""
 
+    def load(self, folder: Path) -> Any:
+        """The module of the copy."""
+        return load(folder, "mutant_" + re.sub(r"\W", "_", self.name), self)
 
-def build(backend: str, folder: Path, package: str, mutant: Mutant | None = None) -> str:
-    """Write the backend's sources, with the mutant's line in them, as a package; returns the module to judge."""
-    origin, source, patterns, entry = SOURCES[backend]
+
+class Wrapper(NamedTuple):
+    """One mistake in the functions of a user's own module, which takes the others from a right backend."""
+
+    name: str
+    base: Any
+    caught_by: str
+    functions: dict[str, Any]
+    """By the name of what they replace."""
+
+    def load(self, folder: Path) -> Any:
+        """The module's names; nothing is written to the folder."""
+        return SimpleNamespace(**vars(self.base) | self.functions)
+
+
+def build(folder: Path, package: str, mutant: Mutant | None = None) -> str:
+    """Write the reference's sources, with the mutant's line in them, as a package; returns the module to judge."""
     target = folder / package
     target.mkdir()
-    for path in sorted(path for pattern in patterns for path in source.glob(pattern)):
-        text = path.read_text(encoding="utf-8")
-        if mutant is not None and mutant.file == path.name:
+    for name in SOURCES:
+        text = (CORE / name).read_text(encoding="utf-8")
+        if mutant is not None and mutant.file == name:
             text = replace_line(text, mutant)
-        if backend == "numpy":
-            text = text.replace(
-                REFERENCE_IMPORT, f"from fwpkm import validation\nfrom {package} import equations, schedule\n"
-            )
-        else:
-            text = text.replace(f"from {origin}.", f"from {package}.")
-        (target / path.name).write_text(text, encoding="utf-8")
+        for found, instead in OWN_IMPORTS.items():
+            text = text.replace(found, instead.format(package))
+        (target / name).write_text(text, encoding="utf-8")
     (target / "__init__.py").touch()
-    return f"{package}.{entry}".rstrip(".")
+    return f"{package}.reference"
 
 
 def replace_line(text: str, mutant: Mutant) -> str:
@@ -56,9 +69,9 @@ def replace_line(text: str, mutant: Mutant) -> str:
     return "".join(lines)
 
 
-def load(backend: str, folder: Path, package: str, mutant: Mutant | None = None):
+def load(folder: Path, package: str, mutant: Mutant | None = None) -> Any:
     """``build``, and the module imported."""
-    module = build(backend, folder, package, mutant)
+    module = build(folder, package, mutant)
     sys.path.insert(0, str(folder))
     try:
         return importlib.import_module(module)
