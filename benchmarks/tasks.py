@@ -2,10 +2,10 @@
 
 import multiprocessing
 import queue
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
@@ -32,53 +32,46 @@ class Outcome(NamedTuple):
     seconds: float
 
 
-def run_all(tasks: Sequence[Task], workers: int, limit: float, *, threads: int = 1) -> Iterator[Outcome]:
-    """Outcomes in the order in which tasks end; they begin in the order given.
+def run_all(tasks: Sequence[Task], workers: int, limit: float) -> Iterator[Outcome]:
+    """Outcomes in the order in which tasks end; they begin in the order they stand in.
 
     Args:
         tasks: functions, arguments and results must be picklable.
         workers: how many processes work side by side; one takes task after task until a task fails in it.
         limit: seconds after which a task is ended.
-        threads: torch's, of each process.
     """
-    waiting: queue.SimpleQueue[Task] = queue.SimpleQueue()
-    ended: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
-    for task in tasks:
-        waiting.put(task)
-    for _ in range(min(workers, len(tasks))):
-        threading.Thread(target=_feed, args=(waiting, ended, limit, threads), daemon=True).start()
-    for _ in tasks:
-        yield ended.get()
+    idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
 
-
-def _feed(waiting: queue.SimpleQueue, ended: queue.SimpleQueue, limit: float, threads: int) -> None:
-    worker = None
-    while True:
+    def run(task: Task) -> Outcome:
+        started, worker = time.perf_counter(), None
         try:
-            task = waiting.get_nowait()
-        except queue.Empty:
-            break
-        started = time.perf_counter()
-        try:
-            worker = worker or _Worker(threads)
+            try:
+                worker = idle.get_nowait()
+            except queue.Empty:
+                worker = _Worker()
             result, error = worker.run(task, limit)
         except Exception:
             result, error = None, traceback.format_exc()
-        if error and worker:  # a CUDA error stays with its process
+        if worker and error:  # a CUDA error stays with its process
             worker.end()
-            worker = None
-        ended.put(Outcome(task, result, error, time.perf_counter() - started))
-    if worker:
-        worker.end()
+        elif worker:
+            idle.put(worker)
+        return Outcome(task, result, error, time.perf_counter() - started)
+
+    with ThreadPoolExecutor(workers) as pool:
+        for future in as_completed([pool.submit(run, task) for task in tasks]):
+            yield future.result()
+    while not idle.empty():
+        idle.get().end()
 
 
 class _Worker:
-    """A fresh process that runs one task after the other."""
+    """A new process that runs one task after the other."""
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self) -> None:
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, threads), daemon=True)
+        self.process = context.Process(target=_serve, args=(theirs,), daemon=True)
         self.process.start()
         theirs.close()  # so that its death ends the pipe
 
@@ -98,10 +91,10 @@ class _Worker:
         self.process.join()
 
 
-def _serve(connection: Connection, threads: int) -> None:
+def _serve(connection: Connection) -> None:
     import torch
 
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)
     while True:
         try:
             function, arguments = connection.recv()

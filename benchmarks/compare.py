@@ -1,0 +1,268 @@
+"""Two commits side by side: ``--against PATH`` of ``python -m benchmarks.cpu``, ``.frameworks`` and ``.gpu``.
+
+Every case runs in two processes, one importing this tree's package and one the other's, which take turns in pairs (A B,
+B A, A B, ...) on the same inputs from the same tables; both must come to the same outputs. Imports, compilation and
+warming up are not timed. The ratio is taken within pairs; the interval of its median is one of order statistics, so no
+distribution is assumed. Cases use public functions alone, so that they run on older commits.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+import fwpkm
+from benchmarks import measure, report
+from benchmarks.report import spread
+from benchmarks.steps import Decoder, TorchSteps, capture
+from benchmarks.workloads import WORKLOADS, Inputs, Workload, make_inputs
+
+_WARM_UP, _SETS = 3, 3
+_LIMIT = 1.05
+_AGREEMENT = 1e-3  # of the norms of outputs: a near tie moves single tokens, a wrong equation moves all
+_LEGEND = (
+    f"a ratio holds if the 95% interval of its median, over pairs of calls, lies below {_LIMIT} or contains 1",
+    "times are medians; the two commits take turns, each in a process of its own, and their outputs agree",
+)
+
+
+class Case(NamedTuple):
+    """A case that is ready to run in this process."""
+
+    run: Callable[[int], Any]
+    """From the number of a sample to its output, or a tuple that begins with it."""
+    calls: int = 1
+    """How many steps a sample has."""
+
+
+def _inputs(workload: Workload, device: str = "cpu", dtype: str = "float32") -> list[Inputs]:
+    return [make_inputs(workload, seed=seed, device=device, dtype=dtype) for seed in range(1, _SETS + 1)]
+
+
+def _stream(workload: Workload) -> Workload:
+    """One chunk's tokens, so that every sample has a write."""
+    return Workload("stream", workload.config, workload.batch, workload.config.chunk_size)
+
+
+def _torch_train(workload: Workload, *, inplace: bool) -> Case:
+    steps, sets = TorchSteps(workload), _inputs(workload)
+    return Case(lambda number: steps.train(sets[number % _SETS], inplace))
+
+
+def _torch_decode(workload: Workload, **kind: str) -> Case:
+    stream = _stream(workload)
+    tokens = [x.detach() for x in _inputs(stream, **kind)[0].tokens]
+    decode = Decoder(workload.config, TorchSteps(workload, kind.get("device", "cpu")).state, tokens)
+    return Case(lambda _: [decode(t) for t in range(stream.length)][-1], stream.length)
+
+
+def _torch_tokens(workload: Workload) -> Case:
+    steps, stream = TorchSteps(workload), _stream(workload)
+    tokens = [x.detach() for x in _inputs(stream)[0].tokens]
+    return Case(lambda _: steps.by_token(tokens, stream.length), stream.length)
+
+
+def _torch_layer(workload: Workload) -> Case:
+    from fwpkm.backends.torch import FwPKM
+
+    torch.manual_seed(0)
+    layer = FwPKM(workload.config.key_dim, workload.config)
+    drawn = [torch.randn(workload.batch, workload.length, workload.config.key_dim) for _ in range(_SETS)]
+
+    def run(number: int) -> Any:
+        layer.zero_grad()
+        output, _ = layer(drawn[number % _SETS])
+        output.square().sum().backward()
+        return output
+
+    return Case(run)
+
+
+def _jax(workload: Workload, step: str) -> Case:
+    from benchmarks.frameworks import JaxSteps
+
+    steps = JaxSteps(workload)
+    sets = [steps.prepare(inputs) for inputs in _inputs(workload)]
+    return Case(lambda number: getattr(steps, step)(sets[number % _SETS]))
+
+
+def _jax_tokens(workload: Workload) -> Case:
+    from benchmarks.frameworks import JaxSteps
+
+    stream = _stream(workload)
+    one = Workload("one token", workload.config, workload.batch, 1)
+    steps, whole = JaxSteps(one), _inputs(stream)[0]
+    tokens = [steps.prepare(Inputs(*(x[:, t : t + 1] for x in whole))) for t in range(stream.length)]
+    return Case(lambda _: [steps.forward(token) for token in tokens][-1], stream.length)
+
+
+def _keras(workload: Workload) -> Case:
+    from benchmarks.keras_layer import HIDDEN, make_keras_call
+
+    call = make_keras_call(workload)[1]
+    rng = np.random.default_rng(0)
+    drawn = [rng.normal(size=(workload.batch, workload.length, HIDDEN)).astype(np.float32) for _ in range(_SETS)]
+    return Case(lambda number: call(drawn[number % _SETS]))
+
+
+def _kernels(workload: Workload, step: str, *, captured: bool = False) -> Case:
+    dtype = "float32" if measure.INTERPRETED else "bfloat16"
+    steps = TorchSteps(workload, measure.DEVICE, implementation="triton")
+    sets = _inputs(workload, measure.DEVICE, dtype)
+    call = getattr(steps, step)
+    if not captured or measure.INTERPRETED:
+        return Case(lambda number: call(sets[number % _SETS]))
+    graph, results = capture(lambda: call(sets[0]))
+
+    def run(_: int) -> Any:
+        graph.replay()
+        return results
+
+    return Case(run)
+
+
+def _kernels_decode(workload: Workload) -> Case:
+    return _torch_decode(workload, device=measure.DEVICE, dtype="float32" if measure.INTERPRETED else "bfloat16")
+
+
+CASES: dict[str, dict[str, tuple[str, Callable[[Workload], Case]]]] = {
+    "cpu": {
+        "training step, in place": ("step-512", lambda workload: _torch_train(workload, inplace=True)),
+        "training step, functional": ("step-512", lambda workload: _torch_train(workload, inplace=False)),
+        "decode, a token": ("decode-512", _torch_decode),
+        "apply of one token": ("decode-512", _torch_tokens),
+        "layer, forward + backward": ("step-128", _torch_layer),
+    },
+    "frameworks": {
+        "JAX forward": ("step-512", lambda workload: _jax(workload, "forward")),
+        "JAX forward + gradient": ("step-512", lambda workload: _jax(workload, "train")),
+        "JAX, apply of one token": ("decode-512", _jax_tokens),
+        "Keras layer on jax": ("step-512", _keras),
+        "Keras layer on torch": ("step-512", _keras),
+    },
+    "gpu": {
+        f"{name}: {what}{', captured' * captured}": (name, lambda w, s=step, c=captured: _kernels(w, s, captured=c))
+        for name, captures in (("shared-512", (False, True)), ("train-512", (False, True)), ("read-4k-512", (True,)))
+        for captured in captures
+        for step, what in (("forward", "forward"), ("train", "forward + backward"))
+    }
+    | {
+        "read-128k-512: forward": ("read-128k-512", lambda workload: _kernels(workload, "forward")),
+        "read-128k-512: forward + backward": ("read-128k-512", lambda workload: _kernels(workload, "train")),
+        "decode-512: decode, a token": ("decode-512", _kernels_decode),
+    },
+}
+"""By command and name: the workload at which a case runs if none is chosen, and what makes it ready."""
+
+
+def main(subject: str, options: argparse.Namespace, workloads: Sequence[str] | None = None) -> int:
+    """Print how this tree compares with the one in ``options.against``.
+
+    Args:
+        subject: of ``CASES``.
+        options: of :func:`benchmarks.report.add_options`.
+        workloads: for every case, instead of its own.
+
+    Returns:
+        1 if ``--check`` was given and a ratio does not hold, else 0.
+    """
+    rows, slower = [], False
+    runs = [(name, workload) for name, (own, _) in CASES[subject].items() for workload in workloads or [own]]
+    for name, workload in runs:
+        if "Keras" in name and importlib.util.find_spec("keras") is None:
+            rows.append((name, "keras is not installed", *[""] * 4))
+            continue
+        samples = measure_pairs(subject, name, workload, options.against, options.pairs)
+        ratio = measure.median_interval([now / before for before, now in samples])
+        holds = ratio.high < _LIMIT or ratio.low <= 1 <= ratio.high
+        slower |= not holds
+        before, now = (f"{1e3 * np.median(column):.3g}" for column in zip(*samples))
+        rows.append((name, workload, before, now, spread(ratio), "holds" if holds else "SLOWER"))
+        print(", ".join(rows[-1]), file=sys.stderr, flush=True)
+    columns = ("case", "workload", "before, ms", "now, ms", "now / before", "verdict")
+    legend = (*_LEGEND, f"before: {options.against}; {options.pairs} pairs")
+    report.show(legend, [report.Table("Side by side with another commit", columns, rows)], markdown=options.markdown)
+    return int(slower and options.check)
+
+
+def measure_pairs(subject: str, case: str, workload: str, against: str, pairs: int) -> list[tuple[float, float]]:
+    """Seconds of a step, before and now, by pair.
+
+    Raises:
+        RuntimeError: a process ended, imported another package than it was to, or came to other outputs.
+    """
+    other = pathlib.Path(against).resolve()
+    trees = other / "src" if (other / "src" / "fwpkm").exists() else other, pathlib.Path(fwpkm.__file__).parents[1]
+    workers = [_Worker(tree, subject, case, workload) for tree in trees]
+    try:
+        for worker, tree in zip(workers, trees):
+            package = pathlib.Path(worker.reply())
+            if package.parents[1] != tree:
+                raise RuntimeError(f"expected the package of {tree}. Received: {package}")
+        samples = []
+        for number in range(pairs):
+            found: dict[int, tuple[float, float]] = {}
+            for side in (0, 1) if number % 2 == 0 else (1, 0):
+                found[side] = tuple(workers[side].sample())
+            (before, expected), (now, received) = found[0], found[1]
+            if not abs(received - expected) <= _AGREEMENT * abs(expected):
+                raise RuntimeError(f"{case}: outputs of norm {expected} before. Received: {received}")
+            samples.append((before, now))
+        return samples
+    finally:
+        for worker in workers:
+            worker.process.kill()
+            worker.process.communicate()  # waits, and closes the pipes
+
+
+class _Worker:
+    """A process with the package of one tree, which runs one sample after the other when asked."""
+
+    def __init__(self, tree: pathlib.Path, *arguments: str) -> None:
+        path = os.pathsep.join([str(tree), *filter(None, [os.environ.get("PYTHONPATH")])])
+        keras = "torch" if "Keras layer on torch" in arguments else "jax"
+        environment = dict(os.environ, PYTHONPATH=path, KERAS_BACKEND=keras)
+        command = [sys.executable, "-m", "benchmarks.compare", *arguments]
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(
+            command, cwd=measure.ROOT, env=environment, stdin=pipe, stdout=pipe, text=True, bufsize=1
+        )
+
+    def reply(self) -> Any:
+        line = self.process.stdout.readline() if self.process.stdout else ""
+        if not line:
+            raise RuntimeError(f"{self.process.args!r} ended with status {self.process.wait()}")
+        return json.loads(line)
+
+    def sample(self) -> Any:
+        assert self.process.stdin is not None
+        self.process.stdin.write("\n")
+        return self.reply()
+
+
+def _serve(subject: str, case: str, workload: str) -> None:
+    """Reply with the package's path, then to every line with the seconds of a step and the norm of its output."""
+    replies = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what libraries print is no reply
+    timer = measure.device_timed if subject == "gpu" else measure.timed
+    ready = CASES[subject][case][1](WORKLOADS[workload])
+    for number in range(_WARM_UP):
+        ready.run(number)
+    print(json.dumps(fwpkm.__file__), file=replies)
+    for number, _ in enumerate(sys.stdin, _WARM_UP):
+        seconds, output = timer(ready.run, number)
+        output = output[0] if isinstance(output, tuple) else output
+        output = output.detach().float().cpu() if isinstance(output, torch.Tensor) else output
+        print(json.dumps([seconds / ready.calls, float(np.linalg.norm(np.asarray(output)))]), file=replies)
+
+
+if __name__ == "__main__":
+    _serve(*sys.argv[1:])
