@@ -8,10 +8,8 @@ distribution is assumed. Cases use public functions alone, so that they run on o
 
 import argparse
 import importlib.util
-import json
 import os
 import pathlib
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -23,6 +21,7 @@ import fwpkm
 from benchmarks import measure, report
 from benchmarks.report import spread
 from benchmarks.steps import Decoder, TorchSteps, capture
+from benchmarks.worker import Worker
 from benchmarks.workloads import WORKLOADS, Inputs, Workload, make_inputs
 
 _WARM_UP, _SETS = 3, 3
@@ -197,72 +196,47 @@ def measure_pairs(subject: str, case: str, workload: str, against: str, pairs: i
     """Seconds of a step, before and now, by pair.
 
     Raises:
-        RuntimeError: a process ended, imported another package than it was to, or came to other outputs.
+        RuntimeError: a process failed, imported another package than it was to, or came to other outputs.
     """
     other = pathlib.Path(against).resolve()
     trees = other / "src" if (other / "src" / "fwpkm").exists() else other, pathlib.Path(fwpkm.__file__).parents[1]
-    workers = [_Worker(tree, subject, case, workload) for tree in trees]
-    try:
-        for worker, tree in zip(workers, trees):
-            package = pathlib.Path(worker.reply())
+    keras, samples = "torch" if case == "Keras layer on torch" else "jax", []
+    paths = [os.pathsep.join((str(tree), os.environ.get("PYTHONPATH", ""))).rstrip(os.pathsep) for tree in trees]
+    with (
+        Worker(PYTHONPATH=paths[0], KERAS_BACKEND=keras) as old,
+        Worker(PYTHONPATH=paths[1], KERAS_BACKEND=keras) as new,
+    ):
+        for worker, tree in ((old, trees[0]), (new, trees[1])):
+            package = pathlib.Path(worker.run(prepare, subject, case, workload))
             if package.parents[1] != tree:
                 raise RuntimeError(f"expected the package of {tree}. Received: {package}")
-        samples = []
         for number in range(pairs):
-            found: dict[int, tuple[float, float]] = {}
-            for side in (0, 1) if number % 2 == 0 else (1, 0):
-                found[side] = tuple(workers[side].sample())
-            (before, expected), (now, received) = found[0], found[1]
+            order = (old, new) if number % 2 == 0 else (new, old)
+            found = {worker: worker.run(sample, number) for worker in order}
+            (before, expected), (now, received) = found[old], found[new]
             if not abs(received - expected) <= _AGREEMENT * abs(expected):
                 raise RuntimeError(f"{case}: outputs of norm {expected} before. Received: {received}")
             samples.append((before, now))
-        return samples
-    finally:
-        for worker in workers:
-            worker.process.kill()
-            worker.process.communicate()  # waits, and closes the pipes
+    return samples
 
 
-class _Worker:
-    """A process with the package of one tree, which runs one sample after the other when asked."""
-
-    def __init__(self, tree: pathlib.Path, *arguments: str) -> None:
-        path = os.pathsep.join([str(tree), *filter(None, [os.environ.get("PYTHONPATH")])])
-        keras = "torch" if "Keras layer on torch" in arguments else "jax"
-        environment = dict(os.environ, PYTHONPATH=path, KERAS_BACKEND=keras)
-        command = [sys.executable, "-m", "benchmarks.compare", *arguments]
-        pipe = subprocess.PIPE
-        self.process = subprocess.Popen(
-            command, cwd=measure.ROOT, env=environment, stdin=pipe, stdout=pipe, text=True, bufsize=1
-        )
-
-    def reply(self) -> Any:
-        line = self.process.stdout.readline() if self.process.stdout else ""
-        if not line:
-            raise RuntimeError(f"{self.process.args!r} ended with status {self.process.wait()}")
-        return json.loads(line)
-
-    def sample(self) -> Any:
-        assert self.process.stdin is not None
-        self.process.stdin.write("\n")
-        return self.reply()
+_ready: dict[str, Any] = {}
+"""In a worker: its case, and what takes the time."""
 
 
-def _serve(subject: str, case: str, workload: str) -> None:
-    """Reply with the package's path, then to every line with the seconds of a step and the norm of its output."""
-    replies = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what libraries print is no reply
-    timer = measure.device_timed if subject == "gpu" else measure.timed
-    ready = CASES[subject][case][1](WORKLOADS[workload])
+def prepare(subject: str, case: str, workload: str) -> str:
+    """Make a case ready and warm up; the path of the package that it imported."""
+    _ready["timer"] = measure.device_timed if subject == "gpu" else measure.timed
+    _ready["case"] = CASES[subject][case][1](WORKLOADS[workload])
     for number in range(_WARM_UP):
-        ready.run(number)
-    print(json.dumps(fwpkm.__file__), file=replies)
-    for number, _ in enumerate(sys.stdin, _WARM_UP):
-        seconds, output = timer(ready.run, number)
-        output = output[0] if isinstance(output, tuple) else output
-        output = output.detach().float().cpu() if isinstance(output, torch.Tensor) else output
-        print(json.dumps([seconds / ready.calls, float(np.linalg.norm(np.asarray(output)))]), file=replies)
+        _ready["case"].run(number)
+    return fwpkm.__file__
 
 
-if __name__ == "__main__":
-    _serve(*sys.argv[1:])
+def sample(number: int) -> tuple[float, float]:
+    """Seconds of a step of the case that is ready, and the norm of its output."""
+    case = _ready["case"]
+    seconds, output = _ready["timer"](case.run, number)
+    output = output[0] if isinstance(output, tuple) else output
+    output = output.detach().float().cpu() if isinstance(output, torch.Tensor) else output
+    return seconds / case.calls, float(np.linalg.norm(np.asarray(output)))

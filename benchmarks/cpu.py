@@ -8,8 +8,6 @@ workload, and ratios are taken within rounds. Scoring is timed alone, right afte
 import argparse
 import dataclasses
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -25,6 +23,7 @@ from benchmarks.internals import torch_select
 from benchmarks.measure import Summary, summarize
 from benchmarks.report import Claim, Table, mebibytes, milliseconds
 from benchmarks.steps import TorchSteps
+from benchmarks.worker import Worker
 from benchmarks.workloads import WORKLOADS, Inputs, Workload, by_size, make_inputs
 
 _DEFAULT_WORKLOADS = ("step-128", "step-256", "step-512", "step-1024")
@@ -159,9 +158,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.against:
         return compare.main("cpu", options, options.workload)
     workloads = by_size(options.workload or _DEFAULT_WORKLOADS)
-    if options.memory_alone:
-        _print_memory(workloads)
-        return 0
     results = measure_all(workloads, options.repeats, options.seconds)
     claims = _claims(results, options)
     report.show(_LEGEND, _tables(results, claims), markdown=options.markdown)
@@ -177,7 +173,6 @@ def _parser() -> argparse.ArgumentParser:
         "--seconds", type=float, default=20, help="a contestant that took longer in all sits out (default: %(default)s)"
     )
     parser.add_argument("--json", metavar="FILE", help="also write every sample here")
-    parser.add_argument("--memory-alone", action="store_true", help=argparse.SUPPRESS)
     bounds = parser.add_argument_group("bounds")
     bounds.add_argument("--dense-time", type=float, default=10, help="time of dense / torch, at least (%(default)s)")
     bounds.add_argument("--dense-memory", type=float, default=0.25, help="torch / dense, at most (%(default)s)")
@@ -209,7 +204,7 @@ def measure_all(workloads: list[Workload], repeats: int, seconds: float) -> Resu
     """
     with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
         sizes = progress.track(_extra_memory(workloads), len(workloads) * len(CONTESTANTS), description="memory")
-        memory = {(workload, name): size for workload, name, size in sizes}
+        memory = dict(sizes)
         benches = [TorchSteps(workload) for workload in workloads]
         samples: dict[tuple[str, str], list[Sample]] = {
             (workload.name, name): [] for workload in workloads for name in CONTESTANTS
@@ -226,34 +221,26 @@ def measure_all(workloads: list[Workload], repeats: int, seconds: float) -> Resu
     return Results(workloads, samples, memory)
 
 
-def _extra_memory(workloads: list[Workload]) -> Iterator[tuple[str, str, int | None]]:
-    """Workload, contestant and bytes, one after the other as they are measured in another process."""
+def _extra_memory(workloads: list[Workload]) -> Iterator[tuple[tuple[str, str], int | None]]:
+    """Bytes by workload and contestant, one after the other as they are measured in another process."""
     # A fixed threshold makes malloc map every large block by itself and unmap it when freed.
-    environment = dict(os.environ, MALLOC_MMAP_THRESHOLD_=str(256 * 1024))
-    command = [sys.executable, "-m", "benchmarks.cpu", "--memory-alone", "--workload", *(w.name for w in workloads)]
-    with subprocess.Popen(command, cwd=measure.ROOT, env=environment, stdout=subprocess.PIPE, text=True) as process:
-        for line in process.stdout or ():
-            yield tuple(json.loads(line))
-    if process.returncode:
-        raise subprocess.CalledProcessError(process.returncode, command)
+    with Worker(MALLOC_MMAP_THRESHOLD_=str(256 * 1024)) as worker:
+        for name in CONTESTANTS:  # loads what loads once, and leaves nothing large
+            worker.run(extra_bytes, "tiny", name)
+        for workload in workloads:
+            for name in CONTESTANTS:
+                yield (workload.name, name), worker.run(extra_bytes, workload.name, name)
 
 
-def _print_memory(workloads: list[Workload]) -> None:
-    """Print workload, contestant and bytes, a JSON array a line; null where too little memory is at hand.
+def extra_bytes(workload: str, contestant: str) -> int | None:
+    """Of one step, as :func:`benchmarks.measure.peak_extra_bytes` counts; None where too little memory is at hand.
 
-    What counts is written in :func:`benchmarks.measure.peak_extra_bytes`: tables, inputs and libraries are in the
-    baseline; graph, temporaries, outputs, gradients and new tables are not.
+    Tables, inputs and libraries are in the baseline; graph, temporaries, outputs, gradients and new tables are not.
     """
-    small = TorchSteps(WORKLOADS["tiny"])
-    for contestant in CONTESTANTS.values():
-        contestant.step(small, make_inputs(small.workload, seed=1))  # loads what loads once, and leaves nothing large
-    for workload in workloads:
-        bench, inputs = TorchSteps(workload), make_inputs(workload, seed=1)
-        for name, contestant in CONTESTANTS.items():
-            fits = contestant.fits(workload)
-            size = measure.peak_extra_bytes(contestant.step, bench, inputs) if fits else None
-            print(json.dumps([workload.name, name, size]), flush=True)
-        del bench, inputs
+    bench = TorchSteps(WORKLOADS[workload])
+    inputs, step = make_inputs(bench.workload, seed=1), CONTESTANTS[contestant].step
+    fits = CONTESTANTS[contestant].fits(bench.workload)
+    return measure.peak_extra_bytes(step, bench, inputs) if fits else None
 
 
 def _round(bench: TorchSteps, names: list[str], inputs: Inputs) -> Iterator[tuple[str, Sample]]:

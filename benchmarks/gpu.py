@@ -22,7 +22,7 @@ from rich.progress import Progress
 from benchmarks import compare, gpu_agreement, gpu_graphs, gpu_report, gpu_speed, measure, report
 from benchmarks.findings import Report, equal
 from benchmarks.gpu_report import Results
-from benchmarks.tasks import Outcome, Task, run_all
+from benchmarks.worker import Outcome, Task, run_all
 from benchmarks.workloads import WORKLOADS, Workload
 from fwpkm import vectors
 

@@ -9,7 +9,7 @@ from benchmarks.gpu_speed import STEPS, Speed
 from benchmarks.internals import SCORING_KERNELS
 from benchmarks.measure import Summary, summarize
 from benchmarks.report import Claim, Table, claims_table, milliseconds, spread
-from benchmarks.tasks import Outcome, Task
+from benchmarks.worker import Outcome, Task
 from benchmarks.workloads import WORKLOADS, Workload
 
 PROFILED = ("shared-256", "shared-512", "shared-1024")

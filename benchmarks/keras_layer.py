@@ -1,14 +1,10 @@
-"""The Keras layer over the native layer of the framework it runs on: ``python -m benchmarks.keras_layer WORKLOAD N``.
+"""The Keras layer over the native layer of the framework it runs on, for ``python -m benchmarks.frameworks --keras``.
 
 Both hold the same weights and read the same inputs from a fresh state, without gradients; rounds are interleaved. Keras
 takes its backend from KERAS_BACKEND, one for a process, so :func:`claims` starts a process for each.
 """
 
-import json
-import os
 import pathlib
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +14,7 @@ import numpy as np
 import fwpkm
 from benchmarks import measure
 from benchmarks.report import Claim
+from benchmarks.worker import Worker
 from benchmarks.workloads import WORKLOADS, Workload
 
 HIDDEN = 512
@@ -27,34 +24,27 @@ Call = Callable[[np.ndarray], np.ndarray]
 
 
 def claims(workload: str, repeats: int) -> list[Claim]:
-    """The ratio Keras / native on torch and on JAX, each measured in a process of its own.
-
-    Raises:
-        subprocess.CalledProcessError: a process failed.
-    """
+    """The ratio Keras / native on torch and on JAX, each measured in a process of its own."""
     made = []
     for backend in ("torch", "jax"):
-        command = [sys.executable, "-m", "benchmarks.keras_layer", workload, str(repeats)]
-        environment = dict(os.environ, KERAS_BACKEND=backend)
-        done = subprocess.run(command, cwd=measure.ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-        ratios = [keras / native for keras, native in json.loads(done.stdout.splitlines()[-1])]
-        text = f"{workload}: Keras layer on {backend} / native layer"
-        made.append(Claim(text, measure.summarize(ratios), at_most=_LIMIT))
+        with Worker(KERAS_BACKEND=backend) as worker:
+            ratio = measure.summarize(worker.run(ratios, workload, repeats))
+        made.append(Claim(f"{workload}: Keras layer on {backend} / native layer", ratio, at_most=_LIMIT))
     return made
 
 
-def main(workload: str, repeats: str) -> None:
-    """Print the seconds of each round, Keras and native, as one JSON array."""
+def ratios(workload: str, repeats: int) -> list[float]:
+    """Time of the Keras layer over that of the native one, by round."""
     case = WORKLOADS[workload]
     layer, keras_call = make_keras_call(case)
     native_call = _make_native_call(layer)
-    pairs = []
-    for number in range(int(repeats) + _WARM_UP):
+    found = []
+    for number in range(repeats + _WARM_UP):
         x = np.random.default_rng(number).normal(size=(case.batch, case.length, HIDDEN)).astype(np.float32)
         (first, ours), (second, native) = (measure.timed(call, x) for call in (keras_call, native_call))
         np.testing.assert_allclose(ours, native, rtol=1e-3, atol=1e-4)
-        pairs.append((first, second))
-    print(json.dumps(pairs[_WARM_UP:]))
+        found.append(first / second)
+    return found[_WARM_UP:]
 
 
 def make_keras_call(workload: Workload) -> tuple[Any, Call]:
@@ -102,7 +92,3 @@ def _torch_call(function: Callable[[Any], Any]) -> Call:
             return function(torch.from_numpy(x)).numpy()
 
     return call
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -13,7 +13,7 @@ from benchmarks_folder import ROOT
 from benchmarks import findings, gpu, gpu_agreement, gpu_report
 from benchmarks.findings import Finding, Report, equal
 from benchmarks.gpu_speed import Speed, Traffic, touched_rows, traffic_floor
-from benchmarks.tasks import Outcome, Task
+from benchmarks.worker import Outcome, Task
 from benchmarks.workloads import WORKLOADS, Workload, make_inputs, make_memory
 from fwpkm import FwPKMConfig, Memory, agreement
 
@@ -43,7 +43,7 @@ def test_the_kernels_are_compared_in_the_interpreter():
 def test_a_task_that_dies_takes_no_other_with_it():
     code = """
 import math, operator, os
-from benchmarks.tasks import Task, run_all
+from benchmarks.worker import Task, run_all
 if __name__ == "__main__":
     functions = (os._exit, (3,)), (operator.truediv, (1, 0)), (math.sqrt, (4,))
     for outcome in run_all([Task("", function.__name__, function, given) for function, given in functions], 1, 60):
