@@ -3,8 +3,8 @@
 Nothing is made slow on purpose. In (a) selection needs no graph, the table's gradient is made by ``embedding``, the
 cheapest of torch's gathers to differentiate on a CPU, and the step is one fused ``addcmul``. (b) is the fastest
 measured of the honest ways to write it: scores come from the expansion ‖q‖² + ‖K‖² − 2q·K alone, which autograd
-differentiates as two products (computing the chosen ones from differences, as SPEC.md §6 asks, is slower and more exact near a key),
-the read is one ``embedding_bag``, and the value table is given flat and has a sparse gradient.
+differentiates as two products (computing the chosen ones from differences, as SPEC.md §6 asks, is slower and more
+exact near a key), the read is one ``embedding_bag``, and the value table is given flat and has a sparse gradient.
 """
 
 from typing import NamedTuple

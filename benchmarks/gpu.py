@@ -41,11 +41,7 @@ DTYPE = "bfloat16"
 READ = tuple(f"read-{length}k-{s}" for length in (4, 32, 128) for s in (512, 256, 1024, 2048))
 """One sequence."""
 TINY = WORKLOADS["tiny-kernels"]
-_SHAPES = (
-    *((WORKLOADS[name], {}) for name in ("shared-2048", "train-512", "shared-1024", "shared-512", "shared-256")),
-    (WORKLOADS["read-32k-512"], {}),
-    (WORKLOADS["read-128k-512"], {"derived": False}),
-)
+_SHAPES = ("shared-2048", "train-512", "shared-1024", "shared-512", "shared-256", "read-32k-512", "read-128k-512")
 """What is timed is compared as it is timed."""
 _TAIL = Workload("tail-512", WORKLOADS["shared-512"].config, batch=5, length=1300)
 """Two chunks of each sequence and a part of a third, whose gradients pass through the final tables. The sums over that
@@ -58,71 +54,78 @@ _CONFORM_SHAPES = 10
 def checks(sections: set[str], seed: int, tiny: bool) -> list[Task]:
     """Tasks that may run side by side, long ones first; each returns a ``Report``.
 
-    What is to be timed is compared first, whether or not "agreement" is among the sections. ``tiny`` ones, for tests of
-    this command in Triton's interpreter, leave out what needs a GPU.
+    What is to be timed is compared first, whether or not "agreement" is among the sections. ``tiny`` ones are for tests
+    of this command in Triton's interpreter.
     """
-    dtype = "float32" if tiny else DTYPE
-    on_gpu: dict[str, list[Task]] = {"conform": [], "graphs": [], "steps": [], "last": [], "vectors": []}
-    if not tiny:
+    if tiny:
+        plan = [
+            _eager(TINY, "float32", seed),
+            Task("agreement", "float64 reference at small shapes: tiny", gpu_agreement.drawn, ("tiny", seed, (2,))),
+            *(Task("bits", f"bits: process {n}", gpu_graphs.repeatable, (TINY, "float32", seed, 2)) for n in (1, 2)),
+            Task("decode", "decode, against eager", gpu_graphs.decoded, (TINY, "float32", seed)),
+        ]
+        return _of(sections, plan)
+    step = (_STEP, DTYPE, seed)
+    plan = [
+        *(_eager(WORKLOADS[name], DTYPE, seed, derived=name != "read-128k-512") for name in _SHAPES),
         # Each of conform's shapes compiles, so they do it side by side before the whole run.
-        on_gpu = {
-            "conform": [_conform("--case", str(number)) for number in range(_CONFORM_SHAPES)],
-            "graphs": [Task("graphs", "torch.compile(fullgraph=True) of the layer", gpu_graphs.compiled, (seed,))],
-            "steps": [
-                Task("graphs", "a training step without a wait", gpu_graphs.unsynchronized, (_STEP, dtype, seed)),
-                Task("graphs", "a training step in a CUDA graph", gpu_graphs.captured, (_STEP, dtype, seed)),
-            ],
-            "last": [_conform("--cases", "40")],
-            "vectors": [Task("agreement", f"vectors: {x}", gpu_agreement.vector, (x,)) for x in vectors.names()],
-        }
-    shapes = [(TINY, {})] if tiny else _SHAPES
-    tails = () if tiny else ("float32", "bfloat16", "float16")
-    decoded = (TINY if tiny else _DECODED, dtype, seed)
-    repeated = (TINY, dtype, seed, 2) if tiny else (WORKLOADS["shared-512"], dtype, seed)
-    small = {"tiny": (2,)} if tiny else dict.fromkeys(gpu_agreement.SHAPES, (1, 2))
-    plan: list[tuple[set[str], list[Task]]] = [
-        ({"agreement", "speed"}, [_eager(workload, dtype, seed, **options) for workload, options in shapes]),
-        ({"conform"}, on_gpu["conform"]),
-        ({"graphs"}, on_gpu["graphs"]),
-        ({"graphs", "decode"}, [Task("decode", "decode in a CUDA graph, against eager", gpu_graphs.decoded, decoded)]),
-        ({"agreement"}, [_eager(_TAIL, tail, seed, tables=True) for tail in tails]),
-        ({"agreement"}, [_reference(name, seed, numbers) for name, numbers in small.items()]),
-        ({"bits"}, [Task("bits", f"bits: process {n}", gpu_graphs.repeatable, repeated) for n in (1, 2)]),
-        ({"graphs"}, on_gpu["steps"]),
-        ({"conform"}, on_gpu["last"]),
-        ({"agreement"}, on_gpu["vectors"]),
+        *(Task("conform", f"fwpkm conform: case {n}", conform, ("--case", str(n))) for n in range(_CONFORM_SHAPES)),
+        Task("graphs", "torch.compile(fullgraph=True) of the layer", gpu_graphs.compiled, (seed,)),
+        Task("decode graphs", "decode in a CUDA graph, against eager", gpu_graphs.decoded, (_DECODED, DTYPE, seed)),
+        *(_eager(_TAIL, dtype, seed, tables=True) for dtype in ("float32", "bfloat16", "float16")),
+        *(
+            Task("agreement", f"float64 reference at small shapes: {name}", gpu_agreement.drawn, (name, seed))
+            for name in gpu_agreement.SHAPES
+        ),
+        *(
+            Task("bits", f"bits: process {n}", gpu_graphs.repeatable, (WORKLOADS["shared-512"], DTYPE, seed))
+            for n in (1, 2)
+        ),
+        Task("graphs", "a training step without a wait", gpu_graphs.unsynchronized, step),
+        Task("graphs", "a training step in a CUDA graph", gpu_graphs.captured, step),
+        Task("conform", "fwpkm conform: 40 cases", conform, ("--cases", "40")),
+        *(Task("agreement", f"vectors: {name}", gpu_agreement.vector, (name,)) for name in vectors.names()),
     ]
-    return [task for wanted, tasks in plan if sections & wanted for task in tasks]
+    return _of(sections, plan)
+
+
+def _of(sections: set[str], plan: list[Task]) -> list[Task]:
+    return [task for task in plan if sections.intersection(task.section.split())]
 
 
 def timings(sections: set[str], tiny: bool) -> list[Task]:
     """Tasks that need the GPU to themselves."""
-    if tiny:
-        speed = [
-            Task("speed", "copy bandwidth", measure.copy_bandwidth, (2**20,)),
-            Task("speed", TINY.name, gpu_speed.speed, (TINY, "float32", 1)),
-        ]
-        decode = [Task("decode", f"decode: {TINY.name}", gpu_speed.decoding, (TINY, "float32"))]
-        return speed * ("speed" in sections) + decode * ("decode" in sections)
 
-    def task(workload: str, prefix: str = "", function: Callable = gpu_speed.speed, section: str = "speed") -> Task:
-        return Task(section, prefix + workload, function, (WORKLOADS[workload], DTYPE))
+    def task(name: str, prefix: str = "", function: Callable = gpu_speed.speed, section: str = "speed") -> Task:
+        return Task(section, prefix + name, function, (WORKLOADS[name], DTYPE))
 
     def attention(batch: int, length: int) -> Task:
         width = WORKLOADS["shared-512"].config.value_dim
         return Task("speed", f"attention: B={batch} T={length}", gpu_speed.attention, (batch, length, width, DTYPE))
 
-    tasks = [
+    plan = [
         Task("speed", "copy bandwidth", measure.copy_bandwidth),
-        *(task(f"{name}") for name in ("shared-512", "train-512", "shared-256", "shared-1024", "shared-2048")),
+        *map(task, ("shared-512", "train-512", "shared-256", "shared-1024", "shared-2048")),
         task("decode-512", "decode: ", gpu_speed.decoding, "decode"),
         attention(8, 4096),
         *(task(name, "kernels: ", gpu_speed.kernels) for name in gpu_report.PROFILED),
         *(task(name, "initial state: ", gpu_speed.initial_state) for name in ("shared-512", "train-512")),
         *(attention(1, WORKLOADS[name].length) for name in READ if name.endswith("-512")),
-        *(task(name) for name in READ),
+        *map(task, READ),
     ]
-    return [task for task in tasks if task.section in sections]
+    if tiny:
+        plan = [
+            Task("speed", "copy bandwidth", measure.copy_bandwidth, (2**20,)),
+            Task("speed", TINY.name, gpu_speed.speed, (TINY, "float32", 1)),
+            Task("decode", f"decode: {TINY.name}", gpu_speed.decoding, (TINY, "float32")),
+        ]
+    return _of(sections, plan)
+
+
+def _eager(workload: Workload, dtype: str, seed: int, derived: bool = True, tables: bool = False) -> Task:
+    name = f"eager at {workload.name}, {dtype}: {workload}"
+    section = "agreement" if tables else "agreement speed"
+    return Task(section, name, gpu_agreement.agree, (workload, dtype, seed, derived, tables))
 
 
 def conform(*arguments: str) -> Report:
@@ -137,21 +140,6 @@ def conform(*arguments: str) -> Report:
         raise RuntimeError(f"{' '.join(command[1:])} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}")
     last = done.stdout.strip().splitlines()[-1:]
     return Report([equal(f"fwpkm conform {' '.join(arguments)} passes", True)], last)
-
-
-def _conform(option: str, value: str) -> Task:
-    name = f"case {value}" if option == "--case" else f"{value} cases"
-    return Task("conform", f"fwpkm conform: {name}", conform, (option, value))
-
-
-def _eager(workload: Workload, dtype: str, seed: int, derived: bool = True, tables: bool = False) -> Task:
-    name = f"eager at {workload.name}, {dtype}: {workload}"
-    return Task("agreement", name, gpu_agreement.agree, (workload, dtype, seed, derived, tables))
-
-
-def _reference(name: str, seed: int, numbers: Sequence[int]) -> Task:
-    title = f"float64 reference at small shapes: {name}"
-    return Task("agreement", title, gpu_agreement.drawn, (name, seed, numbers))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -174,7 +162,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     if options.against:
         return compare.main("gpu", options, [TINY.name] if options.interpret else None)
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # many processes on few cores
+    for threads in ("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"):  # many processes on few cores
+        os.environ.setdefault(threads, "1")
     started = time.perf_counter()
     sections, seed = set(options.only), secrets.randbits(31) if options.seed is None else options.seed
     results = Results()

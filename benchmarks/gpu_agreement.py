@@ -110,17 +110,20 @@ def _load(name: str) -> tuple[FwPKMConfig, dict[str, np.ndarray]]:
     return dataclasses.replace(fields, value_dim=fields.value_dim + missing), arrays
 
 
+def shape_of(name: str) -> Any:
+    """One of ``SHAPES`` as conformance takes it."""
+    batch, length, sizes, fields = SHAPES[name]
+    present = {kind: fields.get(kind, True) for kind in ("gated", "masked")}
+    fields = {**dict(zip(_FIELDS, sizes)), **{key: x for key, x in fields.items() if key not in present}}
+    return internals.conformance().Shape(FwPKMConfig(**fields), batch, length, **present)
+
+
 def drawn(name: str, seed: int, numbers: Iterable[int] = (1, 2)) -> Report:
     """New numbers at one of ``SHAPES``: all that ``fwpkm conform`` judges.
 
     Number 1 takes gradients through two halves with a state between them, number 2 through one call.
     """
-    tools, findings, aside = internals.conformance(), [], 0
-    batch, length, sizes, fields = SHAPES[name]
-    present = {kind: fields.get(kind, True) for kind in ("gated", "masked")}
-    fields = {**dict(zip(_FIELDS, sizes)), **{key: x for key, x in fields.items() if key not in present}}
-    cfg = FwPKMConfig(**fields)
-    shape = tools.Shape(cfg, batch, length, **present)
+    tools, shape, findings, aside = internals.conformance(), shape_of(name), [], 0
     for number in numbers:
         for attempt in range(_CASE_DRAWS):
             passage = tools.draw(tools.passages(number, shape, "float32"), f"{seed}/{name}/{number}/{attempt}")
@@ -131,7 +134,7 @@ def drawn(name: str, seed: int, numbers: Iterable[int] = (1, 2)) -> Report:
         else:
             raise RuntimeError(f"none of {_CASE_DRAWS} draws can be judged in float32. Received: {shape}")
         result, bits = twice(partial(tools.run, internals.kernels_backend(), passage))
-        findings += [bits, *_judged(tools.errors(cfg, result, expected))]
+        findings += [bits, *_judged(tools.errors(shape.cfg, result, expected))]
     return Report(findings, [f"{aside} draws set aside, as rounding would move them by too much"] * bool(aside))
 
 

@@ -1,7 +1,6 @@
 """What training and decoding loops rely on: the same bits everywhere, no waiting, CUDA graphs, ``torch.compile``."""
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -105,9 +104,8 @@ def compiled(seed: int) -> Report:
     """The layer under ``torch.compile(fullgraph=True)``: outputs, tables and gradients as without it."""
     cfg = FwPKMConfig(key_dim=64, value_dim=64, num_subkeys=16, top_k=4, chunk_size=16)
     layer, x = _untied_layer(cfg, seed)
-    with _one_thread():
-        fast = torch.compile(layer, fullgraph=True, backend="inductor" if DEVICE == "cuda" else "eager")
-        received, expected = (_through(module, layer, x) for module in (fast, layer))
+    fast = torch.compile(layer, fullgraph=True, backend="inductor" if DEVICE == "cuda" else "eager")
+    received, expected = (_through(module, layer, x) for module in (fast, layer))
     full = BOUNDS["float32"]
     bounds = {name: full.gradient if name.startswith("grad") else full.forward for name in expected}
     return Report([Finding(name, error(received[name], y), bounds[name]) for name, y in expected.items()])
@@ -135,15 +133,3 @@ def _untied_layer(cfg: FwPKMConfig, seed: int, batch: int = 2, length: int = 40)
         if comparable_tokens(cfg, memory, query, value, gap=1e-4) == length:
             return layer, x
     raise RuntimeError("no layer without a tie in 50 draws")
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """Inductor compiles in this process: it is one of many."""
-    import torch._inductor.config as inductor
-
-    before, inductor.compile_threads = inductor.compile_threads, 1
-    try:
-        yield
-    finally:
-        inductor.compile_threads = before

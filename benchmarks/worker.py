@@ -20,7 +20,7 @@ class Task(NamedTuple):
     """A function of a module with its arguments."""
 
     section: str
-    """What the command line's ``--only`` calls it."""
+    """What the command line's ``--only`` calls it; several, separated by spaces, where any of them needs it."""
     name: str
     function: Callable[..., Any]
     arguments: tuple[Any, ...] = ()
