@@ -12,6 +12,7 @@ import os
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -42,8 +43,8 @@ class Case(NamedTuple):
     """How many steps a sample has."""
 
 
-def _inputs(workload: Workload, device: str = "cpu", dtype: str = "float32") -> list[Inputs]:
-    return [make_inputs(workload, seed=seed, device=device, dtype=dtype) for seed in range(1, _SETS + 1)]
+def _inputs(workload: Workload, **kind: str) -> list[Inputs]:
+    return [make_inputs(workload, seed=seed, **kind) for seed in range(1, _SETS + 1)]
 
 
 def _stream(workload: Workload) -> Workload:
@@ -51,21 +52,37 @@ def _stream(workload: Workload) -> Workload:
     return Workload("stream", workload.config, workload.batch, workload.config.chunk_size)
 
 
-def _torch_train(workload: Workload, *, inplace: bool) -> Case:
-    steps, sets = TorchSteps(workload), _inputs(workload)
-    return Case(lambda number: steps.train(sets[number % _SETS], inplace))
+def _torch(
+    workload: Workload,
+    step: Callable[..., Any],
+    device: str = "cpu",
+    dtype: str = "float32",
+    captured: bool = False,
+    **options: str,
+) -> Case:
+    sets = _inputs(workload, device=device, dtype=dtype)
+    call = partial(step, TorchSteps(workload, device, **options))
+    if not captured or device == "cpu":
+        return Case(lambda number: call(sets[number % _SETS]))
+    graph, results = capture(partial(call, sets[0]))
+
+    def run(_: int) -> Any:
+        graph.replay()
+        return results
+
+    return Case(run)
 
 
-def _torch_decode(workload: Workload, **kind: str) -> Case:
+def _torch_decode(workload: Workload, device: str = "cpu", dtype: str = "float32", **_: str) -> Case:
     stream = _stream(workload)
-    tokens = [x.detach() for x in _inputs(stream, **kind)[0].tokens]
-    decode = Decoder(workload.config, TorchSteps(workload, kind.get("device", "cpu")).state, tokens)
+    tokens = [x.detach() for x in make_inputs(stream, seed=1, device=device, dtype=dtype).tokens]
+    decode = Decoder(workload.config, TorchSteps(workload, device).state, tokens)
     return Case(lambda _: [decode(t) for t in range(stream.length)][-1], stream.length)
 
 
 def _torch_tokens(workload: Workload) -> Case:
     steps, stream = TorchSteps(workload), _stream(workload)
-    tokens = [x.detach() for x in _inputs(stream)[0].tokens]
+    tokens = [x.detach() for x in make_inputs(stream, seed=1).tokens]
     return Case(lambda _: steps.by_token(tokens, stream.length), stream.length)
 
 
@@ -74,7 +91,7 @@ def _torch_layer(workload: Workload) -> Case:
 
     torch.manual_seed(0)
     layer = FwPKM(workload.config.key_dim, workload.config)
-    drawn = [torch.randn(workload.batch, workload.length, workload.config.key_dim) for _ in range(_SETS)]
+    drawn = torch.randn(_SETS, workload.batch, workload.length, workload.config.key_dim)
 
     def run(number: int) -> Any:
         layer.zero_grad()
@@ -97,8 +114,7 @@ def _jax_tokens(workload: Workload) -> Case:
     from benchmarks.frameworks import JaxSteps
 
     stream = _stream(workload)
-    one = Workload("one token", workload.config, workload.batch, 1)
-    steps, whole = JaxSteps(one), _inputs(stream)[0]
+    steps, whole = JaxSteps(Workload("token", workload.config, workload.batch, 1)), make_inputs(stream, seed=1)
     tokens = [steps.prepare(Inputs(*(x[:, t : t + 1] for x in whole))) for t in range(stream.length)]
     return Case(lambda _: [steps.forward(token) for token in tokens][-1], stream.length)
 
@@ -106,58 +122,39 @@ def _jax_tokens(workload: Workload) -> Case:
 def _keras(workload: Workload) -> Case:
     from benchmarks.keras_layer import HIDDEN, make_keras_call
 
-    call = make_keras_call(workload)[1]
-    rng = np.random.default_rng(0)
-    drawn = [rng.normal(size=(workload.batch, workload.length, HIDDEN)).astype(np.float32) for _ in range(_SETS)]
-    return Case(lambda number: call(drawn[number % _SETS]))
+    _, call = make_keras_call(workload)
+    drawn = torch.randn(_SETS, workload.batch, workload.length, HIDDEN, generator=torch.Generator().manual_seed(0))
+    return Case(lambda number: call(drawn[number % _SETS].numpy()))
 
 
-def _kernels(workload: Workload, step: str, *, captured: bool = False) -> Case:
-    dtype = "float32" if measure.INTERPRETED else "bfloat16"
-    steps = TorchSteps(workload, measure.DEVICE, implementation="triton")
-    sets = _inputs(workload, measure.DEVICE, dtype)
-    call = getattr(steps, step)
-    if not captured or measure.INTERPRETED:
-        return Case(lambda number: call(sets[number % _SETS]))
-    graph, results = capture(lambda: call(sets[0]))
-
-    def run(_: int) -> Any:
-        graph.replay()
-        return results
-
-    return Case(run)
-
-
-def _kernels_decode(workload: Workload) -> Case:
-    return _torch_decode(workload, device=measure.DEVICE, dtype="float32" if measure.INTERPRETED else "bfloat16")
-
-
+_ON_GPU = {
+    "device": measure.DEVICE,
+    "dtype": "float32" if measure.INTERPRETED else "bfloat16",
+    "implementation": "triton",
+}
 CASES: dict[str, dict[str, tuple[str, Callable[[Workload], Case]]]] = {
     "cpu": {
-        "training step, in place": ("step-512", lambda workload: _torch_train(workload, inplace=True)),
-        "training step, functional": ("step-512", lambda workload: _torch_train(workload, inplace=False)),
+        "training step, in place": ("step-512", partial(_torch, step=TorchSteps.train)),
+        "training step, functional": ("step-512", partial(_torch, step=partial(TorchSteps.train, inplace=False))),
         "decode, a token": ("decode-512", _torch_decode),
         "apply of one token": ("decode-512", _torch_tokens),
         "layer, forward + backward": ("step-128", _torch_layer),
     },
     "frameworks": {
-        "JAX forward": ("step-512", lambda workload: _jax(workload, "forward")),
-        "JAX forward + gradient": ("step-512", lambda workload: _jax(workload, "train")),
+        "JAX forward": ("step-512", partial(_jax, step="forward")),
+        "JAX forward + gradient": ("step-512", partial(_jax, step="train")),
         "JAX, apply of one token": ("decode-512", _jax_tokens),
         "Keras layer on jax": ("step-512", _keras),
         "Keras layer on torch": ("step-512", _keras),
     },
     "gpu": {
-        f"{name}: {what}{', captured' * captured}": (name, lambda w, s=step, c=captured: _kernels(w, s, captured=c))
-        for name, captures in (("shared-512", (False, True)), ("train-512", (False, True)), ("read-4k-512", (True,)))
-        for captured in captures
-        for step, what in (("forward", "forward"), ("train", "forward + backward"))
+        f"{name}: {what}{', captured' * captured}": (name, partial(_torch, step=step, captured=captured, **_ON_GPU))
+        for name in ("shared-512", "train-512", "read-4k-512", "read-128k-512")
+        for captured in (False, True)
+        for step, what in ((TorchSteps.forward, "forward"), (TorchSteps.train, "forward + backward"))
+        if not (captured and name == "read-128k-512")
     }
-    | {
-        "read-128k-512: forward": ("read-128k-512", lambda workload: _kernels(workload, "forward")),
-        "read-128k-512: forward + backward": ("read-128k-512", lambda workload: _kernels(workload, "train")),
-        "decode-512: decode, a token": ("decode-512", _kernels_decode),
-    },
+    | {"decode-512: decode, a token": ("decode-512", partial(_torch_decode, **_ON_GPU))},
 }
 """By command and name: the workload at which a case runs if none is chosen, and what makes it ready."""
 

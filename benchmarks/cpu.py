@@ -20,7 +20,7 @@ from torch import Tensor
 
 from benchmarks import baselines, compare, measure, report
 from benchmarks.internals import torch_select
-from benchmarks.measure import Summary, summarize
+from benchmarks.measure import Summary, ratio, summarize
 from benchmarks.report import Claim, Table, mebibytes, milliseconds
 from benchmarks.steps import TorchSteps
 from benchmarks.worker import Worker
@@ -128,10 +128,13 @@ class Results:
         """The workload that the bounds on ratios are stated for: step-512, or the last where it was not run."""
         return next((workload for workload in self.workloads if workload.name == "step-512"), self.workloads[-1])
 
+    def of(self, workload: Workload, contestant: str, part: str) -> list[float]:
+        """Seconds by round of a part: "total", "scoring" or "rest"."""
+        return [getattr(sample, part) for sample in self.samples[workload.name, contestant]]
+
     def time_ratio(self, contestant: str, other: str) -> Summary | None:
         """Time of a step over time of another's, round by round."""
-        pairs = zip(self.samples[self.focus.name, contestant], self.samples[self.focus.name, other])
-        return summarize(a.total / b.total for a, b in pairs)
+        return ratio(*(self.of(self.focus, name, "total") for name in (contestant, other)))
 
     def memory_ratio(self, contestant: str, other: str) -> Summary | None:
         """Extra memory over another's."""
@@ -140,16 +143,14 @@ class Results:
 
     def growth(self, contestant: str) -> Summary | None:
         """Everything but scoring at the largest N over the same at the smallest, round by round."""
-        if len(self.workloads) == 1:
-            return None
-        pairs = zip(*(self.samples[self.workloads[end].name, contestant] for end in (-1, 0)))
-        return summarize(a.rest / b.rest for a, b in pairs)
+        ends = self.workloads[-1], self.workloads[0]
+        return ratio(*(self.of(workload, contestant, "rest") for workload in ends)) if len(self.workloads) > 1 else None
 
     def cell(self, workload: Workload, name: str, part: str) -> str:
         """A number of a table: "total", "scoring" or "rest" in ms, or "memory" in MiB."""
         if part == "memory":
             return mebibytes(self.memory.get((workload.name, name)))
-        return milliseconds(summarize(getattr(sample, part) for sample in self.samples[workload.name, name]))
+        return milliseconds(summarize(self.of(workload, name, part)))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from benchmarks import compare, internals, keras_layer, measure, report
-from benchmarks.measure import summarize
+from benchmarks.measure import ratio, summarize
 from benchmarks.report import Claim, Table, milliseconds
 from benchmarks.steps import TorchSteps
 from benchmarks.workloads import WORKLOADS, Inputs, Workload, by_size, make_inputs, make_memory
@@ -151,23 +151,25 @@ def _require_agreement(received: np.ndarray, expected: np.ndarray) -> None:
 
 
 def _claims(workloads: list[Workload], samples: Samples, options: argparse.Namespace) -> list[Claim]:
-    def ratio(workload: Workload, step: str) -> Claim:
-        pairs = zip(samples[workload.name, f"jax {step}"], samples[workload.name, f"torch {step}"])
-        bound = options.time if workload.name == "step-512" and options.device == "cpu" else None
-        return Claim(f"{workload.name}, {step}: jax / torch", summarize(a / b for a, b in pairs), at_most=bound)
+    def rest(workload: Workload, step: str) -> list[float]:
+        return [a - b for a, b in zip(samples[workload.name, f"jax {step}"], samples[workload.name, "jax scoring"])]
 
-    def growth(step: str) -> Claim:
-        small, large = (
-            [a - b for a, b in zip(samples[w.name, f"jax {step}"], samples[w.name, "jax scoring"])]
-            for w in (workloads[0], workloads[-1])
-        )
-        sizes = " / ".join(f"N={w.config.num_subkeys}²" for w in (workloads[-1], workloads[0]))
-        text = f"everything but scoring, jax, {step}: {sizes}"
-        return Claim(text, summarize(a / b for a, b in zip(large, small)), at_most=options.growth)
-
-    ratios = [ratio(workload, step) for workload in workloads for step in _STEPS]
-    grown = len({workload.config.num_subkeys for workload in workloads}) > 1
-    return ratios + ([growth(step) for step in _STEPS] if grown else [])
+    claims = []
+    for workload in workloads:
+        for step in _STEPS:
+            measured = ratio(*(samples[workload.name, f"{name} {step}"] for name in ("jax", "torch")))
+            bound = options.time if workload.name == "step-512" and options.device == "cpu" else None
+            claims.append(Claim(f"{workload.name}, {step}: jax / torch", measured, at_most=bound))
+    small, large = workloads[0], workloads[-1]
+    sizes = " / ".join(f"N={workload.config.num_subkeys}²" for workload in (large, small))
+    if len({workload.config.num_subkeys for workload in workloads}) > 1:
+        for step in _STEPS:
+            text, measured = (
+                f"everything but scoring, jax, {step}: {sizes}",
+                ratio(rest(large, step), rest(small, step)),
+            )
+            claims.append(Claim(text, measured, at_most=options.growth))
+    return claims
 
 
 def _table(workload: Workload, samples: Samples) -> Table:

@@ -97,9 +97,7 @@ def _ms(seconds: Summary | None) -> str:
 def tables(results: Results, claims: Sequence[Claim]) -> list[Table]:
     """Everything that was found."""
     made = [agreement_table(results.checks)] if results.checks else []
-    names = [name for name, found in results.timings.items() if isinstance(found, Speed)]
-    if names:
-        made += [times_table(results, names), floors_table(results, names), memory_table(results, names)]
+    made += workload_tables(results)
     profiled = [name for name in PROFILED if results.kernels(name, "train")]
     made += [_kernels_table(results, profiled)] if profiled else []
     for name, found in results.timings.items():
@@ -128,47 +126,38 @@ def agreement_table(outcomes: Sequence[Outcome]) -> Table:
     return Table("Agreement", ("what", "cases", "quantities", "nearest to its bound", "verdict"), rows)
 
 
-def times_table(results: Results, names: Sequence[str]) -> Table:
-    """Times of the kernels, of the same captured, of eager, and of attention."""
-    rows: list[tuple[str, ...]] = []
-    for name in names:
-        workload = WORKLOADS[name]
-        attention = f"attention: B={workload.batch} T={workload.length}"
-        tasks = [*((name, kind) for kind in ("", "captured ", "eager ")), (attention, "")]
-        cells = (_ms(results.seconds(task, kind + step)) for task, kind in tasks for step in STEPS)
-        rows.append((_title(name), *cells))
-    kinds = ("", "captured ", "eager ", "attention ")
-    return Table("Time", ("time, ms", *(kind + text for kind in kinds for text in _TEXTS.values())), rows)
-
-
-def floors_table(results: Results, names: Sequence[str]) -> Table:
-    """Times against the traffic floor: the least bytes at the speed of a copy."""
+def workload_tables(results: Results) -> list[Table]:
+    """Of every workload that was timed: times, times against the traffic floor, and peaks of memory."""
     bandwidth = results.timings.get("copy bandwidth")
-    rows: list[tuple[str, ...]] = []
-    for name in names:
-        cells: list[str] = []
-        for step in STEPS:
-            least, seconds = getattr(results.timings[name].least_bytes, step), results.seconds(name, step)
-            floor = least / bandwidth if bandwidth else None
-            cells.append(f"{least / 1e9:.3g}")
-            cells.append(_FORM.format(1e3 * floor) if floor else "-")
-            cells.append(_FORM.format(seconds.median / floor) if seconds and floor else "-")
-        rows.append((_title(name), *cells))
-    columns = ("against the traffic floor", "forward: least GB", "floor, ms", "time / floor")
-    columns += ("with backward: least GB", "floor, ms", "time / floor")
+    times, floors, memory = [], [], []
+    for name, speed in results.timings.items():
+        if not isinstance(speed, Speed):
+            continue
+        workload, title = WORKLOADS[name], _title(name)
+        attention = f"attention: B={workload.batch} T={workload.length}"
+        tasks = (name, ""), (name, "captured "), (name, "eager "), (attention, "")
+        times.append((title, *(_ms(results.seconds(task, kind + step)) for task, kind in tasks for step in STEPS)))
+        floors.append((title, *(cell for step in STEPS for cell in _floor(results, name, step, bandwidth))))
+        sizes = (speed.extra_bytes.get(kind + step) for kind in ("", "eager ") for step in STEPS)
+        memory.append((title, *("-" if size is None else f"{size / 2**30:.2f}" for size in sizes)))
+    columns = [kind + text for kind in ("", "captured ", "eager ", "attention ") for text in _TEXTS.values()]
     copy = f"{bandwidth / 1e12:.2f} TB/s" if bandwidth else "not measured"
-    return Table(f"Traffic; a device copy reads and writes {copy}", columns, rows)
+    least = ("forward: least GB", "floor, ms", "time / floor", "with backward: least GB", "floor, ms", "time / floor")
+    peaks = (name for name in columns if not name.startswith(("captured", "attention")))
+    made = [
+        Table("Time", ("time, ms", *columns), times),
+        Table(f"Traffic; a device copy reads and writes {copy}", ("against the traffic floor", *least), floors),
+        Table("Memory", ("peak GiB beyond inputs, outputs, tables", *peaks), memory),
+    ]
+    return made if times else []
 
 
-def memory_table(results: Results, names: Sequence[str]) -> Table:
-    """Peaks of memory."""
-    kinds = ("", "eager ")
-    rows = []
-    for name in names:
-        sizes = (results.timings[name].extra_bytes.get(kind + step) for kind in kinds for step in STEPS)
-        rows.append((_title(name), *("-" if size is None else f"{size / 2**30:.2f}" for size in sizes)))
-    columns = (kind + text for kind in kinds for text in _TEXTS.values())
-    return Table("Memory", ("peak GiB beyond inputs, outputs, tables", *columns), rows)
+def _floor(results: Results, name: str, step: str, bandwidth: float | None) -> tuple[str, str, str]:
+    """The least GB, the ms that they take at the speed of a copy, and the time as a multiple of that."""
+    least, seconds = getattr(results.timings[name].least_bytes, step), results.seconds(name, step)
+    if not bandwidth or not seconds:
+        return f"{least / 1e9:.3g}", "-", "-"
+    return f"{least / 1e9:.3g}", f"{1e3 * least / bandwidth:.3g}", f"{seconds.median * bandwidth / least:.3g}"
 
 
 def _kernels_table(results: Results, names: Sequence[str]) -> Table:

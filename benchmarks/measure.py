@@ -44,6 +44,11 @@ def summarize(samples: Iterable[float]) -> Summary | None:
     return Summary(median, low, high, len(array))
 
 
+def ratio(samples: Iterable[float], others: Iterable[float]) -> Summary | None:
+    """Of samples over others, pair by pair."""
+    return summarize(a / b for a, b in zip(samples, others))
+
+
 def median_interval(samples: Sequence[float], confidence: float = 0.95) -> Summary:
     """The median and an interval that holds the true one, whatever the distribution: two order statistics.
 
