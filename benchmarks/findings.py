@@ -1,9 +1,26 @@
-"""What a check of agreement found."""
+"""What a check of agreement found, and how results are compared: to a bound, or to the last bit."""
 
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+import contextlib
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+from unittest import mock
 
-import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.internals import poisoned_workspaces
+
+_BLOCK = 2**26
+"""Numbers that are compared in float64 at a time."""
+_ALLOCATORS = (
+    (torch, "empty"),
+    (torch, "empty_like"),
+    (torch, "empty_strided"),
+    (torch.Tensor, "new_empty"),
+    (torch.Tensor, "new_empty_strided"),
+)
 
 
 class Finding(NamedTuple):
@@ -19,11 +36,11 @@ class Finding(NamedTuple):
         return self.error <= self.bound
 
     @property
-    def share(self) -> float:
-        """The error in bounds; of what must be equal, 0 or infinite."""
+    def severity(self) -> float:
+        """The error as a multiple of its bound; of what must be equal, 0 or infinite."""
         if self.bound == 0:
-            return 0.0 if self.agrees else float("inf")
-        return float("inf") if np.isnan(self.error) else self.error / self.bound
+            return 0.0 if self.agrees else math.inf
+        return math.inf if math.isnan(self.error) else self.error / self.bound
 
     def __str__(self) -> str:
         """One line."""
@@ -45,18 +62,94 @@ class Report(NamedTuple):
         """Whether there is anything, and all of it agrees."""
         return bool(self.findings) and all(finding.agrees for finding in self.findings)
 
-    @property
-    def worst(self) -> Finding | None:
-        """The finding nearest to its bound, or farthest beyond it."""
-        return max(self.findings, key=lambda finding: finding.share, default=None)
+
+def worst(findings: Iterable[Finding]) -> Finding | None:
+    """The finding nearest to its bound, or farthest beyond it."""
+    return max(findings, key=lambda finding: finding.severity, default=None)
 
 
 def equal(what: str, same: bool) -> Finding:
     """Of something that is equal or not."""
-    return Finding(what, 0.0 if same else float("inf"), 0.0)
+    return Finding(what, 0.0 if same else math.inf, 0.0)
 
 
-def same_bits(actual: Iterable[np.ndarray], expected: Iterable[np.ndarray]) -> bool:
-    """Whether arrays are equal to the last bit, NaN included."""
-    pairs = list(zip(actual, expected, strict=True))
-    return all(a.shape == b.shape and a.dtype == b.dtype and a.tobytes() == b.tobytes() for a, b in pairs)
+def error(actual: Tensor, expected: Tensor) -> float:
+    """:func:`fwpkm.agreement.relative_error` on the device; infinite where anything is not finite."""
+    if actual.shape != expected.shape:
+        return math.inf
+    off = size = 0.0
+    for a, b in zip(actual.reshape(-1).split(_BLOCK), expected.reshape(-1).split(_BLOCK)):
+        off += float((a.double() - b.double()).square().sum())
+        size += float(b.double().square().sum())
+    if not (math.isfinite(off) and math.isfinite(size)):
+        return math.inf
+    return math.sqrt(off) if size < 1e-12 else math.sqrt(off / size)
+
+
+def tensors(tree: Any) -> Iterator[Tensor]:
+    """All that is in dicts and tuples of tensors and arrays."""
+    if isinstance(tree, dict):
+        tree = tuple(tree.values())
+    if isinstance(tree, tuple):
+        for part in tree:
+            yield from tensors(part)
+    elif tree is not None:
+        yield torch.as_tensor(tree)
+
+
+def same_bits(actual: Any, expected: Any) -> bool:
+    """Whether two results are equal to the last bit, NaN included."""
+    pairs = list(zip(tensors(actual), tensors(expected), strict=True))
+    return all(a.dtype == b.dtype and torch.equal(bits(a), bits(b)) for a, b in pairs)
+
+
+def digest(tree: Any) -> str:
+    """A sha256 of the bits of a result."""
+    total = hashlib.sha256()
+    for x in tensors(tree):
+        total.update(bits(x).reshape(-1).cpu().numpy())
+    return total.hexdigest()
+
+
+def differing_rows(actual: Tensor, expected: Tensor) -> Tensor:
+    """``[rows]`` bool: rows of ``[rows, D]`` with other bits."""
+    size = max(1, _BLOCK // actual.shape[1])
+    parts = zip(bits(actual).split(size), bits(expected).split(size))
+    return torch.cat([(a != b).any(1) for a, b in parts])
+
+
+def bits(x: Tensor) -> Tensor:
+    """A view in which NaN equal themselves."""
+    sizes = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return x.detach().contiguous().view(sizes[x.element_size()])
+
+
+def twice(compute: Callable[[], Any]) -> tuple[Any, Finding]:
+    """A result computed in poisoned memory, and whether it comes out with the same bits again."""
+    with poisoned():
+        first, second = compute(), compute()
+    return first, equal("the same bits twice", same_bits(first, second))
+
+
+@contextlib.contextmanager
+def poisoned() -> Iterator[None]:
+    """Within the block new tensors hold NaN, True, or the largest integer of their dtype, which is no valid index."""
+    with contextlib.ExitStack() as stack:
+        for owner, name in _ALLOCATORS:
+            stack.enter_context(mock.patch.object(owner, name, _filled(getattr(owner, name))))
+        stack.enter_context(poisoned_workspaces(_poison))
+        yield
+
+
+def _filled(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def fill(*args: Any, **kwargs: Any) -> Tensor:
+        tensor = allocate(*args, **kwargs)
+        return tensor.detach().fill_(_poison(tensor.dtype)).requires_grad_(tensor.requires_grad)
+
+    return fill
+
+
+def _poison(dtype: torch.dtype) -> Any:
+    if dtype.is_floating_point or dtype.is_complex:
+        return float("nan")
+    return True if dtype == torch.bool else torch.iinfo(dtype).max

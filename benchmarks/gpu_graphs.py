@@ -1,36 +1,32 @@
 """What training and decoding loops rely on: the same bits everywhere, no waiting, CUDA graphs, ``torch.compile``."""
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks import gpu_shapes
-from benchmarks.data import Inputs, make_inputs
-from benchmarks.findings import Finding, Report, equal
-from benchmarks.gpu_backend import DEVICE
-from benchmarks.workloads import Workload
+from benchmarks.findings import Finding, Report, digest, equal, error, same_bits
+from benchmarks.gpu_agreement import compute, draw_memory, untied_inputs
+from benchmarks.measure import DEVICE
+from benchmarks.steps import Decoder, capture
+from benchmarks.workloads import Inputs, Workload, make_inputs
+from fwpkm import FwPKMConfig, Memory
 from fwpkm.agreement import BOUNDS, comparable_tokens
 from fwpkm.backends import torch as be
-from fwpkm.config import FwPKMConfig
-from fwpkm.containers import Memory, State
-
-_WARM_UP = 3
 
 
 def repeatable(workload: Workload, dtype: str, seed: int, runs: int = 20) -> Report:
     """The same bits in every run of a training step; the digest is to be compared with another process's."""
-    inputs = make_inputs(workload, seed=seed, device=DEVICE, dtype=getattr(torch, dtype))
-    first = gpu_shapes.go(workload, inputs, "triton", seed)
-    repeated = all(gpu_shapes.same(gpu_shapes.go(workload, inputs, "triton", seed), first) for _ in range(runs - 1))
-    parts = [first.output, *first.memory, *first.gradients]
+    inputs = make_inputs(workload, seed=seed, device=DEVICE, dtype=dtype)
+    first = compute(workload, inputs, "triton", seed)
+    repeated = all(same_bits(compute(workload, inputs, "triton", seed), first) for _ in range(runs - 1))
+    parts = (first.output, *first.memory, *first.gradients)
     finite = all(bool(x.isfinite().all()) for x in parts)
-    digest = gpu_shapes.digest(parts)
+    sha256 = digest(parts)
     findings = [equal(f"bits over {runs} runs", repeated), equal("outputs, tables and gradients finite", finite)]
-    return Report(findings, [f"sha256 of outputs, tables and gradients: {digest}"], digest)
+    return Report(findings, [f"sha256 of outputs, tables and gradients: {sha256}"], sha256)
 
 
 def unsynchronized(workload: Workload, dtype: str, seed: int) -> Report:
@@ -40,7 +36,7 @@ def unsynchronized(workload: Workload, dtype: str, seed: int) -> Report:
         RuntimeError: it waited.
     """
     step, _ = _training(workload, dtype, seed)
-    for _ in range(_WARM_UP):
+    for _ in range(3):
         step()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
@@ -53,19 +49,14 @@ def unsynchronized(workload: Workload, dtype: str, seed: int) -> Report:
 
 def captured(workload: Workload, dtype: str, seed: int) -> Report:
     """A training step in a CUDA graph, replayed on other inputs than it was captured with, beside the step itself."""
-    step, given = _training(workload, dtype, seed)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(_WARM_UP):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = step()
+    step, inputs = _training(workload, dtype, seed)
+    graph, results = capture(step)
     findings = []
     for number in (1, 2):
-        _refill(given, make_inputs(workload, seed=seed + number, device=DEVICE, dtype=getattr(torch, dtype)))
+        others = make_inputs(workload, seed=seed + number, device=DEVICE, dtype=dtype)
+        with torch.no_grad():
+            for x, y in zip(inputs, others, strict=True):
+                x.copy_(y)
         graph.replay()
         torch.cuda.synchronize()
         replayed = [x.detach().clone() for x in results]
@@ -76,123 +67,56 @@ def captured(workload: Workload, dtype: str, seed: int) -> Report:
 
 def _training(workload: Workload, dtype: str, seed: int) -> tuple[Callable[[], tuple[Tensor, ...]], Inputs]:
     """A step that starts from one state and leaves it, and the inputs that it reads."""
-    given = make_inputs(workload, seed=seed, device=DEVICE, dtype=getattr(torch, dtype))
-    state = be.init_state(workload.config, gpu_shapes.draw_memory(workload, seed), batch_size=workload.batch)
+    inputs = make_inputs(workload, seed=seed, device=DEVICE, dtype=dtype)
+    state = be.init_state(workload.config, draw_memory(workload, seed), batch_size=workload.batch)
 
     def step() -> tuple[Tensor, ...]:
-        output, after, _ = be.apply(workload.config, state, *given[:3], implementation="triton")
-        return output, *after.memory, *torch.autograd.grad(output, given[:3], given.cotangent)
+        output, after, _ = be.apply(workload.config, state, *inputs.tokens, implementation="triton")
+        return output, *after.memory, *torch.autograd.grad(output, inputs.tokens, inputs.cotangent)
 
-    return step, given
-
-
-@torch.no_grad()
-def _refill(given: Inputs, fresh: Inputs) -> None:
-    for x, y in zip(given, fresh, strict=True):
-        x.copy_(y)
+    return step, inputs
 
 
 def decoded(workload: Workload, dtype: str, seed: int) -> Report:
     """Every token of a workload by one captured ``decode``, replayed, beside the eager backend token by token."""
-    cfg, batch, length = workload.config, workload.batch, workload.length
-    *given, _ = (x.detach() for x in gpu_shapes.untied_inputs(workload, dtype, seed))
-    state = be.init_state(cfg, gpu_shapes.draw_memory(workload, seed), batch_size=batch)
-    decoder = Decoder(cfg, state, given)
+    cfg, length = workload.config, workload.length
+    tokens = [x.detach() for x in untied_inputs(workload, dtype, seed).tokens]
+    state = be.init_state(cfg, draw_memory(workload, seed), batch_size=workload.batch)
+    decoder = Decoder(cfg, state, tokens)
     outputs = torch.cat([decoder(t).clone() for t in range(length)], dim=1)
     expected, after = [], state
     with torch.no_grad():
         for t in range(length):
-            token = [x[:, t : t + 1].float() for x in given]
+            token: Any = [x[:, t : t + 1].float() for x in tokens]
             output, after, _ = be.apply(cfg, after, *token, inplace=True, implementation="eager")
             expected.append(output)
     low, full = BOUNDS[dtype].forward, BOUNDS["float32"].forward
-    findings = [Finding("output", gpu_shapes.error(outputs, torch.cat(expected, dim=1)), low)]
-    for name in Memory._fields:
-        tables = (getattr(x.memory, name) for x in (decoder.state, after))
-        findings.append(Finding(name, gpu_shapes.error(*tables), full))
-    for name in State._fields[1:4]:
-        findings.append(Finding(name, gpu_shapes.error(getattr(decoder.state, name), getattr(after, name)), full))
-    for name in State._fields[4:]:
-        findings.append(equal(name, torch.equal(getattr(decoder.state, name).cpu(), getattr(after, name).cpu())))
+    findings = [Finding("output", error(outputs, torch.cat(expected, dim=1)), low)]
+    fields = {**after.memory._asdict(), **after.pending._asdict(), "position": after.position}
+    received = {**decoder.state.memory._asdict(), **decoder.state.pending._asdict(), "position": decoder.state.position}
+    for name, x in fields.items():
+        exact, y = not x.is_floating_point(), received[name]
+        findings.append(equal(name, torch.equal(y.cpu(), x.cpu())) if exact else Finding(name, error(y, x), full))
     return Report(findings, [f"{length} tokens, {length // cfg.chunk_size} writes"])
-
-
-class Decoder:
-    """One ``decode`` of static buffers, captured in a CUDA graph where there is a GPU."""
-
-    def __init__(self, cfg: FwPKMConfig, state: State, given: list[Tensor]) -> None:
-        """Capture at the state, which is left as it was; ``given`` holds query, value and gate of tokens to come."""
-        batch = given[0].shape[0]
-        widths = [x.shape[2] if x.ndim == 3 else 1 for x in given]
-        # One row a token, so that one copy brings the next.
-        self.tokens = torch.cat([x.reshape(*x.shape[:2], -1) for x in given], dim=2).transpose(0, 1).contiguous()
-        self.buffer = self.tokens[0].clone()
-        query, value, gate = (x.view(batch, 1, -1) for x in self.buffer.split(widths, dim=1))
-        self.token = (query, value, gate[..., 0])
-        self.state, self.graph = be.start_decoding(state), None
-        if DEVICE == "cuda":
-            self._capture(cfg)
-        else:
-            self.output = None
-        self.step = self.graph.replay if self.graph else lambda: self._eager(cfg)
-
-    def __call__(self, t: int) -> Tensor:
-        """The output ``[B, 1, Dv]`` of token t, which must be the next; valid until the next call."""
-        self.buffer.copy_(self.tokens[t % len(self.tokens)])
-        self.step()
-        return self.output
-
-    @torch.no_grad()
-    def _eager(self, cfg: FwPKMConfig) -> None:
-        self.output = be.decode(cfg, self.state, *self.token)
-
-    @torch.no_grad()
-    def _capture(self, cfg: FwPKMConfig) -> None:
-        before = _copies(self.state)
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(_WARM_UP):
-                self._eager(cfg)
-        torch.cuda.current_stream().wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self._eager(cfg)
-        for x, y in zip(_flat(self.state), before, strict=True):  # forget the tokens that warmed up
-            x.copy_(y)
-        torch.cuda.synchronize()
-
-
-def _flat(state: State) -> list[Tensor]:
-    return [*state.memory, *state[1:]]
-
-
-def _copies(state: State) -> list[Tensor]:
-    return [x.clone() for x in _flat(state)]
 
 
 def compiled(seed: int) -> Report:
     """The layer under ``torch.compile(fullgraph=True)``: outputs, tables and gradients as without it."""
     cfg = FwPKMConfig(key_dim=64, value_dim=64, num_subkeys=16, top_k=4, chunk_size=16)
     layer, x = _untied_layer(cfg, seed)
-    findings = []
-    with _one_thread():
-        fast = torch.compile(layer, fullgraph=True, backend="inductor" if DEVICE == "cuda" else "eager")
-        results = [_through(module, layer, x) for module in (fast, layer)]
+    fast = torch.compile(layer, fullgraph=True, backend="inductor" if DEVICE == "cuda" else "eager")
+    received, expected = (_through(module, layer, x) for module in (fast, layer))
     full = BOUNDS["float32"]
-    for (name, a), (_, b) in zip(*results, strict=True):
-        bound = full.gradient if name.startswith("grad") else full.forward
-        findings.append(Finding(name, gpu_shapes.error(a, b), bound))
-    return Report(findings)
+    bounds = {name: full.gradient if name.startswith("grad") else full.forward for name in expected}
+    return Report([Finding(name, error(received[name], y), bounds[name]) for name, y in expected.items()])
 
 
-def _through(module: Any, layer: Any, x: Tensor) -> list[tuple[str, Tensor]]:
+def _through(module: Any, layer: Any, x: Tensor) -> dict[str, Tensor]:
     layer.zero_grad()
     y, state = module(x)
     (y.square().sum() + state.memory.values.square().sum()).backward()
-    tables = [(name, table.detach()) for name, table in state.memory._asdict().items()]
-    gradients = [(f"grad {name}", p.grad) for name, p in layer.named_parameters() if p.grad is not None]
-    return [("output", y.detach()), *tables, *gradients]
+    gradients = {f"grad {name}": p.grad for name, p in layer.named_parameters() if p.grad is not None}
+    return {"output": y.detach(), **{k: table.detach() for k, table in state.memory._asdict().items()}, **gradients}
 
 
 def _untied_layer(cfg: FwPKMConfig, seed: int, batch: int = 2, length: int = 40) -> tuple[Any, Tensor]:
@@ -209,15 +133,3 @@ def _untied_layer(cfg: FwPKMConfig, seed: int, batch: int = 2, length: int = 40)
         if comparable_tokens(cfg, memory, query, value, gap=1e-4) == length:
             return layer, x
     raise RuntimeError("no layer without a tie in 50 draws")
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """Inductor compiles in this process: it is one of many."""
-    import torch._inductor.config as inductor
-
-    before, inductor.compile_threads = inductor.compile_threads, 1
-    try:
-        yield
-    finally:
-        inductor.compile_threads = before

@@ -1,21 +1,26 @@
-"""Times, memory and traffic of single workloads on a GPU that nothing else uses meanwhile."""
+"""Times, memory and traffic of single workloads on a GPU that nothing else uses meanwhile.
+
+The traffic floor: every byte that must be read or written, once. A kernel cannot be faster than these bytes at the
+speed of a plain copy. What is small beside them (keys, slots, weights, losses) is left out, and so are second reads of
+what no cache could hold.
+"""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from benchmarks import measure, traffic
-from benchmarks.data import Inputs, make_inputs, make_memory
-from benchmarks.gpu_backend import DEVICE
-from benchmarks.gpu_graphs import Decoder
-from benchmarks.traffic import Traffic
-from benchmarks.workloads import Workload
+from benchmarks import measure
+from benchmarks.measure import DEVICE
+from benchmarks.steps import Decoder, TorchSteps, capture
+from benchmarks.workloads import Inputs, Workload, make_inputs, make_memory
 from fwpkm.backends import torch as be
 
-SAMPLES = 20
+STEPS = ("forward", "train")
+_SAMPLES = 20
 _LONG, _FEW = 65536, 8
 """Calls of so many tokens are sampled less often."""
 _EAGER_TOO = ("read-32k-512",)
@@ -23,71 +28,59 @@ _EAGER_TOO = ("read-32k-512",)
 _SETS = 3
 """Sets of inputs that are read in turn, so that none stays in the cache."""
 _HEADS = 8
-SCORING = ("select_kernel", "rank_kernel", "combine_kernel")
-"""The kernels that score."""
+_TABLE_ITEM = 4  # bytes of a float32
+Seconds = dict[str, list[float]]
+
+
+class Traffic(NamedTuple):
+    """The least bytes of one call."""
+
+    forward: int
+    train: int
+    """Of forward and backward."""
 
 
 class Speed(NamedTuple):
     """What one workload gave."""
 
-    seconds: dict[str, list[float]]
+    seconds: Seconds
     """By step: "forward", "train"; the same "captured", replayed from a CUDA graph, and of the "eager" backend."""
     extra_bytes: dict[str, int | None]
-    """Likewise: the peak beyond inputs, outputs and tables."""
+    """By step, without captured ones: the peak beyond inputs, outputs and tables."""
     least_bytes: Traffic
 
 
-class _Side:
-    """One implementation at one workload, rewriting its tables in place."""
-
-    def __init__(self, workload: Workload, implementation: str) -> None:
-        self.config, self.options = workload.config, {"inplace": True, "implementation": implementation}
-        memory = make_memory(workload, device=DEVICE)
-        self.state = be.init_state(workload.config, memory, batch_size=workload.batch)
-        self.slots: Tensor | None = None
-
-    @torch.no_grad()
-    def forward(self, inputs: Inputs) -> tuple[Tensor, ...]:
-        output, self.state, trace = be.apply(self.config, self.state, *inputs[:3], **self.options)
-        self.slots = trace.slots
-        return (output,)
-
-    def train(self, inputs: Inputs) -> tuple[Tensor, ...]:
-        output, state, _ = be.apply(self.config, self.state, *inputs[:3], **self.options)
-        gradients = torch.autograd.grad(output, inputs[:3], inputs.cotangent)
-        self.state = be.detach(state)
-        return output, *gradients
-
-    def steps(self) -> dict[str, Callable[[Inputs], tuple[Tensor, ...]]]:
-        return {"forward": self.forward, "train": self.train}
-
-
-def speed(workload: Workload, dtype: str, samples: int = SAMPLES) -> Speed:
+def speed(workload: Workload, dtype: str, samples: int = _SAMPLES) -> Speed:
     """The kernels, and the eager backend where it does not take too long.
 
     Raises:
         RuntimeError: an output is not finite.
     """
-    sets = _inputs(workload, dtype)
-    side = _Side(workload, "triton")
-    seconds, extra = {}, {}
-    for step, function in side.steps().items():
+    sets, short = _inputs(workload, dtype), workload.chunks <= 8
+    steps = TorchSteps(workload, DEVICE, implementation="triton")
+    seconds: Seconds = {}
+    extra = {}
+    for step in STEPS:
+        function = getattr(steps, step)
         function(sets[0])
         extra[step] = _extra_bytes(function, sets[1])
         seconds[step] = _sample(function, sets, min(samples, _FEW) if workload.length >= _LONG else samples)
-        if workload.chunks <= 8 and DEVICE == "cuda":
-            seconds[f"captured {step}"] = _captured(function, sets[0], samples)
+        if short and DEVICE == "cuda":  # what is left of the time where the host need not launch anything
+            graph, results = capture(partial(function, sets[0]))
+            graph.replay()
+            seconds[f"captured {step}"] = [measure.device_timed(graph.replay)[0] for _ in range(samples)]
+            del graph, results
     # What the last forward read follows from tables that many calls have written, as in a long sequence.
-    (output,) = side.forward(sets[2])
+    (output,) = steps.forward(sets[2])
     if not output.isfinite().all():
         raise RuntimeError(f"outputs are not finite after many calls at {workload}")
-    least = traffic.floor(workload, side.slots, sets[0].query.element_size())
-    del side
+    least = traffic_floor(workload, steps.slots, sets[0].query.element_size())
+    del steps, function
     measure.free_device_memory()
-    short = workload.chunks <= 8
     if short or workload.name in _EAGER_TOO:
-        slow = _Side(workload, "eager")
-        for step, function in slow.steps().items():
+        slow = TorchSteps(workload, DEVICE, implementation="eager")
+        for step in STEPS:
+            function = getattr(slow, step)
             if short:
                 function(sets[0])
             extra[f"eager {step}"] = _extra_bytes(function, sets[1])
@@ -95,46 +88,60 @@ def speed(workload: Workload, dtype: str, samples: int = SAMPLES) -> Speed:
     return Speed(seconds, extra, least)
 
 
-def _captured(function: Callable[[Inputs], tuple[Tensor, ...]], inputs: Inputs, number: int) -> list[float]:
-    """Seconds of a call in a CUDA graph: what is left of its time where the host need not launch anything."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        function(inputs)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        kept = function(inputs)
-    graph.replay()
-    seconds = [measure.device_timed(lambda _: graph.replay(), None)[0] for _ in range(number)]
-    del kept
-    return seconds
+def traffic_floor(workload: Workload, slots: Tensor, item: int) -> Traffic:
+    """The least bytes of a call whose state began at a chunk's first token, under boundary="drop".
+
+    Forward: queries, values and gates are read and outputs written; each chunk reads the rows that it touches, and
+    writes them if it is complete.
+    With backward: the forward also saves each touched row as it was before its write, and the backward reads it; the
+    gradient of each such row is written once and read once; queries, values, gates and the outputs' gradients are
+    read, the inputs' gradients written.
+
+    Args:
+        workload: the shapes.
+        slots: ``[B, T, H*k]`` what was read (``trace.slots``).
+        item: bytes of a number of the inputs and outputs.
+    """
+    cfg, tokens = workload.config, workload.batch * workload.length
+    inputs = tokens * item * (cfg.num_heads * cfg.key_dim + cfg.value_dim + 1)
+    outputs = tokens * item * cfg.value_dim
+    read, written = (rows * _TABLE_ITEM * cfg.value_dim for rows in touched_rows(workload, slots))
+    forward = inputs + outputs + read + written
+    backward = inputs + outputs + inputs + read + 2 * read
+    return Traffic(forward, forward + read + backward)
 
 
-def attention(batch: int, length: int, width: int, dtype: str) -> dict[str, list[float]]:
+def touched_rows(workload: Workload, slots: Tensor) -> tuple[int, int]:
+    """Distinct table rows of each chunk, summed over the chunks: all of them, and those of complete chunks."""
+    size = workload.config.chunk_size
+    chunks = [(x.unique().numel(), x.shape[1] == size) for x in workload.rows(slots).split(size, dim=1)]
+    return sum(rows for rows, _ in chunks), sum(rows for rows, complete in chunks if complete)
+
+
+def attention(batch: int, length: int, width: int, dtype: str) -> Seconds:
     """Seconds of causal attention of 8 heads, by step."""
     shape = (batch, _HEADS, length, width // _HEADS)
     drawn = [torch.randn(4, *shape, device=DEVICE).to(getattr(torch, dtype)) for _ in range(_SETS)]
-    sets = [(*(x.requires_grad_() for x in parts[:3].clone()), parts[3]) for parts in drawn]
+    sets: list[Any] = [(*(x.clone().requires_grad_() for x in parts[:3]), parts[3]) for parts in drawn]
+    number = _FEW if length >= _LONG else _SAMPLES
 
     @torch.no_grad()
-    def forward(inputs: Sequence[Tensor]) -> Any:
+    def forward(inputs: Any) -> Any:
         return F.scaled_dot_product_attention(*inputs[:3], is_causal=True)
 
-    def train(inputs: Sequence[Tensor]) -> Any:
+    def train(inputs: Any) -> Any:
         output = F.scaled_dot_product_attention(*inputs[:3], is_causal=True)
         return output, torch.autograd.grad(output, inputs[:3], inputs[3])
 
-    number = _FEW if length >= _LONG else SAMPLES
     return {"forward": _warm(forward, sets, number), "train": _warm(train, sets, number)}
 
 
-def fresh_state(workload: Workload, dtype: str) -> list[float]:
+def initial_state(workload: Workload, dtype: str) -> Seconds:
     """Seconds of the copies of one initial memory that a call without a state begins with; for inputs of any dtype."""
     one = make_memory(workload, device=DEVICE)
     one = type(one)(*(table[:1].clone() for table in one))
     measure.free_device_memory()
-    return _warm(lambda _: be.init_state(workload.config, one, batch_size=workload.batch), [None], SAMPLES)
+    return {"copy": _warm(lambda _: be.init_state(workload.config, one, workload.batch), [None], _SAMPLES)}
 
 
 def kernels(workload: Workload, dtype: str, calls: int = 5) -> dict[str, dict[str, float]]:
@@ -142,8 +149,9 @@ def kernels(workload: Workload, dtype: str, calls: int = 5) -> dict[str, dict[st
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
-    sets, side, found = _inputs(workload, dtype), _Side(workload, "triton"), {}
-    for step, function in side.steps().items():
+    sets, steps, found = _inputs(workload, dtype), TorchSteps(workload, DEVICE, implementation="triton"), {}
+    for step in STEPS:
+        function = getattr(steps, step)
         for inputs in sets:
             function(inputs)
         torch.cuda.synchronize()
@@ -156,58 +164,34 @@ def kernels(workload: Workload, dtype: str, calls: int = 5) -> dict[str, dict[st
     return found
 
 
-def decoding(workload: Workload, dtype: str) -> dict[str, list[float]]:
+def decoding(workload: Workload, dtype: str) -> Seconds:
     """Seconds a token at B sequences, averaged over whole chunks with their writes.
 
     "graph": a captured ``decode``, replayed after a copy of the next token into its buffers. "graph, one token":
     replayed alone, so that all tokens are the same. "triton" and "eager": ``apply`` of one token, without a graph.
     """
-    cfg = workload.config
-    chunk = cfg.chunk_size
+    cfg, chunk = workload.config, workload.config.chunk_size
     stream = Workload("stream", cfg, workload.batch, 2 * chunk)
-    given = [x.detach() for x in make_inputs(stream, seed=1, device=DEVICE, dtype=getattr(torch, dtype))[:3]]
+    tokens = [x.detach() for x in make_inputs(stream, seed=1, device=DEVICE, dtype=dtype).tokens]
     state = be.init_state(cfg, make_memory(workload, device=DEVICE), batch_size=workload.batch)
-    decoder = Decoder(cfg, state, given)
+    decoder = Decoder(cfg, state, tokens)
 
-    def replay(number: int) -> None:
-        for t in range(number):
-            decoder(t)
+    def per_token(run: Callable[[int], Any], number: int, samples: int = 5) -> list[float]:
+        run(number)
+        return [measure.device_timed(run, number)[0] / number for _ in range(samples)]
 
-    def replay_one(number: int) -> None:
-        for _ in range(number):
-            decoder.step()
-
-    found = {"graph": _per_token(replay, 2 * chunk), "graph, one token": _per_token(replay_one, 2 * chunk)}
+    found = {
+        "graph": per_token(lambda number: [decoder(t) for t in range(number)], 2 * chunk),
+        "graph, one token": per_token(lambda number: [decoder.step() for _ in range(number)], 2 * chunk),
+    }
     for implementation in ("triton", "eager"):
-        reader = _Reader(workload, implementation, given)
-        found[implementation] = _per_token(reader, chunk, samples=1)
+        steps = TorchSteps(workload, DEVICE, implementation=implementation)
+        found[implementation] = per_token(partial(steps.by_token, tokens), chunk, samples=1)
     return found
 
 
-class _Reader:
-    """``apply`` token by token."""
-
-    def __init__(self, workload: Workload, implementation: str, given: list[Tensor]) -> None:
-        self.config, self.given = workload.config, given
-        self.options = {"inplace": True, "implementation": implementation}
-        self.state = be.init_state(workload.config, make_memory(workload, device=DEVICE), batch_size=workload.batch)
-
-    @torch.no_grad()
-    def __call__(self, number: int) -> None:
-        for t in range(number):
-            token = [x[:, t : t + 1] for x in self.given]
-            _, self.state, _ = be.apply(self.config, self.state, *token, **self.options)
-
-
-def _per_token(run: Callable[[int], None], number: int, samples: int = 5) -> list[float]:
-    run(number)
-    return [measure.device_timed(run, number)[0] / number for _ in range(samples)]
-
-
 def _inputs(workload: Workload, dtype: str) -> list[Inputs]:
-    return [
-        make_inputs(workload, seed=seed, device=DEVICE, dtype=getattr(torch, dtype)) for seed in range(1, _SETS + 1)
-    ]
+    return [make_inputs(workload, seed=seed, device=DEVICE, dtype=dtype) for seed in range(1, _SETS + 1)]
 
 
 def _warm(function: Callable[[Any], Any], sets: Sequence[Any], number: int) -> list[float]:

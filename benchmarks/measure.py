@@ -3,27 +3,36 @@
 import ctypes
 import gc
 import importlib.metadata
+import math
 import os
+import pathlib
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+"""Where ``python -m benchmarks...`` runs."""
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+"""Where kernels run: without a GPU, in Triton's interpreter, for tests of the benchmarks."""
+
 
 class Summary(NamedTuple):
-    """A median with its spread."""
+    """A median of ``size`` samples, with its spread: quartiles, or an interval of the median."""
 
     median: float
     low: float
-    """The lower quartile."""
     high: float
-    """The upper quartile."""
     size: int
-    """How many samples."""
+
+    def scaled(self, factor: float) -> "Summary":
+        """In another unit."""
+        return Summary(factor * self.median, factor * self.low, factor * self.high, self.size)
 
 
 def summarize(samples: Iterable[float]) -> Summary | None:
@@ -33,6 +42,26 @@ def summarize(samples: Iterable[float]) -> Summary | None:
         return None
     median, low, high = np.percentile(array, (50, 25, 75)).tolist()
     return Summary(median, low, high, len(array))
+
+
+def ratio(samples: Iterable[float], others: Iterable[float]) -> Summary | None:
+    """Of samples over others, pair by pair."""
+    return summarize(a / b for a, b in zip(samples, others))
+
+
+def median_interval(samples: Sequence[float], confidence: float = 0.95) -> Summary:
+    """The median and an interval that holds the true one, whatever the distribution: two order statistics.
+
+    How many of n samples lie below the true median is binomial with p = 1/2. Fewer than six give all samples' range,
+    with less confidence.
+    """
+    array, n = np.sort(np.asarray(samples)), len(samples)
+    below, rank = 1 / 2**n, 0  # P(at most `rank` samples lie below)
+    while below <= (1 - confidence) / 2:
+        rank += 1
+        below += math.comb(n, rank) / 2**n
+    cut = max(0, rank - 1)
+    return Summary(float(np.median(array)), float(array[cut]), float(array[n - 1 - cut]), n)
 
 
 def timed(function: Callable[..., Any], *args: Any) -> tuple[float, Any]:
@@ -49,7 +78,10 @@ def timed(function: Callable[..., Any], *args: Any) -> tuple[float, Any]:
 
 
 def device_timed(function: Callable[..., Any], *args: Any) -> tuple[float, Any]:
-    """The same on a CUDA device, by its own clock: from the call until all that it launched has run."""
+    """Seconds of one call on a CUDA device, by its own clock, until all that it launched has run; and its result.
+
+    Without such a device, by the wall clock.
+    """
     if not torch.cuda.is_available():
         return timed(function, *args)
     before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -119,25 +151,21 @@ def peak_extra_bytes(function: Callable[..., Any], *args: Any) -> int | None:
         ctypes.CDLL(None).malloc_trim(0)
         with open("/proc/self/clear_refs", "w") as file:
             file.write("5")
-        before = _status_bytes("VmRSS")
+        before = _read_bytes("/proc/self/status", "VmRSS")
         result = function(*args)
-        peak = _status_bytes("VmHWM")
+        peak = _read_bytes("/proc/self/status", "VmHWM")
     except (OSError, AttributeError):  # no /proc, no permission, or a C library without malloc_trim
         return None
     del result
     return max(0, peak - before)
 
 
-def available_bytes() -> int | None:
-    """Memory that can be had without swapping, or None where the system does not say (not Linux)."""
+def available_bytes() -> float:
+    """Memory that can be had without swapping; infinite where the system does not say (not Linux)."""
     try:
         return _read_bytes("/proc/meminfo", "MemAvailable")
     except OSError:
-        return None
-
-
-def _status_bytes(field: str) -> int:
-    return _read_bytes("/proc/self/status", field)
+        return math.inf
 
 
 def _read_bytes(path: str, field: str) -> int:

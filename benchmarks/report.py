@@ -1,5 +1,6 @@
-"""From samples to tables, and the judgement of the stated bounds."""
+"""Tables, and the judgement of the stated bounds."""
 
+import argparse
 import dataclasses
 import sys
 from collections.abc import Sequence
@@ -9,55 +10,8 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from benchmarks import measure
-from benchmarks.contestants import CONTESTANTS
-from benchmarks.measure import Summary, summarize
-from benchmarks.workloads import Workload
-
-
-class Sample(NamedTuple):
-    """One timed step, in seconds."""
-
-    total: float
-    scoring: float
-
-    @property
-    def rest(self) -> float:
-        """Everything but scoring."""
-        return self.total - self.scoring
-
-
-@dataclasses.dataclass(frozen=True)
-class Results:
-    """What one run measured. Sample i of every list belongs to round i, so samples can be compared in pairs."""
-
-    workloads: list[Workload]
-    """From the smallest table to the largest."""
-    samples: dict[tuple[str, str], list[Sample]]
-    """By workload and contestant."""
-    memory: dict[tuple[str, str], int | None]
-    """Extra bytes, likewise."""
-
-    @property
-    def focus(self) -> Workload:
-        """The workload that the bounds on ratios are stated for: step-512, or the last where it was not run."""
-        return next((workload for workload in self.workloads if workload.name == "step-512"), self.workloads[-1])
-
-    def time_ratio(self, contestant: str, other: str) -> Summary | None:
-        """Time of a step over time of another's, round by round."""
-        pairs = zip(self.samples[self.focus.name, contestant], self.samples[self.focus.name, other])
-        return summarize(a.total / b.total for a, b in pairs)
-
-    def memory_ratio(self, contestant: str, other: str) -> Summary | None:
-        """Extra memory over another's."""
-        size, reference = (self.memory.get((self.focus.name, name)) for name in (contestant, other))
-        return summarize([size / reference] if size is not None and reference else [])
-
-    def growth(self, contestant: str) -> Summary | None:
-        """Everything but scoring at the largest N over the same at the smallest, round by round."""
-        if len(self.workloads) == 1:
-            return None
-        pairs = zip(*(self.samples[workload.name, contestant] for workload in (self.workloads[-1], self.workloads[0])))
-        return summarize(a.rest / b.rest for a, b in pairs)
+from benchmarks.measure import Summary
+from benchmarks.workloads import WORKLOADS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +47,7 @@ class Claim:
 
     def __str__(self) -> str:
         """One line, for the terminal."""
-        return f"{self.verdict}: {self.text}: {ratio_text(self.measured)}, bound: {self.bound}"
+        return f"{self.verdict}: {self.text}: {spread(self.measured)}, bound: {self.bound}"
 
 
 class Table(NamedTuple):
@@ -108,39 +62,36 @@ class Table(NamedTuple):
         lines = (self.columns, ("---", *("---:" for _ in self.columns[1:])), *self.rows)
         return "\n".join((f"**{self.title}**", "", *(f"| {' | '.join(line)} |" for line in lines)))
 
-
-def steps_table(results: Results, workload: Workload) -> Table:
-    """Time and memory of each contestant at one workload."""
-    columns = ("one training step", "steps", "time, ms", "scoring, ms", "the rest, ms", "extra memory, MiB")
-    rows = []
-    for name, contestant in CONTESTANTS.items():
-        samples = results.samples[workload.name, name]
-        times = (summarize(getattr(sample, part) for sample in samples) for part in ("total", "scoring", "rest"))
-        memory = _mebibytes(results.memory.get((workload.name, name)))
-        rows.append((contestant.what, str(len(samples)), *map(milliseconds, times), memory))
-    return Table(f"{workload.name}: {workload}, value table {_mebibytes(workload.table_bytes)} MiB", columns, rows)
+    def rich(self) -> RichTable:
+        """The table for a terminal."""
+        grid = RichTable(title=self.title, title_justify="left")
+        for number, column in enumerate(self.columns):
+            grid.add_column(column, justify="right" if number else "left")
+        for row in self.rows:
+            grid.add_row(*row)
+        return grid
 
 
-def growth_tables(results: Results) -> list[Table]:
-    """Everything but scoring, scoring, and extra memory, each against N."""
-    columns = ("against N", *(f"{workload.config.num_subkeys}²" for workload in results.workloads))
+def add_options(parser: argparse.ArgumentParser, default: Sequence[str] = ()) -> None:
+    """What the commands share; with default workloads, also a choice of them and a number of rounds."""
+    if default:
+        parser.add_argument(
+            "--workload",
+            nargs="+",
+            choices=WORKLOADS,
+            metavar="NAME",
+            help=f"of {', '.join(WORKLOADS)} (default: {' '.join(default)})",
+        )
+        parser.add_argument("--repeats", type=int, default=7, help="rounds (default: %(default)s)")
+    parser.add_argument("--markdown", action="store_true", help="print the tables in Markdown")
+    parser.add_argument("--check", action="store_true", help="fail where a bound does not hold or was not measured")
+    parser.add_argument("--against", metavar="PATH", help="time this tree beside another commit's, and nothing else")
+    parser.add_argument("--pairs", type=int, default=30, help="of --against, for each case (default: %(default)s)")
 
-    def row(name: str, part: str) -> tuple[str, ...]:
-        if part == "memory":
-            return tuple(_mebibytes(results.memory.get((workload.name, name))) for workload in results.workloads)
-        every = (results.samples[workload.name, name] for workload in results.workloads)
-        return tuple(milliseconds(summarize(getattr(sample, part) for sample in samples)) for samples in every)
 
-    parts = {"rest": "everything but scoring, ms", "scoring": "scoring, ms", "memory": "extra memory, MiB"}
-    return [
-        Table(title, columns, [(contestant.what, *row(name, part)) for name, contestant in CONTESTANTS.items()])
-        for part, title in parts.items()
-    ]
-
-
-def claims_table(title: str, claims: list[Claim], what: str = "ratio") -> Table:
+def claims_table(title: str, claims: Sequence[Claim], what: str = "ratio") -> Table:
     """The ratios, or what else was measured, their bounds and whether they hold."""
-    rows = [(claim.text, ratio_text(claim.measured), claim.bound, claim.verdict) for claim in claims]
+    rows = [(claim.text, spread(claim.measured), claim.bound, claim.verdict) for claim in claims]
     return Table(title, (what, "measured", "bound", "verdict"), rows)
 
 
@@ -148,12 +99,12 @@ def show(legend: Sequence[str], tables: Sequence[Table], *, markdown: bool) -> N
     """Print device, versions, the legend and the tables."""
     lines = [*(f"{key}: {text}" for key, text in measure.environment().items()), *legend]
     if markdown:
-        print("\n".join(f"- {line}" for line in lines), *(table.markdown() for table in tables), sep="\n\n")
+        print("\n".join(f"- {line}" for line in lines), *(table.markdown() for table in tables), sep="\n\n", flush=True)
         return
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
     console.print("\n".join(lines), markup=False)
     for table in tables:
-        console.print(_rich(table))
+        console.print(table.rich())
 
 
 def verdict(claims: Sequence[Claim]) -> int:
@@ -164,31 +115,19 @@ def verdict(claims: Sequence[Claim]) -> int:
     return int(bool(broken))
 
 
-def _rich(table: Table) -> RichTable:
-    grid = RichTable(title=table.title, title_justify="left")
-    for number, column in enumerate(table.columns):
-        grid.add_column(column, justify="right" if number else "left")
-    for row in table.rows:
-        grid.add_row(*row)
-    return grid
-
-
-def ratio_text(ratio: Summary | None) -> str:
-    """A ratio with its quartiles."""
-    return _spread(ratio, "{:.3g}")
+def spread(summary: Summary | None, form: str = "{:.3g}") -> str:
+    """A median with its quartiles."""
+    if summary is None:
+        return "-"
+    median, low, high = (form.format(number) for number in (summary.median, summary.low, summary.high))
+    return f"{median} ({low} to {high})" if summary.size > 1 else median
 
 
 def milliseconds(seconds: Summary | None, form: str = "{:.1f}") -> str:
     """A time with its quartiles."""
-    return _spread(seconds, form, scale=1e3)
+    return spread(seconds and seconds.scaled(1e3), form)
 
 
-def _spread(summary: Summary | None, form: str, scale: float = 1.0) -> str:
-    if summary is None:
-        return "-"
-    median, low, high = (form.format(scale * number) for number in summary[:3])
-    return f"{median} ({low} to {high})" if summary.size > 1 else median
-
-
-def _mebibytes(size: int | None) -> str:
+def mebibytes(size: int | None) -> str:
+    """Bytes in MiB."""
     return "-" if size is None else f"{size / 2**20:.0f}" if size >= 10 * 2**20 else f"{size / 2**20:.1f}"

@@ -3,13 +3,13 @@
 import importlib.metadata
 import json
 
-import benchmarks_folder  # noqa: F401  (makes benchmarks importable)
 import numpy as np
 import pytest
 import torch
+from benchmarks_folder import ROOT
 
-from benchmarks import cpu, data, dense, measure, report, static_pkm
-from benchmarks.workloads import WORKLOADS, Workload
+from benchmarks import baselines, compare, cpu, measure, report
+from benchmarks.workloads import WORKLOADS, Workload, make_inputs, make_memory
 from fwpkm import FwPKMConfig, Memory, get_backend, reference
 from fwpkm.agreement import BOUNDS, relative_error
 
@@ -33,8 +33,8 @@ def cfg(request):
 def draw(cfg, length=13):
     """A small workload in float64: ``memory, query, value, gate, cotangent``."""
     workload = Workload("small", cfg, batch=2, length=length)
-    memory = Memory(*(table.double() for table in data.make_memory(workload)))
-    return memory, *(tensor.detach().double() for tensor in data.make_inputs(workload, seed=1))
+    memory = Memory(*(table.double() for table in make_memory(workload)))
+    return memory, *(tensor.detach().double() for tensor in make_inputs(workload, seed=1))
 
 
 def arrays(tensors):
@@ -48,7 +48,7 @@ def assert_agree(actual, expected, bound):
 
 def test_dense_agrees_with_the_reference(cfg):
     memory, query, value, gate, _ = draw(cfg)
-    output, written = dense.apply(cfg, memory, query, value, gate, flush=True)
+    output, written = baselines.dense(cfg, memory, query, value, gate, flush=True)
 
     state = reference.init_state(cfg, Memory(*arrays(memory)), batch_size=2)
     expected, state, trace = reference.apply(cfg, state, *arrays((query, value, gate)))
@@ -72,22 +72,22 @@ def test_dense_gradients_agree_with_the_torch_backend(cfg):
         output, state, _ = be.apply(cfg, be.init_state(cfg, memory, batch_size=2), *inputs)
         return output, be.flush(cfg, state)[0].memory
 
-    actual = gradients(lambda memory, *inputs: dense.apply(cfg, memory, *inputs, flush=True))
+    actual = gradients(lambda memory, *inputs: baselines.dense(cfg, memory, *inputs, flush=True))
     assert_agree(actual, arrays(gradients(run_torch)), BOUND.gradient)
 
 
 def test_dense_leaves_a_partial_chunk_unwritten():
     cfg = FwPKMConfig(**SMALL)
     memory, query, value, gate, _ = draw(cfg, length=9)
-    whole = dense.apply(cfg, memory, query, value, gate)[1]
-    first = dense.apply(cfg, memory, query[:, :5], value[:, :5], gate[:, :5])[1]
+    whole = baselines.dense(cfg, memory, query, value, gate)[1]
+    first = baselines.dense(cfg, memory, query[:, :5], value[:, :5], gate[:, :5])[1]
     assert_agree(whole, arrays(first), 0.0)
 
 
 @pytest.mark.parametrize("field", [{"boundary": "wait"}, {"memory_scope": "batch"}])
 def test_dense_refuses_what_it_leaves_out(field):
     with pytest.raises(ValueError, match="expected boundary='drop' and memory_scope='sequence'"):
-        dense.apply(FwPKMConfig(**SMALL, **field), *draw(FwPKMConfig(**SMALL))[:4])
+        baselines.dense(FwPKMConfig(**SMALL, **field), *draw(FwPKMConfig(**SMALL))[:4])
 
 
 def test_static_agrees_with_lookups(cfg):
@@ -101,13 +101,13 @@ def test_static_agrees_with_lookups(cfg):
 
 
 def static(cfg, memory, query):
-    return static_pkm.apply(cfg, memory.keys, memory.values.flatten(0, 1), query)
+    return baselines.static(cfg, memory.keys, memory.values.flatten(0, 1), query)
 
 
 def test_static_gradients_of_the_tables_agree_with_lookups(cfg):
     memory, query, *_, cotangent = draw(cfg)
     keys, rows = memory.keys.requires_grad_(), memory.values.flatten(0, 1).requires_grad_()
-    gradients = torch.autograd.grad(static_pkm.apply(cfg, keys, rows, query), (keys, rows), cotangent)
+    gradients = torch.autograd.grad(baselines.static(cfg, keys, rows, query), (keys, rows), cotangent)
     memory = Memory(keys, rows.detach().view_as(memory.values).requires_grad_())
     expected = torch.autograd.grad(get_backend("torch").lookup(cfg, memory, query).output, memory, cotangent)
     assert_agree((gradients[0], gradients[1].to_dense().view_as(expected[1])), arrays(expected), BOUND.gradient)
@@ -130,6 +130,29 @@ def test_extra_memory_counts_new_pages_only():
     touched = np.ones(size, dtype=np.uint8)
     assert size <= measure.peak_extra_bytes(np.ones, size, np.uint8) < 1.25 * size
     assert measure.peak_extra_bytes(touched.fill, 2) < size / 4
+
+
+def test_the_interval_of_a_median_is_one_of_order_statistics():
+    """Of 30 samples the 10th and the 21st: 1 - 2 P(Bin(30, 1/2) <= 9) = 0.957, and without them 0.901."""
+    shuffled = np.random.default_rng(0).permutation(30) + 1.0
+    assert measure.median_interval(shuffled) == (15.5, 10, 21, 30)
+    assert measure.median_interval([3.0, 1.0]) == (2, 1, 3, 2)
+
+
+def test_a_tree_beside_itself_computes_the_same(monkeypatch, capsys):
+    names = ("training step, in place", "decode, a token")
+    monkeypatch.setitem(compare.CASES, "cpu", {name: compare.CASES["cpu"][name] for name in names})
+    options = ["--against", str(ROOT), "--pairs", "3", "--workload", "tiny", "--markdown"]
+    assert cpu.main(options) == 0
+    printed, errors = capsys.readouterr()
+    rows = [line for line in printed.splitlines() if "| tiny |" in line]
+    assert len(rows) == errors.count("\n") == 2
+    assert all(row.endswith(("| holds |", "| SLOWER |")) for row in rows)
+
+
+def test_another_package_than_the_chosen_one_is_seen(tmp_path):
+    with pytest.raises(RuntimeError, match=f"expected the package of {tmp_path}"):
+        compare.measure_pairs("cpu", "decode, a token", "tiny", str(tmp_path), 1)
 
 
 def test_a_bound_that_was_not_measured_is_broken():

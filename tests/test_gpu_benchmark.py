@@ -10,12 +10,11 @@ import pytest
 import torch
 from benchmarks_folder import ROOT
 
-from benchmarks import data, gpu, gpu_plan, gpu_shapes, gpu_tables, poison, traffic
+from benchmarks import findings, gpu, gpu_agreement, gpu_report
 from benchmarks.findings import Finding, Report, equal
-from benchmarks.gpu_speed import Speed
-from benchmarks.gpu_tasks import Outcome, Task
-from benchmarks.traffic import Traffic
-from benchmarks.workloads import WORKLOADS, Workload
+from benchmarks.gpu_speed import Speed, Traffic, touched_rows, traffic_floor
+from benchmarks.worker import Outcome, Task
+from benchmarks.workloads import WORKLOADS, Workload, make_inputs, make_memory
 from fwpkm import FwPKMConfig, Memory, agreement
 
 SMALL = FwPKMConfig(16, 16, 1, 64, 4, 4, memory_scope="batch")
@@ -37,14 +36,14 @@ def test_the_kernels_are_compared_in_the_interpreter():
     done = python("-m", "benchmarks.gpu", "--interpret", "--only", "agreement", "--workers", "2", "--markdown")
     assert done.returncode == 0, done.stderr
     rows = re.findall(r"^\| ([^|]+) \| 1 \| (\d+) \| [^|]+ \| agrees \|$", done.stdout, re.MULTILINE)
-    assert [name for name, _ in rows] == ["eager at tiny, float32", "float64 reference at small shapes"]
+    assert [name for name, _ in rows] == ["eager at tiny-kernels, float32", "float64 reference at small shapes"]
     assert all(int(quantities) >= 12 for _, quantities in rows)
 
 
 def test_a_task_that_dies_takes_no_other_with_it():
     code = """
 import math, operator, os
-from benchmarks.gpu_tasks import Task, run_all
+from benchmarks.worker import Task, run_all
 if __name__ == "__main__":
     functions = (os._exit, (3,)), (operator.truediv, (1, 0)), (math.sqrt, (4,))
     for outcome in run_all([Task("", function.__name__, function, given) for function, given in functions], 1, 60):
@@ -60,7 +59,7 @@ if __name__ == "__main__":
 
 def test_memory_that_nobody_has_written_shows():
     before = torch.empty
-    with poison.poisoned():
+    with findings.poisoned():
         assert torch.empty(3).isnan().all()
         assert torch.empty_like(torch.zeros(2, dtype=torch.bfloat16)).isnan().all()
         assert (torch.zeros(2).new_empty(2, dtype=torch.int32) == 2**31 - 1).all()
@@ -73,16 +72,16 @@ def test_the_floor_counts_each_touched_row_once_a_chunk():
     workload = Workload("", cfg, batch=2, length=3)
     # Chunks [0, 2) and [2, 3): sequence 0 touches 2 rows, then 1; sequence 1 touches 3, then 2.
     slots = torch.tensor([[[0, 1], [1, 0], [4, 4]], [[0, 1], [0, 2], [5, 6]]])
-    assert traffic.touched_rows(workload, slots) == (8, 5)
+    assert touched_rows(workload, slots) == (8, 5)
     tokens, row = 6, 4 * 8
     inputs, output = tokens * 2 * (4 + 8 + 1), tokens * 2 * 8
     forward = inputs + output + (8 + 5) * row
-    assert traffic.floor(workload, slots, item=2) == Traffic(forward, forward + 2 * inputs + output + 4 * 8 * row)
+    assert traffic_floor(workload, slots, item=2) == Traffic(forward, forward + 2 * inputs + output + 4 * 8 * row)
 
 
 def test_the_floor_of_one_table_counts_rows_that_sequences_share_once():
     workload = Workload("", FwPKMConfig(4, 8, 1, 3, 1, 2, memory_scope="batch"), batch=2, length=2)
-    assert traffic.touched_rows(workload, torch.tensor([[[0], [1]], [[1], [2]]])) == (3, 3)
+    assert touched_rows(workload, torch.tensor([[[0], [1]], [[1], [2]]])) == (3, 3)
 
 
 @pytest.mark.parametrize(
@@ -93,53 +92,53 @@ def test_the_floor_of_one_table_counts_rows_that_sequences_share_once():
 def test_gaps_on_the_device_are_those_of_the_rule(fields):
     cfg = dataclasses.replace(SMALL, **fields)
     workload = Workload("", cfg, batch=3, length=7)
-    keys = data.make_memory(workload).keys
-    query = data.make_inputs(workload, seed=1).query.detach()
+    keys = make_memory(workload).keys
+    query = make_inputs(workload, seed=1).query.detach()
     expected = agreement.deciding_gap(cfg, Memory(keys.numpy(), None), query.numpy())
-    np.testing.assert_allclose(gpu_shapes.deciding_gap(cfg, keys, query), expected, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(gpu_agreement.deciding_gap(cfg, keys, query), expected, rtol=1e-9, atol=1e-12)
 
 
 def test_drawn_inputs_are_comparable_to_the_end(monkeypatch):
-    monkeypatch.setattr(gpu_shapes, "_CLEAR", 3e-3)  # as dense in ties as the paper's shape
+    monkeypatch.setattr(gpu_agreement, "_CLEAR", 3e-3)  # as dense in ties as the paper's shape
     workload = Workload("", SMALL, batch=2, length=11)
-    keys = gpu_shapes.draw_keys(workload, seed=5)
+    keys = gpu_agreement.draw_keys(workload, seed=5)
     memory = Memory(keys.numpy(), np.zeros((1, SMALL.num_slots, SMALL.value_dim)))
-    inputs = [x.detach().numpy() for x in gpu_shapes.untied_inputs(workload, "float32", seed=5)]
-    tied = data.make_inputs(workload, seed=5).query.detach().numpy()
+    inputs = [x.detach().numpy() for x in gpu_agreement.untied_inputs(workload, "float32", seed=5)]
+    tied = make_inputs(workload, seed=5).query.detach().numpy()
     assert agreement.comparable_tokens(SMALL, memory, tied, *inputs[1:3], gap=2.9e-3) < 11
     assert agreement.comparable_tokens(SMALL, memory, *inputs[:3], gap=2.9e-3) == 11
 
 
 def test_an_error_on_the_device_is_that_of_the_rule():
     a, b = torch.randn(2, 5, 4)
-    assert gpu_shapes.error(a, b) == pytest.approx(agreement.relative_error(a, b), rel=1e-12)
-    assert gpu_shapes.error(a * 1e-9, b * 0) == pytest.approx(agreement.relative_error(a * 1e-9, b * 0), rel=1e-12)
-    assert gpu_shapes.error(a / 0, b) == gpu_shapes.error(a, a[:1]) == np.inf
+    assert findings.error(a, b) == pytest.approx(agreement.relative_error(a, b), rel=1e-12)
+    assert findings.error(a * 1e-9, b * 0) == pytest.approx(agreement.relative_error(a * 1e-9, b * 0), rel=1e-12)
+    assert findings.error(a / 0, b) == findings.error(a, a[:1]) == np.inf
 
 
 def test_a_wrong_row_of_the_table_is_seen():
     """One row that should not have been written, and one that should be another, in a table of many."""
     workload = Workload("", SMALL, batch=2, length=8)
-    inputs = data.make_inputs(workload, seed=2)
-    expected, written, unwritten = (gpu_shapes.go(workload, inputs, "eager", seed=3) for _ in range(3))
-    touched = gpu_shapes._written(workload, expected.trace.slots)
+    inputs = make_inputs(workload, seed=2)
+    expected, written, unwritten = (gpu_agreement.compute(workload, inputs, "eager", seed=3) for _ in range(3))
+    touched = gpu_agreement.written_rows(workload, expected.trace.slots)
     outside = next(row for row in range(SMALL.num_slots) if row not in touched.tolist())
     written.memory.values[0, outside, 1] += 1e-7
     unwritten.memory.values[0, touched[3], 1] += 1e-2
 
     def wrong(actual):
-        return [f.what for f in gpu_shapes.judge(workload, actual, expected, "float32") if not f.agrees]
+        return [f.what for f in gpu_agreement.judge(workload, actual, expected, "float32") if not f.agrees]
 
     assert wrong(expected) == []
     assert wrong(written) == ["rows not written"]
     assert wrong(unwritten) == ["written rows"]
-    assert not gpu_shapes.same(written, expected)
-    assert gpu_shapes.digest(gpu_shapes.tensors(written)) != gpu_shapes.digest(gpu_shapes.tensors(expected))
+    assert not findings.same_bits(written, expected)
+    assert findings.digest(written) != findings.digest(expected)
 
 
 def results(**seconds):
     """Results with the same seconds for each step of a workload."""
-    found = gpu_tables.Results()
+    found = gpu_report.Results()
     for name, (forward, train) in seconds.items():
         samples = {"forward": [forward] * 3, "train": [train] * 3}
         found.timings[name.replace("_", "-")] = Speed(
@@ -152,7 +151,7 @@ def results(**seconds):
 def test_targets_are_judged_and_what_was_not_measured_is_missed():
     found = results(shared_512=(1.4e-3, 6e-3), shared_256=(1e-3, 1e-3), shared_1024=(1.4e-3, 2e-3))
     found.timings["decode: decode-512"] = {"graph": [39e-6]}
-    claims = {claim.text: claim.verdict for claim in gpu_tables.targets(found, {"speed", "decode"})}
+    claims = {claim.text: claim.verdict for claim in gpu_report.targets(found, {"speed", "decode"})}
     assert claims["B=8 T=4096 N=512², one table: forward, ms (aim 1)"] == "holds"
     assert claims["B=8 T=4096 N=512², one table: forward + backward, ms (aim 3)"] == "FAILS"
     assert claims["B=8 T=4096 N=512², one table: extra memory of forward, GiB"] == "holds"
@@ -162,7 +161,7 @@ def test_targets_are_judged_and_what_was_not_measured_is_missed():
     assert claims["B=8 T=4096, forward + backward: N=1024² / N=256²"] == "FAILS"
     assert claims["B=1 T=131072 N=512², forward: memory / attention"] == "not measured"
     assert claims["decode B=1 in a CUDA graph, µs a token"] == "holds"
-    assert not gpu_tables.targets(found, {"agreement"})
+    assert not gpu_report.targets(found, {"agreement"})
 
 
 def test_growth_without_scoring_leaves_the_scoring_kernels_out():
@@ -170,17 +169,17 @@ def test_growth_without_scoring_leaves_the_scoring_kernels_out():
     for name, scoring in (("shared-256", 1.0), ("shared-1024", 9.0)):
         kernels = {"select_kernel": scoring, "combine_kernel": scoring, "values_kernel": 2.0}
         found.timings[f"kernels: {name}"] = {"forward": kernels, "train": kernels}
-    claims = {claim.text: claim for claim in gpu_tables.targets(found, {"speed"})}
+    claims = {claim.text: claim for claim in gpu_report.targets(found, {"speed"})}
     assert claims["the same without scoring, device time, forward"].measured.median == 1
 
 
 def test_no_time_is_taken_of_what_did_not_agree():
     workload, other = WORKLOADS["shared-512"], WORKLOADS["shared-256"]
-    check = Task("agreement", "eager", gpu_shapes.agree, (workload, gpu_plan.DTYPE, 0))
-    timed, untested = (Task("speed", w.name, print, (w, gpu_plan.DTYPE)) for w in (workload, other))
+    check = Task("agreement", "eager", gpu_agreement.agree, (workload, gpu.DTYPE, 0))
+    timed, untested = (Task("speed", w.name, print, (w, gpu.DTYPE)) for w in (workload, other))
 
     def admitted(report, error=""):
-        found = gpu_tables.Results(checks=[Outcome(check, report, error, 1.0)])
+        found = gpu_report.Results(checks=[Outcome(check, report, error, 1.0)])
         return [found.agreed(task) for task in (timed, untested, Task("speed", "attention", print, (8, 4096)))]
 
     assert admitted(Report([equal("slots", True)])) == [True, False, True]
@@ -196,22 +195,22 @@ def test_tables_hold_what_was_measured():
         Outcome(Task("agreement", "vectors: b", print), Report([Finding("keys", 2e-5, 1e-5)]), "", 1.0),
         Outcome(Task("bits", "bits", print), None, "Traceback", 1.0),
     ]
-    table = gpu_tables.agreement_table(found.checks)
+    table = gpu_report.agreement_table(found.checks)
     assert table.rows == [
         ("vectors", "2", "2", "keys: 2.0e-05 of 1e-05 DISAGREES", "DISAGREES"),
         ("bits", "1", "0", "-", "RAISED in 1"),
     ]
-    times, floors, memory = gpu_tables.speed_tables(found)
+    _, times, floors, memory = gpu_report.tables(found, [])
     assert times.rows[0][:3] == ("B=8 T=4096 N=512², one table", "2 (2 to 2)", "6 (6 to 6)")
     assert floors.rows[0][1:4] == ("1", "1", "2")
     assert memory.rows[0][1:3] == ("1.00", "2.00")
 
 
 def test_every_section_has_its_tasks():
-    for section in gpu_plan.SECTIONS:
-        assert gpu_plan.checks({section}, 0, tiny=False) or gpu_plan.timings({section}, tiny=False)
-    every = gpu_plan.checks(set(gpu_plan.SECTIONS), 0, tiny=False)
+    for section in gpu.SECTIONS:
+        assert gpu.checks({section}, 0, tiny=False) or gpu.timings({section}, tiny=False)
+    every = gpu.checks(set(gpu.SECTIONS), 0, tiny=False)
     names = [task.name for task in every]
     assert len(set(names)) == len(names) > 60
-    found = gpu_tables.Results(checks=[Outcome(task, Report([equal("", True)]), "", 0.0) for task in every])
-    assert all(map(found.agreed, gpu_plan.timings(set(gpu_plan.SECTIONS), tiny=False)))
+    found = gpu_report.Results(checks=[Outcome(task, Report([equal("", True)]), "", 0.0) for task in every])
+    assert all(map(found.agreed, gpu.timings(set(gpu.SECTIONS), tiny=False)))
