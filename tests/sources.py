@@ -1,6 +1,7 @@
 """The package's source files as tests read them: through src/, whose links make three folders one package."""
 
 import ast
+import functools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,8 +25,13 @@ class Source(NamedTuple):
         return self.path.relative_to(SRC).as_posix()
 
 
-def sources(package: str = "fwpkm") -> Iterator[Source]:
+@functools.cache
+def sources(package: str = "fwpkm") -> tuple[Source, ...]:
     """Every module below a package, in the order of paths."""
+    return tuple(_walk(package))
+
+
+def _walk(package: str) -> Iterator[Source]:
     for folder, folders, files in os.walk(SRC / package.replace(".", "/"), followlinks=True):
         folders.sort()
         for name in sorted(files):

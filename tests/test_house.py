@@ -1,4 +1,4 @@
-"""How the sources are built: every equation one name, and states and tokens taken apart by name (docs/SPEC.md, CONTRIBUTING)."""
+"""How the sources are built: every equation one name, states and tokens taken apart by name (CONTRIBUTING.md)."""
 
 import ast
 import re
@@ -20,11 +20,12 @@ FILES = ("ops.py", "addressing.py", "values.py", "windows.py", "layer.py", "toke
 
 
 def names_of(tree: ast.Module) -> set[str]:
-    """What a module defines or imports at its top."""
+    """What a module defines or imports at its top, methods of its classes among it."""
     found = set()
     for node in tree.body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             found.add(node.name)
+            found |= {method.name for method in ast.iter_child_nodes(node) if isinstance(method, ast.FunctionDef)}
         elif isinstance(node, ast.ImportFrom):
             found |= {alias.asname or alias.name for alias in node.names}
         elif isinstance(node, ast.Assign):
@@ -101,13 +102,18 @@ def variables(tree: ast.AST) -> set[str]:
     return found
 
 
+def is_position(index: ast.expr) -> bool:
+    """Whether an index in brackets is a slice or a number; several axes, or a name, are none."""
+    if isinstance(index, ast.UnaryOp):
+        index = index.operand
+    return isinstance(index, ast.Slice) or (isinstance(index, ast.Constant) and isinstance(index.value, int))
+
+
 def taken_by_position(tree: ast.AST) -> Iterator[ast.Subscript]:
-    """``state[1:5]``, ``tokens[0]``, ``State._fields[1:]``: an axis is sliced in brackets with a comma."""
+    """``state[1:5]``, ``tokens[0]``, ``State._fields[1:]``."""
     annotated = variables(tree)
     for node in ast.walk(tree):
-        if not isinstance(node, ast.Subscript) or isinstance(node.slice, ast.Tuple):
-            continue
-        if isinstance(node.slice, ast.Constant) and isinstance(node.slice.value, str):
+        if not isinstance(node, ast.Subscript) or not is_position(node.slice):
             continue
         owner = node.value
         name = owner.id if isinstance(owner, ast.Name) else owner.attr if isinstance(owner, ast.Attribute) else ""
@@ -124,6 +130,8 @@ def taken_by_position(tree: ast.AST) -> Iterator[ast.Subscript]:
         ("last = ctx.saved_tensors[3:]", 1),
         ("names = State._fields[1:4]", 1),
         ("gate = state.pending[2]", 1),
+        ("position = state[-1]", 1),
+        ("part = trace[name]", 0),
         ("row = pending.query[:, 2]", 0),
         ("shape = tokens.query.shape[0]", 0),
         ("def f(tokens: Tokens): return tokens.slice(1, 2)", 0),

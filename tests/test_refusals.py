@@ -1,4 +1,4 @@
-"""What is not implemented is refused, in every backend and by the kernels; none computes something else (SPEC.md §8)."""
+"""What is not implemented is refused, in every backend and by the kernels: none computes something else."""
 
 import pytest
 import refusing

@@ -264,8 +264,9 @@ def _apply_backward(*arguments: Any) -> list[Tensor]:
                 blank = dead if d_left.ndim == 2 else dead[..., None]
                 of_stream = of_stream.to(d_left.dtype)
                 of_stream[:, first:] += d_left[:, : dead.shape[1]].masked_fill(blank, 0)
-            of_pending.append(torch.zeros_like(pending))
-            of_pending[-1][:, :num_pending] = of_stream[:, :num_pending]
+            d_pending_field = torch.zeros_like(pending)
+            d_pending_field[:, :num_pending] = of_stream[:, :num_pending]
+            of_pending.append(d_pending_field)
             dtype = (pending if new is None else new).dtype
             of_call.append(of_stream[:, num_pending:].to(dtype, copy=True).contiguous())
         values = query.new_empty(0) if found.values is None else found.values
