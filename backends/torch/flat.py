@@ -51,15 +51,15 @@ def schema(kind: type, mutated: str | None = None) -> str:
     hints = get_type_hints(kind)
     arguments: list[str] = []
     for name, nested in _NESTED[kind].items():
-        leaves = [name] if nested is None else [f"{name}_{leaf}" for leaf in _names(nested)]
+        leaves = [name] if nested is None else [f"{name}_{leaf}" for leaf in leaf_names(nested)]
         of = "Tensor(a{}!)" if name == mutated else _TYPES.get(hints[name], "Tensor?")
         arguments += [f"{of.format(len(arguments) + i)} {leaf}" for i, leaf in enumerate(leaves)]
     return ", ".join(arguments)
 
 
-def _names(kind: type) -> list[str]:
+def leaf_names(kind: type) -> list[str]:
     """The name of each leaf: its field's, behind those of the fields that it lies in."""
     names: list[str] = []
     for name, nested in _NESTED[kind].items():
-        names += [name] if nested is None else [f"{name}_{leaf}" for leaf in _names(nested)]
+        names += [name] if nested is None else [f"{name}_{leaf}" for leaf in leaf_names(nested)]
     return names

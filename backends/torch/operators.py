@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fwpkm import schedule, validation
 from fwpkm.backends.torch import fast
-from fwpkm.backends.torch.flat import flat, flatten, schema, unflatten
+from fwpkm.backends.torch.flat import flat, flatten, leaf_names, schema, unflatten
 from fwpkm.backends.torch.tokens import SELF, pad
 from fwpkm.config import FwPKMConfig
 from fwpkm.containers import Memory, State, Trace
@@ -292,7 +292,7 @@ def _(*arguments: Any) -> list[Tensor]:
 
 @torch.library.custom_op(
     "fwpkm::decode",
-    mutates_args=[f"state_{name}" for name in ("memory_keys", "memory_values", *State._fields[1:])],
+    mutates_args=[f"state_{name}" for name in leaf_names(State)],
     schema=f"({schema(_Decode, mutated='state')}) -> Tensor",
 )
 def _decode(*arguments: Any) -> Tensor:
