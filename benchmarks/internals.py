@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
-SCORING_KERNELS = ("select_kernel", "rank_kernel", "combine_kernel")
+SCORING_KERNELS = ("propose_kernel", "rank_kernel", "select_slots_kernel")
 """The Triton kernels that score."""
 
 
@@ -16,7 +16,7 @@ def torch_select(cfg: Any, keys: Any, query: Any) -> Any:
     from fwpkm.backends.torch import addressing
     from fwpkm.backends.torch.tokens import halves
 
-    return addressing.select(cfg, halves(cfg, query, len(keys)), keys)
+    return addressing.select_subkeys(cfg, halves(cfg, query, len(keys)), keys)
 
 
 def jax_select(cfg: Any, keys: Any, query: Any) -> Any:
@@ -24,29 +24,26 @@ def jax_select(cfg: Any, keys: Any, query: Any) -> Any:
     from fwpkm.backends.jax import addressing
     from fwpkm.backends.jax.tokens import halves
 
-    return addressing.choose(cfg, halves(cfg, query, len(keys)), keys)
+    return addressing.select_slots(cfg, halves(cfg, query, len(keys)), keys)
 
 
 def kernels_backend() -> Any:
     """The torch backend held to its kernels, with the functions that conformance calls."""
-    from fwpkm.conformance import triton
+    from fwpkm.conformance import contestants
 
-    return triton
+    return contestants.load("triton", "float32")
 
 
 def conformance() -> Any:
     """What draws cases and judges results for ``fwpkm conform``, by name."""
-    from fwpkm.conformance import drawing, gradients, judging, results, rounding, running, shapes, strategies
+    from fwpkm.conformance import drawing, judging, results, running, strategies
 
     owners = {
-        drawing: ("draw",),
-        gradients: ("INPUTS", "gradients"),
-        judging: ("bound", "errors", "reading_errors"),
+        drawing: ("Passage", "Shape", "draw", "passages"),
+        judging: ("bound", "errors", "expect_unmoved", "reading_errors"),
         results: ("run",),
-        rounding: ("expect_unmoved",),
-        running: ("Reading", "read"),
-        shapes: ("Shape", "passages"),
-        strategies: ("Case", "Tokens"),
+        running: ("INPUTS", "Reading", "gradients", "read"),
+        strategies: ("Case",),
     }
     return types.SimpleNamespace(**{name: getattr(owner, name) for owner, names in owners.items() for name in names})
 
@@ -54,16 +51,16 @@ def conformance() -> Any:
 @contextlib.contextmanager
 def poisoned_workspaces(poison: Callable[[Any], Any]) -> Iterator[None]:
     """Within the block the kernels' workspaces begin with ``poison(dtype)`` in every buffer."""
-    from fwpkm.kernels.room import Room
+    from fwpkm.kernels.runtime.workspace import Workspace
 
-    @functools.wraps(Room.empty)
-    def filled(*args: Any) -> Room:
-        room = empty(*args)
-        for name, place in room.layout.places.items():
-            if place is not None:
-                room[name].fill_(poison(place.dtype))
-        return room
+    @functools.wraps(Workspace.empty)
+    def filled(*args: Any) -> Workspace:
+        workspace = empty(*args)
+        for name, spec in workspace.layout.tensors.items():
+            if spec is not None:
+                workspace[name].fill_(poison(spec.dtype))
+        return workspace
 
-    empty = Room.empty
-    with mock.patch.object(Room, "empty", filled):
+    empty = Workspace.empty
+    with mock.patch.object(Workspace, "empty", filled):
         yield
