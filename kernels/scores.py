@@ -61,7 +61,7 @@ def bounded_scores(rank, choice, K: tl.constexpr, EPSILON: tl.constexpr, SCORE: 
 def key_factor(d_score, score, SCORE: tl.constexpr):
     """What a score's gradient makes of its key's direction."""
     if SCORE == "idw":
-        factor = 2 * tl.exp(score) * d_score
+        factor = 2 * d_score * tl.exp(score)
     elif SCORE == "dot_product":
         factor = d_score
     else:

@@ -27,8 +27,8 @@ flat(Tokens)
 
 
 def flatten(x: Any) -> list[Any]:
-    """The fields of a NamedTuple in order, and of those that it holds; of anything else, itself."""
-    return [leaf for field in x for leaf in flatten(field)] if hasattr(x, "_fields") else [x]
+    """The fields of a NamedTuple in order, and of those that it holds; of what is no tuple, itself."""
+    return [leaf for field in x for leaf in flatten(field)] if isinstance(x, tuple) else [x]
 
 
 def unflatten(kind: type[T], leaves: Iterable[Any]) -> T:
@@ -37,10 +37,8 @@ def unflatten(kind: type[T], leaves: Iterable[Any]) -> T:
 
 
 def _filled(kind: type[T], leaves: Iterator[Any]) -> T:
-    fields = {
-        name: next(leaves) if nested is None else _filled(nested, leaves) for name, nested in _NESTED[kind].items()
-    }
-    return kind(**fields)
+    fields = [next(leaves) if nested is None else _filled(nested, leaves) for nested in _NESTED[kind].values()]
+    return kind(*fields)
 
 
 def schema(kind: type, mutated: str | None = None) -> str:

@@ -33,8 +33,7 @@ def decode(cfg: FwPKMConfig, state: State, tokens: Tokens) -> Tensor:
     batch, num_tokens = tokens.query.shape[0], cfg.chunk_size + schedule.lag(cfg)
     output = tokens.query.new_empty(batch, 1, cfg.value_dim)
     inputs = {
-        **dict(zip(_PENDING, state.pending)), **dict(zip(_TOKEN, tokens)),
-        "keys": keys, "table": values, "position": state.position, "output": output,
+        **state._asdict(), **dict(zip(_TOKEN, tokens)), "keys": keys, "table": values, "output": output,
     }  # fmt: skip
     present = frozenset(["gate", *(name for name, x in zip(_TOKEN, tokens) if x is not None)])
     # Queries are float32 once they are pending; what reads the token itself does not depend on their dtype.
