@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 from unittest import mock
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -87,13 +88,11 @@ def error(actual: Tensor, expected: Tensor) -> float:
 
 
 def tensors(tree: Any) -> Iterator[Tensor]:
-    """All that is in dicts and tuples of tensors and arrays."""
-    if isinstance(tree, dict):
-        tree = tuple(tree.values())
-    if isinstance(tree, tuple):
-        for part in tree:
+    """All tensors and arrays in dicts and tuples."""
+    if isinstance(tree, dict | tuple):
+        for part in tree.values() if isinstance(tree, dict) else tree:
             yield from tensors(part)
-    elif tree is not None:
+    elif isinstance(tree, Tensor | np.ndarray | np.generic):
         yield torch.as_tensor(tree)
 
 

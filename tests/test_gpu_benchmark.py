@@ -23,7 +23,7 @@ SMALL = FwPKMConfig(16, 16, 1, 64, 4, 4, memory_scope="batch")
 def python(*arguments):
     """A process in the root, as the benchmark is run."""
     line = [sys.executable, *arguments]
-    return subprocess.run(line, capture_output=True, text=True, timeout=300, cwd=ROOT)
+    return subprocess.run(line, capture_output=True, text=True, timeout=500, cwd=ROOT)
 
 
 def test_without_a_gpu_it_says_so(monkeypatch, capsys):
@@ -32,12 +32,18 @@ def test_without_a_gpu_it_says_so(monkeypatch, capsys):
     assert "needs a CUDA device" in capsys.readouterr().err
 
 
-def test_the_kernels_are_compared_in_the_interpreter():
-    done = python("-m", "benchmarks.gpu", "--interpret", "--only", "agreement", "--workers", "2", "--markdown")
+def test_the_kernels_are_compared_and_timed_in_the_interpreter():
+    sections = ("agreement", "speed", "decode")
+    done = python("-m", "benchmarks.gpu", "--interpret", "--only", *sections, "--workers", "2", "--markdown")
     assert done.returncode == 0, done.stderr
     rows = re.findall(r"^\| ([^|]+) \| 1 \| (\d+) \| [^|]+ \| agrees \|$", done.stdout, re.MULTILINE)
-    assert [name for name, _ in rows] == ["eager at tiny-kernels, float32", "float64 reference at small shapes"]
-    assert all(int(quantities) >= 12 for _, quantities in rows)
+    assert [(name, int(quantities) >= least) for (name, quantities), least in zip(rows, (12, 12, 8))] == [
+        ("eager at tiny-kernels, float32", True),
+        ("float64 reference at small shapes", True),
+        ("decode, against eager", True),
+    ]
+    for title in ("Time", "Traffic; a device copy", "Memory", "Decoding, B=1 T=3 N=4², one table"):
+        assert f"**{title}" in done.stdout
 
 
 def test_a_task_that_dies_takes_no_other_with_it():
