@@ -24,6 +24,7 @@ from benchmarks.workloads import Inputs, Workload, make_inputs
 from fwpkm import FwPKMConfig, Memory, Trace, agreement, schedule
 from fwpkm.agreement import BOUNDS, GAP
 from fwpkm.backends import torch as be
+from fwpkm.tokens import Tokens
 
 _WIDTH = 16
 """The kernels take value widths that are multiples of this; columns of zeros change nothing."""
@@ -64,7 +65,7 @@ def vector(name: str) -> Report:
     tools, cfg, arrays = internals.conformance(), *_load(name)
     backend = internals.kernels_backend()
     memory = Memory(arrays["keys"], arrays["values"])
-    tokens = tools.Tokens(*(arrays.get(field) for field in ("query", "value", "gate", "mask")))
+    tokens = Tokens(*(arrays.get(field) for field in ("query", "value", "gate", "mask")))
     batch, length, _ = tokens.query.shape
     wide = tools.Case(cfg, 0, "float64", frozenset(), batch, length, memory, tokens)
     case = wide.map(lambda array: array.astype(np.float32))
