@@ -1,7 +1,5 @@
 """Every backend against the reference, over drawn configurations (SPEC.md §6): one suite judges them all alike."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 from asserting import assert_close, assert_same_bits, assert_same_reading
@@ -10,9 +8,10 @@ from hypothesis import strategies as st
 
 import fwpkm
 from fwpkm import FwPKMConfig, Memory, reference
-from fwpkm.conformance.rounding import survives_rounding
+from fwpkm.conformance.judging import survives_rounding
 from fwpkm.conformance.running import as_numpy, native, read, start, stream
-from fwpkm.conformance.strategies import Case, Tokens, cases, draw_memory, draw_tokens, is_untied, splits
+from fwpkm.conformance.strategies import Case, cases, draw_memory, draw_tokens, is_untied, splits
+from fwpkm.tokens import Tokens
 
 OTHERS = ["torch"]
 FUNCTIONS = """
@@ -47,9 +46,9 @@ def test_states_pass_from_one_backend_to_another(other, case, data):
     at = data.draw(st.integers(0, case.length))
     expected, _ = stream(reference, case.cfg, start(reference, case), case.tokens, [at, case.length - at])
     for first, second in ((reference, other), (other, reference)):
-        before, state = stream(first, case.cfg, start(first, case), case.tokens.cut(0, at))
+        before, state = stream(first, case.cfg, start(first, case), case.tokens.slice(0, at))
         moved = native(second, as_numpy(first, state))
-        after, _ = stream(second, case.cfg, moved, case.tokens.cut(at, None), data.draw(splits(case.length - at)))
+        after, _ = stream(second, case.cfg, moved, case.tokens.slice(at, None), data.draw(splits(case.length - at)))
         assert_close(np.concatenate([before.output, after.output], axis=1), expected.output, case.dtype)
         assert_close(after.memory, expected.memory, case.dtype)
 
@@ -68,7 +67,7 @@ def untied_case(cfg, rng, length, shift):
     while True:
         memory, tokens = draw_memory(rng, cfg, 2), draw_tokens(rng, cfg, 2, length)
         memory = Memory((memory.keys + shift).astype(np.float32), memory.values.astype(np.float32))
-        tokens = dataclasses.replace(tokens, query=tokens.query + shift)
+        tokens = tokens._replace(query=tokens.query + shift)
         tokens = tokens.map(lambda array: array if array.dtype == bool else array.astype(np.float32))
         case = Case(cfg, 0, "float32", frozenset(), 2, length, memory, tokens)
         if is_untied(case):

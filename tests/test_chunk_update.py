@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from fwpkm import FwPKMConfig, Memory
 from fwpkm.conformance.running import apply, as_numpy, native, start
-from fwpkm.conformance.strategies import FLOATS, Case, Tokens, cases, draw_memory, draw_tokens
+from fwpkm.conformance.strategies import FLOATS, Case, cases, draw_memory, draw_tokens, unmasked
+from fwpkm.tokens import Tokens
 
 PAIRS = st.sampled_from([None, 0.0, 0.5, 1.0])
 
@@ -65,7 +66,7 @@ def chunk_arguments(case, pair_rate):
     """The case's tokens as one chunk: values are targets; a pair only where unmasked."""
     tokens = case.tokens
     rng = np.random.default_rng(case.seed)
-    pair = None if pair_rate is None else (rng.uniform(size=(case.batch, case.length)) < pair_rate) & tokens.unmasked()
+    pair = None if pair_rate is None else (rng.uniform(size=(case.batch, case.length)) < pair_rate) & unmasked(tokens)
     return (tokens.query, tokens.value, tokens.gate, tokens.mask, pair)
 
 
@@ -80,7 +81,7 @@ def test_a_write_is_a_step_down_the_gradients_of_its_losses(be, case, pair_rate)
     memory, losses = write(be, cfg, case.memory, arguments)
     query, target, gate, mask, pair = (None if x is None else torch.tensor(x) for x in arguments)
     gate = torch.ones(case.batch, case.length) if gate is None else gate
-    mask = torch.tensor(case.tokens.unmasked()) if mask is None else mask
+    mask = torch.tensor(unmasked(case.tokens)) if mask is None else mask
     pair = mask if pair is None else pair
     for m in range(len(case.memory.keys)):
         rows = slice(m, m + 1) if cfg.memory_scope == "sequence" else slice(None)
@@ -97,15 +98,15 @@ def test_a_write_is_a_step_down_the_gradients_of_its_losses(be, case, pair_rate)
 def test_a_write_equals_apply_over_one_chunk(be, case):
     cfg = case.cfg
     size, ahead = cfg.chunk_size, cfg.lookahead
-    tokens = case.tokens.cut(0, size + (ahead if cfg.boundary == "wait" else 0))
+    tokens = case.tokens.slice(0, size + (ahead if cfg.boundary == "wait" else 0))
     _, state, trace = apply(be, cfg, start(be, case), tokens)
-    live = tokens.unmasked()
+    live = unmasked(tokens)
     target = np.zeros((case.batch, size, cfg.value_dim))
     arrived = min(size, tokens.query.shape[1] - ahead)
     target[:, :arrived] = tokens.value[:, ahead : ahead + arrived]
     pair = np.zeros((case.batch, size), bool)
     pair[:, :arrived] = live[:, :arrived] & live[:, ahead : ahead + arrived]
-    chunk = tokens.cut(0, size)
+    chunk = tokens.slice(0, size)
     memory, losses = write(be, cfg, case.memory, (chunk.query, target, chunk.gate, chunk.mask, pair))
     assert int(trace.writes) == 1
     assert_close(as_numpy(be, state.memory), memory, case.dtype)
@@ -119,7 +120,7 @@ def test_slots_that_no_unmasked_token_reads_keep_their_bits(be, case, pair_rate)
     cfg, arguments = case.cfg, chunk_arguments(case, pair_rate)
     memory, losses = write(be, cfg, case.memory, arguments)
     slots = as_numpy(be, be.lookup(cfg, native(be, case.memory), native(be, case.tokens.query)).slots)
-    live = case.tokens.unmasked()
+    live = unmasked(case.tokens)
     pair = live if arguments[-1] is None else arguments[-1]
     for m in range(len(case.memory.keys)):
         rows = slice(m, m + 1) if cfg.memory_scope == "sequence" else slice(None)
@@ -150,7 +151,7 @@ def test_normalized_rewrites_exactly_where_nothing_else_reads(be, case):
     slots = as_numpy(be, be.lookup(cfg, native(be, case.memory), native(be, case.tokens.query)).slots)
     memory, _ = write(be, cfg, case.memory, arguments)
     again = as_numpy(be, be.lookup(cfg, native(be, memory), native(be, case.tokens.query)).output)
-    live = case.tokens.unmasked()
+    live = unmasked(case.tokens)
     for row, t in np.argwhere(live).tolist():
         others = live.copy()
         if cfg.memory_scope == "sequence":
@@ -210,7 +211,7 @@ def test_pairs_across_a_chunks_end(be):
         tokens = Tokens(np.ones((1, 6, 2)), np.arange(1.0, 7.0).reshape(1, 6, 1), None, None)
         memory = Memory(np.zeros((1, 1, 2, 1, 1)), np.full((1, 1, 1), 10.0))
         case = Case(cfg, 0, "float64", frozenset(), 1, 6, memory, tokens)
-        _, state, _ = apply(be, cfg, start(be, case), tokens.cut(0, 4 if boundary == "wait" else 3))
+        _, state, _ = apply(be, cfg, start(be, case), tokens.slice(0, 4 if boundary == "wait" else 3))
         rows[boundary] = as_numpy(be, state.memory.values).item()
         assert_close(np.array(rows[boundary]), np.array(10.0 + sum(u - 10.0 for u in targets) / 3), "float64")
     assert rows["drop"] != rows["wait"]

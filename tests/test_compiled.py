@@ -3,8 +3,6 @@
 A case is 2h tokens, read in one call, in halves, or in single tokens around a half; h cuts a chunk where it can be cut.
 """
 
-import dataclasses
-
 import numpy as np
 import pytest
 import test_backends
@@ -19,11 +17,9 @@ from hypothesis import strategies as st
 
 import fwpkm
 from fwpkm import reference
-from fwpkm.conformance.drawing import draw
-from fwpkm.conformance.gradients import draw_cotangents, gradients
-from fwpkm.conformance.running import as_numpy, native, start, stream
-from fwpkm.conformance.shapes import shapes
-from fwpkm.conformance.strategies import FLOAT64, FLOATS, untied_case
+from fwpkm.conformance.drawing import draw, shapes
+from fwpkm.conformance.running import as_numpy, draw_cotangents, gradients, native, start, stream
+from fwpkm.conformance.strategies import FLOAT64, FLOATS, unmasked, untied_case
 
 DEEP = settings.default.max_examples > 100
 # Rows of the strata: both boundaries, scopes and scores, every κ, no lookahead, more of it, and chunks of one token.
@@ -118,9 +114,9 @@ def test_states_pass_from_one_backend_to_another(compiled_be, case, forth):
     half = case.length // 2
     first, second = (TORCH, compiled_be) if forth else (compiled_be, TORCH)
     expected, _ = stream(reference, case.cfg, start(reference, case), case.tokens)
-    before, state = stream(first, case.cfg, start(first, case), case.tokens.cut(0, half))
+    before, state = stream(first, case.cfg, start(first, case), case.tokens.slice(0, half))
     moved = native(second, as_numpy(first, state))
-    after, _ = stream(second, case.cfg, moved, case.tokens.cut(half, None))
+    after, _ = stream(second, case.cfg, moved, case.tokens.slice(half, None))
     assert_close(np.concatenate([before.output, after.output], axis=1), expected.output, case.dtype)
     assert_close(after.memory, expected.memory, case.dtype)
 
@@ -128,11 +124,11 @@ def test_states_pass_from_one_backend_to_another(compiled_be, case, forth):
 @given(cases(among=SEQUENCE, flushed=True), st.lists(st.booleans(), min_size=2, max_size=2))
 def test_a_row_that_is_reset_reads_on_as_if_its_tokens_had_been_masked(compiled_be, case, rows):
     be, half = compiled_be, case.length // 2
-    first, second = case.tokens.cut(0, half), case.tokens.cut(half, None)
+    first, second = case.tokens.slice(0, half), case.tokens.slice(half, None)
     chosen = np.array(rows)
     state = stream(be, case.cfg, start(be, case), first)[1]
     received, _ = stream(be, case.cfg, be.reset(state, native(be, case.memory), rows), second, flush=True)
-    masked = dataclasses.replace(first, mask=first.unmasked() & ~chosen[:, None])
+    masked = first._replace(mask=unmasked(first) & ~chosen[:, None])
     state = stream(reference, case.cfg, start(reference, case), masked)[1]
     expected, _ = stream(reference, case.cfg, state, second, flush=True)
     assert_same_reading(case.cfg, received, expected, case.dtype)

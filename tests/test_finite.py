@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from fwpkm import FwPKMConfig, Memory
 from fwpkm.conformance.running import apply, as_numpy, native, read, start, stream
-from fwpkm.conformance.strategies import FLOATS, Case, Tokens, cases, draw_memory, draw_tokens
+from fwpkm.conformance.strategies import FLOATS, Case, cases, draw_memory, draw_tokens, floating, unmasked
+from fwpkm.tokens import Tokens
 
 NUMBERS = [np.nan, np.inf, -np.inf, 1e20, -1e20, 1e38, 3e38, -3e38]
 PLACES = ("query", "value", "gate")
@@ -28,7 +29,7 @@ def is_dead(cfg, dtype, place, number):
 
 
 def spoilt(case, place, number, row, token, column):
-    tokens = dataclasses.replace(case.tokens, **{place: getattr(case.tokens, place).copy()})
+    tokens = case.tokens._replace(**{place: getattr(case.tokens, place).copy()})
     array = getattr(tokens, place)
     array[(row, token, column % array.shape[2]) if array.ndim == 3 else (row, token)] = number
     return dataclasses.replace(case, tokens=tokens)
@@ -41,7 +42,7 @@ def draw_place(data, case):
 
 def as_masked(case, row, token):
     """The case with zeros and mask False in that place."""
-    query, value, gate, mask = (array.copy() for array in (*list(case.tokens)[:3], case.tokens.unmasked()))
+    query, value, gate, mask = (array.copy() for array in (*floating(case.tokens).values(), unmasked(case.tokens)))
     query[row, token], value[row, token], gate[row, token], mask[row, token] = 0, 0, 0, False
     return dataclasses.replace(case, tokens=Tokens(query, value, gate, mask))
 
@@ -79,7 +80,7 @@ def test_many_bad_numbers_at_once_leave_the_tables_finite(be, case, data):
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
     numbers = data.draw(st.lists(st.sampled_from(NUMBERS), min_size=1, max_size=4))
     tokens = case.tokens.map(np.copy)
-    for array in list(tokens)[:3]:
+    for array in floating(tokens).values():
         array[rng.uniform(size=array.shape) < 0.2] = rng.choice(numbers)
     received = read(be, dataclasses.replace(case, tokens=tokens), [case.length // 2, case.length - case.length // 2])
     assert all(np.isfinite(table).all() for table in received.memory)

@@ -173,7 +173,7 @@ def test_targets_are_judged_and_what_was_not_measured_is_missed():
 def test_growth_without_scoring_leaves_the_scoring_kernels_out():
     found = results()
     for name, scoring in (("shared-256", 1.0), ("shared-1024", 9.0)):
-        kernels = {"select_kernel": scoring, "combine_kernel": scoring, "values_kernel": 2.0}
+        kernels = {"propose_kernel": scoring, "select_slots_kernel": scoring, "values_kernel": 2.0}
         found.timings[f"kernels: {name}"] = {"forward": kernels, "train": kernels}
     claims = {claim.text: claim for claim in gpu_report.targets(found, {"speed"})}
     assert claims["the same without scoring, device time, forward"].measured.median == 1

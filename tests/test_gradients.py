@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 import fwpkm
 from fwpkm import FwPKMConfig, Memory, agreement, reference
-from fwpkm.conformance.gradients import draw_cotangents, forward, gradients
-from fwpkm.conformance.running import as_numpy, native
-from fwpkm.conformance.strategies import Case, Tokens, cases, draw_memory, draw_tokens, is_untied
+from fwpkm.conformance.running import as_numpy, draw_cotangents, forward, gradients, native
+from fwpkm.conformance.strategies import Case, cases, draw_memory, draw_tokens, floating, is_untied
+from fwpkm.tokens import Tokens
 
 TORCH = fwpkm.get_backend("torch")
 CLEAR = 100 * agreement.DIFFERENCE_STEP / 1e-3**0.5
@@ -24,7 +24,7 @@ def directional(case, index, direction, weights):
     """Central difference of the float64 reference, along a direction of one array."""
     ends = []
     for sign in (1, -1):
-        arrays = [*list(case.tokens)[:3], *case.memory]
+        arrays = [*floating(case.tokens).values(), *case.memory]
         arrays[index] = arrays[index] + sign * agreement.DIFFERENCE_STEP * direction
         ends.append(sum((a * b).sum() for a, b in zip(forward(reference, case, arrays), weights)))
     return (ends[0] - ends[1]) / (2 * agreement.DIFFERENCE_STEP)
@@ -123,8 +123,8 @@ def test_inplace_either_refuses_or_keeps_gradients_right(gradient_be, case):
     """Tables without gradient, but queries, values and gates with one: the graph may hold what inplace overwrites."""
     rng = np.random.default_rng(case.seed)
     weights, memory = draw_cotangents(case, rng), native(gradient_be, case.memory)
-    present = [array is not None for array in list(case.tokens)[:3]]
-    args = native(gradient_be, tuple(array for array in list(case.tokens)[:3] if array is not None))
+    present = [array is not None for array in floating(case.tokens).values()]
+    args = native(gradient_be, tuple(array for array in floating(case.tokens).values() if array is not None))
     received = []
     for inplace in (False, True):
 
@@ -206,7 +206,7 @@ def test_vjp(gradient_be):
 def test_two_runs_give_equal_bits(gradient_be, case):
     """Forward and backward, in deterministic algorithms' absence: sums have one order (twins and repeats included)."""
     weights = draw_cotangents(case, np.random.default_rng(case.seed))
-    arrays = (*list(case.tokens)[:3], *case.memory)
+    arrays = (*floating(case.tokens).values(), *case.memory)
     runs = []
     for _ in range(2):
         outputs = as_numpy(gradient_be, forward(gradient_be, case, native(gradient_be, arrays)))
@@ -222,7 +222,7 @@ def test_two_large_runs_give_equal_bits(gradient_be):
         cfg = FwPKMConfig(16, 64, 2, 16, 8, 256, 1)
         rng = np.random.default_rng(0)
         memory, tokens = draw_memory(rng, cfg, 2), draw_tokens(rng, cfg, 2, 600)
-        arrays = [array.astype("float32") for array in (*list(tokens)[:3], *memory)]
+        arrays = [array.astype("float32") for array in (*floating(tokens).values(), *memory)]
         case = Case(cfg, 0, "float32", frozenset(), 2, 600, Memory(*arrays[3:]), Tokens(*arrays[:3], tokens.mask))
         weights = tuple(x.astype("float32") for x in draw_cotangents(case, rng))
         runs = []

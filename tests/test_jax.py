@@ -16,7 +16,8 @@ from jax import lax
 import fwpkm
 from fwpkm import FwPKMConfig, Memory, reference
 from fwpkm.conformance.running import as_numpy, native, read, stream
-from fwpkm.conformance.strategies import Case, Tokens, draw_memory, draw_tokens
+from fwpkm.conformance.strategies import Case, draw_memory, draw_tokens
+from fwpkm.tokens import Tokens
 
 BE = fwpkm.get_backend("jax")
 CFG = FwPKMConfig(6, 4, 2, 5, 3, 4, 1, "wait", write_scale="normalized", score_eps=0.1)

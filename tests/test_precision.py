@@ -10,7 +10,7 @@ from asserting import assert_same_bits
 import fwpkm
 from fwpkm import FwPKMConfig, Memory
 from fwpkm.conformance.running import apply, as_numpy, native, stream
-from fwpkm.conformance.strategies import draw_memory, draw_tokens
+from fwpkm.conformance.strategies import draw_memory, draw_tokens, floating
 
 TORCH = fwpkm.get_backend("torch")
 
@@ -75,7 +75,7 @@ def test_torch_surroundings_change_no_bit(surrounding, score):
     rng = np.random.default_rng(0)
     keys, values, query, value, gate = (
         TORCH.asarray(array, "float32")
-        for array in (*draw_memory(rng, cfg, 2), *list(draw_tokens(rng, cfg, 2, 11))[:3])
+        for array in (*draw_memory(rng, cfg, 2), *floating(draw_tokens(rng, cfg, 2, 11)).values())
     )
 
     def forward(keys, values, query, value, gate):

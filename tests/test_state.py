@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import fwpkm
 from fwpkm import FwPKMConfig, Memory, State, reference
 from fwpkm.conformance.running import apply, as_numpy, native, start, stream
-from fwpkm.conformance.strategies import FLOATS, cases, draw_memory, draw_tokens, splits
+from fwpkm.conformance.strategies import FLOATS, cases, draw_memory, draw_tokens, splits, unmasked
 
 TORCH = fwpkm.get_backend("torch")
 SEQUENCE = {"memory_scope": "sequence", "batch": st.integers(2, 3)}
@@ -36,7 +36,7 @@ def test_pending_tokens_come_first_then_zeros(be, case):
     cfg, state = case.cfg, start(be, case)
     room, first = cfg.chunk_size + cfg.lookahead - 1, as_numpy(be, state)
     gate = np.ones((case.batch, case.length), case.dtype) if case.tokens.gate is None else case.tokens.gate
-    given_tokens = (case.tokens.query, case.tokens.value, gate, case.tokens.unmasked())
+    given_tokens = (case.tokens.query, case.tokens.value, gate, unmasked(case.tokens))
     for t in range(case.length + 1):
         now = as_numpy(be, state)
         assert [field.shape for field in now[1:]] == [field.shape for field in first[1:]]
@@ -52,7 +52,7 @@ def test_pending_tokens_come_first_then_zeros(be, case):
             np.testing.assert_array_equal(field[:, :count][live], tokens[:, t - count : t][live])
         np.testing.assert_array_equal(now.pending_mask[:, :count], given_tokens[3][:, t - count : t])
         if t < case.length:
-            state = apply(be, cfg, state, case.tokens.cut(t, t + 1))[1]
+            state = apply(be, cfg, state, case.tokens.slice(t, t + 1))[1]
     flushed = as_numpy(be, be.flush(cfg, state)[0])
     assert not any(field.any() for field in flushed[1:])
     assert [field.shape for field in flushed[1:]] == [field.shape for field in first[1:]]
@@ -138,7 +138,7 @@ def test_rows_that_start_from_one_memory_part_ways(be, inplace):
 @given(cases(flushed=True, dtype=FLOATS), st.booleans())
 def test_a_call_leaves_its_arguments_as_they_were(be, case, update):
     cfg = case.cfg
-    state = stream(be, cfg, start(be, case), case.tokens.cut(0, case.flush_after))[1]
+    state = stream(be, cfg, start(be, case), case.tokens.slice(0, case.flush_after))[1]
     memory, tokens = native(be, case.memory), native(be, tuple(case.tokens))
     held = (state, memory, tokens)
     before = as_numpy(be, held)
@@ -204,7 +204,7 @@ def test_reset_gives_rows_their_memory_back_and_masks_their_pending_tokens(be, c
     cfg = case.cfg
     chosen = np.array(data.draw(st.lists(st.booleans(), min_size=case.batch, max_size=case.batch)))
     memory = native(be, case.memory)
-    before, after = case.tokens.cut(0, case.flush_after), case.tokens.cut(case.flush_after, None)
+    before, after = case.tokens.slice(0, case.flush_after), case.tokens.slice(case.flush_after, None)
     state = stream(be, cfg, start(be, case), before)[1]
     by_mask = be.reset(state, memory, be.asarray(chosen, "bool"))
     by_ids = be.reset(state, memory, np.flatnonzero(chosen).tolist())
@@ -215,8 +215,8 @@ def test_reset_gives_rows_their_memory_back_and_masks_their_pending_tokens(be, c
     assert not new.pending_mask[chosen].any()
     assert_same_bits(new.position, old.position)
     # From here on a row that was reset reads and writes as if its earlier tokens had been masked from the start.
-    mask = before.unmasked() & ~chosen[:, None]
-    masked = stream(be, cfg, start(be, case), dataclasses.replace(before, mask=mask))[1]
+    mask = unmasked(before) & ~chosen[:, None]
+    masked = stream(be, cfg, start(be, case), before._replace(mask=mask))[1]
     expected = stream(be, cfg, masked, after, flush=True)[0]
     received = stream(be, cfg, by_mask, after, flush=True)[0]
     for a, b in zip((*received[:3], *received.memory), (*expected[:3], *expected.memory)):

@@ -1,6 +1,7 @@
 """Streaming (SPEC.md §5): any split equals one call, a read sees only what was written before, rows stay apart."""
 
 import dataclasses
+from operator import itemgetter
 
 import numpy as np
 from asserting import assert_close, assert_same_bits, assert_same_reading
@@ -9,7 +10,8 @@ from hypothesis import strategies as st
 
 from fwpkm import Memory
 from fwpkm.conformance.running import apply, as_numpy, native, read, start, stream
-from fwpkm.conformance.strategies import FLOATS, Tokens, cases, draw_tokens, splits
+from fwpkm.conformance.strategies import FLOATS, cases, draw_tokens, splits, unmasked
+from fwpkm.tokens import Tokens
 
 OTHERS = st.integers(0, 2**32 - 1)
 
@@ -70,9 +72,9 @@ def test_contents_of_masked_tokens_change_nothing_for_others(be, drawn, seed, sp
 def test_trailing_padding_is_invisible(be, case, more, seed):
     cfg, tokens = case.cfg, case.tokens
     padding = draw_tokens(np.random.default_rng(seed), cfg, case.batch, more)
-    padding = dataclasses.replace(padding, mask=np.zeros((case.batch, more), bool))
+    padding = padding._replace(mask=np.zeros((case.batch, more), bool))
     gate = np.ones((case.batch, case.length)) if tokens.gate is None else tokens.gate
-    full = Tokens(tokens.query, tokens.value, gate, tokens.unmasked())
+    full = Tokens(tokens.query, tokens.value, gate, unmasked(tokens))
     padded = Tokens(*(np.concatenate(pair, axis=1) for pair in zip(full, padding)))
     expected = read(be, case)
     received = read(be, dataclasses.replace(case, tokens=padded, length=case.length + more))
@@ -92,7 +94,9 @@ def test_a_row_alone_gives_the_same(be, drawn):
     for row in range(case.batch):
         one = slice(row, row + 1)
         memory = Memory(*(table[one] for table in case.memory))
-        alone = read(be, dataclasses.replace(case, batch=1, memory=memory, tokens=case.tokens.rows(one)), sizes)
+        alone = read(
+            be, dataclasses.replace(case, batch=1, memory=memory, tokens=case.tokens.map(itemgetter(one))), sizes
+        )
         expected = type(together)(*(x[one] for x in together[:5]), Memory(*(x[one] for x in together.memory)))
         assert_same_reading(case.cfg, alone, expected, case.dtype)
 
@@ -103,7 +107,7 @@ def test_permuted_rows_permute_results(be, drawn, random):
     order = list(range(case.batch))
     random.shuffle(order)
     memory = Memory(*(table[order] for table in case.memory))
-    permuted = read(be, dataclasses.replace(case, memory=memory, tokens=case.tokens.rows(order)), sizes)
+    permuted = read(be, dataclasses.replace(case, memory=memory, tokens=case.tokens.map(itemgetter(order))), sizes)
     straight = read(be, case, sizes)
     expected = type(straight)(*(x[order] for x in straight[:5]), Memory(*(x[order] for x in straight.memory)))
     assert_same_reading(case.cfg, permuted, expected, case.dtype)
@@ -128,7 +132,7 @@ def test_no_later_token_changes_an_output(be, case, data):
     hidden = np.broadcast_to((index >= visible) & (index != at), (case.batch, case.length))
     tokens = replaced(case.tokens, hidden, data.draw(OTHERS), spoil=True)
     if tokens.mask is not None:
-        tokens = dataclasses.replace(tokens, mask=tokens.mask ^ (hidden & data.draw(st.booleans())))
+        tokens = tokens._replace(mask=tokens.mask ^ (hidden & data.draw(st.booleans())))
     expected, received = read(be, case), read(be, dataclasses.replace(case, tokens=tokens))
     for a, b in zip(received[:3], expected[:3]):
         assert_same_bits(a[:, at], b[:, at])
@@ -139,7 +143,7 @@ def test_each_token_reads_the_tables_in_force_and_writes_fall_due_on_schedule(be
     cfg, state = case.cfg, start(be, case)
     size = cfg.chunk_size
     for t in range(case.length):
-        token = case.tokens.cut(t, t + 1)
+        token = case.tokens.slice(t, t + 1)
         look = be.lookup(cfg, state.memory, native(be, token.query))
         output, after, trace = apply(be, cfg, state, token)
         for received, expected in ((output, look.output), (trace.slots, look.slots), (trace.weights, look.weights)):
@@ -177,9 +181,9 @@ def test_a_memory_without_a_pair_keeps_its_bits(be, case):
 
 @given(cases(flushed=True), st.booleans())
 def test_no_tokens_change_nothing(be, case, update):
-    first = case.tokens.cut(0, case.flush_after)
+    first = case.tokens.slice(0, case.flush_after)
     state = stream(be, case.cfg, start(be, case), first)[1]
-    output, after, trace = apply(be, case.cfg, state, case.tokens.cut(0, 0), update=update)
+    output, after, trace = apply(be, case.cfg, state, case.tokens.slice(0, 0), update=update)
     assert after is state
     assert tuple(output.shape) == (case.batch, 0, case.cfg.value_dim)
     assert as_numpy(be, output).dtype == case.dtype
@@ -191,7 +195,7 @@ def test_no_tokens_change_nothing(be, case, update):
 @given(cases(flushed=True, untied=True))
 def test_update_false_only_reads(be, case):
     cfg = case.cfg
-    state = stream(be, cfg, start(be, case), case.tokens.cut(0, case.flush_after))[1]
+    state = stream(be, cfg, start(be, case), case.tokens.slice(0, case.flush_after))[1]
     before = as_numpy(be, state)
     output, after, trace = apply(be, cfg, state, case.tokens, update=False)
     assert_same_bits(as_numpy(be, after), before)

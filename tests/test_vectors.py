@@ -14,7 +14,7 @@ from hypothesis import settings
 import fwpkm
 from fwpkm import FwPKMConfig, Memory, agreement, schedule
 from fwpkm.conformance.running import as_numpy, native, stream
-from fwpkm.conformance.strategies import Tokens
+from fwpkm.tokens import Tokens
 
 FOLDER = Path(__file__).parents[1] / "fwpkm_core" / "data" / "vectors"
 _NAMES = """
