@@ -151,7 +151,7 @@ def _empty_residuals(cfg: FwPKMConfig, plan: Plan, memory: Memory, tokens: Token
         window = tokens.map(lambda x: jax.ShapeDtypeStruct((len(x), length, *x.shape[2:]), x.dtype))
         selected = jax.eval_shape(functools.partial(select_window, cfg), memory, window, window.mask)
         moved = [jnp.zeros((count, *shape), bool) for shape in ((*memory.keys.shape[:-1], 1), selected.rows.shape[:1])]
-        empty = jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), selected._replace(rows=None))
+        empty = jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), selected._replace(rows=None, ranks=None))
         nowhere = jnp.full_like(empty.touched.ids, memory.values.shape[0] * memory.values.shape[1])
         return empty._replace(touched=empty.touched._replace(ids=nowhere)), Moved(*moved) if writes else None
 
