@@ -14,7 +14,7 @@ from asserting import assert_close, assert_same_bits, assert_same_reading
 from jax import lax
 
 import fwpkm
-from fwpkm import FwPKMConfig, Memory, reference
+from fwpkm import FwPKMConfig, Memory, reference, rules
 from fwpkm.conformance.running import as_numpy, native, read, stream
 from fwpkm.conformance.strategies import Case, draw_memory, draw_tokens
 from fwpkm.tokens import Tokens
@@ -323,3 +323,13 @@ def test_streams_end_where_they_should():
     received, _ = stream(BE, cfg, state, plain, [3, 1], flush=True)
     expected, _ = stream(reference, cfg, reference.init_state(cfg, as_numpy(BE, memory), 2), plain, flush=True)
     assert_same_reading(cfg, received, expected, "float64")
+
+
+def test_the_derivative_of_a_step_is_that_of_jax():
+    """With decay and clipping, as the hand-written backward of a write uses it."""
+    cfg = FwPKMConfig(6, 4, 2, 5, 3, learning_rate=0.7, weight_decay=0.1, grad_clip=0.5)
+    rows, gradient, d_new = np.random.default_rng(0).normal(size=(3, 8, 4))
+    expected = jax.vjp(functools.partial(rules.step, jnp, cfg), rows, gradient)[1](jnp.asarray(d_new))
+    received = rules.step_vjp(jnp, cfg, d_new, np.abs(gradient) <= cfg.grad_clip)
+    for a, b in zip(received, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-12)

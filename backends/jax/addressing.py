@@ -127,8 +127,8 @@ def top_k(x: Array, k: int) -> tuple[Array, Array]:
     return lax.optimization_barrier(tuple(lax.top_k(x, k)))
 
 
-def select_slots(cfg: FwPKMConfig, query: Array, keys: Array) -> Selection:
-    """Top-k of both codebooks and of the k² sums, ties to the lower position (§2)."""
+def select_slots(cfg: FwPKMConfig, query: Array, keys: Array) -> tuple[Selection, Array]:
+    """Top-k of both codebooks and of the k² sums, ties to the lower position (§2); and the ranks of the sub-keys."""
     query, keys = lax.stop_gradient((query, keys))
     ranks, subkeys = _select_subkeys(cfg, query, keys)
     scores = sub_scores(cfg, ranks)
@@ -137,12 +137,15 @@ def select_slots(cfg: FwPKMConfig, query: Array, keys: Array) -> Selection:
     ids = subkeys[:, :, 0][..., first] * cfg.num_subkeys + subkeys[:, :, 1][..., second]
     slots = along(ids, cells).swapaxes(1, 2)
     finite = jnp.isfinite(scores).all((1, 2, 4)) & jnp.isfinite(sums / cfg.temperature).all((1, 3))
-    return Selection(subkeys, cells, slots.reshape(*slots.shape[:2], -1), finite)
+    return Selection(subkeys, cells, slots.reshape(*slots.shape[:2], -1), finite), ranks
 
 
-def address(cfg: FwPKMConfig, query: Array, keys: Array, selection: Selection) -> Address:
-    """Scores and weights of selected slots (§2). Differentiable; tokens that are not finite must have been blanked."""
-    ranks = _ranks_at(cfg, query, keys, selection.subkeys)
+def address(cfg: FwPKMConfig, query: Array, keys: Array, selection: Selection, ranks: Array | None = None) -> Address:
+    """Scores and weights of selected slots (§2); tokens that are not finite must have been blanked.
+
+    Differentiable, unless the ranks that ``select_slots`` found are given and need not be computed again.
+    """
+    ranks = _ranks_at(cfg, query, keys, selection.subkeys) if ranks is None else ranks
     scores = sub_scores(cfg, ranks)
     first, second = (gather(jnp.asarray(axis), selection.cells) for axis in _grid(cfg.top_k))
     sums = along(scores[:, :, 0], first) + along(scores[:, :, 1], second)
@@ -167,10 +170,12 @@ def mean_probabilities(fraction: Array, subkeys: Array, num_subkeys: int) -> Arr
 def key_gradient(
     cfg: FwPKMConfig, query: Array, keys: Array, at: Address, subkeys: Array, counted: Array
 ) -> tuple[Array, Array]:
-    """α ∇_keys L_addr in the shape of ``keys``, the closed form of §4, and L_addr ``[M]``; counted [M, R]."""
+    """α ∇_keys L_addr in the shape of ``keys``, the closed form of §4, and L_addr ``[M]``.
+
+    ``counted`` [M, R] is 0, or 1 over the number of counted tokens.
+    """
     p = sub_key_probabilities(at.scores)
-    counted = counted.astype(p.dtype)
-    fraction = (counted / jnp.maximum(counted.sum(-1, keepdims=True), 1))[:, None, None, :, None] * p
+    fraction = counted[:, None, None, :, None] * p
     mean = mean_probabilities(fraction, subkeys, cfg.num_subkeys)
     loss = addressing_loss(jnp, mean).sum((1, 2, 3))
     a = gather(addressing_slope(jnp, mean).ravel(), _row_index(subkeys, cfg.num_subkeys))
@@ -196,7 +201,7 @@ def write_keys(
         keys: ``[M, H, 2, S, d]``.
         at: scores of what the tokens of the chunk picked in these keys.
         subkeys: ``[M, H, 2, R, k]`` ids of what they picked.
-        counted: ``[M, R]``, the chunk's unmasked tokens.
+        counted: ``[M, R]``, 1 over the number of the chunk's unmasked tokens for each of them, 0 for others.
         active: ``[M]``, the memories in which the chunk has a pair.
         moves: ``[M, H, 2, S, 1]``, the sub-keys that move, where that is known.
 
@@ -242,19 +247,20 @@ def _proposed(cfg: FwPKMConfig, query: Array, keys: Array) -> tuple[Array, Array
         margin = scale * jnp.maximum(4 * error, _MARGIN * jnp.finfo(keys.dtype).eps / 2)
         unsure = ~(ranks.min(-1, keepdims=True) > next_best + margin)[..., 0]
 
-        def in_full(found: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-            """Rank all S sub-keys from differences for the next few tokens that are unsure."""
-            unsure, ranks, ids = found
-            flags, at = top_k(unsure.astype(jnp.float32), _BLOCK)  # nonzero would compile ten times as long
+        flat_query = query.reshape(-1, query.shape[-1])
+
+        def in_full(found: tuple[Array, ...]) -> tuple[Array, ...]:
+            """Rank all S sub-keys from differences for a few tokens that are unsure, and find the next ones."""
+            flags, at, unsure, ranks, ids = found
             better = top_k(_ranks(cfg, gather(flat_query, at)[:, None], gather(keys, at // tokens)), k)
             at = jnp.where(flags > 0, at, unsure.size)  # those that are sure keep their bits: dropped
-            none = jnp.zeros(_BLOCK, bool)
-            unsure, ranks, ids = (put(x, at, new, mode="drop") for x, new in zip(found, (none, *better)))
-            return unsure, ranks, ids
+            new = jnp.zeros_like(flags), *better
+            unsure, ranks, ids = (put(x, at, y, mode="drop") for x, y in zip((unsure, ranks, ids), new))
+            return *top_k(unsure, _BLOCK), unsure, ranks, ids
 
-        flat_query = query.reshape(-1, query.shape[-1])
-        flat = unsure.ravel(), ranks.reshape(-1, k), ids.reshape(-1, k)
-        _, ranks, ids = lax.while_loop(lambda found: found[0].any(), in_full, flat)
+        # top_k finds them, as nonzero and any would compile ten times as long.
+        flat = unsure.astype(jnp.float32).ravel(), ranks.reshape(-1, k), ids.reshape(-1, k)
+        *_, ranks, ids = lax.while_loop(lambda found: found[0][0] > 0, in_full, (*top_k(flat[0], _BLOCK), *flat))
     negated, ids = lax.sort((-ranks.reshape(*query.shape[:2], k), ids.reshape(*query.shape[:2], k)), num_keys=2)
     return -negated, ids
 

@@ -71,7 +71,8 @@ def _run_backward(cfg, plan, saved, gradient):
     num_slots, width = gradient.values.shape[1:]
     num_rows = gradient.values.shape[0] * num_slots
     d_table = None if isinstance(gradient.values, SymbolicZero) else gradient.values.reshape(-1, width)
-    ids = jnp.concatenate([kept[0].touched.ids.ravel() for kept in (residuals.windows, residuals.blocks) if kept])
+    buffers = filter(None, (residuals.windows, residuals.blocks))
+    ids = jnp.concatenate([selected.touched.ids.ravel() for selected, _ in buffers])
     first, following = _occurrences(ids, num_rows)
     # What windows noted of their tokens, with its gradient; trace weights mostly have none.
     noted = {x: getattr(gradient, x) for x in ("reads", "weights")}
@@ -84,8 +85,9 @@ def _run_backward(cfg, plan, saved, gradient):
     def back(carry, kind, index, start, first_new):
         """Through one window."""
         d_keys, rows, d_tokens = carry
-        kept = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, index, 0, keepdims=False), getattr(residuals, kind))
-        selected, moved = kept
+        selected, moved = jax.tree.map(
+            lambda x: lax.dynamic_index_in_dim(x, index, 0, keepdims=False), getattr(residuals, kind)
+        )
         length = selected.dead.shape[1]
         window = cut(tokens, start, length)
         offset = row_offset(cfg, plan, tokens, kind, index)
@@ -151,7 +153,7 @@ def _empty_residuals(cfg: FwPKMConfig, plan: Plan, memory: Memory, tokens: Token
         window = tokens.map(lambda x: jax.ShapeDtypeStruct((len(x), length, *x.shape[2:]), x.dtype))
         selected = jax.eval_shape(functools.partial(select_window, cfg), memory, window, window.mask)
         moved = [jnp.zeros((count, *shape), bool) for shape in ((*memory.keys.shape[:-1], 1), selected.rows.shape[:1])]
-        empty = jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), selected._replace(rows=None))
+        empty = jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), selected._replace(rows=None, ranks=None))
         nowhere = jnp.full_like(empty.touched.ids, memory.values.shape[0] * memory.values.shape[1])
         return empty._replace(touched=empty.touched._replace(ids=nowhere)), Moved(*moved) if writes else None
 

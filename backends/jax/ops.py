@@ -238,7 +238,7 @@ def _chunk_update(cfg: FwPKMConfig, memory: Memory, chunk: Tokens, pair: Array |
     memory, chunk = _tables(memory, dtype), filled(dtype, chunk)
     finite_target = jnp.isfinite(chunk.value).all(-1)  # those that are not finite make no pair, but are read
     chunk = chunk._replace(value=jnp.where(finite_target[..., None], chunk.value, 0))
-    selected = select_window(cfg, memory, chunk, ~finite(chunk))
+    selected = select_window(cfg, memory, chunk, ~finite(chunk))._replace(ranks=None)
     chunk = without(chunk, selected.dead)
     write = Write(chunk.value, chunk.mask & finite_target & (True if pair is None else pair), chunk.mask)
     computed = compute_window(cfg, selected.keys, selected.rows, chunk, selected, write, cfg.num_slots)

@@ -38,6 +38,8 @@ class Selected(NamedTuple):
     """where those rows stand."""
     selection: Selection
     """what they picked."""
+    ranks: Any
+    """``[M, H, 2, R, k]`` of that; None where they are to be computed, to be differentiated."""
     dead: Array
     """``[B, n]`` bool: some input or selected score is not finite."""
 
@@ -148,12 +150,12 @@ def select_window(cfg: FwPKMConfig, memory: Memory, window: Tokens, dead: Array)
     """Find what a window's tokens pick; ``dead`` [B, n] are those known not to be finite."""
     memories, slots, width = memory.values.shape
     query = halves(cfg, without(window, dead).query, memories)
-    selection = select_slots(cfg, query, memory.keys)
+    selection, ranks = select_slots(cfg, query, memory.keys)
     first = slots * jnp.arange(memories, dtype=selection.slots.dtype)[:, None, None]
     touched = Touched.of((selection.slots + first).reshape(-1, cfg.slots_per_token), memories * slots)
     # Without the barrier XLA may read the table again where the rows are used, after a write, and so copies it first.
     rows = lax.optimization_barrier(touched.gather(memory.values.reshape(-1, width)))
-    return Selected(memory.keys, rows, touched, selection, dead | ~selection.finite.reshape(dead.shape))
+    return Selected(memory.keys, rows, touched, selection, ranks, dead | ~selection.finite.reshape(dead.shape))
 
 
 def chunk_of(cfg: FwPKMConfig, window: Tokens) -> Write:
@@ -186,13 +188,16 @@ def compute_window(
     """
     memories, shape, row_index = len(keys), window.mask.shape, selected.touched.row_index
     query = halves(cfg, window.query, memories)
-    at = address(cfg, query, keys, selected.selection)
+    at = address(cfg, query, keys, selected.selection, selected.ranks)
     weights = at.weights.reshape(-1, cfg.slots_per_token)
     reads = read(rows, row_index, weights)
     computed = Computed(reads.reshape(*shape, -1), weights.reshape(*shape, -1), keys, rows)
     if write is None:
         return computed
-    counted, active = by_memory(write.counted, memories), by_memory(write.pair, memories).any(1)
+    # Floats in one sum, as an any of each window's flags would compile for a fifth of a second.
+    flags = jnp.stack([by_memory(x, memories) for x in (write.counted, write.pair)]).astype(keys.dtype)
+    num_counted, num_pairs = flags.sum(-1)
+    counted, active = flags[0] / jnp.maximum(num_counted, 1)[:, None], num_pairs > 0
     keys_move, rows_move = (None, None) if moved is None else (moved.keys, moved.rows)
     keys, keys_move, addressing = write_keys(
         cfg, query, keys, at, selected.selection.subkeys, counted, active, keys_move
@@ -200,7 +205,7 @@ def compute_window(
     gate, pair = window.gate.ravel(), write.pair.ravel()
     error = reads - jnp.where(write.pair[..., None], write.target, 0).reshape(reads.shape)
     coefficient = jnp.where(pair, write_scale(jnp, cfg, weights) * gate, 0)[:, None] * weights
-    entries = jnp.broadcast_to(counted.reshape(-1, 1), row_index.shape).astype(jnp.int32)
+    entries = jnp.broadcast_to(write.counted.reshape(-1, 1), row_index.shape).astype(jnp.int32)
     count = scatter_sum(len(rows), row_index, entries)
     owner = jnp.minimum(selected.touched.ids // num_slots, memories - 1)
     may_move = active[owner] & (count > 0)
@@ -296,7 +301,7 @@ def windows(
             return None
         offset = row_offset(cfg, plan, tokens, kind, index)
         rows = lax.dynamic_update_slice_in_dim(residuals.rows, selected.rows, offset, 0)
-        one, every = (selected._replace(rows=None), moved), getattr(residuals, kind)
+        one, every = (selected._replace(rows=None, ranks=None), moved), getattr(residuals, kind)
         every = jax.tree.map(lambda all_, x: lax.dynamic_update_index_in_dim(all_, x, index, 0), every, one)
         return residuals._replace(rows=rows, **{kind: every})
 
