@@ -168,8 +168,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sections, seed = set(options.only), secrets.randbits(31) if options.seed is None else options.seed
     results = Results()
     _say(f"seed {seed}")
-    _check(results, checks(sections, seed, options.interpret), options.workers)
-    _time(results, timings(sections, options.interpret))
+    patience = 4 if options.interpret else 1
+    _check(results, checks(sections, seed, options.interpret), options.workers, patience * _CHECK_LIMIT)
+    _time(results, timings(sections, options.interpret), patience * _TIMING_LIMIT)
     claims = [] if options.interpret else gpu_report.targets(results, sections)
     notes = [f"{x.task.name}: {note}" for x in results.checks if x.result for note in x.result.notes]
     legend = (*_LEGEND, f"seed {seed}; the whole run took {time.perf_counter() - started:.0f} s", *notes)
@@ -180,12 +181,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return int(bool(missed or results.failed or results.silenced))
 
 
-def _check(results: Results, tasks: list[Task], workers: int) -> None:
+def _check(results: Results, tasks: list[Task], workers: int, limit: float) -> None:
     """Run the checks side by side; those that found too little memory beside the others again, alone."""
-    outcomes = _run(tasks, workers, _CHECK_LIMIT, gpu_report.check_line)
+    outcomes = _run(tasks, workers, limit, gpu_report.check_line)
     crowded = [outcome.task for outcome in outcomes if _OUT_OF_MEMORY in outcome.error]
     outcomes = [outcome for outcome in outcomes if _OUT_OF_MEMORY not in outcome.error]
-    outcomes += _run(crowded, 1, _CHECK_LIMIT, gpu_report.check_line)
+    outcomes += _run(crowded, 1, limit, gpu_report.check_line)
     digests = [x.result.digest for x in outcomes if isinstance(x.result, Report) and x.result.digest]
     if len(digests) > 1:
         compared = Report([equal("sha256 in two processes", len(set(digests)) == 1)])
@@ -196,10 +197,10 @@ def _check(results: Results, tasks: list[Task], workers: int) -> None:
     results.failed += [outcome.task.name for outcome in results.checks if not gpu_report.agrees(outcome)]
 
 
-def _time(results: Results, tasks: list[Task]) -> None:
+def _time(results: Results, tasks: list[Task], limit: float) -> None:
     """Run, one after the other, the timings of what agrees."""
     results.silenced += [task.name for task in tasks if not results.agreed(task)]
-    for outcome in _run([task for task in tasks if results.agreed(task)], 1, _TIMING_LIMIT, gpu_report.timing_line):
+    for outcome in _run([task for task in tasks if results.agreed(task)], 1, limit, gpu_report.timing_line):
         if outcome.error:
             results.failed.append(outcome.task.name)
         else:
