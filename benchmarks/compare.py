@@ -66,7 +66,7 @@ def _torch(
         return Case(lambda number: call(sets[number % _SETS]))
     graph, results = capture(partial(call, sets[0]))
 
-    def run(_: int) -> Any:
+    def run(_: int, read_by_the_graph: Any = (call, sets)) -> Any:  # it knows their addresses alone
         graph.replay()
         return results
 
