@@ -60,13 +60,17 @@ def _torch(
     captured: bool = False,
     **options: str,
 ) -> Case:
-    sets = _inputs(workload, device=device, dtype=dtype)
-    call = partial(step, TorchSteps(workload, device, **options))
+    sets, steps, read = _inputs(workload, device=device, dtype=dtype), TorchSteps(workload, device, **options), []
+
+    def call(inputs: Inputs) -> Any:
+        read.append(steps.state)
+        return step(steps, inputs)
+
     if not captured or device == "cpu":
-        return Case(lambda number: call(sets[number % _SETS]))
+        return Case(lambda number: step(steps, sets[number % _SETS]))
     graph, results = capture(partial(call, sets[0]))
 
-    def run(_: int, read_by_the_graph: Any = (call, sets)) -> Any:  # it knows their addresses alone
+    def run(_: int, read_by_the_graph: Any = (read, sets)) -> Any:  # it knows their addresses alone
         graph.replay()
         return results
 
