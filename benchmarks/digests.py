@@ -136,7 +136,7 @@ def main() -> int:
         line = f"{digests[-1][:16]}  {name}"
         if args.against:
             old = {key.partition("/")[2]: x for key, x in before.items() if key.startswith(f"{name}/")}
-            same = digest(old) == digests[-1]
+            same = digest(old) == digest({key: array for key, array in arrays.items() if key in old})
             differs |= not same
             worst = max(old, key=lambda key: relative_error(arrays[key], old[key]))
             line += "  same bits" if same else f"  differs: {relative_error(arrays[worst], old[worst]):.1e} in {worst}"

@@ -79,7 +79,7 @@ def vector(name: str) -> Report:
         return tools.read(backend, case), {field: x for field, x in zip(tools.INPUTS, received) if x is not None}
 
     (reading, derived), bits = twice(compute)
-    comparable = agreement.comparable_tokens(cfg, memory, *tokens)
+    comparable = agreement.comparable_tokens(cfg, memory, tokens)
     if comparable < length and dict(tools.reading_errors(cfg, reading, expected))["slots"]:  # it left the path at a tie
         writes = comparable // cfg.chunk_size
         parts = (_cut(part, comparable, writes) for part in (reading, expected))

@@ -15,6 +15,7 @@ from benchmarks.workloads import Inputs, Workload, make_inputs
 from fwpkm import FwPKMConfig, Memory
 from fwpkm.agreement import BOUNDS, comparable_tokens
 from fwpkm.backends import torch as be
+from fwpkm.tokens import Tokens
 
 
 def repeatable(workload: Workload, dtype: str, seed: int, runs: int = 20) -> Report:
@@ -130,6 +131,6 @@ def _untied_layer(cfg: FwPKMConfig, seed: int, batch: int = 2, length: int = 40)
         memory = Memory(*(table.cpu().numpy().astype(np.float64) for table in layer.memory()))
         memory = Memory(*(np.broadcast_to(table, (batch, *table.shape[1:])) for table in memory))
         value = np.zeros((batch, length, cfg.value_dim))  # keys do not depend on values
-        if comparable_tokens(cfg, memory, query, value, gap=1e-4) == length:
+        if comparable_tokens(cfg, memory, Tokens(query, value), gap=1e-4) == length:
             return layer, x
     raise RuntimeError("no layer without a tie in 50 draws")

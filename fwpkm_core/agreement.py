@@ -12,7 +12,7 @@ from fwpkm.config import FwPKMConfig
 from fwpkm.containers import Memory
 from fwpkm.equations import sub_scores
 from fwpkm.schedule import windows, written
-from fwpkm.tokens import Array
+from fwpkm.tokens import Array, Tokens
 
 GAP = 1e-5
 """Slots must be equal wherever every gap that decided them exceeds this (§6)."""
@@ -106,32 +106,22 @@ def deciding_gap(cfg: FwPKMConfig, memory: Memory, query: Array) -> Array:
     return np.where(np.isfinite(gaps), gaps, np.inf).min(axis=-1)
 
 
-def comparable_tokens(
-    cfg: FwPKMConfig,
-    memory: Memory,
-    query: Array,
-    value: Array,
-    gate: Array | None = None,
-    mask: Array | None = None,
-    gap: float = GAP,
-) -> int:
+def comparable_tokens(cfg: FwPKMConfig, memory: Memory, tokens: Tokens, gap: float = GAP) -> int:
     """How many tokens two float32 runs may be compared over: all before the first chunk that holds a smaller gap (§6).
 
     Follows the float64 reference from the start of a sequence and looks at every read, those repeated by the writes
     too. T where no gap is smaller; else a multiple of C. Runs cut there read nothing that could differ, flush included.
     """
     memory = Memory(*(np.asarray(table, dtype=np.float64) for table in memory))
-    query, value = np.asarray(query, dtype=np.float64), np.asarray(value, dtype=np.float64)
-    gate = None if gate is None else np.asarray(gate, dtype=np.float64)
-    batch, length, _ = query.shape
+    tokens = tokens.map(lambda x: x if x.dtype == bool else np.asarray(x, dtype=np.float64))
+    batch, length, _ = tokens.query.shape
     state = reference.init_state(cfg, memory, batch_size=batch)
     for start, stop, _ in windows(cfg, 0, length):
         first = written(cfg, start) * cfg.chunk_size  # from here on, tokens are read again by a write yet to come
-        close = deciding_gap(cfg, state.memory, query[:, first:stop]).min(axis=0) <= gap
+        close = deciding_gap(cfg, state.memory, tokens.query[:, first:stop]).min(axis=0) <= gap
         if close.any():
             return (first + int(close.argmax())) // cfg.chunk_size * cfg.chunk_size
-        gates, masks = (None if array is None else array[:, start:stop] for array in (gate, mask))
-        state = reference.apply(cfg, state, query[:, start:stop], value[:, start:stop], gates, masks)[1]
+        state = reference.apply(cfg, state, **tokens.slice(start, stop).present())[1]
     return length
 
 

@@ -25,7 +25,7 @@ SELF = Implementation.of(
     Array,
     """
     key_dim value_dim num_heads num_subkeys top_k chunk_size lookahead boundary score score_eps temperature
-    learning_rate write_scale weight_decay grad_clip addressing_weight memory_scope
+    learning_rate write_scale weight_decay grad_clip addressing_weight memory_scope query value gate mask
     """,
 )
 

@@ -65,6 +65,10 @@ class Tokens(NamedTuple):
         """n."""
         return self.query.shape[1]
 
+    def present(self) -> dict[str, Array]:
+        """The fields that are not None by name, as the arguments of a call."""
+        return {name: x for name, x in self._asdict().items() if x is not None}
+
     def map(self, function: Callable[[Array], Array]) -> Self:
         """The tokens with every field changed alike; a field that is None stays so."""
         return type(self)(*(None if x is None else function(x) for x in self))

@@ -25,7 +25,7 @@ class Implementation(NamedTuple):
     arrays: ArrayType
     """The type of its arrays."""
     fields: frozenset[str]
-    """The fields of a configuration that it serves at any value; any other must be at its default."""
+    """The fields of a configuration and of a token that it serves; any other must be at its default."""
 
     @classmethod
     def of(cls, name: str, arrays: ArrayType, fields: str) -> "Implementation":
@@ -75,6 +75,19 @@ def check_served(cfg: Any, implementation: Implementation) -> None:
                 f"{field.name} must be {field.default!r}: {implementation.name} does not serve it. "
                 f"Received: {field.name}={getattr(cfg, field.name)!r}"
             )
+
+
+def _check_served_tokens(tokens: Tokens, prefix: str, implementation: Implementation) -> None:
+    """Raise for a field of tokens that the implementation does not serve, unless it is known to be at its default."""
+    for field, array in zip(TOKEN_FIELDS, tokens):
+        if field.name in implementation.fields or array is None:
+            continue
+        try:
+            at_default = bool((np.asarray(array) == field.default).all())
+        except Exception:  # traced, or on a device
+            at_default = False
+        if not at_default:
+            raise ValueError(f"{prefix}{field.name} must be left out: {implementation.name} does not serve it")
 
 
 def check_count(name: str, value: Any) -> None:
@@ -140,6 +153,7 @@ def check_lookup(cfg: FwPKMConfig, memory: Any, query: Any, implementation: Impl
 
 def check_chunk(cfg: FwPKMConfig, memory: Any, chunk: Tokens, pair: Any, implementation: Implementation) -> None:
     """Raise unless the arguments of ``chunk_update`` fit each other; the chunk's values are its targets."""
+    _check_served_tokens(chunk, "", implementation)
     check_lookup(cfg, memory, chunk.query, implementation)
     _check_tokens(cfg, chunk, "n", implementation.arrays, names={"value": "target"})
     if pair is not None:
@@ -150,6 +164,7 @@ def check_chunk(cfg: FwPKMConfig, memory: Any, chunk: Tokens, pair: Any, impleme
 def check_apply(cfg: FwPKMConfig, state: Any, tokens: Tokens, implementation: Implementation) -> None:
     """Raise unless the arguments of ``apply`` fit each other."""
     check_served(cfg, implementation)
+    _check_served_tokens(tokens, "", implementation)
     _check_query(cfg, tokens.query, "T", implementation.arrays)
     _check_tokens(cfg, tokens, "T", implementation.arrays)
     check_state(cfg, state, tokens.query.shape[0], implementation)
@@ -168,6 +183,7 @@ def check_state(cfg: FwPKMConfig, state: Any, batch_size: int | None, implementa
     _check_spec("state.position", state.position, state_specs(cfg, batch_size).position, implementation.arrays)
     batch = state.position.shape[0]
     check_memory(cfg, state.memory, memories_for(cfg, batch), implementation)
+    _check_served_tokens(state.pending, "state.pending_", implementation)
     specs = state_specs(cfg, batch).pending._asdict()
     for name, array in state.pending._asdict().items():
         _check_spec(f"state.pending_{name}", array, specs[name], implementation.arrays)

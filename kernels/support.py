@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fwpkm.config import FwPKMConfig
 from fwpkm.containers import Memory
+from fwpkm.tokens import TOKEN_FIELDS
 
 SERVED_CHOICES = {
     "boundary": ("drop", "wait"),
@@ -21,9 +22,10 @@ SERVED_CHOICES = {
 SERVED_FIELDS = {
     "key_dim", "value_dim", "num_heads", "num_subkeys", "top_k", "chunk_size", "lookahead", "boundary", "score",
     "score_eps", "temperature", "learning_rate", "write_scale", "weight_decay", "grad_clip", "addressing_weight",
-    "memory_scope",
+    "memory_scope", "query", "value", "gate", "mask",
 }  # fmt: skip
-"""The fields of a configuration that the kernels serve; any other must be at its default."""
+"""The fields of a configuration and of a token that the kernels serve; one of a configuration that is not listed must
+be at its default."""
 _MOST = {"num_heads": 4, "top_k": 32, "num_subkeys": 2048, "key_dim": 1024, "value_dim": 1024}
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -44,6 +46,9 @@ def why_unsupported_config(cfg: FwPKMConfig) -> str | None:
     for field in dataclasses.fields(cfg):
         if field.name not in SERVED_FIELDS and getattr(cfg, field.name) != field.default:
             return f"{field.name} must be {field.default!r}. Received: {field.name}={getattr(cfg, field.name)!r}"
+    for token_field in TOKEN_FIELDS:
+        if token_field.name not in SERVED_FIELDS:
+            return f"the kernels do not serve {token_field.name} of a token"
     for name, values in SERVED_CHOICES.items():
         if getattr(cfg, name) not in values:
             return f"{name} must be one of {', '.join(map(repr, values))}. Received: {name}={getattr(cfg, name)!r}"

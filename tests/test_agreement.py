@@ -6,6 +6,7 @@ from hypothesis import given, settings
 
 from fwpkm import FwPKMConfig, Memory, agreement, reference
 from fwpkm.conformance.strategies import cases, is_untied
+from fwpkm.tokens import Tokens
 
 INF, NAN = float("inf"), float("nan")
 
@@ -67,9 +68,9 @@ def test_comparable_tokens_end_at_the_first_chunk_with_a_close_read(boundary):
     keys = np.tile(np.arange(4.0)[:, None], (1, 1, 2, 1, 1))
     memory, query = Memory(keys, rng.normal(size=(1, 16, 2))), rng.uniform(0.1, 0.4, (1, 12, 2))
     value = rng.normal(size=(1, 12, 2))
-    assert agreement.comparable_tokens(cfg, memory, query, value) == 12
+    assert agreement.comparable_tokens(cfg, memory, Tokens(query, value)) == 12
     query[0, 7] = 1.5
-    assert agreement.comparable_tokens(cfg, memory, query, value) == 6
+    assert agreement.comparable_tokens(cfg, memory, Tokens(query, value)) == 6
 
 
 def test_comparable_tokens_sees_the_reads_that_only_a_write_makes():
@@ -78,12 +79,12 @@ def test_comparable_tokens_sees_the_reads_that_only_a_write_makes():
     rng = np.random.default_rng(1)
     memory = Memory(np.array([[[[[1.0], [0.5]], [[1.0], [0.5]]]]]), rng.normal(size=(1, 4, 2)))
     query, value = np.full((1, 6, 2), 0.9), rng.normal(size=(1, 6, 2))
-    assert agreement.comparable_tokens(cfg, memory, query, value) == 6
+    assert agreement.comparable_tokens(cfg, memory, Tokens(query, value)) == 6
     state = reference.init_state(cfg, memory, 1)
     keys = reference.apply(cfg, state, query[:, :3], value[:, :3])[1].memory.keys
     query[0, 2] = keys[0, 0].mean(axis=1)[:, 0]  # midway between the moved keys
     assert agreement.deciding_gap(cfg, memory, query[:, 2:3]) > agreement.GAP
-    assert agreement.comparable_tokens(cfg, memory, query, value) == 2
+    assert agreement.comparable_tokens(cfg, memory, Tokens(query, value)) == 2
 
 
 def test_few_drawn_cases_are_close():

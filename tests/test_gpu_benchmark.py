@@ -16,6 +16,7 @@ from benchmarks.gpu_speed import Speed, Traffic, touched_rows, traffic_floor
 from benchmarks.worker import Outcome, Task
 from benchmarks.workloads import WORKLOADS, Workload, make_inputs, make_memory
 from fwpkm import FwPKMConfig, Memory, agreement
+from fwpkm.tokens import Tokens
 
 SMALL = FwPKMConfig(16, 16, 1, 64, 4, 4, memory_scope="batch")
 
@@ -111,8 +112,8 @@ def test_drawn_inputs_are_comparable_to_the_end(monkeypatch):
     memory = Memory(keys.numpy(), np.zeros((1, SMALL.num_slots, SMALL.value_dim)))
     inputs = [x.detach().numpy() for x in gpu_agreement.untied_inputs(workload, "float32", seed=5)]
     tied = make_inputs(workload, seed=5).query.detach().numpy()
-    assert agreement.comparable_tokens(SMALL, memory, tied, *inputs[1:3], gap=2.9e-3) < 11
-    assert agreement.comparable_tokens(SMALL, memory, *inputs[:3], gap=2.9e-3) == 11
+    assert agreement.comparable_tokens(SMALL, memory, Tokens(tied, *inputs[1:3]), gap=2.9e-3) < 11
+    assert agreement.comparable_tokens(SMALL, memory, Tokens(*inputs[:3]), gap=2.9e-3) == 11
 
 
 def test_an_error_on_the_device_is_that_of_the_rule():

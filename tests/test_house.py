@@ -39,6 +39,16 @@ def names_in(package: str, *files: str) -> set[str]:
     )
 
 
+def test_the_table_has_every_equation_of_the_reference() -> None:
+    """So that a new one is looked for in the backends too; the rest of the file helps the equations."""
+    found = {
+        name for source in sources("fwpkm") if source.path.name == "equations.py" for name in names_of(source.tree)
+    }
+    functions = {name for name in found if name.islower() and not name.startswith("_")}
+    helpers = {"softmax", "ahead", "score_gradient", "np"}
+    assert functions - helpers == set(MEMORY) - {"windows"}
+
+
 @pytest.mark.parametrize("name", MEMORY)
 def test_the_reference_has_each_equation_under_its_name(name: str) -> None:
     assert name in names_in("fwpkm", "equations.py", "reference.py")

@@ -60,7 +60,7 @@ class Vector:
     @functools.cached_property
     def comparable(self):
         """How many tokens a float32 run is compared over (§6)."""
-        return agreement.comparable_tokens(self.cfg, self.memory, *self.tokens)
+        return agreement.comparable_tokens(self.cfg, self.memory, self.tokens)
 
 
 @functools.cache

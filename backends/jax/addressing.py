@@ -9,7 +9,7 @@ M memories, R tokens a memory, d = Dk/2: query [M, H, 2, R, d], keys [M, H, 2, S
 """
 
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -249,7 +249,7 @@ def _proposed(cfg: FwPKMConfig, query: Array, keys: Array) -> tuple[Array, Array
 
         flat_query = query.reshape(-1, query.shape[-1])
 
-        def in_full(found: tuple[Array, ...]) -> tuple[Array, ...]:
+        def in_full(found: Any) -> Any:
             """Rank all S sub-keys from differences for a few tokens that are unsure, and find the next ones."""
             flags, at, unsure, ranks, ids = found
             better = top_k(_ranks(cfg, gather(flat_query, at)[:, None], gather(keys, at // tokens)), k)

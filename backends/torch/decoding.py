@@ -64,25 +64,22 @@ def decode(
     Raises:
         ValueError: an argument does not fit; names it, what was expected and what was received.
     """
+    tokens = Tokens(query, value, gate, mask)
     traced = torch.compiler.is_compiling()
     traced = traced and engine.choose_engine(implementation, cfg, state.memory, query) == "compiled"
     if not traced:
-        _check_decode(cfg, state, query, value, gate, mask)
+        _check_decode(cfg, state, tokens)
     if traced or engine.choose_engine(implementation, cfg, state.memory, query) != "eager":
-        return operators.decode(cfg, state, query, value, gate, mask)
-    position = state.position
-    output, after, _ = ops.apply(
-        cfg, state._replace(position=position.cpu()), query, value, gate, mask, inplace=True, implementation="eager"
-    )
+        return operators.decode(cfg, state, tokens)
+    on_host = state._replace(position=state.position.cpu())
+    output, after, _ = ops.apply(cfg, on_host, **tokens.present(), inplace=True, implementation="eager")
     for old, new in zip(flatten(state), flatten(after)):
         if old is not new:
             old.copy_(new)
     return output
 
 
-def _check_decode(
-    cfg: FwPKMConfig, state: State, query: Tensor, value: Tensor, gate: Tensor | None, mask: Tensor | None
-) -> None:
-    validation.check_apply(cfg, state, Tokens(query, value, gate, mask), SELF)
-    ops.check_device(query, value=value, gate=gate, mask=mask, **state._asdict())
-    fast.check_decoding(state, query)
+def _check_decode(cfg: FwPKMConfig, state: State, tokens: Tokens) -> None:
+    validation.check_apply(cfg, state, tokens, SELF)
+    ops.check_device(tokens.query, **tokens.present(), **state._asdict())
+    fast.check_decoding(state, tokens.query)

@@ -122,23 +122,15 @@ def lookup(cfg: FwPKMConfig, memory: Memory, query: Tensor) -> Lookup:
     return Lookup(done.output, done.trace.slots, done.weights)
 
 
-def chunk_update(
-    cfg: FwPKMConfig,
-    memory: Memory,
-    query: Tensor,
-    target: Tensor,
-    gate: Tensor | None,
-    mask: Tensor | None,
-    pair: Tensor | None,
-) -> tuple[Memory, Losses]:
+def chunk_update(cfg: FwPKMConfig, memory: Memory, chunk: Tokens, pair: Tensor | None) -> tuple[Memory, Losses]:
     """Write one chunk whose targets are already shifted."""
     from fwpkm.kernels.runtime import windows
 
     cfg = dataclasses.replace(cfg, lookahead=0, chunk_size=_EVERY_TOKEN)
-    batch, length = query.shape[:2]
+    batch, length = chunk.query.shape[:2]
     plan = windows.write(length, batch)
-    pair = query.new_ones(batch, length, dtype=torch.bool) if pair is None else pair
-    done = _run(cfg, plan, memory, Tokens(query, target, gate, mask), pair, False, 1, query.dtype)
+    pair = chunk.query.new_ones(batch, length, dtype=torch.bool) if pair is None else pair
+    done = _run(cfg, plan, memory, chunk, pair, False, 1, chunk.query.dtype)
     return done.memory, Losses(done.trace.memorization[:, 0], done.trace.addressing[:, 0])
 
 

@@ -167,7 +167,7 @@ class FwPKM(nn.Module):
         tokens, dead, dtype = self._project(x, mask)
         if state is None:  # written in place, so that the initial memory is copied once
             state, inplace = ops.initial_state(self.config, self.memory(), tokens.query)
-        read, state, _ = ops.apply(self.config, state, **tokens._asdict(), update=update, inplace=inplace)
+        read, state, _ = ops.apply(self.config, state, **tokens.present(), update=update, inplace=inplace)
         return self._output(read, tokens, dead, dtype), state
 
     @torch.no_grad()
@@ -187,7 +187,7 @@ class FwPKM(nn.Module):
         """
         validation.check_array("x", x, [("B", None), ("T", 1), ("hidden_size", self.hidden_size)], "float", Tensor)
         tokens, dead, dtype = self._project(x, mask)
-        read = decoding.decode(self.config, state, **tokens._asdict())
+        read = decoding.decode(self.config, state, **tokens.present())
         return self._output(read, tokens, dead, dtype)
 
     def _project(self, x: Tensor, mask: Tensor | None) -> tuple[Tokens, Tensor, torch.dtype]:

@@ -82,11 +82,8 @@ class _Decode(NamedTuple):
     tokens: Tokens
 
 
-def apply(
-    cfg: FwPKMConfig, state: State, query: Tensor, value: Tensor, gate: Tensor | None, mask: Tensor | None, update: bool
-) -> tuple[Tensor, State, Trace]:
+def apply(cfg: FwPKMConfig, state: State, tokens: Tokens, update: bool) -> tuple[Tensor, State, Trace]:
     """``ops.apply`` as one operator. A memory of M = 1 serves as that of each sequence."""
-    tokens = Tokens(query, value, gate, mask)
     leaves = [*flatten(state), *flatten(tokens)]
     save = torch.is_grad_enabled() and any([x is not None and x.requires_grad for x in leaves])
     results = torch.ops.fwpkm.apply(*flatten(_Apply(cfg.to_json(), state, tokens, update, save)))
@@ -94,7 +91,7 @@ def apply(
     if update:
         state = applied.state
     elif state.memory.keys.shape[0] == 1:
-        state = state._replace(memory=_of_each(cfg, state.memory, query))
+        state = state._replace(memory=_of_each(cfg, state.memory, tokens.query))
     return applied.output, state, applied.trace._replace(weights=applied.trace.weights.detach())
 
 
@@ -312,9 +309,6 @@ def _(*arguments: Any) -> Tensor:
     return tokens.query.new_empty(*tokens.query.shape[:2], cfg.value_dim)
 
 
-def decode(
-    cfg: FwPKMConfig, state: State, query: Tensor, value: Tensor, gate: Tensor | None, mask: Tensor | None
-) -> Tensor:
+def decode(cfg: FwPKMConfig, state: State, tokens: Tokens) -> Tensor:
     """``ops.decode`` on the kernels."""
-    tokens = Tokens(query, value, gate, mask).map(fast.plain)
-    return torch.ops.fwpkm.decode(*flatten(_Decode(cfg.to_json(), state, tokens)))
+    return torch.ops.fwpkm.decode(*flatten(_Decode(cfg.to_json(), state, tokens.map(fast.plain))))

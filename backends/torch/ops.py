@@ -65,11 +65,12 @@ def apply(
         ValueError: an argument does not fit, or ``implementation`` cannot serve the call.
         RuntimeError: ``inplace`` on a table that autograd still needs.
     """
+    tokens = Tokens(query, value, gate, mask)
     # The operator is functional, as autograd demands: a call that overwrites stays out of the graph.
     traced = torch.compiler.is_compiling() and not inplace
     if traced and engine.choose_engine(implementation, cfg, state.memory, query) == "compiled":
-        return operators.apply(cfg, state, query, value, gate, mask, update)
-    return _apply(cfg, state, Tokens(query, value, gate, mask), update, inplace, implementation)
+        return operators.apply(cfg, state, tokens, update)
+    return _apply(cfg, state, tokens, update, inplace, implementation)
 
 
 @engine.outside_graphs
@@ -188,7 +189,7 @@ def chunk_update(
     if chunk.length == 0:
         return memory, Losses(*tables.keys.new_zeros(2, tables.keys.shape[0]))
     if chosen == "triton":
-        return fast.chunk_update(cfg, memory, query, target, gate, mask, pair)
+        return fast.chunk_update(cfg, memory, chunk, pair)
     with _full_precision(query):
         window, keys = write_chunk(cfg, tables.keys, filled(tables.keys.dtype, chunk), pair)
         _, values, (memorization,) = apply_values(cfg, tables.values, [window], owned=False)

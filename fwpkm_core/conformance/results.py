@@ -126,7 +126,8 @@ def _calls(be: Any, passage: Passage, middle: State) -> Calls:
     rows = np.full(case.batch, memories == 1)
     rows[rng.integers(case.batch)] = True
     ids = rows.tolist() if rng.integers(2) else np.flatnonzero(rows).tolist()
-    written, losses = be.chunk_update(cfg, memory, *tokens, pair=pair)
+    fields = tokens.present()
+    written, losses = be.chunk_update(cfg, memory, target=fields.pop("value"), **fields, pair=pair)
     starts = [running.start(be, case), native(be, middle)]
     streams = [running.stream(be, cfg, state, chunk, update=False) for state in starts]
     same = [same_bits(as_numpy(be, after), as_numpy(be, before)) for before, (_, after) in zip(starts, streams)]

@@ -80,7 +80,7 @@ def start(be: Backend, case: Case) -> State:
 
 def apply(be: Backend, cfg: FwPKMConfig, state: State, tokens: Tokens, **options: Any) -> tuple[Any, State, Trace]:
     """``be.apply`` on NumPy tokens."""
-    return be.apply(cfg, state, *native(be, tokens), **options)
+    return be.apply(cfg, state, **native(be, tokens).present(), **options)
 
 
 def stream(
@@ -180,7 +180,7 @@ def forward(
     state = be.init_state(case.cfg, memory, batch_size=case.batch)
     outputs, at = [], 0
     for size in sizes or [case.length]:
-        output, state, _ = be.apply(case.cfg, state, *tokens.slice(at, at + size), **options)
+        output, state, _ = be.apply(case.cfg, state, **tokens.slice(at, at + size).present(), **options)
         outputs.append(output)
         at += size
     return (*outputs, *be.flush(case.cfg, state)[0].memory)

@@ -243,8 +243,8 @@ def is_untied(case: Case, gap: float = GAP) -> bool:
     first = case.length if case.flush_after is None else case.flush_after
     for start, stop in ((0, first), (first, case.length)):
         tokens = case.tokens.slice(start, stop)
-        if comparable_tokens(case.cfg, memory, *tokens, gap=gap) < stop - start:
+        if comparable_tokens(case.cfg, memory, tokens, gap) < stop - start:
             return False
         state = reference.init_state(case.cfg, memory, case.batch)
-        memory = reference.flush(case.cfg, reference.apply(case.cfg, state, *tokens)[1])[0].memory
+        memory = reference.flush(case.cfg, reference.apply(case.cfg, state, **tokens.present())[1])[0].memory
     return True
