@@ -11,7 +11,15 @@ from fwpkm.kernels.losses import addressing_curvature, addressing_slope, mean_pr
 from fwpkm.kernels.runtime.launch import Launches
 from fwpkm.kernels.runtime.shapes import blocks_of
 from fwpkm.kernels.runtime.windows import Call
-from fwpkm.kernels.scores import add_factor_vjp, key_direction, key_factor, query_direction, query_factor, sub_scores
+from fwpkm.kernels.scores import (
+    add_factor_vjp,
+    key_direction,
+    key_factor,
+    query_direction,
+    query_direction_vjp,
+    query_factor,
+    sub_scores,
+)
 from fwpkm.kernels.tokens import DEAD, LIVE, VARYING, not_due, pairs, token_of
 
 EQUATIONS = ("sub_scores", "sub_key_probabilities", "mean_probabilities", "key_gradient", "pairs")
@@ -211,7 +219,7 @@ def scores_backward_kernel(
         result = tl.sum(d_rank[:, :, None] * query_direction(q[:, None, :], key, SCORE), 1)
         if WRITES:
             after = key_gradients(d_keys, moved, keys_unclipped, before, row, use & live[:, None], d, HALF, RATE)
-            result += tl.sum(c[:, :, None] * after, 1)
+            result += tl.sum(query_direction_vjp(c[:, :, None], after, SCORE), 1)
         if ADD:
             result += tl.load(d_query + stream, mask=within, other=0.0).to(tl.float32)
         tl.store(d_query + stream, result.to(d_query.dtype.element_ty), mask=within)

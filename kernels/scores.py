@@ -130,6 +130,16 @@ def add_direction_vjp(d_key, coefficient_sum, d_key_gradient, SCORE: tl.constexp
 
 
 @triton.jit
+def query_direction_vjp(coefficient, after, SCORE: tl.constexpr):
+    """What the directions of a key's gradient pass to a query: their derivative by q is 1 under both scores."""
+    if SCORE == "idw" or SCORE == "dot_product":
+        result = coefficient * after
+    else:
+        tl.static_assert(False, "the kernels do not know this SCORE")
+    return result
+
+
+@triton.jit
 def of_query_factors(total, SCORE: tl.constexpr):
     """A key's gradient from the sum of its directions times the factors of its queries' gradients."""
     if SCORE == "idw":

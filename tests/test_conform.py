@@ -277,3 +277,13 @@ def test_vectors_fill_an_empty_folder_or_leave_it_alone(tmp_path, monkeypatch):
     vectors.write(str(tmp_path / "vectors"))
     assert len(list((tmp_path / "vectors").iterdir())) == 29
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_choice_that_nothing_would_draw_is_noticed(monkeypatch):
+    """A score that is added to the configuration's list must be judged too."""
+    from fwpkm import config
+    from fwpkm.conformance import drawing
+
+    monkeypatch.setitem(config.CHOICES, "score", (*config.CHOICES["score"], "novel"))
+    with pytest.raises(RuntimeError, match=r"each score.*'novel'"):
+        drawing.shapes()

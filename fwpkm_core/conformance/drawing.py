@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 import hypothesis
 from hypothesis import strategies as st
 
-from fwpkm.config import FwPKMConfig
+from fwpkm.config import CHOICES, FwPKMConfig
 from fwpkm.conformance.strategies import Case, configs, untied_case
 
 TWISTS = ("at_keys", "repeats", "masked_row", "masked_chunk", "nonfinite")
@@ -87,7 +87,15 @@ class Passage(NamedTuple):
 
 
 def shapes(unit: int = 1) -> st.SearchStrategy[tuple[Shape, ...]]:
-    """Ten shapes, one for each stratum; Dk and Dv of a few numbers, or of one to three times ``unit``."""
+    """Ten shapes, one for each stratum; Dk and Dv of a few numbers, or of one to three times ``unit``.
+
+    Raises:
+        RuntimeError: a value of a choice stands in no stratum, so that nothing would be drawn with it.
+    """
+    for name, values in CHOICES.items():
+        undrawn = set(values) - {row[_COLUMNS.index(name)] for row in STRATA}
+        if undrawn:
+            raise RuntimeError(f"STRATA must have a row with each {name}. Received: none with {sorted(undrawn)}")
     return st.tuples(*(_shape(number, unit) for number in range(len(STRATA))))
 
 
