@@ -15,6 +15,7 @@ test: $(VENV)/.test
 # The core of every surface, in about two minutes on two cores: while you work. `make test` decides.
 test-quick: $(VENV)/.test
 	HYPOTHESIS_PROFILE=quick OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile -m quick $(ARGS)
+	KERAS_BACKEND=torch $(BIN)/pytest -q tests/keras_suite/test_refusals.py tests/keras_suite/test_functions.py
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

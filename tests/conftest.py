@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 from pathlib import Path
 
 import hypothesis
@@ -20,7 +21,21 @@ hypothesis.settings.register_profile(
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.register_profile("deep", hypothesis.settings.get_profile("default"), max_examples=500)
+hypothesis.settings.register_profile("quick", hypothesis.settings.get_profile("default"), max_examples=5)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+QUICK = {
+    **dict.fromkeys(("house", "rules", "config", "schedule", "refusals", "engine", "agreement", "files", "cli"), ""),
+    "imports": "core|shares|kernels|backend_imports|shipped",
+    "vectors": r"\[(numpy|torch|jax)-float64-one call-(base|wait_mask)\]|\[torch-float64-one call-dot_heads\]",
+    **dict.fromkeys(("lookup", "chunk_update", "stream", "state", "finite", "gradients", "precision"), "torch"),
+    "layer": "",
+    "launch": "",
+    "conform": "noticed",
+    "mutants": r"\[0-(lookahead off by one|temperature ignored)\]",
+    "demo": "text|picture",
+}
+"""What ``make test-quick`` runs: by file, without test_ and .py, a pattern of its tests."""
 
 BACKENDS = ("numpy", "torch", "jax")
 EAGER = ("numpy", "torch")
@@ -48,6 +63,14 @@ def pytest_configure(config):
     if importlib.util.find_spec("triton") is not None:
         importlib.import_module("triton")
     config.addinivalue_line("markers", "eager: of inplace, or of many configurations; not for backends that compile")
+
+
+def pytest_collection_modifyitems(items):
+    """Mark the tests of ``QUICK``."""
+    for item in items:
+        pattern = QUICK.get(item.path.stem.removeprefix("test_"))
+        if pattern is not None and re.search(pattern, item.name):
+            item.add_marker(pytest.mark.quick)
 
 
 def pytest_generate_tests(metafunc):
