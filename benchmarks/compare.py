@@ -13,14 +13,14 @@ import pathlib
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 
 import fwpkm
 from benchmarks import measure, report
-from benchmarks.report import spread
+from benchmarks.rounds import interleaved, output_of
 from benchmarks.steps import Decoder, TorchSteps, capture
 from benchmarks.worker import Worker
 from benchmarks.workloads import WORKLOADS, Inputs, Workload, make_inputs
@@ -33,23 +33,17 @@ _LEGEND = (
     "times are medians; the two commits take turns, each in a process of its own, and their outputs agree",
 )
 
-
-class Case(NamedTuple):
-    """A case that is ready to run in this process."""
-
-    run: Callable[[int], Any]
-    """From the number of a sample to its output, or a tuple that begins with it."""
-    calls: int = 1
-    """How many steps a sample has."""
+Run = Callable[[int], Any]
+"""From the number of a sample to its output, or a tuple that begins with it."""
+Ready = tuple[Run, int]
+"""A case that is ready to run in this process, and how many steps a sample has."""
 
 
-def _inputs(workload: Workload, **kind: str) -> list[Inputs]:
-    return [make_inputs(workload, seed=seed, **kind) for seed in range(1, _SETS + 1)]
-
-
-def _stream(workload: Workload) -> Workload:
-    """One chunk's tokens, so that every sample has a write."""
-    return Workload("stream", workload.config, workload.batch, workload.config.chunk_size)
+def _stream(workload: Workload, **kind: str) -> tuple[list[Any], int]:
+    """One chunk's tokens, so that every sample has a write; and their number."""
+    length = workload.config.chunk_size
+    inputs = make_inputs(Workload("stream", workload.config, workload.batch, length), seed=1, **kind)
+    return [x.detach() for x in inputs.tokens], length
 
 
 def _torch(
@@ -59,38 +53,37 @@ def _torch(
     dtype: str = "float32",
     captured: bool = False,
     **options: str,
-) -> Case:
-    sets, steps, read = _inputs(workload, device=device, dtype=dtype), TorchSteps(workload, device, **options), []
+) -> Ready:
+    sets = [make_inputs(workload, seed=seed, device=device, dtype=dtype) for seed in range(1, _SETS + 1)]
+    steps, read = TorchSteps(workload, device, **options), []
 
     def call(inputs: Inputs) -> Any:
         read.append(steps.state)
         return step(steps, inputs)
 
     if not captured or device == "cpu":
-        return Case(lambda number: step(steps, sets[number % _SETS]))
+        return lambda number: step(steps, sets[number % _SETS]), 1
     graph, results = capture(partial(call, sets[0]))
 
     def run(_: int, read_by_the_graph: Any = (read, sets)) -> Any:  # it knows their addresses alone
         graph.replay()
         return results
 
-    return Case(run)
+    return run, 1
 
 
-def _torch_decode(workload: Workload, device: str = "cpu", dtype: str = "float32", **_: str) -> Case:
-    stream = _stream(workload)
-    tokens = [x.detach() for x in make_inputs(stream, seed=1, device=device, dtype=dtype).tokens]
+def _torch_decode(workload: Workload, device: str = "cpu", dtype: str = "float32", **_: str) -> Ready:
+    tokens, length = _stream(workload, device=device, dtype=dtype)
     decode = Decoder(workload.config, TorchSteps(workload, device).state, tokens)
-    return Case(lambda _: [decode(t) for t in range(stream.length)][-1], stream.length)
+    return lambda _: [decode(t) for t in range(length)][-1], length
 
 
-def _torch_tokens(workload: Workload) -> Case:
-    steps, stream = TorchSteps(workload), _stream(workload)
-    tokens = [x.detach() for x in make_inputs(stream, seed=1).tokens]
-    return Case(lambda _: steps.by_token(tokens, stream.length), stream.length)
+def _torch_tokens(workload: Workload) -> Ready:
+    steps, (tokens, length) = TorchSteps(workload), _stream(workload)
+    return lambda _: steps.by_token(tokens, length), length
 
 
-def _torch_layer(workload: Workload) -> Case:
+def _torch_layer(workload: Workload) -> Ready:
     from fwpkm.backends.torch import FwPKM
 
     torch.manual_seed(0)
@@ -103,32 +96,33 @@ def _torch_layer(workload: Workload) -> Case:
         output.square().sum().backward()
         return output
 
-    return Case(run)
+    return run, 1
 
 
-def _jax(workload: Workload, step: str) -> Case:
+def _jax(workload: Workload, part: str) -> Ready:
     from benchmarks.frameworks import JaxSteps
 
     steps = JaxSteps(workload)
-    sets = [steps.prepare(inputs) for inputs in _inputs(workload)]
-    return Case(lambda number: getattr(steps, step)(sets[number % _SETS]))
+    sets = [steps.prepare(make_inputs(workload, seed=seed)) for seed in range(1, _SETS + 1)]
+    return lambda number: steps.run(part, sets[number % _SETS]), 1
 
 
-def _jax_tokens(workload: Workload) -> Case:
+def _jax_tokens(workload: Workload) -> Ready:
     from benchmarks.frameworks import JaxSteps
 
-    stream = _stream(workload)
-    steps, whole = JaxSteps(Workload("token", workload.config, workload.batch, 1)), make_inputs(stream, seed=1)
-    tokens = [steps.prepare(Inputs(*(x[:, t : t + 1] for x in whole))) for t in range(stream.length)]
-    return Case(lambda _: [steps.forward(token) for token in tokens][-1], stream.length)
+    steps = JaxSteps(Workload("token", workload.config, workload.batch, 1))
+    (query, value, gate), length = _stream(workload)
+    parts = [[x[:, t : t + 1] for x in (query, value, gate, value)] for t in range(length)]  # no cotangent is read
+    tokens = [steps.prepare(Inputs(*part)) for part in parts]
+    return lambda _: [steps.run("forward", token) for token in tokens][-1], length
 
 
-def _keras(workload: Workload) -> Case:
-    from benchmarks.keras_layer import HIDDEN, make_keras_call
+def _keras(workload: Workload) -> Ready:
+    from benchmarks.keras_layer import make_calls
 
-    _, call = make_keras_call(workload)
-    drawn = torch.randn(_SETS, workload.batch, workload.length, HIDDEN, generator=torch.Generator().manual_seed(0))
-    return Case(lambda number: call(drawn[number % _SETS].numpy()))
+    call, _, draw = make_calls(workload)
+    sets = [draw(number) for number in range(_SETS)]
+    return lambda number: call(sets[number % _SETS]), 1
 
 
 _ON_GPU = {
@@ -136,7 +130,7 @@ _ON_GPU = {
     "dtype": "float32" if measure.INTERPRETED else "bfloat16",
     "implementation": "triton",
 }
-CASES: dict[str, dict[str, tuple[str, Callable[[Workload], Case]]]] = {
+CASES: dict[str, dict[str, tuple[str, Callable[[Workload], Ready]]]] = {
     "cpu": {
         "training step, in place": ("step-512", partial(_torch, step=TorchSteps.train)),
         "training step, functional": ("step-512", partial(_torch, step=partial(TorchSteps.train, inplace=False))),
@@ -145,8 +139,8 @@ CASES: dict[str, dict[str, tuple[str, Callable[[Workload], Case]]]] = {
         "layer, forward + backward": ("step-128", _torch_layer),
     },
     "frameworks": {
-        "JAX forward": ("step-512", partial(_jax, step="forward")),
-        "JAX forward + gradient": ("step-512", partial(_jax, step="train")),
+        "JAX forward": ("step-512", partial(_jax, part="forward")),
+        "JAX forward + gradient": ("step-512", partial(_jax, part="train")),
         "JAX, apply of one token": ("decode-512", _jax_tokens),
         "Keras layer on jax": ("step-512", _keras),
         "Keras layer on torch": ("step-512", _keras),
@@ -185,7 +179,7 @@ def main(subject: str, options: argparse.Namespace, workloads: Sequence[str] | N
         holds = ratio.high < _LIMIT or ratio.low <= 1 <= ratio.high
         slower |= not holds
         before, now = (f"{1e3 * np.median(column):.3g}" for column in zip(*samples))
-        rows.append((name, workload, before, now, spread(ratio), "holds" if holds else "SLOWER"))
+        rows.append((name, workload, before, now, report.spread(ratio), "holds" if holds else "SLOWER"))
         print(", ".join(rows[-1]), file=sys.stderr, flush=True)
     columns = ("case", "workload", "before, ms", "now, ms", "now / before", "verdict")
     legend = (*_LEGEND, f"before: {options.against}; {options.pairs} pairs")
@@ -197,28 +191,32 @@ def measure_pairs(subject: str, case: str, workload: str, against: str, pairs: i
     """Seconds of a step, before and now, by pair.
 
     Raises:
-        RuntimeError: a process failed, imported another package than it was to, or came to other outputs.
+        RuntimeError: a process failed, or imported another package than it was to.
+        AssertionError: the two came to other outputs.
     """
     other = pathlib.Path(against).resolve()
     trees = other / "src" if (other / "src" / "fwpkm").exists() else other, pathlib.Path(fwpkm.__file__).parents[1]
-    keras, samples = "torch" if case == "Keras layer on torch" else "jax", []
+    keras = "torch" if case == "Keras layer on torch" else "jax"
     paths = [os.pathsep.join((str(tree), os.environ.get("PYTHONPATH", ""))).rstrip(os.pathsep) for tree in trees]
-    with (
-        Worker(PYTHONPATH=paths[0], KERAS_BACKEND=keras) as old,
-        Worker(PYTHONPATH=paths[1], KERAS_BACKEND=keras) as new,
-    ):
-        for worker, tree in ((old, trees[0]), (new, trees[1])):
+    old, new = (Worker(PYTHONPATH=path, KERAS_BACKEND=keras) for path in paths)
+    with old, new:
+        for worker, tree in zip((old, new), trees):
             package = pathlib.Path(worker.run(prepare, subject, case, workload))
             if package.parents[1] != tree:
                 raise RuntimeError(f"expected the package of {tree}. Received: {package}")
-        for number in range(pairs):
-            order = (old, new) if number % 2 == 0 else (new, old)
-            found = {worker: worker.run(sample, number) for worker in order}
-            (before, expected), (now, received) = found[old], found[new]
-            if not abs(received - expected) <= _AGREEMENT * abs(expected):
-                raise RuntimeError(f"{case}: outputs of norm {expected} before. Received: {received}")
-            samples.append((before, now))
-    return samples
+        samples = interleaved(
+            {workload: {"before": partial(_sample_in, old), "now": partial(_sample_in, new)}},
+            pairs,
+            warm_up=_WARM_UP,
+            alternate=True,
+            timer=lambda run: run(),
+            agree=partial(np.testing.assert_allclose, rtol=_AGREEMENT, equal_nan=False),
+        )
+    return list(zip(*(samples[workload, side, "sample"] for side in ("before", "now"))))
+
+
+def _sample_in(worker: Worker, number: int) -> dict[str, Callable[[], tuple[float, float]]]:
+    return {"sample": partial(worker.run, sample, number)}
 
 
 _ready: dict[str, Any] = {}
@@ -226,18 +224,13 @@ _ready: dict[str, Any] = {}
 
 
 def prepare(subject: str, case: str, workload: str) -> str:
-    """Make a case ready and warm up; the path of the package that it imported."""
+    """Make a case ready; the path of the package that it imported."""
     _ready["timer"] = measure.device_timed if subject == "gpu" else measure.timed
-    _ready["case"] = CASES[subject][case][1](WORKLOADS[workload])
-    for number in range(_WARM_UP):
-        _ready["case"].run(number)
+    _ready["run"], _ready["steps"] = CASES[subject][case][1](WORKLOADS[workload])
     return fwpkm.__file__
 
 
 def sample(number: int) -> tuple[float, float]:
     """Seconds of a step of the case that is ready, and the norm of its output."""
-    case = _ready["case"]
-    seconds, output = _ready["timer"](case.run, number)
-    output = output[0] if isinstance(output, tuple) else output
-    output = output.detach().float().cpu() if isinstance(output, torch.Tensor) else output
-    return seconds / case.calls, float(np.linalg.norm(np.asarray(output)))
+    seconds, result = _ready["timer"](_ready["run"], number)
+    return seconds / _ready["steps"], float(np.linalg.norm(output_of(result)))

@@ -126,8 +126,3 @@ def spread(summary: Summary | None, form: str = "{:.3g}") -> str:
 def milliseconds(seconds: Summary | None, form: str = "{:.1f}") -> str:
     """A time with its quartiles."""
     return spread(seconds and seconds.scaled(1e3), form)
-
-
-def mebibytes(size: int | None) -> str:
-    """Bytes in MiB."""
-    return "-" if size is None else f"{size / 2**20:.0f}" if size >= 10 * 2**20 else f"{size / 2**20:.1f}"
