@@ -46,22 +46,19 @@ def _stream(workload: Workload, **kind: str) -> tuple[list[Any], int]:
     return [x.detach() for x in inputs.tokens], length
 
 
-def _torch(
-    workload: Workload,
-    step: Callable[..., Any],
-    device: str = "cpu",
-    dtype: str = "float32",
-    captured: bool = False,
-    **options: str,
-) -> Ready:
-    sets = [make_inputs(workload, seed=seed, device=device, dtype=dtype) for seed in range(1, _SETS + 1)]
-    steps, read = TorchSteps(workload, device, **options), []
+_GPU = {"device": measure.DEVICE, "dtype": "float32" if measure.INTERPRETED else "bfloat16"}
+
+
+def _torch(workload: Workload, step: Callable[..., Any], captured: bool = False, gpu: bool = False) -> Ready:
+    sets = [make_inputs(workload, seed=seed, **(_GPU if gpu else {})) for seed in range(1, _SETS + 1)]
+    steps = TorchSteps(workload, measure.DEVICE, implementation="triton") if gpu else TorchSteps(workload)
+    read = []
 
     def call(inputs: Inputs) -> Any:
         read.append(steps.state)
         return step(steps, inputs)
 
-    if not captured or device == "cpu":
+    if not captured or measure.DEVICE == "cpu":
         return lambda number: step(steps, sets[number % _SETS]), 1
     graph, results = capture(partial(call, sets[0]))
 
@@ -72,9 +69,10 @@ def _torch(
     return run, 1
 
 
-def _torch_decode(workload: Workload, device: str = "cpu", dtype: str = "float32", **_: str) -> Ready:
-    tokens, length = _stream(workload, device=device, dtype=dtype)
-    decode = Decoder(workload.config, TorchSteps(workload, device).state, tokens)
+def _torch_decode(workload: Workload, gpu: bool = False) -> Ready:
+    tokens, length = _stream(workload, **(_GPU if gpu else {}))
+    steps = TorchSteps(workload, measure.DEVICE if gpu else "cpu")
+    decode = Decoder(workload.config, steps.state, tokens)
     return lambda _: [decode(t) for t in range(length)][-1], length
 
 
@@ -118,18 +116,13 @@ def _jax_tokens(workload: Workload) -> Ready:
 
 
 def _keras(workload: Workload) -> Ready:
-    from benchmarks.keras_layer import make_calls
+    from benchmarks.keras_layer import draw, make_calls
 
-    call, _, draw = make_calls(workload)
-    sets = [draw(number) for number in range(_SETS)]
+    call, _ = make_calls(workload)
+    sets = [draw(workload, number) for number in range(_SETS)]
     return lambda number: call(sets[number % _SETS]), 1
 
 
-_ON_GPU = {
-    "device": measure.DEVICE,
-    "dtype": "float32" if measure.INTERPRETED else "bfloat16",
-    "implementation": "triton",
-}
 CASES: dict[str, dict[str, tuple[str, Callable[[Workload], Ready]]]] = {
     "cpu": {
         "training step, in place": ("step-512", partial(_torch, step=TorchSteps.train)),
@@ -146,13 +139,13 @@ CASES: dict[str, dict[str, tuple[str, Callable[[Workload], Ready]]]] = {
         "Keras layer on torch": ("step-512", _keras),
     },
     "gpu": {
-        f"{name}: {what}{', captured' * captured}": (name, partial(_torch, step=step, captured=captured, **_ON_GPU))
+        f"{name}: {what}{', captured' * captured}": (name, partial(_torch, step=step, captured=captured, gpu=True))
         for name in ("shared-512", "train-512", "read-4k-512", "read-128k-512")
         for captured in (False, True)
         for step, what in ((TorchSteps.forward, "forward"), (TorchSteps.train, "forward + backward"))
         if not (captured and name == "read-128k-512")
     }
-    | {"decode-512: decode, a token": ("decode-512", partial(_torch_decode, **_ON_GPU))},
+    | {"decode-512: decode, a token": ("decode-512", partial(_torch_decode, gpu=True))},
 }
 """By command and name: the workload at which a case runs if none is chosen, and what makes it ready."""
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import baselines, compare, measure, report, rounds
-from benchmarks.internals import torch_select
+from benchmarks.internals import select
 from benchmarks.measure import ratio
 from benchmarks.report import Claim
 from benchmarks.rounds import Samples
@@ -78,14 +78,15 @@ def _static(steps: TorchSteps, inputs: Inputs, train: bool = False) -> tuple[Ten
     return None, output, *torch.autograd.grad(output, (inputs.query, *tables), inputs.cotangent)
 
 
-_static_select, _copy = baselines.static_select, partial(TorchSteps.train, inplace=False)
+_dense_select, _torch_select = partial(baselines.select, by_differences=True), partial(select, "torch")
+_copy = partial(TorchSteps.train, inplace=False)
 # In place comes last, so that all the others see the same tables in a round.
 CONTESTANTS = {
-    "dense": Contestant("(a) autograd through whole tables", _dense, baselines.dense_select, 6),
-    "static": Contestant("(b) static product-key memory", partial(_static, train=True), _static_select, 1),
-    "static-frozen": Contestant("the same with frozen tables", _static, _static_select, 1),
-    "torch-copy": Contestant("torch backend, functional: one table copy", _copy, torch_select, 3),
-    "torch": Contestant("torch backend, inplace=True", TorchSteps.train, torch_select, 1),
+    "dense": Contestant("(a) autograd through whole tables", _dense, _dense_select, 6),
+    "static": Contestant("(b) static product-key memory", partial(_static, train=True), baselines.select, 1),
+    "static-frozen": Contestant("the same with frozen tables", _static, baselines.select, 1),
+    "torch-copy": Contestant("torch backend, functional: one table copy", _copy, _torch_select, 3),
+    "torch": Contestant("torch backend, inplace=True", TorchSteps.train, _torch_select, 1),
 }
 """Everything that is compared, by name, in the order of a round."""
 
@@ -158,7 +159,7 @@ def _parts(steps: TorchSteps, name: str, smallest: bool, number: int) -> dict[st
 @torch.no_grad()
 def _score(contestant: Contestant, steps: TorchSteps, query: Tensor) -> None:
     """Scoring in the calls that a step makes: one per chunk, or one in all."""
-    size = query.shape[1] if contestant.select is _static_select else steps.config.chunk_size
+    size = query.shape[1] if contestant.select is baselines.select else steps.config.chunk_size
     for part in query.split(size, dim=1):
         contestant.select(steps.config, steps.state.memory.keys, part)
 

@@ -59,7 +59,7 @@ class JaxSteps:
         @jax.jit
         def score(keys: Any, query: Any) -> Any:
             chunks = query.reshape(query.shape[0], -1, cfg.chunk_size, query.shape[2]).swapaxes(0, 1)
-            return jax.lax.map(functools.partial(internals.jax_select, cfg, keys), chunks)
+            return jax.lax.map(functools.partial(internals.select, "jax", cfg, keys), chunks)
 
         self._jitted = {"forward": forward, "train": train}
         self._score = score

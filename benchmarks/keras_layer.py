@@ -34,18 +34,24 @@ def claims(workload: str, repeats: int) -> list[Claim]:
 
 def seconds(workload: str, repeats: int) -> tuple[list[float], list[float]]:
     """Of the Keras layer and of the native one, by round."""
-    ours, native, draw = make_calls(WORKLOADS[workload])
+    case = WORKLOADS[workload]
     sides = {
-        name: lambda number, call=call: {"call": partial(call, draw(number))}
-        for name, call in (("keras", ours), ("native", native))
+        name: lambda number, call=call: {"call": partial(call, draw(case, number))}
+        for name, call in zip(("keras", "native"), make_calls(case))
     }
     agree = partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-4)
     samples = rounds.interleaved({workload: sides}, repeats, warm_up=2, agree=agree)
     return samples[workload, "keras", "call"], samples[workload, "native", "call"]
 
 
-def make_calls(workload: Workload) -> tuple[Callable[..., Any], Callable[..., Any], Callable[[int], np.ndarray]]:
-    """A Keras layer and the native layer with its weights, jitted on JAX, from NumPy to NumPy; and their inputs."""
+def draw(workload: Workload, number: int) -> np.ndarray:
+    """Inputs of a layer ``[B, T, D]``."""
+    shape = workload.batch, workload.length, _HIDDEN
+    return np.random.default_rng(number).normal(size=shape).astype(np.float32)
+
+
+def make_calls(workload: Workload) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """A Keras layer and the native layer with its weights, jitted on JAX, as functions of NumPy arrays."""
     import keras
 
     from fwpkm.backends.keras import FwPKM
@@ -60,19 +66,15 @@ def make_calls(workload: Workload) -> tuple[Callable[..., Any], Callable[..., An
         fwpkm.save(path, layer)
         variables = fwpkm.load(path, native)
 
-    def draw(number: int) -> np.ndarray:
-        shape = workload.batch, workload.length, _HIDDEN
-        return np.random.default_rng(number).normal(size=shape).astype(np.float32)
-
     if backend == "torch":
         import torch
 
         no_grad = torch.no_grad()
-        calls = (no_grad(lambda x, run=run: run(torch.from_numpy(x))) for run in (layer, lambda x: native(x)[0]))
-        return *calls, draw
+        runs = layer, lambda x: native(x)[0]
+        return tuple(no_grad(lambda x, run=run: run(torch.from_numpy(x))) for run in runs)
     import jax
 
     weights, fixed = ([v.value for v in of] for of in (layer.trainable_variables, layer.non_trainable_variables))
     ours = jax.jit(lambda weights, fixed, x: layer.stateless_call(weights, fixed, x)[0])
     theirs = jax.jit(lambda variables, x: native.apply(variables, x)[0])
-    return lambda x: np.asarray(ours(weights, fixed, x)), lambda x: np.asarray(theirs(variables, x)), draw
+    return lambda x: np.asarray(ours(weights, fixed, x)), lambda x: np.asarray(theirs(variables, x))
