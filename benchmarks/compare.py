@@ -189,27 +189,22 @@ def measure_pairs(subject: str, case: str, workload: str, against: str, pairs: i
     """
     other = pathlib.Path(against).resolve()
     trees = other / "src" if (other / "src" / "fwpkm").exists() else other, pathlib.Path(fwpkm.__file__).parents[1]
-    keras = "torch" if case == "Keras layer on torch" else "jax"
     paths = [os.pathsep.join((str(tree), os.environ.get("PYTHONPATH", ""))).rstrip(os.pathsep) for tree in trees]
+    keras = "torch" if case == "Keras layer on torch" else "jax"
     old, new = (Worker(PYTHONPATH=path, KERAS_BACKEND=keras) for path in paths)
     with old, new:
         for worker, tree in zip((old, new), trees):
             package = pathlib.Path(worker.run(prepare, subject, case, workload))
             if package.parents[1] != tree:
                 raise RuntimeError(f"expected the package of {tree}. Received: {package}")
-        samples = interleaved(
-            {workload: {"before": partial(_sample_in, old), "now": partial(_sample_in, new)}},
-            pairs,
-            warm_up=_WARM_UP,
-            alternate=True,
-            timer=lambda run: run(),
-            agree=partial(np.testing.assert_allclose, rtol=_AGREEMENT, equal_nan=False),
-        )
-    return list(zip(*(samples[workload, side, "sample"] for side in ("before", "now"))))
-
-
-def _sample_in(worker: Worker, number: int) -> dict[str, Callable[[], tuple[float, float]]]:
-    return {"sample": partial(worker.run, sample, number)}
+        sides = {
+            name: lambda number, worker=worker: {case: partial(worker.run, sample, number)}
+            for name, worker in (("before", old), ("now", new))
+        }
+        agree = partial(np.testing.assert_allclose, rtol=_AGREEMENT, equal_nan=False)
+        settings: Any = {"warm_up": _WARM_UP, "alternate": True, "timer": lambda run: run(), "agree": agree}
+        samples = interleaved({workload: sides}, pairs, **settings)
+    return list(zip(samples[workload, "before", case], samples[workload, "now", case]))
 
 
 _ready: dict[str, Any] = {}

@@ -122,12 +122,11 @@ def measure_all(workloads: list[Workload], repeats: int) -> Samples:
             for name in CONTESTANTS:
                 size = worker.run(extra_bytes, workload, name)
                 memory[workload, name, "extra memory"] = [] if size is None else [size]
-    contestants = {}
-    for workload in workloads:
-        steps = TorchSteps(workload)
-        contestants[workload.name] = {
-            name: partial(_parts, steps, name, workload is workloads[0]) for name in CONTESTANTS
-        }
+    steps = {workload.name: TorchSteps(workload) for workload in workloads}
+    contestants = {
+        workload: {name: partial(_parts, mine, name, workload == workloads[0].name) for name in CONTESTANTS}
+        for workload, mine in steps.items()
+    }
     samples = rounds.interleaved(contestants, repeats, budget=_BUDGET)
     rounds.subtract_scoring(samples)
     samples.update(memory)

@@ -131,7 +131,12 @@ def free_device_memory() -> None:
 
 def environment() -> dict[str, str]:
     """Device and versions, for the head of every table; of the frameworks those that are loaded."""
-    packages = ["fwpkm", "torch", "numpy", *(name for name in ("jax", "keras", "triton") if name in sys.modules)]
+    packages = [
+        "fwpkm",
+        "torch",
+        "numpy",
+        *(name for name in ("jax", "jaxlib", "keras", "triton") if name in sys.modules),
+    ]
     cuda = f"{torch.cuda.get_device_name()}; " if torch.cuda.is_available() else ""
     info = pathlib.Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*: (.*)", info.read_text() if info.exists() else "")
