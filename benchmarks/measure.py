@@ -130,8 +130,9 @@ def free_device_memory() -> None:
 
 
 def environment() -> dict[str, str]:
-    """Device and versions, for the head of every table; of the frameworks those that are loaded."""
-    loaded = (name for name in ("jax", "jaxlib", "keras", "triton") if name in sys.modules)
+    """Device and versions, for the head of every table; of those that are loaded."""
+    packages = ("fwpkm", "torch", "numpy", "jax", "jaxlib", "keras", "triton")
+    versions = (f"{name} {sys.modules[name].__version__}" for name in packages if name in sys.modules)
     cuda = f"{torch.cuda.get_device_name()}; " if torch.cuda.is_available() else ""
     info = pathlib.Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*: (.*)", info.read_text() if info.exists() else "")
@@ -139,9 +140,7 @@ def environment() -> dict[str, str]:
     return {
         "device": f"{cuda}{cpu}, {len(os.sched_getaffinity(0))} cores, {torch.get_num_threads()} torch threads",
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
-        "versions": ", ".join(
-            f"{name} {sys.modules[name].__version__}" for name in ("fwpkm", "torch", "numpy", *loaded)
-        ),
+        "versions": ", ".join(versions),
     }
 
 
