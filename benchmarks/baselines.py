@@ -7,7 +7,7 @@ differentiates as two products (computing the chosen ones from differences, as S
 exact near a key), the read is one ``embedding_bag``, and the value table is given flat and has a sparse gradient.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,18 +24,6 @@ class Selection(NamedTuple):
     """``[B, H, 2, n, k]`` sub-scores."""
     subkeys: Tensor
     """``[B, H, 2, n, k]`` their indices in [0, S)."""
-
-
-class Read(NamedTuple):
-    """What one chunk read."""
-
-    output: Tensor
-    """``[B, n, Dv]``"""
-    slots: Tensor
-    """``[B, n, H*k]``"""
-    weights: Tensor
-    """``[B, n, H*k]``"""
-    selection: Selection
 
 
 def dense(
@@ -57,13 +45,13 @@ def dense(
     memory = Memory(*(table if table.requires_grad else table.detach().requires_grad_() for table in memory))
     outputs = []
     for q, v, g in zip(*(x.split(cfg.chunk_size, dim=1) for x in (query, value, gate))):
-        selection = dense_select(cfg, memory.keys, q)
+        selection = select(cfg, memory.keys, q, by_differences=True)
         slots, weights = combine(cfg, selection)
         output = (weights.unsqueeze(-2) @ _rows(memory.values, slots)).squeeze(-2)
         outputs.append(output)
         length = q.shape[1]
         if length > cfg.lookahead and (flush or length == cfg.chunk_size):
-            memory = _write(cfg, memory, Read(output, slots, weights, selection), v, g)
+            memory = _write(cfg, memory, (selection, slots, weights, output), v, g)
     return torch.cat(outputs, dim=1), memory
 
 
@@ -73,7 +61,7 @@ def static(cfg: FwPKMConfig, keys: Tensor, rows: Tensor, query: Tensor) -> Tenso
     ``keys [M, H, 2, S, Dk/2]`` with M = B, or 1 for all sequences, the value tables ``rows [M*N, Dv]`` and ``query
     [B, T, H*Dk]`` give the output ``[B, T, Dv]``; what the config says of writes is ignored.
     """
-    slots, weights = combine(cfg, static_select(cfg, keys, query))
+    slots, weights = combine(cfg, select(cfg, keys, query))
     if len(keys) > 1:
         slots = slots + torch.arange(0, len(rows), cfg.num_slots).view(-1, 1, 1)
     weights, slots = weights.flatten(0, 1), slots.flatten(0, 1)
@@ -81,28 +69,19 @@ def static(cfg: FwPKMConfig, keys: Tensor, rows: Tensor, query: Tensor) -> Tenso
     return output.view(*query.shape[:2], -1)
 
 
-def dense_select(cfg: FwPKMConfig, keys: Tensor, query: Tensor) -> Selection:
-    """Sub-scores and their top-k: proposed by one product, then, for idw, computed from differences (§6)."""
+def select(cfg: FwPKMConfig, keys: Tensor, query: Tensor, *, by_differences: bool = False) -> Selection:
+    """Sub-scores by one product, and their top-k; or it proposes, and idw is computed from differences (§6)."""
     halves = _halves(cfg, query)
     if cfg.score == "dot_product":
         return Selection(*(halves @ keys.mT).topk(cfg.top_k))
     if cfg.score != "idw":
         cfg.refuse("score", "benchmarks.baselines")
-    with torch.no_grad():
-        subkeys = _nearness(keys, halves).topk(cfg.top_k).indices
-    difference = halves.unsqueeze(-2) - _rows(keys, subkeys)
-    return Selection(-(cfg.score_eps + difference.square().sum(-1)).log(), subkeys)
-
-
-def static_select(cfg: FwPKMConfig, keys: Tensor, query: Tensor) -> Selection:
-    """Sub-scores by one product, and their top-k."""
-    halves = _halves(cfg, query)
-    if cfg.score == "dot_product":
-        return Selection(*(halves @ keys.mT).topk(cfg.top_k))
-    if cfg.score != "idw":
-        cfg.refuse("score", "benchmarks.baselines")
-    nearest, subkeys = _nearness(keys, halves).topk(cfg.top_k)
-    distance = (halves.square().sum(-1, keepdim=True) - nearest).clamp(min=0)
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not by_differences):
+        nearest, subkeys = _nearness(keys, halves).topk(cfg.top_k)
+    if by_differences:
+        distance = (halves.unsqueeze(-2) - _rows(keys, subkeys)).square().sum(-1)
+    else:
+        distance = (halves.square().sum(-1, keepdim=True) - nearest).clamp(min=0)
     return Selection(-(cfg.score_eps + distance).log(), subkeys)
 
 
@@ -135,16 +114,17 @@ def _rows(tables: Tensor, index: Tensor) -> Tensor:
     return embedding(index + offset, tables.flatten(0, -2))
 
 
-def _write(cfg: FwPKMConfig, memory: Memory, read: Read, value: Tensor, gate: Tensor) -> Memory:
-    """SPEC.md §4 for one chunk, the gradients taken by autograd and dense."""
+def _write(cfg: FwPKMConfig, memory: Memory, read: Any, value: Tensor, gate: Tensor) -> Memory:
+    """SPEC.md §4 for one chunk, whose selection, slots, weights and output were read; dense gradients by autograd."""
+    selection, slots, weights, output = read
     pairs = value.shape[1] - cfg.lookahead  # tokens whose target lies in the next chunk have no pair
-    error = (value[:, cfg.lookahead :] - read.output[:, :pairs]).square().sum(-1) / 2
-    memorization = (write_scale(torch, cfg, read.weights) * gate)[:, :pairs].mul(error).sum()
-    scores, subkeys = (x.flatten(-2) for x in (read.selection.scores.softmax(-1), read.selection.subkeys))
+    error = (value[:, cfg.lookahead :] - output[:, :pairs]).square().sum(-1) / 2
+    memorization = (write_scale(torch, cfg, weights) * gate)[:, :pairs].mul(error).sum()
+    scores, subkeys = (x.flatten(-2) for x in (selection.scores.softmax(-1), selection.subkeys))
     mean = scores.new_zeros(*scores.shape[:-1], cfg.num_subkeys).scatter_add(-1, subkeys, scores / value.shape[1])
     (d_values,) = torch.autograd.grad(memorization, memory.values, create_graph=True, retain_graph=True)
     (d_keys,) = torch.autograd.grad(addressing_loss(torch, mean).sum(), memory.keys, create_graph=True)
-    slots = read.slots.flatten(1)
+    slots = slots.flatten(1)
     counts = torch.zeros(len(slots), cfg.num_slots, dtype=torch.int64).scatter_add_(1, slots, torch.ones_like(slots))
     counts = counts[..., None]
     touched = (counts > 0).to(value.dtype)

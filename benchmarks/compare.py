@@ -13,14 +13,14 @@ import pathlib
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 
 import fwpkm
 from benchmarks import measure, report
-from benchmarks.report import spread
+from benchmarks.rounds import interleaved, output_of
 from benchmarks.steps import Decoder, TorchSteps, capture
 from benchmarks.worker import Worker
 from benchmarks.workloads import WORKLOADS, Inputs, Workload, make_inputs
@@ -33,64 +33,55 @@ _LEGEND = (
     "times are medians; the two commits take turns, each in a process of its own, and their outputs agree",
 )
 
-
-class Case(NamedTuple):
-    """A case that is ready to run in this process."""
-
-    run: Callable[[int], Any]
-    """From the number of a sample to its output, or a tuple that begins with it."""
-    calls: int = 1
-    """How many steps a sample has."""
+Run = Callable[[int], Any]
+"""From the number of a sample to its output, or a tuple that begins with it."""
+Ready = tuple[Run, int]
+"""A case that is ready to run in this process, and how many steps a sample has."""
 
 
-def _inputs(workload: Workload, **kind: str) -> list[Inputs]:
-    return [make_inputs(workload, seed=seed, **kind) for seed in range(1, _SETS + 1)]
+def _stream(workload: Workload, **kind: str) -> tuple[list[Any], int]:
+    """One chunk's tokens, so that every sample has a write; and their number."""
+    length = workload.config.chunk_size
+    inputs = make_inputs(Workload("stream", workload.config, workload.batch, length), seed=1, **kind)
+    return [x.detach() for x in inputs.tokens], length
 
 
-def _stream(workload: Workload) -> Workload:
-    """One chunk's tokens, so that every sample has a write."""
-    return Workload("stream", workload.config, workload.batch, workload.config.chunk_size)
+_GPU = {"device": measure.DEVICE, "dtype": "float32" if measure.INTERPRETED else "bfloat16"}
 
 
-def _torch(
-    workload: Workload,
-    step: Callable[..., Any],
-    device: str = "cpu",
-    dtype: str = "float32",
-    captured: bool = False,
-    **options: str,
-) -> Case:
-    sets, steps, read = _inputs(workload, device=device, dtype=dtype), TorchSteps(workload, device, **options), []
+def _torch(workload: Workload, step: Callable[..., Any], captured: bool = False, gpu: bool = False) -> Ready:
+    sets = [make_inputs(workload, seed=seed, **(_GPU if gpu else {})) for seed in range(1, _SETS + 1)]
+    steps = TorchSteps(workload, measure.DEVICE, implementation="triton") if gpu else TorchSteps(workload)
+    read = []
 
     def call(inputs: Inputs) -> Any:
         read.append(steps.state)
         return step(steps, inputs)
 
-    if not captured or device == "cpu":
-        return Case(lambda number: step(steps, sets[number % _SETS]))
+    if not captured or measure.DEVICE == "cpu":
+        return lambda number: step(steps, sets[number % _SETS]), 1
     graph, results = capture(partial(call, sets[0]))
 
     def run(_: int, read_by_the_graph: Any = (read, sets)) -> Any:  # it knows their addresses alone
         graph.replay()
         return results
 
-    return Case(run)
+    return run, 1
 
 
-def _torch_decode(workload: Workload, device: str = "cpu", dtype: str = "float32", **_: str) -> Case:
-    stream = _stream(workload)
-    tokens = [x.detach() for x in make_inputs(stream, seed=1, device=device, dtype=dtype).tokens]
-    decode = Decoder(workload.config, TorchSteps(workload, device).state, tokens)
-    return Case(lambda _: [decode(t) for t in range(stream.length)][-1], stream.length)
+def _torch_decode(workload: Workload, gpu: bool = False) -> Ready:
+    tokens, length = _stream(workload, **(_GPU if gpu else {}))
+    steps = TorchSteps(workload, measure.DEVICE if gpu else "cpu")
+    decode = Decoder(workload.config, steps.state, tokens)
+    return lambda _: [decode(t) for t in range(length)][-1], length
 
 
-def _torch_tokens(workload: Workload) -> Case:
-    steps, stream = TorchSteps(workload), _stream(workload)
-    tokens = [x.detach() for x in make_inputs(stream, seed=1).tokens]
-    return Case(lambda _: steps.by_token(tokens, stream.length), stream.length)
+def _torch_tokens(workload: Workload) -> Ready:
+    steps, (tokens, length) = TorchSteps(workload), _stream(workload)
+    return lambda _: steps.by_token(tokens, length), length
 
 
-def _torch_layer(workload: Workload) -> Case:
+def _torch_layer(workload: Workload) -> Ready:
     from fwpkm.backends.torch import FwPKM
 
     torch.manual_seed(0)
@@ -103,40 +94,36 @@ def _torch_layer(workload: Workload) -> Case:
         output.square().sum().backward()
         return output
 
-    return Case(run)
+    return run, 1
 
 
-def _jax(workload: Workload, step: str) -> Case:
+def _jax(workload: Workload, part: str) -> Ready:
     from benchmarks.frameworks import JaxSteps
 
     steps = JaxSteps(workload)
-    sets = [steps.prepare(inputs) for inputs in _inputs(workload)]
-    return Case(lambda number: getattr(steps, step)(sets[number % _SETS]))
+    sets = [steps.prepare(make_inputs(workload, seed=seed)) for seed in range(1, _SETS + 1)]
+    return lambda number: steps.run(part, sets[number % _SETS]), 1
 
 
-def _jax_tokens(workload: Workload) -> Case:
+def _jax_tokens(workload: Workload) -> Ready:
     from benchmarks.frameworks import JaxSteps
 
-    stream = _stream(workload)
-    steps, whole = JaxSteps(Workload("token", workload.config, workload.batch, 1)), make_inputs(stream, seed=1)
-    tokens = [steps.prepare(Inputs(*(x[:, t : t + 1] for x in whole))) for t in range(stream.length)]
-    return Case(lambda _: [steps.forward(token) for token in tokens][-1], stream.length)
+    steps = JaxSteps(Workload("token", workload.config, workload.batch, 1))
+    (query, value, gate), length = _stream(workload)
+    parts = [[x[:, t : t + 1] for x in (query, value, gate, value)] for t in range(length)]  # no cotangent is read
+    tokens = [steps.prepare(Inputs(*part)) for part in parts]
+    return lambda _: [steps.run("forward", token) for token in tokens][-1], length
 
 
-def _keras(workload: Workload) -> Case:
-    from benchmarks.keras_layer import HIDDEN, make_keras_call
+def _keras(workload: Workload) -> Ready:
+    from benchmarks.keras_layer import draw, make_calls
 
-    _, call = make_keras_call(workload)
-    drawn = torch.randn(_SETS, workload.batch, workload.length, HIDDEN, generator=torch.Generator().manual_seed(0))
-    return Case(lambda number: call(drawn[number % _SETS].numpy()))
+    call, _ = make_calls(workload)
+    sets = [draw(workload, number) for number in range(_SETS)]
+    return lambda number: call(sets[number % _SETS]), 1
 
 
-_ON_GPU = {
-    "device": measure.DEVICE,
-    "dtype": "float32" if measure.INTERPRETED else "bfloat16",
-    "implementation": "triton",
-}
-CASES: dict[str, dict[str, tuple[str, Callable[[Workload], Case]]]] = {
+CASES: dict[str, dict[str, tuple[str, Callable[[Workload], Ready]]]] = {
     "cpu": {
         "training step, in place": ("step-512", partial(_torch, step=TorchSteps.train)),
         "training step, functional": ("step-512", partial(_torch, step=partial(TorchSteps.train, inplace=False))),
@@ -145,20 +132,20 @@ CASES: dict[str, dict[str, tuple[str, Callable[[Workload], Case]]]] = {
         "layer, forward + backward": ("step-128", _torch_layer),
     },
     "frameworks": {
-        "JAX forward": ("step-512", partial(_jax, step="forward")),
-        "JAX forward + gradient": ("step-512", partial(_jax, step="train")),
+        "JAX forward": ("step-512", partial(_jax, part="forward")),
+        "JAX forward + gradient": ("step-512", partial(_jax, part="train")),
         "JAX, apply of one token": ("decode-512", _jax_tokens),
         "Keras layer on jax": ("step-512", _keras),
         "Keras layer on torch": ("step-512", _keras),
     },
     "gpu": {
-        f"{name}: {what}{', captured' * captured}": (name, partial(_torch, step=step, captured=captured, **_ON_GPU))
+        f"{name}: {what}{', captured' * captured}": (name, partial(_torch, step=step, captured=captured, gpu=True))
         for name in ("shared-512", "train-512", "read-4k-512", "read-128k-512")
         for captured in (False, True)
         for step, what in ((TorchSteps.forward, "forward"), (TorchSteps.train, "forward + backward"))
         if not (captured and name == "read-128k-512")
     }
-    | {"decode-512: decode, a token": ("decode-512", partial(_torch_decode, **_ON_GPU))},
+    | {"decode-512: decode, a token": ("decode-512", partial(_torch_decode, gpu=True))},
 }
 """By command and name: the workload at which a case runs if none is chosen, and what makes it ready."""
 
@@ -185,7 +172,7 @@ def main(subject: str, options: argparse.Namespace, workloads: Sequence[str] | N
         holds = ratio.high < _LIMIT or ratio.low <= 1 <= ratio.high
         slower |= not holds
         before, now = (f"{1e3 * np.median(column):.3g}" for column in zip(*samples))
-        rows.append((name, workload, before, now, spread(ratio), "holds" if holds else "SLOWER"))
+        rows.append((name, workload, before, now, report.spread(ratio), "holds" if holds else "SLOWER"))
         print(", ".join(rows[-1]), file=sys.stderr, flush=True)
     columns = ("case", "workload", "before, ms", "now, ms", "now / before", "verdict")
     legend = (*_LEGEND, f"before: {options.against}; {options.pairs} pairs")
@@ -197,28 +184,27 @@ def measure_pairs(subject: str, case: str, workload: str, against: str, pairs: i
     """Seconds of a step, before and now, by pair.
 
     Raises:
-        RuntimeError: a process failed, imported another package than it was to, or came to other outputs.
+        RuntimeError: a process failed, or imported another package than it was to.
+        AssertionError: the two came to other outputs.
     """
     other = pathlib.Path(against).resolve()
     trees = other / "src" if (other / "src" / "fwpkm").exists() else other, pathlib.Path(fwpkm.__file__).parents[1]
-    keras, samples = "torch" if case == "Keras layer on torch" else "jax", []
     paths = [os.pathsep.join((str(tree), os.environ.get("PYTHONPATH", ""))).rstrip(os.pathsep) for tree in trees]
-    with (
-        Worker(PYTHONPATH=paths[0], KERAS_BACKEND=keras) as old,
-        Worker(PYTHONPATH=paths[1], KERAS_BACKEND=keras) as new,
-    ):
-        for worker, tree in ((old, trees[0]), (new, trees[1])):
+    keras = "torch" if case == "Keras layer on torch" else "jax"
+    old, new = (Worker(PYTHONPATH=path, KERAS_BACKEND=keras) for path in paths)
+    with old, new:
+        for worker, tree in zip((old, new), trees):
             package = pathlib.Path(worker.run(prepare, subject, case, workload))
             if package.parents[1] != tree:
                 raise RuntimeError(f"expected the package of {tree}. Received: {package}")
-        for number in range(pairs):
-            order = (old, new) if number % 2 == 0 else (new, old)
-            found = {worker: worker.run(sample, number) for worker in order}
-            (before, expected), (now, received) = found[old], found[new]
-            if not abs(received - expected) <= _AGREEMENT * abs(expected):
-                raise RuntimeError(f"{case}: outputs of norm {expected} before. Received: {received}")
-            samples.append((before, now))
-    return samples
+        sides = {
+            name: lambda number, worker=worker: {case: partial(worker.run, sample, number)}
+            for name, worker in (("before", old), ("now", new))
+        }
+        agree = partial(np.testing.assert_allclose, rtol=_AGREEMENT, equal_nan=False)
+        settings: Any = {"warm_up": _WARM_UP, "alternate": True, "timer": lambda run: run(), "agree": agree}
+        samples = interleaved({workload: sides}, pairs, **settings)
+    return list(zip(samples[workload, "before", case], samples[workload, "now", case]))
 
 
 _ready: dict[str, Any] = {}
@@ -226,18 +212,13 @@ _ready: dict[str, Any] = {}
 
 
 def prepare(subject: str, case: str, workload: str) -> str:
-    """Make a case ready and warm up; the path of the package that it imported."""
+    """Make a case ready; the path of the package that it imported."""
     _ready["timer"] = measure.device_timed if subject == "gpu" else measure.timed
-    _ready["case"] = CASES[subject][case][1](WORKLOADS[workload])
-    for number in range(_WARM_UP):
-        _ready["case"].run(number)
+    _ready["run"], _ready["steps"] = CASES[subject][case][1](WORKLOADS[workload])
     return fwpkm.__file__
 
 
 def sample(number: int) -> tuple[float, float]:
     """Seconds of a step of the case that is ready, and the norm of its output."""
-    case = _ready["case"]
-    seconds, output = _ready["timer"](case.run, number)
-    output = output[0] if isinstance(output, tuple) else output
-    output = output.detach().float().cpu() if isinstance(output, torch.Tensor) else output
-    return seconds / case.calls, float(np.linalg.norm(np.asarray(output)))
+    seconds, result = _ready["timer"](_ready["run"], number)
+    return seconds / _ready["steps"], float(np.linalg.norm(output_of(result)))

@@ -7,27 +7,22 @@ Of one row, 64 wide:
 - decode step: y [1, 1, 64] and the next state from a carried one, which is donated.
 
 A run is a fresh process without a compilation cache. It gives CPU seconds of that process, over all its threads: of
-tracing and lowering to StableHLO, and of XLA's compilation. The table holds medians of three runs with their range.
+tracing and lowering to StableHLO, and of XLA's compilation.
 """
 
 import argparse
-import json
-import os
-import platform
-import statistics
-import subprocess
-import sys
 import time
 
-from rich.console import Console
-from rich.table import Table
+from benchmarks import report
+from benchmarks.measure import summarize
+from benchmarks.worker import Worker
 
 PROGRAMS = {"gradient": 128, "gradient, carried": 128, "decode step": 1}
 """The tokens that each reads."""
 
 
-def measure(program: str) -> dict[str, float]:
-    """CPU seconds of each stage in this process."""
+def cpu_seconds(program: str) -> tuple[float, float, float]:
+    """In this process: to trace and lower, to compile, and both."""
     import jax
     import jax.numpy as jnp
 
@@ -49,37 +44,27 @@ def measure(program: str) -> dict[str, float]:
     between = time.process_time()
     lowered.compile()
     end = time.process_time()
-    return {"trace and lower": between - start, "compile": end - between, "both": end - start}
-
-
-def in_fresh_process(program: str) -> dict[str, float]:
-    """What ``measure`` gives in a process of its own."""
-    environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
-    command = [sys.executable, "-m", "benchmarks.compile_time", "--in-this-process", program]
-    return json.loads(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
+    return between - start, end - between, end - start
 
 
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.compile_time")
     parser.add_argument("--runs", type=int, default=3, help="fresh processes for each program")
-    parser.add_argument("--in-this-process", choices=PROGRAMS, help="measure one program once, and print JSON")
+    parser.add_argument("--markdown", action="store_true", help="print the table in Markdown")
     args = parser.parse_args()
-    if args.in_this_process:
-        print(json.dumps(measure(args.in_this_process)))
-        return
-    import jax
-    import jaxlib
+    import jax  # noqa: F401  its version stands above the table
 
-    versions = f"jax {jax.__version__}, jaxlib {jaxlib.__version__}, Python {platform.python_version()}"
-    table = Table(title=f"CPU seconds to compile a layer: {versions}, {jax.devices()[0].platform}")
-    for column in ("program", "trace and lower", "compile", "both"):
-        table.add_column(column, justify="left" if column == "program" else "right")
+    rows = []
     for program in PROGRAMS:
-        runs = [in_fresh_process(program) for _ in range(args.runs)]
-        samples = ([run[stage] for run in runs] for stage in runs[0])
-        table.add_row(program, *(f"{statistics.median(x):.1f} ({min(x):.1f} to {max(x):.1f})" for x in samples))
-    Console(width=120).print(table)
+        runs = []
+        for _ in range(args.runs):
+            with Worker(JAX_ENABLE_COMPILATION_CACHE="false") as worker:
+                runs.append(worker.run(cpu_seconds, program))
+        rows.append((program, *(report.spread(summarize(stage), "{:.1f}") for stage in zip(*runs))))
+    columns = ("program", "trace and lower", "compile", "both")
+    table = report.Table("CPU seconds to compile a layer", columns, rows)
+    report.show([f"medians of {args.runs} runs with their quartiles"], [table], markdown=args.markdown)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import argparse
 import hashlib
 import importlib
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -24,89 +25,97 @@ import numpy as np
 import fwpkm
 from fwpkm.agreement import relative_error
 
-CHUNK, LENGTH, CALLS = 8, 29, (5, 1, 14, 9)
+BATCH, LENGTH, CALLS = 3, 29, (5, 1, 14, 9)
+CHOICES = {
+    "score": ("idw", "dot_product"),
+    "write_scale": ("slots", "unit", "normalized"),
+    "boundary": ("drop", "wait"),
+    "memory_scope": ("sequence", "batch"),
+}
+"""Every combination is a case."""
+IN_TURN = {
+    "num_heads": (1, 2),
+    "num_subkeys": (40, 6, 6),
+    "top_k": (2, 3, 4),
+    "lookahead": (0, 1, 2),
+    "temperature": (1.0, 0.5, 1.0, 1.0),
+    "learning_rate": (1.0, 0.5, 0.5, 0.5, 0.5),
+    "weight_decay": (0.0, 0.0, 0.1, 0.0),
+    "grad_clip": (None, None, None, 0.05, None),
+    "addressing_weight": (1.0, 0.3),
+}
+"""Case i has the value i of each, from the first again after the last."""
 
 
 def cases() -> dict[str, tuple[fwpkm.FwPKMConfig, int]]:
-    """A configuration and a seed by name: all scores, scales, boundaries and scopes, other fields in turn."""
-    choices = itertools.product(("idw", "dot_product"), ("slots", "unit", "normalized"), ("drop", "wait"))
+    """A configuration and a seed by name."""
     found = {}
-    for seed, ((score, scale, boundary), scope) in enumerate(itertools.product(choices, ("sequence", "batch"))):
-        cfg = fwpkm.FwPKMConfig(
-            key_dim=16,
-            value_dim=16,
-            num_heads=1 + seed % 2,
-            num_subkeys=(6, 40)[seed % 3 == 0],
-            top_k=(2, 3, 4)[seed % 3],
-            chunk_size=CHUNK,
-            lookahead=seed % 3,
-            boundary=boundary,
-            score=score,
-            temperature=(1.0, 0.5)[seed % 4 == 1],
-            learning_rate=(0.5, 1.0)[seed % 5 == 0],
-            write_scale=scale,
-            weight_decay=(0.0, 0.1)[seed % 4 == 2],
-            grad_clip=(None, 0.05)[seed % 5 == 3],
-            addressing_weight=(1.0, 0.3)[seed % 2],
-            memory_scope=scope,
+    for seed, chosen in enumerate(itertools.product(*CHOICES.values())):
+        fields: Any = {name: values[seed % len(values)] for name, values in IN_TURN.items()} | dict(
+            zip(CHOICES, chosen)
         )
-        found[f"{seed}-{score}-{scale}-{boundary}-{scope}"] = cfg, seed
+        cfg = fwpkm.FwPKMConfig(key_dim=16, value_dim=16, chunk_size=8, **fields)
+        found["-".join((str(seed), *chosen))] = cfg, seed
     return found
 
 
-def numbers(be: Any, cfg: fwpkm.FwPKMConfig, seed: int, options: dict[str, Any], place: Any) -> dict[str, np.ndarray]:
-    """All that a backend computes in one case; ``place`` moves its arrays to where they are to be."""
-    rng, batch, dtype = np.random.default_rng(seed), 3, "float32"
-    query = rng.normal(size=(batch, LENGTH, cfg.num_heads * cfg.key_dim)) * 0.3
-    value = rng.normal(size=(batch, LENGTH, cfg.value_dim))
-    gate = rng.uniform(size=(batch, LENGTH))
+def numbers(
+    be: Any, cfg: fwpkm.FwPKMConfig, seed: int, options: dict[str, Any], move: Callable[[Any], Any]
+) -> dict[str, np.ndarray]:
+    """All that a backend computes in one case, by name; ``move`` brings its arrays to the device."""
+    rng = np.random.default_rng(seed)
+    query = rng.normal(size=(BATCH, LENGTH, cfg.num_heads * cfg.key_dim)) * 0.3
+    value, gate = rng.normal(size=(BATCH, LENGTH, cfg.value_dim)), rng.uniform(size=(BATCH, LENGTH))
     query[0, 11], value[1, 17], gate[2, 23] = np.nan, np.inf, np.nan
-    arrays = [place(be.asarray(x, dtype)) for x in (query, value, gate)]
-    mask = place(be.asarray(rng.uniform(size=(batch, LENGTH)) < 0.9, "bool"))
-    memories = batch if cfg.memory_scope == "sequence" else 1
-    tables = [place(table) for table in be.init_memory(cfg, memories, seed)]
+    mask = move(be.asarray(rng.uniform(size=(BATCH, LENGTH)) < 0.9, "bool"))
+    tables = be.init_memory(cfg, BATCH if cfg.memory_scope == "sequence" else 1, seed)
+    leaves = [move(x) for x in (*(be.asarray(x, "float32") for x in (query, value, gate)), *tables)]
     found: dict[str, Any] = {}
 
-    def forward(*leaves: Any) -> tuple[Any, ...]:
-        tokens, memory = leaves[:3], fwpkm.Memory(*leaves[3:])
-        state, outputs, at = be.init_state(cfg, memory, batch), [], 0
+    def keep(prefix: str, parts: dict[str, Any]) -> None:
+        found.update({f"{prefix}.{name}": x for name, x in parts.items() if name != "memory"})
+
+    def forward(query: Any, value: Any, gate: Any, *tables: Any) -> tuple[Any, ...]:
+        state, outputs, at = be.init_state(cfg, fwpkm.Memory(*tables), BATCH), [], 0
         for number, size in enumerate(CALLS):
-            part = [x[:, at : at + size] for x in (*tokens, mask)]
+            part = [x[:, at : at + size] for x in (query, value, gate, mask)]
             output, state, trace = be.apply(cfg, state, *part, **options)
             outputs.append(output)
-            found.update({f"{number}.{name}": x for name, x in trace._asdict().items()})
-            found.update({f"{number}.{name}": x for name, x in state._asdict().items() if name != "memory"})
+            keep(f"{number}", trace._asdict() | state._asdict())
             at += size
         state, trace = be.flush(cfg, state, **options)
-        found.update({f"flush.{name}": getattr(trace, name) for name in ("memorization", "addressing", "writes")})
+        keep("flush", {name: getattr(trace, name) for name in ("memorization", "addressing", "writes")})
         return (*outputs, *state.memory)
 
-    results = forward(*arrays, *tables)
-    found.update({f"result.{i}": x for i, x in enumerate(results)})
-    found.update({f"lookup.{k}": x for k, x in _lookup(be, cfg, tables, arrays, options).items()})
-    forward_numbers = {name: np.array(be.to_numpy(x)) for name, x in found.items()}
-    seeds = [np.random.default_rng(1000 + i) for i in range(len(results))]
-    cotangents = [place(be.asarray(r.normal(size=tuple(x.shape)), dtype)) for r, x in zip(seeds, results)]
-    gradients = be.vjp(forward, [*arrays, *tables], cotangents)
-    names = ("query", "value", "gate", "keys", "values")
-    return forward_numbers | {f"grad.{name}": np.array(be.to_numpy(x)) for name, x in zip(names, gradients)}
-
-
-def _lookup(be: Any, cfg: fwpkm.FwPKMConfig, tables: list, arrays: list, options: dict) -> dict[str, Any]:
-    memory, (query, value, gate) = fwpkm.Memory(*tables), arrays
-    look = be.lookup(cfg, memory, query, **options)
-    written, losses = be.chunk_update(cfg, memory, query, value, gate, **options)
-    return {**look._asdict(), **written._asdict(), **losses._asdict()}
+    results = forward(*leaves)
+    keep("result", {str(i): x for i, x in enumerate(results)})
+    tokens, memory = leaves[:3], fwpkm.Memory(*leaves[3:])
+    keep("lookup", be.lookup(cfg, memory, tokens[0], **options)._asdict())
+    for part in be.chunk_update(cfg, memory, *tokens, **options):
+        keep("lookup", part._asdict())
+    arrays = {name: np.array(be.to_numpy(x)) for name, x in found.items()}
+    drawn = (np.random.default_rng(1000 + i).normal(size=tuple(x.shape)) for i, x in enumerate(results))
+    gradients = be.vjp(forward, leaves, [move(be.asarray(x, "float32")) for x in drawn])
+    names = (f"grad.{name}" for name in ("query", "value", "gate", "keys", "values"))
+    return arrays | {name: np.array(be.to_numpy(x)) for name, x in zip(names, gradients)}
 
 
 def digest(arrays: dict[str, np.ndarray]) -> str:
-    """One sha256 over names, shapes, dtypes and bits."""
+    """One sha256 over names, shapes, dtypes and bits; all NaN count as one."""
     total = hashlib.sha256()
     for name in sorted(arrays):
         array = np.ascontiguousarray(arrays[name])
         array = np.where(np.isnan(array), array.dtype.type("nan"), array) if array.dtype.kind == "f" else array
         total.update(f"{name} {array.shape} {array.dtype}".encode() + array.tobytes())
     return total.hexdigest()
+
+
+def compared(arrays: dict[str, np.ndarray], before: dict[str, np.ndarray]) -> str:
+    """ "same bits", or the largest relative error."""
+    if digest(arrays) == digest(before):
+        return "same bits"
+    error, name = max((relative_error(arrays[name], x), name) for name, x in before.items())
+    return f"differs: {error:.1e} in {name}"
 
 
 def main() -> int:
@@ -119,30 +128,22 @@ def main() -> int:
     parser.add_argument("--save", metavar="FILE", help="an .npz to write")
     parser.add_argument("--against", metavar="FILE", help="an .npz of --save")
     args = parser.parse_args()
-    native = args.backend in ("torch", "triton")
-    options: dict[str, Any] = {}
-    if native:
-        options["implementation"] = "triton" if args.backend == "triton" else "eager"
-    be: Any = fwpkm.get_backend("torch" if native else args.backend)
+    implementation = {"torch": "eager", "triton": "triton"}.get(args.backend)
+    options = {"implementation": implementation} if implementation else {}
+    be: Any = fwpkm.get_backend("torch" if implementation else args.backend)
     if args.device == "cuda":  # plain PyTorch adds in any order there unless it is told not to
-        torch = importlib.import_module("torch")
-        torch.use_deterministic_algorithms(True, warn_only=True)
-    place = (lambda x: x.to(args.device)) if native else (lambda x: x)
+        importlib.import_module("torch").use_deterministic_algorithms(True, warn_only=True)
     before = dict(np.load(args.against)) if args.against else {}
-    kept, digests, differs = {}, [], False
+    kept, total, differs = {}, hashlib.sha256(), False
     for name, (cfg, seed) in itertools.islice(cases().items(), args.first, None, args.every):
-        arrays = numbers(be, cfg, seed, options, place)
-        digests.append(digest(arrays))
-        line = f"{digests[-1][:16]}  {name}"
-        if args.against:
-            old = {key.partition("/")[2]: x for key, x in before.items() if key.startswith(f"{name}/")}
-            same = digest(old) == digest({key: array for key, array in arrays.items() if key in old})
-            differs |= not same
-            worst = max(old, key=lambda key: relative_error(arrays[key], old[key]))
-            line += "  same bits" if same else f"  differs: {relative_error(arrays[worst], old[worst]):.1e} in {worst}"
-        print(line, flush=True)
+        arrays = numbers(be, cfg, seed, options, lambda x: x.to(args.device) if implementation else x)
+        old = {key.removeprefix(f"{name}/"): x for key, x in before.items() if key.startswith(f"{name}/")}
+        verdict = compared({key: arrays[key] for key in old}, old) if args.against else ""
+        differs |= verdict.startswith("differs")
+        print(f"{digest(arrays)[:16]}  {name}  {verdict}".rstrip(), flush=True)
+        total.update(digest(arrays).encode())
         kept.update({f"{name}/{key}": array for key, array in arrays.items()})
-    print(hashlib.sha256("".join(digests).encode()).hexdigest(), "all")
+    print(total.hexdigest(), "all")
     if args.save:
         np.savez_compressed(args.save, **kept)
     return int(differs)

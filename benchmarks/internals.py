@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import importlib
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,20 +12,12 @@ SCORING_KERNELS = ("propose_kernel", "rank_kernel", "select_slots_kernel")
 """The Triton kernels that score."""
 
 
-def torch_select(cfg: Any, keys: Any, query: Any) -> Any:
-    """The torch backend's scoring of one chunk, ``query [B, C, H*Dk]``: sub-scores and their top-k."""
-    from fwpkm.backends.torch import addressing
-    from fwpkm.backends.torch.tokens import halves
-
-    return addressing.select_subkeys(cfg, halves(cfg, query, len(keys)), keys)
-
-
-def jax_select(cfg: Any, keys: Any, query: Any) -> Any:
-    """The JAX backend's scoring of one chunk."""
-    from fwpkm.backends.jax import addressing
-    from fwpkm.backends.jax.tokens import halves
-
-    return addressing.select_slots(cfg, halves(cfg, query, len(keys)), keys)
+def select(backend: str, cfg: Any, keys: Any, query: Any) -> Any:
+    """A backend's scoring of one chunk, ``query [B, C, H*Dk]``: sub-scores and their top-k; "torch" or "jax"."""
+    folder = f"fwpkm.backends.{backend}"
+    addressing, tokens = (importlib.import_module(f"{folder}.{name}") for name in ("addressing", "tokens"))
+    scoring = addressing.select_subkeys if backend == "torch" else addressing.select_slots
+    return scoring(cfg, tokens.halves(cfg, query, len(keys)), keys)
 
 
 def kernels_backend() -> Any:

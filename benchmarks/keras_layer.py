@@ -7,20 +7,19 @@ takes its backend from KERAS_BACKEND, one for a process, so :func:`claims` start
 import pathlib
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 import fwpkm
-from benchmarks import measure
+from benchmarks import measure, rounds
 from benchmarks.report import Claim
 from benchmarks.worker import Worker
 from benchmarks.workloads import WORKLOADS, Workload
 
-HIDDEN = 512
+_HIDDEN = 512
 _LIMIT = 1.1
-_WARM_UP = 2
-Call = Callable[[np.ndarray], np.ndarray]
 
 
 def claims(workload: str, repeats: int) -> list[Claim]:
@@ -28,67 +27,54 @@ def claims(workload: str, repeats: int) -> list[Claim]:
     made = []
     for backend in ("torch", "jax"):
         with Worker(KERAS_BACKEND=backend) as worker:
-            ratio = measure.summarize(worker.run(ratios, workload, repeats))
+            ratio = measure.ratio(*worker.run(seconds, workload, repeats))
         made.append(Claim(f"{workload}: Keras layer on {backend} / native layer", ratio, at_most=_LIMIT))
     return made
 
 
-def ratios(workload: str, repeats: int) -> list[float]:
-    """Time of the Keras layer over that of the native one, by round."""
+def seconds(workload: str, repeats: int) -> tuple[list[float], list[float]]:
+    """Of the Keras layer and of the native one, by round."""
     case = WORKLOADS[workload]
-    layer, keras_call = make_keras_call(case)
-    native_call = _make_native_call(layer)
-    found = []
-    for number in range(repeats + _WARM_UP):
-        x = np.random.default_rng(number).normal(size=(case.batch, case.length, HIDDEN)).astype(np.float32)
-        (first, ours), (second, native) = (measure.timed(call, x) for call in (keras_call, native_call))
-        np.testing.assert_allclose(ours, native, rtol=1e-3, atol=1e-4)
-        found.append(first / second)
-    return found[_WARM_UP:]
+    sides = {
+        name: lambda number, call=call: {"call": partial(call, draw(case, number))}
+        for name, call in zip(("keras", "native"), make_calls(case))
+    }
+    agree = partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-4)
+    samples = rounds.interleaved({workload: sides}, repeats, warm_up=2, agree=agree)
+    return samples[workload, "keras", "call"], samples[workload, "native", "call"]
 
 
-def make_keras_call(workload: Workload) -> tuple[Any, Call]:
-    """A Keras layer with its own weights, and its call, jitted on JAX, from NumPy to NumPy."""
+def draw(workload: Workload, number: int) -> np.ndarray:
+    """Inputs of a layer ``[B, T, D]``."""
+    shape = workload.batch, workload.length, _HIDDEN
+    return np.random.default_rng(number).normal(size=shape).astype(np.float32)
+
+
+def make_calls(workload: Workload) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """A Keras layer and the native layer with its weights, jitted on JAX, as functions of NumPy arrays."""
     import keras
 
     from fwpkm.backends.keras import FwPKM
 
     keras.utils.set_random_seed(0)
     layer = FwPKM(**{name: getattr(workload.config, name) for name in workload.config.__dataclass_fields__})
-    layer.build((workload.batch, workload.length, HIDDEN))
-    if keras.backend.backend() == "torch":
-        return layer, _torch_call(layer)
-    import jax
-
-    weights = [variable.value for variable in layer.trainable_variables]
-    fixed = [variable.value for variable in layer.non_trainable_variables]
-    call = jax.jit(lambda weights, fixed, x: layer.stateless_call(weights, fixed, x)[0])
-    return layer, lambda x: np.asarray(call(weights, fixed, x))
-
-
-def _make_native_call(layer: Any) -> Call:
-    """The native layer with a Keras layer's weights."""
-    import keras
-
-    name = keras.backend.backend()
-    native = fwpkm.get_backend(name).FwPKM(HIDDEN, layer.config)  # type: ignore[attr-defined]
+    layer.build((workload.batch, workload.length, _HIDDEN))
+    backend = keras.backend.backend()
+    native = fwpkm.get_backend(backend).FwPKM(_HIDDEN, layer.config)
     with tempfile.TemporaryDirectory() as folder:
-        path = pathlib.Path(folder) / "layer.safetensors"
+        path = pathlib.Path(folder, "layer.safetensors")
         fwpkm.save(path, layer)
         variables = fwpkm.load(path, native)
-    if name == "torch":
-        return _torch_call(lambda x: native(x)[0])
+
+    if backend == "torch":
+        import torch
+
+        no_grad = torch.no_grad()
+        runs = layer, lambda x: native(x)[0]
+        return tuple(no_grad(lambda x, run=run: run(torch.from_numpy(x))) for run in runs)
     import jax
 
-    call = jax.jit(lambda variables, x: native.apply(variables, x)[0])
-    return lambda x: np.asarray(call(variables, x))
-
-
-def _torch_call(function: Callable[[Any], Any]) -> Call:
-    import torch
-
-    def call(x: np.ndarray) -> np.ndarray:
-        with torch.no_grad():
-            return function(torch.from_numpy(x)).numpy()
-
-    return call
+    weights, fixed = ([v.value for v in of] for of in (layer.trainable_variables, layer.non_trainable_variables))
+    ours = jax.jit(lambda weights, fixed, x: layer.stateless_call(weights, fixed, x)[0])
+    theirs = jax.jit(lambda variables, x: native.apply(variables, x)[0])
+    return lambda x: np.asarray(ours(weights, fixed, x)), lambda x: np.asarray(theirs(variables, x))

@@ -2,11 +2,11 @@
 
 import ctypes
 import gc
-import importlib.metadata
 import math
 import os
 import pathlib
 import platform
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -85,16 +85,17 @@ def device_timed(function: Callable[..., Any], *args: Any) -> tuple[float, Any]:
     if not torch.cuda.is_available():
         return timed(function, *args)
     before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    gc.disable()
-    try:
+
+    def run() -> Any:
         before.record()
         result = function(*args)
         after.record()
         torch.cuda.synchronize()
-        return before.elapsed_time(after) / 1e3, result
-    finally:
-        gc.enable()
+        return result
+
+    torch.cuda.synchronize()
+    _, result = timed(run)
+    return before.elapsed_time(after) / 1e3, result
 
 
 def peak_device_bytes(function: Callable[..., Any], *args: Any) -> tuple[int | None, Any]:
@@ -129,13 +130,17 @@ def free_device_memory() -> None:
 
 
 def environment() -> dict[str, str]:
-    """Device and versions, for the head of every table; of the frameworks those that are loaded."""
-    packages = ["fwpkm", "torch", "numpy", *(name for name in ("jax", "keras", "triton") if name in sys.modules)]
+    """Device and versions, for the head of every table; of those that are loaded."""
+    packages = ("fwpkm", "torch", "numpy", "jax", "jaxlib", "keras", "triton")
+    versions = (f"{name} {sys.modules[name].__version__}" for name in packages if name in sys.modules)
     cuda = f"{torch.cuda.get_device_name()}; " if torch.cuda.is_available() else ""
+    info = pathlib.Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", info.read_text() if info.exists() else "")
+    cpu = names[0] if names else platform.machine()
     return {
-        "device": f"{cuda}{_cpu_name()}, {len(os.sched_getaffinity(0))} cores, {torch.get_num_threads()} torch threads",
+        "device": f"{cuda}{cpu}, {len(os.sched_getaffinity(0))} cores, {torch.get_num_threads()} torch threads",
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
-        "versions": ", ".join(f"{name} {_version(name)}" for name in packages),
+        "versions": ", ".join(versions),
     }
 
 
@@ -149,8 +154,7 @@ def peak_extra_bytes(function: Callable[..., Any], *args: Any) -> int | None:
     gc.collect()
     try:
         ctypes.CDLL(None).malloc_trim(0)
-        with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")
+        pathlib.Path("/proc/self/clear_refs").write_text("5")
         before = _read_bytes("/proc/self/status", "VmRSS")
         result = function(*args)
         peak = _read_bytes("/proc/self/status", "VmHWM")
@@ -162,28 +166,8 @@ def peak_extra_bytes(function: Callable[..., Any], *args: Any) -> int | None:
 
 def available_bytes() -> float:
     """Memory that can be had without swapping; infinite where the system does not say (not Linux)."""
-    try:
-        return _read_bytes("/proc/meminfo", "MemAvailable")
-    except OSError:
-        return math.inf
+    return _read_bytes("/proc/meminfo", "MemAvailable") if os.path.exists("/proc/meminfo") else math.inf
 
 
 def _read_bytes(path: str, field: str) -> int:
-    with open(path) as file:
-        line = next(line for line in file if line.startswith(f"{field}:"))
-    return int(line.split()[1]) * 1024
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:  # of another name than its module, as some builds of Triton are
-        return getattr(sys.modules[package], "__version__", "of unknown version")
-
-
-def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo") as file:
-            return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    return 1024 * int(re.findall(rf"^{field}:\s*(\d+) kB", pathlib.Path(path).read_text(), re.MULTILINE)[0])

@@ -1,12 +1,12 @@
 """Tables, and the judgement of the stated bounds."""
 
 import argparse
-import dataclasses
 import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from rich.console import Console
+from rich.table import Column
 from rich.table import Table as RichTable
 
 from benchmarks import measure
@@ -14,8 +14,7 @@ from benchmarks.measure import Summary
 from benchmarks.workloads import WORKLOADS
 
 
-@dataclasses.dataclass(frozen=True)
-class Claim:
+class Claim(NamedTuple):
     """A measured ratio and, if one is stated, its bound."""
 
     text: str
@@ -26,7 +25,7 @@ class Claim:
     @property
     def verdict(self) -> str:
         """ "holds", "FAILS", "not measured", or "" without a bound."""
-        if self.at_least is None and self.at_most is None:
+        if not self.bound:
             return ""
         if self.measured is None:
             return "not measured"
@@ -45,10 +44,6 @@ class Claim:
         limits = (("at least", self.at_least), ("at most", self.at_most))
         return ", ".join(f"{word} {limit:g}" for word, limit in limits if limit is not None)
 
-    def __str__(self) -> str:
-        """One line, for the terminal."""
-        return f"{self.verdict}: {self.text}: {spread(self.measured)}, bound: {self.bound}"
-
 
 class Table(NamedTuple):
     """Rows of text under a title."""
@@ -64,9 +59,9 @@ class Table(NamedTuple):
 
     def rich(self) -> RichTable:
         """The table for a terminal."""
-        grid = RichTable(title=self.title, title_justify="left")
-        for number, column in enumerate(self.columns):
-            grid.add_column(column, justify="right" if number else "left")
+        sides = ("left", *("right" for _ in self.columns[1:]))
+        columns = (Column(column, justify=side) for column, side in zip(self.columns, sides))
+        grid = RichTable(*columns, title=self.title, title_justify="left")
         for row in self.rows:
             grid.add_row(*row)
         return grid
@@ -74,19 +69,15 @@ class Table(NamedTuple):
 
 def add_options(parser: argparse.ArgumentParser, default: Sequence[str] = ()) -> None:
     """What the commands share; with default workloads, also a choice of them and a number of rounds."""
+    add = parser.add_argument
     if default:
-        parser.add_argument(
-            "--workload",
-            nargs="+",
-            choices=WORKLOADS,
-            metavar="NAME",
-            help=f"of {', '.join(WORKLOADS)} (default: {' '.join(default)})",
-        )
-        parser.add_argument("--repeats", type=int, default=7, help="rounds (default: %(default)s)")
-    parser.add_argument("--markdown", action="store_true", help="print the tables in Markdown")
-    parser.add_argument("--check", action="store_true", help="fail where a bound does not hold or was not measured")
-    parser.add_argument("--against", metavar="PATH", help="time this tree beside another commit's, and nothing else")
-    parser.add_argument("--pairs", type=int, default=30, help="of --against, for each case (default: %(default)s)")
+        text = f"of {', '.join(WORKLOADS)} (default: {' '.join(default)})"
+        add("--workload", nargs="+", choices=WORKLOADS, metavar="NAME", help=text)
+        add("--repeats", type=int, default=7, help="rounds (default: %(default)s)")
+    add("--markdown", action="store_true", help="print the tables in Markdown")
+    add("--check", action="store_true", help="fail where a bound does not hold or was not measured")
+    add("--against", metavar="PATH", help="time this tree beside another commit's, and nothing else")
+    add("--pairs", type=int, default=30, help="of --against, for each case (default: %(default)s)")
 
 
 def claims_table(title: str, claims: Sequence[Claim], what: str = "ratio") -> Table:
@@ -103,15 +94,14 @@ def show(legend: Sequence[str], tables: Sequence[Table], *, markdown: bool) -> N
         return
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
     console.print("\n".join(lines), markup=False)
-    for table in tables:
-        console.print(table.rich())
+    console.print(*(table.rich() for table in tables))
 
 
 def verdict(claims: Sequence[Claim]) -> int:
     """1 where a bound does not hold or was not measured, each named on stderr, else 0."""
     broken = [claim for claim in claims if claim.broken]
     for claim in broken:
-        print(claim, file=sys.stderr)
+        print(f"{claim.verdict}: {claim.text}: {spread(claim.measured)}, bound: {claim.bound}", file=sys.stderr)
     return int(bool(broken))
 
 
@@ -126,8 +116,3 @@ def spread(summary: Summary | None, form: str = "{:.3g}") -> str:
 def milliseconds(seconds: Summary | None, form: str = "{:.1f}") -> str:
     """A time with its quartiles."""
     return spread(seconds and seconds.scaled(1e3), form)
-
-
-def mebibytes(size: int | None) -> str:
-    """Bytes in MiB."""
-    return "-" if size is None else f"{size / 2**20:.0f}" if size >= 10 * 2**20 else f"{size / 2**20:.1f}"

@@ -59,7 +59,12 @@ class Decoder:
         self.config, self.token, self.state = cfg, (query, value, gate[..., 0]), be.start_decoding(state)
         self.step = self._eager
         if self.buffer.is_cuda:
-            self._capture()
+            arrays = [*self.state.memory, *(x for name, x in self.state._asdict().items() if name != "memory")]
+            before = [x.clone() for x in arrays]
+            self.step = capture(self._eager)[0].replay
+            for x, y in zip(arrays, before, strict=True):  # forget the tokens that warmed up
+                x.copy_(y)
+            torch.cuda.synchronize()
 
     def __call__(self, t: int) -> Tensor:
         """The output ``[B, 1, Dv]`` of token t, which must be the next; valid until the next call."""
@@ -70,15 +75,6 @@ class Decoder:
     @torch.no_grad()
     def _eager(self) -> None:
         self.output: Tensor = be.decode(self.config, self.state, *self.token)
-
-    def _capture(self) -> None:
-        arrays = [*self.state.memory, *(x for name, x in self.state._asdict().items() if name != "memory")]
-        before = [x.clone() for x in arrays]
-        graph, _ = capture(self._eager)
-        for x, y in zip(arrays, before, strict=True):  # forget the tokens that warmed up
-            x.copy_(y)
-        torch.cuda.synchronize()
-        self.step = graph.replay
 
 
 def capture(function: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:

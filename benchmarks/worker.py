@@ -86,27 +86,28 @@ def run_all(tasks: Sequence[Task], workers: int, limit: float) -> Iterator[Outco
         workers: how many processes work side by side; one takes task after task until a task fails in it.
         limit: seconds after which a task is ended.
     """
-    idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
+    idle: queue.SimpleQueue[Worker | None] = queue.SimpleQueue()
 
     def run(task: Task) -> Outcome:
         started = time.perf_counter()
+        worker, result, error = idle.get() or Worker(), None, ""
         try:
-            worker = idle.get_nowait()
-        except queue.Empty:
-            worker = Worker()
-        try:
-            result, error = worker.run(task.function, *task.arguments, limit=limit), ""
+            result = worker.run(task.function, *task.arguments, limit=limit)
             idle.put(worker)
         except RuntimeError as raised:
-            result, error = None, str(raised)
+            error = str(raised)
             worker.__exit__()  # a CUDA error stays with its process
+            idle.put(None)
         return Outcome(task, result, error, time.perf_counter() - started)
 
+    for _ in range(workers):
+        idle.put(None)
     with ThreadPoolExecutor(workers) as pool:
         for future in as_completed([pool.submit(run, task) for task in tasks]):
             yield future.result()
-    while not idle.empty():
-        idle.get().__exit__()
+    for _ in range(workers):
+        if worker := idle.get():
+            worker.__exit__()
 
 
 def _serve(connection: Connection) -> None:

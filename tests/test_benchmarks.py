@@ -1,7 +1,6 @@
 """What the benchmarks compare computes the same thing, and the command runs, prints and judges."""
 
 import importlib.metadata
-import json
 
 import numpy as np
 import pytest
@@ -164,49 +163,52 @@ def test_a_bound_that_was_not_measured_is_broken():
     assert not report.Claim("", None).broken
 
 
+LAX = {"at_least": 0}, {"at_most": 1e9}, {"at_most": 1e9}
+
+
 @pytest.fixture(scope="module")
-def results():
-    return cpu.measure_all([WORKLOADS["tiny"], WORKLOADS["tiny-wide"]], repeats=2, seconds=60)
+def samples():
+    return cpu.measure_all([WORKLOADS["tiny"], WORKLOADS["tiny-wide"]], repeats=2)
 
 
 @pytest.fixture
-def run(results, monkeypatch, capsys):
+def run(samples, monkeypatch, capsys):
     """``main`` on one shared measurement: its exit status, what it printed, and its errors."""
 
-    def run(*arguments):
-        monkeypatch.setattr(
-            cpu, "measure_all", lambda workloads, *_: results if workloads == results.workloads else None
-        )
-        lax = ("--dense-time", "0", "--dense-memory", "1e9", "--static-time", "1e9", "--growth", "1e9")
-        status = cpu.main(["--workload", "tiny-wide", "tiny", "--check", *lax, *arguments])
+    def run(bounds=LAX, growth=1e9):
+        claims = [(*claim[:3], bound) for claim, bound in zip(cpu.CLAIMS, (*bounds, {}, {}, {}))]
+        monkeypatch.setattr(cpu, "CLAIMS", claims)
+        monkeypatch.setattr(cpu, "GROWTH", growth)
+        sizes = [WORKLOADS["tiny"], WORKLOADS["tiny-wide"]]
+        monkeypatch.setattr(cpu, "measure_all", lambda workloads, _: samples if workloads == sizes else None)
+        status = cpu.main(["--workload", "tiny-wide", "tiny", "--check", "--markdown"])
         return status, *capsys.readouterr()
 
     return run
 
 
-def test_the_command_prints_and_saves_what_it_measured(run, tmp_path):
-    path = tmp_path / "measured.json"
-    status, printed, errors = run("--markdown", "--json", str(path))
+def test_the_command_prints_what_it_measured(run, samples):
+    status, printed, errors = run()
     assert (status, errors) == (0, "")
     assert f"torch {importlib.metadata.version('torch')}" in printed
-    for title in ("**tiny: B=1 T=128 N=16²", "**extra memory, MiB**", "**Ratios at tiny-wide**"):
+    for title in ("**tiny: B=1 T=128 N=16²", "| extra memory, MiB |", "**Ratios at tiny-wide**"):
         assert title in printed
-    saved = json.loads(path.read_text())["workloads"]["tiny-wide"]
-    assert {len(samples) for samples in saved["seconds"].values()} == {2}
-    assert saved["extra_bytes"]["dense"] > 2 * WORKLOADS["tiny-wide"].table_bytes
+    assert {len(samples["tiny-wide", name, "time without scoring"]) for name in cpu.CONTESTANTS} == {2}
+    assert samples["tiny-wide", "dense", "extra memory"][0] > 2 * WORKLOADS["tiny-wide"].table_bytes
 
 
 @pytest.mark.parametrize(
-    ("option", "line"),
+    ("broken", "line"),
     [
-        ("--dense-time=1e9", "FAILS: time: dense / torch: "),
-        ("--dense-memory=0", "FAILS: extra memory: torch / dense: "),
-        ("--static-time=0", "FAILS: time: torch / static: "),
-        ("--growth=-1e9", "FAILS: everything but scoring, torch: N=128² / N=16²: "),
+        ({"bounds": ({"at_least": 1e9}, *LAX[1:])}, "FAILS: time: dense / torch: "),
+        ({"bounds": (LAX[0], {"at_most": 0}, LAX[2])}, "FAILS: extra memory: torch / dense: "),
+        ({"bounds": (*LAX[:2], {"at_most": 0})}, "FAILS: time: torch / static: "),
+        ({"growth": -1e9}, "FAILS: torch, time without scoring: N=128² / N=16²: "),
     ],
+    ids=("dense time", "dense memory", "static time", "growth"),
 )
-def test_the_command_fails_where_a_bound_does_not_hold(run, option, line):
-    status, printed, errors = run(option)
+def test_the_command_fails_where_a_bound_does_not_hold(run, broken, line):
+    status, printed, errors = run(**broken)
     assert status == 1
     assert errors.startswith(line)
     assert errors.count("\n") == 1
