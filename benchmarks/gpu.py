@@ -45,11 +45,10 @@ _DECODED = Workload("decode-512", WORKLOADS["decode-512"].config, batch=1, lengt
 _CONFORM_SHAPES = 10
 
 
-def checks(sections: set[str], seed: int, tiny: bool) -> list[Task]:
+def checks(seed: int, tiny: bool) -> list[Task]:
     """Tasks that may run side by side, long ones first; each returns a ``Report``.
 
-    What is to be timed is compared first, whether or not "agreement" is among the sections. ``tiny`` ones are for tests
-    of this command in Triton's interpreter.
+    ``tiny`` ones are for tests of this command in Triton's interpreter.
     """
 
     def eager(section: str, workload: Workload, dtype: str, *options: bool) -> Task:
@@ -57,20 +56,17 @@ def checks(sections: set[str], seed: int, tiny: bool) -> list[Task]:
         return Task(section, name, gpu_agreement.agree, (workload, dtype, seed, *options))
 
     def small(name: str, *numbers: Sequence[int]) -> Task:
-        return Task(
-            "agreement", f"float64 reference at small shapes: {name}", gpu_agreement.drawn, (name, seed, *numbers)
-        )
+        return Task("agreement", f"float64 at small shapes: {name}", gpu_agreement.drawn, (name, seed, *numbers))
 
     def bits(*arguments: Any) -> list[Task]:
         return [Task("bits", f"bits: process {number}", gpu_graphs.repeatable, arguments) for number in (1, 2)]
 
     if tiny:
-        plan = [
+        return [
             *(eager("agreement speed", TINY, "float32"), small("tiny", (2,)), *bits(TINY, "float32", seed, 2)),
             Task("decode", "decode, against eager", gpu_graphs.decoded, (TINY, "float32", seed)),
         ]
-        return _of(sections, plan)
-    plan = [
+    return [
         *(eager("agreement speed", WORKLOADS[name], DTYPE, name != "read-128k-512") for name in _SHAPES),
         # Each of conform's shapes compiles, so they do it side by side before the whole run.
         *(Task("conform", f"fwpkm conform: case {n}", conform, ("--case", str(n))) for n in range(_CONFORM_SHAPES)),
@@ -79,16 +75,13 @@ def checks(sections: set[str], seed: int, tiny: bool) -> list[Task]:
         *(eager("agreement", _TAIL, dtype, True, True) for dtype in ("float32", "bfloat16", "float16")),
         *map(small, gpu_agreement.SHAPES),
         *bits(WORKLOADS["shared-512"], DTYPE, seed),
-        Task(
-            "graphs", "a training step without a wait, and in a CUDA graph", gpu_graphs.training, (_STEP, DTYPE, seed)
-        ),
+        Task("graphs", "a training step: no wait, CUDA graph", gpu_graphs.training, (_STEP, DTYPE, seed)),
         Task("conform", "fwpkm conform: 40 cases", conform, ("--cases", "40")),
         *(Task("agreement", f"vectors: {name}", gpu_agreement.vector, (name,)) for name in vectors.names()),
     ]
-    return _of(sections, plan)
 
 
-def timings(sections: set[str], tiny: bool) -> list[Task]:
+def timings(tiny: bool) -> list[Task]:
     """Tasks that need the GPU to themselves."""
 
     def task(name: str, function: Callable = gpu_speed.speed, prefix: str = "", section: str = "speed") -> Task:
@@ -99,13 +92,12 @@ def timings(sections: set[str], tiny: bool) -> list[Task]:
         return Task("speed", f"attention: B={batch} T={length}", gpu_speed.attention, arguments)
 
     if tiny:
-        plan = [
+        return [
             Task("speed", "copy bandwidth", gpu_speed.bandwidth, (2**20,)),
             Task("speed", TINY.name, gpu_speed.speed, (TINY, "float32", 1)),
             Task("decode", f"decode: {TINY.name}", gpu_speed.decoding, (TINY, "float32")),
         ]
-        return _of(sections, plan)
-    plan = [
+    return [
         Task("speed", "copy bandwidth", gpu_speed.bandwidth),
         *map(task, ("shared-512", "train-512", "shared-256", "shared-1024", "shared-2048")),
         task("decode-512", gpu_speed.decoding, "decode: ", "decode"),
@@ -115,11 +107,11 @@ def timings(sections: set[str], tiny: bool) -> list[Task]:
         *(attention(1, length) for length in (4096, 32768, 131072)),
         *(task(f"read-{length}k-{s}") for length in (4, 32, 128) for s in (512, 256, 1024, 2048)),
     ]
-    return _of(sections, plan)
 
 
-def _of(sections: set[str], plan: list[Task]) -> list[Task]:
-    return [task for task in plan if sections.intersection(task.section.split())]
+def chosen(sections: set[str], tasks: list[Task]) -> list[Task]:
+    """Those of some sections: what is to be timed is compared, whether or not "agreement" is among them."""
+    return [task for task in tasks if sections.intersection(task.section.split())]
 
 
 def conform(*arguments: str) -> Report:
@@ -160,8 +152,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sections, seed = set(options.only), secrets.randbits(31) if options.seed is None else options.seed
     _say(f"seed {seed}")
     patience = 4 if tiny else 1
-    checked = _check(checks(sections, seed, tiny), options.workers, patience * _CHECK_LIMIT)
-    planned = timings(sections, tiny)
+    checked = _check(chosen(sections, checks(seed, tiny)), options.workers, patience * _CHECK_LIMIT)
+    planned = chosen(sections, timings(tiny))
     admitted = [task for task in planned if gpu_report.agreed(checked, task)]
     timed = _run(admitted, 1, patience * _TIMING_LIMIT)
     found = {f"{x.task.name}/{name}": samples for x in timed if x.result for name, samples in x.result.items()}
@@ -169,8 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     notes = [f"{x.task.name}: {note}" for x in checked if x.result for note in x.result.notes]
     legend = (*_LEGEND, f"seed {seed}; the whole run took {time.perf_counter() - started:.0f} s", *notes)
     report.show(legend, gpu_report.tables(checked, found, claims), markdown=options.markdown)
-    failed = [f"FAILED: {x.task.name}" for x in checked if not gpu_report.agrees(x)]
-    failed += [f"FAILED: {x.task.name}" for x in timed if x.error]
+    failed = [f"FAILED: {x.task.name}" for x in (*checked, *timed) if not gpu_report.agrees(x)]
     failed += [f"not timed, since it was not shown to agree: {task.name}" for task in planned if task not in admitted]
     missed = report.verdict(claims) if options.check else 0
     for line in failed:

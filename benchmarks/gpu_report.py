@@ -51,18 +51,15 @@ def targets(timings: Timings, sections: set[str]) -> Iterator[Claim]:
 
 def measured(timings: Timings, quantity: str, over: str = "", unit: float = 1.0) -> Summary | None:
     """A quantity, or its ratio to another: of medians, with the quartiles that are farthest apart."""
-    found = summarize(timings.get(quantity, ()))
-    if found and over:
-        other = summarize(timings.get(over, ()))
-        found = other and Summary(
-            found.median / other.median, found.low / other.high, found.high / other.low, min(found.size, other.size)
-        )
-    return found and found.scaled(unit)
+    a, b = summarize(timings.get(quantity, ())), summarize(timings.get(over, ()))
+    if a and over:
+        a = b and Summary(a.median / b.median, a.low / b.high, a.high / b.low, min(a.size, b.size))
+    return a and a.scaled(unit)
 
 
 def agrees(outcome: Outcome) -> bool:
-    """Whether a check ran to its end and found agreement."""
-    return isinstance(outcome.result, Report) and outcome.result.agrees
+    """Whether a task ran to its end and, if it is a check, found agreement."""
+    return outcome.result.agrees if isinstance(outcome.result, Report) else not outcome.error
 
 
 def agreed(checks: Sequence[Outcome], task: Task) -> bool:
@@ -97,13 +94,10 @@ def line(outcome: Outcome) -> str:
 def tables(checks: Sequence[Outcome], timings: Timings, claims: Sequence[Claim]) -> list[Table]:
     """Everything that was found."""
     others = [name for name in timings if name.startswith(("decode: ", "initial state: "))]
+    rows = [(name, _cell(timings, name, 1e6)) for name in others]
     made = [
-        agreement_table(checks),
-        *workload_tables(timings),
-        kernels_table(timings),
-        Table(
-            "Decoding a token; copying an initial memory", ("what", "µs"), [(x, _cell(timings, x, 1e6)) for x in others]
-        ),
+        *(agreement_table(checks), *workload_tables(timings), kernels_table(timings)),
+        Table("Decoding a token; copying an initial memory", ("what", "µs"), rows),
         claims_table("Targets, for one H200", claims, "target"),
     ]
     return [table for table in made if table.rows]

@@ -117,7 +117,8 @@ def attention(batch: int, length: int, width: int, dtype: str) -> Samples:
         output = forward(inputs)
         return output, torch.autograd.grad(output, inputs[:3], inputs[3])
 
-    return {"forward": _warm(torch.no_grad()(forward), sets, number), "train": _warm(train, sets, number)}
+    functions = {"forward": torch.no_grad()(forward), "train": train}
+    return {step: _sample(function, sets, number, warm_up=True) for step, function in functions.items()}
 
 
 def initial_state(workload: Workload, dtype: str) -> Samples:
@@ -125,7 +126,7 @@ def initial_state(workload: Workload, dtype: str) -> Samples:
     one = make_memory(workload, device=DEVICE)
     one = type(one)(*(table[:1].clone() for table in one))
     measure.free_device_memory()
-    return {"copy": _warm(lambda _: be.init_state(workload.config, one, workload.batch), [None], _SAMPLES)}
+    return {"copy": _sample(lambda _: be.init_state(workload.config, one, workload.batch), [None], _SAMPLES, True)}
 
 
 def bandwidth(size: int = 2**32) -> Samples:
@@ -190,13 +191,9 @@ def _inputs(workload: Workload, dtype: str) -> list[Inputs]:
     return [make_inputs(workload, seed=seed, device=DEVICE, dtype=dtype) for seed in range(1, _SETS + 1)]
 
 
-def _warm(function: Callable[[Any], Any], sets: Sequence[Any], number: int) -> list[float]:
-    for inputs in sets:
+def _sample(function: Callable[[Any], Any], sets: Sequence[Any], number: int, warm_up: bool = False) -> list[float]:
+    for inputs in sets if warm_up else ():
         function(inputs)
-    return _sample(function, sets, number)
-
-
-def _sample(function: Callable[[Any], Any], sets: Sequence[Any], number: int) -> list[float]:
     return [measure.device_timed(function, sets[i % len(sets)])[0] for i in range(number)]
 
 
