@@ -12,20 +12,16 @@ import torch
 from torch import Tensor
 
 from benchmarks.internals import poisoned_workspaces
+from fwpkm.agreement import BOUNDS
 
 _BLOCK = 2**26
-"""Numbers that are compared in float64 at a time."""
-_ALLOCATORS = (
-    (torch, "empty"),
-    (torch, "empty_like"),
-    (torch, "empty_strided"),
-    (torch.Tensor, "new_empty"),
-    (torch.Tensor, "new_empty_strided"),
-)
+"""Numbers that are compared at a time: tables can be gigabytes."""
+_ALLOCATORS = {torch: ("empty", "empty_like", "empty_strided"), Tensor: ("new_empty", "new_empty_strided")}
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Finding(NamedTuple):
-    """One quantity of one comparison."""
+    """One quantity of one comparison; what must be equal has a bound of 0."""
 
     what: str
     error: float
@@ -35,13 +31,6 @@ class Finding(NamedTuple):
     def agrees(self) -> bool:
         """Whether the error keeps the bound; NaN does not."""
         return self.error <= self.bound
-
-    @property
-    def severity(self) -> float:
-        """The error as a multiple of its bound; of what must be equal, 0 or infinite."""
-        if self.bound == 0:
-            return 0.0 if self.agrees else math.inf
-        return math.inf if math.isnan(self.error) else self.error / self.bound
 
     def __str__(self) -> str:
         """One line."""
@@ -55,8 +44,6 @@ class Report(NamedTuple):
 
     findings: Sequence[Finding]
     notes: Sequence[str] = ()
-    digest: str = ""
-    """A hash of results, to be compared with another process's."""
 
     @property
     def agrees(self) -> bool:
@@ -66,7 +53,7 @@ class Report(NamedTuple):
 
 def worst(findings: Iterable[Finding]) -> Finding | None:
     """The finding nearest to its bound, or farthest beyond it."""
-    return max(findings, key=lambda finding: finding.severity, default=None)
+    return max(findings, key=lambda x: (not x.agrees, x.error / (x.bound or 1)), default=None)
 
 
 def equal(what: str, same: bool) -> Finding:
@@ -87,6 +74,23 @@ def error(actual: Tensor, expected: Tensor) -> float:
     return math.sqrt(off) if size < 1e-12 else math.sqrt(off / size)
 
 
+def compared(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> list[Finding]:
+    """Every quantity by name, at the bounds of float32, of what the kernels store in another dtype at that dtype's.
+
+    What is no floating number must be equal.
+    """
+    findings = []
+    for name, x in expected.items():
+        stored = name in ("output", "grad query", "grad value", "grad gate")
+        bounds = BOUNDS[str(actual[name].dtype).removeprefix("torch.") if stored else "float32"]
+        if x.is_floating_point():
+            bound = bounds.gradient if name.startswith("grad ") else bounds.forward
+            findings.append(Finding(name, error(actual[name], x), bound))
+        else:
+            findings.append(equal(name, torch.equal(actual[name].to(x.device), x)))
+    return findings
+
+
 def tensors(tree: Any) -> Iterator[Tensor]:
     """All tensors and arrays in dicts and tuples."""
     if isinstance(tree, dict | tuple):
@@ -94,6 +98,11 @@ def tensors(tree: Any) -> Iterator[Tensor]:
             yield from tensors(part)
     elif isinstance(tree, Tensor | np.ndarray | np.generic):
         yield torch.as_tensor(tree)
+
+
+def bits(x: Tensor) -> Tensor:
+    """A view in which NaN equal themselves."""
+    return x.detach().contiguous().view(_INTEGERS[x.element_size()])
 
 
 def same_bits(actual: Any, expected: Any) -> bool:
@@ -113,14 +122,7 @@ def digest(tree: Any) -> str:
 def differing_rows(actual: Tensor, expected: Tensor) -> Tensor:
     """``[rows]`` bool: rows of ``[rows, D]`` with other bits."""
     size = max(1, _BLOCK // actual.shape[1])
-    parts = zip(bits(actual).split(size), bits(expected).split(size))
-    return torch.cat([(a != b).any(1) for a, b in parts])
-
-
-def bits(x: Tensor) -> Tensor:
-    """A view in which NaN equal themselves."""
-    sizes = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return x.detach().contiguous().view(sizes[x.element_size()])
+    return torch.cat([(a != b).any(1) for a, b in zip(bits(actual).split(size), bits(expected).split(size))])
 
 
 def twice(compute: Callable[[], Any]) -> tuple[Any, Finding]:
@@ -134,8 +136,9 @@ def twice(compute: Callable[[], Any]) -> tuple[Any, Finding]:
 def poisoned() -> Iterator[None]:
     """Within the block new tensors hold NaN, True, or the largest integer of their dtype, which is no valid index."""
     with contextlib.ExitStack() as stack:
-        for owner, name in _ALLOCATORS:
-            stack.enter_context(mock.patch.object(owner, name, _filled(getattr(owner, name))))
+        for owner, names in _ALLOCATORS.items():
+            for name in names:
+                stack.enter_context(mock.patch.object(owner, name, _filled(getattr(owner, name))))
         stack.enter_context(poisoned_workspaces(_poison))
         yield
 

@@ -1,25 +1,26 @@
 """Times, memory and traffic of single workloads on a GPU that nothing else uses meanwhile.
 
-The traffic floor: every byte that must be read or written, once. A kernel cannot be faster than these bytes at the
-speed of a plain copy. What is small beside them (keys, slots, weights, losses) is left out, and so are second reads of
-what no cache could hold.
+Every function returns samples by name, in seconds or bytes. The traffic floor: every byte that must be read or
+written, once. A kernel cannot be faster than these bytes at the speed of a plain copy. What is small beside them (keys,
+slots, weights, losses) is left out, and so are second reads of what no cache could hold.
 """
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from benchmarks import measure
+from benchmarks.internals import SCORING_KERNELS
 from benchmarks.measure import DEVICE
 from benchmarks.steps import Decoder, TorchSteps, capture
 from benchmarks.workloads import Inputs, Workload, make_inputs, make_memory
 from fwpkm.backends import torch as be
 
-STEPS = ("forward", "train")
+STEPS = {"forward": "forward", "train": "forward + backward"}
 _SAMPLES = 20
 _LONG, _FEW = 65536, 8
 """Calls of so many tokens are sampled less often."""
@@ -29,46 +30,30 @@ _SETS = 3
 """Sets of inputs that are read in turn, so that none stays in the cache."""
 _HEADS = 8
 _TABLE_ITEM = 4  # bytes of a float32
-Seconds = dict[str, list[float]]
+Samples = dict[str, list[float]]
 
 
-class Traffic(NamedTuple):
-    """The least bytes of one call."""
-
-    forward: int
-    train: int
-    """Of forward and backward."""
-
-
-class Speed(NamedTuple):
-    """What one workload gave."""
-
-    seconds: Seconds
-    """By step: "forward", "train"; the same "captured", replayed from a CUDA graph, and of the "eager" backend."""
-    extra_bytes: dict[str, int | None]
-    """By step, without captured ones: the peak beyond inputs, outputs and tables."""
-    least_bytes: Traffic
-
-
-def speed(workload: Workload, dtype: str, samples: int = _SAMPLES) -> Speed:
+def speed(workload: Workload, dtype: str, samples: int = _SAMPLES) -> Samples:
     """The kernels, and the eager backend where it does not take too long.
+
+    Seconds of "forward" and "train"; of the same "captured", replayed from a CUDA graph, and "eager". Bytes: "extra:
+    [eager] forward", the peak beyond inputs, outputs and tables, and "least: forward", the traffic floor.
 
     Raises:
         RuntimeError: an output is not finite.
     """
     sets, short = _inputs(workload, dtype), workload.chunks <= 8
-    steps = TorchSteps(workload, DEVICE, implementation="triton")
-    seconds: Seconds = {}
-    extra = {}
+    number = min(samples, _FEW) if workload.length >= _LONG else samples
+    steps, found = TorchSteps(workload, DEVICE, implementation="triton"), {}
     for step in STEPS:
         function = getattr(steps, step)
         function(sets[0])
-        extra[step] = _extra_bytes(function, sets[1])
-        seconds[step] = _sample(function, sets, min(samples, _FEW) if workload.length >= _LONG else samples)
+        found[f"extra: {step}"] = _extra_bytes(function, sets[1])
+        found[step] = _sample(function, sets, number)
         if short and DEVICE == "cuda":  # what is left of the time where the host need not launch anything
             graph, results = capture(partial(function, sets[0]))
             graph.replay()
-            seconds[f"captured {step}"] = [measure.device_timed(graph.replay)[0] for _ in range(samples)]
+            found[f"captured {step}"] = [measure.device_timed(graph.replay)[0] for _ in range(samples)]
             del graph, results
     # What the last forward read follows from tables that many calls have written, as in a long sequence.
     (output,) = steps.forward(sets[2])
@@ -83,13 +68,13 @@ def speed(workload: Workload, dtype: str, samples: int = _SAMPLES) -> Speed:
             function = getattr(slow, step)
             if short:
                 function(sets[0])
-            extra[f"eager {step}"] = _extra_bytes(function, sets[1])
-            seconds[f"eager {step}"] = _sample(function, sets, min(samples, 5) if short else 1)
-    return Speed(seconds, extra, least)
+            found[f"extra: eager {step}"] = _extra_bytes(function, sets[1])
+            found[f"eager {step}"] = _sample(function, sets, min(samples, 5) if short else 1)
+    return found | {f"least: {step}": [size] for step, size in least.items()}
 
 
-def traffic_floor(workload: Workload, slots: Tensor, item: int) -> Traffic:
-    """The least bytes of a call whose state began at a chunk's first token, under boundary="drop".
+def traffic_floor(workload: Workload, slots: Tensor, item: int) -> dict[str, int]:
+    """The least bytes of a call whose state began at a chunk's first token, under boundary="drop", by step.
 
     Forward: queries, values and gates are read and outputs written; each chunk reads the rows that it touches, and
     writes them if it is complete.
@@ -108,7 +93,7 @@ def traffic_floor(workload: Workload, slots: Tensor, item: int) -> Traffic:
     read, written = (rows * _TABLE_ITEM * cfg.value_dim for rows in touched_rows(workload, slots))
     forward = inputs + outputs + read + written
     backward = inputs + outputs + inputs + read + 2 * read
-    return Traffic(forward, forward + read + backward)
+    return {"forward": forward, "train": forward + read + backward}
 
 
 def touched_rows(workload: Workload, slots: Tensor) -> tuple[int, int]:
@@ -118,34 +103,39 @@ def touched_rows(workload: Workload, slots: Tensor) -> tuple[int, int]:
     return sum(rows for rows, _ in chunks), sum(rows for rows, complete in chunks if complete)
 
 
-def attention(batch: int, length: int, width: int, dtype: str) -> Seconds:
-    """Seconds of causal attention of 8 heads, by step."""
+def attention(batch: int, length: int, width: int, dtype: str) -> Samples:
+    """Causal attention of 8 heads, by step."""
     shape = (batch, _HEADS, length, width // _HEADS)
     drawn = [torch.randn(4, *shape, device=DEVICE).to(getattr(torch, dtype)) for _ in range(_SETS)]
     sets: list[Any] = [(*(x.clone().requires_grad_() for x in parts[:3]), parts[3]) for parts in drawn]
     number = _FEW if length >= _LONG else _SAMPLES
 
-    @torch.no_grad()
     def forward(inputs: Any) -> Any:
         return F.scaled_dot_product_attention(*inputs[:3], is_causal=True)
 
     def train(inputs: Any) -> Any:
-        output = F.scaled_dot_product_attention(*inputs[:3], is_causal=True)
+        output = forward(inputs)
         return output, torch.autograd.grad(output, inputs[:3], inputs[3])
 
-    return {"forward": _warm(forward, sets, number), "train": _warm(train, sets, number)}
+    functions = {"forward": torch.no_grad()(forward), "train": train}
+    return {step: _sample(function, sets, number, warm_up=True) for step, function in functions.items()}
 
 
-def initial_state(workload: Workload, dtype: str) -> Seconds:
-    """Seconds of the copies of one initial memory that a call without a state begins with; for inputs of any dtype."""
+def initial_state(workload: Workload, dtype: str) -> Samples:
+    """The copies of one initial memory that a call without a state begins with; for inputs of any dtype."""
     one = make_memory(workload, device=DEVICE)
     one = type(one)(*(table[:1].clone() for table in one))
     measure.free_device_memory()
-    return {"copy": _warm(lambda _: be.init_state(workload.config, one, workload.batch), [None], _SAMPLES)}
+    return {"copy": _sample(lambda _: be.init_state(workload.config, one, workload.batch), [None], _SAMPLES, True)}
 
 
-def kernels(workload: Workload, dtype: str, calls: int = 5) -> dict[str, dict[str, float]]:
-    """Device seconds a call by the kernel's name, for each step, from the profiler."""
+def bandwidth(size: int = 2**32) -> Samples:
+    """Bytes a second, read and written ones, of a large copy."""
+    return {"copy": [measure.copy_bandwidth(size)]}
+
+
+def kernels(workload: Workload, dtype: str, calls: int = 5) -> Samples:
+    """Device seconds a call from the profiler, by step in all and, as "forward: name", by kernel."""
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
@@ -160,11 +150,18 @@ def kernels(workload: Workload, dtype: str, calls: int = 5) -> dict[str, dict[st
                 function(sets[number % len(sets)])
             torch.cuda.synchronize()
         rows = [row for row in profiler.key_averages() if row.device_type == DeviceType.CUDA]
-        found[step] = {row.key: row.self_device_time_total / 1e6 / calls for row in rows}
+        found |= by_kernel(step, {row.key: row.self_device_time_total / 1e6 / calls for row in rows})
     return found
 
 
-def decoding(workload: Workload, dtype: str) -> Seconds:
+def by_kernel(step: str, seconds: dict[str, float]) -> Samples:
+    """A step's kernels, their sum, and the sum without those that score."""
+    rest = sum(x for name, x in seconds.items() if not any(score in name for score in SCORING_KERNELS))
+    named = {"all but scoring": rest, **seconds}
+    return {step: [sum(seconds.values())]} | {f"{step}: {name}": [x] for name, x in named.items() if x}
+
+
+def decoding(workload: Workload, dtype: str) -> Samples:
     """Seconds a token at B sequences, averaged over whole chunks with their writes.
 
     "graph": a captured ``decode``, replayed after a copy of the next token into its buffers. "graph, one token":
@@ -194,17 +191,13 @@ def _inputs(workload: Workload, dtype: str) -> list[Inputs]:
     return [make_inputs(workload, seed=seed, device=DEVICE, dtype=dtype) for seed in range(1, _SETS + 1)]
 
 
-def _warm(function: Callable[[Any], Any], sets: Sequence[Any], number: int) -> list[float]:
-    for inputs in sets:
+def _sample(function: Callable[[Any], Any], sets: Sequence[Any], number: int, warm_up: bool = False) -> list[float]:
+    for inputs in sets if warm_up else ():
         function(inputs)
-    return _sample(function, sets, number)
-
-
-def _sample(function: Callable[[Any], Any], sets: Sequence[Any], number: int) -> list[float]:
     return [measure.device_timed(function, sets[i % len(sets)])[0] for i in range(number)]
 
 
-def _extra_bytes(function: Callable[[Inputs], tuple[Tensor, ...]], inputs: Inputs) -> int | None:
-    """The peak beyond what was there before, and beyond what is returned."""
+def _extra_bytes(function: Callable[[Inputs], tuple[Tensor, ...]], inputs: Inputs) -> list[float]:
+    """The peak beyond what was there before, and beyond what is returned; nothing where it cannot be measured."""
     peak, returned = measure.peak_device_bytes(function, inputs)
-    return None if peak is None else peak - sum(x.numel() * x.element_size() for x in returned)
+    return [] if peak is None else [peak - sum(x.numel() * x.element_size() for x in returned)]
