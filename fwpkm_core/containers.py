@@ -1,5 +1,6 @@
 """The values that pass between a caller and a backend (SPEC.md §5 and §8): NamedTuples of native arrays."""
 
+from collections.abc import Callable
 from typing import NamedTuple, Self
 
 from fwpkm.config import FwPKMConfig
@@ -16,7 +17,7 @@ class Memory(NamedTuple):
 
 
 class State(NamedTuple):
-    """A half-read sequence: the tables and the tokens that no write has consumed yet. P = C + L - 1 (SPEC.md §5)."""
+    """B half-read sequences: their tables, and the tokens that no write has consumed yet. P = C + L - 1 (SPEC.md §5)."""
 
     memory: Memory
     pending_query: Array
@@ -28,7 +29,7 @@ class State(NamedTuple):
     pending_mask: Array
     """``[B, P]`` bool"""
     position: Array
-    """``[B]`` int32: tokens since the count began, equal in all rows."""
+    """``[B]`` int32: the tokens that each row has read since it began, was reset or flushed; equal in batch scope."""
 
     @classmethod
     def of(cls, memory: Memory, pending: Tokens, position: Array) -> Self:
@@ -43,6 +44,12 @@ class State(NamedTuple):
     def replace_pending(self, pending: Tokens) -> Self:
         """The state with other pending tokens ``[B, P, ...]``."""
         return self.of(self.memory, pending, self.position)
+
+    def map(self, function: Callable[..., Array], *others: Self) -> Self:
+        """A state whose every array is ``function`` of it, and of the same array of ``others``."""
+        memory = Memory(*map(function, self.memory, *(x.memory for x in others)))
+        pending = Tokens(*map(function, self.pending, *(x.pending for x in others)))
+        return self.of(memory, pending, function(self.position, *(x.position for x in others)))
 
 
 class Lookup(NamedTuple):
@@ -69,15 +76,15 @@ class Trace(NamedTuple):
     """What a call did. A record: no gradient passes through it."""
 
     slots: Array
-    """``[B, T, H*k]`` slot ids that each token read."""
+    """``[B, T, H*k]`` slot ids that each token read, 0 for a masked token; packed: ``[1, T, H*k]``."""
     weights: Array
-    """``[B, T, H*k]`` their weights, NaN for a token with non-finite input or scores."""
+    """``[B, T, H*k]`` their weights, 0 for a masked token, NaN for one with non-finite input or scores."""
     memorization: Array
-    """``[M, W]`` loss of each write in order, W = ceil(T/C); columns past ``writes`` are 0."""
+    """``[M, W]`` loss of each memory's writes in order, W = ceil(T/C); columns past ``writes`` are 0."""
     addressing: Array
-    """``[M, W]`` addressing loss of each write in order; columns past ``writes`` are 0."""
+    """``[M, W]`` addressing loss of each memory's writes in order; columns past ``writes`` are 0."""
     writes: Array
-    """int scalar: how many chunks were written."""
+    """``[M]`` int32: how many chunks each memory completed."""
 
 
 def memories_for(cfg: FwPKMConfig, batch_size: int) -> int:

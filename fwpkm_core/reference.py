@@ -4,12 +4,14 @@ The equations are in equations.py; here is what calls them: reads, writes, and t
 documented on ``fwpkm.protocol.Backend``.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from fwpkm import equations, schedule, validation
+from fwpkm import rows as row_checks
 from fwpkm.config import FwPKMConfig
 from fwpkm.containers import Lookup, Losses, Memory, State, Trace, memories_for
 from fwpkm.equations import Selection, ahead
@@ -40,52 +42,84 @@ def init_state(cfg: FwPKMConfig, memory: Memory, batch_size: int) -> State:
     validation.check_initial(cfg, memory, batch_size, SELF)
     memories = memories_for(cfg, batch_size)
     tables = Memory(*(np.broadcast_to(x, (memories, *x.shape[1:])).copy() for x in memory))
-    return _state(cfg, tables, _no_tokens(cfg, batch_size, memory.keys.dtype), 0)
+    position = np.zeros(batch_size, np.int32)
+    return _state(cfg, tables, [_no_tokens(cfg, batch_size, memory.keys.dtype)], position)
 
 
 @_quiet
 def apply(
     cfg: FwPKMConfig,
-    state: State,
+    state: State | Memory,
     query: Array,
     value: Array,
     gate: Array | None = None,
     mask: Array | None = None,
+    cu_seqlens: Array | None = None,
     update: bool = True,
     *,
     inplace: bool = False,
-) -> tuple[Array, State, Trace]:
+) -> tuple[Array, State | None, Trace]:
     """Read T tokens and write every chunk that they complete (§5)."""
     tokens = Tokens(query, value, gate, mask)
-    validation.check_apply(cfg, state, tokens, SELF)
-    batch, length = query.shape[:2]
-    position = validation.check_position(state.position.tolist())
-    if update:
-        validation.check_length(position, length)
+    batch = validation.check_apply(cfg, state, tokens, cu_seqlens, SELF)
+    if isinstance(state, Memory):
+        start = init_state(cfg, state, batch)
+        output, _, trace = apply(cfg, start, query, value, gate, mask, cu_seqlens, update, inplace=True)
+        return output, None, trace
+    validation.check_positions(cfg, state.position.tolist())
+    if cu_seqlens is not None:
+        validation.check_cu_seqlens(cu_seqlens.tolist(), tokens.length)
     memory = _as_tables(state.memory, query)
-    tokens = _filled(memory.keys.dtype, tokens)
-    trace = _empty_trace(cfg, len(memory.keys), batch, length, memory.keys.dtype)
-    output = np.empty((batch, length, cfg.value_dim), memory.keys.dtype)
-    pending, owned, writes = _pending(cfg, state, memory.keys.dtype), inplace, 0
-    for start, stop, completes in windows(cfg, position, length, update):
-        part = tokens.slice(start, stop)
-        look, finite = _look(cfg, memory, part.query)
-        dead = ~(finite & _finite(part))
-        output[:, start:stop] = np.where(dead[..., None], np.nan, look.output)
-        trace.slots[:, start:stop] = look.slots
-        trace.weights[:, start:stop] = np.where(dead[..., None], np.nan, look.weights)
-        pending = _join(pending, _without(part, dead))
-        if completes:
-            memory = memory if owned else Memory(*(x.copy() for x in memory))
-            owned = True
-            losses = _write_window(cfg, memory, pending)
-            trace.memorization[:, writes], trace.addressing[:, writes] = losses
-            pending, writes = pending.slice(cfg.chunk_size, None), writes + 1
-    trace = trace._replace(writes=np.int32(writes))
-    if update and length:
-        tables = memory if writes else state.memory
-        state = _state(cfg, tables, pending, position + length)
-    return output.astype(query.dtype), state, trace
+    dtype, memories = memory.keys.dtype, len(memory.keys)
+    tokens = _filled(dtype, tokens)
+    flat = tokens.map(lambda x: x.reshape(-1, *x.shape[2:]))
+    trace = _empty_trace(cfg, memories, (tokens.mask.size,), schedule.max_writes(cfg, tokens.length), dtype)
+    output = np.zeros((tokens.mask.size, cfg.value_dim), dtype)
+    read_by = sequences(cfg, tokens.mask, cu_seqlens)
+    position = schedule.reduced(cfg, state.position)
+    first = position.reshape(memories, -1)[:, 0].tolist()
+    due = [schedule.written(cfg, p + at.shape[1]) > schedule.written(cfg, p) for p, at in zip(first, read_by)]
+    if update and any(due) and not inplace:
+        memory = Memory(*(x.copy() for x in memory))
+    pending = []
+    for m, (at, before) in enumerate(zip(read_by, _pending(cfg, state, dtype))):
+        own, stream = Memory(*(x[m : m + 1] for x in memory)), flat.map(lambda x: x[at])
+        for start, stop, completes in windows(cfg, first[m], at.shape[1], update):
+            part, here = stream.slice(start, stop), at[:, start:stop]
+            look, finite = _look(cfg, own, part.query)
+            there, dead = part.mask, ~(finite & _finite(part))
+            output[here] = _blanked(look.output, there, dead)
+            trace.slots[here] = _blanked(look.slots, there)
+            trace.weights[here] = _blanked(look.weights, there, dead)
+            before = _join(before, _without(part, dead | ~there))
+            if completes:
+                losses, column = _write_window(cfg, own, before), trace.writes[m]
+                trace.memorization[m, column], trace.addressing[m, column] = (x[0] for x in losses)
+                trace.writes[m] += 1
+                before = before.slice(cfg.chunk_size, None)
+        pending.append(before)
+    shape = tokens.mask.shape
+    trace = trace._replace(**{x: getattr(trace, x).reshape(*shape, cfg.slots_per_token) for x in ("slots", "weights")})
+    if update:
+        counts = np.repeat([at.shape[1] for at in read_by], batch // memories)
+        tables = memory if any(due) else state.memory
+        state = _state(cfg, tables, pending, position + counts)
+    return output.reshape(*shape, cfg.value_dim).astype(query.dtype), state, trace
+
+
+def sequences(cfg: FwPKMConfig, mask: Array, cu_seqlens: Array | None) -> list[Array]:
+    """Which tokens read each memory, in the order of its clock (§5): for each, indices into the B·T tokens [rows, n].
+
+    In sequence scope they are the unmasked tokens of one row, or of one packed sequence; in batch scope the time steps
+    of all rows, masked or not.
+    """
+    batch, length = mask.shape
+    if cfg.memory_scope == "batch":
+        return [np.arange(batch * length).reshape(batch, length)]
+    if cfg.memory_scope == "sequence":
+        ends = np.arange(batch + 1) * length if cu_seqlens is None else cu_seqlens
+        return [start + np.flatnonzero(mask.ravel()[start:stop])[None] for start, stop in zip(ends, ends[1:])]
+    return cfg.refuse("memory_scope", SELF.name)
 
 
 def windows(cfg: FwPKMConfig, position: int, length: int, update: bool) -> Iterator[schedule.Window]:
@@ -94,21 +128,26 @@ def windows(cfg: FwPKMConfig, position: int, length: int, update: bool) -> Itera
 
 
 @_quiet
-def flush(cfg: FwPKMConfig, state: State, *, inplace: bool = False) -> tuple[State, Trace]:
-    """Write the pending chunk, empty it and restart the count (§5)."""
-    validation.check_state(cfg, state, None, SELF)
-    validation.check_position(state.position.tolist())
-    memory = state.memory
-    batch, dtype = len(state.position), memory.keys.dtype
+def flush(cfg: FwPKMConfig, state: State, rows: Any = None, *, inplace: bool = False) -> tuple[State, Trace]:
+    """Write the pending chunk of every sequence, or of ``rows``, empty it and restart the count (§5)."""
+    batch, memories = validation.check_state(cfg, state, None, SELF), len(state.memory.keys)
+    validation.check_positions(cfg, state.position.tolist())
+    chosen = row_checks.mask_of(cfg, rows, batch)
+    memory, dtype = state.memory, state.memory.keys.dtype
+    trace = _empty_trace(cfg, memories, (batch, 0), 1, dtype)
     pending = _pending(cfg, state, dtype)
-    trace = _empty_trace(cfg, len(memory.keys), batch, 0, dtype, columns=1)
-    count = pending.mask.shape[1]
-    writes = schedule.flush_writes(cfg, count)
-    if count > cfg.lookahead:  # else no token has a pair
-        memory = memory if inplace else Memory(*(x.copy() for x in memory))
-        losses = _write_window(cfg, memory, pending)
-        trace.memorization[:, 0], trace.addressing[:, 0] = losses
-    return _state(cfg, memory, _no_tokens(cfg, batch, dtype), 0), trace._replace(writes=np.int32(writes))
+    of_memory = chosen.reshape(memories, -1)[:, 0]
+    due = [of_memory[m] and before.length > cfg.lookahead for m, before in enumerate(pending)]  # else no pair
+    if any(due) and not inplace:
+        memory = Memory(*(x.copy() for x in memory))
+    for m, before in enumerate(pending):
+        if of_memory[m]:
+            trace.writes[m] = schedule.flush_writes(cfg, before.length)
+            pending[m] = before.slice(0, 0)
+        if due[m]:
+            losses = _write_window(cfg, Memory(*(x[m : m + 1] for x in memory)), before)
+            trace.memorization[m], trace.addressing[m] = losses
+    return _state(cfg, memory, pending, np.where(chosen, 0, state.position)), trace
 
 
 @_quiet
@@ -152,14 +191,60 @@ def detach(state: State) -> State:
     return state
 
 
-def reset(state: State, memory: Memory, rows: Any) -> State:
-    """Give rows their initial memory back and mask their pending tokens; the count goes on (§5)."""
-    validation.check_reset(state, memory, Array)
-    batch, memories = len(state.position), len(state.memory.keys)
-    chosen = validation.row_mask(rows, batch, memories)
-    tables = chosen if memories == batch else chosen[:1]
-    fresh = (np.where(_outer(tables, x), y.astype(x.dtype), x) for x, y in zip(state.memory, memory))
-    return State.of(Memory(*fresh), _without(state.pending, chosen), state.position)
+def reset(cfg: FwPKMConfig, state: State, memory: Memory, rows: Any = None, *, inplace: bool = False) -> State:
+    """Make rows what ``init_state`` makes (§5)."""
+    batch = row_checks.check_reset(cfg, state, memory, SELF)
+    ids = np.flatnonzero(row_checks.mask_of(cfg, rows, batch))
+    if not len(ids):
+        return state
+    own = len(memory.keys) > 1
+    fresh = init_state(cfg, Memory(*(x[ids] for x in memory)) if own else memory, len(ids))
+    return _put(state, ids, fresh, inplace)
+
+
+def select(cfg: FwPKMConfig, state: State, rows: Any) -> State:
+    """The state of these rows, in this order (§5)."""
+    ids = row_checks.check_select(cfg, state, rows, SELF)
+    tables = ids if cfg.memory_scope == "sequence" else [0]
+    memory = Memory(*(x[tables] for x in state.memory))
+    return State.of(memory, state.pending.map(lambda x: x[ids]), state.position[ids])
+
+
+def concat(cfg: FwPKMConfig, states: Sequence[State]) -> State:
+    """One state of the rows of all, in order (§5)."""
+    row_checks.check_concat(cfg, states, SELF)
+    return states[0].map(lambda *x: np.concatenate(x), *states[1:])
+
+
+def put(cfg: FwPKMConfig, state: State, rows: Any, other: State, *, inplace: bool = False) -> State:
+    """The state with the i-th row of ``other`` at rows[i] (§5)."""
+    row_checks.check_put(cfg, state, other, None, SELF)
+    ids = row_checks.ids_of(rows, len(state.position))
+    row_checks.check_put(cfg, state, other, len(ids), SELF)
+    return _put(state, ids, other, inplace)
+
+
+def _put(state: State, ids: Array, other: State, inplace: bool) -> State:
+    """``put``; in batch scope ``ids`` are all rows, and the one memory is that of ``other``."""
+
+    def replaced(x: Array, y: Array) -> Array:
+        x = x if inplace else x.copy()
+        x[ids if len(x) == len(state.position) else slice(None)] = y
+        return x
+
+    return state.map(replaced, other)
+
+
+def pending(cfg: FwPKMConfig, state: State) -> Array:
+    """How many tokens of each row no write has consumed ``[B]`` (§5)."""
+    validation.check_state(cfg, state, None, SELF)
+    return schedule.pending(cfg, state.position)
+
+
+def nbytes(state: State) -> int:
+    """The bytes that a state takes, those of a table that rows share counted once (§5)."""
+    arrays = (*state.memory, *state.pending, state.position)
+    return sum(x.itemsize * math.prod(n for n, stride in zip(x.shape, x.strides) if stride) for x in arrays)
 
 
 def asarray(x: Any, dtype: str) -> Array:
@@ -225,28 +310,35 @@ def _without(tokens: Tokens, dead: Array) -> Tokens:
     return tokens.map(lambda x: np.where(_outer(dead, x), x.dtype.type(0), x))
 
 
-def _pending(cfg: FwPKMConfig, state: State, dtype: np.dtype) -> Tokens:
-    """The valid entries of the state's buffers."""
-    count = schedule.pending(cfg, int(state.position[0]))
-    return _filled(dtype, state.pending).slice(0, count)
+def _pending(cfg: FwPKMConfig, state: State, dtype: np.dtype) -> list[Tokens]:
+    """The valid entries of the state's buffers, of the rows of each memory [rows, p, ...]."""
+    memories, batch = len(state.memory.keys), len(state.position)
+    tokens, counts = _filled(dtype, state.pending), schedule.pending(cfg, state.position).tolist()
+    shares = [slice(m * batch // memories, (m + 1) * batch // memories) for m in range(memories)]
+    return [tokens.map(lambda x: x[rows, : counts[rows.start]]) for rows in shares]
 
 
-def _state(cfg: FwPKMConfig, memory: Memory, pending: Tokens, position: int) -> State:
-    """Pad the pending tokens to P, so that shapes never change."""
-    batch, count = pending.mask.shape
-    padding = (0, cfg.capacity - count)
-    padded = pending.map(lambda x: np.pad(x, [(0, 0), padding] + [(0, 0)] * (x.ndim - 2)))
-    return State.of(memory, padded, np.full(batch, position, np.int32))
+def _state(cfg: FwPKMConfig, memory: Memory, pending: list[Tokens], position: Array) -> State:
+    """Of the pending tokens of each memory, padded to P, so that shapes never change."""
+
+    def padded(x: Array) -> Array:
+        return np.pad(x, [(0, 0), (0, cfg.capacity - x.shape[1])] + [(0, 0)] * (x.ndim - 2))
+
+    rows = Tokens(*(np.concatenate([padded(x) for x in field]) for field in zip(*pending)))
+    return State.of(memory, rows, position.astype(np.int32))
 
 
-def _empty_trace(
-    cfg: FwPKMConfig, memories: int, batch: int, length: int, dtype: np.dtype, columns: int | None = None
-) -> Trace:
-    entries = (batch, length, cfg.slots_per_token)
-    losses = (memories, schedule.max_writes(cfg, length) if columns is None else columns)
-    return Trace(
-        np.zeros(entries, np.int64), np.zeros(entries, dtype), np.zeros(losses, dtype), np.zeros(losses, dtype), 0
-    )
+def _blanked(x: Array, there: Array, dead: Array | None = None) -> Array:
+    """``x`` [rows, n, D] of tokens: NaN for the dead ones, 0 for those that are not there."""
+    if dead is not None:
+        x = np.where(dead[..., None], np.nan, x)
+    return np.where(there[..., None], x, 0)
+
+
+def _empty_trace(cfg: FwPKMConfig, memories: int, shape: tuple[int, ...], columns: int, dtype: np.dtype) -> Trace:
+    """Of tokens [shape]."""
+    entries, losses = (*shape, cfg.slots_per_token), np.zeros((2, memories, columns), dtype)
+    return Trace(np.zeros(entries, np.int64), np.zeros(entries, dtype), *losses, np.zeros(memories, np.int32))
 
 
 # --- Reads and writes ---

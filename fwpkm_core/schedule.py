@@ -3,7 +3,7 @@
 Chunk c holds the tokens [cC, (c+1)C) since the sequence began or was last flushed. It is written once ``lag`` more
 tokens have been read, where lag is 0 under boundary="drop" and L under "wait". Everything follows from that one rule.
 
-``written`` and ``pending`` use nothing but +, -, *, // and abs, so Python integers and traced arrays both pass.
+``written``, ``pending`` and ``reduced`` use nothing but +, -, *, // and abs, so Python integers and traced arrays both pass.
 """
 
 from collections.abc import Iterator
@@ -13,6 +13,7 @@ from fwpkm.config import FwPKMConfig
 from fwpkm.tokens import Array
 
 MAX_POSITION = 2**31 - 1  # positions are int32
+_FAR = 2**30
 
 
 class Window(NamedTuple):
@@ -49,6 +50,13 @@ def written(cfg: FwPKMConfig, position: Array) -> Array:
 def pending(cfg: FwPKMConfig, position: Array) -> Array:
     """How many of ``position`` tokens no write has consumed yet; at most ``cfg.capacity``."""
     return position - written(cfg, position) * cfg.chunk_size
+
+
+def reduced(cfg: FwPKMConfig, position: Array) -> Array:
+    """``position`` less a multiple of C where it is 2³⁰ or more, so that no call overflows it: the same clock (§5)."""
+    settled = cfg.chunk_size + lag(cfg)
+    far = position // _FAR  # 0 or 1, as positions are int32
+    return position - far * (position - settled) // cfg.chunk_size * cfg.chunk_size
 
 
 def max_writes(cfg: FwPKMConfig, length: int) -> int:

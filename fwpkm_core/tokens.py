@@ -58,7 +58,7 @@ class Tokens(NamedTuple):
     gate: Array = None
     """``[B, n]`` in [0, 1]; None is 1."""
     mask: Array = None
-    """``[B, n]`` bool, False for tokens that never write; None is True."""
+    """``[B, n]`` bool, False for tokens that are not there; None is True."""
 
     @property
     def length(self) -> int:

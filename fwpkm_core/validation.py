@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fwpkm import schedule
 from fwpkm.config import FwPKMConfig
 from fwpkm.containers import Memory, State, memories_for, memory_specs, state_specs
 from fwpkm.tokens import TOKEN_FIELDS, ArraySpec, Axis, Tokens, token_specs
 
 ArrayType = type | tuple[type, ...]
+_NARROW = ("float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
 
 
 class Implementation(NamedTuple):
@@ -45,7 +45,7 @@ def check_array(name: str, array: Any, axes: Sequence[Axis], kind: str, array_ty
     if not _fits(shape, axes):
         expected = ", ".join(label if size is None else f"{label}={size}".removeprefix("=") for label, size in axes)
         raise ValueError(f"{name} must have shape [{expected}]. Received: shape {shape}")
-    dtype = _dtype(received)
+    dtype = dtype_name(received)
     if not (dtype == kind or (kind == "float" and kind in dtype)):
         wanted = "a floating dtype" if kind == "float" else f"dtype {kind}"
         raise ValueError(f"{name} must have {wanted}. Received: dtype {dtype}")
@@ -127,7 +127,13 @@ def check_memory(cfg: FwPKMConfig, memory: Any, memories: int | None, implementa
     if memory.keys.dtype != memory.values.dtype:
         raise ValueError(
             f"memory.keys and memory.values must have one dtype. "
-            f"Received: {_dtype(memory.keys)} and {_dtype(memory.values)}"
+            f"Received: {dtype_name(memory.keys)} and {dtype_name(memory.values)}"
+        )
+    if dtype_name(memory.keys) in _NARROW:
+        raise ValueError(
+            "memory.keys and memory.values must be float32 or float64: narrower tables have lost digits. Something "
+            "rounded them on the way, such as FSDP2's mixed precision, which casts every tensor that goes into a "
+            f"module (cast_forward_inputs=False leaves them). Received: {dtype_name(memory.keys)}"
         )
 
 
@@ -161,13 +167,45 @@ def check_chunk(cfg: FwPKMConfig, memory: Any, chunk: Tokens, pair: Any, impleme
         check_array("pair", pair, axes, "bool", implementation.arrays)
 
 
-def check_apply(cfg: FwPKMConfig, state: Any, tokens: Tokens, implementation: Implementation) -> None:
-    """Raise unless the arguments of ``apply`` fit each other."""
+def check_apply(cfg: FwPKMConfig, state: Any, tokens: Tokens, cu_seqlens: Any, implementation: Implementation) -> int:
+    """Raise unless the arguments of ``apply`` fit each other. Returns B, the rows of the state that they make."""
     check_served(cfg, implementation)
     _check_served_tokens(tokens, "", implementation)
     _check_query(cfg, tokens.query, "T", implementation.arrays)
     _check_tokens(cfg, tokens, "T", implementation.arrays)
-    check_state(cfg, state, tokens.query.shape[0], implementation)
+    batch = tokens.query.shape[0]
+    if cu_seqlens is not None:
+        batch = _check_packed(cfg, tokens, cu_seqlens, implementation)
+    if isinstance(state, Memory):
+        check_memory(cfg, state, 1, implementation)
+    else:
+        check_state(cfg, state, batch, implementation)
+    return batch
+
+
+def _check_packed(cfg: FwPKMConfig, tokens: Tokens, cu_seqlens: Any, implementation: Implementation) -> int:
+    """B, of the shape of ``cu_seqlens``."""
+    if cfg.memory_scope != "sequence":
+        raise ValueError(
+            "cu_seqlens must be None where one memory serves all rows: packed sequences have a memory each. "
+            f"Received: cu_seqlens with memory_scope={cfg.memory_scope!r}"
+        )
+    check_array("cu_seqlens", cu_seqlens, [("B+1", None)], "int32", implementation.arrays)
+    if cu_seqlens.shape[0] < 2:
+        raise ValueError(f"cu_seqlens must have shape [B+1] with B >= 1. Received: shape {tuple(cu_seqlens.shape)}")
+    if tokens.query.shape[0] != 1:
+        raise ValueError(
+            f"query must be one packed row [1, T, H*Dk] beside cu_seqlens. Received: shape {tuple(tokens.query.shape)}"
+        )
+    return cu_seqlens.shape[0] - 1
+
+
+def check_cu_seqlens(cu_seqlens: list[int], length: int) -> None:
+    """Raise unless these numbers are where sequences begin and end among T tokens (SPEC.md §5)."""
+    if cu_seqlens[0] != 0 or any(b < a for a, b in zip(cu_seqlens, cu_seqlens[1:])) or cu_seqlens[-1] > length:
+        raise ValueError(
+            f"cu_seqlens must begin with 0, never fall and end at most at T={length}. Received: {cu_seqlens}"
+        )
 
 
 def check_is_state(state: Any) -> None:
@@ -176,8 +214,8 @@ def check_is_state(state: Any) -> None:
         raise ValueError(f"state must be a fwpkm.State, as init_state returns. Received: {type(state).__name__}")
 
 
-def check_state(cfg: FwPKMConfig, state: Any, batch_size: int | None, implementation: Implementation) -> None:
-    """Raise unless the state fits ``cfg`` and, where given, the batch size."""
+def check_state(cfg: FwPKMConfig, state: Any, batch_size: int | None, implementation: Implementation) -> int:
+    """Raise unless the state fits ``cfg`` and, where given, the batch size. Returns its rows."""
     check_served(cfg, implementation)
     check_is_state(state)
     _check_spec("state.position", state.position, state_specs(cfg, batch_size).position, implementation.arrays)
@@ -187,71 +225,21 @@ def check_state(cfg: FwPKMConfig, state: Any, batch_size: int | None, implementa
     specs = state_specs(cfg, batch).pending._asdict()
     for name, array in state.pending._asdict().items():
         _check_spec(f"state.pending_{name}", array, specs[name], implementation.arrays)
+    return batch
 
 
-def check_reset(state: Any, memory: Any, array_type: ArrayType) -> None:
-    """Raise unless ``memory`` can stand in for the state's tables, row by row or as one for all."""
-    check_is_state(state)
-    if not isinstance(memory, Memory):
+def check_positions(cfg: FwPKMConfig, positions: list[int]) -> None:
+    """Raise unless rows can stand at these positions (SPEC.md §5)."""
+    if min(positions) < 0:
+        raise ValueError(f"state.position must hold numbers of at least 0. Received: {positions}")
+    if cfg.memory_scope == "batch" and len(set(positions)) > 1:
         raise ValueError(
-            f"memory must be a fwpkm.Memory(keys, values); a layer's is layer.memory(). "
-            f"Received: {type(memory).__name__}"
-        )
-    for name, fresh, current in zip(Memory._fields, memory, state.memory):
-        wanted = tuple(current.shape)
-        check_array(f"memory.{name}", fresh, [("M", None), *(("", n) for n in wanted[1:])], "float", array_type)
-        if fresh.shape[0] not in (1, wanted[0]):
-            raise ValueError(
-                f"memory.{name} must hold 1 or M={wanted[0]} tables, as the state does. "
-                f"Received: shape {tuple(fresh.shape)}"
-            )
-
-
-def check_position(positions: list[int]) -> int:
-    """Where a state stands: the one position of all its rows."""
-    if len(set(positions)) != 1 or positions[0] < 0:
-        raise ValueError(
-            f"state.position must hold one number of at least 0, the same for all rows. Received: {positions}"
-        )
-    return positions[0]
-
-
-def check_length(position: int, length: int) -> None:
-    """Raise where a call would take the position past int32."""
-    if position + length > schedule.MAX_POSITION:
-        raise ValueError(
-            f"position must stay at most {schedule.MAX_POSITION}, since it is int32: flush the state first. "
-            f"Received: position={position} and {length} more tokens"
+            "state.position must be the same in all rows, which share one memory and its clock "
+            f"(memory_scope='batch'). Received: {positions}"
         )
 
 
-def row_mask(rows: Any, batch_size: int, memories: int) -> np.ndarray:
-    """``rows`` of a reset, given as ids or as a bool mask, as a bool mask [B].
-
-    Raises:
-        ValueError: not integers or bools, out of range, or some but not all rows that share one table.
-    """
-    array = np.atleast_1d(np.asarray(rows))
-    chosen = np.zeros(batch_size, bool)
-    if array.dtype == bool:
-        if array.shape != (batch_size,):
-            raise ValueError(f"rows as a mask must have shape [B={batch_size}]. Received: shape {array.shape}")
-        chosen = array.copy()
-    elif array.size:
-        if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
-            raise ValueError(f"rows must be integers or a bool mask [B={batch_size}]. Received: rows={rows!r}")
-        if array.min() < -batch_size or array.max() >= batch_size:
-            raise ValueError(f"rows must lie in [{-batch_size}, {batch_size}). Received: rows={rows!r}")
-        chosen[array] = True
-    if memories == 1 and chosen.any() and not chosen.all():
-        raise ValueError(
-            f"rows must name all {batch_size} rows, because they share one table (memory_scope='batch'). "
-            f"Received: rows={rows!r}"
-        )
-    return chosen
-
-
-def _dtype(array: Any) -> str:
+def dtype_name(array: Any) -> str:
     """The name that all frameworks share: torch's dtypes have a prefix, TensorFlow's a description."""
     return (getattr(array.dtype, "name", None) or str(array.dtype)).removeprefix("torch.")
 
