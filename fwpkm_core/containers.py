@@ -17,7 +17,7 @@ class Memory(NamedTuple):
 
 
 class State(NamedTuple):
-    """B half-read sequences: their tables, and the tokens that no write has consumed yet. P = C + L - 1 (SPEC.md §5)."""
+    """B half-read sequences: their tables and pending tokens, P = C + L - 1 at most (SPEC.md §5)."""
 
     memory: Memory
     pending_query: Array

@@ -4,6 +4,7 @@ The equations are in equations.py; here is what calls them: reads, writes, and t
 documented on ``fwpkm.protocol.Backend``.
 """
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -83,7 +84,7 @@ def apply(
         memory = Memory(*(x.copy() for x in memory))
     pending = []
     for m, (at, before) in enumerate(zip(read_by, _pending(cfg, state, dtype))):
-        own, stream = Memory(*(x[m : m + 1] for x in memory)), flat.map(lambda x: x[at])
+        own, stream = Memory(*(x[m : m + 1] for x in memory)), _at(flat, at)
         for start, stop, completes in windows(cfg, first[m], at.shape[1], update):
             part, here = stream.slice(start, stop), at[:, start:stop]
             look, finite = _look(cfg, own, part.query)
@@ -118,7 +119,7 @@ def sequences(cfg: FwPKMConfig, mask: Array, cu_seqlens: Array | None) -> list[A
         return [np.arange(batch * length).reshape(batch, length)]
     if cfg.memory_scope == "sequence":
         ends = np.arange(batch + 1) * length if cu_seqlens is None else cu_seqlens
-        return [start + np.flatnonzero(mask.ravel()[start:stop])[None] for start, stop in zip(ends, ends[1:])]
+        return [start + np.flatnonzero(mask.ravel()[start:stop])[None] for start, stop in itertools.pairwise(ends)]
     return cfg.refuse("memory_scope", SELF.name)
 
 
@@ -295,6 +296,11 @@ def _no_tokens(cfg: FwPKMConfig, batch: int, dtype: np.dtype) -> Tokens:
     return specs.map(lambda spec: np.zeros(spec.shape, dtype if spec.kind == "float" else bool))
 
 
+def _at(tokens: Tokens, index: Any) -> Tokens:
+    """Of their first axis."""
+    return tokens.map(lambda x: x[index])
+
+
 def _join(before: Tokens, after: Tokens) -> Tokens:
     return Tokens(*(np.concatenate(two, axis=1) for two in zip(before, after)))
 
@@ -315,7 +321,7 @@ def _pending(cfg: FwPKMConfig, state: State, dtype: np.dtype) -> list[Tokens]:
     memories, batch = len(state.memory.keys), len(state.position)
     tokens, counts = _filled(dtype, state.pending), schedule.pending(cfg, state.position).tolist()
     shares = [slice(m * batch // memories, (m + 1) * batch // memories) for m in range(memories)]
-    return [tokens.map(lambda x: x[rows, : counts[rows.start]]) for rows in shares]
+    return [_at(tokens, rows).slice(0, counts[rows.start]) for rows in shares]
 
 
 def _state(cfg: FwPKMConfig, memory: Memory, pending: list[Tokens], position: Array) -> State:

@@ -3,7 +3,8 @@
 Chunk c holds the tokens [cC, (c+1)C) since the sequence began or was last flushed. It is written once ``lag`` more
 tokens have been read, where lag is 0 under boundary="drop" and L under "wait". Everything follows from that one rule.
 
-``written``, ``pending`` and ``reduced`` use nothing but +, -, *, // and abs, so Python integers and traced arrays both pass.
+``written``, ``pending`` and ``reduced`` use nothing but +, -, *, // and abs, so Python integers and traced arrays both
+pass.
 """
 
 from collections.abc import Iterator

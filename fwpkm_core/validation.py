@@ -4,6 +4,7 @@ Every failure is a ValueError that names the argument, what was expected and wha
 """
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -202,7 +203,7 @@ def _check_packed(cfg: FwPKMConfig, tokens: Tokens, cu_seqlens: Any, implementat
 
 def check_cu_seqlens(cu_seqlens: list[int], length: int) -> None:
     """Raise unless these numbers are where sequences begin and end among T tokens (SPEC.md §5)."""
-    if cu_seqlens[0] != 0 or any(b < a for a, b in zip(cu_seqlens, cu_seqlens[1:])) or cu_seqlens[-1] > length:
+    if cu_seqlens[0] != 0 or any(b < a for a, b in itertools.pairwise(cu_seqlens)) or cu_seqlens[-1] > length:
         raise ValueError(
             f"cu_seqlens must begin with 0, never fall and end at most at T={length}. Received: {cu_seqlens}"
         )

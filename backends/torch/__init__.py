@@ -10,18 +10,18 @@ from fwpkm.backends.torch.ops import (
     device_name,
     flush,
     init_memory,
-    init_state,
     lookup,
-    reset,
     to_numpy,
     vjp,
 )
+from fwpkm.backends.torch.rows import concat, init_state, nbytes, pending, put, reset, select
 
 __all__ = [
     "FwPKM",
     "apply",
     "asarray",
     "chunk_update",
+    "concat",
     "decode",
     "detach",
     "device_name",
@@ -29,7 +29,11 @@ __all__ = [
     "init_memory",
     "init_state",
     "lookup",
+    "nbytes",
+    "pending",
+    "put",
     "reset",
+    "select",
     "start_decoding",
     "to_numpy",
     "vjp",

@@ -13,18 +13,19 @@ from fwpkm.tokens import Tokens
 
 _FITTING: set[tuple] = set()
 _MOST_SIGNATURES = 1000
+_COUNTING = ("position", "mask", "cu_seqlens")
 
 
-def check_apply(cfg: FwPKMConfig, state: State, inputs: Tokens) -> None:
+def check_apply(cfg: FwPKMConfig, state: State, inputs: Tokens, cu_seqlens: Any = None) -> None:
     """Check the arguments of ``apply``, of one signature once: that takes longer than some kernels.
 
     Raises:
         ValueError: an argument does not fit; names it, what was expected and what was received.
     """
-    signature = _signature_of(cfg, state, inputs)
+    signature = None if cu_seqlens is not None else _signature_of(cfg, state, inputs)
     if signature is not None and signature in _FITTING:
         return
-    validation.check_apply(cfg, state, inputs, SELF)
+    validation.check_apply(cfg, state, inputs, cu_seqlens, SELF)
     check_device(inputs.query, **inputs._asdict(), **state._asdict())
     if len(_FITTING) > _MOST_SIGNATURES:
         _FITTING.clear()
@@ -48,11 +49,11 @@ def _signature_of(cfg: FwPKMConfig, state: State, inputs: Tokens) -> tuple | Non
 
 
 def check_device(query: Tensor, /, **others: Any) -> None:
-    """Raise a ValueError unless all tensors but ``position`` lie where the query does."""
+    """Raise a ValueError unless all tensors lie where the query does; those that count may lie on the CPU."""
     for name, x in others.items():
         if isinstance(x, Memory):
             check_device(query, **{f"{name}.{field}": table for field, table in x._asdict().items()})
-        elif x is not None and name != "position" and x.device != query.device:
+        elif x is not None and x.device != query.device and not (name in _COUNTING and x.device.type == "cpu"):
             raise ValueError(f"{name} must be on the query's device, {query.device}. Received: {name} on {x.device}")
 
 

@@ -1,7 +1,7 @@
 """The PyTorch backend's functions (SPEC.md §8): pure, sparse, differentiable."""
 
 import contextlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,10 +11,20 @@ from torch import Tensor
 from fwpkm import schedule, validation
 from fwpkm.backends.torch import engine, fast, operators
 from fwpkm.backends.torch.checks import check_apply, check_device, check_inplace
-from fwpkm.backends.torch.tokens import SELF, filled, maybe_any, pad
-from fwpkm.backends.torch.windows import apply_values, new_tokens, select_window, trace_of, windows, write_chunk
+from fwpkm.backends.torch.rows import init_state, mask_of, start_state
+from fwpkm.backends.torch.streams import Streams, pending_of, streams_of
+from fwpkm.backends.torch.tokens import SELF, filled, maybe_any, without
+from fwpkm.backends.torch.windows import (
+    apply_values,
+    empty_trace,
+    select_window,
+    trace_of,
+    windows,
+    write_chunk,
+    write_part,
+)
 from fwpkm.config import FwPKMConfig
-from fwpkm.containers import Lookup, Losses, Memory, State, Trace, memories_for
+from fwpkm.containers import Lookup, Losses, Memory, State, Trace
 from fwpkm.initial import initial_arrays
 from fwpkm.tokens import Tokens
 
@@ -24,37 +34,29 @@ def init_memory(cfg: FwPKMConfig, memories: int = 1, seed: int = 0) -> Memory:
     return Memory(*map(torch.from_numpy, initial_arrays(cfg, memories, seed)))
 
 
-@engine.outside_graphs
-def init_state(cfg: FwPKMConfig, memory: Memory, batch_size: int) -> State:
-    """A state at position 0 that owns a copy of ``memory``, on its device but for the position."""
-    validation.check_initial(cfg, memory, batch_size, SELF)
-    memories = memories_for(cfg, batch_size)
-    tables = (x.expand(memories, *x.shape[1:]).clone(memory_format=torch.contiguous_format) for x in memory)
-    return _start(cfg, Memory(*tables), batch_size)
-
-
-def initial_state(cfg: FwPKMConfig, memory: Memory, query: Tensor) -> tuple[State, bool]:
-    """What a layer's call without a state begins with, and whether the call may overwrite its tables.
+def initial_state(cfg: FwPKMConfig, memory: Memory, query: Tensor, batch_size: int) -> tuple[State, bool]:
+    """What a call without a state begins with, and whether the call may overwrite its tables.
 
     It may if they are the call's own copy and autograd does not need them; compiled, the operator makes that copy.
     """
     if torch.compiler.is_compiling() and engine.choose_engine(None, cfg, memory, query) == "compiled":
-        return _start(cfg, memory, query.shape[0]), False
-    return init_state(cfg, memory, query.shape[0]), not memory.values.requires_grad
+        return start_state(cfg, memory, batch_size), False
+    return init_state(cfg, memory, batch_size), not memory.values.requires_grad
 
 
 def apply(
     cfg: FwPKMConfig,
-    state: State,
+    state: State | Memory,
     query: Tensor,
     value: Tensor,
     gate: Tensor | None = None,
     mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     update: bool = True,
     *,
     inplace: bool = False,
     implementation: str | None = None,
-) -> tuple[Tensor, State, Trace]:
+) -> tuple[Tensor, State | None, Trace]:
     """Read T tokens and write every chunk that they complete.
 
     With ``inplace`` the state's value table may be overwritten, which saves one copy of it; torch.compile then runs the
@@ -66,85 +68,117 @@ def apply(
         RuntimeError: ``inplace`` on a table that autograd still needs.
     """
     tokens = Tokens(query, value, gate, mask)
+    if isinstance(state, Memory):
+        return _apply_from(cfg, state, tokens, cu_seqlens, update, implementation)
     # The operator is functional, as autograd demands: a call that overwrites stays out of the graph.
     traced = torch.compiler.is_compiling() and not inplace
     if traced and engine.choose_engine(implementation, cfg, state.memory, query) == "compiled":
         return operators.apply(cfg, state, tokens, update)
-    return _apply(cfg, state, tokens, update, inplace, implementation)
+    return _apply(cfg, state, tokens, cu_seqlens, update, inplace, implementation)
+
+
+def _apply_from(
+    cfg: FwPKMConfig,
+    memory: Memory,
+    inputs: Tokens,
+    cu_seqlens: Tensor | None,
+    update: bool,
+    implementation: str | None,
+) -> tuple[Tensor, None, Trace]:
+    """``apply`` of sequences that begin from a memory of M = 1 and whose state nobody wants."""
+    batch = validation.check_apply(cfg, memory, inputs, cu_seqlens, SELF)
+    state, owned = initial_state(cfg, memory, inputs.query, batch)
+    output, _, trace = apply(
+        cfg, state, **inputs._asdict(), cu_seqlens=cu_seqlens, update=update, inplace=owned,
+        implementation=implementation,
+    )  # fmt: skip
+    return output, None, trace
 
 
 @engine.outside_graphs
 def _apply(
-    cfg: FwPKMConfig, state: State, inputs: Tokens, update: bool, inplace: bool, implementation: str | None
+    cfg: FwPKMConfig,
+    state: State,
+    inputs: Tokens,
+    cu_seqlens: Tensor | None,
+    update: bool,
+    inplace: bool,
+    implementation: str | None,
 ) -> tuple[Tensor, State, Trace]:
-    check_apply(cfg, state, inputs)
+    check_apply(cfg, state, inputs, cu_seqlens)
     check_inplace(state.memory, inplace)
-    length, position = inputs.length, validation.check_position(state.position.tolist())
+    validation.check_positions(cfg, state.position.tolist())
+    if cu_seqlens is not None:
+        validation.check_cu_seqlens(cu_seqlens.tolist(), inputs.length)
+    memory = _as_tables(state.memory, inputs.query)
+    dtype = memory.keys.dtype
+    tokens = filled(dtype, inputs)
+    streams = streams_of(cfg, state, tokens, inputs.mask, cu_seqlens, update, dtype)
+    there = None if inputs.mask is None else tokens.mask
+    output, written, trace = _run_eagerly(cfg, memory, streams, tokens, there, inplace)
     if update:
-        validation.check_length(position, length)
-    chosen = engine.choose_engine(implementation, cfg, state.memory, inputs.query)
-    if chosen == "triton" and length:
-        output, memory, pending, trace = fast.apply(cfg, state, position, inputs, update, inplace)
-        return output, State.of(memory, pending, state.position + length) if update else state, trace
-    memory, columns = _as_tables(state.memory, inputs.query), schedule.max_writes(cfg, length)
-    tokens = filled(memory.keys.dtype, inputs)
-    if length == 0:
-        return tokens.value.to(inputs.query.dtype), state, trace_of(cfg, memory, tokens, [], [], columns)
-    runs = schedule.windows(cfg, position, length) if update else [schedule.Window(0, length, False)]
-    pending = _pending(cfg, state, memory.keys.dtype)
-    output, written, pending, trace = _run_eagerly(cfg, memory, pending, tokens, runs, inplace, columns)
-    if update:
-        state = _state(cfg, state.memory if written is None else written, pending, state.position + length)
+        memory = state.memory if written is None else written
+        state = State.of(memory, streams.left(), streams.position(state.position))
     return output.to(inputs.query.dtype), state, trace
 
 
 def _run_eagerly(
-    cfg: FwPKMConfig,
-    memory: Memory,
-    pending: Tokens,
-    tokens: Tokens,
-    runs: Iterable[schedule.Window],
-    owned: bool,
-    columns: int,
-) -> tuple[Tensor, Memory | None, Tokens, Trace]:
-    """In plain PyTorch: the output, the tables if they were written, what is pending then, and the trace."""
+    cfg: FwPKMConfig, memory: Memory, streams: Streams, tokens: Tokens, mask: Tensor | None, owned: bool
+) -> tuple[Tensor, Memory | None, Trace]:
+    """In plain PyTorch: the output, the tables if they were written, and the trace."""
+    columns = schedule.max_writes(cfg, tokens.length)
     with _full_precision(tokens.query):
-        walked, keys, pending = windows(cfg, memory.keys, pending, tokens, runs)
+        walked, keys = windows(cfg, memory.keys, streams)
+        if not walked:
+            return torch.zeros_like(tokens.value), None, empty_trace(cfg, memory, tokens.mask.shape, columns)
         reads, values, losses = apply_values(cfg, memory.values, walked, owned)
-        output, dead = new_tokens(reads, walked), new_tokens([w.dead for w in walked], walked)
+        output, dead = streams.of_call(reads), streams.of_call([w.dead for w in walked])
         if maybe_any(dead):
             output = output.masked_fill(dead[..., None], torch.nan)
-        trace = trace_of(cfg, memory, tokens, walked, losses, columns)
-    return output, Memory(keys, values) if losses else None, pending, trace
+        trace = trace_of(cfg, memory, streams, walked, losses, columns)
+        if mask is not None:
+            there = mask[..., None]
+            output = output.masked_fill(~there, 0)
+            trace = trace._replace(slots=trace.slots * there, weights=trace.weights.masked_fill(~there, 0))
+    return output, Memory(keys, values) if losses else None, trace
 
 
 @engine.outside_graphs
 def flush(
-    cfg: FwPKMConfig, state: State, *, inplace: bool = False, implementation: str | None = None
+    cfg: FwPKMConfig, state: State, rows: Any = None, *, inplace: bool = False, implementation: str | None = None
 ) -> tuple[State, Trace]:
     """Write the pending chunk and restart the count; ``inplace`` and ``implementation`` are those of ``apply``.
 
     Raises:
-        ValueError: the state does not fit ``cfg``.
+        ValueError: the state does not fit ``cfg``, or ``rows`` not the state.
         RuntimeError: ``inplace`` on a table that autograd still needs.
     """
-    validation.check_state(cfg, state, None, SELF)
+    batch = validation.check_state(cfg, state, None, SELF)
     check_device(state.pending_query, **state._asdict())
-    validation.check_position(state.position.tolist())
+    validation.check_positions(cfg, state.position.tolist())
     check_inplace(state.memory, inplace)
-    memory, written = _as_tables(state.memory, state.pending_query), None
-    pending = _pending(cfg, state, memory.keys.dtype)
-    nothing = _no_tokens(cfg, memory.keys, state.position.shape[0])
-    chosen = engine.choose_engine(implementation, cfg, memory, pending.query)
-    if pending.length <= cfg.lookahead:  # no token has a pair
-        trace = trace_of(cfg, memory, nothing, [], [], columns=1)
-    elif chosen == "triton":
-        written, trace = fast.flush(cfg, memory, pending, inplace)
-    else:
-        runs = [schedule.Window(0, 0, True)]
-        _, written, _, trace = _run_eagerly(cfg, memory, pending, nothing, runs, inplace, columns=1)
-    trace = trace._replace(writes=torch.tensor(schedule.flush_writes(cfg, pending.length)))
-    return _state(cfg, state.memory if written is None else written, nothing, torch.zeros_like(state.position)), trace
+    chosen = mask_of(cfg, rows, batch)
+    memory = _as_tables(state.memory, state.pending_query)
+    memories, dtype = memory.keys.shape[0], memory.keys.dtype
+    counts = torch.where(chosen, schedule.pending(cfg, state.position.cpu()), 0)
+    per_memory = counts.view(memories, -1)[:, 0]
+    trace = empty_trace(cfg, memory, (batch, 0), columns=1)
+    trace = trace._replace(writes=schedule.flush_writes(cfg, per_memory).int())
+    due = (per_memory > cfg.lookahead).nonzero().squeeze(1).to(memory.keys.device)  # else no token has a pair
+    if len(due):
+        tokens = pending_of(cfg, filled(dtype, state.pending), counts, due if memories > 1 else None)
+        with _full_precision(memory.keys):
+            window, keys = write_part(cfg, memory.keys, tokens, None if len(due) == memories else due)
+            _, values, (loss,) = apply_values(cfg, memory.values, [window], inplace)
+        memory = Memory(keys, values)
+        trace = trace._replace(
+            memorization=trace.memorization[:, 0].index_copy(0, due, loss)[:, None],
+            addressing=trace.addressing[:, 0].index_copy(0, due, window.addressing.detach())[:, None],
+        )
+    gone = chosen.to(state.pending_mask.device)
+    left = without(state.pending, gone[:, None].expand_as(state.pending_mask))
+    position = state.position.masked_fill(chosen.to(state.position.device), 0)
+    return State.of(memory if len(due) else state.memory, left, position), trace
 
 
 @engine.outside_graphs
@@ -202,21 +236,6 @@ def detach(state: State) -> State:
     return State.of(memory, state.pending.map(Tensor.detach), state.position.detach())
 
 
-def reset(state: State, memory: Memory, rows: Sequence[int] | Sequence[bool] | Tensor | np.ndarray | int) -> State:
-    """Give rows their initial memory back and mask their pending tokens."""
-    validation.check_reset(state, memory, Tensor)
-    batch, memories = state.position.shape[0], state.memory.keys.shape[0]
-    rows = to_numpy(rows) if isinstance(rows, Tensor) else rows
-    chosen = torch.from_numpy(validation.row_mask(rows, batch, memories)).to(state.pending_mask.device)
-
-    def blend(initial: Tensor, current: Tensor) -> Tensor:
-        pick = chosen[: current.shape[0]].view(-1, *[1] * (current.ndim - 1))
-        return torch.where(pick, initial.to(current.dtype), current)
-
-    tables = Memory(*map(blend, memory, state.memory))
-    return State.of(tables, state.pending.map(lambda x: blend(torch.zeros_like(x[:1]), x)), state.position)
-
-
 def asarray(x: Any, dtype: str) -> Tensor:
     """A copy of ``x`` as a CPU tensor of the named dtype, such as "float32" or "bool"."""
     return torch.tensor(np.asarray(x)).to(getattr(torch, dtype))
@@ -262,23 +281,3 @@ def _as_tables(memory: Memory, query: Tensor) -> Memory:
     wide = query.dtype == memory.keys.dtype == torch.float64
     dtype = torch.float64 if wide else torch.float32
     return Memory(memory.keys.to(dtype), memory.values.to(dtype))
-
-
-def _no_tokens(cfg: FwPKMConfig, keys: Tensor, batch_size: int) -> Tokens:
-    query = keys.new_zeros(batch_size, 0, cfg.num_heads * cfg.key_dim)
-    return filled(keys.dtype, Tokens(query, keys.new_zeros(batch_size, 0, cfg.value_dim)))
-
-
-def _pending(cfg: FwPKMConfig, state: State, dtype: torch.dtype) -> Tokens:
-    """The valid entries of the state's buffers."""
-    return filled(dtype, state.pending).slice(0, schedule.pending(cfg, int(state.position[0])))
-
-
-def _state(cfg: FwPKMConfig, memory: Memory, pending: Tokens, position: Tensor) -> State:
-    return State.of(memory, pad(pending, cfg.capacity), position)
-
-
-def _start(cfg: FwPKMConfig, memory: Memory, batch_size: int) -> State:
-    """A state at position 0, which the CPU holds, of these tables."""
-    position = torch.full((batch_size,), 0, dtype=torch.int32, device="cpu")
-    return _state(cfg, memory, _no_tokens(cfg, memory.keys, batch_size), position)

@@ -8,7 +8,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from fwpkm.config import FwPKMConfig
-from fwpkm.tokens import TOKEN_FIELDS, TokenField, Tokens
+from fwpkm.tokens import TOKEN_FIELDS, TokenField, Tokens, token_specs
 from fwpkm.validation import Implementation
 
 SELF = Implementation.of(
@@ -30,6 +30,12 @@ def filled(dtype: torch.dtype, tokens: Tokens) -> Tokens:
         return tokens.query.new_full(shape, field.default, dtype=wanted) if x is None else x.to(wanted)
 
     return Tokens(*map(fill, TOKEN_FIELDS, tokens))
+
+
+def no_tokens(cfg: FwPKMConfig, keys: Tensor, batch_size: int) -> Tokens:
+    """What a state with nothing pending holds ``[B, P, ...]``, where the keys lie."""
+    specs = token_specs(cfg, batch_size, ("P", cfg.capacity))
+    return specs.map(lambda spec: keys.new_zeros(spec.shape, dtype=keys.dtype if spec.kind == "float" else torch.bool))
 
 
 def join(before: Tokens, after: Tokens) -> Tokens:

@@ -103,18 +103,18 @@ def read_and_write(
     Args:
         cfg: the configuration.
         values: ``[M, N, Dv]``.
-        spans: the windows, counted from the first of the n tokens.
-        slots: ``[B, n, K]`` ids in [0, N), K = H·k.
-        weights: ``[B, n, K]``.
-        strength: ``[B, n]``: κ g of the tokens that have a pair, else 0.
-        target: ``[B, n, Dv]``: u of the tokens that have a pair.
-        counted: ``[B, n]`` bool: the tokens whose reads count in N_i.
+        spans: the windows, counted from the first of the T tokens of all.
+        slots: ``[T, K]`` ids in [0, M·N), K = H·k.
+        weights: ``[T, K]``.
+        strength: ``[T]``: κ g of the tokens that have a pair, else 0.
+        target: ``[T, Dv]``: u of the tokens that have a pair.
+        counted: ``[T]`` bool: the tokens whose reads count in N_i.
         active: ``[len(spans), M]`` bool: the memories in which a window's chunk has a pair.
         owned: the table may be overwritten.
 
     Returns:
-        reads ``[B, n, Dv]``, the table afterwards (``values`` itself where nothing is written), and ‖u - v̂‖²
-        ``[B, n]`` of the written windows, without gradient.
+        reads ``[T, Dv]``, the table afterwards (``values`` itself where nothing is written), and ‖u - v̂‖² ``[T]`` of
+        the written windows, without gradient.
     """
     reads, squared, written = _Table.apply(cfg, spans, values, weights, strength, target, slots, counted, active, owned)
     return reads, values if written is None else written, squared
@@ -148,27 +148,25 @@ class _Table(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, cfg, spans, values, weights, strength, target, slots, counted, active, owned):
-        batch, (memories, num_slots, width) = slots.shape[0], values.shape
+        _, num_slots, width = values.shape
         writes = any(span.writes for span in spans)
         if writes and owned and values.is_contiguous():
             ctx.mark_dirty(values)
         elif writes:
             values = values.clone(memory_format=torch.contiguous_format)
         table = values.reshape(-1, width)
-        first_row = num_slots * torch.arange(memories, device=slots.device)
-        slots = slots + first_row.expand(batch)[:, None, None]
         keep, residuals = any(ctx.needs_input_grad), []
-        reads, squared = weights.new_empty(*weights.shape[:2], width), weights.new_zeros(weights.shape[:2])
+        reads, squared = weights.new_empty(len(weights), width), weights.new_zeros(len(weights))
         for i, (start, stop, write) in enumerate(spans):
-            rows, entries = Entries.among_distinct(slots[:, start:stop].flatten(0, 1))
-            w, c, u, n = (x[:, start:stop].flatten(0, 1) for x in (weights, strength, target, counted))
+            rows, entries = Entries.among_distinct(slots[start:stop])
+            w, c, u, n = (x[start:stop] for x in (weights, strength, target, counted))
             before = table.index_select(0, rows)
             read = entries.read(before, w)
             error = rate = unclipped = None
-            reads[:, start:stop] = read.view(batch, -1, width)
+            reads[start:stop] = read
             if write:
                 error = read - u
-                squared[:, start:stop] = error.square().sum(-1).view(batch, -1)
+                squared[start:stop] = error.square().sum(-1)
                 count = entries.count(n)
                 moves = active[i].index_select(0, rows // num_slots) & (count > 0)
                 after, error, rate, unclipped = _write(cfg, entries, before, error, c[:, None] * w, count, moves)
@@ -191,24 +189,24 @@ class _Table(torch.autograd.Function):
         dense = ctx.needs_input_grad[2]
         gradient, locate = _gradient_rows(weights, [window.rows for window in residuals], d_values, ctx.shape, dense)
         d_weights, d_strength = torch.zeros_like(weights), torch.zeros_like(strength)
-        d_target = weights.new_zeros(*weights.shape[:2], ctx.shape[-1])
+        d_target = weights.new_zeros(len(weights), ctx.shape[-1])
         reached = d_values is not None  # whether anything later has read the rows: until then their gradient is 0
         for (start, stop, write), window in zip(reversed(ctx.spans), reversed(residuals)):
-            w, c = (x[:, start:stop].flatten(0, 1) for x in (weights, strength))
-            d_read = None if d_reads is None else d_reads[:, start:stop].flatten(0, 1)
+            w, c = (x[start:stop] for x in (weights, strength))
+            d_read = None if d_reads is None else d_reads[start:stop]
             at, d_w, decay = locate(window.rows), torch.zeros_like(w), None
             if write and reached:
                 decay, d_error, d_coefficient = _write_backward(ctx.cfg, window, gradient, at, c[:, None] * w)
                 d_w += c[:, None] * d_coefficient
-                d_strength[:, start:stop] = (w * d_coefficient).sum(-1).view(len(weights), -1)
-                d_target[:, start:stop] = d_error.neg().view(len(weights), stop - start, -1)
+                d_strength[start:stop] = (w * d_coefficient).sum(-1)
+                d_target[start:stop] = d_error.neg()
                 d_read = d_error if d_read is None else d_read + d_error
             if d_read is not None:
                 d_w += window.entries.dot(window.before, d_read)
                 reached = True
                 if dense or start > 0:  # else no window before this one reads what would be added
                     _add(gradient, at, window.entries.scatter_add(d_read, w), decay, dense)
-            d_weights[:, start:stop] = d_w.view(len(weights), stop - start, -1)
+            d_weights[start:stop] = d_w
         d_table = gradient.view(ctx.shape) if ctx.needs_input_grad[2] else None
         return None, None, d_table, d_weights, d_strength, d_target, None, None, None, None
 

@@ -4,19 +4,18 @@ The keys do not depend on the values. So ``windows`` walks a call's windows to f
 keys under autograd; then ``apply_values`` reads and writes the value table for all of them at once (values.py).
 """
 
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from fwpkm import schedule
 from fwpkm.backends.torch.addressing import Selection, select_slots, write_keys
-from fwpkm.backends.torch.tokens import ahead, by_memory, finite, finite_rows, halves, join, without
+from fwpkm.backends.torch.streams import Streams
+from fwpkm.backends.torch.tokens import ahead, by_memory, finite, finite_rows, halves, without
 from fwpkm.backends.torch.values import read_and_write
 from fwpkm.config import FwPKMConfig
-from fwpkm.containers import Losses, Memory, Trace
+from fwpkm.containers import Memory, Trace
 from fwpkm.rules import write_scale
 from fwpkm.tokens import Array, Tokens
 
@@ -42,38 +41,34 @@ class Window(NamedTuple):
     """``[M]`` bool: the memories in which the chunk has a pair."""
     addressing: Array = None
     """``[M]`` loss, None where nothing is written."""
-    first_new: int = 0
-    """The tokens before it are read again, only to be written."""
+    rows: Array = None
+    """``[r]`` ids of the rows; None is all."""
 
 
-def windows(
-    cfg: FwPKMConfig, keys: Tensor, pending: Tokens, tokens: Tokens, runs: Iterable[schedule.Window]
-) -> tuple[list[Window], Tensor, Tokens]:
+def windows(cfg: FwPKMConfig, keys: Tensor, streams: Streams) -> tuple[list[Window], Tensor]:
     """Walk the windows of a call (§5): which tokens read one memory, and what is written after them.
 
-    Args:
-        cfg: the configuration.
-        keys: as the call finds them.
-        pending: tokens that were read before and that no write has consumed.
-        tokens: those of the call.
-        runs: the schedule of the call's tokens.
-
     Returns:
-        the windows in order, the keys afterwards, and the tokens that are pending then.
+        the windows in order, and the keys afterwards.
     """
     walked = []
-    for start, stop, writes in runs:
-        part = tokens.slice(start, stop)
-        if writes:  # the chunk's earlier tokens are read again, now to write them
-            first_new = pending.length
-            window, keys = write_window(cfg, keys, join(pending, part))
-            pending = window.tokens.slice(cfg.chunk_size, None)
-            walked.append(window._replace(first_new=first_new))
+    for part in streams:
+        if part.writes:
+            window, keys = write_part(cfg, keys, part.tokens, part.rows)
         else:
-            window = select_window(cfg, keys, part)
-            pending = join(pending, window.tokens)
-            walked.append(window)
-    return walked, keys, pending
+            own = keys if part.rows is None else keys.index_select(0, part.rows)
+            window = select_window(cfg, own, part.tokens)._replace(rows=part.rows)
+        streams.note(part, window.tokens, window.dead)
+        walked.append(window)
+    return walked, keys
+
+
+def write_part(cfg: FwPKMConfig, keys: Tensor, tokens: Tokens, rows: Tensor | None) -> tuple[Window, Tensor]:
+    """``write_window`` of some rows ``[r]``, or of all, and the keys of all rows afterwards."""
+    if rows is None:
+        return write_window(cfg, keys, tokens)
+    window, own = write_window(cfg, keys.index_select(0, rows), tokens)
+    return window._replace(rows=rows), keys.index_copy(0, rows, own)
 
 
 def pairs(cfg: FwPKMConfig, counted: Tensor, live: Tensor) -> Tensor:
@@ -120,26 +115,29 @@ def apply_values(
         owned: the table may be overwritten.
 
     Returns:
-        reads ``[B, n, Dv]`` of each window, the table afterwards, and the memorization loss ``[M]`` of each write.
+        reads ``[r, n, Dv]`` of each window, the table afterwards, and the memorization loss ``[M]`` of each write.
     """
-    spans, start = [], 0
+    memories, num_slots, width = values.shape
+    first_row = num_slots * torch.arange(memories, device=values.device)
+    spans, shapes, entries, active, start = [], [], [], [], 0
     for w in walked:
-        spans.append(schedule.Window(start, start + w.tokens.length, w.addressing is not None))
-        start += w.tokens.length
-    strength = [torch.where(w.pair, write_scale(torch, cfg, w.weights) * w.tokens.gate, 0) for w in walked]
-    slots, weights, target, counted = (
-        torch.cat(of_all, dim=1) for of_all in zip(*((w.slots, w.weights, w.target, w.counted) for w in walked))
-    )
-    active = torch.stack([w.active for w in walked])
-    reads, values, squared = read_and_write(
-        cfg, values, spans, slots, weights, torch.cat(strength, dim=1), target, counted, active, owned
-    )
+        shape = w.dead.shape
+        spans.append(schedule.Window(start, start + shape.numel(), w.addressing is not None))
+        start = spans[-1].stop
+        shapes.append(shape)
+        own = first_row.expand(shape[0]) if w.rows is None else first_row[w.rows]
+        strength = torch.where(w.pair, write_scale(torch, cfg, w.weights) * w.tokens.gate, 0)
+        entries.append((w.slots + own[:, None, None], w.weights, strength, w.target, w.counted))
+        active.append(w.active if w.rows is None else w.active.new_zeros(memories).index_copy(0, w.rows, w.active))
+    flat = (torch.cat([x.flatten(0, 1) for x in of_all]) for of_all in zip(*entries))
+    reads, values, squared = read_and_write(cfg, values, spans, *flat, torch.stack(active), owned)
     losses = [
-        memorization_loss(squared[:, span.start : span.stop], w.tokens.gate, w.pair, values.shape[0])
-        for w, span in zip(walked, spans)
+        memorization_loss(squared[span.start : span.stop].view(shape), w.tokens.gate, w.pair, len(w.active))
+        for w, span, shape in zip(walked, spans, shapes)
         if span.writes
     ]
-    return [reads[:, span.start : span.stop] for span in spans], values, losses
+    parts = zip(spans, shapes)
+    return [reads[span.start : span.stop].view(*shape, width) for span, shape in parts], values, losses
 
 
 def memorization_loss(squared: Tensor, gate: Tensor, pair: Tensor, memories: int) -> Tensor:
@@ -147,25 +145,26 @@ def memorization_loss(squared: Tensor, gate: Tensor, pair: Tensor, memories: int
     return by_memory(torch.where(pair, 0.5 * gate.detach() * squared, 0), memories).sum(1)
 
 
-def new_tokens(arrays: list[Tensor], walked: list[Window]) -> Tensor:
-    """Arrays of the windows ``[B, n, ...]`` end to end, without the tokens that are read again."""
-    return torch.cat([x[:, w.first_new :] for x, w in zip(arrays, walked)], dim=1)
-
-
 def trace_of(
-    cfg: FwPKMConfig, memory: Memory, tokens: Tokens, walked: list[Window], losses: list[Tensor], columns: int
+    cfg: FwPKMConfig, memory: Memory, streams: Streams, walked: list[Window], losses: list[Tensor], columns: int
 ) -> Trace:
-    """The record of a call: memorization ``losses`` in so many columns."""
-    empty = tokens.mask.new_zeros(tokens.mask.shape[0], 0, cfg.slots_per_token)
-    slots, weights = empty.long(), empty.to(memory.keys.dtype)
-    if walked:
-        slots = new_tokens([w.slots for w in walked], walked)
-        weights = new_tokens([w.weights.detach().masked_fill(w.dead[..., None], torch.nan) for w in walked], walked)
-    none = memory.keys.new_zeros(memory.keys.shape[0], 0)
-    both = losses, [w.addressing for w in walked if w.addressing is not None]
-    tables = (torch.cat([none, *(x[:, None] for x in each)], dim=1) for each in both)
-    padded = Losses(*(F.pad(x, (0, columns - x.shape[1])).detach() for x in tables))
-    return Trace(slots, weights, *padded, writes=torch.tensor(len(losses)))
+    """The record of a call: memorization ``losses`` of its writes, each row's in so many columns."""
+    writes = streams.writes(memory.keys.shape[0])
+    slots = streams.of_call([w.slots for w in walked])
+    weights = streams.of_call([w.weights.detach().masked_fill(w.dead[..., None], torch.nan) for w in walked])
+    tables = memory.keys.new_zeros(2, memory.keys.shape[0], columns)
+    written = [w for w in walked if w.addressing is not None]
+    for column, (w, loss) in enumerate(zip(written, losses)):
+        rows = slice(None) if w.rows is None else w.rows
+        tables[0, rows, column], tables[1, rows, column] = loss.detach(), w.addressing.detach()
+    return Trace(slots, weights, *tables, writes=writes)
+
+
+def empty_trace(cfg: FwPKMConfig, memory: Memory, shape: tuple[int, ...], columns: int) -> Trace:
+    """The record of tokens [B, T] that read and wrote nothing."""
+    entries = memory.keys.new_zeros(*shape, cfg.slots_per_token)
+    losses = memory.keys.new_zeros(2, memory.keys.shape[0], columns)
+    return Trace(entries.long(), entries, *losses, torch.zeros(memory.keys.shape[0], dtype=torch.int32))
 
 
 def _select(cfg: FwPKMConfig, keys: Tensor, tokens: Tokens) -> tuple[Selection, Window]:

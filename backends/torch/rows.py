@@ -1,0 +1,112 @@
+"""Rows of a state, and states of rows (SPEC.md §5)."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fwpkm import rows as row_checks
+from fwpkm import schedule, validation
+from fwpkm.backends.torch import engine
+from fwpkm.backends.torch.checks import check_inplace
+from fwpkm.backends.torch.tokens import SELF, no_tokens
+from fwpkm.config import FwPKMConfig
+from fwpkm.containers import Memory, State, memories_for
+
+
+@engine.outside_graphs
+def init_state(cfg: FwPKMConfig, memory: Memory, batch_size: int) -> State:
+    """A state at position 0 that owns a copy of ``memory``, on its device but for the position."""
+    validation.check_initial(cfg, memory, batch_size, SELF)
+    memories = memories_for(cfg, batch_size)
+    tables = (x.expand(memories, *x.shape[1:]).clone(memory_format=torch.contiguous_format) for x in memory)
+    return start_state(cfg, Memory(*tables), batch_size)
+
+
+def start_state(cfg: FwPKMConfig, memory: Memory, batch_size: int) -> State:
+    """A state at position 0, which the CPU holds, of these tables."""
+    position = torch.full((batch_size,), 0, dtype=torch.int32, device="cpu")
+    return State.of(memory, no_tokens(cfg, memory.keys, batch_size), position)
+
+
+def reset(cfg: FwPKMConfig, state: State, memory: Memory, rows: Any = None, *, inplace: bool = False) -> State:
+    """Make rows what ``init_state`` makes."""
+    batch = row_checks.check_reset(cfg, state, memory, SELF)
+    ids = torch.from_numpy(np.flatnonzero(row_checks.mask_of(cfg, _on_host(rows), batch)))
+    if not len(ids):
+        return state
+    own = memory.keys.shape[0] > 1
+    fresh = init_state(cfg, Memory(*(_rows_of(x, ids) for x in memory)) if own else memory, len(ids))
+    return _put(state, ids, fresh, inplace)
+
+
+def select(cfg: FwPKMConfig, state: State, rows: Any) -> State:
+    """The state of these rows, in this order; where one row is all of them, they share its table until a write."""
+    ids = torch.from_numpy(row_checks.check_select(cfg, state, _on_host(rows), SELF))
+    memory = state.memory
+    if cfg.memory_scope == "sequence":
+        one = len(ids.unique()) == 1
+        memory = Memory(*(x[ids[0], None].expand(len(ids), *x.shape[1:]) if one else _rows_of(x, ids) for x in memory))
+    return State.of(memory, state.pending.map(lambda x: _rows_of(x, ids)), _rows_of(state.position, ids))
+
+
+def concat(cfg: FwPKMConfig, states: Sequence[State]) -> State:
+    """One state of the rows of all, in order."""
+    row_checks.check_concat(cfg, states, SELF)
+    return states[0].map(lambda *x: torch.cat(x), *states[1:])
+
+
+def put(cfg: FwPKMConfig, state: State, rows: Any, other: State, *, inplace: bool = False) -> State:
+    """The state with the i-th row of ``other`` at rows[i]."""
+    row_checks.check_put(cfg, state, other, None, SELF)
+    ids = torch.from_numpy(row_checks.ids_of(_on_host(rows), state.position.shape[0]))
+    row_checks.check_put(cfg, state, other, len(ids), SELF)
+    return _put(state, ids, other, inplace)
+
+
+def _put(state: State, ids: Tensor, other: State, inplace: bool) -> State:
+    """``put``; in batch scope ``ids`` are all rows, and the one memory is that of ``other``."""
+    batch = state.position.shape[0]
+
+    def replaced(x: Tensor, y: Tensor) -> Tensor:
+        at = (ids if x.shape[0] == batch else torch.arange(len(x))).to(x.device)
+        y = y.to(x)
+        # In place each row needs a table of its own.
+        return x.index_copy_(0, at, y) if inplace and _is_own(x) else x.index_copy(0, at, y)
+
+    if inplace:
+        check_inplace(state.memory, inplace)
+    return state.map(replaced, other)
+
+
+def pending(cfg: FwPKMConfig, state: State) -> Tensor:
+    """How many tokens of each row no write has consumed ``[B]``."""
+    validation.check_state(cfg, state, None, SELF)
+    return schedule.pending(cfg, state.position)
+
+
+def nbytes(state: State) -> int:
+    """The bytes that a state takes, those of a table that rows share counted once."""
+    arrays = (*state.memory, *state.pending, state.position)
+    return sum(x.element_size() * math.prod(n for n, by in zip(x.shape, x.stride()) if by) for x in arrays)
+
+
+def mask_of(cfg: FwPKMConfig, rows: Any, batch_size: int) -> Tensor:
+    """``rows`` of a reset or a flush as a bool tensor [B] on the CPU."""
+    return torch.from_numpy(row_checks.mask_of(cfg, _on_host(rows), batch_size))
+
+
+def _on_host(rows: Any) -> Any:
+    return rows.detach().cpu().numpy() if isinstance(rows, Tensor) else rows
+
+
+def _rows_of(x: Tensor, ids: Tensor) -> Tensor:
+    return x.index_select(0, ids.to(x.device))
+
+
+def _is_own(x: Tensor) -> bool:
+    """Whether no two rows share memory."""
+    return x.stride(0) != 0 or x.shape[0] == 1
