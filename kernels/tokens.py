@@ -97,10 +97,10 @@ def prepare_kernel(
 
 def add_prepare(launches: Launches, call: Call) -> None:
     """Add the flags of the stream, and the zeros that the residuals begin with."""
-    constants, paired = call.shapes.prepare, "pair" in call.present
-    has = {"HAS_GATE": "gate" in call.present, "HAS_MASK": "mask" in call.present, "HAS_PAIR": paired}
+    constants, present = call.shapes.prepare, call.present
+    has = {"HAS_GATE": "gate" in present, "HAS_MASK": "mask" in present, "HAS_PAIR": "pair" in present}
     (zeros,), flags = launches.spec("zeros").shape, call.batch * call.plan.num_tokens
     launches.add(
         prepare_kernel, (flags + blocks_of(zeros, constants["ZEROS"]),), {"num_flags": flags, "num_zeros": zeros},
-        constants | has | {"SHIFTED": paired},
+        constants | has | {"SHIFTED": call.plan.shifted},
     )  # fmt: skip

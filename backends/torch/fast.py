@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from fwpkm import schedule
 from fwpkm.backends.torch.flat import flat, flatten, unflatten
+from fwpkm.backends.torch.left_aligned import left_align, moved
 from fwpkm.backends.torch.tokens import filled, join, pad, without
 from fwpkm.config import FwPKMConfig
 from fwpkm.containers import Lookup, Losses, Memory, State, Trace
@@ -103,13 +104,60 @@ def apply(
     return done.output, done.memory, pending, done.trace
 
 
-def flush(cfg: FwPKMConfig, memory: Memory, pending: Tokens, owned: bool) -> tuple[Memory, Trace]:
-    """Write the pending tokens."""
+def apply_rows(
+    cfg: FwPKMConfig, state: State, inputs: Tokens, cu_seqlens: Tensor | None, update: bool, owned: bool
+) -> tuple[Tensor, State, Trace]:
+    """``apply`` of rows at positions of their own, masked or packed: the output, the next state and the trace.
+
+    Waits for the device only to learn how long packed rows are, or how far rows go on whose position the host keeps.
+    """
+    from fwpkm.kernels.runtime import windows
+
+    device, position, batch = inputs.query.device, state.position, state.position.shape[0]
+    columns = schedule.max_writes(cfg, inputs.length)
+    num_pending = schedule.pending(cfg, position).long() * update
+    most_pending = int(num_pending.max()) if position.device.type == "cpu" else cfg.capacity * update
+    longest = most_pending + _longest(inputs, cu_seqlens)
+    pending = state.pending if most_pending else None
+    here = inputs._replace(mask=None if inputs.mask is None else inputs.mask.to(device))
+    ends = None if cu_seqlens is None else cu_seqlens.to(device)
+    rows = left_align(cfg, pending, num_pending.to(device), here, ends, longest)
+    plan = windows.plan(cfg, 0, longest, batch, update)
+    pair = rows.pair if plan.num_writes else None
+    done = _run(cfg, plan, state.memory, rows.tokens, pair, owned, columns, inputs.query.dtype)
+    shape = inputs.query.shape[:2]
+
+    def of_call(x: Tensor) -> Tensor:
+        return moved(x.flatten(0, 1), rows.entries, rows.cells).view(*shape, *x.shape[2:])
+
+    record = done.trace
+    losses = {x: getattr(record, x)[:, :columns] for x in ("memorization", "addressing")}
+    writes = (rows.due * update).int()
+    trace = Trace(of_call(record.slots), of_call(record.weights), **losses, writes=writes)
+    if update:
+        dead = (done.flags[: rows.pair.numel()].view_as(rows.pair) & DEAD) != 0
+        left = rows.left(cfg, dead)
+        position = schedule.reduced(cfg, position) + rows.num_new.to(position)
+        state = State.of(done.memory, left, position)
+    return of_call(done.output), state, trace
+
+
+def _longest(inputs: Tokens, cu_seqlens: Tensor | None) -> int:
+    """At least the most unmasked tokens of a row."""
+    if cu_seqlens is not None:
+        return int(cu_seqlens.diff().max())
+    if inputs.mask is not None and inputs.mask.device.type == "cpu":
+        return int(inputs.mask.sum(1).max())
+    return inputs.length
+
+
+def flush(cfg: FwPKMConfig, memory: Memory, pending: Tokens, owned: bool) -> tuple[Memory, Losses]:
+    """Write the pending tokens: the tables, and the losses ``[M, 1]``."""
     from fwpkm.kernels.runtime import windows
 
     plan = windows.write(pending.length, pending.query.shape[0])
     done = _run(cfg, plan, memory, pending, None, owned, 1, pending.query.dtype)
-    return done.memory, done.trace
+    return done.memory, Losses(done.trace.memorization, done.trace.addressing)
 
 
 def lookup(cfg: FwPKMConfig, memory: Memory, query: Tensor) -> Lookup:
@@ -128,7 +176,7 @@ def chunk_update(cfg: FwPKMConfig, memory: Memory, chunk: Tokens, pair: Tensor |
 
     cfg = dataclasses.replace(cfg, lookahead=0, chunk_size=_EVERY_TOKEN)
     batch, length = chunk.query.shape[:2]
-    plan = windows.write(length, batch)
+    plan = windows.write(length, batch, shifted=True)
     pair = chunk.query.new_ones(batch, length, dtype=torch.bool) if pair is None else pair
     done = _run(cfg, plan, memory, chunk, pair, False, 1, chunk.query.dtype)
     return done.memory, Losses(done.trace.memorization[:, 0], done.trace.addressing[:, 0])

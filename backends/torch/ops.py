@@ -12,7 +12,7 @@ from fwpkm import schedule, validation
 from fwpkm.backends.torch import engine, fast, operators
 from fwpkm.backends.torch.checks import check_apply, check_device, check_inplace
 from fwpkm.backends.torch.rows import init_state, mask_of, start_state
-from fwpkm.backends.torch.streams import Streams, pending_of, streams_of
+from fwpkm.backends.torch.streams import Streams, pending_of, streams_of, together
 from fwpkm.backends.torch.tokens import SELF, filled, maybe_any, without
 from fwpkm.backends.torch.windows import (
     apply_values,
@@ -20,6 +20,7 @@ from fwpkm.backends.torch.windows import (
     select_window,
     trace_of,
     windows,
+    without_masked,
     write_chunk,
     write_part,
 )
@@ -110,6 +111,9 @@ def _apply(
     validation.check_positions(cfg, state.position.tolist())
     if cu_seqlens is not None:
         validation.check_cu_seqlens(cu_seqlens.tolist(), inputs.length)
+    chosen = engine.choose_engine(implementation, cfg, state.memory, inputs.query)
+    if chosen == "triton" and inputs.length:
+        return _run_kernels(cfg, state, inputs, cu_seqlens, update, inplace)
     memory = _as_tables(state.memory, inputs.query)
     dtype = memory.keys.dtype
     tokens = filled(dtype, inputs)
@@ -120,6 +124,25 @@ def _apply(
         memory = state.memory if written is None else written
         state = State.of(memory, streams.left(), streams.position(state.position))
     return output.to(inputs.query.dtype), state, trace
+
+
+def _run_kernels(
+    cfg: FwPKMConfig, state: State, inputs: Tokens, cu_seqlens: Tensor | None, update: bool, owned: bool
+) -> tuple[Tensor, State, Trace]:
+    """On the kernels, which read rows at one position as they are, and others once they are moved to the left."""
+    if not together(cfg, state, inputs.mask, cu_seqlens):
+        return fast.apply_rows(cfg, state, inputs, cu_seqlens, update, owned)
+    position = schedule.reduced(cfg, int(state.position[0]))
+    inputs = inputs._replace(mask=None if inputs.mask is None else inputs.mask.to(inputs.query.device))
+    output, memory, left, trace = fast.apply(cfg, state, position, inputs, update, owned)
+    memories = memory.keys.shape[0]
+    trace = trace._replace(writes=trace.writes.int().expand(memories).clone())
+    if inputs.mask is not None:
+        output, trace = without_masked(output, trace, inputs.mask)
+        left = without(left, ~left.mask)
+    if update:
+        state = State.of(memory, left, schedule.reduced(cfg, state.position) + inputs.length)
+    return output, state, trace
 
 
 def _run_eagerly(
@@ -137,9 +160,7 @@ def _run_eagerly(
             output = output.masked_fill(dead[..., None], torch.nan)
         trace = trace_of(cfg, memory, streams, walked, losses, columns)
         if mask is not None:
-            there = mask[..., None]
-            output = output.masked_fill(~there, 0)
-            trace = trace._replace(slots=trace.slots * there, weights=trace.weights.masked_fill(~there, 0))
+            output, trace = without_masked(output, trace, mask)
     return output, Memory(keys, values) if losses else None, trace
 
 
@@ -159,26 +180,38 @@ def flush(
     check_inplace(state.memory, inplace)
     chosen = mask_of(cfg, rows, batch)
     memory = _as_tables(state.memory, state.pending_query)
-    memories, dtype = memory.keys.shape[0], memory.keys.dtype
+    memories = memory.keys.shape[0]
     counts = torch.where(chosen, schedule.pending(cfg, state.position.cpu()), 0)
-    per_memory = counts.view(memories, -1)[:, 0]
+    of_memory = counts.view(memories, -1)[:, 0]
     trace = empty_trace(cfg, memory, (batch, 0), columns=1)
-    trace = trace._replace(writes=schedule.flush_writes(cfg, per_memory).int())
-    due = (per_memory > cfg.lookahead).nonzero().squeeze(1).to(memory.keys.device)  # else no token has a pair
-    if len(due):
-        tokens = pending_of(cfg, filled(dtype, state.pending), counts, due if memories > 1 else None)
-        with _full_precision(memory.keys):
-            window, keys = write_part(cfg, memory.keys, tokens, None if len(due) == memories else due)
-            _, values, (loss,) = apply_values(cfg, memory.values, [window], inplace)
-        memory = Memory(keys, values)
-        trace = trace._replace(
-            memorization=trace.memorization[:, 0].index_copy(0, due, loss)[:, None],
-            addressing=trace.addressing[:, 0].index_copy(0, due, window.addressing.detach())[:, None],
-        )
+    trace = trace._replace(writes=schedule.flush_writes(cfg, of_memory).int())
+    tables = state.memory
+    if (of_memory > cfg.lookahead).any():  # else no token has a pair
+        pending = filled(memory.keys.dtype, state.pending)
+        if engine.choose_engine(implementation, cfg, memory, pending.query) == "triton":
+            tables, losses = fast.flush(cfg, memory, pending_of(cfg, pending, counts, None), inplace)
+        else:
+            tables, losses = _write_pending(cfg, memory, pending, counts, inplace)
+        trace = trace._replace(**losses._asdict())
     gone = chosen.to(state.pending_mask.device)
     left = without(state.pending, gone[:, None].expand_as(state.pending_mask))
-    position = state.position.masked_fill(chosen.to(state.position.device), 0)
-    return State.of(memory if len(due) else state.memory, left, position), trace
+    return State.of(tables, left, state.position.masked_fill(chosen.to(state.position.device), 0)), trace
+
+
+def _write_pending(
+    cfg: FwPKMConfig, memory: Memory, pending: Tokens, counts: Tensor, owned: bool
+) -> tuple[Memory, Losses]:
+    """Write the first ``counts`` [B] pending tokens of each row: the tables, and the losses ``[M, 1]``."""
+    memories, rows = memory.keys.shape[0], None
+    due = (counts.view(memories, -1)[:, 0] > cfg.lookahead).nonzero().squeeze(1).to(memory.keys.device)
+    if len(due) < memories:
+        rows = due
+    with _full_precision(memory.keys):
+        window, keys = write_part(cfg, memory.keys, pending_of(cfg, pending, counts, rows), rows)
+        _, values, (memorization,) = apply_values(cfg, memory.values, [window], owned)
+    none = memory.keys.new_zeros(memories)
+    losses = (none.index_copy(0, due, x.detach())[:, None] for x in (memorization, window.addressing))
+    return Memory(keys, values), Losses(*losses)
 
 
 @engine.outside_graphs

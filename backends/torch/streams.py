@@ -190,6 +190,16 @@ class Ragged:
 Streams: TypeAlias = Aligned | Ragged
 
 
+def together(cfg: FwPKMConfig, state: State, mask: Array, cu_seqlens: Array) -> bool:
+    """Whether the host can tell that all rows go through a call alike."""
+    if cfg.memory_scope == "batch":
+        return True
+    if mask is not None or cu_seqlens is not None:
+        return False
+    at = state.position
+    return len(at) == 1 or (at.device.type == "cpu" and len(set(at.tolist())) == 1)
+
+
 def streams_of(
     cfg: FwPKMConfig, state: State, tokens: Tokens, mask: Array, cu_seqlens: Array, update: bool, dtype: torch.dtype
 ) -> Streams:
@@ -206,8 +216,7 @@ def streams_of(
     """
     positions, length = state.position.tolist(), tokens.length
     pending = filled(dtype, state.pending)
-    together = cfg.memory_scope == "batch" or (mask is None and cu_seqlens is None and len(set(positions)) == 1)
-    if together:
+    if together(cfg, state, mask, cu_seqlens):
         position = schedule.reduced(cfg, positions[0])
         runs = (
             schedule.windows(cfg, position, length) if update else [schedule.Window(0, length, False)] if length else []

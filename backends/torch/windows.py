@@ -160,6 +160,13 @@ def trace_of(
     return Trace(slots, weights, *tables, writes=writes)
 
 
+def without_masked(output: Tensor, trace: Trace, mask: Tensor) -> tuple[Tensor, Trace]:
+    """Zeros in place of what tokens read that are not there; mask [B, T]."""
+    gone = ~mask[..., None]
+    slots, weights = trace.slots.masked_fill(gone, 0), trace.weights.masked_fill(gone, 0)
+    return output.masked_fill(gone, 0), trace._replace(slots=slots, weights=weights)
+
+
 def empty_trace(cfg: FwPKMConfig, memory: Memory, shape: tuple[int, ...], columns: int) -> Trace:
     """The record of tokens [B, T] that read and wrote nothing."""
     entries = memory.keys.new_zeros(*shape, cfg.slots_per_token)

@@ -61,7 +61,7 @@ def forward(
         keys: ``[M, H, 2, S, Dk/2]`` float32, contiguous.
         values: ``[M, N, Dv]`` float32, contiguous.
         tokens: the stream, contiguous; a gate or mask that is None is 1 or True.
-        pair: ``[B, n]`` bool, contiguous: values are targets already, and these may be bound (``chunk_update``).
+        pair: ``[B, n]`` bool, contiguous: the tokens whose values may be bound; None is all.
         save: keep what ``backward`` needs.
         dtype: of the output.
         most: what to make space for, so that the shapes of residuals do not depend on the position.

@@ -41,6 +41,8 @@ class Plan:
     """Tokens of a sequence in the longest window."""
     num_writes: int
     """How many windows write: all, or all but the last; those are of one length."""
+    shifted: bool = False
+    """Whether values are targets already, of their own tokens (``chunk_update``)."""
 
     @classmethod
     def of(
@@ -63,9 +65,10 @@ def plan(cfg: FwPKMConfig, position: int, length: int, batch: int, update: bool)
 
 
 @functools.lru_cache(1024)
-def write(length: int, batch: int) -> Plan:
+def write(length: int, batch: int, shifted: bool = False) -> Plan:
     """The one window of pending tokens, to be written."""
-    return Plan.of([Window(0, length, True, 0, length)], length, length, length, batch * length)
+    plan = Plan.of([Window(0, length, True, 0, length)], length, length, length, batch * length)
+    return dataclasses.replace(plan, shifted=shifted)
 
 
 @functools.lru_cache(1024)
