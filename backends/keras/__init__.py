@@ -11,13 +11,18 @@ _functions = functions()
 apply = _functions.apply
 asarray = _functions.asarray
 chunk_update = _functions.chunk_update
+concat = _functions.concat
 detach = _functions.detach
 device_name = _functions.device_name
 flush = _functions.flush
 init_memory = _functions.init_memory
 init_state = _functions.init_state
 lookup = _functions.lookup
+nbytes = _functions.nbytes
+pending = _functions.pending
+put = _functions.put
 reset = _functions.reset
+select = _functions.select
 to_numpy = _functions.to_numpy
 vjp = _functions.vjp
 
@@ -27,13 +32,18 @@ __all__ = [
     "apply",
     "asarray",
     "chunk_update",
+    "concat",
     "detach",
     "device_name",
     "flush",
     "init_memory",
     "init_state",
     "lookup",
+    "nbytes",
+    "pending",
+    "put",
     "reset",
+    "select",
     "to_numpy",
     "vjp",
 ]

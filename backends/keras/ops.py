@@ -6,7 +6,6 @@ through writes keep those copies. The functions are documented on ``fwpkm.protoc
 """
 
 from collections.abc import Callable, Sequence
-from functools import cache
 from typing import Any
 
 import keras
@@ -14,17 +13,30 @@ import numpy as np
 from keras import ops
 
 from fwpkm import schedule, validation
-from fwpkm.backends.keras.tokens import SELF, filled, no_tokens, outer, without
+from fwpkm.backends.keras.rows import (  # noqa: F401
+    concat,
+    init_state,
+    mask_of,
+    nbytes,
+    pending,
+    put,
+    reset,
+    select,
+    implementation,
+)
+from fwpkm.backends.keras.streams import streams_of
+from fwpkm.backends.keras.tokens import blank, filled, without
 from fwpkm.backends.keras.windows import (
+    Reads,
     no_losses,
     nothing_read,
-    read_stream,
     select_window,
+    windows,
     write_chunk,
     write_window,
 )
 from fwpkm.config import FwPKMConfig
-from fwpkm.containers import Lookup, Losses, Memory, State, Trace, memories_for
+from fwpkm.containers import Lookup, Losses, Memory, State, Trace
 from fwpkm.initial import initial_arrays
 from fwpkm.tokens import Array, Tokens
 
@@ -34,74 +46,88 @@ def init_memory(cfg: FwPKMConfig, memories: int = 1, seed: int = 0) -> Memory:
     return Memory(*map(ops.convert_to_tensor, initial_arrays(cfg, memories, seed)))
 
 
-def init_state(cfg: FwPKMConfig, memory: Memory, batch_size: int | Array) -> State:
-    """A state at position 0; ``batch_size`` may be an int32 scalar tensor, for one table."""
-    if ops.is_tensor(batch_size):
-        validation.check_memory(cfg, memory, 1, _self())
-    else:
-        validation.check_initial(cfg, memory, batch_size, _self())
-    memories = memories_for(cfg, batch_size)
-    tables = Memory(*(ops.broadcast_to(x, (memories, *x.shape[1:])) for x in memory))
-    return State.of(tables, no_tokens(cfg, batch_size, _dtype(memory)), ops.zeros((batch_size,), "int32"))
-
-
 def apply(
     cfg: FwPKMConfig,
-    state: State,
+    state: State | Memory,
     query: Array,
     value: Array,
     gate: Array | None = None,
     mask: Array | None = None,
+    cu_seqlens: Array | None = None,
     update: bool = True,
-) -> tuple[Array, State, Trace]:
+) -> tuple[Array, State | None, Trace]:
     """Read T tokens and write every chunk that they complete (SPEC.md §5)."""
-    tokens = Tokens(query, value, gate=gate, mask=mask)
-    validation.check_apply(cfg, state, tokens, _self())
-    length = ops.shape(query)[1]
-    _check_position(state, length if update else 0)
-    memory = _as_tables(state.memory, query)
-    tokens = filled(_dtype(memory), tokens)
-    losses, writes = no_losses(memory, schedule.max_writes(cfg, length)), ops.zeros((), "int32")
-    if isinstance(length, int) and length == 0:
+    inputs = Tokens(query, value, gate=gate, mask=mask)
+    batch = validation.check_apply(cfg, state, inputs, cu_seqlens, implementation())
+    if isinstance(state, Memory):
+        state = init_state(cfg, state, ops.shape(query)[0] if cu_seqlens is None else batch)
+        output, _, trace = apply(cfg, state, query, value, gate, mask, cu_seqlens, update)
+        return output, None, trace
+    _check_values(cfg, state, cu_seqlens, query.shape[1])
+    memory, shape = _as_tables(state.memory, query), ops.shape(query)
+    dtype = _dtype(memory)
+    tokens = filled(dtype, inputs)
+    losses, writes = no_losses(memory, schedule.max_writes(cfg, shape[1])), ops.zeros_like(memory.keys[:, 0, 0, 0, 0])
+    if isinstance(shape[1], int) and shape[1] == 0:
         reads = nothing_read(cfg, tokens)
-    elif update:
-        reads, state, losses, writes = read_stream(cfg, state._replace(memory=memory), tokens)
+    elif update or cu_seqlens is not None:
+        before, position = filled(dtype, state.pending), state.position
+        if not update:  # nothing is pending, and nothing falls due
+            position = ops.zeros_like(position)
+        streams = streams_of(cfg, before, position, tokens, cu_seqlens)
+        streams = streams if update else streams._replace(due=ops.zeros_like(streams.due))
+        reads, memory, losses = windows(cfg, memory, streams, tokens)
+        if update:
+            rest = streams.cells(streams.due * cfg.chunk_size, cfg.capacity)
+            left = streams.tokens(rest, reads.dead | ~ops.reshape(tokens.mask, (-1,)))
+            state = State.of(memory, left, streams.position(cfg, position))
+            writes = ops.reshape(streams.due, (ops.shape(memory.keys)[0], -1))[:, 0]
     else:
-        reads, _ = select_window(cfg, memory, tokens)
-    trace = Trace(reads.slots, reads.weights, losses.memorization, losses.addressing, writes)
-    return ops.cast(reads.output, query.dtype), state, trace
+        found, _ = select_window(cfg, memory, tokens)
+        reads = Reads(*(ops.reshape(x, (-1, *x.shape[2:])) for x in found))
+    if mask is not None:
+        reads = Reads(*(blank(x, ~ops.reshape(tokens.mask, (-1,))) for x in reads))
+    output, slots, weights = (
+        ops.reshape(x, (shape[0], shape[1], x.shape[1])) for x in (reads.output, reads.slots, reads.weights)
+    )
+    trace = Trace(slots, weights, losses.memorization, losses.addressing, ops.cast(writes, "int32"))
+    return ops.cast(output, query.dtype), state, trace
 
 
-def flush(cfg: FwPKMConfig, state: State) -> tuple[State, Trace]:
-    """Write the pending chunk, empty it and restart the count (SPEC.md §5)."""
-    validation.check_state(cfg, state, None, _self())
-    _check_position(state, 0)
-    dtype = _dtype(state.memory)
-    pending, num_pending = filled(dtype, state.pending), schedule.pending(cfg, state.position[0])
+def flush(cfg: FwPKMConfig, state: State, rows: Any = None) -> tuple[State, Trace]:
+    """Write the pending chunk of every row, or of ``rows``, empty it and restart the count (SPEC.md §5)."""
+    validation.check_state(cfg, state, None, implementation())
+    _check_values(cfg, state, None, 0)
+    dtype, chosen = _dtype(state.memory), mask_of(cfg, rows, state)
+    tokens, num_pending = filled(dtype, state.pending), schedule.pending(cfg, state.position)
+    may_write = chosen & (num_pending > cfg.lookahead)  # else no token has a pair
 
     def due(written: Array, *_: Any) -> Array:
-        return (written == 0) & (num_pending > cfg.lookahead)  # else no token has a pair
+        return (written == 0) & ops.any(may_write)
 
     def write(written: Array, memory: Memory, losses: Losses) -> tuple:
-        _, memory, losses = write_window(cfg, memory, pending)  # what is not valid is masked
+        _, memory, losses = write_window(cfg, memory, tokens, may_write)  # what is not valid is masked
         return written + 1, memory, Losses(*(x[:, None] for x in losses))
 
     start = (ops.zeros((), "int32"), state.memory, no_losses(state.memory, 1))
     _, memory, losses = ops.while_loop(due, write, start, maximum_iterations=1)
-    nothing = nothing_read(cfg, pending.slice(0, 0))
-    writes = schedule.flush_writes(cfg, num_pending)
-    trace = Trace(nothing.slots, nothing.weights, losses.memorization, losses.addressing, writes)
-    empty = no_tokens(cfg, ops.shape(state.position)[0], dtype)
-    return State.of(memory, empty, ops.zeros_like(state.position)), trace
+    nothing = ops.zeros((*ops.shape(state.pending_mask)[:1], 0, cfg.slots_per_token), dtype)
+    writes = schedule.flush_writes(cfg, ops.where(chosen, num_pending, 0))
+    writes = ops.reshape(writes, (ops.shape(memory.keys)[0], -1))[:, 0]
+    trace = Trace(ops.cast(nothing, "int32"), nothing, losses.memorization, losses.addressing, writes)
+    return State.of(memory, without(state.pending, chosen), ops.where(chosen, 0, state.position)), trace
 
 
 def lookup(cfg: FwPKMConfig, memory: Memory, query: Array) -> Lookup:
     """Read the tables (SPEC.md §2)."""
-    validation.check_lookup(cfg, memory, query, _self())
+    validation.check_lookup(cfg, memory, query, implementation())
     memory = _as_tables(memory, query)
     value = ops.zeros((*ops.shape(query)[:2], cfg.value_dim), query.dtype)
     tokens = filled(_dtype(memory), Tokens(query, value))
-    reads = select_window(cfg, memory, tokens)[0] if query.shape[1] != 0 else nothing_read(cfg, tokens)
+    if query.shape[1] == 0:
+        nothing = ops.zeros((*ops.shape(query)[:2], cfg.slots_per_token), _dtype(memory))
+        return Lookup(value, ops.cast(nothing, "int32"), nothing)
+    reads, _ = select_window(cfg, memory, tokens)
     return Lookup(ops.cast(reads.output, query.dtype), reads.slots, reads.weights)
 
 
@@ -116,7 +142,7 @@ def chunk_update(
 ) -> tuple[Memory, Losses]:
     """Write one chunk (SPEC.md §4) whose targets are already shifted."""
     chunk = Tokens(query, target, gate=gate, mask=mask)
-    validation.check_chunk(cfg, memory, chunk, pair, _self())
+    validation.check_chunk(cfg, memory, chunk, pair, implementation())
     tables = _as_tables(memory, query)
     if query.shape[1] == 0:
         return memory, Losses(*[ops.zeros_like(tables.keys[:, 0, 0, 0, 0])] * 2)
@@ -127,19 +153,6 @@ def detach(state: State) -> State:
     """The state without its gradient history."""
     stop = ops.stop_gradient
     return State.of(Memory(*map(stop, state.memory)), state.pending.map(stop), stop(state.position))
-
-
-def reset(state: State, memory: Memory, rows: Any) -> State:
-    """Give rows their initial memory back and mask their pending tokens; the count goes on (SPEC.md §5)."""
-    validation.check_reset(state, memory, _tensor())
-    batch, memories = state.position.shape[0], state.memory.keys.shape[0]
-    rows = to_numpy(rows) if ops.is_tensor(rows) else rows
-    chosen = ops.convert_to_tensor(validation.row_mask(rows, batch, memories))
-
-    def blend(initial: Array, current: Array) -> Array:
-        return ops.where(outer(chosen[:memories], current), ops.cast(initial, current.dtype), current)
-
-    return State.of(Memory(*map(blend, memory, state.memory)), without(state.pending, chosen), state.position)
 
 
 def asarray(x: Any, dtype: str) -> Array:
@@ -184,18 +197,9 @@ def _as_tables(memory: Memory, query: Array) -> Memory:
     return Memory(*(ops.cast(x, "float64" if wide else "float32") for x in memory))
 
 
-def _check_position(state: State, length: int | Array) -> None:
-    """Check the position where its value is known, which it is not while a graph is traced."""
+def _check_values(cfg: FwPKMConfig, state: State, cu_seqlens: Array | None, length: int | None) -> None:
+    """Check numbers where they are known, which they are not while a graph is traced."""
     if hasattr(state.position, "numpy"):
-        validation.check_length(validation.check_position(state.position.numpy().tolist()), int(length))
-
-
-@cache
-def _self() -> validation.Implementation:
-    return SELF._replace(arrays=_tensor())
-
-
-def _tensor() -> type:
-    import tensorflow  # Keras has no name for the type of its tensors
-
-    return tensorflow.Tensor
+        validation.check_positions(cfg, state.position.numpy().tolist())
+    if hasattr(cu_seqlens, "numpy") and length is not None:
+        validation.check_cu_seqlens(cu_seqlens.numpy().tolist(), length)

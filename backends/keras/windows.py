@@ -1,7 +1,7 @@
 """Windows: which tokens read the same tables, and the chunk that is written after them (SPEC.md §3 to §5).
 
-The stream is the state's pending tokens and then a call's T new ones. Window w of a call holds the stream's tokens
-from w·C on, and once there are C + lag of them its first C are written (schedule.py).
+Window w of a call holds the tokens from w·C on of every row's stream (streams.py). In a row that has C + lag of them
+the first C are written (schedule.py); others only read.
 """
 
 from typing import Any, NamedTuple
@@ -10,42 +10,23 @@ from keras import ops
 
 from fwpkm import schedule
 from fwpkm.backends.keras.addressing import Selection, select_slots, write_keys
+from fwpkm.backends.keras.streams import Streams
 from fwpkm.backends.keras.tokens import (
     ChunkFlags,
     ahead,
     blank,
     by_memory,
     by_row,
-    filled,
     finite,
     finite_rows,
     halves,
-    join,
-    outer,
-    take,
     without,
 )
 from fwpkm.backends.keras.values import memorization_loss, read, rows_of, write_values
 from fwpkm.config import FwPKMConfig
-from fwpkm.containers import Losses, Memory, State
+from fwpkm.containers import Losses, Memory
 from fwpkm.rules import write_scale
 from fwpkm.tokens import Array, Tokens
-
-
-class Windows(NamedTuple):
-    """How a call's T new tokens fall into windows."""
-
-    num_pending: Array
-    """int32 scalar: the stream's tokens before the first new one."""
-    writes: Array
-    """int32 scalar: windows that end in a write; one more follows them."""
-    stream_index: Array
-    """``[T]`` where each new token stands in the stream."""
-
-    def first_reads(self, cfg: FwPKMConfig, window: Array) -> tuple[Array, Array]:
-        """Where in a window each new token stands ``[T]``, and whether it is read there first, not reread."""
-        index, lag = self.stream_index - window * cfg.chunk_size, schedule.lag(cfg)
-        return index, (index >= ops.where(window > 0, lag, 0)) & (index < cfg.chunk_size + lag)
 
 
 class Reads(NamedTuple):
@@ -73,13 +54,6 @@ class Selected(NamedTuple):
     """``[M, R, Dv]``"""
 
 
-def windows(cfg: FwPKMConfig, position: Array, length: int | Array) -> Windows:
-    """The windows into which ``length`` tokens fall that begin at ``position`` (§5)."""
-    num_pending = schedule.pending(cfg, position)
-    writes = schedule.written(cfg, position + length) - schedule.written(cfg, position)
-    return Windows(num_pending, writes, num_pending + ops.arange(length, dtype="int32"))
-
-
 def pairs(cfg: FwPKMConfig, counted: Array, live: Array) -> Array:
     """Which counted tokens of a window ``[B, n]`` have a pair: their partner, L tokens later, is live (§3)."""
     return counted & ahead(live, cfg.lookahead)
@@ -97,13 +71,14 @@ def select_window(cfg: FwPKMConfig, memory: Memory, window: Tokens) -> tuple[Rea
     return reads, Selected(selection, without(window, dead), row_index, output)
 
 
-def write_window(cfg: FwPKMConfig, memory: Memory, window: Tokens) -> tuple[Reads, Memory, Losses]:
-    """Read a window and write its first C tokens; those after serve only as targets (§5)."""
+def write_window(cfg: FwPKMConfig, memory: Memory, window: Tokens, may_write: Array) -> tuple[Reads, Memory, Losses]:
+    """Read a window and write its first C tokens in rows that ``may_write`` [B]; those after serve only as targets."""
     reads, selected = select_window(cfg, memory, window)
     live = selected.tokens.mask
     counted = live & (ops.arange(live.shape[1]) < cfg.chunk_size)
     target = ahead(selected.tokens.value, cfg.lookahead)
-    return reads, *_write(cfg, memory, selected, target, counted, pairs(cfg, counted, live))
+    pair = pairs(cfg, counted, live) & may_write[:, None]
+    return reads, *_write(cfg, memory, selected, target, counted, pair)
 
 
 def write_chunk(cfg: FwPKMConfig, memory: Memory, chunk: Tokens, pair: Array | None) -> tuple[Memory, Losses]:
@@ -115,57 +90,51 @@ def write_chunk(cfg: FwPKMConfig, memory: Memory, chunk: Tokens, pair: Array | N
     return _write(cfg, memory, selected, selected.tokens.value, counted, counted & has_target)
 
 
-def read_stream(cfg: FwPKMConfig, state: State, tokens: Tokens) -> tuple[Reads, State, Losses, Array]:
-    """Read T tokens, at least one where T is known, after the pending ones, and write the chunks that are due.
+def windows(cfg: FwPKMConfig, memory: Memory, streams: Streams, tokens: Tokens) -> tuple[Reads, Memory, Losses]:
+    """Read the tokens of a call and write the chunks that are due (§5).
 
     Returns:
-        what the tokens read, the next state, the losses ``[M, W]``, and the number of writes.
+        what the tokens read ``[n, ...]``, the tables afterwards, and the losses ``[M, W]``.
     """
     length, size, lag = ops.shape(tokens.mask)[1], cfg.chunk_size, schedule.lag(cfg)
-    runs = windows(cfg, state.position[0], length)
-    columns = schedule.max_writes(cfg, length)
-    buffer = join(filled(tokens.query.dtype, state.pending), tokens)
-
-    def stream(index: Array, dead: Array) -> Tokens:
-        """Stream tokens at ``index`` [n], those of the new ones that were found ``dead`` [B, T] blanked."""
-        new = ops.clip(index - runs.num_pending, 0, length - 1)
-        old = index < runs.num_pending
-        found = take(buffer, ops.where(old, index, cfg.capacity + new))
-        return without(found, ops.take(dead, new, axis=1) & ~old)
+    columns, last = schedule.max_writes(cfg, length), ops.max(streams.due)
 
     def due(window: Array, *_: Any) -> Array:
-        return window < runs.writes
+        return window < last
 
     def read_one(window: Array, memory: Memory, reads: Reads, losses: Losses) -> tuple:
-        read_here = stream(window * size + ops.arange(size + lag, dtype="int32"), reads.dead)
-        here, memory, written = write_window(cfg, memory, read_here)
+        start = ops.zeros_like(streams.due) + window * size
+        here = streams.tokens(streams.cells(start, size + lag), reads.dead)
+        here, memory, written = write_window(cfg, memory, here, streams.due > window)
+        first = (streams.index >= _read_before(cfg, window)) & (streams.index < (window + 1) * size + lag)
         column = ops.arange(columns, dtype="int32") == window
         losses = Losses(*(ops.where(column, x[:, None], all_) for x, all_ in zip(written, losses)))
-        return window + 1, memory, _merge(reads, here, *runs.first_reads(cfg, window)), losses
+        return window + 1, memory, _merge(streams, reads, here, start, first), losses
 
-    start = (ops.zeros((), "int32"), state.memory, nothing_read(cfg, tokens), no_losses(state.memory, columns))
+    start = (ops.zeros((), "int32"), memory, nothing_read(cfg, tokens), no_losses(memory, columns))
     _, memory, reads, losses = ops.while_loop(due, read_one, start, maximum_iterations=columns)
-
-    tail = ops.minimum(length, size + lag)  # more cannot follow the last write
-    start_of_tail = length - tail
-    here, _ = select_window(cfg, memory, take(tokens, start_of_tail + ops.arange(tail, dtype="int32")))
-    _, first = runs.first_reads(cfg, runs.writes)
-    reads = _merge(reads, here, runs.stream_index - runs.num_pending - start_of_tail, first)
-    rest = runs.writes * size + ops.arange(cfg.capacity, dtype="int32")
-    pending = without(stream(rest, reads.dead), (rest >= runs.num_pending + length)[None])
-    return reads, State.of(memory, pending, state.position + length), losses, runs.writes
+    # What no write covers: of each row at most so many tokens, the last of its stream.
+    tail = ops.minimum(length, size + lag)
+    start_of_tail = ops.maximum(streams.num_pending, _read_before(cfg, last))
+    here, _ = select_window(cfg, memory, streams.tokens(streams.cells(start_of_tail, tail), reads.dead))
+    first = streams.index >= _read_before(cfg, last)
+    return _merge(streams, reads, here, start_of_tail, first), memory, losses
 
 
-def _merge(reads: Reads, here: Reads, index: Array, first: Array) -> Reads:
-    """What T tokens have read, those that a window reads ``first`` [T] with what it holds for them at ``index`` [T]."""
-    index = ops.clip(index, 0, ops.shape(here.dead)[1] - 1)
-    return Reads(*(ops.where(outer(first, x[0]), ops.take(y, index, axis=1), x) for x, y in zip(reads, here)))
+def _read_before(cfg: FwPKMConfig, window: Array) -> Array:
+    """How many tokens of a stream were read before a window was."""
+    return ops.where(window > 0, window * cfg.chunk_size + schedule.lag(cfg), 0)
+
+
+def _merge(streams: Streams, reads: Reads, here: Reads, start: Array, first: Array) -> Reads:
+    return Reads(*(streams.merge(x, y, start, first) for x, y in zip(reads, here)))
 
 
 def nothing_read(cfg: FwPKMConfig, tokens: Tokens) -> Reads:
-    """Zeros in the shapes of what the tokens read."""
-    weights = ops.zeros_like(tokens.gate)[..., None] + ops.zeros((cfg.slots_per_token,), tokens.gate.dtype)
-    return Reads(ops.zeros_like(tokens.value), ops.cast(weights, "int32"), weights, ops.zeros_like(tokens.mask))
+    """Zeros in the shapes of what the tokens read, ``[n, ...]`` of all rows."""
+    gate, value, mask = (ops.reshape(x, (-1, *x.shape[2:])) for x in (tokens.gate, tokens.value, tokens.mask))
+    weights = ops.zeros_like(gate)[..., None] + ops.zeros((cfg.slots_per_token,), gate.dtype)
+    return Reads(ops.zeros_like(value), ops.cast(weights, "int32"), weights, ops.zeros_like(mask))
 
 
 def no_losses(memory: Memory, columns: int | Array) -> Losses:

@@ -1,0 +1,126 @@
+"""Rows of a state, and states of rows, in keras.ops (SPEC.md §5)."""
+
+import math
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import keras
+from keras import ops
+
+from fwpkm import rows as row_checks
+from fwpkm import schedule, validation
+from fwpkm.backends.keras.tokens import SELF, no_tokens, outer
+from fwpkm.config import FwPKMConfig
+from fwpkm.containers import Memory, State, memories_for
+from fwpkm.tokens import Array
+
+
+def init_state(cfg: FwPKMConfig, memory: Memory, batch_size: int | Array) -> State:
+    """A state at position 0; ``batch_size`` may be an int32 scalar tensor, for one table."""
+    if ops.is_tensor(batch_size):
+        validation.check_memory(cfg, memory, 1, implementation())
+    else:
+        validation.check_initial(cfg, memory, batch_size, implementation())
+    memories = memories_for(cfg, batch_size)
+    tables = Memory(*(ops.broadcast_to(x, (memories, *x.shape[1:])) for x in memory))
+    return State.of(
+        tables,
+        no_tokens(cfg, batch_size, keras.backend.standardize_dtype(memory.keys.dtype)),
+        ops.zeros((batch_size,), "int32"),
+    )
+
+
+def reset(cfg: FwPKMConfig, state: State, memory: Memory, rows: Any = None) -> State:
+    """Make rows what ``init_state`` makes."""
+    batch = row_checks.check_reset(cfg, state, memory, implementation())
+    chosen = mask_of(cfg, rows, state)
+    fresh = init_state(cfg, memory, batch)
+
+    def blend(current: Array, initial: Array) -> Array:
+        pick = chosen if current.shape[0] == batch else chosen[:1]
+        return ops.where(outer(pick, current), ops.cast(initial, current.dtype), current)
+
+    return state.map(blend, fresh)
+
+
+def select(cfg: FwPKMConfig, state: State, rows: Any) -> State:
+    """The state of these rows, in this order."""
+    ids = _ids(rows) if _is_traced(rows) else row_checks.check_select(cfg, state, _on_host(rows), implementation())
+
+    def take(x: Array) -> Array:
+        return ops.take(x, ids, axis=0)
+
+    memory = Memory(*map(take, state.memory)) if cfg.memory_scope == "sequence" else state.memory
+    return State.of(memory, state.pending.map(take), take(state.position))
+
+
+def concat(cfg: FwPKMConfig, states: Sequence[State]) -> State:
+    """One state of the rows of all, in order."""
+    row_checks.check_concat(cfg, states, implementation())
+    return states[0].map(lambda *x: ops.concatenate(x), *states[1:])
+
+
+def put(cfg: FwPKMConfig, state: State, rows: Any, other: State) -> State:
+    """The state with the i-th row of ``other`` at rows[i]."""
+    row_checks.check_put(cfg, state, other, None, implementation())
+    if _is_traced(rows):
+        ids = _ids(rows)
+    else:
+        ids = row_checks.ids_of(_on_host(rows), state.position.shape[0])
+        row_checks.check_put(cfg, state, other, len(ids), implementation())
+    index = ops.convert_to_tensor(ids)[:, None]
+    return state.map(lambda x, y: ops.scatter_update(x, index, ops.cast(y, x.dtype)), other)
+
+
+def pending(cfg: FwPKMConfig, state: State) -> Array:
+    """How many tokens of each row no write has consumed ``[B]``."""
+    validation.check_state(cfg, state, None, implementation())
+    return schedule.pending(cfg, state.position)
+
+
+def nbytes(state: State) -> int:
+    """The bytes that a state takes."""
+    arrays = (*state.memory, *state.pending, state.position)
+    return sum(math.prod(x.shape) * _itemsize(x) for x in arrays)
+
+
+def mask_of(cfg: FwPKMConfig, rows: Any, state: State) -> Array:
+    """``rows`` of a reset or a flush as a bool tensor [B]; traced ones are taken as they are."""
+    if rows is None:
+        return ops.ones_like(state.position, dtype="bool")
+    if not _is_traced(rows):
+        return ops.convert_to_tensor(row_checks.mask_of(cfg, _on_host(rows), state.position.shape[0]))
+    if keras.backend.standardize_dtype(rows.dtype) == "bool":
+        return rows
+    at = ops.arange(ops.shape(state.position)[0], dtype=rows.dtype)
+    return ops.any(at[:, None] == rows[None], axis=1)
+
+
+def _ids(rows: Array) -> Array:
+    return ops.cast(rows, "int32")
+
+
+def _is_traced(rows: Any) -> bool:
+    return ops.is_tensor(rows) and not hasattr(rows, "numpy")
+
+
+def _on_host(rows: Any) -> Any:
+    return ops.convert_to_numpy(rows) if ops.is_tensor(rows) else rows
+
+
+def _itemsize(x: Array) -> int:
+    dtype = keras.backend.standardize_dtype(x.dtype)
+    return 1 if dtype == "bool" else int(dtype.lstrip("abcdefghijklmnopqrstuvwxyz")) // 8
+
+
+@cache
+def implementation() -> validation.Implementation:
+    """What serves here, with the type of Keras' tensors."""
+    return SELF._replace(arrays=_tensor())
+
+
+def _tensor() -> type:
+    import tensorflow  # Keras has no name for the type of its tensors
+
+    return tensorflow.Tensor
