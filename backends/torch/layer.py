@@ -144,31 +144,46 @@ class FwPKM(nn.Module):
         x: Tensor,
         state: State | None = None,
         mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
         update: bool = True,
+        return_state: bool = True,
+        *,
         inplace: bool = False,
-    ) -> tuple[Tensor, State]:
+    ) -> tuple[Tensor, State | None]:
         """Read T tokens, writing every chunk that they complete.
 
         Args:
-            x: ``[B, T, hidden_size]``.
-            state: where the sequence stands; None starts from the initial memory.
-            mask: ``[B, T]`` bool, False for tokens that never write (padding); None for True.
+            x: ``[B, T, hidden_size]``, or packed ``[1, T, hidden_size]``.
+            state: where the sequences stand; None starts from the initial memory.
+            mask: ``[B, T]`` bool, False for tokens that are not there (padding, at any place); None for True.
+            cu_seqlens: ``[B+1]`` int32: sequence i is the tokens [cu_i, cu_{i+1}) of the packed row.
             update: False only reads and leaves the state as it is.
+            return_state: False where nobody reads on: without a state nothing is kept that only a later call would
+                read.
             inplace: the tables of ``state`` may be overwritten, which saves one copy of them. Of a compiled layer the
                 memory then runs between two graphs.
 
         Returns:
-            y ``[B, T, hidden_size]`` in the projections' dtype, NaN for tokens that are not finite, and the next state.
+            y in the shape of x, in the projections' dtype: NaN for tokens that are not finite, 0 for masked ones; and
+            the next state, or None without ``return_state``.
 
         Raises:
             ValueError: an argument does not fit; names it, what was expected and what was received.
             RuntimeError: ``inplace`` on a table that autograd still needs.
         """
-        tokens, dead, dtype = self._project(x, mask)
-        if state is None:  # written in place, so that the initial memory is copied once
-            state, inplace = ops.initial_state(self.config, self.memory(), tokens.query)
-        read, state, _ = ops.apply(self.config, state, **tokens.present(), update=update, inplace=inplace)
-        return self._output(read, tokens, dead, dtype), state
+        tokens, dtype = self._project(x, mask)
+        start: State | Memory | None = state
+        if state is None and not return_state:
+            start = self.memory()
+        elif state is None:  # written in place, so that the initial memory is copied once
+            batch = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+            counted = mask if cu_seqlens is None else cu_seqlens
+            device = None if counted is None else counted.device
+            start, inplace = ops.initial_state(self.config, self.memory(), tokens.query, batch, device)
+        read, state, _ = ops.apply(
+            self.config, start, **tokens.present(), cu_seqlens=cu_seqlens, update=update, inplace=inplace
+        )
+        return self._output(read, tokens, dtype), state if return_state else None
 
     @torch.no_grad()
     def decode(self, x: Tensor, state: State, mask: Tensor | None = None) -> Tensor:
@@ -186,38 +201,44 @@ class FwPKM(nn.Module):
             ValueError: an argument does not fit; names it, what was expected and what was received.
         """
         validation.check_array("x", x, [("B", None), ("T", 1), ("hidden_size", self.hidden_size)], "float", Tensor)
-        tokens, dead, dtype = self._project(x, mask)
-        read = decoding.decode(self.config, state, **tokens.present())
-        return self._output(read, tokens, dead, dtype)
+        tokens, dtype = self._project(x, mask)
+        return self._output(decoding.decode(self.config, state, **tokens.present()), tokens, dtype)
 
-    def _project(self, x: Tensor, mask: Tensor | None) -> tuple[Tokens, Tensor, torch.dtype]:
-        """What the tokens bring to the memory, which of them are not finite ``[B, T]``, and the projections' dtype."""
+    def _project(self, x: Tensor, mask: Tensor | None) -> tuple[Tokens, torch.dtype]:
+        """What the tokens bring to the memory, and the projections' dtype."""
         validation.check_array("x", x, [("B", None), ("T", None), ("hidden_size", self.hidden_size)], "float", Tensor)
         # Under autocast x may be narrower than the norms' weights, which the fused kernel refuses.
         x = x.to(self.query_norm.weight.dtype)
-        # A token that is not finite must not reach the projections: their weights' gradients would be 0 · NaN.
+        # A token that is not finite must not reach the projections: their weights' gradients would be 0 · NaN. Nor
+        # must one that is not there.
         dead = ~finite_rows(x.flatten(0, 1)).view(x.shape[:2])
+        if mask is not None:
+            validation.check_array("mask", mask, [("B", x.shape[0]), ("T", x.shape[1])], "bool", Tensor)
+            gone = ~mask.to(x.device)
+            x, dead = x.masked_fill(gone[..., None], 0), dead & ~gone
         if maybe_any(dead):
             x = x.masked_fill(dead[..., None], 0)
-            mask = ~dead if mask is None else mask & ~dead
         query = self.query_proj(rms_norm(self.query_norm, x))
         value = self.value_proj(rms_norm(self.value_norm, x))
         if self.value_normalization == "zscore":
             value = zscore(value)
+        if maybe_any(dead):  # so that the memory sees it: such a token takes its position
+            value = value.masked_fill(dead[..., None], torch.nan)
         gate = self.gate_proj(rms_norm(self.gate_norm, x)).squeeze(-1).sigmoid() if self.gated else None
-        return Tokens(query, value, gate, mask), dead, x.dtype
+        return Tokens(query, value, gate, mask), x.dtype
 
-    def _output(self, read: Tensor, tokens: Tokens, dead: Tensor, dtype: torch.dtype) -> Tensor:
-        """y from v̂: the mixture with the values, normalised and projected; NaN for dead tokens."""
-        value, dead = tokens.value, dead | ~finite_rows(read.flatten(0, 1)).view(dead.shape)
+    def _output(self, read: Tensor, tokens: Tokens, dtype: torch.dtype) -> Tensor:
+        """y from v̂: the mixture with the values, normalised and projected; NaN for dead tokens, 0 for masked ones."""
+        value, dead = tokens.value, ~finite_rows(read.flatten(0, 1)).view(read.shape[:2])
         if maybe_any(dead):
             read, value = (z.masked_fill(dead[..., None], 0) for z in (read, value))
         y = self.output_proj(rms_norm(self.output_norm, mix(tokens.gate, read, value).to(dtype)))
-        return y.masked_fill(dead[..., None], torch.nan) if maybe_any(dead) else y
+        y = y.masked_fill(dead[..., None], torch.nan) if maybe_any(dead) else y
+        return y if tokens.mask is None else y.masked_fill(~tokens.mask.to(y.device)[..., None], 0)
 
-    def init_state(self, batch_size: int) -> State:
+    def init_state(self, batch_size: int, position_device: Any = None) -> State:
         """The state that a call without one starts from: the initial memory for each row, at position 0."""
-        return ops.init_state(self.config, self.memory(), batch_size)
+        return ops.init_state(self.config, self.memory(), batch_size, position_device)
 
     def extra_repr(self) -> str:
         """The arguments of the layer."""

@@ -35,14 +35,16 @@ def init_memory(cfg: FwPKMConfig, memories: int = 1, seed: int = 0) -> Memory:
     return Memory(*map(torch.from_numpy, initial_arrays(cfg, memories, seed)))
 
 
-def initial_state(cfg: FwPKMConfig, memory: Memory, query: Tensor, batch_size: int) -> tuple[State, bool]:
+def initial_state(
+    cfg: FwPKMConfig, memory: Memory, query: Tensor, batch_size: int, position_device: Any = None
+) -> tuple[State, bool]:
     """What a call without a state begins with, and whether the call may overwrite its tables.
 
     It may if they are the call's own copy and autograd does not need them; compiled, the operator makes that copy.
     """
     if torch.compiler.is_compiling() and engine.choose_engine(None, cfg, memory, query) == "compiled":
-        return start_state(cfg, memory, batch_size), False
-    return init_state(cfg, memory, batch_size), not memory.values.requires_grad
+        return start_state(cfg, memory, batch_size, position_device), False
+    return init_state(cfg, memory, batch_size, position_device), not memory.values.requires_grad
 
 
 def apply(

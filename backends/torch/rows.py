@@ -18,17 +18,18 @@ from fwpkm.containers import Memory, State, memories_for
 
 
 @engine.outside_graphs
-def init_state(cfg: FwPKMConfig, memory: Memory, batch_size: int) -> State:
-    """A state at position 0 that owns a copy of ``memory``, on its device but for the position."""
+def init_state(cfg: FwPKMConfig, memory: Memory, batch_size: int, position_device: Any = None) -> State:
+    """A state at position 0 that owns a copy of ``memory``, on its device; the position is on the CPU unless told."""
     validation.check_initial(cfg, memory, batch_size, SELF)
     memories = memories_for(cfg, batch_size)
     tables = (x.expand(memories, *x.shape[1:]).clone(memory_format=torch.contiguous_format) for x in memory)
-    return start_state(cfg, Memory(*tables), batch_size)
+    return start_state(cfg, Memory(*tables), batch_size, position_device)
 
 
-def start_state(cfg: FwPKMConfig, memory: Memory, batch_size: int) -> State:
-    """A state at position 0, which the CPU holds, of these tables."""
-    position = torch.full((batch_size,), 0, dtype=torch.int32, device="cpu")
+def start_state(cfg: FwPKMConfig, memory: Memory, batch_size: int, position_device: Any = None) -> State:
+    """A state at position 0 of these tables."""
+    device = "cpu" if position_device is None else position_device
+    position = torch.full((batch_size,), 0, dtype=torch.int32, device=device)
     return State.of(memory, no_tokens(cfg, memory.keys, batch_size), position)
 
 
@@ -39,7 +40,8 @@ def reset(cfg: FwPKMConfig, state: State, memory: Memory, rows: Any = None, *, i
     if not len(ids):
         return state
     own = memory.keys.shape[0] > 1
-    fresh = init_state(cfg, Memory(*(_rows_of(x, ids) for x in memory)) if own else memory, len(ids))
+    tables = Memory(*(_rows_of(x, ids) for x in memory)) if own else memory
+    fresh = init_state(cfg, tables, len(ids), state.position.device)
     return _put(state, ids, fresh, inplace)
 
 
