@@ -19,10 +19,9 @@ def start_decoding(state: State) -> State:
     again, with the same tables.
 
     Raises:
-        ValueError: not a state, or rows that differ in position.
+        ValueError: not a state.
     """
     validation.check_is_state(state)
-    validation.check_position(state.position.tolist())
     dtype = torch.float64 if state.memory.keys.dtype == torch.float64 else torch.float32
     device = state.memory.keys.device
 
@@ -80,6 +79,6 @@ def decode(
 
 
 def _check_decode(cfg: FwPKMConfig, state: State, tokens: Tokens) -> None:
-    validation.check_apply(cfg, state, tokens, SELF)
+    validation.check_apply(cfg, state, tokens, None, SELF)
     ops.check_device(tokens.query, **tokens.present(), **state._asdict())
     fast.check_decoding(state, tokens.query)
