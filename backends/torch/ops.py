@@ -118,7 +118,9 @@ def _apply(
         return _run_kernels(cfg, state, inputs, cu_seqlens, update, inplace)
     memory = _as_tables(state.memory, inputs.query)
     dtype = memory.keys.dtype
-    tokens = filled(dtype, inputs)
+    device = inputs.query.device
+    inputs = inputs._replace(mask=None if inputs.mask is None else inputs.mask.to(device))
+    tokens, cu_seqlens = filled(dtype, inputs), None if cu_seqlens is None else cu_seqlens.to(device)
     streams = streams_of(cfg, state, tokens, inputs.mask, cu_seqlens, update, dtype)
     there = None if inputs.mask is None else tokens.mask
     output, written, trace = _run_eagerly(cfg, memory, streams, tokens, there, inplace)
