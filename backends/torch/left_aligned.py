@@ -50,7 +50,8 @@ class LeftAligned(NamedTuple):
         def kept_of(x: Tensor) -> Tensor:
             return moved(x.flatten(0, 1), cells, entries).view(batch, cfg.capacity, *x.shape[2:])
 
-        return filled(torch.float32, self.tokens).map(kept_of)
+        left = filled(torch.float32, self.tokens.map(kept_of))
+        return left if self.tokens.gate is not None else left._replace(gate=left.mask.to(left.gate.dtype))
 
 
 def left_align(
@@ -132,4 +133,5 @@ moved = _Moved.apply
 
 
 def _rows_at(x: Tensor, index: Tensor) -> Tensor:
-    return torch.cat([x, x.new_zeros(1, *x.shape[1:])]).index_select(0, index)
+    rows = x.index_select(0, index.clamp(max=len(x) - 1))
+    return rows.masked_fill_((index == len(x)).view(-1, *[1] * (x.ndim - 1)), 0)
