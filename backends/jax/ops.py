@@ -15,8 +15,9 @@ from jax import Array
 
 from fwpkm import schedule, validation
 from fwpkm.backends.jax.backward import run
-from fwpkm.backends.jax.tokens import SELF, cut, filled, finite, insert, no_tokens, pad, without
+from fwpkm.backends.jax.tokens import cut, filled, finite, insert, no_tokens, pad, without
 from fwpkm.backends.jax.windows import (
+    SELF,
     Result,
     Write,
     compute_window,

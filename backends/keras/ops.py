@@ -14,8 +14,9 @@ import numpy as np
 from keras import ops
 
 from fwpkm import schedule, validation
-from fwpkm.backends.keras.tokens import SELF, filled, no_tokens, outer, without
+from fwpkm.backends.keras.tokens import filled, no_tokens, outer, without
 from fwpkm.backends.keras.windows import (
+    SELF,
     no_losses,
     nothing_read,
     read_stream,

@@ -14,7 +14,8 @@ from torch import Tensor
 from fwpkm import schedule, validation
 from fwpkm.backends.torch import fast
 from fwpkm.backends.torch.flat import flat, flatten, leaf_names, schema, unflatten
-from fwpkm.backends.torch.tokens import SELF, pad
+from fwpkm.backends.torch.tokens import pad
+from fwpkm.backends.torch.windows import SELF
 from fwpkm.config import FwPKMConfig
 from fwpkm.containers import Memory, State, Trace
 from fwpkm.tokens import TOKEN_FIELDS, Tokens

@@ -11,8 +11,8 @@ from torch import Tensor
 from fwpkm import schedule, validation
 from fwpkm.backends.torch import engine, fast, operators
 from fwpkm.backends.torch.checks import check_apply, check_device, check_inplace
-from fwpkm.backends.torch.tokens import SELF, filled, maybe_any, pad
-from fwpkm.backends.torch.windows import apply_values, new_tokens, select_window, trace_of, windows, write_chunk
+from fwpkm.backends.torch.tokens import filled, maybe_any, pad
+from fwpkm.backends.torch.windows import SELF, apply_values, new_tokens, select_window, trace_of, windows, write_chunk
 from fwpkm.config import FwPKMConfig
 from fwpkm.containers import Lookup, Losses, Memory, State, Trace, memories_for
 from fwpkm.initial import initial_arrays
