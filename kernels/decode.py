@@ -41,7 +41,7 @@ def token_kernel(
     rows,
     QUERY: tl.constexpr, VALUE: tl.constexpr, QUERY_BLOCK: tl.constexpr, VALUE_BLOCK: tl.constexpr,
     HAS_GATE: tl.constexpr, HAS_MASK: tl.constexpr, CHUNK: tl.constexpr, LAG: tl.constexpr, GROUPS: tl.constexpr,
-    HEADS: tl.constexpr, SUBKEYS: tl.constexpr, K: tl.constexpr, SCORE: tl.constexpr, EPSILON: tl.constexpr,
+    HEADS: tl.constexpr, SUBKEYS: tl.constexpr, K: tl.constexpr, SCORE: tl.constexpr,
     TEMPERATURE: tl.constexpr, CHOICES: tl.constexpr, LISTED: tl.constexpr, HEAD_BLOCK: tl.constexpr,
     DEPTH: tl.constexpr,
 ):  # fmt: skip
@@ -71,8 +71,8 @@ def token_kernel(
         row_index = (b * HEADS + h).to(tl.int64) * 2
         rank1, id1 = top_k(token_ranks + row_index * SUBKEYS, SUBKEYS, K, CHOICES, LISTED)
         rank2, id2 = top_k(token_ranks + (row_index + 1) * SUBKEYS, SUBKEYS, K, CHOICES, LISTED)
-        s1, bounded1 = bounded_scores(rank1[None, :], choice, K, EPSILON, SCORE)
-        s2, bounded2 = bounded_scores(rank2[None, :], choice, K, EPSILON, SCORE)
+        s1, bounded1 = bounded_scores(rank1[None, :], choice, K, SCORE)
+        s2, bounded2 = bounded_scores(rank2[None, :], choice, K, SCORE)
         alive = alive & bounded1 & bounded2
         sums, slot = best_sums(s1, s2, id1[None, :], id2[None, :], choice, SUBKEYS, K, 1, CHOICES)
         logits = tl.where((head == h)[None, :, None], (sums / TEMPERATURE)[:, None, :], logits)

@@ -6,6 +6,7 @@ Or Σ c q, where the score is the dot product. Backward: from the keys after a w
 import triton
 import triton.language as tl
 
+from fwpkm.kernels.key_sums import add_key_sums
 from fwpkm.kernels.keys import count_of, key_gradients, key_gradients_after, rows_before
 from fwpkm.kernels.losses import addressing_curvature, addressing_slope, mean_probabilities, sub_key_probabilities
 from fwpkm.kernels.runtime.launch import Launches
@@ -28,7 +29,7 @@ EQUATIONS = ("sub_scores", "sub_key_probabilities", "mean_probabilities", "key_g
 @triton.jit
 def coefficients_of(
     ids, ranks, probability_sums, at, known, counted, group, count,
-    SUBKEYS: tl.constexpr, K: tl.constexpr, SCORE: tl.constexpr, EPSILON: tl.constexpr, WEIGHT: tl.constexpr,
+    SUBKEYS: tl.constexpr, K: tl.constexpr, SCORE: tl.constexpr, WEIGHT: tl.constexpr,
     CHOICES: tl.constexpr,
 ):  # fmt: skip
     """Of the tokens whose choices begin at ``at`` [E]: the sub-keys chosen, their scores s, p, a, and c (§4).
@@ -39,7 +40,7 @@ def coefficients_of(
     picked = (choice < K)[None, :]
     use = known[:, None] & picked
     chosen = tl.load(ids + at[:, None] + choice[None, :], mask=use, other=-1)
-    score = sub_scores(tl.load(ranks + at[:, None] + choice[None, :], mask=use, other=0.0), EPSILON, SCORE)
+    score = sub_scores(tl.load(ranks + at[:, None] + choice[None, :], mask=use, other=0.0), SCORE)
     p = sub_key_probabilities(score, picked)
     total = tl.load(probability_sums + group.to(tl.int64) * SUBKEYS + chosen, mask=use, other=0)
     a = addressing_slope(mean_probabilities(total, count))
@@ -52,7 +53,7 @@ def coefficients_of(
 def coefficients_kernel(
     ids, ranks, window_flags, probability_sums, counts, active, coefficients, due,
     window, start, length, first, num_tokens, rows,
-    HEADS: tl.constexpr, SUBKEYS: tl.constexpr, K: tl.constexpr, SCORE: tl.constexpr, EPSILON: tl.constexpr,
+    HEADS: tl.constexpr, SUBKEYS: tl.constexpr, K: tl.constexpr, SCORE: tl.constexpr,
     CHUNK: tl.constexpr, LOOKAHEAD: tl.constexpr, WEIGHT: tl.constexpr, BLOCK: tl.constexpr, CHOICES: tl.constexpr,
 ):  # fmt: skip
     """c of every choice of the window, from p̄; and whether any token of a memory has a pair."""
@@ -73,7 +74,7 @@ def coefficients_kernel(
     probability_sums += rows_before(window, tl.num_programs(1), SUBKEYS)
     at = (here * 2 * HEADS + half) * K
     _, _, _, _, c = coefficients_of(
-        ids, ranks, probability_sums, at, live, live, group, count, SUBKEYS, K, SCORE, EPSILON, WEIGHT, CHOICES
+        ids, ranks, probability_sums, at, live, live, group, count, SUBKEYS, K, SCORE, WEIGHT, CHOICES
     )
     choice = tl.arange(0, CHOICES)
     out = ((memory * rows * length + r).to(tl.int64) * 2 * HEADS + half) * K
@@ -93,7 +94,7 @@ def coefficients_backward_kernel(
     query, keys, d_keys, ids, ranks, window_flags, probability_sums, counts, moved, keys_unclipped,
     d_coefficients, d_slopes, window, start, length, first, num_tokens, rows,
     HEADS: tl.constexpr, SUBKEYS: tl.constexpr, HALF: tl.constexpr, K: tl.constexpr, SCORE: tl.constexpr,
-    EPSILON: tl.constexpr, CHUNK: tl.constexpr, RATE: tl.constexpr, WEIGHT: tl.constexpr,
+    CHUNK: tl.constexpr, RATE: tl.constexpr, WEIGHT: tl.constexpr,
     BLOCK: tl.constexpr, CHOICES: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """From the keys after to each choice's coefficient c, and on to a of its sub-key."""
@@ -112,7 +113,7 @@ def coefficients_backward_kernel(
     probability_sums += before
     at = (here * 2 * HEADS + half) * K
     chosen, score, p, _, _ = coefficients_of(
-        ids, ranks, probability_sums, at, live, live, group, count, SUBKEYS, K, SCORE, EPSILON, WEIGHT, CHOICES
+        ids, ranks, probability_sums, at, live, live, group, count, SUBKEYS, K, SCORE, WEIGHT, CHOICES
     )
     choice = tl.arange(0, CHOICES)
     use = live[:, None] & (choice < K)[None, :]
@@ -140,20 +141,13 @@ def coefficients_backward_kernel(
     tl.store(d_slopes + at[:, None] + choice[None, :], d_slope, mask=inside)
 
 
-def add_coefficients_backward(launches: Launches, call: Call, integers: dict[str, int]) -> None:
-    """Add the gradients of a window's coefficients, and of the slopes a in them."""
-    constants = call.shapes.by_token
-    grid = blocks_of(call.rows * integers["length"], constants["BLOCK"]), call.groups
-    launches.add(coefficients_backward_kernel, grid, integers, constants)
-
-
 @triton.jit(do_not_specialize=["window", "pieces", *VARYING])
 def scores_backward_kernel(
     query, keys, d_keys, ids, ranks, window_flags, probability_sums, counts, moved, keys_unclipped,
     d_coefficients, totals, d_scores, d_ranks, d_query,
     window, pieces, start, length, first, num_tokens, rows,
     HEADS: tl.constexpr, SUBKEYS: tl.constexpr, HALF: tl.constexpr, K: tl.constexpr, SCORE: tl.constexpr,
-    EPSILON: tl.constexpr, CHUNK: tl.constexpr, RATE: tl.constexpr, WEIGHT: tl.constexpr,
+    CHUNK: tl.constexpr, RATE: tl.constexpr, WEIGHT: tl.constexpr,
     BLOCK: tl.constexpr, CHOICES: tl.constexpr, DEPTH: tl.constexpr, WRITES: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
     """All of a sub-score's gradient, and what it and the coefficients give to the query.
@@ -182,7 +176,7 @@ def scores_backward_kernel(
     d_score = tl.load(d_scores + choices, mask=use, other=0.0)
     if WRITES:
         chosen, score, p, a, c = coefficients_of(
-            ids, ranks, probability_sums, at, alive, live, group, count, SUBKEYS, K, SCORE, EPSILON, WEIGHT, CHOICES
+            ids, ranks, probability_sums, at, alive, live, group, count, SUBKEYS, K, SCORE, WEIGHT, CHOICES
         )
         d_coefficient = tl.load(d_coefficients + choices, mask=use, other=0.0)
         slope = key_factor(d_coefficient, score, SCORE)
@@ -201,7 +195,7 @@ def scores_backward_kernel(
         d_score += tl.where(counted, p * (d_p - tl.sum(tl.where(counted, p * d_p, 0.0), 1)[:, None]), 0.0)
     else:
         chosen = tl.load(ids + choices, mask=use, other=0)
-        score = sub_scores(tl.load(ranks + choices, mask=use, other=0.0), EPSILON, SCORE)
+        score = sub_scores(tl.load(ranks + choices, mask=use, other=0.0), SCORE)
         c = tl.zeros([BLOCK, CHOICES], tl.float32)
     d_rank = tl.where(use, query_factor(tl.where(use, d_score, 0.0), score, SCORE), 0.0)
     tl.store(d_ranks + choices, d_rank, mask=inside[:, None] & (choice < K)[None, :])
@@ -226,7 +220,11 @@ def scores_backward_kernel(
 
 
 def add_scores_backward(launches: Launches, call: Call, integers: dict[str, int], add: bool) -> None:
-    """Add the gradients of a window's queries, to what is there where ``add``; from ``pieces`` of the sums."""
-    constants, writes = call.shapes.by_token, call.plan.windows[integers["window"]].writes
+    """Add the gradients of a window's ranks and queries, the latter to what is there where ``add``."""
+    constants, writes, pieces = call.shapes.by_token, call.plan.windows[integers["window"]].writes, 0
     grid = blocks_of(call.rows * integers["length"], constants["BLOCK"]), call.groups
-    launches.add(scores_backward_kernel, grid, integers, constants | {"WRITES": writes, "ADD": add})
+    if writes:
+        launches.add(coefficients_backward_kernel, grid, integers, constants)
+        pieces = add_key_sums(launches, call, integers, "d_slopes", queries=False)
+    constants = constants | {"WRITES": writes, "ADD": add}
+    launches.add(scores_backward_kernel, grid, integers | {"pieces": pieces}, constants)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fwpkm.config import FwPKMConfig
-from fwpkm.kernels import key_gradient, key_sums, keys, propose, ranks, read, slots, tokens, values
+from fwpkm.kernels import key_gradient, keys, propose, ranks, read, slots, tokens, values
 from fwpkm.kernels.runtime.launch import Launches
 from fwpkm.kernels.runtime.layouts import backward_layout, forward_layout, residuals_layout
 from fwpkm.kernels.runtime.windows import Bounds, Call, Plan, least, of_call
@@ -127,15 +127,12 @@ def add_address(launches: Launches, call: Call) -> None:
     Where the tensor ``due`` is not None but an int32 on the GPU, and 0, the launches do nothing.
     """
     for i, window in enumerate(call.plan.windows):
-        version = i * call.save  # each window before has written
-        integers = call.integers(i) | {"version": version}
+        integers = call.integers(i) | {"version": i * call.save}  # each window before has written
         propose.add_propose(launches, call, integers)
         ranks.add_rank(launches, call, integers)
         slots.add_select_slots(launches, call, integers)
         if window.writes:
             key_gradient.add_coefficients(launches, call, integers)
-            pieces = key_sums.add_key_sums(launches, call, integers, "coefficients", offset=window.first)
-            integers |= {"before": version, "after": version + call.save, "pieces": pieces}
             keys.add_keys(launches, call, integers)
 
 
@@ -234,10 +231,6 @@ def _add_values_backward(launches: Launches, call: Call) -> None:
 def _add_keys_backward(launches: Launches, call: Call, overlap: bool) -> None:
     """Add what gives the gradients of the keys before each window, and of the stream's queries."""
     for i in reversed(range(len(call.plan.windows))):
-        integers = call.integers(i) | {"version": i, "pieces": 0}
-        if call.plan.windows[i].writes:
-            key_gradient.add_coefficients_backward(launches, call, integers)
-            integers["pieces"] = key_sums.add_key_sums(launches, call, integers, "d_slopes", queries=False)
+        integers = call.integers(i) | {"version": i}
         key_gradient.add_scores_backward(launches, call, integers, overlap)
-        integers["pieces"] = key_sums.add_key_sums(launches, call, integers, "d_ranks")
         keys.add_keys_backward(launches, call, integers)

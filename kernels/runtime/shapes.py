@@ -13,8 +13,12 @@ from fwpkm import schedule
 from fwpkm.config import FwPKMConfig
 from fwpkm.kernels.runtime.launch import INTERPRETED
 
-_PRODUCT_ERRORS = {"idw": 2.0**-17, "dot_product": 2.0**-16}
-"""What hi and lo of keys and their sums leave out, in the unit of a score's proposals."""
+
+class Score(NamedTuple):
+    """The constant SCORE: what the score follows from (kernels/scores.py)."""
+
+    name: str
+    epsilon: float
 
 
 class Shapes(NamedTuple):
@@ -55,8 +59,8 @@ def shapes(cfg: FwPKMConfig, query: torch.dtype) -> Shapes:
     head_block = triton.next_power_of_2(heads)
     entries = heads * k
     names = {"HEADS": heads, "SUBKEYS": subkeys}
-    ranked = names | {"HALF": half, "SCORE": cfg.score}
-    scored = names | {"K": k, "SCORE": cfg.score, "EPSILON": cfg.score_eps}
+    score = {"SCORE": Score(cfg.score, cfg.score_eps)}
+    ranked, scored = names | {"HALF": half} | score, names | {"K": k} | score
     chosen = scored | {"CHUNK": cfg.chunk_size}
     table = {"SLOTS": cfg.num_slots, "WIDTH": cfg.value_dim, "ENTRIES": entries}
     bound = {"CHUNK": cfg.chunk_size, "LOOKAHEAD": cfg.lookahead, "WRITE_SCALE": cfg.write_scale}
@@ -109,8 +113,7 @@ def shapes(cfg: FwPKMConfig, query: torch.dtype) -> Shapes:
             "DEPTH": max(8, min(1024 // choices, half_block)),
             "CHOICES": choices,
             "LISTED": triton.next_power_of_2(tiles * proposed),
-            # What hi, lo and sums leave out, of (|q| + max |K|)² or |q| max |K|, at worst.
-            "ERROR": (1 if exact else 2) * _PRODUCT_ERRORS[cfg.score],
+            "EXACT": exact,
             "num_warps": 1,
             **proposals,
         },
