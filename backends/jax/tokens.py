@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from fwpkm.config import FwPKMConfig
-from fwpkm.tokens import TOKEN_FIELDS, TokenField, Tokens, token_specs
+from fwpkm.tokens import NUMBERS, TOKEN_FIELDS, TokenField, Tokens, token_specs
 
 NAME = "the JAX backend"
 
@@ -33,7 +33,7 @@ def no_tokens(cfg: FwPKMConfig, batch_size: int, dtype: jnp.dtype) -> Tokens:
 
 def numbers(tokens: Tokens) -> dict[str, Array]:
     """The fields that gradients pass through, by name."""
-    return {field.name: x for field, x in zip(TOKEN_FIELDS, tokens) if field.kind == "float"}
+    return {name: getattr(tokens, name) for name in NUMBERS}
 
 
 def cut(tokens: Tokens, start: Array | int, length: int) -> Tokens:

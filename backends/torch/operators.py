@@ -18,11 +18,9 @@ from fwpkm.backends.torch.tokens import pad
 from fwpkm.backends.torch.windows import SELF
 from fwpkm.config import FwPKMConfig
 from fwpkm.containers import Memory, State, Trace
-from fwpkm.tokens import TOKEN_FIELDS, Tokens
+from fwpkm.tokens import NUMBERS, TOKEN_FIELDS, Tokens
 
-_NUMBERS = tuple(field.name for field in TOKEN_FIELDS if field.kind == "float")
-"""What of a token has a gradient."""
-_GRADIENTS = ("keys", "values", *(f"pending_{name}" for name in _NUMBERS), *_NUMBERS)
+_GRADIENTS = ("keys", "values", *(f"pending_{name}" for name in NUMBERS), *NUMBERS)
 """What ``fwpkm::apply_backward`` returns."""
 
 unpacked = functools.lru_cache(FwPKMConfig.from_json)
@@ -226,8 +224,8 @@ def _backward(ctx: Any, d_results: list[Tensor | None]) -> tuple[Tensor | None, 
         x = gradients[name]
         gradients[name] = x.sum(0, keepdim=True) if x.numel() and x.shape[0] != shape[0] else x
     memory = Memory(gradients["keys"], gradients["values"] if table else None)
-    pending = Tokens(**{name: gradients[f"pending_{name}"] for name in _NUMBERS})
-    tokens = {name: gradients[name] for name in _NUMBERS if getattr(saved.tokens, name) is not None}
+    pending = Tokens(**{name: gradients[f"pending_{name}"] for name in NUMBERS})
+    tokens = {name: gradients[name] for name in NUMBERS if getattr(saved.tokens, name) is not None}
     state = State.of(memory, pending, None)
     return tuple(flatten(_Apply(None, state, Tokens(**tokens), None, None)))  # type: ignore[arg-type]
 
@@ -253,7 +251,7 @@ def _apply_backward(*arguments: Any) -> list[Tensor]:
         flags = residuals["flags"][: batch * plan.num_tokens].view(batch, plan.num_tokens)
         dead = (flags[:, first:] & fast.DEAD) != 0
         of_pending, of_call = [], []
-        for name in _NUMBERS:
+        for name in NUMBERS:
             pending, new, d_left = (getattr(x, name) for x in (saved.pending, saved.tokens, d_pending))
             of_stream = getattr(found.tokens, name)
             if of_stream is None:
@@ -279,9 +277,9 @@ def _(*arguments: Any) -> list[Tensor]:
     new = functools.partial(torch.empty, device=query.device, dtype=torch.float32)
     keys = new(memories, cfg.num_heads, 2, cfg.num_subkeys, cfg.key_dim // 2)
     values = new(memories, cfg.num_slots, cfg.value_dim) if table else query.new_empty(0)
-    of_pending = [torch.empty_like(getattr(saved.pending, name)) for name in _NUMBERS]
+    of_pending = [torch.empty_like(getattr(saved.pending, name)) for name in NUMBERS]
     of_call = []
-    for name in _NUMBERS:
+    for name in NUMBERS:
         pending, tokens = getattr(saved.pending, name), getattr(saved.tokens, name)
         dtype = (pending if tokens is None else tokens).dtype
         of_call.append(new(*query.shape[:2], *pending.shape[2:], dtype=dtype))
