@@ -84,7 +84,7 @@ def test_gate_and_mask_may_be_left_out(be):
     """None means 1 and True."""
     cfg = FwPKMConfig(4, 3, 1, 4, 2, 3, 1)
     rng = np.random.default_rng(0)
-    memory, tokens = draw_memory(rng, cfg, 2), draw_tokens(rng, cfg, 2, 8, gated=False, masked=False)
+    memory, tokens = draw_memory(rng, cfg, 2), draw_tokens(rng, cfg, 2, 8, left_out=["gate", "mask"])
     full = Tokens(tokens.query, tokens.value, np.ones((2, 8)), np.ones((2, 8), bool))
     runs = []
     for each in (tokens, full):

@@ -141,7 +141,7 @@ def test_slots_that_no_unmasked_token_reads_keep_their_bits(be, case, pair_rate)
         weight_decay=0.0,
         grad_clip=None,
         addressing_weight=0.0,
-        gated=st.just(False),
+        left_out=st.sampled_from([["gate"], ["gate", "mask"]]),
         min_length=1,
     )
 )
@@ -165,7 +165,7 @@ def test_normalized_rewrites_one_token(be):
     """The rule above, where it cannot be vacuous."""
     cfg = FwPKMConfig(4, 3, 1, 5, 3, 1, 0, write_scale="normalized", addressing_weight=0.0)
     rng = np.random.default_rng(3)
-    memory, tokens = draw_memory(rng, cfg, 2), draw_tokens(rng, cfg, 2, 1, gated=False, masked=False)
+    memory, tokens = draw_memory(rng, cfg, 2), draw_tokens(rng, cfg, 2, 1, left_out=["gate", "mask"])
     written, _ = write(be, cfg, memory, (tokens.query, tokens.value))
     again = as_numpy(be, be.lookup(cfg, native(be, written), native(be, tokens.query)).output)
     assert_close(again, tokens.value, "float64")

@@ -261,7 +261,7 @@ print(be.asarray([1.0], "float32").dtype)
 
 def many(cfg, twist, rng):
     """Tokens and tables for which a product of matrices alone would pick wrong sub-keys."""
-    memory, tokens = draw_memory(rng, cfg, 2), draw_tokens(rng, cfg, 2, 7, masked=False)
+    memory, tokens = draw_memory(rng, cfg, 2), draw_tokens(rng, cfg, 2, 7, left_out=["mask"])
     keys, query = memory.keys, tokens.query
     halves = query.reshape(2, 7, cfg.num_heads, 2, -1).copy()
     if twist == "equal keys":  # ties go to the lower id, whatever proposed it

@@ -63,7 +63,7 @@ def test_a_flush_with_nothing_to_write_returns_the_same_tables(be, boundary):
     """Nothing pending; and under "wait" the L tokens that only served as targets of a chunk already written."""
     cfg = FwPKMConfig(4, 2, 1, 4, 2, 3, 1, boundary=boundary)
     state = be.init_state(cfg, be.init_memory(cfg), batch_size=2)
-    tokens = draw_tokens(np.random.default_rng(0), cfg, 2, 6 + (boundary == "wait"), masked=False)
+    tokens = draw_tokens(np.random.default_rng(0), cfg, 2, 6 + (boundary == "wait"), left_out=["mask"])
     for now in (state, apply(be, cfg, state, tokens.map(lambda array: array.astype("float32")))[1]):
         after, trace = be.flush(cfg, now)
         assert int(trace.writes) == 0
@@ -80,7 +80,7 @@ def test_position_lives_on_the_cpu_in_torch():
 def test_tokens_that_are_not_finite_are_stored_as_masked_zeros(be):
     cfg = FwPKMConfig(4, 2, 1, 4, 2, 6, 1)
     rng = np.random.default_rng(0)
-    memory, tokens = draw_memory(rng, cfg, 1), draw_tokens(rng, cfg, 1, 5, masked=False)
+    memory, tokens = draw_memory(rng, cfg, 1), draw_tokens(rng, cfg, 1, 5, left_out=["mask"])
     tokens.query[0, 1, 2], tokens.value[0, 2, 0], tokens.gate[0, 4] = np.nan, np.inf, -np.inf
     state = be.init_state(cfg, native(be, memory), batch_size=1)
     now = as_numpy(be, apply(be, cfg, state, tokens)[1])
@@ -229,7 +229,7 @@ def test_reset_takes_rows_in_any_common_form(be, rows):
     rng = np.random.default_rng(0)
     memory = be.init_memory(cfg)
     state = be.init_state(cfg, memory, batch_size=3)
-    state = apply(be, cfg, state, draw_tokens(rng, cfg, 3, 6, masked=False).map(lambda x: x.astype("float32")))[1]
+    state = apply(be, cfg, state, draw_tokens(rng, cfg, 3, 6, left_out=["mask"]).map(lambda x: x.astype("float32")))[1]
     new = as_numpy(be, be.reset(state, memory, rows))
     assert new.pending_mask[:, 0].tolist() == [False, True, False]
     fresh = as_numpy(be, memory).values[0]
@@ -239,7 +239,7 @@ def test_reset_takes_rows_in_any_common_form(be, rows):
 def test_reset_of_no_row_and_of_a_shared_table(be):
     cfg = FwPKMConfig(4, 2, 1, 4, 2, 4, memory_scope="batch")
     memory = be.init_memory(cfg)
-    tokens = draw_tokens(np.random.default_rng(0), cfg, 2, 6, masked=False).map(lambda x: x.astype("float32"))
+    tokens = draw_tokens(np.random.default_rng(0), cfg, 2, 6, left_out=["mask"]).map(lambda x: x.astype("float32"))
     state = apply(be, cfg, be.init_state(cfg, memory, batch_size=2), tokens)[1]
     assert_same_bits(as_numpy(be, be.reset(state, memory, [])), as_numpy(be, state))
     new = as_numpy(be, be.reset(state, memory, [0, 1]))
