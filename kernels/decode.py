@@ -13,7 +13,7 @@ from fwpkm.kernels.runtime.shapes import blocks_of
 from fwpkm.kernels.runtime.windows import Call
 from fwpkm.kernels.scores import bounded_scores, exact_ranks
 from fwpkm.kernels.slots import best_sums, softmax_over_heads
-from fwpkm.kernels.tokens import DEAD, INF, LIVE, flag_of, not_due
+from fwpkm.kernels.tokens import DEAD, INF, LIVE, flag_of, gate_of, not_due
 
 EQUATIONS = ("sub_scores", "top_k", "select_slots", "read", "windows")
 
@@ -130,10 +130,7 @@ def stage_kernel(
         else:
             move(token_query + b * QUERY, query + into * QUERY, QUERY, False, QUERY_BLOCK)
             move(token_value + b * VALUE, value + into * VALUE, VALUE, False, VALUE_BLOCK)
-            g = 1.0
-            if HAS_GATE:
-                g = tl.load(token_gate + b).to(tl.float32)
-            tl.store(gate + into, g)
+            tl.store(gate + into, gate_of(token_gate, b, HAS_GATE))
             tl.store(flags + into, tl.load(token_flags + b))
     elif i < STAGED + GROUPS * SUBKEYS:
         row = i - STAGED
@@ -191,10 +188,7 @@ def store_pending_kernel(
         blank = (flag & DEAD) != 0
         move(token_query + b * QUERY, pending_query + into * QUERY, QUERY, blank, QUERY_BLOCK)
         move(token_value + b * VALUE, pending_value + into * VALUE, VALUE, blank, VALUE_BLOCK)
-        g = 1.0
-        if HAS_GATE:
-            g = tl.load(token_gate + b).to(tl.float32)
-        tl.store(pending_gate + into, tl.where(blank, 0.0, g))
+        tl.store(pending_gate + into, tl.where(blank, 0.0, gate_of(token_gate, b, HAS_GATE)))
         tl.store(pending_mask + into, (flag & LIVE) != 0)
 
 

@@ -14,11 +14,10 @@ from fwpkm.kernels.runtime.shapes import blocks_of
 from fwpkm.kernels.runtime.windows import Call
 from fwpkm.kernels.scores import (
     add_factor_vjp,
+    factor_of,
     key_direction,
-    key_factor,
     query_direction,
     query_direction_vjp,
-    query_factor,
     sub_scores,
 )
 from fwpkm.kernels.tokens import DEAD, LIVE, VARYING, not_due, pairs, token_of
@@ -46,7 +45,7 @@ def coefficients_of(
     a = addressing_slope(mean_probabilities(total, count))
     mean = tl.sum(tl.where(picked, p * a, 0.0), 1)
     d_score = tl.where(use & counted[:, None], WEIGHT / count * p * (a - mean[:, None]), 0.0)
-    return chosen, score, p, a, key_factor(d_score, score, SCORE)
+    return chosen, score, p, a, factor_of(d_score, score, SCORE)
 
 
 @triton.jit(do_not_specialize=["window", *VARYING])
@@ -133,7 +132,7 @@ def coefficients_backward_kernel(
         )
         after = key_gradients(d_keys, moved, keys_unclipped, before, row, use, d, HALF, RATE)
         d_coefficient += tl.sum(key_direction(q, key, SCORE) * after, 2)
-    slope = tl.where(use, key_factor(d_coefficient, score, SCORE), 0.0)
+    slope = tl.where(use, factor_of(d_coefficient, score, SCORE), 0.0)
     mean = tl.sum(tl.where(use, p * slope, 0.0), 1)
     inside = (r < rows * length)[:, None] & (choice < K)[None, :]
     tl.store(d_coefficients + at[:, None] + choice[None, :], tl.where(use, d_coefficient, 0.0), mask=inside)
@@ -179,7 +178,7 @@ def scores_backward_kernel(
             ids, ranks, probability_sums, at, alive, live, group, count, SUBKEYS, K, SCORE, WEIGHT, CHOICES
         )
         d_coefficient = tl.load(d_coefficients + choices, mask=use, other=0.0)
-        slope = key_factor(d_coefficient, score, SCORE)
+        slope = factor_of(d_coefficient, score, SCORE)
         d_score = add_factor_vjp(d_score, c, d_coefficient, SCORE)
         counted = live[:, None] & (choice < K)[None, :]
         mean_a = tl.sum(tl.where(counted, p * a, 0.0), 1)
@@ -197,7 +196,7 @@ def scores_backward_kernel(
         chosen = tl.load(ids + choices, mask=use, other=0)
         score = sub_scores(tl.load(ranks + choices, mask=use, other=0.0), SCORE)
         c = tl.zeros([BLOCK, CHOICES], tl.float32)
-    d_rank = tl.where(use, query_factor(tl.where(use, d_score, 0.0), score, SCORE), 0.0)
+    d_rank = tl.where(use, factor_of(tl.where(use, d_score, 0.0), score, SCORE), 0.0)
     tl.store(d_ranks + choices, d_rank, mask=inside[:, None] & (choice < K)[None, :])
     row = group * SUBKEYS + chosen
     for d0 in range(0, HALF, DEPTH):

@@ -8,7 +8,7 @@ from fwpkm.kernels.losses import addressing_loss, mean_probabilities
 from fwpkm.kernels.propose import store_key
 from fwpkm.kernels.runtime.launch import Launches
 from fwpkm.kernels.runtime.windows import Call
-from fwpkm.kernels.scores import add_direction_vjp, of_query_factors
+from fwpkm.kernels.scores import add_direction_vjp
 from fwpkm.kernels.step import step
 from fwpkm.kernels.tokens import not_due
 
@@ -108,7 +108,6 @@ def keys_backward_kernel(
     d = tl.arange(0, BLOCK)
     gradient = tl.load(after + row * HALF + d, mask=d < HALF, other=0.0)
     toward, _ = sum_of_pieces(sums, totals, pieces, groups, row, SUBKEYS, d, HALF)
-    toward = of_query_factors(toward, SCORE)
     if WRITES:
         moves = tl.load(moved + before + row).to(tl.float32)
         passed = gradient * -RATE * moves

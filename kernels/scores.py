@@ -3,7 +3,7 @@
 Kernels hand through SCORE, a ``Score`` of shapes.py: the name and what else the score follows from.
 
 What orders sub-keys is their rank: -‖q - K‖² or q·K. A derivative of a score s by a key or a query is a factor times a
-direction: 2 exp(s) (q - K) and its negative for "idw"; q and K for "dot_product".
+direction: 2 exp(s) and q - K or its negative for "idw"; 1 and q or K for "dot_product".
 """
 
 import triton
@@ -92,8 +92,8 @@ def bounded_scores(rank, choice, K: tl.constexpr, SCORE: tl.constexpr):
 
 
 @triton.jit
-def key_factor(d_score, score, SCORE: tl.constexpr):
-    """What a score's gradient makes of its key's direction."""
+def factor_of(d_score, score, SCORE: tl.constexpr):
+    """What a score's gradient makes of the directions of its key and its query."""
     if SCORE.name == "idw":
         factor = 2 * d_score * tl.exp(score)
     elif SCORE.name == "dot_product":
@@ -116,22 +116,10 @@ def key_direction(q, key, SCORE: tl.constexpr):
 
 
 @triton.jit
-def query_factor(d_score, score, SCORE: tl.constexpr):
-    """What a score's gradient makes of its query's direction."""
-    if SCORE.name == "idw":
-        factor = -2 * tl.exp(score) * d_score
-    elif SCORE.name == "dot_product":
-        factor = d_score
-    else:
-        tl.static_assert(False, "the kernels do not know this SCORE")
-    return factor
-
-
-@triton.jit
 def query_direction(q, key, SCORE: tl.constexpr):
-    """q - K, or K."""
+    """K - q, or K."""
     if SCORE.name == "idw":
-        direction = q - key
+        direction = key - q
     elif SCORE.name == "dot_product":
         direction = key
     else:
@@ -141,7 +129,7 @@ def query_direction(q, key, SCORE: tl.constexpr):
 
 @triton.jit
 def add_factor_vjp(d_score, coefficient, d_coefficient, SCORE: tl.constexpr):
-    """A score's gradient, and what its ``key_factor``, the ``coefficient``, passes on: 2 exp(s) is its own slope."""
+    """A score's gradient, and what its ``factor_of``, the ``coefficient``, passes on: 2 exp(s) is its own slope."""
     if SCORE.name == "idw":
         d_score += coefficient * d_coefficient
     elif SCORE.name == "dot_product":
@@ -171,15 +159,3 @@ def query_direction_vjp(coefficient, after, SCORE: tl.constexpr):
     else:
         tl.static_assert(False, "the kernels do not know this SCORE")
     return result
-
-
-@triton.jit
-def of_query_factors(total, SCORE: tl.constexpr):
-    """A key's gradient from the sum of its directions times the factors of its queries' gradients."""
-    if SCORE.name == "idw":
-        total = -total
-    elif SCORE.name == "dot_product":
-        pass
-    else:
-        tl.static_assert(False, "the kernels do not know this SCORE")
-    return total

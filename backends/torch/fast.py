@@ -172,14 +172,15 @@ def _run(
     writes = plan.num_writes
     if writes:
         memory = Memory(results.keys, results.values)
-    memorization, addressing = results.memorization.T, results.addressing.T
-    if writes < columns:
-        memorization, addressing = (
-            torch.nn.functional.pad(x, (0, columns - writes)) for x in (memorization, addressing)
-        )
-    weights = results.weights
-    trace = Trace(results.slots, weights.detach(), memorization, addressing, torch.tensor(writes))
-    return _Done(results.output, memory, results.flags, trace, weights)
+    trace = Trace(results.slots, results.weights.detach(), *losses_of(results, columns), torch.tensor(writes))
+    return _Done(results.output, memory, results.flags, trace, results.weights)
+
+
+def losses_of(result: Any, columns: int) -> tuple[Tensor, ...]:
+    """Memorization and addressing of a trace ``[M, columns]``, 0 behind those of its writes."""
+    losses = (result.memorization.T, result.addressing.T)
+    rest = columns - len(result.memorization)
+    return tuple(torch.nn.functional.pad(x, (0, rest)) for x in losses) if rest else losses
 
 
 def _forward(

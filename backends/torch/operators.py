@@ -156,12 +156,8 @@ def _apply(*arguments: Any) -> list[Tensor]:
             state = State.of(memory, pending.map(torch.clone), before.position + length)
         else:
             state = _no_state(query)
-        writes, columns = plan.num_writes, schedule.max_writes(cfg, length)
-        memorization, addressing = (
-            torch.nn.functional.pad(x.T, (0, columns - writes)).contiguous()
-            for x in (result.memorization, result.addressing)
-        )
-    trace = Trace(result.slots, result.weights, memorization, addressing, torch.tensor(writes))
+        losses = [x.contiguous() for x in fast.losses_of(result, schedule.max_writes(cfg, length))]
+    trace = Trace(result.slots, result.weights, *losses, torch.tensor(plan.num_writes))
     return [*flatten(_Applied(result.output, state, trace)), *([result.residuals.buffer] if save else [])]
 
 
@@ -277,13 +273,10 @@ def _(*arguments: Any) -> list[Tensor]:
     new = functools.partial(torch.empty, device=query.device, dtype=torch.float32)
     keys = new(memories, cfg.num_heads, 2, cfg.num_subkeys, cfg.key_dim // 2)
     values = new(memories, cfg.num_slots, cfg.value_dim) if table else query.new_empty(0)
-    of_pending = [torch.empty_like(getattr(saved.pending, name)) for name in NUMBERS]
-    of_call = []
-    for name in NUMBERS:
-        pending, tokens = getattr(saved.pending, name), getattr(saved.tokens, name)
-        dtype = (pending if tokens is None else tokens).dtype
-        of_call.append(new(*query.shape[:2], *pending.shape[2:], dtype=dtype))
-    return [keys, values, *of_pending, *of_call]
+    pending = {name: getattr(saved.pending, name) for name in NUMBERS}
+    dtypes = {name: x.dtype for name, x in (pending | saved.tokens.present()).items()}
+    of_call = [new(*query.shape[:2], *x.shape[2:], dtype=dtypes[name]) for name, x in pending.items()]
+    return [keys, values, *map(torch.empty_like, pending.values()), *of_call]
 
 
 @torch.library.custom_op(

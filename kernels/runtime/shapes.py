@@ -4,7 +4,8 @@ Never from B or T, so nothing is tuned anew.
 """
 
 import functools
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 import triton
@@ -21,37 +22,9 @@ class Score(NamedTuple):
     epsilon: float
 
 
-class Shapes(NamedTuple):
-    """Compile-time arguments by kernel."""
-
-    prepare: dict[str, Any]
-    begin_keys: dict[str, Any]
-    propose: dict[str, Any]
-    rank: dict[str, Any]
-    select_slots: dict[str, Any]
-    coefficients: dict[str, Any]
-    key_sums: dict[str, Any]
-    keys: dict[str, Any]
-    read: dict[str, Any]
-    piece: dict[str, Any]
-    values: dict[str, Any]
-    read_backward: dict[str, Any]
-    piece_backward: dict[str, Any]
-    rows_backward: dict[str, Any]
-    table_backward: dict[str, Any]
-    select_slots_backward: dict[str, Any]
-    by_token: dict[str, Any]
-    """``coefficients_backward`` and ``scores_backward``"""
-    keys_backward: dict[str, Any]
-    scan: dict[str, Any]
-    token: dict[str, Any]
-    stage: dict[str, Any]
-    store_pending: dict[str, Any]
-
-
 @functools.lru_cache
-def shapes(cfg: FwPKMConfig, query: torch.dtype) -> Shapes:
-    """For a configuration and the dtype of the queries."""
+def shapes(cfg: FwPKMConfig, query: torch.dtype) -> SimpleNamespace:
+    """By kernel, its compile-time arguments for a configuration and the dtype of the queries."""
     half, k, heads, subkeys = cfg.key_dim // 2, cfg.top_k, cfg.num_heads, cfg.num_subkeys
     choices = triton.next_power_of_2(k)
     width = triton.next_power_of_2(cfg.value_dim)
@@ -93,7 +66,7 @@ def shapes(cfg: FwPKMConfig, query: torch.dtype) -> Shapes:
     }
     lag = schedule.lag(cfg)
     pending = {"CAPACITY": cfg.capacity, "TOKENS": cfg.chunk_size + lag, **widths, "num_warps": 1}
-    return Shapes(
+    return SimpleNamespace(
         prepare={**widths, "ZEROS": 1024, "num_warps": 1},  # a token is a few KB: one warp reads it in a few wide loads
         begin_keys={"SUBKEYS": subkeys, "HALF": half, "BLOCK": half_block, "num_warps": 1},
         propose={
@@ -156,7 +129,7 @@ def shapes(cfg: FwPKMConfig, query: torch.dtype) -> Shapes:
         rows_backward={**table, **rate, **few},
         table_backward={"WIDTH": cfg.value_dim, "BLOCK": width, "num_warps": 4},
         select_slots_backward={**names, "K": k, "TEMPERATURE": cfg.temperature, **by_warp},
-        by_token={
+        by_token={  # coefficients_backward and scores_backward
             **chosen,
             "HALF": half,
             "RATE": cfg.learning_rate,
