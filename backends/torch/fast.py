@@ -172,15 +172,15 @@ def _run(
     writes = plan.num_writes
     if writes:
         memory = Memory(results.keys, results.values)
-    trace = Trace(results.slots, results.weights.detach(), *losses_of(results, columns), torch.tensor(writes))
+    trace = Trace(results.slots, results.weights.detach(), **losses_of(results, columns), writes=torch.tensor(writes))
     return _Done(results.output, memory, results.flags, trace, results.weights)
 
 
-def losses_of(result: Any, columns: int) -> tuple[Tensor, ...]:
+def losses_of(result: Any, columns: int) -> dict[str, Tensor]:
     """Memorization and addressing of a trace ``[M, columns]``, 0 behind those of its writes."""
-    losses = (result.memorization.T, result.addressing.T)
+    losses = {"memorization": result.memorization.T, "addressing": result.addressing.T}
     rest = columns - len(result.memorization)
-    return tuple(torch.nn.functional.pad(x, (0, rest)) for x in losses) if rest else losses
+    return {name: torch.nn.functional.pad(x, (0, rest)) if rest else x for name, x in losses.items()}
 
 
 def _forward(

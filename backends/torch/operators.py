@@ -156,8 +156,9 @@ def _apply(*arguments: Any) -> list[Tensor]:
             state = State.of(memory, pending.map(torch.clone), before.position + length)
         else:
             state = _no_state(query)
-        losses = [x.contiguous() for x in fast.losses_of(result, schedule.max_writes(cfg, length))]
-    trace = Trace(result.slots, result.weights, *losses, torch.tensor(plan.num_writes))
+        losses = fast.losses_of(result, schedule.max_writes(cfg, length))
+        losses = {name: x.contiguous() for name, x in losses.items()}
+    trace = Trace(result.slots, result.weights, **losses, writes=torch.tensor(plan.num_writes))
     return [*flatten(_Applied(result.output, state, trace)), *([result.residuals.buffer] if save else [])]
 
 
