@@ -12,7 +12,7 @@ import pytest
 import torch
 from asserting import assert_same_bits
 from mutants.build import build
-from mutants.table import UPDATE
+from mutants.table import LINES
 
 from fwpkm import cli, vectors
 from fwpkm.conformance import command, contestants, judging, results
@@ -54,7 +54,7 @@ def test_a_module_of_the_current_folder_passes(tmp_path):
 
 
 def test_a_wrong_backend_fails_and_the_case_can_be_repeated(tmp_path):
-    mutant = next(mutant for mutant in UPDATE if mutant.name == "kappa constant under normalized")
+    mutant = next(mutant for mutant in LINES if mutant.name == "kappa constant under normalized")
     module = build(tmp_path, "wrong", mutant)
     done = conform(tmp_path, "--backends", "numpy", module, "--cases", "20", "--seed", "3")
     assert done.returncode == 1, done.stderr
