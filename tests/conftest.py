@@ -44,10 +44,7 @@ instead of the properties that draw one for each example, and of tests marked ``
 GRADIENT_BACKENDS = ("torch", "jax")
 
 # A fifth of the time that XLA takes otherwise. test_jax.py runs what users get.
-QUICK_COMPILE = (
-    "--xla_backend_optimization_level=0",
-    "--xla_cpu_parallel_codegen_split_count=1",
-)
+QUICK_COMPILE = ("--xla_backend_optimization_level=0", "--xla_cpu_parallel_codegen_split_count=1")
 
 
 def pytest_configure(config):

@@ -15,15 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from layer_files import (
-    CFG,
-    FakeLayer,
-    Tensors,
-    arrays,
-    contents,
-    half_read_state,
-    same_bits,
-)
+from layer_files import CFG, FakeLayer, Tensors, arrays, contents, half_read_state, same_bits
 
 import fwpkm
 from fwpkm import FwPKMConfig, Memory, State
