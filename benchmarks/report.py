@@ -111,8 +111,3 @@ def spread(summary: Summary | None, form: str = "{:.3g}") -> str:
         return "-"
     median, low, high = (form.format(number) for number in (summary.median, summary.low, summary.high))
     return f"{median} ({low} to {high})" if summary.size > 1 else median
-
-
-def milliseconds(seconds: Summary | None, form: str = "{:.1f}") -> str:
-    """A time with its quartiles."""
-    return spread(seconds and seconds.scaled(1e3), form)

@@ -5,7 +5,7 @@ import importlib.metadata
 import numpy as np
 import pytest
 import torch
-from benchmarks_folder import ROOT
+from sources import ROOT
 
 from benchmarks import baselines, compare, cpu, measure, report
 from benchmarks.workloads import WORKLOADS, Workload, make_inputs, make_memory
@@ -94,7 +94,8 @@ def test_static_agrees_with_lookups(cfg):
     memory, query, *_, cotangent = draw(cfg)
     query.requires_grad_()
     output, expected = static(cfg, memory, query), be.lookup(cfg, memory, query).output
-    assert_agree((output, expected), (reference.lookup(cfg, *map_numpy(memory, query)).output,) * 2, BOUND.forward)
+    wanted = reference.lookup(cfg, Memory(*arrays(memory)), query.detach().numpy()).output
+    assert_agree((output, expected), (wanted, wanted), BOUND.forward)
     gradient, other = (torch.autograd.grad(tensor, query, cotangent) for tensor in (output, expected))
     assert_agree(gradient, arrays(other), BOUND.gradient)
 
@@ -110,10 +111,6 @@ def test_static_gradients_of_the_tables_agree_with_lookups(cfg):
     memory = Memory(keys, rows.detach().view_as(memory.values).requires_grad_())
     expected = torch.autograd.grad(get_backend("torch").lookup(cfg, memory, query).output, memory, cotangent)
     assert_agree((gradients[0], gradients[1].to_dense().view_as(expected[1])), arrays(expected), BOUND.gradient)
-
-
-def map_numpy(memory, query):
-    return Memory(*arrays(memory)), query.detach().numpy()
 
 
 def test_static_shares_one_memory_between_sequences():

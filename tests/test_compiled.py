@@ -28,6 +28,7 @@ SHAPES = [draw(shapes(), 0)[row]._replace(batch=2) for row in ROWS]
 SEQUENCE = [shape for shape in SHAPES if shape.cfg.memory_scope == "sequence"]
 MASKED, GATED = ([shape for shape in SHAPES if name not in shape.left_out] for name in ("mask", "gate"))
 NUMBERS, PLACES = st.sampled_from(test_finite.NUMBERS), st.sampled_from(test_finite.PLACES)
+PAIRS = test_chunk_update.PAIRS
 TORCH = fwpkm.get_backend("torch")
 
 
@@ -87,14 +88,8 @@ PROPERTIES = {
     test_finite.test_many_bad_numbers_at_once_leave_the_tables_finite: [cases(among=GATED, dtype=FLOATS), st.data()],
     test_lookup.test_slots_and_weights_are_those_of_all_slots_sorted: [cases(half=True)],
     test_lookup.test_output_is_the_weighted_sum_over_all_heads: [cases(half=True)],
-    test_chunk_update.test_a_write_is_a_step_down_the_gradients_of_its_losses: [
-        cases(half=True),
-        test_chunk_update.PAIRS,
-    ],
-    test_chunk_update.test_slots_that_no_unmasked_token_reads_keep_their_bits: [
-        cases(half=True),
-        test_chunk_update.PAIRS,
-    ],
+    test_chunk_update.test_a_write_is_a_step_down_the_gradients_of_its_losses: [cases(half=True), PAIRS],
+    test_chunk_update.test_slots_that_no_unmasked_token_reads_keep_their_bits: [cases(half=True), PAIRS],
     test_state.test_pending_tokens_come_first_then_zeros: [cases()],
     test_state.test_a_call_leaves_its_arguments_as_they_were: [cases(half=True), st.just(True)],
 }

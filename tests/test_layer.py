@@ -337,18 +337,15 @@ def test_printing_shows_the_configuration():
     ("arguments", "message"),
     [
         ({"hidden_size": 0}, "hidden_size must be an integer of at least 1. Received: hidden_size=0"),
-        (
-            {"hidden_size": 4, "value_norm": "batch"},
-            "value_norm must be 'zscore' or None. Received: value_norm='batch'",
-        ),
-        ({"hidden_size": 4, "value_dim": 1}, "value_dim must be at least 2"),
-        ({"hidden_size": 4, "key_dim": 3}, "key_dim must be even"),
-        ({"hidden_size": 4, "config": {"key_dim": 4}}, "cfg must be an FwPKMConfig. Received: dict"),
+        ({"value_norm": "batch"}, "value_norm must be 'zscore' or None. Received: value_norm='batch'"),
+        ({"value_dim": 1}, "value_dim must be at least 2"),
+        ({"key_dim": 3}, "key_dim must be even"),
+        ({"config": {"key_dim": 4}}, "cfg must be an FwPKMConfig. Received: dict"),
     ],
 )
 def test_wrong_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
-        FwPKM(**arguments)
+        FwPKM(**{"hidden_size": 4} | arguments)
 
 
 @pytest.mark.parametrize(

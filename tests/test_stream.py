@@ -88,18 +88,23 @@ def test_trailing_padding_is_invisible(be, case, more, seed):
         assert not columns[:, writes:].any()
 
 
+def case_of_rows(case, rows):
+    memory = Memory(*(table[rows] for table in case.memory))
+    return dataclasses.replace(case, memory=memory, tokens=case.tokens.map(itemgetter(rows)))
+
+
+def reading_of_rows(reading, rows):
+    return type(reading)(*(x[rows] for x in reading[:5]), Memory(*(x[rows] for x in reading.memory)))
+
+
 @given(split_cases(memory_scope="sequence", batch=st.integers(2, 3)))
 def test_a_row_alone_gives_the_same(be, drawn):
     case, sizes = drawn
     together = read(be, case, sizes)
     for row in range(case.batch):
         one = slice(row, row + 1)
-        memory = Memory(*(table[one] for table in case.memory))
-        alone = read(
-            be, dataclasses.replace(case, batch=1, memory=memory, tokens=case.tokens.map(itemgetter(one))), sizes
-        )
-        expected = type(together)(*(x[one] for x in together[:5]), Memory(*(x[one] for x in together.memory)))
-        assert_same_reading(case.cfg, alone, expected, case.dtype)
+        alone = read(be, dataclasses.replace(case_of_rows(case, one), batch=1), sizes)
+        assert_same_reading(case.cfg, alone, reading_of_rows(together, one), case.dtype)
 
 
 @given(split_cases(memory_scope="sequence", batch=st.integers(2, 3)), st.randoms(use_true_random=False))
@@ -107,11 +112,8 @@ def test_permuted_rows_permute_results(be, drawn, random):
     case, sizes = drawn
     order = list(range(case.batch))
     random.shuffle(order)
-    memory = Memory(*(table[order] for table in case.memory))
-    permuted = read(be, dataclasses.replace(case, memory=memory, tokens=case.tokens.map(itemgetter(order))), sizes)
-    straight = read(be, case, sizes)
-    expected = type(straight)(*(x[order] for x in straight[:5]), Memory(*(x[order] for x in straight.memory)))
-    assert_same_reading(case.cfg, permuted, expected, case.dtype)
+    permuted = read(be, case_of_rows(case, order), sizes)
+    assert_same_reading(case.cfg, permuted, reading_of_rows(read(be, case, sizes), order), case.dtype)
 
 
 @given(cases(memory_scope="sequence", batch=st.just(2)), OTHERS)
