@@ -57,12 +57,10 @@ class Layer(Protocol):
         """Fill the layer and return None, or return new variables (JAX). Names, shapes and dtypes are checked."""
 
 
-def layer_spec(
-    hidden_size: int, gated: bool, value_norm: str | None, config: FwPKMConfig, **later: Any
-) -> dict[str, Any]:
-    """What :meth:`Layer.spec` returns; of ``later`` options what is not False, so that files from before them fit."""
-    spec = {"hidden_size": hidden_size, "gated": gated, "value_norm": value_norm, "config": dataclasses.asdict(config)}
-    return spec | {name: value for name, value in later.items() if value is not False}
+def layer_spec(hidden_size: int, gated: bool, value_norm: str | None, config: FwPKMConfig) -> dict[str, Any]:
+    """What :meth:`Layer.spec` returns."""
+    fields = dataclasses.asdict(config)
+    return {"hidden_size": hidden_size, "gated": gated, "value_norm": value_norm, "config": fields}
 
 
 class _Form(NamedTuple):

@@ -17,7 +17,7 @@ from layer_files import CFG, FakeLayer, Tensors, arrays, contents, half_read_sta
 from processes import python
 
 import fwpkm
-from fwpkm import FwPKMConfig, Memory, State, files
+from fwpkm import FwPKMConfig, Memory, State
 
 # What comes back
 
@@ -103,13 +103,6 @@ def test_what_a_layer_file_holds(layer_file: Path) -> None:
     assert (metadata["format_version"], metadata["kind"]) == ("1", "layer")
     assert json.loads(metadata["config"]) == layer.spec()
     assert json.loads(metadata["sha256"]) == {name: hashlib.sha256(x).hexdigest() for name, x in layer.tensors.items()}
-
-
-def test_an_option_that_is_off_does_not_stand_in_a_file() -> None:
-    """So that files from before there was the option can be read."""
-    before = files.layer_spec(6, True, None, FwPKMConfig())
-    assert files.layer_spec(6, True, None, FwPKMConfig(), deep=False) == before
-    assert files.layer_spec(6, True, None, FwPKMConfig(), deep=True) == before | {"deep": True}
 
 
 def test_what_a_state_file_holds(state_file: Path) -> None:
