@@ -15,7 +15,7 @@ from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
 from fwpkm.backends.jax import indexing
-from fwpkm.backends.jax.indexing import gather
+from fwpkm.backends.jax.indexing import gather, slice_of, update
 from fwpkm.backends.jax.tokens import cut, numbers, without
 from fwpkm.backends.jax.windows import (
     Moved,
@@ -27,11 +27,9 @@ from fwpkm.backends.jax.windows import (
     chunk_of,
     compute_window,
     num_blocks,
-    put,
     read_before,
     row_offset,
     select_window,
-    slice_of,
     windows,
 )
 from fwpkm.config import FwPKMConfig
@@ -77,7 +75,7 @@ def _run_backward(cfg, plan, saved, gradient):
     # What windows noted of their tokens, with its gradient; trace weights mostly have none.
     noted = {x: getattr(gradient, x) for x in ("reads", "weights")}
     noted = {
-        name: put(jnp.zeros((*tokens.mask.shape, x.shape[-1]), x.dtype), x, num_pending)
+        name: update(jnp.zeros((*tokens.mask.shape, x.shape[-1]), x.dtype), x, num_pending)
         for name, x in noted.items()
         if not isinstance(x, SymbolicZero)
     }
@@ -85,9 +83,7 @@ def _run_backward(cfg, plan, saved, gradient):
     def back(carry, kind, index, start, first_new):
         """Through one window."""
         d_keys, rows, d_tokens = carry
-        selected, moved = jax.tree.map(
-            lambda x: lax.dynamic_index_in_dim(x, index, 0, keepdims=False), getattr(residuals, kind)
-        )
+        selected, moved = jax.tree.map(lambda x: slice_of(x, index, 1, 0)[0], getattr(residuals, kind))
         length = selected.dead.shape[1]
         window = cut(tokens, start, length)
         offset = row_offset(cfg, plan, tokens, kind, index)
@@ -98,17 +94,17 @@ def _run_backward(cfg, plan, saved, gradient):
             computed = compute_window(cfg, keys, rows, live, selected, write, num_slots, moved)
             return {name: getattr(computed, name) for name in noted}, computed.keys, computed.rows
 
-        after = lax.dynamic_slice_in_dim(following, offset, len(selected.touched.ids))
+        after = slice_of(following, offset, len(selected.touched.ids), 0)
         # One gather for both: were they separate, XLA could not tell that all reads precede the update, and would copy.
         both = jnp.concatenate([offset + jnp.arange(len(after), dtype=after.dtype), after])
         own, d_rows = jnp.split(gather(rows, both, mode="fill", fill_value=0), 2)
         if d_table is not None:
             last = gather(d_table, selected.touched.ids, mode="fill", fill_value=0)
             d_rows = jnp.where((after < len(rows))[:, None], d_rows, last)
-        new = (start + jnp.arange(length) >= first_new)[:, None]
-        d_noted = {name: jnp.where(new, slice_of(x, start, length), 0) for name, x in noted.items()}
+        old = ((start + jnp.arange(length) < first_new) | selected.dead)[..., None]
+        d_noted = {name: jnp.where(old, 0, slice_of(x, start, length)) for name, x in noted.items()}
         d_keys, d_rows, d_window = jax.vjp(forward, selected.keys, own, numbers(window))[1]((d_noted, d_keys, d_rows))
-        rows = lax.dynamic_update_slice_in_dim(rows, d_rows, offset, 0)
+        rows = update(rows, d_rows, offset, 0)
         # A scatter, as XLA would compute the gradients within the update of a slice, in one thread.
         here = start + jnp.arange(length)
         options: Any = {"mode": "promise_in_bounds", "indices_are_sorted": True, "unique_indices": True}
@@ -153,7 +149,7 @@ def _empty_residuals(cfg: FwPKMConfig, plan: Plan, memory: Memory, tokens: Token
         window = tokens.map(lambda x: jax.ShapeDtypeStruct((len(x), length, *x.shape[2:]), x.dtype))
         selected = jax.eval_shape(functools.partial(select_window, cfg), memory, window, window.mask)
         moved = [jnp.zeros((count, *shape), bool) for shape in ((*memory.keys.shape[:-1], 1), selected.rows.shape[:1])]
-        empty = jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), selected._replace(rows=None, ranks=None))
+        empty = jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), selected._replace(rows=None, found=None))
         nowhere = jnp.full_like(empty.touched.ids, memory.values.shape[0] * memory.values.shape[1])
         return empty._replace(touched=empty.touched._replace(ids=nowhere)), Moved(*moved) if writes else None
 

@@ -202,7 +202,7 @@ def _apply(
     result = run(cfg, plan_apply(cfg, length, writes), _tables(state.memory, dtype), stream, num_pending, due)
     pending = cut(pad(without(stream, result.dead), cfg.capacity), due * cfg.chunk_size, cfg.capacity)
     trace = _trace(result, schedule.max_writes(cfg, length), due)
-    return _output(result, tokens.query), _written(result, writes), pending, state.position + length, trace
+    return result.reads.astype(tokens.query.dtype), _written(result, writes), pending, state.position + length, trace
 
 
 @partial(jax.jit, static_argnums=(0,))
@@ -211,7 +211,7 @@ def _read_only(cfg: FwPKMConfig, memory: Memory, tokens: Tokens) -> tuple[Array,
     dtype = _dtype(memory, tokens.query)
     plan = plan_read(cfg, tokens.length)
     result = run(cfg, plan, _tables(memory, dtype), filled(dtype, tokens), _ZERO, _ZERO)
-    return _output(result, tokens.query), _trace(result, schedule.max_writes(cfg, tokens.length), _ZERO)
+    return result.reads.astype(tokens.query.dtype), _trace(result, schedule.max_writes(cfg, tokens.length), _ZERO)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -229,7 +229,7 @@ def _lookup(cfg: FwPKMConfig, memory: Memory, query: Array) -> Lookup:
     dtype = _dtype(memory, query)
     tokens = filled(dtype, Tokens(query, jnp.zeros((*query.shape[:2], cfg.value_dim), dtype)))
     result = run(cfg, plan_read(cfg, query.shape[1]), _tables(memory, dtype), tokens, _ZERO, _ZERO)
-    return Lookup(_output(result, query), result.slots, _weights(result))
+    return Lookup(result.reads.astype(query.dtype), result.slots, result.weights)
 
 
 @partial(jax.jit, static_argnums=(0,))
@@ -238,7 +238,7 @@ def _chunk_update(cfg: FwPKMConfig, memory: Memory, chunk: Tokens, pair: Array |
     memory, chunk = _tables(memory, dtype), filled(dtype, chunk)
     finite_target = jnp.isfinite(chunk.value).all(-1)  # those that are not finite make no pair, but are read
     chunk = chunk._replace(value=jnp.where(finite_target[..., None], chunk.value, 0))
-    selected = select_window(cfg, memory, chunk, ~finite(chunk))._replace(ranks=None)
+    selected = select_window(cfg, memory, chunk, ~finite(chunk))._replace(found=None)
     chunk = without(chunk, selected.dead)
     write = Write(chunk.value, chunk.mask & finite_target & (True if pair is None else pair), chunk.mask)
     computed = compute_window(cfg, selected.keys, selected.rows, chunk, selected, write, cfg.num_slots)
@@ -256,17 +256,9 @@ def _written(result: Result, writes: bool) -> Memory | None:
     return Memory(result.keys, result.values) if writes else None
 
 
-def _output(result: Result, query: Array) -> Array:
-    return jnp.where(result.unread[..., None], jnp.nan, result.reads).astype(query.dtype)
-
-
-def _weights(result: Result) -> Array:
-    return jnp.where(result.unread[..., None], jnp.nan, result.weights)
-
-
 def _trace(result: Result, columns: int, writes: Array) -> Trace:
     """The record of a stream, its losses filled up with zeros to this many columns."""
-    weights = jax.lax.stop_gradient(_weights(result))
+    weights = jax.lax.stop_gradient(result.weights)
     padding = [(0, 0), (0, columns - result.memorization.shape[1])]
     memorization, addressing = (jnp.pad(x, padding) for x in (result.memorization, result.addressing))
     return Trace(result.slots, weights, memorization, addressing, writes)

@@ -7,6 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, lax
 
+from fwpkm.backends.jax.indexing import slice_of, update
 from fwpkm.config import FwPKMConfig
 from fwpkm.tokens import TOKEN_FIELDS, TokenField, Tokens, token_specs
 from fwpkm.validation import Implementation
@@ -46,7 +47,7 @@ def numbers(tokens: Tokens) -> dict[str, Array]:
 
 def cut(tokens: Tokens, start: Array | int, length: int) -> Tokens:
     """``length`` tokens of every row from ``start`` on, which may be traced."""
-    return tokens.map(lambda x: lax.dynamic_slice_in_dim(x, start, length, axis=1))
+    return tokens.map(lambda x: slice_of(x, start, length))
 
 
 def pad(tokens: Tokens, padding: int) -> Tokens:
@@ -57,7 +58,7 @@ def pad(tokens: Tokens, padding: int) -> Tokens:
 def insert(tokens: Tokens, later: Tokens, at: Array) -> Tokens:
     """The tokens up to ``at``, then the later ones, then zeros: a stream of both lengths together."""
     both = zip(pad(tokens, later.length), later)
-    return Tokens(*(lax.dynamic_update_slice_in_dim(x, y, at, axis=1) for x, y in both))
+    return Tokens(*(update(x, y, at) for x, y in both))
 
 
 def finite(tokens: Tokens) -> Array:
@@ -81,8 +82,8 @@ def without(tokens: Tokens, dead: Array) -> Tokens:
 
 def ahead(x: Array, lookahead: int) -> Array:
     """``[B, n, ...]``: x at t + L, zeros where that has not arrived."""
-    shifted = x[:, lookahead:]
-    return jnp.pad(shifted, [(0, 0), (0, x.shape[1] - shifted.shape[1])] + [(0, 0)] * (x.ndim - 2))
+    shift = min(lookahead, x.shape[1])
+    return lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), (-shift, shift, 0)] + [(0, 0, 0)] * (x.ndim - 2))
 
 
 def by_memory(x: Array, memories: int) -> Array:
