@@ -144,10 +144,11 @@ def select_slots(cfg: FwPKMConfig, query: Array, keys: Array) -> tuple[Selection
     ranks, ids = _select_subkeys(cfg, query, keys)
     scores = sub_scores(cfg, ranks)
     sums, cells = top_k(_sums(scores), cfg.top_k)
-    first, second = (jnp.asarray(axis) for axis in _grid(cfg.top_k))
-    first, second = along(ids[:, :, 0], gather(first, cells)), along(ids[:, :, 1], gather(second, cells))
-    slots = (first * cfg.num_subkeys + second).swapaxes(1, 2)
-    finite = (0 * scores).sum((1, 2, 4)) + (0 * (sums / cfg.temperature)).sum((1, 3)) == 0  # as in finite_rows
+    first, second = _grid(cfg.top_k)
+    grid = ids[:, :, 0][..., first] * cfg.num_subkeys + ids[:, :, 1][..., second]
+    slots = along(grid, cells).swapaxes(1, 2)
+    logits = sums / cfg.temperature
+    finite = (scores - scores).sum((1, 2, 4)) + (logits - logits).sum((1, 3)) == 0  # as in finite_rows
     selection = Selection(_rows_of(ids, cfg.num_subkeys), cells, slots.reshape(*slots.shape[:2], -1), finite)
     return selection, Found(ranks, sums)
 
@@ -159,8 +160,13 @@ def address(cfg: FwPKMConfig, query: Array, keys: Array, selection: Selection, f
     """
     ranks = _ranks_at(cfg, query, keys, selection.subkeys) if found is None else found.ranks
     scores = sub_scores(cfg, ranks)
-    sums = along(_sums(scores), selection.cells) if found is None else found.sums
-    logits = sums.swapaxes(1, 2).reshape(*selection.slots.shape) / cfg.temperature
+    if found is None:  # a product, as the gradient of a gather is a scatter, which compiles for longer
+        grid = _sums(scores)
+        chosen = selection.cells[..., None] == jnp.arange(grid.shape[-1])
+        sums = (chosen.astype(grid.dtype) * grid[..., None, :]).sum(-1)
+    else:
+        sums = found.sums
+    logits = sums.swapaxes(1, 2).reshape(len(sums), -1, cfg.slots_per_token) / cfg.temperature
     return Address(ranks, scores, jax.nn.softmax(logits, -1))
 
 

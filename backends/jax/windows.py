@@ -10,6 +10,7 @@ from that, given the rows that they touch; it is differentiable, so a backward p
 than a ``Selected``.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -19,10 +20,10 @@ from jax import Array, lax
 from fwpkm import schedule
 from fwpkm.backends.jax.addressing import Found, Selection, address, select_slots, write_keys
 from fwpkm.backends.jax.indexing import scatter_sum, slice_of, update
-from fwpkm.backends.jax.tokens import ahead, by_memory, cut, finite, halves, without
+from fwpkm.backends.jax.tokens import ahead, by_memory, finite_rows, halves, unpack, without
 from fwpkm.backends.jax.values import Touched, read, write_rows
 from fwpkm.config import FwPKMConfig
-from fwpkm.containers import Memory
+from fwpkm.containers import Memory, memories_for
 from fwpkm.rules import write_scale
 from fwpkm.tokens import Tokens
 
@@ -120,15 +121,32 @@ class Result(NamedTuple):
     """``[M, W]``"""
 
 
-class Residuals(NamedTuple):
-    """What the backward needs of the windows, all of which are kept in one buffer of their kind."""
+class Picked(NamedTuple):
+    """What a backward needs of a window beside keys and rows: integers and flags."""
 
-    windows: Any
-    """``Selected``, but for its rows, and ``Moved`` of each window that ended in a write, ``[W, ..]``; or None."""
-    blocks: Any
-    """the same of the blocks after them, which moved nothing."""
+    row_index: Any
+    """of its ``Touched``."""
+    subkeys: Any
+    """of its ``Selection``."""
+    cells: Any
+    """of its ``Selection``."""
+    dead: Any
+    """of its ``Selected``."""
+    moved: Any
+    """``Moved``; None where nothing is written."""
+
+
+class Residuals(NamedTuple):
+    """What the backward needs of the windows, then of the blocks after them: all of a kind in one buffer."""
+
+    keys: Array
+    """``[W, M, H, 2, S, d]`` the codebooks that each window read; the blocks read those at the end."""
     rows: Array
     """``[R, Dv]`` the rows that each of them read."""
+    ids: Array
+    """``[R]`` where these stand; beyond the table until a window is kept there."""
+    picked: Array
+    """``[I]`` int32, the ``Picked`` of each."""
 
 
 # --- One window ---
@@ -151,7 +169,7 @@ def select_window(cfg: FwPKMConfig, memory: Memory, window: Tokens, dead: Array,
     Without ``distinct`` the rows are the whole table, which is enough to read them.
     """
     memories, slots, width = memory.values.shape
-    query = halves(cfg, without(window, dead).query, memories)
+    query = halves(cfg, without(window.query, dead), memories)
     selection, found = select_slots(cfg, query, memory.keys)
     first = slots * jnp.arange(memories, dtype=selection.slots.dtype)[:, None, None]
     entries = (selection.slots + first).reshape(-1, cfg.slots_per_token)
@@ -200,8 +218,8 @@ def compute_window(
     if write is None:
         return computed
     counted, paired = (by_memory(x, memories).astype(keys.dtype) for x in (write.counted, write.pair))
-    # Sums of zeros and ones as products, since XLA takes ten times as long to compile a sum, or an any.
-    num_counted, num_pairs = (jnp.einsum("mr,mr->m", x, x) for x in (counted, paired))
+    # Of eight copies, as XLA has a routine for large sums, but compiles small ones, and any, for a fifth of a second.
+    num_counted, num_pairs = (jnp.broadcast_to(x[..., None], (*x.shape, 8)).sum((1, 2)) / 8 for x in (counted, paired))
     counted, active = counted / jnp.maximum(num_counted, 1)[:, None], num_pairs > 0
     keys_move, rows_move = (None, None) if moved is None else (moved.keys, moved.rows)
     keys, keys_move, addressing = write_keys(
@@ -250,7 +268,7 @@ def windows(
     cfg: FwPKMConfig,
     plan: Plan,
     memory: Memory,
-    tokens: Tokens,
+    tokens: Array,
     num_pending: Array,
     due: Array,
     residuals: Residuals | None = None,
@@ -261,7 +279,7 @@ def windows(
         cfg: the configuration.
         plan: what is static about the call.
         memory: the tables.
-        tokens: the stream, Q tokens; from ``num_pending + T`` on they are zeros.
+        tokens: the stream, Q tokens, packed; from ``num_pending + T`` on they are zeros.
         num_pending: int scalar, p.
         due: int scalar, the chunks to write, at most ``plan.writes``.
         residuals: space for what each window met, or None to keep nothing.
@@ -275,10 +293,10 @@ def windows(
         result: Result, start: Array, first_new: Array, length: int, writes: bool
     ) -> tuple[Result, Selected, Computed]:
         """Read ``length`` tokens from ``start`` on and note what those from ``first_new`` on read. The tables stay."""
-        window, dead = cut(tokens, start, length), slice_of(result.dead, start, length)
+        window, dead = slice_of(tokens, start, length), slice_of(result.dead, start, length)
         distinct = writes or residuals is not None
-        selected = select_window(cfg, Memory(result.keys, result.values), window, dead, distinct)
-        live = without(window, selected.dead)
+        selected = select_window(cfg, Memory(result.keys, result.values), unpack(cfg, window), dead, distinct)
+        live = unpack(cfg, without(window, selected.dead))
         write = chunk_of(cfg, live) if writes else None
         computed = compute_window(cfg, selected.keys, selected.rows, live, selected, write, num_slots)
         slots = selected.selection.slots.reshape(computed.weights.shape)
@@ -308,11 +326,16 @@ def windows(
     ) -> Residuals | None:
         if residuals is None:
             return None
-        offset = row_offset(cfg, plan, tokens, kind, index)
-        rows = update(residuals.rows, selected.rows, offset, 0)
-        one, every = (selected._replace(rows=None, found=None), moved), getattr(residuals, kind)
-        every = jax.tree.map(lambda all_, x: update(all_, x[None], index, 0), every, one)
-        return residuals._replace(rows=rows, **{kind: every})
+        keys, rows, ids, every = residuals
+        at = row_offset(cfg, plan, tokens, kind, index)
+        rows, ids = update(rows, selected.rows, at, 0), update(ids, selected.touched.ids, at, 0)
+        if kind == "windows":
+            keys = update(keys, selected.keys[None], index, 0)
+        row_index, (subkeys, cells, *_) = selected.touched.row_index, selected.selection
+        at = picked_offset(cfg, plan, keys, tokens, kind, index)
+        picked = jax.tree.leaves(Picked(row_index, subkeys, cells, selected.dead, moved))
+        every = update(every, jnp.concatenate([x.ravel().astype(every.dtype) for x in picked]), at, 0)
+        return Residuals(keys, rows, ids, every)
 
     carry = _nothing_read(cfg, plan, memory, tokens), residuals
     if plan.writes:
@@ -324,16 +347,16 @@ def windows(
     return result._replace(**new), residuals
 
 
-def _nothing_read(cfg: FwPKMConfig, plan: Plan, memory: Memory, tokens: Tokens) -> Result:
+def _nothing_read(cfg: FwPKMConfig, plan: Plan, memory: Memory, tokens: Array) -> Result:
     """The result of a stream ``[B, Q, ...]`` of which nothing has been read yet."""
-    tokens_shape, dtype = tokens.mask.shape, memory.keys.dtype
+    tokens_shape, dtype = tokens.shape[:2], memory.keys.dtype
     losses = jnp.zeros((len(memory.keys), plan.writes), dtype)
     return Result(
         *memory,
         reads=jnp.zeros((*tokens_shape, cfg.value_dim), dtype),
         slots=jnp.zeros((*tokens_shape, cfg.slots_per_token), jnp.int32),
         weights=jnp.zeros((*tokens_shape, cfg.slots_per_token), dtype),
-        dead=~finite(tokens),
+        dead=~finite_rows(tokens),
         memorization=losses,
         addressing=losses,
     )
@@ -366,7 +389,32 @@ def block_at(cfg: FwPKMConfig, plan: Plan, num_pending: Array, due: Array, j: Ar
     return start(j), jnp.maximum(read_before(cfg, due), jnp.where(j > 0, start(j - 1) + plan.block, 0))
 
 
-def row_offset(cfg: FwPKMConfig, plan: Plan, tokens: Tokens, kind: str, index: Any) -> Any:
+def row_offset(cfg: FwPKMConfig, plan: Plan, tokens: Array, kind: str, index: Any) -> Any:
     """Where the rows of a window or block begin among those of the call."""
     before = index * plan.window if kind == "windows" else plan.writes * plan.window + index * plan.block
-    return before * len(tokens.mask) * cfg.slots_per_token
+    return before * len(tokens) * cfg.slots_per_token
+
+
+def picked_spec(cfg: FwPKMConfig, plan: Plan, keys: Array, tokens: Array, kind: str) -> Picked:
+    """The shapes and dtypes of what is kept of a window or block; ``keys`` [.., H, 2, S, d]."""
+    batch, length = len(tokens), plan.window if kind == "windows" else plan.block
+    memories, count = memories_for(cfg, batch), batch * length
+    flags = functools.partial(jax.ShapeDtypeStruct, dtype=bool)
+    ids = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
+    moved = Moved(flags((memories, *keys.shape[-4:-1], 1)), flags((count * cfg.slots_per_token,)))
+    return Picked(
+        ids((count, cfg.slots_per_token)),
+        ids((2 * cfg.num_heads * count, cfg.top_k)),
+        ids((memories, cfg.num_heads, count // memories, cfg.top_k)),
+        flags((batch, length)),
+        moved if kind == "windows" else None,
+    )
+
+
+def picked_offset(cfg: FwPKMConfig, plan: Plan, keys: Array, tokens: Array, kind: str, index: Any) -> Any:
+    """Where those of a window or block begin among those of the call."""
+    window, block = (
+        sum(x.size for x in jax.tree.leaves(picked_spec(cfg, plan, keys, tokens, each)))
+        for each in ("windows", "blocks")
+    )
+    return index * window if kind == "windows" else plan.writes * window + index * block
