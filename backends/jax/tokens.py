@@ -38,8 +38,8 @@ def numbers(tokens: Tokens) -> dict[str, Array]:
 
 def pack(tokens: Tokens) -> Array:
     """``[B, n, F]``: all fields side by side, so that one operation moves them; flags as zeros and ones."""
-    columns = (x.reshape(*tokens.mask.shape, -1).astype(tokens.query.dtype) for x in tokens)
-    return jnp.concatenate(tuple(columns), -1)
+    columns = [x[..., None] if field.width is None else x for field, x in zip(TOKEN_FIELDS, tokens)]
+    return jnp.concatenate([x.astype(tokens.query.dtype) for x in columns], -1)
 
 
 def unpack(cfg: FwPKMConfig, packed: Array) -> Tokens:
