@@ -84,16 +84,18 @@ def test_backends_that_cannot_run_are_explained_and_the_others_judged(tmp_path):
     (tmp_path / "lacks.py").write_text("from fwpkm.reference import *\ndel flush, reset\n")
     (tmp_path / "breaks.py").write_text("1 / 0\n")
     (tmp_path / "dies.py").write_text("import os, sys\nprint('out of luck', file=sys.stderr)\nos._exit(3)\n")
+    (tmp_path / "quits.py").write_text("import os\nfrom fwpkm.reference import *\nlookup = lambda *_: os._exit(0)\n")
     (tmp_path / "needs.py").write_text("import nowhere\n")
-    names = ("numpy", "lacks", "breaks", "dies", "needs", "no.such")
+    names = ("numpy", "lacks", "breaks", "dies", "quits", "needs", "no.such")
     done = conform(tmp_path, "--backends", *names, "--cases", "1")
     assert done.returncode == 2, done.stderr
-    assert rows(done.stdout)["writes"] == ["equal", "equal", "-", "-", "-", "-", "-"]
+    assert rows(done.stdout)["writes"] == ["equal", "equal", *"------"]
     assert {"module", "importing", "process"} <= set(stopped_by(done.stdout).split())
     for expected in (
         "lacks cannot run: the module lacks lacks these functions of SPEC.md §8: flush, reset",
         "breaks cannot run: importing it raised ZeroDivisionError: division by zero",
-        "dies cannot run: its process ended with status 3: ... out of luck",
+        "dies cannot run: its process ended with status 3 after 0 of 1 cases: ... out of luck",
+        "quits cannot run: its process ended with status 0 after 0 of 1 cases: ... it printed nothing",
         "needs cannot run: No module named 'nowhere'\n",
         "no.such cannot run: No module named 'no'. Expected one of numpy, torch, jax,",
     ):

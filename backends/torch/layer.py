@@ -193,6 +193,8 @@ class FwPKM(nn.Module):
     def _project(self, x: Tensor, mask: Tensor | None) -> tuple[Tokens, Tensor, torch.dtype]:
         """What the tokens bring to the memory, which of them are not finite ``[B, T]``, and the projections' dtype."""
         validation.check_array("x", x, [("B", None), ("T", None), ("hidden_size", self.hidden_size)], "float", Tensor)
+        if mask is not None:
+            validation.check_array("mask", mask, [("B", x.shape[0]), ("T", x.shape[1])], "bool", Tensor)
         # Under autocast x may be narrower than the norms' weights, which the fused kernel refuses.
         x = x.to(self.query_norm.weight.dtype)
         # A token that is not finite must not reach the projections: their weights' gradients would be 0 · NaN.
