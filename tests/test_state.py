@@ -78,6 +78,24 @@ def test_position_lives_on_the_cpu_in_torch():
     assert TORCH.init_state(cfg, TORCH.init_memory(cfg), batch_size=2).position.dtype == torch.int32
 
 
+@pytest.mark.parametrize("boundary", ["drop", "wait"])
+def test_what_lies_behind_the_pending_tokens_means_nothing(be, boundary):
+    """§5: valid entries come first; a state that holds something after them is read as if it did not."""
+    case = drawn(FwPKMConfig(4, 2, 1, 4, 2, 4, 1, boundary=boundary), 2, 9, left_out=["mask"])
+    _, state, _ = apply(be, case.cfg, start(be, case), case.tokens.slice(0, 6))
+    count = count_pending(case.cfg, 6)
+    filled = as_numpy(be, state.pending)
+    for x in filled:
+        assert x[:, count:].size
+        x[:, count:] = 1
+    after = []
+    for now in (state, state.replace_pending(native(be, filled))):
+        flushed, trace = be.flush(case.cfg, now)
+        output, read_on, _ = apply(be, case.cfg, now, case.tokens.slice(6, 9))
+        after.append(as_numpy(be, (flushed, trace, output, read_on)))
+    assert_same_bits(*after)
+
+
 def test_tokens_that_are_not_finite_are_stored_as_masked_zeros(be):
     cfg = FwPKMConfig(4, 2, 1, 4, 2, 6, 1)
     case = drawn(cfg, 1, 5, left_out=["mask"])

@@ -31,22 +31,13 @@ class Selection(NamedTuple):
     """What R tokens of each memory picked; integers, so that a backward pass can follow the same path."""
 
     subkeys: Array
-    """``[M*H*2*R, k]`` which rows of all codebooks together, best first."""
+    """``[M, H, 2, R, k]`` ids, best first."""
     cells: Array
     """``[M, H, R, k]`` the selected sums, best first, as positions in ``_grid(k)``."""
     slots: Array
     """``[M, R, H*k]`` by head, then by descending sum."""
     finite: Array
     """``[M, R]`` whether the query and all its selected scores are finite."""
-
-
-class Found(NamedTuple):
-    """The scores by which a selection was made."""
-
-    ranks: Array
-    """``[M, H, 2, R, k]``, best first."""
-    sums: Array
-    """``[M, H, R, k]``, best first."""
 
 
 class Address(NamedTuple):
@@ -90,14 +81,13 @@ def _ranks(cfg: FwPKMConfig, query: Array, keys: Array) -> Array:
     return cfg.refuse("score", NAME)
 
 
-def _ranks_at(cfg: FwPKMConfig, query: Array, keys: Array, subkeys: Array) -> Array:
-    """Ranks ``[..., R, k]`` of some sub-keys: query [..., R, d], keys [..., S, d]. Differentiable."""
-    rows, tokens = _as_tables(query, keys)
-    shape = (*query.shape[:-1], subkeys.shape[-1])
+def _ranks_at(cfg: FwPKMConfig, query: Array, keys: Array, ids: Array) -> Array:
+    """Ranks of some sub-keys: query [..., R, d], keys [..., S, d], ids [..., R, k]. Differentiable."""
+    entries = _as_table(query, keys, ids)
     if cfg.score == "idw":
-        return -squared_distance(rows, subkeys, tokens).reshape(shape)
+        return -squared_distance(*entries).reshape(ids.shape)
     if cfg.score == "dot_product":
-        return dot(rows, subkeys, tokens).reshape(shape)
+        return dot(*entries).reshape(ids.shape)
     return cfg.refuse("score", NAME)
 
 
@@ -109,23 +99,22 @@ def _rough_ranks(cfg: FwPKMConfig, query: Array, keys: Array) -> tuple[Array, Ar
     """
     product = jnp.einsum("grd,gsd->grs", query, keys, precision=lax.Precision.HIGHEST)
     q, key = (jnp.square(x).sum(-1, keepdims=True) for x in (query, keys))
-    key = key.swapaxes(1, 2)
-    largest = jnp.sqrt(top_k(key, 1)[0])  # a maximum of so few compiles for longer
+    largest = jnp.sqrt(key.max(1, keepdims=True))
     if cfg.score == "idw":
-        return 2 * product - key, q, jnp.square(jnp.sqrt(q) + largest)
+        return 2 * product - key.swapaxes(1, 2), q, jnp.square(jnp.sqrt(q) + largest)
     if cfg.score == "dot_product":
         return product, jnp.zeros_like(q), jnp.sqrt(q) * largest
     return cfg.refuse("score", NAME)
 
 
-def _key_vjp(cfg: FwPKMConfig, query: Array, keys: Array, subkeys: Array, d_scores: Array, slope: Array) -> Array:
+def _key_vjp(cfg: FwPKMConfig, query: Array, keys: Array, ids: Array, d_scores: Array, slope: Array) -> Array:
     """Σ over a sub-key's entries of d_scores · ∂s/∂K, in the shape of ``keys``."""
-    rows, tokens = _as_tables(query, keys)
-    coefficient = (d_scores * slope).reshape(subkeys.shape)
+    rows, row_index, tokens = _as_table(query, keys, ids)
+    coefficient = (d_scores * slope).reshape(row_index.shape)
     if cfg.score == "idw":
-        return scatter_add_differences(rows, subkeys, coefficient, tokens).reshape(keys.shape)
+        return scatter_add_differences(rows, row_index, coefficient, tokens).reshape(keys.shape)
     if cfg.score == "dot_product":
-        return scatter_add(rows, subkeys, coefficient, tokens).reshape(keys.shape)
+        return scatter_add(rows, row_index, coefficient, tokens).reshape(keys.shape)
     return cfg.refuse("score", NAME)
 
 
@@ -138,35 +127,29 @@ def top_k(x: Array, k: int) -> tuple[Array, Array]:
     return lax.optimization_barrier(tuple(lax.top_k(x, k)))
 
 
-def select_slots(cfg: FwPKMConfig, query: Array, keys: Array) -> tuple[Selection, Found]:
-    """Top-k of both codebooks and of the k² sums, ties to the lower position (§2)."""
+def select_slots(cfg: FwPKMConfig, query: Array, keys: Array) -> tuple[Selection, Array]:
+    """Top-k of both codebooks and of the k² sums, ties to the lower position (§2); and the ranks of the sub-keys."""
     query, keys = lax.stop_gradient((query, keys))
-    ranks, ids = _select_subkeys(cfg, query, keys)
+    ranks, subkeys = _select_subkeys(cfg, query, keys)
     scores = sub_scores(cfg, ranks)
-    sums, cells = top_k(_sums(scores), cfg.top_k)
     first, second = _grid(cfg.top_k)
-    grid = ids[:, :, 0][..., first] * cfg.num_subkeys + ids[:, :, 1][..., second]
-    slots = along(grid, cells).swapaxes(1, 2)
-    logits = sums / cfg.temperature
-    finite = (scores - scores).sum((1, 2, 4)) + (logits - logits).sum((1, 3)) == 0  # as in finite_rows
-    selection = Selection(_rows_of(ids, cfg.num_subkeys), cells, slots.reshape(*slots.shape[:2], -1), finite)
-    return selection, Found(ranks, sums)
+    sums, cells = top_k(scores[:, :, 0][..., first] + scores[:, :, 1][..., second], cfg.top_k)
+    ids = subkeys[:, :, 0][..., first] * cfg.num_subkeys + subkeys[:, :, 1][..., second]
+    slots = along(ids, cells).swapaxes(1, 2)
+    finite = jnp.isfinite(scores).all((1, 2, 4)) & jnp.isfinite(sums / cfg.temperature).all((1, 3))
+    return Selection(subkeys, cells, slots.reshape(*slots.shape[:2], -1), finite), ranks
 
 
-def address(cfg: FwPKMConfig, query: Array, keys: Array, selection: Selection, found: Found | None = None) -> Address:
+def address(cfg: FwPKMConfig, query: Array, keys: Array, selection: Selection, ranks: Array | None = None) -> Address:
     """Scores and weights of selected slots (§2); tokens that are not finite must have been blanked.
 
-    Differentiable, unless what ``select_slots`` found is given and need not be computed again.
+    Differentiable, unless the ranks that ``select_slots`` found are given and need not be computed again.
     """
-    ranks = _ranks_at(cfg, query, keys, selection.subkeys) if found is None else found.ranks
+    ranks = _ranks_at(cfg, query, keys, selection.subkeys) if ranks is None else ranks
     scores = sub_scores(cfg, ranks)
-    if found is None:  # a product, as the gradient of a gather is a scatter, which compiles for longer
-        grid = _sums(scores)
-        chosen = selection.cells[..., None] == jnp.arange(grid.shape[-1])
-        sums = (chosen.astype(grid.dtype) * grid[..., None, :]).sum(-1)
-    else:
-        sums = found.sums
-    logits = sums.swapaxes(1, 2).reshape(len(sums), -1, cfg.slots_per_token) / cfg.temperature
+    first, second = (gather(jnp.asarray(axis), selection.cells) for axis in _grid(cfg.top_k))
+    sums = along(scores[:, :, 0], first) + along(scores[:, :, 1], second)
+    logits = sums.swapaxes(1, 2).reshape(*selection.slots.shape) / cfg.temperature
     return Address(ranks, scores, jax.nn.softmax(logits, -1))
 
 
@@ -180,8 +163,8 @@ def sub_key_probabilities(scores: Array) -> Array:
 
 def mean_probabilities(fraction: Array, subkeys: Array, num_subkeys: int) -> Array:
     """p̄ ``[M, H, 2, S]`` from p over the number of counted tokens, 0 for the others, ``[M, H, 2, R, k]`` (§3)."""
-    shape = (*fraction.shape[:-2], num_subkeys)
-    return scatter_sum(int(np.prod(shape)), subkeys, fraction.reshape(subkeys.shape)).reshape(shape)
+    shape = (*subkeys.shape[:-2], num_subkeys)
+    return scatter_sum(int(np.prod(shape)), _row_index(subkeys, num_subkeys), fraction).reshape(shape)
 
 
 def key_gradient(
@@ -195,7 +178,7 @@ def key_gradient(
     fraction = counted[:, None, None, :, None] * p
     mean = mean_probabilities(fraction, subkeys, cfg.num_subkeys)
     loss = addressing_loss(jnp, mean).sum((1, 2, 3))
-    a = gather(addressing_slope(jnp, mean).ravel(), subkeys).reshape(p.shape)
+    a = gather(addressing_slope(jnp, mean).ravel(), _row_index(subkeys, cfg.num_subkeys))
     d_scores = cfg.addressing_weight * fraction * (a - (p * a).sum(-1, keepdims=True))
     return _key_vjp(cfg, query, keys, subkeys, d_scores, score_slope(cfg, at.ranks)), loss
 
@@ -217,7 +200,7 @@ def write_keys(
         query: ``[M, H, 2, R, d]``.
         keys: ``[M, H, 2, S, d]``.
         at: scores of what the tokens of the chunk picked in these keys.
-        subkeys: ``[M*H*2*R, k]`` which of them they picked.
+        subkeys: ``[M, H, 2, R, k]`` ids of what they picked.
         counted: ``[M, R]``, 1 over the number of the chunk's unmasked tokens for each of them, 0 for others.
         active: ``[M]``, the memories in which the chunk has a pair.
         moves: ``[M, H, 2, S, 1]``, the sub-keys that move, where that is known.
@@ -257,10 +240,10 @@ def _proposed(cfg: FwPKMConfig, query: Array, keys: Array) -> tuple[Array, Array
     rough, origin, scale = _rough_ranks(cfg, query, keys)
     best, ids = top_k(rough, min(k + 1, cfg.num_subkeys))
     next_best, ids = best[..., k:] - origin, ids[..., :k]
-    ranks = _ranks_at(cfg, query, keys, _rows_of(ids, cfg.num_subkeys))
+    ranks = _ranks_at(cfg, query, keys, ids)
     if k < cfg.num_subkeys:
         error = jnp.abs(best[..., :k] - origin - ranks).max(-1, keepdims=True) / scale
-        error = top_k(jnp.nan_to_num(error, nan=0, posinf=0).ravel(), 1)[0]
+        error = jnp.nan_to_num(error, nan=0, posinf=0).max()
         margin = scale * jnp.maximum(4 * error, _MARGIN * jnp.finfo(keys.dtype).eps / 2)
         unsure = ~(ranks.min(-1, keepdims=True) > next_best + margin)[..., 0]
 
@@ -282,27 +265,17 @@ def _proposed(cfg: FwPKMConfig, query: Array, keys: Array) -> tuple[Array, Array
     return -negated, ids
 
 
-def _as_tables(query: Array, keys: Array) -> tuple[Array, Array]:
-    """Keys as one table of rows, and the queries of all codebooks as another."""
+def _as_table(query: Array, keys: Array, ids: Array) -> tuple[Array, Array, Array]:
+    """Keys as one table of rows, the rows of each token's sub-keys, and the tokens."""
     rows, tokens = (x.reshape(-1, x.shape[-1]) for x in (keys, query))
-    return rows, tokens
+    return rows, _row_index(ids, keys.shape[-2]).reshape(len(tokens), -1), tokens
 
 
-def _rows_of(ids: Array, size: int) -> Array:
-    """``[..., R, k]`` ids among ``size`` rows of each group as ids among the rows of all groups, ``[groups*R, k]``."""
-    flat = ids.reshape(-1, *ids.shape[-2:])
-    return (flat + size * jnp.arange(len(flat), dtype=ids.dtype)[:, None, None]).reshape(-1, ids.shape[-1])
-
-
-def _sums(scores: Array) -> Array:
-    """``[M, H, R, cells]``: the sums of two scores ``[M, H, 2, R, k]`` that can be selected.
-
-    A product with zeros and ones, as gathers and, for their gradients, scatters compile for longer.
-    """
-    k = scores.shape[-1]
-    chosen = jnp.asarray(np.stack([axis == np.arange(k)[:, None] for axis in _grid(k)]), scores.dtype)
-    both = jnp.einsum("mhcrk,cks->mhcrs", scores, chosen, precision=lax.Precision.HIGHEST)
-    return both[:, :, 0] + both[:, :, 1]
+def _row_index(ids: Array, size: int) -> Array:
+    """``[..., R, k]`` ids among ``size`` rows of each group as ids among the rows of all groups."""
+    groups = ids.shape[:-2]
+    first = size * jnp.arange(int(np.prod(groups)), dtype=ids.dtype)
+    return ids + first.reshape(*groups, 1, 1)
 
 
 @cache

@@ -29,16 +29,6 @@ def scatter_sum(size: int, index: Array, rows: Array) -> Array:
     return lax.scatter_add(zeros, index[..., None], rows, _scatter_numbers(zeros, index), mode=IN_BOUNDS)
 
 
-def slice_of(x: Array, start: Any, length: int, axis: int = 1) -> Array:
-    """``length`` entries of an axis from ``start`` on, which may be traced."""
-    return lax.dynamic_slice_in_dim(x, start, length, axis, allow_negative_indices=False)
-
-
-def update(x: Array, part: Array, start: Any, axis: int = 1) -> Array:
-    """``x`` with ``part`` from entry ``start`` of an axis on."""
-    return lax.dynamic_update_slice_in_dim(x, part, start, axis, allow_negative_indices=False)
-
-
 def along(x: Array, index: Array) -> Array:
     """``[..., k]``: entries of the last axis of ``x [..., S]`` at ``index [..., k]``."""
     last, batch = x.ndim - 1, tuple(range(x.ndim - 1))

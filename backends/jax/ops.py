@@ -15,8 +15,7 @@ from jax import Array
 
 from fwpkm import schedule, validation
 from fwpkm.backends.jax.backward import run
-from fwpkm.backends.jax.indexing import slice_of
-from fwpkm.backends.jax.tokens import filled, finite_rows, insert, no_tokens, pack, pad, unpack, without
+from fwpkm.backends.jax.tokens import cut, filled, finite, insert, no_tokens, pad, without
 from fwpkm.backends.jax.windows import (
     SELF,
     Result,
@@ -199,18 +198,12 @@ def _apply(
     """``apply``: the output, the tables where a write may be due, pending tokens, the position and the trace."""
     dtype, length = _dtype(state.memory, tokens.query), tokens.length
     num_pending = schedule.pending(cfg, state.position[0])
-    stream = insert(pack(filled(dtype, state.pending)), pack(filled(dtype, tokens)), num_pending)
+    stream = insert(_valid(filled(dtype, state.pending), num_pending), filled(dtype, tokens), num_pending)
     due = schedule.written(cfg, num_pending + length) if writes else _ZERO
     result = run(cfg, plan_apply(cfg, length, writes), _tables(state.memory, dtype), stream, num_pending, due)
-    pending = slice_of(pad(without(stream, result.dead), cfg.capacity), due * cfg.chunk_size, cfg.capacity)
+    pending = cut(pad(without(stream, result.dead), cfg.capacity), due * cfg.chunk_size, cfg.capacity)
     trace = _trace(result, schedule.max_writes(cfg, length), due)
-    return (
-        result.reads.astype(tokens.query.dtype),
-        _written(result, writes),
-        unpack(cfg, pending),
-        state.position + length,
-        trace,
-    )
+    return _output(result, tokens.query), _written(result, writes), pending, state.position + length, trace
 
 
 @partial(jax.jit, static_argnums=(0,))
@@ -218,16 +211,18 @@ def _read_only(cfg: FwPKMConfig, memory: Memory, tokens: Tokens) -> tuple[Array,
     """``apply`` with ``update=False``."""
     dtype = _dtype(memory, tokens.query)
     plan = plan_read(cfg, tokens.length)
-    result = run(cfg, plan, _tables(memory, dtype), pack(filled(dtype, tokens)), _ZERO, _ZERO)
-    return result.reads.astype(tokens.query.dtype), _trace(result, schedule.max_writes(cfg, tokens.length), _ZERO)
+    result = run(cfg, plan, _tables(memory, dtype), filled(dtype, tokens), _ZERO, _ZERO)
+    return _output(result, tokens.query), _trace(result, schedule.max_writes(cfg, tokens.length), _ZERO)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _flush(cfg: FwPKMConfig, writes: bool, state: State) -> tuple[Memory | None, Tokens, Array, Trace]:
     """``flush``: the tables where a chunk may be pending, no pending tokens, the position and the trace."""
     dtype, batch_size = state.memory.keys.dtype, len(state.position)
-    result = run(cfg, plan_flush(cfg, writes), state.memory, pack(filled(dtype, state.pending)), _ZERO, _ZERO + writes)
-    count = schedule.flush_writes(cfg, schedule.pending(cfg, state.position[0]))
+    num_pending = schedule.pending(cfg, state.position[0])
+    pending = _valid(filled(dtype, state.pending), num_pending)
+    result = run(cfg, plan_flush(cfg, writes), state.memory, pending, _ZERO, _ZERO + writes)
+    count = schedule.flush_writes(cfg, num_pending)
     trace = _trace(result, 1, jnp.asarray(count, jnp.int32))
     return _written(result, writes), no_tokens(cfg, batch_size, dtype), jnp.zeros_like(state.position), trace
 
@@ -236,8 +231,8 @@ def _flush(cfg: FwPKMConfig, writes: bool, state: State) -> tuple[Memory | None,
 def _lookup(cfg: FwPKMConfig, memory: Memory, query: Array) -> Lookup:
     dtype = _dtype(memory, query)
     tokens = filled(dtype, Tokens(query, jnp.zeros((*query.shape[:2], cfg.value_dim), dtype)))
-    result = run(cfg, plan_read(cfg, query.shape[1]), _tables(memory, dtype), pack(tokens), _ZERO, _ZERO)
-    return Lookup(result.reads.astype(query.dtype), result.slots, result.weights)
+    result = run(cfg, plan_read(cfg, query.shape[1]), _tables(memory, dtype), tokens, _ZERO, _ZERO)
+    return Lookup(_output(result, query), result.slots, _weights(result))
 
 
 @partial(jax.jit, static_argnums=(0,))
@@ -246,14 +241,18 @@ def _chunk_update(cfg: FwPKMConfig, memory: Memory, chunk: Tokens, pair: Array |
     memory, chunk = _tables(memory, dtype), filled(dtype, chunk)
     finite_target = jnp.isfinite(chunk.value).all(-1)  # those that are not finite make no pair, but are read
     chunk = chunk._replace(value=jnp.where(finite_target[..., None], chunk.value, 0))
-    packed = pack(chunk)
-    selected = select_window(cfg, memory, chunk, ~finite_rows(packed))._replace(found=None)
-    chunk = unpack(cfg, without(packed, selected.dead))
+    selected = select_window(cfg, memory, chunk, ~finite(chunk))._replace(ranks=None)
+    chunk = without(chunk, selected.dead)
     write = Write(chunk.value, chunk.mask & finite_target & (True if pair is None else pair), chunk.mask)
     computed = compute_window(cfg, selected.keys, selected.rows, chunk, selected, write, cfg.num_slots)
     values = selected.touched.put(memory.values.reshape(-1, cfg.value_dim), computed.rows)
     losses = Losses(computed.memorization, computed.addressing)
     return Memory(computed.keys, values.reshape(memory.values.shape)), losses
+
+
+def _valid(pending: Tokens, num_pending: Array) -> Tokens:
+    """The pending tokens ``[B, P, ...]``, with zeros for whatever lies behind the last of them."""
+    return without(pending, (jnp.arange(pending.length) >= num_pending)[None])
 
 
 def _tables(memory: Memory, dtype: jnp.dtype) -> Memory:
@@ -265,9 +264,17 @@ def _written(result: Result, writes: bool) -> Memory | None:
     return Memory(result.keys, result.values) if writes else None
 
 
+def _output(result: Result, query: Array) -> Array:
+    return jnp.where(result.unread[..., None], jnp.nan, result.reads).astype(query.dtype)
+
+
+def _weights(result: Result) -> Array:
+    return jnp.where(result.unread[..., None], jnp.nan, result.weights)
+
+
 def _trace(result: Result, columns: int, writes: Array) -> Trace:
     """The record of a stream, its losses filled up with zeros to this many columns."""
-    weights = jax.lax.stop_gradient(result.weights)
+    weights = jax.lax.stop_gradient(_weights(result))
     padding = [(0, 0), (0, columns - result.memorization.shape[1])]
     memorization, addressing = (jnp.pad(x, padding) for x in (result.memorization, result.addressing))
     return Trace(result.slots, weights, memorization, addressing, writes)

@@ -1,12 +1,12 @@
 """Tokens of B sequences as the tables see them, and the layout in which tokens meet their memory."""
 
+import functools
+import operator
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 
-from fwpkm.backends.jax.indexing import update
 from fwpkm.config import FwPKMConfig
 from fwpkm.tokens import NUMBERS, TOKEN_FIELDS, TokenField, Tokens, token_specs
 
@@ -36,48 +36,45 @@ def numbers(tokens: Tokens) -> dict[str, Array]:
     return {name: getattr(tokens, name) for name in NUMBERS}
 
 
-def pack(tokens: Tokens) -> Array:
-    """``[B, n, F]``: all fields side by side, so that one operation moves them; flags as zeros and ones."""
-    columns = [x[..., None] if field.width is None else x for field, x in zip(TOKEN_FIELDS, tokens)]
-    return jnp.concatenate([x.astype(tokens.query.dtype) for x in columns], -1)
+def cut(tokens: Tokens, start: Array | int, length: int) -> Tokens:
+    """``length`` tokens of every row from ``start`` on, which may be traced."""
+    return tokens.map(lambda x: lax.dynamic_slice_in_dim(x, start, length, axis=1))
 
 
-def unpack(cfg: FwPKMConfig, packed: Array) -> Tokens:
-    """The tokens that ``pack`` laid side by side."""
-    widths = [1 if field.width is None else field.width(cfg)[1] for field in TOKEN_FIELDS]
-    columns = jnp.split(packed, np.cumsum(widths)[:-1], -1)
-    scalars = (x[..., 0] if field.width is None else x for field, x in zip(TOKEN_FIELDS, columns))
-    return Tokens(*(x if field.kind == "float" else x != 0 for field, x in zip(TOKEN_FIELDS, scalars)))
+def pad(tokens: Tokens, padding: int) -> Tokens:
+    """With so many zeros, and mask False, at the end."""
+    return tokens.map(lambda x: jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2)))
 
 
-def pad(x: Array, padding: int) -> Array:
-    """``[B, n, ...]`` with so many tokens of zeros at the end."""
-    return lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), (0, padding, 0)] + [(0, 0, 0)] * (x.ndim - 2))
-
-
-def insert(x: Array, later: Array, at: Array) -> Array:
+def insert(tokens: Tokens, later: Tokens, at: Array) -> Tokens:
     """The tokens up to ``at``, then the later ones, then zeros: a stream of both lengths together."""
-    return update(pad(x, later.shape[1]), later, at)
+    both = zip(pad(tokens, later.length), later)
+    return Tokens(*(lax.dynamic_update_slice_in_dim(x, y, at, axis=1) for x, y in both))
+
+
+def finite(tokens: Tokens) -> Array:
+    """``[B, n]``: every number of a token is finite."""
+    flags = (finite_rows(x) if x.ndim > 2 else jnp.isfinite(x) for x in numbers(tokens).values())
+    return functools.reduce(operator.and_, flags)
 
 
 def finite_rows(x: Array) -> Array:
-    """Whether all of the last axis is finite: x - x is NaN where it is not.
+    """Whether all of the last axis is finite: 0 · x is NaN where it is not.
 
     XLA takes thrice as long to compile ``isfinite(x).all(-1)``, and its largest magnitude may pass over a NaN.
     """
-    x = lax.stop_gradient(x)
-    return (x - x).sum(-1) == 0
+    return (0 * lax.stop_gradient(x)).sum(-1) == 0
 
 
-def without(x: Array, dead: Array) -> Array:
-    """``[B, n, ...]``, the dead tokens ``[B, n]`` as zeros (SPEC.md §5); no gradient passes through them."""
-    return jnp.where(dead.reshape(*dead.shape, *[1] * (x.ndim - 2)), jnp.zeros((), x.dtype), x)
+def without(tokens: Tokens, dead: Array) -> Tokens:
+    """The dead ones ``[B, n]`` as zeros with mask False (SPEC.md §5); no gradient passes through them."""
+    return tokens.map(lambda x: jnp.where(dead.reshape(*dead.shape, *[1] * (x.ndim - 2)), jnp.zeros((), x.dtype), x))
 
 
 def ahead(x: Array, lookahead: int) -> Array:
     """``[B, n, ...]``: x at t + L, zeros where that has not arrived."""
-    shift = min(lookahead, x.shape[1])
-    return lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), (-shift, shift, 0)] + [(0, 0, 0)] * (x.ndim - 2))
+    shifted = x[:, lookahead:]
+    return jnp.pad(shifted, [(0, 0), (0, x.shape[1] - shifted.shape[1])] + [(0, 0)] * (x.ndim - 2))
 
 
 def by_memory(x: Array, memories: int) -> Array:

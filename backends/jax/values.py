@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 
 from fwpkm.backends.jax.indexing import gather, put, scatter_sum
 from fwpkm.backends.jax.tokens import finite_rows
@@ -21,33 +21,30 @@ from fwpkm.rules import step, step_vjp
 class Touched(NamedTuple):
     """The distinct rows that T tokens read."""
 
-    ids: Any
-    """``[E]`` each distinct row once; the others lie beyond the table, so that writes to them drop and reads give its
-    last row, which no entry asks for. None for the whole table."""
+    ids: Array
+    """``[E]`` ascending; those past the last distinct row lie beyond the table, so that writes to them drop and reads
+    give its last row, which no entry asks for."""
     row_index: Array
-    """``[T, K]`` where among these each entry stands."""
+    """``[T, K]`` where in ``ids`` each entry stands."""
 
     @classmethod
     def of(cls, slots: Array, num_rows: int) -> "Touched":
         """Of the entries ``slots [T, K]`` in a table of ``num_rows`` rows."""
-        ids, size = lax.sort(slots.ravel()), slots.size
-
-        def closer(i: Array, found: Array) -> Array:
-            """One step of a binary search for how many ids are smaller: a cumulative sum would compile for longer."""
-            probe = found + ((1 << size.bit_length() - 1) >> i)
-            return jnp.where((probe <= size) & (gather(ids, jnp.minimum(probe, size) - 1) < slots), probe, found)
-
-        row_index = lax.fori_loop(0, size.bit_length(), closer, jnp.zeros_like(slots))
-        again = ids == lax.pad(ids, jnp.array(-1, ids.dtype), [(1, -1, 0)])
-        return cls(jnp.where(again, num_rows + jnp.arange(size, dtype=ids.dtype), ids), row_index)
+        flat = slots.ravel()
+        index = jnp.arange(flat.size, dtype=flat.dtype)
+        ids, order = jax.lax.sort((flat, index), num_keys=1)
+        rank = jnp.cumsum(jnp.append(True, ids[1:] != ids[:-1]), dtype=flat.dtype) - 1
+        distinct = put(num_rows + index, rank, ids)
+        row_index = put(jnp.zeros_like(flat), order, rank, unique_indices=True)
+        return cls(distinct, row_index.reshape(slots.shape))
 
     def gather(self, table: Array) -> Array:
         """``[E, D]``: the rows of ``table [.., D]``."""
-        return gather(table, self.ids, mode="clip")
+        return gather(table, self.ids, mode="clip", indices_are_sorted=True)
 
     def put(self, table: Array, rows: Array) -> Array:
         """``table`` with these rows replaced."""
-        return put(table, self.ids, rows, mode="drop", unique_indices=True)
+        return put(table, self.ids, rows, mode="drop", indices_are_sorted=True, unique_indices=True)
 
 
 @jax.custom_vjp

@@ -10,7 +10,6 @@ from that, given the rows that they touch; it is differentiable, so a backward p
 than a ``Selected``.
 """
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -18,12 +17,12 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from fwpkm import schedule
-from fwpkm.backends.jax.addressing import Found, Selection, address, select_slots, write_keys
-from fwpkm.backends.jax.indexing import scatter_sum, slice_of, update
-from fwpkm.backends.jax.tokens import NAME, ahead, by_memory, finite_rows, halves, unpack, without
+from fwpkm.backends.jax.addressing import Selection, address, select_slots, write_keys
+from fwpkm.backends.jax.indexing import scatter_sum
+from fwpkm.backends.jax.tokens import NAME, ahead, by_memory, cut, finite, halves, without
 from fwpkm.backends.jax.values import Touched, read, write_rows
 from fwpkm.config import FwPKMConfig
-from fwpkm.containers import Memory, memories_for
+from fwpkm.containers import Memory
 from fwpkm.rules import write_scale
 from fwpkm.tokens import Tokens
 from fwpkm.validation import Implementation
@@ -45,14 +44,13 @@ class Selected(NamedTuple):
     keys: Array
     """``[M, H, 2, S, d]`` the codebooks that they read."""
     rows: Any
-    """``[E, Dv]`` the rows of the value table that they read, distinct, or all; None where those of a call lie
-    together."""
+    """``[E, Dv]`` the rows of the value table that they read, distinct; None where those of a call lie together."""
     touched: Touched
     """where those rows stand."""
     selection: Selection
     """what they picked."""
-    found: Found | None
-    """the scores of that; None where they are to be computed, to be differentiated."""
+    ranks: Any
+    """``[M, H, 2, R, k]`` of that; None where they are to be computed, to be differentiated."""
     dead: Array
     """``[B, n]`` bool: some input or selected score is not finite."""
 
@@ -119,11 +117,13 @@ class Result(NamedTuple):
     values: Array
     """``[M, N, Dv]`` afterwards."""
     reads: Array
-    """``[B, T, Dv]`` of the new tokens; NaN, as their weights are, for those that were not finite when read."""
+    """``[B, T, Dv]`` of the new tokens."""
     slots: Array
     """``[B, T, H*k]``"""
     weights: Array
     """``[B, T, H*k]``"""
+    unread: Array
+    """``[B, T]`` bool: the tokens that were not finite when they were read."""
     dead: Array
     """``[B, Q]`` bool: the tokens of the stream that must never be written."""
     memorization: Array
@@ -132,32 +132,15 @@ class Result(NamedTuple):
     """``[M, W]``"""
 
 
-class Picked(NamedTuple):
-    """What a backward needs of a window beside keys and rows: integers and flags."""
-
-    row_index: Any
-    """of its ``Touched``."""
-    subkeys: Any
-    """of its ``Selection``."""
-    cells: Any
-    """of its ``Selection``."""
-    dead: Any
-    """of its ``Selected``."""
-    moved: Any
-    """``Moved``; None where nothing is written."""
-
-
 class Residuals(NamedTuple):
-    """What the backward needs of the windows, then of the blocks after them: all of a kind in one buffer."""
+    """What the backward needs of the windows, all of which are kept in one buffer of their kind."""
 
-    keys: Array
-    """``[W, M, H, 2, S, d]`` the codebooks that each window read; the blocks read those at the end."""
+    windows: Any
+    """``Selected``, but for its rows, and ``Moved`` of each window that ended in a write, ``[W, ..]``; or None."""
+    blocks: Any
+    """the same of the blocks after them, which moved nothing."""
     rows: Array
     """``[R, Dv]`` the rows that each of them read."""
-    ids: Array
-    """``[R]`` where these stand; beyond the table until a window is kept there."""
-    picked: Array
-    """``[I]`` int32, the ``Picked`` of each."""
 
 
 # --- One window ---
@@ -174,22 +157,16 @@ def memorization_loss(error: Array, gate: Array, pair: Array, memories: int) -> 
     return terms.reshape(memories, -1).sum(1)
 
 
-def select_window(cfg: FwPKMConfig, memory: Memory, window: Tokens, dead: Array, distinct: bool = True) -> Selected:
-    """Find what a window's tokens pick; ``dead`` [B, n] are those known not to be finite.
-
-    Without ``distinct`` the rows are the whole table, which is enough to read them.
-    """
+def select_window(cfg: FwPKMConfig, memory: Memory, window: Tokens, dead: Array) -> Selected:
+    """Find what a window's tokens pick; ``dead`` [B, n] are those known not to be finite."""
     memories, slots, width = memory.values.shape
-    query = halves(cfg, without(window.query, dead), memories)
-    selection, found = select_slots(cfg, query, memory.keys)
+    query = halves(cfg, without(window, dead).query, memories)
+    selection, ranks = select_slots(cfg, query, memory.keys)
     first = slots * jnp.arange(memories, dtype=selection.slots.dtype)[:, None, None]
-    entries = (selection.slots + first).reshape(-1, cfg.slots_per_token)
-    rows, touched = memory.values.reshape(-1, width), Touched(None, entries)
-    if distinct:
-        touched = Touched.of(entries, memories * slots)
-        # Without the barrier XLA may read the table again where the rows are used, after a write, so copies it first.
-        rows = lax.optimization_barrier(touched.gather(rows))
-    return Selected(memory.keys, rows, touched, selection, found, dead | ~selection.finite.reshape(dead.shape))
+    touched = Touched.of((selection.slots + first).reshape(-1, cfg.slots_per_token), memories * slots)
+    # Without the barrier XLA may read the table again where the rows are used, after a write, and so copies it first.
+    rows = lax.optimization_barrier(touched.gather(memory.values.reshape(-1, width)))
+    return Selected(memory.keys, rows, touched, selection, ranks, dead | ~selection.finite.reshape(dead.shape))
 
 
 def chunk_of(cfg: FwPKMConfig, window: Tokens) -> Write:
@@ -222,16 +199,16 @@ def compute_window(
     """
     memories, shape, row_index = len(keys), window.mask.shape, selected.touched.row_index
     query = halves(cfg, window.query, memories)
-    at = address(cfg, query, keys, selected.selection, selected.found)
+    at = address(cfg, query, keys, selected.selection, selected.ranks)
     weights = at.weights.reshape(-1, cfg.slots_per_token)
     reads = read(rows, row_index, weights)
     computed = Computed(reads.reshape(*shape, -1), weights.reshape(*shape, -1), keys, rows)
     if write is None:
         return computed
-    counted, paired = (by_memory(x, memories).astype(keys.dtype) for x in (write.counted, write.pair))
-    # Of eight copies, as XLA has a routine for large sums, but compiles small ones, and any, for a fifth of a second.
-    num_counted, num_pairs = (jnp.broadcast_to(x[..., None], (*x.shape, 8)).sum((1, 2)) / 8 for x in (counted, paired))
-    counted, active = counted / jnp.maximum(num_counted, 1)[:, None], num_pairs > 0
+    # Floats in one sum, as an any of each window's flags would compile for a fifth of a second.
+    flags = jnp.stack([by_memory(x, memories) for x in (write.counted, write.pair)]).astype(keys.dtype)
+    num_counted, num_pairs = flags.sum(-1)
+    counted, active = flags[0] / jnp.maximum(num_counted, 1)[:, None], num_pairs > 0
     keys_move, rows_move = (None, None) if moved is None else (moved.keys, moved.rows)
     keys, keys_move, addressing = write_keys(
         cfg, query, keys, at, selected.selection.subkeys, counted, active, keys_move
@@ -279,7 +256,7 @@ def windows(
     cfg: FwPKMConfig,
     plan: Plan,
     memory: Memory,
-    tokens: Array,
+    tokens: Tokens,
     num_pending: Array,
     due: Array,
     residuals: Residuals | None = None,
@@ -290,7 +267,7 @@ def windows(
         cfg: the configuration.
         plan: what is static about the call.
         memory: the tables.
-        tokens: the stream, Q tokens, packed; from ``num_pending + T`` on they are zeros.
+        tokens: the stream, Q tokens; from ``num_pending + T`` on they are zeros.
         num_pending: int scalar, p.
         due: int scalar, the chunks to write, at most ``plan.writes``.
         residuals: space for what each window met, or None to keep nothing.
@@ -304,26 +281,22 @@ def windows(
         result: Result, start: Array, first_new: Array, length: int, writes: bool
     ) -> tuple[Result, Selected, Computed]:
         """Read ``length`` tokens from ``start`` on and note what those from ``first_new`` on read. The tables stay."""
-        window, dead = slice_of(tokens, start, length), slice_of(result.dead, start, length)
-        distinct = writes or residuals is not None
-        selected = select_window(cfg, Memory(result.keys, result.values), unpack(cfg, window), dead, distinct)
-        live = unpack(cfg, without(window, selected.dead))
+        window, dead = cut(tokens, start, length), slice_of(result.dead, start, length)
+        selected = select_window(cfg, Memory(result.keys, result.values), window, dead)
+        live = without(window, selected.dead)
         write = chunk_of(cfg, live) if writes else None
         computed = compute_window(cfg, selected.keys, selected.rows, live, selected, write, num_slots)
         slots = selected.selection.slots.reshape(computed.weights.shape)
-        reads, weights = (jnp.where(selected.dead[..., None], jnp.nan, x) for x in (computed.reads, computed.weights))
-        fields = {"reads": reads, "slots": slots, "weights": weights}
+        fields = {"reads": computed.reads, "slots": slots, "weights": computed.weights, "unread": selected.dead}
         noted = {name: _note(getattr(result, name), x, start, first_new) for name, x in fields.items()}
-        return result._replace(dead=update(result.dead, selected.dead, start), **noted), selected, computed
+        return result._replace(dead=put(result.dead, selected.dead, start), **noted), selected, computed
 
     def write(c: Array, carry: tuple[Result, Residuals | None]) -> tuple[Result, Residuals | None]:
         result, residuals = carry
         start = c * cfg.chunk_size
         result, selected, computed = read_window(result, start, read_before(cfg, c), plan.window, True)
         values = selected.touched.put(result.values.reshape(-1, width), computed.rows).reshape(result.values.shape)
-        losses = {
-            x: update(getattr(result, x), getattr(computed, x)[:, None], c) for x in ("memorization", "addressing")
-        }
+        losses = {x: put(getattr(result, x), getattr(computed, x)[:, None], c) for x in ("memorization", "addressing")}
         result = result._replace(keys=computed.keys, values=values, **losses)
         return result, keep(residuals, "windows", c, selected, computed.moved)
 
@@ -337,16 +310,11 @@ def windows(
     ) -> Residuals | None:
         if residuals is None:
             return None
-        keys, rows, ids, every = residuals
-        at = row_offset(cfg, plan, tokens, kind, index)
-        rows, ids = update(rows, selected.rows, at, 0), update(ids, selected.touched.ids, at, 0)
-        if kind == "windows":
-            keys = update(keys, selected.keys[None], index, 0)
-        row_index, (subkeys, cells, *_) = selected.touched.row_index, selected.selection
-        at = picked_offset(cfg, plan, keys, tokens, kind, index)
-        picked = jax.tree.leaves(Picked(row_index, subkeys, cells, selected.dead, moved))
-        every = update(every, jnp.concatenate([x.ravel().astype(every.dtype) for x in picked]), at, 0)
-        return Residuals(keys, rows, ids, every)
+        offset = row_offset(cfg, plan, tokens, kind, index)
+        rows = lax.dynamic_update_slice_in_dim(residuals.rows, selected.rows, offset, 0)
+        one, every = (selected._replace(rows=None, ranks=None), moved), getattr(residuals, kind)
+        every = jax.tree.map(lambda all_, x: lax.dynamic_update_index_in_dim(all_, x, index, 0), every, one)
+        return residuals._replace(rows=rows, **{kind: every})
 
     carry = _nothing_read(cfg, plan, memory, tokens), residuals
     if plan.writes:
@@ -354,29 +322,40 @@ def windows(
     if plan.blocks:
         carry = lax.fori_loop(0, num_blocks(cfg, plan, num_pending, due), block, carry)
     result, residuals = carry
-    new = {x: slice_of(getattr(result, x), num_pending, plan.length) for x in ("reads", "slots", "weights")}
+    new = {x: slice_of(getattr(result, x), num_pending, plan.length) for x in ("reads", "slots", "weights", "unread")}
     return result._replace(**new), residuals
 
 
-def _nothing_read(cfg: FwPKMConfig, plan: Plan, memory: Memory, tokens: Array) -> Result:
+def _nothing_read(cfg: FwPKMConfig, plan: Plan, memory: Memory, tokens: Tokens) -> Result:
     """The result of a stream ``[B, Q, ...]`` of which nothing has been read yet."""
-    tokens_shape, dtype = tokens.shape[:2], memory.keys.dtype
+    tokens_shape, dtype = tokens.mask.shape, memory.keys.dtype
     losses = jnp.zeros((len(memory.keys), plan.writes), dtype)
     return Result(
         *memory,
         reads=jnp.zeros((*tokens_shape, cfg.value_dim), dtype),
         slots=jnp.zeros((*tokens_shape, cfg.slots_per_token), jnp.int32),
         weights=jnp.zeros((*tokens_shape, cfg.slots_per_token), dtype),
-        dead=~finite_rows(tokens),
+        unread=jnp.zeros(tokens_shape, bool),
+        dead=~finite(tokens),
         memorization=losses,
         addressing=losses,
     )
 
 
+def slice_of(x: Array, start: Array, length: int) -> Array:
+    """``length`` entries of the second axis."""
+    return lax.dynamic_slice_in_dim(x, start, length, axis=1)
+
+
+def put(x: Array, part: Array, start: Array) -> Array:
+    """``x`` with ``part`` from entry ``start`` of the second axis on."""
+    return lax.dynamic_update_slice_in_dim(x, part, start, axis=1)
+
+
 def _note(x: Array, part: Array, start: Array, first_new: Array) -> Array:
     """``x`` with ``part`` from token ``start`` on, but for the tokens before ``first_new``."""
     new = (start + jnp.arange(part.shape[1]) >= first_new).reshape(-1, *[1] * (x.ndim - 2))
-    return update(x, jnp.where(new, part, slice_of(x, start, part.shape[1])), start)
+    return put(x, jnp.where(new, part, slice_of(x, start, part.shape[1])), start)
 
 
 def read_before(cfg: FwPKMConfig, c: Array) -> Array:
@@ -400,32 +379,7 @@ def block_at(cfg: FwPKMConfig, plan: Plan, num_pending: Array, due: Array, j: Ar
     return start(j), jnp.maximum(read_before(cfg, due), jnp.where(j > 0, start(j - 1) + plan.block, 0))
 
 
-def row_offset(cfg: FwPKMConfig, plan: Plan, tokens: Array, kind: str, index: Any) -> Any:
+def row_offset(cfg: FwPKMConfig, plan: Plan, tokens: Tokens, kind: str, index: Any) -> Any:
     """Where the rows of a window or block begin among those of the call."""
     before = index * plan.window if kind == "windows" else plan.writes * plan.window + index * plan.block
-    return before * len(tokens) * cfg.slots_per_token
-
-
-def picked_spec(cfg: FwPKMConfig, plan: Plan, keys: Array, tokens: Array, kind: str) -> Picked:
-    """The shapes and dtypes of what is kept of a window or block; ``keys`` [.., H, 2, S, d]."""
-    batch, length = len(tokens), plan.window if kind == "windows" else plan.block
-    memories, count = memories_for(cfg, batch), batch * length
-    flags = functools.partial(jax.ShapeDtypeStruct, dtype=bool)
-    ids = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
-    moved = Moved(flags((memories, *keys.shape[-4:-1], 1)), flags((count * cfg.slots_per_token,)))
-    return Picked(
-        ids((count, cfg.slots_per_token)),
-        ids((2 * cfg.num_heads * count, cfg.top_k)),
-        ids((memories, cfg.num_heads, count // memories, cfg.top_k)),
-        flags((batch, length)),
-        moved if kind == "windows" else None,
-    )
-
-
-def picked_offset(cfg: FwPKMConfig, plan: Plan, keys: Array, tokens: Array, kind: str, index: Any) -> Any:
-    """Where those of a window or block begin among those of the call."""
-    window, block = (
-        sum(x.size for x in jax.tree.leaves(picked_spec(cfg, plan, keys, tokens, each)))
-        for each in ("windows", "blocks")
-    )
-    return index * window if kind == "windows" else plan.writes * window + index * block
+    return before * len(tokens.mask) * cfg.slots_per_token

@@ -78,13 +78,15 @@ def flush(cfg: FwPKMConfig, state: State) -> tuple[State, Trace]:
     validation.check_state(cfg, state, None, _self())
     _check_position(state, 0)
     dtype = _dtype(state.memory)
-    pending, num_pending = filled(dtype, state.pending), schedule.pending(cfg, state.position[0])
+    num_pending = schedule.pending(cfg, state.position[0])
+    behind = ops.arange(cfg.capacity, dtype="int32") >= num_pending
+    pending = without(filled(dtype, state.pending), behind[None])
 
     def due(written: Array, *_: Any) -> Array:
         return (written == 0) & (num_pending > cfg.lookahead)  # else no token has a pair
 
     def write(written: Array, memory: Memory, losses: Losses) -> tuple:
-        _, memory, losses = write_window(cfg, memory, pending)  # what is not valid is masked
+        _, memory, losses = write_window(cfg, memory, pending)
         return written + 1, memory, Losses(*(x[:, None] for x in losses))
 
     start = (ops.zeros((), "int32"), state.memory, no_losses(state.memory, 1))
