@@ -180,15 +180,16 @@ def main(subject: str, options: argparse.Namespace, workloads: Sequence[str] | N
     return int(slower and options.check)
 
 
-def measure_pairs(subject: str, case: str, workload: str, against: str, pairs: int) -> list[tuple[float, float]]:
+def measure_pairs(
+    subject: str, case: str, workload: str, against: pathlib.Path, pairs: int
+) -> list[tuple[float, float]]:
     """Seconds of a step, before and now, by pair.
 
     Raises:
         RuntimeError: a process failed, or imported another package than it was to.
         AssertionError: the two came to other outputs.
     """
-    other = pathlib.Path(against).resolve()
-    trees = other / "src" if (other / "src" / "fwpkm").exists() else other, pathlib.Path(fwpkm.__file__).parents[1]
+    trees = against, pathlib.Path(fwpkm.__file__).parents[1]
     paths = [os.pathsep.join((str(tree), os.environ.get("PYTHONPATH", ""))).rstrip(os.pathsep) for tree in trees]
     keras = "torch" if case == "Keras layer on torch" else "jax"
     old, new = (Worker(PYTHONPATH=path, KERAS_BACKEND=keras) for path in paths)

@@ -50,7 +50,7 @@ def cpu_seconds(program: str) -> tuple[float, float, float]:
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.compile_time")
-    parser.add_argument("--runs", type=int, default=3, help="fresh processes for each program")
+    parser.add_argument("--runs", type=report.count, default=3, help="fresh processes for each program")
     parser.add_argument("--markdown", action="store_true", help="print the table in Markdown")
     args = parser.parse_args()
     import jax  # noqa: F401  its version stands above the table

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 import fwpkm
+from benchmarks import report
 from fwpkm.agreement import relative_error
 
 BATCH, LENGTH, CALLS = 3, 29, (5, 1, 14, 9)
@@ -92,7 +93,7 @@ def numbers(
     tokens, memory = leaves[:3], fwpkm.Memory(*leaves[3:])
     keep("lookup", be.lookup(cfg, memory, tokens[0], **options)._asdict())
     for part in be.chunk_update(cfg, memory, *tokens, **options):
-        keep("lookup", part._asdict())
+        keep("chunk_update", part._asdict())
     arrays = {name: np.array(be.to_numpy(x)) for name, x in found.items()}
     drawn = (np.random.default_rng(1000 + i).normal(size=tuple(x.shape)) for i, x in enumerate(results))
     gradients = be.vjp(forward, leaves, [move(be.asarray(x, "float32")) for x in drawn])
@@ -111,7 +112,11 @@ def digest(arrays: dict[str, np.ndarray]) -> str:
 
 
 def compared(arrays: dict[str, np.ndarray], before: dict[str, np.ndarray]) -> str:
-    """ "same bits", or the largest relative error."""
+    """ "same bits", or what differs: the largest relative error of an array, or which arrays there are."""
+    if arrays.keys() != before.keys():
+        return (
+            f"differs: {len(before)} arrays there, {len(arrays)} here, {len(arrays.keys() & before.keys())} of one name"
+        )
     if digest(arrays) == digest(before):
         return "same bits"
     error, name = max((relative_error(arrays[name], x), name) for name, x in before.items())
@@ -123,7 +128,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.digests")
     parser.add_argument("--backend", choices=("torch", "triton", "jax", "keras"), default="torch")
     parser.add_argument("--device", default="cpu", help="of torch and triton: cpu or cuda")
-    parser.add_argument("--every", type=int, default=1, metavar="N", help="each Nth case alone")
+    parser.add_argument("--every", type=report.count, default=1, metavar="N", help="each Nth case alone")
     parser.add_argument("--first", type=int, default=0, metavar="K", help="begin with case K")
     parser.add_argument("--save", metavar="FILE", help="an .npz to write")
     parser.add_argument("--against", metavar="FILE", help="an .npz of --save")
@@ -134,12 +139,15 @@ def main() -> int:
     if args.device == "cuda":  # plain PyTorch adds in any order there unless it is told not to
         importlib.import_module("torch").use_deterministic_algorithms(True, warn_only=True)
     before = dict(np.load(args.against)) if args.against else {}
+    chosen = dict(itertools.islice(cases().items(), max(args.first, 0), None, args.every))
+    if args.first < 0 or not chosen:
+        parser.error(f"there are {len(cases())} cases, none of them from {args.first} on")
     kept, total, differs = {}, hashlib.sha256(), False
-    for name, (cfg, seed) in itertools.islice(cases().items(), args.first, None, args.every):
+    for name, (cfg, seed) in chosen.items():
         arrays = numbers(be, cfg, seed, options, lambda x: x.to(args.device) if implementation else x)
         old = {key.removeprefix(f"{name}/"): x for key, x in before.items() if key.startswith(f"{name}/")}
-        verdict = compared({key: arrays[key] for key in old}, old) if args.against else ""
-        differs |= verdict.startswith("differs")
+        verdict = compared(arrays, old) if args.against else ""
+        differs |= verdict not in ("", "same bits")
         print(f"{digest(arrays)[:16]}  {name}  {verdict}".rstrip(), flush=True)
         total.update(digest(arrays).encode())
         kept.update({f"{name}/{key}": array for key, array in arrays.items()})

@@ -78,7 +78,11 @@ class JaxSteps:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, judge. Returns 1 if ``--check`` was given and a bound does not hold, else 0."""
-    options = _parser().parse_args(arguments)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.frameworks", description=__doc__.splitlines()[0])
+    report.add_options(parser, _WORKLOADS)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of torch; JAX takes its default one")
+    parser.add_argument("--keras", metavar="NAME", choices=WORKLOADS, help="also the Keras layer over the native one")
+    options = parser.parse_args(arguments)
     if options.against:
         return compare.main("frameworks", options, options.workload)
     workloads = by_size(options.workload or _WORKLOADS)
@@ -128,14 +132,6 @@ def _claims(workloads: list[Workload], samples: Samples, device: str) -> list[Cl
         parts = (f"{part} without scoring" for part in _COLUMNS)
         claims += [rounds.growth(samples, workloads, "jax", part, _GROWTH) for part in parts]
     return claims
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.frameworks", description=__doc__.splitlines()[0])
-    report.add_options(parser, _WORKLOADS)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of torch; JAX takes its default one")
-    parser.add_argument("--keras", metavar="NAME", choices=WORKLOADS, help="also the Keras layer over the native one")
-    return parser
 
 
 if __name__ == "__main__":

@@ -114,14 +114,6 @@ def peak_device_bytes(function: Callable[..., Any], *args: Any) -> tuple[int | N
     return torch.cuda.max_memory_allocated() - before, result
 
 
-def copy_bandwidth(size: int = 2**32, samples: int = 10) -> float:
-    """Bytes a second, read and written ones, of a large copy on the device."""
-    source = torch.zeros(size, dtype=torch.uint8, device="cuda" if torch.cuda.is_available() else "cpu")
-    target = torch.empty_like(source)
-    seconds = [device_timed(target.copy_, source)[0] for _ in range(samples + 1)][1:]
-    return 2 * size / float(np.median(seconds))
-
-
 def free_device_memory() -> None:
     """Give back what no tensor holds."""
     gc.collect()

@@ -1,6 +1,7 @@
 """Tables, and the judgement of the stated bounds."""
 
 import argparse
+import pathlib
 import sys
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -73,11 +74,27 @@ def add_options(parser: argparse.ArgumentParser, default: Sequence[str] = ()) ->
     if default:
         text = f"of {', '.join(WORKLOADS)} (default: {' '.join(default)})"
         add("--workload", nargs="+", choices=WORKLOADS, metavar="NAME", help=text)
-        add("--repeats", type=int, default=7, help="rounds (default: %(default)s)")
+        add("--repeats", type=count, default=7, help="rounds (default: %(default)s)")
     add("--markdown", action="store_true", help="print the tables in Markdown")
     add("--check", action="store_true", help="fail where a bound does not hold or was not measured")
-    add("--against", metavar="PATH", help="time this tree beside another commit's, and nothing else")
-    add("--pairs", type=int, default=30, help="of --against, for each case (default: %(default)s)")
+    add("--against", type=tree, metavar="PATH", help="time this tree beside another commit's, and nothing else")
+    add("--pairs", type=count, default=30, help="of --against, for each case (default: %(default)s)")
+
+
+def count(text: str) -> int:
+    """An option that is a number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a number of at least 1. Received: {text}")
+    return int(text)
+
+
+def tree(text: str) -> pathlib.Path:
+    """An option that names the tree of a commit: the folder that fwpkm is to be imported from."""
+    root = pathlib.Path(text).resolve()
+    for folder in (root / "src", root):
+        if (folder / "fwpkm" / "__init__.py").exists():
+            return folder
+    raise argparse.ArgumentTypeError(f"must be a folder that holds src/fwpkm, as a checkout does. Received: {text}")
 
 
 def claims_table(title: str, claims: Sequence[Claim], what: str = "ratio") -> Table:
@@ -111,8 +128,3 @@ def spread(summary: Summary | None, form: str = "{:.3g}") -> str:
         return "-"
     median, low, high = (form.format(number) for number in (summary.median, summary.low, summary.high))
     return f"{median} ({low} to {high})" if summary.size > 1 else median
-
-
-def milliseconds(seconds: Summary | None, form: str = "{:.1f}") -> str:
-    """A time with its quartiles."""
-    return spread(seconds and seconds.scaled(1e3), form)

@@ -40,7 +40,10 @@ def addressing_slope(xp: Any, mean: Array) -> Array:
 
 
 def step(xp: Any, cfg: FwPKMConfig, rows: Array, gradient: Array) -> Array:
-    """rows - η (clip(gradient) + λ rows) (§4), for keys and, where that costs nothing, for values."""
+    """rows - η (clip(gradient) + λ rows) (§4), for keys and, where that costs nothing, for values.
+
+    Whoever calls it keeps the rows that would not be finite.
+    """
     if cfg.grad_clip is not None:
         gradient = xp.clip(gradient, -cfg.grad_clip, cfg.grad_clip)
     if cfg.weight_decay:

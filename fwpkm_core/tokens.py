@@ -46,6 +46,8 @@ TOKEN_FIELDS = (
     TokenField("mask", "bool", None, True),
 )
 """In the order of ``Tokens``, and of ``State``'s pending fields."""
+NUMBERS = tuple(field.name for field in TOKEN_FIELDS if field.kind == "float")
+"""What of a token has a gradient."""
 
 
 class Tokens(NamedTuple):

@@ -13,7 +13,7 @@ from fwpkm.kernels.runtime.shapes import blocks_of
 from fwpkm.kernels.runtime.windows import Call
 from fwpkm.kernels.scores import bounded_scores, exact_ranks
 from fwpkm.kernels.slots import best_sums, softmax_over_heads
-from fwpkm.kernels.tokens import DEAD, INF, LIVE, flag_of, not_due
+from fwpkm.kernels.tokens import DEAD, INF, LIVE, flag_of, gate_of, not_due
 
 EQUATIONS = ("sub_scores", "top_k", "select_slots", "read", "windows")
 
@@ -41,7 +41,7 @@ def token_kernel(
     rows,
     QUERY: tl.constexpr, VALUE: tl.constexpr, QUERY_BLOCK: tl.constexpr, VALUE_BLOCK: tl.constexpr,
     HAS_GATE: tl.constexpr, HAS_MASK: tl.constexpr, CHUNK: tl.constexpr, LAG: tl.constexpr, GROUPS: tl.constexpr,
-    HEADS: tl.constexpr, SUBKEYS: tl.constexpr, K: tl.constexpr, SCORE: tl.constexpr, EPSILON: tl.constexpr,
+    HEADS: tl.constexpr, SUBKEYS: tl.constexpr, K: tl.constexpr, SCORE: tl.constexpr,
     TEMPERATURE: tl.constexpr, CHOICES: tl.constexpr, LISTED: tl.constexpr, HEAD_BLOCK: tl.constexpr,
     DEPTH: tl.constexpr,
 ):  # fmt: skip
@@ -71,8 +71,8 @@ def token_kernel(
         row_index = (b * HEADS + h).to(tl.int64) * 2
         rank1, id1 = top_k(token_ranks + row_index * SUBKEYS, SUBKEYS, K, CHOICES, LISTED)
         rank2, id2 = top_k(token_ranks + (row_index + 1) * SUBKEYS, SUBKEYS, K, CHOICES, LISTED)
-        s1, bounded1 = bounded_scores(rank1[None, :], choice, K, EPSILON, SCORE)
-        s2, bounded2 = bounded_scores(rank2[None, :], choice, K, EPSILON, SCORE)
+        s1, bounded1 = bounded_scores(rank1[None, :], choice, K, SCORE)
+        s2, bounded2 = bounded_scores(rank2[None, :], choice, K, SCORE)
         alive = alive & bounded1 & bounded2
         sums, slot = best_sums(s1, s2, id1[None, :], id2[None, :], choice, SUBKEYS, K, 1, CHOICES)
         logits = tl.where((head == h)[None, :, None], (sums / TEMPERATURE)[:, None, :], logits)
@@ -130,10 +130,7 @@ def stage_kernel(
         else:
             move(token_query + b * QUERY, query + into * QUERY, QUERY, False, QUERY_BLOCK)
             move(token_value + b * VALUE, value + into * VALUE, VALUE, False, VALUE_BLOCK)
-            g = 1.0
-            if HAS_GATE:
-                g = tl.load(token_gate + b).to(tl.float32)
-            tl.store(gate + into, g)
+            tl.store(gate + into, gate_of(token_gate, b, HAS_GATE))
             tl.store(flags + into, tl.load(token_flags + b))
     elif i < STAGED + GROUPS * SUBKEYS:
         row = i - STAGED
@@ -191,10 +188,7 @@ def store_pending_kernel(
         blank = (flag & DEAD) != 0
         move(token_query + b * QUERY, pending_query + into * QUERY, QUERY, blank, QUERY_BLOCK)
         move(token_value + b * VALUE, pending_value + into * VALUE, VALUE, blank, VALUE_BLOCK)
-        g = 1.0
-        if HAS_GATE:
-            g = tl.load(token_gate + b).to(tl.float32)
-        tl.store(pending_gate + into, tl.where(blank, 0.0, g))
+        tl.store(pending_gate + into, tl.where(blank, 0.0, gate_of(token_gate, b, HAS_GATE)))
         tl.store(pending_mask + into, (flag & LIVE) != 0)
 
 

@@ -6,6 +6,7 @@ Or Σ c q, where the score is the dot product. Backward: from the keys after a w
 import triton
 import triton.language as tl
 
+from fwpkm.kernels.key_sums import add_key_sums
 from fwpkm.kernels.keys import count_of, key_gradients, key_gradients_after, rows_before
 from fwpkm.kernels.losses import addressing_curvature, addressing_slope, mean_probabilities, sub_key_probabilities
 from fwpkm.kernels.runtime.launch import Launches
@@ -13,11 +14,10 @@ from fwpkm.kernels.runtime.shapes import blocks_of
 from fwpkm.kernels.runtime.windows import Call
 from fwpkm.kernels.scores import (
     add_factor_vjp,
+    factor_of,
     key_direction,
-    key_factor,
     query_direction,
     query_direction_vjp,
-    query_factor,
     sub_scores,
 )
 from fwpkm.kernels.tokens import DEAD, LIVE, VARYING, not_due, pairs, token_of
@@ -28,7 +28,7 @@ EQUATIONS = ("sub_scores", "sub_key_probabilities", "mean_probabilities", "key_g
 @triton.jit
 def coefficients_of(
     ids, ranks, probability_sums, at, known, counted, group, count,
-    SUBKEYS: tl.constexpr, K: tl.constexpr, SCORE: tl.constexpr, EPSILON: tl.constexpr, WEIGHT: tl.constexpr,
+    SUBKEYS: tl.constexpr, K: tl.constexpr, SCORE: tl.constexpr, WEIGHT: tl.constexpr,
     CHOICES: tl.constexpr,
 ):  # fmt: skip
     """Of the tokens whose choices begin at ``at`` [E]: the sub-keys chosen, their scores s, p, a, and c (§4).
@@ -39,20 +39,20 @@ def coefficients_of(
     picked = (choice < K)[None, :]
     use = known[:, None] & picked
     chosen = tl.load(ids + at[:, None] + choice[None, :], mask=use, other=-1)
-    score = sub_scores(tl.load(ranks + at[:, None] + choice[None, :], mask=use, other=0.0), EPSILON, SCORE)
+    score = sub_scores(tl.load(ranks + at[:, None] + choice[None, :], mask=use, other=0.0), SCORE)
     p = sub_key_probabilities(score, picked)
     total = tl.load(probability_sums + group.to(tl.int64) * SUBKEYS + chosen, mask=use, other=0)
     a = addressing_slope(mean_probabilities(total, count))
     mean = tl.sum(tl.where(picked, p * a, 0.0), 1)
     d_score = tl.where(use & counted[:, None], WEIGHT / count * p * (a - mean[:, None]), 0.0)
-    return chosen, score, p, a, key_factor(d_score, score, SCORE)
+    return chosen, score, p, a, factor_of(d_score, score, SCORE)
 
 
 @triton.jit(do_not_specialize=["window", *VARYING])
 def coefficients_kernel(
     ids, ranks, window_flags, probability_sums, counts, active, coefficients, due,
     window, start, length, first, num_tokens, rows,
-    HEADS: tl.constexpr, SUBKEYS: tl.constexpr, K: tl.constexpr, SCORE: tl.constexpr, EPSILON: tl.constexpr,
+    HEADS: tl.constexpr, SUBKEYS: tl.constexpr, K: tl.constexpr, SCORE: tl.constexpr,
     CHUNK: tl.constexpr, LOOKAHEAD: tl.constexpr, WEIGHT: tl.constexpr, BLOCK: tl.constexpr, CHOICES: tl.constexpr,
 ):  # fmt: skip
     """c of every choice of the window, from p̄; and whether any token of a memory has a pair."""
@@ -73,7 +73,7 @@ def coefficients_kernel(
     probability_sums += rows_before(window, tl.num_programs(1), SUBKEYS)
     at = (here * 2 * HEADS + half) * K
     _, _, _, _, c = coefficients_of(
-        ids, ranks, probability_sums, at, live, live, group, count, SUBKEYS, K, SCORE, EPSILON, WEIGHT, CHOICES
+        ids, ranks, probability_sums, at, live, live, group, count, SUBKEYS, K, SCORE, WEIGHT, CHOICES
     )
     choice = tl.arange(0, CHOICES)
     out = ((memory * rows * length + r).to(tl.int64) * 2 * HEADS + half) * K
@@ -93,7 +93,7 @@ def coefficients_backward_kernel(
     query, keys, d_keys, ids, ranks, window_flags, probability_sums, counts, moved, keys_unclipped,
     d_coefficients, d_slopes, window, start, length, first, num_tokens, rows,
     HEADS: tl.constexpr, SUBKEYS: tl.constexpr, HALF: tl.constexpr, K: tl.constexpr, SCORE: tl.constexpr,
-    EPSILON: tl.constexpr, CHUNK: tl.constexpr, RATE: tl.constexpr, WEIGHT: tl.constexpr,
+    CHUNK: tl.constexpr, RATE: tl.constexpr, WEIGHT: tl.constexpr,
     BLOCK: tl.constexpr, CHOICES: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """From the keys after to each choice's coefficient c, and on to a of its sub-key."""
@@ -112,7 +112,7 @@ def coefficients_backward_kernel(
     probability_sums += before
     at = (here * 2 * HEADS + half) * K
     chosen, score, p, _, _ = coefficients_of(
-        ids, ranks, probability_sums, at, live, live, group, count, SUBKEYS, K, SCORE, EPSILON, WEIGHT, CHOICES
+        ids, ranks, probability_sums, at, live, live, group, count, SUBKEYS, K, SCORE, WEIGHT, CHOICES
     )
     choice = tl.arange(0, CHOICES)
     use = live[:, None] & (choice < K)[None, :]
@@ -132,19 +132,12 @@ def coefficients_backward_kernel(
         )
         after = key_gradients(d_keys, moved, keys_unclipped, before, row, use, d, HALF, RATE)
         d_coefficient += tl.sum(key_direction(q, key, SCORE) * after, 2)
-    slope = tl.where(use, key_factor(d_coefficient, score, SCORE), 0.0)
+    slope = tl.where(use, factor_of(d_coefficient, score, SCORE), 0.0)
     mean = tl.sum(tl.where(use, p * slope, 0.0), 1)
     inside = (r < rows * length)[:, None] & (choice < K)[None, :]
     tl.store(d_coefficients + at[:, None] + choice[None, :], tl.where(use, d_coefficient, 0.0), mask=inside)
     d_slope = tl.where(use, WEIGHT / count * p * (slope - mean[:, None]), 0.0)
     tl.store(d_slopes + at[:, None] + choice[None, :], d_slope, mask=inside)
-
-
-def add_coefficients_backward(launches: Launches, call: Call, integers: dict[str, int]) -> None:
-    """Add the gradients of a window's coefficients, and of the slopes a in them."""
-    constants = call.shapes.by_token
-    grid = blocks_of(call.rows * integers["length"], constants["BLOCK"]), call.groups
-    launches.add(coefficients_backward_kernel, grid, integers, constants)
 
 
 @triton.jit(do_not_specialize=["window", "pieces", *VARYING])
@@ -153,7 +146,7 @@ def scores_backward_kernel(
     d_coefficients, totals, d_scores, d_ranks, d_query,
     window, pieces, start, length, first, num_tokens, rows,
     HEADS: tl.constexpr, SUBKEYS: tl.constexpr, HALF: tl.constexpr, K: tl.constexpr, SCORE: tl.constexpr,
-    EPSILON: tl.constexpr, CHUNK: tl.constexpr, RATE: tl.constexpr, WEIGHT: tl.constexpr,
+    CHUNK: tl.constexpr, RATE: tl.constexpr, WEIGHT: tl.constexpr,
     BLOCK: tl.constexpr, CHOICES: tl.constexpr, DEPTH: tl.constexpr, WRITES: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
     """All of a sub-score's gradient, and what it and the coefficients give to the query.
@@ -182,10 +175,10 @@ def scores_backward_kernel(
     d_score = tl.load(d_scores + choices, mask=use, other=0.0)
     if WRITES:
         chosen, score, p, a, c = coefficients_of(
-            ids, ranks, probability_sums, at, alive, live, group, count, SUBKEYS, K, SCORE, EPSILON, WEIGHT, CHOICES
+            ids, ranks, probability_sums, at, alive, live, group, count, SUBKEYS, K, SCORE, WEIGHT, CHOICES
         )
         d_coefficient = tl.load(d_coefficients + choices, mask=use, other=0.0)
-        slope = key_factor(d_coefficient, score, SCORE)
+        slope = factor_of(d_coefficient, score, SCORE)
         d_score = add_factor_vjp(d_score, c, d_coefficient, SCORE)
         counted = live[:, None] & (choice < K)[None, :]
         mean_a = tl.sum(tl.where(counted, p * a, 0.0), 1)
@@ -201,9 +194,9 @@ def scores_backward_kernel(
         d_score += tl.where(counted, p * (d_p - tl.sum(tl.where(counted, p * d_p, 0.0), 1)[:, None]), 0.0)
     else:
         chosen = tl.load(ids + choices, mask=use, other=0)
-        score = sub_scores(tl.load(ranks + choices, mask=use, other=0.0), EPSILON, SCORE)
+        score = sub_scores(tl.load(ranks + choices, mask=use, other=0.0), SCORE)
         c = tl.zeros([BLOCK, CHOICES], tl.float32)
-    d_rank = tl.where(use, query_factor(tl.where(use, d_score, 0.0), score, SCORE), 0.0)
+    d_rank = tl.where(use, factor_of(tl.where(use, d_score, 0.0), score, SCORE), 0.0)
     tl.store(d_ranks + choices, d_rank, mask=inside[:, None] & (choice < K)[None, :])
     row = group * SUBKEYS + chosen
     for d0 in range(0, HALF, DEPTH):
@@ -226,7 +219,11 @@ def scores_backward_kernel(
 
 
 def add_scores_backward(launches: Launches, call: Call, integers: dict[str, int], add: bool) -> None:
-    """Add the gradients of a window's queries, to what is there where ``add``; from ``pieces`` of the sums."""
-    constants, writes = call.shapes.by_token, call.plan.windows[integers["window"]].writes
+    """Add the gradients of a window's ranks and queries, the latter to what is there where ``add``."""
+    constants, writes, pieces = call.shapes.by_token, call.plan.windows[integers["window"]].writes, 0
     grid = blocks_of(call.rows * integers["length"], constants["BLOCK"]), call.groups
-    launches.add(scores_backward_kernel, grid, integers, constants | {"WRITES": writes, "ADD": add})
+    if writes:
+        launches.add(coefficients_backward_kernel, grid, integers, constants)
+        pieces = add_key_sums(launches, call, integers, "d_slopes", queries=False)
+    constants = constants | {"WRITES": writes, "ADD": add}
+    launches.add(scores_backward_kernel, grid, integers | {"pieces": pieces}, constants)

@@ -3,12 +3,12 @@
 import triton
 import triton.language as tl
 
-from fwpkm.kernels.key_sums import sum_of_pieces
+from fwpkm.kernels.key_sums import add_key_sums, sum_of_pieces
 from fwpkm.kernels.losses import addressing_loss, mean_probabilities
 from fwpkm.kernels.propose import store_key
 from fwpkm.kernels.runtime.launch import Launches
 from fwpkm.kernels.runtime.windows import Call
-from fwpkm.kernels.scores import add_direction_vjp, of_query_factors
+from fwpkm.kernels.scores import add_direction_vjp
 from fwpkm.kernels.step import step
 from fwpkm.kernels.tokens import not_due
 
@@ -65,8 +65,10 @@ def keys_kernel(
 
 
 def add_keys(launches: Launches, call: Call, integers: dict[str, int]) -> None:
-    """Add the write of the keys after a window: from version ``before`` to version ``after``."""
-    constants = call.shapes.keys | {"SAVE": call.save}
+    """Add the write of the keys after a window, from ``version`` to the next, where each is kept."""
+    before, constants = integers["version"], call.shapes.keys | {"SAVE": call.save}
+    pieces = add_key_sums(launches, call, integers, "coefficients", offset=integers["first"])
+    integers = integers | {"before": before, "after": before + call.save, "pieces": pieces}
     launches.add(keys_kernel, (call.cfg.num_subkeys, call.groups), integers, constants)
 
 
@@ -106,7 +108,6 @@ def keys_backward_kernel(
     d = tl.arange(0, BLOCK)
     gradient = tl.load(after + row * HALF + d, mask=d < HALF, other=0.0)
     toward, _ = sum_of_pieces(sums, totals, pieces, groups, row, SUBKEYS, d, HALF)
-    toward = of_query_factors(toward, SCORE)
     if WRITES:
         moves = tl.load(moved + before + row).to(tl.float32)
         passed = gradient * -RATE * moves
@@ -119,6 +120,7 @@ def keys_backward_kernel(
 
 
 def add_keys_backward(launches: Launches, call: Call, integers: dict[str, int]) -> None:
-    """Add the gradient of the keys before a window, from ``pieces`` of the sums of ``d_ranks``."""
+    """Add the gradient of the keys before a window."""
+    integers = integers | {"pieces": add_key_sums(launches, call, integers, "d_ranks")}
     constants = call.shapes.keys_backward | {"WRITES": call.plan.windows[integers["window"]].writes}
     launches.add(keys_backward_kernel, (call.cfg.num_subkeys, call.groups), integers, constants)

@@ -9,6 +9,7 @@ import triton.language as tl
 from fwpkm.kernels.runtime.launch import Launches
 from fwpkm.kernels.runtime.shapes import blocks_of
 from fwpkm.kernels.runtime.windows import Call
+from fwpkm.kernels.scores import proposed_ranks
 from fwpkm.kernels.tokens import DEAD, VARYING, not_due, token_of
 
 EQUATIONS = ("top_k",)
@@ -78,11 +79,11 @@ def propose_kernel(
     TILES: tl.constexpr, PROPOSED: tl.constexpr, BITS: tl.constexpr,
     BLOCK: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, EXACT: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Propose the PROPOSED best sub-keys of each token, codebook and tile of sub-keys: ‖q - K‖², or q·K.
+    """Propose the PROPOSED best sub-keys of each token, codebook and tile of sub-keys.
 
-    A product of matrices, ‖q‖² + ‖K‖² - 2 q·K: of a key hi and lo, of a query hi (EXACT, it is bfloat16 already) or
-    both. A proposal is one integer: the rank in units of its bound ``scales``, (‖q‖ + max ‖K‖)² or ‖q‖ max ‖K‖, above
-    BITS bits that count the sub-keys down. So the largest is the best, and of equal ones the lowest.
+    From q·K, a product of matrices: of a key hi and lo, of a query hi (EXACT, it is bfloat16 already) or both. A
+    proposal is one integer: the rank in units of its bound ``scales`` above BITS bits that count the sub-keys down. So
+    the largest is the best, and of equal ones the lowest.
     """
     if not_due(due):
         return
@@ -123,16 +124,8 @@ def propose_kernel(
         product = dot_hi_lo(q_hi, k_lo, product, UPCAST)
         if not EXACT:
             product = dot_hi_lo(lo_of(q.to(tl.float32), q_hi).to(tl.bfloat16), k_hi, product, UPCAST)
-    reach = tl.sqrt(tl.load(largest + window * tl.num_programs(1) + group).to(tl.float32, bitcast=True))
-    if SCORE == "idw":
-        norm = tl.load(norms + group * SUBKEYS + column, mask=column < SUBKEYS, other=0.0)
-        product = 2 * product - norm[None, :] - square[:, None]
-        scale = tl.sqrt(square) + reach
-        scale = scale * scale
-    elif SCORE == "dot_product":
-        scale = tl.sqrt(square) * reach
-    else:
-        tl.static_assert(False, "the kernels do not know this SCORE")
+    longest = tl.sqrt(tl.load(largest + window * tl.num_programs(1) + group).to(tl.float32, bitcast=True))
+    product, scale = proposed_ranks(product, square, norms + group * SUBKEYS, longest, column, SUBKEYS, SCORE)
     unit: tl.constexpr = 2 ** (31 - BITS)
     level = product * (unit / tl.maximum(scale, 1e-30))[:, None]
     level = tl.where(level > 1 - unit, level, 1 - unit)  # also what is not a number

@@ -1,4 +1,4 @@
-"""The k best sub-keys of one token in one codebook (SPEC.md §2), by ranks of float32 quality: -‖q - K‖², or q·K."""
+"""The k best sub-keys of one token in one codebook (SPEC.md §2), by ranks of float32 quality (scores.py)."""
 
 import triton
 import triton.language as tl
@@ -6,7 +6,7 @@ import triton.language as tl
 from fwpkm.kernels.propose import NOTHING
 from fwpkm.kernels.runtime.launch import Launches
 from fwpkm.kernels.runtime.windows import Call
-from fwpkm.kernels.scores import exact_ranks
+from fwpkm.kernels.scores import exact_ranks, proposal_error
 from fwpkm.kernels.tokens import DEAD, INF, VARYING, not_due, token_of
 
 EQUATIONS = ("top_k",)
@@ -41,12 +41,12 @@ def merged(rank, chosen, more_rank, more, choice):
 def top_k_proposed(
     query, keys, proposals, scale, alive,
     SUBKEYS: tl.constexpr, HALF: tl.constexpr, K: tl.constexpr, SCORE: tl.constexpr,
-    TILES: tl.constexpr, PROPOSED: tl.constexpr, LISTED: tl.constexpr, BITS: tl.constexpr, ERROR: tl.constexpr,
+    TILES: tl.constexpr, PROPOSED: tl.constexpr, LISTED: tl.constexpr, BITS: tl.constexpr, EXACT: tl.constexpr,
     CHOICES: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """The k best from what ``propose_kernel`` proposed, as (ranks, ids) [CHOICES].
 
-    Proposals are off by up to ERROR · scale. So if the next one, were it better by that much, could be among the k
+    Proposals are off by up to ``proposal_error``. So if the next one, were it better by that much, could be among the k
     best, the rest of the list is ranked too; and if what is not listed could be, all sub-keys are. The choice has the
     quality of differences near a key too, where the product of matrices has none.
     """
@@ -71,7 +71,7 @@ def top_k_proposed(
         worst = tl.min(tl.where(wanted, rank, INF), 0)
         # A level is rounded by less than one; the scale is not finite where products are not.
         level = (spare >> BITS).to(tl.float32) + 2
-        bound = level * (scale / (2 ** (31 - BITS))) + ERROR * scale
+        bound = level * (scale / (2 ** (31 - BITS))) + proposal_error(scale, EXACT, SCORE)
         unsure = alive & ~((tl.max(tl.where(possible, bound, -INF), 0) < worst) & (scale < INF))
         if unsure:
             more = tl.where(possible, mask - (spare & mask), SUBKEYS + CHOICES + choice)
@@ -113,7 +113,7 @@ def rank_kernel(
     query, keys, proposals, scales, flags, ids, ranks, due, version, start, length, first, num_tokens, rows,
     HEADS: tl.constexpr, SUBKEYS: tl.constexpr, HALF: tl.constexpr, K: tl.constexpr, SCORE: tl.constexpr,
     TILES: tl.constexpr, PROPOSED: tl.constexpr, BITS: tl.constexpr,
-    LISTED: tl.constexpr, ERROR: tl.constexpr, CHOICES: tl.constexpr, DEPTH: tl.constexpr,
+    LISTED: tl.constexpr, EXACT: tl.constexpr, CHOICES: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """The k best sub-keys of one token and codebook, in any order, and their ranks, of float32 quality."""
     if not_due(due):
@@ -129,7 +129,7 @@ def rank_kernel(
         query + token * (2 * HEADS * HALF) + half * HALF,
         keys + (version * tl.num_programs(1) + group).to(tl.int64) * SUBKEYS * HALF,
         proposals + row_index * TILES * PROPOSED, tl.load(scales + row_index), alive,
-        SUBKEYS, HALF, K, SCORE, TILES, PROPOSED, LISTED, BITS, ERROR, CHOICES, DEPTH,
+        SUBKEYS, HALF, K, SCORE, TILES, PROPOSED, LISTED, BITS, EXACT, CHOICES, DEPTH,
     )  # fmt: skip
     choice = tl.arange(0, CHOICES)
     at = ((first + local) * 2 * HEADS + half) * K + choice

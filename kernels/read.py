@@ -6,7 +6,7 @@ import triton.language as tl
 from fwpkm.kernels.losses import memorization_loss
 from fwpkm.kernels.runtime.launch import Launches
 from fwpkm.kernels.runtime.windows import Call
-from fwpkm.kernels.tokens import DEAD, INF, LIVE, VARYING, not_due, pairs
+from fwpkm.kernels.tokens import DEAD, INF, LIVE, VARYING, gate_of, not_due, pairs
 
 EQUATIONS = ("read", "pairs", "memorization_loss", "write_scale")
 _VARYING = [*VARYING, "first_new", "num_pending", "num_new"]
@@ -78,9 +78,7 @@ def read_kernel(
         stream = b.to(tl.int64) * num_tokens + start + t
         u = tl.load(value + (stream + LOOKAHEAD) * WIDTH + d, mask=pair & (d < WIDTH), other=0.0).to(tl.float32)
         miss = tl.where(pair & (d < WIDTH), read - u, 0.0)
-        g = 1.0
-        if HAS_GATE:
-            g = tl.load(gate + stream).to(tl.float32)
+        g = gate_of(gate, stream, HAS_GATE)
         scale = write_scale(power, ENTRIES, WRITE_SCALE)
         tl.store(error + here * WIDTH + d, miss, mask=d < WIDTH)
         tl.store(strength + here, tl.where(pair, scale * g, 0.0))
@@ -167,10 +165,7 @@ def read_backward_kernel(
             if HAS_GATE:
                 scale = write_scale(power, ENTRIES, WRITE_SCALE)
                 tl.store(d_gate + stream, (scale * d_strength).to(d_gate.dtype.element_ty))
-            g = 1.0
-            if HAS_GATE:
-                g = tl.load(gate + stream).to(tl.float32)
-            d_power = write_scale_vjp(d_strength, g, power, WRITE_SCALE)
+            d_power = write_scale_vjp(d_strength, gate_of(gate, stream, HAS_GATE), power, WRITE_SCALE)
     if OUTPUT:
         if start + t >= first_new:
             out = b.to(tl.int64) * num_new + start + t - num_pending

@@ -1,7 +1,9 @@
-"""The score of a sub-key (SPEC.md §2) and its derivatives (§4): all that depends on ``cfg.score``, but proposals.
+"""The score of a sub-key (SPEC.md §2) and its derivatives (§4): all that depends on ``cfg.score``.
+
+Kernels hand through SCORE, a ``Score`` of shapes.py: the name and what else the score follows from.
 
 What orders sub-keys is their rank: -‖q - K‖² or q·K. A derivative of a score s by a key or a query is a factor times a
-direction: 2 exp(s) (q - K) and its negative for "idw"; q and K for "dot_product".
+direction: 2 exp(s) and q - K or its negative for "idw"; 1 and q or K for "dot_product".
 """
 
 import triton
@@ -10,6 +12,8 @@ import triton.language as tl
 from fwpkm.kernels.tokens import INF
 
 EQUATIONS = ("sub_scores",)
+SCORES = ("idw", "dot_product")
+"""Those that the kernels serve; any other is refused."""
 
 
 @triton.jit
@@ -27,9 +31,9 @@ def exact_ranks(
         inside = (d < HALF) & alive
         q = tl.load(query + d, mask=inside, other=0.0).to(tl.float32)[None, :]
         k = tl.load(keys + chosen[:, None] * HALF + d[None, :], mask=wanted[:, None] & inside[None, :], other=0.0)
-        if SCORE == "idw":
+        if SCORE.name == "idw":
             rank -= tl.sum((q - k) * (q - k), 1)
-        elif SCORE == "dot_product":
+        elif SCORE.name == "dot_product":
             rank += tl.sum(q * k, 1)
         else:
             tl.static_assert(False, "the kernels do not know this SCORE")
@@ -37,11 +41,41 @@ def exact_ranks(
 
 
 @triton.jit
-def sub_scores(rank, EPSILON: tl.constexpr, SCORE: tl.constexpr):
+def proposed_ranks(product, square, norms, longest, column, SUBKEYS: tl.constexpr, SCORE: tl.constexpr):
+    """Ranks [R, N] from the products q·K, and their unit [R], which none exceeds: (‖q‖ + max ‖K‖)² or ‖q‖ max ‖K‖.
+
+    ``square`` [R] is ‖q‖², ``norms`` hold ‖K‖² of the codebook, ``longest`` is its largest ‖K‖.
+    """
+    if SCORE.name == "idw":
+        norm = tl.load(norms + column, mask=column < SUBKEYS, other=0.0)
+        product = 2 * product - norm[None, :] - square[:, None]
+        unit = tl.sqrt(square) + longest
+        unit = unit * unit
+    elif SCORE.name == "dot_product":
+        unit = tl.sqrt(square) * longest
+    else:
+        tl.static_assert(False, "the kernels do not know this SCORE")
+    return product, unit
+
+
+@triton.jit
+def proposal_error(unit, EXACT: tl.constexpr, SCORE: tl.constexpr):
+    """What hi, lo and sums leave out of a proposed rank, at worst; EXACT queries are without lo."""
+    if SCORE.name == "idw":
+        error = (1 if EXACT else 2) * 2.0**-17 * unit
+    elif SCORE.name == "dot_product":
+        error = (1 if EXACT else 2) * 2.0**-16 * unit
+    else:
+        tl.static_assert(False, "the kernels do not know this SCORE")
+    return error
+
+
+@triton.jit
+def sub_scores(rank, SCORE: tl.constexpr):
     """s of §2 from ranks: -log(ε + ‖q - K‖²), or q·K."""
-    if SCORE == "idw":
-        score = -tl.log(EPSILON - rank)
-    elif SCORE == "dot_product":
+    if SCORE.name == "idw":
+        score = -tl.log(SCORE.epsilon - rank)
+    elif SCORE.name == "dot_product":
         score = rank
     else:
         tl.static_assert(False, "the kernels do not know this SCORE")
@@ -49,20 +83,20 @@ def sub_scores(rank, EPSILON: tl.constexpr, SCORE: tl.constexpr):
 
 
 @triton.jit
-def bounded_scores(rank, choice, K: tl.constexpr, EPSILON: tl.constexpr, SCORE: tl.constexpr):
+def bounded_scores(rank, choice, K: tl.constexpr, SCORE: tl.constexpr):
     """Sub-scores [BLOCK, CHOICES] of the first K, and whether all of them are finite."""
     bounded = tl.abs(rank) < INF
     picked = (choice < K)[None, :]
-    score = tl.where(picked, sub_scores(tl.where(bounded, rank, 0.0), EPSILON, SCORE), -INF)
+    score = tl.where(picked, sub_scores(tl.where(bounded, rank, 0.0), SCORE), -INF)
     return score, tl.min((bounded | ~picked).to(tl.int32), 1) > 0
 
 
 @triton.jit
-def key_factor(d_score, score, SCORE: tl.constexpr):
-    """What a score's gradient makes of its key's direction."""
-    if SCORE == "idw":
+def factor_of(d_score, score, SCORE: tl.constexpr):
+    """What a score's gradient makes of the directions of its key and its query."""
+    if SCORE.name == "idw":
         factor = 2 * d_score * tl.exp(score)
-    elif SCORE == "dot_product":
+    elif SCORE.name == "dot_product":
         factor = d_score
     else:
         tl.static_assert(False, "the kernels do not know this SCORE")
@@ -72,9 +106,9 @@ def key_factor(d_score, score, SCORE: tl.constexpr):
 @triton.jit
 def key_direction(q, key, SCORE: tl.constexpr):
     """q - K from a difference, since of q and K apart no digit is left near a key; or q."""
-    if SCORE == "idw":
+    if SCORE.name == "idw":
         direction = q - key
-    elif SCORE == "dot_product":
+    elif SCORE.name == "dot_product":
         direction = q
     else:
         tl.static_assert(False, "the kernels do not know this SCORE")
@@ -82,23 +116,11 @@ def key_direction(q, key, SCORE: tl.constexpr):
 
 
 @triton.jit
-def query_factor(d_score, score, SCORE: tl.constexpr):
-    """What a score's gradient makes of its query's direction."""
-    if SCORE == "idw":
-        factor = -2 * tl.exp(score) * d_score
-    elif SCORE == "dot_product":
-        factor = d_score
-    else:
-        tl.static_assert(False, "the kernels do not know this SCORE")
-    return factor
-
-
-@triton.jit
 def query_direction(q, key, SCORE: tl.constexpr):
-    """q - K, or K."""
-    if SCORE == "idw":
-        direction = q - key
-    elif SCORE == "dot_product":
+    """K - q, or K."""
+    if SCORE.name == "idw":
+        direction = key - q
+    elif SCORE.name == "dot_product":
         direction = key
     else:
         tl.static_assert(False, "the kernels do not know this SCORE")
@@ -107,10 +129,10 @@ def query_direction(q, key, SCORE: tl.constexpr):
 
 @triton.jit
 def add_factor_vjp(d_score, coefficient, d_coefficient, SCORE: tl.constexpr):
-    """A score's gradient, and what its ``key_factor``, the ``coefficient``, passes on: 2 exp(s) is its own slope."""
-    if SCORE == "idw":
+    """A score's gradient, and what its ``factor_of``, the ``coefficient``, passes on: 2 exp(s) is its own slope."""
+    if SCORE.name == "idw":
         d_score += coefficient * d_coefficient
-    elif SCORE == "dot_product":
+    elif SCORE.name == "dot_product":
         pass
     else:
         tl.static_assert(False, "the kernels do not know this SCORE")
@@ -120,9 +142,9 @@ def add_factor_vjp(d_score, coefficient, d_coefficient, SCORE: tl.constexpr):
 @triton.jit
 def add_direction_vjp(d_key, coefficient_sum, d_key_gradient, SCORE: tl.constexpr):
     """A key's gradient, and what the directions of its own gradient Σ c (q - K), or Σ c q, pass on."""
-    if SCORE == "idw":
+    if SCORE.name == "idw":
         d_key -= coefficient_sum * d_key_gradient
-    elif SCORE == "dot_product":
+    elif SCORE.name == "dot_product":
         pass
     else:
         tl.static_assert(False, "the kernels do not know this SCORE")
@@ -132,20 +154,8 @@ def add_direction_vjp(d_key, coefficient_sum, d_key_gradient, SCORE: tl.constexp
 @triton.jit
 def query_direction_vjp(coefficient, after, SCORE: tl.constexpr):
     """What the directions of a key's gradient pass to a query: their derivative by q is 1 under both scores."""
-    if SCORE == "idw" or SCORE == "dot_product":
+    if SCORE.name == "idw" or SCORE.name == "dot_product":
         result = coefficient * after
     else:
         tl.static_assert(False, "the kernels do not know this SCORE")
     return result
-
-
-@triton.jit
-def of_query_factors(total, SCORE: tl.constexpr):
-    """A key's gradient from the sum of its directions times the factors of its queries' gradients."""
-    if SCORE == "idw":
-        total = -total
-    elif SCORE == "dot_product":
-        pass
-    else:
-        tl.static_assert(False, "the kernels do not know this SCORE")
-    return total

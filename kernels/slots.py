@@ -57,7 +57,7 @@ def in_order(rank, chosen, choice, K: tl.constexpr):
 def select_slots_kernel(
     ids, ranks, flags, window_flags, slots, weights, table_rows, probability_sums, counts, maps, new_slots, new_weights,
     due, window, memories, words, start, length, first, num_tokens, rows, first_new, num_pending, num_new,
-    HEADS: tl.constexpr, SUBKEYS: tl.constexpr, K: tl.constexpr, SCORE: tl.constexpr, EPSILON: tl.constexpr,
+    HEADS: tl.constexpr, SUBKEYS: tl.constexpr, K: tl.constexpr, SCORE: tl.constexpr,
     TEMPERATURE: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK: tl.constexpr, HEAD_BLOCK: tl.constexpr, CHOICES: tl.constexpr, WRITES: tl.constexpr, MAPS: tl.constexpr,
 ):  # fmt: skip
@@ -93,8 +93,8 @@ def select_slots_kernel(
         tl.store(ids + at + K, id2, mask=known)
         tl.store(ranks + at, r1, mask=known)
         tl.store(ranks + at + K, r2, mask=known)
-        s1, bounded1 = bounded_scores(r1, choice, K, EPSILON, SCORE)
-        s2, bounded2 = bounded_scores(r2, choice, K, EPSILON, SCORE)
+        s1, bounded1 = bounded_scores(r1, choice, K, SCORE)
+        s2, bounded2 = bounded_scores(r2, choice, K, SCORE)
         alive = alive & bounded1 & bounded2
         sums, slot = best_sums(s1, s2, id1, id2, choice, SUBKEYS, K, BLOCK, CHOICES)
         entry = (here * HEADS * K + h * K)[:, None] + choice[None, :]
@@ -125,7 +125,7 @@ def select_slots_kernel(
             bit = (tl.zeros_like(subkey) + 1) << (r % 32)[:, None]
             tl.atomic_or(maps + row * words + (r // 32)[:, None], bit, mask=asked)
             if WRITES:
-                score = sub_scores(tl.load(ranks + at, mask=asked, other=0.0), EPSILON, SCORE)
+                score = sub_scores(tl.load(ranks + at, mask=asked, other=0.0), SCORE)
                 p = sub_key_probabilities(score, picked[None, :])
                 p = (p * PROBABILITY_UNIT).to(tl.int64)
                 tl.atomic_add(probability_sums + row, p, mask=asked & counted[:, None])

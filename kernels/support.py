@@ -14,11 +14,10 @@ from fwpkm.tokens import TOKEN_FIELDS
 
 SERVED_CHOICES = {
     "boundary": ("drop", "wait"),
-    "score": ("idw", "dot_product"),
     "write_scale": ("slots", "unit", "normalized"),
     "memory_scope": ("sequence", "batch"),
 }
-"""The values of the fields that name a rule; any other is refused."""
+"""The values of the fields that name a rule; any other is refused. Those of the score stand in scores.py."""
 SERVED_FIELDS = {
     "key_dim", "value_dim", "num_heads", "num_subkeys", "top_k", "chunk_size", "lookahead", "boundary", "score",
     "score_eps", "temperature", "learning_rate", "write_scale", "weight_decay", "grad_clip", "addressing_weight",
@@ -38,18 +37,20 @@ def why_unsupported(cfg: FwPKMConfig, memory: Memory, query: Tensor) -> str | No
         memory: the tables.
         query: ``[B, T, H*Dk]``.
     """
-    return _of_config(cfg) or why_unsupported_tensors(memory, query) or _why_here(query)
+    return _why_no_triton() or _of_config(cfg) or why_unsupported_tensors(memory, query) or _why_here(query)
 
 
 def why_unsupported_config(cfg: FwPKMConfig) -> str | None:
     """The reason that lies in the configuration; can be traced."""
+    from fwpkm.kernels.scores import SCORES
+
     for field in dataclasses.fields(cfg):
         if field.name not in SERVED_FIELDS and getattr(cfg, field.name) != field.default:
             return f"{field.name} must be {field.default!r}. Received: {field.name}={getattr(cfg, field.name)!r}"
     for token_field in TOKEN_FIELDS:
         if token_field.name not in SERVED_FIELDS:
             return f"the kernels do not serve {token_field.name} of a token"
-    for name, values in SERVED_CHOICES.items():
+    for name, values in (SERVED_CHOICES | {"score": SCORES}).items():
         if getattr(cfg, name) not in values:
             return f"{name} must be one of {', '.join(map(repr, values))}. Received: {name}={getattr(cfg, name)!r}"
     for name, most in _MOST.items():
@@ -78,12 +79,16 @@ def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
-def _why_here(query: Tensor) -> str | None:
+def _why_no_triton() -> str | None:
     if "triton" not in sys.modules:
         if importlib.util.find_spec("triton") is None:
             return "triton is not installed: pip install 'fwpkm[triton]'"
         if "tensorflow" in sys.modules:  # whose LLVM its library would bind to, and crash
             return "triton must be imported before tensorflow in a process that uses both"
+    return None
+
+
+def _why_here(query: Tensor) -> str | None:
     from fwpkm.kernels.runtime.launch import INTERPRETED
 
     if INTERPRETED:

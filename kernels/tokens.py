@@ -48,6 +48,15 @@ def pairs(window_flags, here, t, length, counted, LOOKAHEAD: tl.constexpr):
 
 
 @triton.jit
+def gate_of(gate, token, HAS_GATE: tl.constexpr):
+    """g of a token, 1 where there is none."""
+    g = 1.0
+    if HAS_GATE:
+        g = tl.load(gate + token).to(tl.float32)
+    return g
+
+
+@triton.jit
 def flag_of(
     query, value, gate, mask, pair, token,
     QUERY: tl.constexpr, VALUE: tl.constexpr, QUERY_BLOCK: tl.constexpr, VALUE_BLOCK: tl.constexpr,

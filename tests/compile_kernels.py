@@ -122,8 +122,9 @@ def refuse(field: str) -> None:
     for (name, *_), (source, options) in kernels_of(*CONFIGS["paper"]).items():
         index = (source.fn.arg_names.index(field),) if field in source.fn.arg_names else None
         if index is not None:
-            constants = source.constants | {index: "another"}
-            source = ASTSource(source.fn, source.signature, constants, source.attrs)
+            known: Any = source.constants[index]
+            another = known._replace(name="another") if isinstance(known, tuple) else "another"
+            source = ASTSource(source.fn, source.signature, source.constants | {index: another}, source.attrs)
             try:
                 triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
                 compiled.add(name)  # what a variant leaves out it need not refuse

@@ -1,16 +1,25 @@
 """Profiles, backends and the NaN that fresh memory holds, for every test."""
 
+import importlib.machinery
 import importlib.util
 import os
 import re
+import sys
 from pathlib import Path
 
 import hypothesis
 import pytest
 from hypothesis import is_hypothesis_test
 from layer_files import CFG, FakeLayer, half_read_state
+from sources import ROOT
 
 import fwpkm
+
+# Importable without the root on the path, where ``kernels`` would shadow another package.
+for _name in {"benchmarks", "examples"} - sys.modules.keys():
+    _spec = importlib.machinery.ModuleSpec(_name, None, is_package=True)
+    _spec.submodule_search_locations = [str(ROOT / _name)]
+    sys.modules[_name] = importlib.util.module_from_spec(_spec)
 
 hypothesis.settings.register_profile(
     "default",
@@ -44,10 +53,7 @@ instead of the properties that draw one for each example, and of tests marked ``
 GRADIENT_BACKENDS = ("torch", "jax")
 
 # A fifth of the time that XLA takes otherwise. test_jax.py runs what users get.
-QUICK_COMPILE = (
-    "--xla_backend_optimization_level=0",
-    "--xla_cpu_parallel_codegen_split_count=1",
-)
+QUICK_COMPILE = ("--xla_backend_optimization_level=0", "--xla_cpu_parallel_codegen_split_count=1")
 
 
 def pytest_configure(config):

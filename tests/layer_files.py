@@ -1,17 +1,12 @@
-"""A layer and a state to put into files, and what tests of files do with them."""
+"""A layer and a state to put into files, and what files hold."""
 
-import hashlib
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import safetensors
-import safetensors.numpy
 
-import fwpkm
 from fwpkm import FwPKMConfig, Memory, State, reference
 
 CFG = FwPKMConfig(key_dim=4, value_dim=3, num_heads=2, num_subkeys=3, top_k=2, chunk_size=4, lookahead=1)
@@ -75,39 +70,3 @@ def half_read_state(be: Any = reference, cfg: FwPKMConfig = CFG, tokens: int = 7
 def contents(path: Path) -> tuple[Tensors, Metadata]:
     with safetensors.safe_open(path, "np") as file:
         return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
-
-
-def edit(path: Path, change: Callable[[Tensors, Metadata], None], *, sign: bool = True) -> None:
-    """Rewrite a file with other contents, with checksums that fit them unless ``sign`` is False."""
-    tensors, metadata = contents(path)
-    change(tensors, metadata)
-    if sign:
-        digests = {name: hashlib.sha256(np.ascontiguousarray(x).tobytes()).hexdigest() for name, x in tensors.items()}
-        metadata.setdefault("sha256", "")
-        metadata["sha256"] = json.dumps(digests)
-    path.write_bytes(safetensors.numpy.save({name: np.asarray(x, order="C") for name, x in tensors.items()}, metadata))
-
-
-def refused_layer(path: Path, *words: object, layer: FakeLayer | None = None) -> None:
-    """The file is refused with the whole story, and the layer keeps what it had."""
-    layer = layer or FakeLayer(1)
-    with pytest.raises(ValueError, match=r"Expected: .+\. Received: ") as caught:
-        fwpkm.load(path, layer)
-    assert layer.imports == 0
-    assert_words(caught.value, path, *words)
-
-
-def refused_state(path: Path, *words: object, cfg: FwPKMConfig = CFG) -> None:
-    class NoBackend:
-        @staticmethod
-        def asarray(x: np.ndarray, dtype: str) -> None:
-            pytest.fail("an array was built from a bad file")
-
-    with pytest.raises(ValueError, match=r"Expected: .+\. Received: ") as caught:
-        fwpkm.load_state(path, cfg, NoBackend)
-    assert_words(caught.value, path, *words)
-
-
-def assert_words(error: Exception, *words: object) -> None:
-    for word in words:
-        assert str(word) in str(error)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from asserting import assert_close, assert_same_bits, assert_same_reading
+from drawn import drawn
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -11,7 +12,6 @@ from fwpkm import FwPKMConfig, Memory, reference
 from fwpkm.conformance.judging import survives_rounding
 from fwpkm.conformance.running import as_numpy, native, read, start, stream
 from fwpkm.conformance.strategies import Case, cases, draw_memory, draw_tokens, is_untied, splits
-from fwpkm.tokens import Tokens
 
 OTHERS = ["torch"]
 FUNCTIONS = """
@@ -83,20 +83,13 @@ def test_every_backend_has_the_same_functions(be):
 def test_gate_and_mask_may_be_left_out(be):
     """None means 1 and True."""
     cfg = FwPKMConfig(4, 3, 1, 4, 2, 3, 1)
-    rng = np.random.default_rng(0)
-    memory, tokens = draw_memory(rng, cfg, 2), draw_tokens(rng, cfg, 2, 8, gated=False, masked=False)
-    full = Tokens(tokens.query, tokens.value, np.ones((2, 8)), np.ones((2, 8), bool))
-    runs = []
-    for each in (tokens, full):
-        state = be.init_state(cfg, native(be, memory), batch_size=2)
-        runs.append(stream(be, cfg, state, each, [5, 3], flush=True)[0])
-    assert_same_bits(runs[0], runs[1])
-    query, value, *_ = native(be, tuple(tokens))
-    short, long = (
-        be.apply(cfg, be.init_state(cfg, native(be, memory), batch_size=2), query, value, *others)[0]
-        for others in ((), native(be, tuple(full)[2:]))
-    )
-    assert_same_bits(as_numpy(be, short), as_numpy(be, long))
+    case = drawn(cfg, 2, 8, left_out=["gate", "mask"])
+    full = case.tokens._replace(gate=np.ones((2, 8)), mask=np.ones((2, 8), bool))
+    runs = [stream(be, cfg, start(be, case), each, [5, 3], flush=True)[0] for each in (case.tokens, full)]
+    assert_same_bits(*runs)
+    query, value, *others = native(be, tuple(full))
+    short, long = (as_numpy(be, be.apply(cfg, start(be, case), query, value, *given)[0]) for given in ((), others))
+    assert_same_bits(short, long)
 
 
 @pytest.mark.eager
@@ -104,9 +97,7 @@ def test_gate_and_mask_may_be_left_out(be):
 def test_arrays_may_be_views_of_larger_ones(be, inplace):
     """Strides are no part of a value: every second token of longer arrays, every second table of more tables."""
     cfg = FwPKMConfig(4, 3, 2, 4, 2, 3, 1)
-    rng = np.random.default_rng(0)
-    memory, tokens = draw_memory(rng, cfg, 4), draw_tokens(rng, cfg, 2, 16)
-    runs = []
+    memory, tokens, runs = drawn(cfg, 4, 16).memory, drawn(cfg, 2, 16).tokens, []
     for cut_first in (True, False):
 
         def every_second(array, axis, cut_first=cut_first):

@@ -5,9 +5,9 @@ import importlib.metadata
 import numpy as np
 import pytest
 import torch
-from benchmarks_folder import ROOT
+from sources import ROOT
 
-from benchmarks import baselines, compare, cpu, measure, report
+from benchmarks import baselines, compare, cpu, digests, measure, report
 from benchmarks.workloads import WORKLOADS, Workload, make_inputs, make_memory
 from fwpkm import FwPKMConfig, Memory, get_backend, reference
 from fwpkm.agreement import BOUNDS, relative_error
@@ -94,7 +94,8 @@ def test_static_agrees_with_lookups(cfg):
     memory, query, *_, cotangent = draw(cfg)
     query.requires_grad_()
     output, expected = static(cfg, memory, query), be.lookup(cfg, memory, query).output
-    assert_agree((output, expected), (reference.lookup(cfg, *map_numpy(memory, query)).output,) * 2, BOUND.forward)
+    wanted = reference.lookup(cfg, Memory(*arrays(memory)), query.detach().numpy()).output
+    assert_agree((output, expected), (wanted, wanted), BOUND.forward)
     gradient, other = (torch.autograd.grad(tensor, query, cotangent) for tensor in (output, expected))
     assert_agree(gradient, arrays(other), BOUND.gradient)
 
@@ -110,10 +111,6 @@ def test_static_gradients_of_the_tables_agree_with_lookups(cfg):
     memory = Memory(keys, rows.detach().view_as(memory.values).requires_grad_())
     expected = torch.autograd.grad(get_backend("torch").lookup(cfg, memory, query).output, memory, cotangent)
     assert_agree((gradients[0], gradients[1].to_dense().view_as(expected[1])), arrays(expected), BOUND.gradient)
-
-
-def map_numpy(memory, query):
-    return Memory(*arrays(memory)), query.detach().numpy()
 
 
 def test_static_shares_one_memory_between_sequences():
@@ -151,7 +148,22 @@ def test_a_tree_beside_itself_computes_the_same(monkeypatch, capsys):
 
 def test_another_package_than_the_chosen_one_is_seen(tmp_path):
     with pytest.raises(RuntimeError, match=f"expected the package of {tmp_path}"):
-        compare.measure_pairs("cpu", "decode, a token", "tiny", str(tmp_path), 1)
+        compare.measure_pairs("cpu", "decode, a token", "tiny", tmp_path, 1)
+
+
+@pytest.mark.parametrize(("option", "value"), [("--against", "nowhere"), ("--pairs", "0"), ("--repeats", "-1")])
+def test_options_that_make_no_sense_are_refused(option, value, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cpu.main([option, value])
+    assert f"argument {option}: must be a" in capsys.readouterr().err
+
+
+def test_digests_that_have_nothing_to_compare_differ():
+    one, other = {"output": np.ones(3)}, {"slots": np.ones(3)}
+    assert digests.compared(one, dict(one)) == "same bits"
+    assert digests.compared(one, {"output": np.ones(3) + 1e-3}).startswith("differs: 1.0e-03 in output")
+    assert digests.compared(one, {}) == "differs: 0 arrays there, 1 here, 0 of one name"
+    assert digests.compared(one, one | other) == "differs: 2 arrays there, 1 here, 1 of one name"
 
 
 def test_a_bound_that_was_not_measured_is_broken():

@@ -5,12 +5,13 @@ import dataclasses
 import numpy as np
 import torch
 from asserting import assert_close, assert_same_bits
+from drawn import drawn
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fwpkm import FwPKMConfig, Memory
 from fwpkm.conformance.running import apply, as_numpy, native, start
-from fwpkm.conformance.strategies import FLOATS, Case, cases, draw_memory, draw_tokens, unmasked
+from fwpkm.conformance.strategies import FLOATS, Case, cases, unmasked
 from fwpkm.tokens import Tokens
 
 PAIRS = st.sampled_from([None, 0.0, 0.5, 1.0])
@@ -141,7 +142,7 @@ def test_slots_that_no_unmasked_token_reads_keep_their_bits(be, case, pair_rate)
         weight_decay=0.0,
         grad_clip=None,
         addressing_weight=0.0,
-        gated=st.just(False),
+        left_out=st.sampled_from([["gate"], ["gate", "mask"]]),
         min_length=1,
     )
 )
@@ -164,25 +165,23 @@ def test_normalized_rewrites_exactly_where_nothing_else_reads(be, case):
 def test_normalized_rewrites_one_token(be):
     """The rule above, where it cannot be vacuous."""
     cfg = FwPKMConfig(4, 3, 1, 5, 3, 1, 0, write_scale="normalized", addressing_weight=0.0)
-    rng = np.random.default_rng(3)
-    memory, tokens = draw_memory(rng, cfg, 2), draw_tokens(rng, cfg, 2, 1, gated=False, masked=False)
-    written, _ = write(be, cfg, memory, (tokens.query, tokens.value))
-    again = as_numpy(be, be.lookup(cfg, native(be, written), native(be, tokens.query)).output)
-    assert_close(again, tokens.value, "float64")
+    case = drawn(cfg, 2, 1, seed=3, left_out=["gate", "mask"])
+    written, _ = write(be, cfg, case.memory, (case.tokens.query, case.tokens.value))
+    again = as_numpy(be, be.lookup(cfg, native(be, written), native(be, case.tokens.query)).output)
+    assert_close(again, case.tokens.value, "float64")
 
 
 def test_heads_address_apart(be):
     """§3 sums L_addr over heads, each with its own mean: a head's keys move as they would without the other head."""
     one = FwPKMConfig(4, 2, 1, 5, 3, 4, 0)
     two = dataclasses.replace(one, num_heads=2)
-    rng = np.random.default_rng(5)
-    memory, tokens = draw_memory(rng, two, 1), draw_tokens(rng, two, 1, 6)
-    both, losses = write(be, two, memory, tuple(tokens))
+    case = drawn(two, 1, 6, seed=5)
+    both, losses = write(be, two, case.memory, tuple(case.tokens))
     alone = []
     for head in (0, 1):
-        tables = memory._replace(keys=memory.keys[:, head : head + 1])
-        query = tokens.query[..., 4 * head : 4 * head + 4]
-        written, loss = write(be, one, tables, (query, *tuple(tokens)[1:]))
+        tables = case.memory._replace(keys=case.memory.keys[:, head : head + 1])
+        query = case.tokens.query[..., 4 * head : 4 * head + 4]
+        written, loss = write(be, one, tables, (query, *tuple(case.tokens)[1:]))
         assert_close(both.keys[:, head], written.keys[:, 0], "float64")
         alone.append(loss.addressing)
     assert_close(losses.addressing, sum(alone), "float64")

@@ -2,9 +2,9 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from processes import python
 
 import fwpkm
 from fwpkm import cli
@@ -146,14 +146,13 @@ def test_backends_lists_all_with_version_and_device(capsys):
             assert status.device in line
 
 
-def without_torch(code: str, tmp_path: Path) -> subprocess.CompletedProcess:
-    hide = "import sys; sys.modules['torch'] = None; from fwpkm.cli import main\n"
-    command = [sys.executable, "-c", hide + code]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+def without_torch(tmp_path, *arguments: str):
+    code = f"import sys; sys.modules['torch'] = None; from fwpkm.cli import main; sys.exit(main({arguments}))"
+    return python("-c", code, cwd=tmp_path)
 
 
 def test_hidden_framework_is_listed_with_what_to_install(tmp_path):
-    done = without_torch("sys.exit(main(['backends']))", tmp_path)
+    done = without_torch(tmp_path, "backends")
     assert done.returncode == 0, done.stderr
     line = next(line for line in done.stdout.splitlines() if line.startswith("torch"))
     assert "cannot run" in line
@@ -161,7 +160,7 @@ def test_hidden_framework_is_listed_with_what_to_install(tmp_path):
 
 
 def test_hidden_framework_is_one_line_in_the_demo(novel, tmp_path):
-    done = without_torch(f"sys.exit(main(['demo', {novel!r}, '--backend', 'torch']))", tmp_path)
+    done = without_torch(tmp_path, "demo", novel, "--backend", "torch")
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.count("\n") == 1
@@ -170,7 +169,7 @@ def test_hidden_framework_is_one_line_in_the_demo(novel, tmp_path):
 
 
 def test_default_backend_is_numpy_where_torch_is_missing(novel, tmp_path):
-    done = without_torch(f"sys.exit(main(['demo', {novel!r}, '--num-subkeys', '16', '--passes', '1']))", tmp_path)
+    done = without_torch(tmp_path, "demo", novel, "--num-subkeys", "16", "--passes", "1")
     assert done.returncode == 0, done.stderr
     assert "numpy on cpu" in done.stdout
     assert (tmp_path / "fwpkm-demo" / "recall.png").exists()

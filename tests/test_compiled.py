@@ -26,8 +26,9 @@ DEEP = settings.default.max_examples > 100
 ROWS = range(10) if DEEP else (0, 1, 2, 3, 8, 9)
 SHAPES = [draw(shapes(), 0)[row]._replace(batch=2) for row in ROWS]
 SEQUENCE = [shape for shape in SHAPES if shape.cfg.memory_scope == "sequence"]
-MASKED, GATED = ([shape for shape in SHAPES if getattr(shape, name)] for name in ("masked", "gated"))
+MASKED, GATED = ([shape for shape in SHAPES if name not in shape.left_out] for name in ("mask", "gate"))
 NUMBERS, PLACES = st.sampled_from(test_finite.NUMBERS), st.sampled_from(test_finite.PLACES)
+PAIRS = test_chunk_update.PAIRS
 TORCH = fwpkm.get_backend("torch")
 
 
@@ -44,7 +45,7 @@ def cases(draw, among=SHAPES, dtype=FLOAT64, flushed=False, half=False, twists=(
     chosen = draw(st.frozensets(st.sampled_from(twists), max_size=1)) if twists else frozenset()
     length = shape.length // 2 if half else shape.length
     after = length // 2 if flushed and draw(st.booleans()) else None
-    arguments = (draw(dtype), chosen, shape.batch, length, shape.gated, shape.masked, after)
+    arguments = (draw(dtype), chosen, shape.batch, length, shape.left_out, after)
     return untied_case(shape.cfg, draw(st.integers(0, 2**32 - 1)), *arguments)
 
 
@@ -82,19 +83,13 @@ PROPERTIES = {
     test_stream.test_no_tokens_change_nothing: [cases(flushed=True), st.booleans()],
     test_stream.test_update_false_only_reads: [cases(half=True)],
     test_finite.test_a_dead_token_is_a_masked_token_that_reads_nan: [
-        *(cases(among=[shape for shape in GATED if shape.masked], dtype=FLOATS), PLACES, NUMBERS, st.data())
+        *(cases(among=[shape for shape in GATED if shape in MASKED], dtype=FLOATS), PLACES, NUMBERS, st.data())
     ],
     test_finite.test_many_bad_numbers_at_once_leave_the_tables_finite: [cases(among=GATED, dtype=FLOATS), st.data()],
     test_lookup.test_slots_and_weights_are_those_of_all_slots_sorted: [cases(half=True)],
     test_lookup.test_output_is_the_weighted_sum_over_all_heads: [cases(half=True)],
-    test_chunk_update.test_a_write_is_a_step_down_the_gradients_of_its_losses: [
-        cases(half=True),
-        test_chunk_update.PAIRS,
-    ],
-    test_chunk_update.test_slots_that_no_unmasked_token_reads_keep_their_bits: [
-        cases(half=True),
-        test_chunk_update.PAIRS,
-    ],
+    test_chunk_update.test_a_write_is_a_step_down_the_gradients_of_its_losses: [cases(half=True), PAIRS],
+    test_chunk_update.test_slots_that_no_unmasked_token_reads_keep_their_bits: [cases(half=True), PAIRS],
     test_state.test_pending_tokens_come_first_then_zeros: [cases()],
     test_state.test_a_call_leaves_its_arguments_as_they_were: [cases(half=True), st.just(True)],
 }

@@ -33,15 +33,7 @@ DEFAULTS = {
     "addressing_weight": 1.0,
     "memory_scope": "sequence",
 }
-MINIMA = {
-    "key_dim": 1,
-    "value_dim": 1,
-    "num_heads": 1,
-    "num_subkeys": 1,
-    "top_k": 1,
-    "chunk_size": 1,
-    "lookahead": 0,
-}
+MINIMA = {"key_dim": 1, "value_dim": 1, "num_heads": 1, "num_subkeys": 1, "top_k": 1, "chunk_size": 1, "lookahead": 0}
 POSITIVE = ["score_eps", "temperature", "grad_clip"]
 NON_NEGATIVE = ["learning_rate", "weight_decay", "addressing_weight"]
 CHOICES = {
@@ -101,17 +93,26 @@ def test_integers_meet_their_minimum_and_no_more(field: str, minimum: int) -> No
     refuse(field, minimum - 1)
 
 
-@given(field=INTEGERS, value=st.integers(max_value=-1) | st.integers(-(2**70), -(2**60)))
-def test_integers_below_the_minimum_are_refused(field: str, value: int) -> None:
-    refuse(field, value)
+REFUSED = {
+    "integers below the minimum": (INTEGERS, st.integers(max_value=-1) | st.integers(-(2**70), -(2**60))),
+    "no integers": (
+        INTEGERS,
+        st.floats() | st.booleans() | st.text() | st.none() | st.binary() | st.fractions() | st.lists(st.integers()),
+    ),
+    "negative numbers": (NUMBERS, st.floats(max_value=-1e-300) | st.integers(max_value=-1)),
+    "not finite": (
+        NUMBERS,
+        st.sampled_from([math.nan, math.inf, -math.inf, np.float32("nan"), np.float64("inf"), 10**400]),
+    ),
+    "no numbers": (NUMBERS, st.booleans() | st.text() | st.lists(st.floats()) | st.complex_numbers()),
+    "an odd key_dim": (st.just("key_dim"), st.integers(0, 2**40).map(lambda half: 2 * half + 1)),
+}
 
 
-@given(
-    field=INTEGERS,
-    value=st.floats() | st.booleans() | st.text() | st.none() | st.binary() | st.fractions() | st.lists(st.integers()),
-)
-def test_what_is_no_integer_is_refused(field: str, value: object) -> None:
-    refuse(field, value)
+@pytest.mark.parametrize(("fields", "values"), REFUSED.values(), ids=REFUSED)
+@given(data=st.data())
+def test_what_no_field_takes_is_refused(fields, values, data: st.DataObject) -> None:
+    refuse(data.draw(fields), data.draw(values))
 
 
 @pytest.mark.parametrize("value", [np.True_, np.float32(2), np.array([2]), Decimal(2), 2j], ids=repr)
@@ -126,23 +127,6 @@ def test_numpy_integers_are_stored_as_int(kind: type) -> None:
     cfg = FwPKMConfig(**{name: kind(value) for name, value in {**fields, "lookahead": 0}.items()})
     assert cfg == FwPKMConfig(**fields, lookahead=0)
     assert all(type(getattr(cfg, name)) is int for name in MINIMA)
-
-
-@given(field=NUMBERS, value=st.floats(max_value=-1e-300) | st.integers(max_value=-1))
-def test_negative_numbers_are_refused(field: str, value: float) -> None:
-    refuse(field, value)
-
-
-@given(
-    field=NUMBERS,
-    value=st.sampled_from([math.nan, math.inf, -math.inf, np.float32("nan"), np.float64("inf"), 10**400])
-    | st.booleans()
-    | st.text()
-    | st.lists(st.floats())
-    | st.complex_numbers(),
-)
-def test_what_is_no_finite_number_is_refused(field: str, value: object) -> None:
-    refuse(field, value)
 
 
 @pytest.mark.filterwarnings("ignore::numpy.exceptions.ComplexWarning")
@@ -186,11 +170,6 @@ def test_choices(field: str, choice: str) -> None:
     refuse(field, choice.upper())
     with pytest.raises(ValueError, match=re.escape(", ".join(map(repr, CHOICES[field])))):
         FwPKMConfig(**{field: "x"})
-
-
-@given(half=st.integers(0, 2**40))
-def test_key_dim_is_even(half: int) -> None:
-    refuse("key_dim", 2 * half + 1)
 
 
 @given(subkeys=st.integers(1, 50), top_k=st.integers(1, 60))

@@ -1,28 +1,55 @@
 """Files (SPEC.md §8) that are damaged, of another kind or of another config change nothing."""
 
+import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import safetensors
 import safetensors.numpy
-from layer_files import (
-    CFG,
-    FakeLayer,
-    Metadata,
-    Tensors,
-    assert_words,
-    contents,
-    edit,
-    half_read_state,
-    refused_layer,
-    refused_state,
-    same_bits,
-)
+from layer_files import CFG, FakeLayer, Metadata, Tensors, contents, half_read_state, same_bits
 
 import fwpkm
 from fwpkm import FwPKMConfig
+
+
+def edit(path: Path, change: Callable[[Tensors, Metadata], None], *, sign: bool = True) -> None:
+    """Rewrite a file with other contents, with checksums that fit them unless ``sign`` is False."""
+    tensors, metadata = contents(path)
+    change(tensors, metadata)
+    if sign:
+        digests = {name: hashlib.sha256(np.ascontiguousarray(x).tobytes()).hexdigest() for name, x in tensors.items()}
+        metadata.setdefault("sha256", "")
+        metadata["sha256"] = json.dumps(digests)
+    path.write_bytes(safetensors.numpy.save({name: np.asarray(x, order="C") for name, x in tensors.items()}, metadata))
+
+
+def refused_layer(path: Path, *words: object, layer: FakeLayer | None = None) -> None:
+    """The file is refused with the whole story, and the layer keeps what it had."""
+    layer = layer or FakeLayer(1)
+    with pytest.raises(ValueError, match=r"Expected: .+\. Received: ") as caught:
+        fwpkm.load(path, layer)
+    assert layer.imports == 0
+    assert_words(caught.value, path, *words)
+
+
+def refused_state(path: Path, *words: object, cfg: FwPKMConfig = CFG) -> None:
+    class NoBackend:
+        @staticmethod
+        def asarray(x: np.ndarray, dtype: str) -> None:
+            pytest.fail("an array was built from a bad file")
+
+    with pytest.raises(ValueError, match=r"Expected: .+\. Received: ") as caught:
+        fwpkm.load_state(path, cfg, NoBackend)
+    assert_words(caught.value, path, *words)
+
+
+def assert_words(error: Exception, *words: object) -> None:
+    for word in words:
+        assert str(word) in str(error)
+
 
 # Damaged files
 

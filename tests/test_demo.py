@@ -93,8 +93,12 @@ def test_files_are_read_in_order_as_one(tmp_path):
 # Queries and values
 
 
-def test_query_is_a_projection_of_eight_tokens_with_geometric_weights(small):
-    made = contexts.Contexts(small.ids, len(small.vocabulary), 6, 10)
+@pytest.fixture
+def made(small) -> contexts.Contexts:
+    return contexts.Contexts(small.ids, len(small.vocabulary), 6, 10)
+
+
+def test_query_is_a_projection_of_eight_tokens_with_geometric_weights(small, made):
     projection = made._projection.reshape(8, 10, 6)
     np.testing.assert_allclose(projection[5] / 0.9**5, made_without_weights(small)[5], rtol=1e-5)
     for t in (0, 3, 7, 8, 100):
@@ -111,23 +115,20 @@ def made_without_weights(source: text.Text) -> np.ndarray:
     return rng.standard_normal((8, 10, 6))
 
 
-def test_values_are_zscored_codes(small):
-    made = contexts.Contexts(small.ids, len(small.vocabulary), 6, 10)
+def test_values_are_zscored_codes(small, made):
     np.testing.assert_allclose(made.codes.mean(1), 0, atol=1e-6)
     np.testing.assert_allclose(made.codes.std(1, ddof=1), 1, atol=1e-5)
     np.testing.assert_array_equal(made.values(3, 6), made.codes[small.ids[3:6]])
 
 
-def test_shuffled_values_are_the_same_tokens_in_another_order(small):
-    made = contexts.Contexts(small.ids, len(small.vocabulary), 6, 10)
+def test_shuffled_values_are_the_same_tokens_in_another_order(small, made):
     true, shuffled = (made.values(0, len(small.ids), s) for s in (False, True))
     assert (true != shuffled).any(axis=1).mean() > 0.9
     np.testing.assert_array_equal(np.sort(true, axis=0), np.sort(shuffled, axis=0))
     np.testing.assert_array_equal(made.values(0, len(small.ids), True), shuffled)
 
 
-def test_nearest_code_is_the_euclidean_one(small):
-    made = contexts.Contexts(small.ids, len(small.vocabulary), 6, 10)
+def test_nearest_code_is_the_euclidean_one(made):
     output = np.random.default_rng(1).standard_normal((50, 10), np.float32)
     distance = np.linalg.norm(output[:, None] - made.codes, axis=-1)
     np.testing.assert_array_equal(made.nearest(output), distance.argmin(1))

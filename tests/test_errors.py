@@ -1,5 +1,6 @@
 """Bad arguments (SPEC.md §8): one ValueError that names the argument, the same words in every backend."""
 
+import dataclasses
 import re
 
 import numpy as np
@@ -12,9 +13,7 @@ from fwpkm.conformance.running import as_numpy, native
 
 B, T = 2, 3
 CFG = FwPKMConfig(key_dim=4, value_dim=3, num_heads=2, num_subkeys=4, top_k=2, chunk_size=4, lookahead=1)
-SHARED = FwPKMConfig(
-    key_dim=4, value_dim=3, num_heads=2, num_subkeys=4, top_k=2, chunk_size=4, lookahead=1, memory_scope="batch"
-)
+SHARED = dataclasses.replace(CFG, memory_scope="batch")
 NOT_ARRAYS = ["a text", 1.5, [[[0.0] * 8] * 3] * 2, object]
 
 
@@ -24,22 +23,14 @@ def f32(*shape):
 
 def arguments(function):
     """Good arguments, as NumPy arrays."""
-    memory = Memory(f32(B, 2, 2, 4, 2), f32(B, 16, 3))
-    state = reference.init_state(CFG, memory, batch_size=B)
-    query, value, gate, mask = f32(B, T, 8), f32(B, T, 3), f32(B, T), np.ones((B, T), bool)
+    memory, state = _memory(B), _state(B)
+    query, value, mask = f32(B, T, 8), f32(B, T, 3), np.ones((B, T), bool)
+    tokens = {"query": query, "gate": f32(B, T), "mask": mask}
     return {
-        "apply": {"cfg": CFG, "state": state, "query": query, "value": value, "gate": gate, "mask": mask},
+        "apply": {"cfg": CFG, "state": state, "value": value, **tokens},
         "flush": {"cfg": CFG, "state": state},
         "lookup": {"cfg": CFG, "memory": memory, "query": query},
-        "chunk_update": {
-            "cfg": CFG,
-            "memory": memory,
-            "query": query,
-            "target": value,
-            "gate": gate,
-            "mask": mask,
-            "pair": mask.copy(),
-        },
+        "chunk_update": {"cfg": CFG, "memory": memory, "target": value, "pair": mask.copy(), **tokens},
         "init_state": {"cfg": CFG, "memory": memory, "batch_size": B},
         "reset": {"state": state, "memory": memory, "rows": [0]},
         "init_memory": {"cfg": CFG, "memories": 1, "seed": 0},
@@ -66,19 +57,14 @@ def wrong_calls():
         for query in (f32(B, 8), f32(B, T, 7), f32(B, T, 9), f32(B, T, 2, 4), np.zeros((B, T, 8), int)):
             yield function, "query", query, "query"
         yield function, "query", f32(0, T, 8), "query"
-        for bad in NOT_ARRAYS:
-            yield function, "query", bad, "query"
-        yield function, "query", None, "query"
+        yield from ((function, "query", bad, "query") for bad in (*NOT_ARRAYS, None))
         yield function, "cfg", {"key_dim": 4}, "cfg"
+    flags = (*wrong_flags(), *NOT_ARRAYS)
     for function, name in (("apply", "value"), ("chunk_update", "target")):
-        for array in (*wrong_arrays(3), None, *NOT_ARRAYS):
-            yield function, name, array, name
-        for gate in (*wrong_arrays(0), *NOT_ARRAYS):
-            yield function, "gate", gate, "gate"
-        for flags in (*wrong_flags(), *NOT_ARRAYS):
-            yield function, "mask", flags, "mask"
-    for flags in (*wrong_flags(), *NOT_ARRAYS):
-        yield "chunk_update", "pair", flags, "pair"
+        yield from ((function, name, array, name) for array in (*wrong_arrays(3), None, *NOT_ARRAYS))
+        yield from ((function, "gate", gate, "gate") for gate in (*wrong_arrays(0), *NOT_ARRAYS))
+        yield from ((function, "mask", mask, "mask") for mask in flags)
+    yield from (("chunk_update", "pair", pair, "pair") for pair in flags)
     for function in ("apply", "flush"):
         for words, state in wrong_states():
             yield function, "state", state, words
@@ -194,9 +180,7 @@ def test_one_row_of_a_shared_table_cannot_be_reset(be, rows):
 
 @pytest.mark.parametrize("scope", ["lookup", "init_state"])
 def test_a_shared_memory_holds_one_table(be, scope):
-    arguments_of = {"memory": _memory(B), "cfg": SHARED}
-    given = arguments(scope) | arguments_of
-    assert "memory" in message(be, scope, given)
+    assert "memory" in message(be, scope, arguments(scope) | {"memory": _memory(B), "cfg": SHARED})
 
 
 @pytest.mark.eager

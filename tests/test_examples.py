@@ -1,23 +1,17 @@
 """Every example runs, and so does every block of code in the README and the guide."""
 
-import os
-import pathlib
 import re
-import subprocess
-import sys
 
 import pytest
+from processes import python
+from sources import ROOT
 
-ROOT = pathlib.Path(__file__).parents[1]
 EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
 
 
 def run(*arguments, cwd, **variables):
     # Waiting threads that spin would slow each other down where tests share two cores.
-    environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "TF_CPP_MIN_LOG_LEVEL": "3", **variables}
-    done = subprocess.run(
-        [sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
+    done = python(*arguments, cwd=cwd, OMP_WAIT_POLICY="PASSIVE", TF_CPP_MIN_LOG_LEVEL="3", **variables)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

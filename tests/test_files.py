@@ -6,8 +6,6 @@ import json
 import os
 import resource
 import stat
-import subprocess
-import sys
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,15 +13,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from layer_files import (
-    CFG,
-    FakeLayer,
-    Tensors,
-    arrays,
-    contents,
-    half_read_state,
-    same_bits,
-)
+from layer_files import CFG, FakeLayer, Tensors, arrays, contents, half_read_state, same_bits
+from processes import python
 
 import fwpkm
 from fwpkm import FwPKMConfig, Memory, State
@@ -292,8 +283,7 @@ print(len(seen), len(list(path.parent.glob(".fwpkm-*.tmp"))), len(list(path.pare
 
 
 def test_killed_saves_leave_the_old_file_or_the_new_one(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", KILLED, str(tmp_path / "state")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    done = python("-c", KILLED, tmp_path / "state", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     outcomes, left, files = map(int, done.stdout.split())
     assert outcomes == 2, "both files should have been met"

@@ -5,17 +5,18 @@ import dataclasses
 import numpy as np
 import pytest
 from asserting import assert_same_bits
+from drawn import drawn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fwpkm import FwPKMConfig, Memory
 from fwpkm.conformance.running import apply, as_numpy, native, read, start, stream
-from fwpkm.conformance.strategies import FLOATS, Case, cases, draw_memory, draw_tokens, floating, unmasked
+from fwpkm.conformance.strategies import FLOATS, LEFT_OUT, Case, cases, floating, unmasked
 from fwpkm.tokens import Tokens
 
 NUMBERS = [np.nan, np.inf, -np.inf, 1e20, -1e20, 1e38, 3e38, -3e38]
 PLACES = ("query", "value", "gate")
-GATED = st.just(True)
+WITH_GATE = LEFT_OUT.map(lambda names: names - {"gate"})
 
 
 def is_dead(cfg, dtype, place, number):
@@ -49,7 +50,7 @@ def as_masked(case, row, token):
 
 @settings(max_examples=5 * settings.default.max_examples)
 @given(
-    cases(dtype=FLOATS, gated=GATED, twists=("at_keys", "repeats"), temperature=st.sampled_from([1.0, 2.0])),
+    cases(dtype=FLOATS, left_out=WITH_GATE, twists=("at_keys", "repeats"), temperature=st.sampled_from([1.0, 2.0])),
     st.sampled_from(PLACES),
     st.sampled_from(NUMBERS),
     st.data(),
@@ -74,7 +75,7 @@ def test_a_dead_token_is_a_masked_token_that_reads_nan(be, case, place, number, 
     assert all(np.isfinite(table).all() for table in received.memory)
 
 
-@given(cases(dtype=FLOATS, gated=GATED), st.data())
+@given(cases(dtype=FLOATS, left_out=WITH_GATE), st.data())
 def test_many_bad_numbers_at_once_leave_the_tables_finite(be, case, data):
     """Ties and huge numbers together can move the keys far; then later scores overflow, and those tokens read NaN."""
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
@@ -112,16 +113,13 @@ def test_keys_stay_finite_when_their_step_overflows(be, dtype):
 @pytest.mark.parametrize("number", NUMBERS)
 def test_chunk_update_keeps_tables_finite(be, place, number):
     cfg = FwPKMConfig(4, 3, 2, 4, 2, 5, 0)
-    rng = np.random.default_rng(0)
-    memory = Memory(*(table.astype("float32") for table in draw_memory(rng, cfg, 2)))
-    query, target, gate, _ = draw_tokens(rng, cfg, 2, 5).map(lambda array: array.astype("float32"))
-    arrays = {"query": query, "target": target, "gate": gate}
-    arrays[place][0, 2] = number
-    written = as_numpy(be, be.chunk_update(cfg, native(be, memory), *native(be, tuple(arrays.values()))))[0]
-    assert all(np.isfinite(table).all() for table in written)
-    arrays[place][0, 2] = 0.0
-    clean = as_numpy(be, be.chunk_update(cfg, native(be, memory), *native(be, tuple(arrays.values()))))[0]
-    assert_same_bits(tuple(table[1] for table in written), tuple(table[1] for table in clean))
+    case, written = drawn(cfg, 2, 5, dtype="float32", left_out=["mask"]), []
+    arrays = dict(zip(("query", "target", "gate"), case.tokens))
+    for each in (number, 0.0):
+        arrays[place][0, 2] = each
+        written.append(as_numpy(be, be.chunk_update(cfg, *native(be, (case.memory, *arrays.values()))))[0])
+        assert all(np.isfinite(table).all() for table in written[-1])
+    assert_same_bits(*(tuple(table[1] for table in memory) for memory in written))
 
 
 @pytest.mark.parametrize("write_scale", ["slots", "unit", "normalized"])
@@ -130,11 +128,9 @@ def test_chunk_update_keeps_tables_finite(be, place, number):
 def test_a_hundred_rereads_stay_finite(be, write_scale, num_heads, score):
     """Under "slots" the rows may grow until a step would overflow; then they stay as they are."""
     cfg = FwPKMConfig(8, 3, num_heads, 4, 3, 4, 1, write_scale=write_scale, score=score)
-    rng = np.random.default_rng(0)
-    memory, tokens = draw_memory(rng, cfg, 2), draw_tokens(rng, cfg, 2, 4, masked=False)
-    state = be.init_state(cfg, native(be, Memory(*(table.astype("float32") for table in memory))), batch_size=2)
-    hundred = tokens.map(lambda array: np.concatenate([array.astype("float32")] * 100, axis=1))
-    output, state, trace = apply(be, cfg, state, hundred)
+    case = drawn(cfg, 2, 4, dtype="float32", left_out=["mask"])
+    hundred = case.tokens.map(lambda array: np.concatenate([array] * 100, axis=1))
+    output, state, trace = apply(be, cfg, start(be, case), hundred)
     assert int(trace.writes) == 100
     assert np.isfinite(as_numpy(be, output)).all()
     assert all(np.isfinite(table).all() for table in as_numpy(be, state.memory))

@@ -2,13 +2,12 @@
 
 import dataclasses
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from benchmarks_folder import ROOT
+from processes import python
+from sources import ROOT
 
 from benchmarks import findings, gpu, gpu_agreement, gpu_report
 from benchmarks.findings import Finding, Report, equal
@@ -21,12 +20,6 @@ from fwpkm.tokens import Tokens
 SMALL = FwPKMConfig(16, 16, 1, 64, 4, 4, memory_scope="batch")
 
 
-def python(*arguments):
-    """A process in the root, as the benchmark is run."""
-    line = [sys.executable, *arguments]
-    return subprocess.run(line, capture_output=True, text=True, timeout=500, cwd=ROOT)
-
-
 def test_without_a_gpu_it_says_so(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert gpu.main([]) == 2
@@ -35,7 +28,8 @@ def test_without_a_gpu_it_says_so(monkeypatch, capsys):
 
 def test_the_kernels_are_compared_and_timed_in_the_interpreter():
     sections = ("agreement", "speed", "decode")
-    done = python("-m", "benchmarks.gpu", "--interpret", "--only", *sections, "--workers", "2", "--markdown")
+    line = ("-m", "benchmarks.gpu", "--interpret", "--only", *sections, "--workers", "2", "--markdown")
+    done = python(*line, cwd=ROOT, timeout=500)
     assert done.returncode == 0, done.stderr
     rows = re.findall(r"^\| ([^|]+) \| 1 \| (\d+) \| [^|]+ \| agrees \|$", done.stdout, re.MULTILINE)
     assert [(name, int(quantities) >= least) for (name, quantities), least in zip(rows, (12, 12, 8))] == [
@@ -56,7 +50,7 @@ if __name__ == "__main__":
     for outcome in run_all([Task("", function.__name__, function, given) for function, given in functions], 1, 60):
         print(outcome.task.name, outcome.result, outcome.error.strip().splitlines()[-1:])
 """
-    done = python("-c", code)
+    done = python("-c", code, cwd=ROOT)
     assert done.stdout.splitlines() == [
         "_exit None ['the process that ran _exit ended with status 3']",
         "truediv None ['ZeroDivisionError: division by zero']",

@@ -1,33 +1,45 @@
 """Outer gradients (SPEC.md §4): exact through reads, writes and κ, against central differences of the reference."""
 
 import dataclasses
+import functools
 
 import numpy as np
 import pytest
 import torch
 from asserting import assert_close, assert_same_bits
+from drawn import drawn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fwpkm
 from fwpkm import FwPKMConfig, Memory, agreement, reference
 from fwpkm.conformance.running import as_numpy, draw_cotangents, forward, gradients, native
-from fwpkm.conformance.strategies import Case, cases, draw_memory, draw_tokens, floating, is_untied
-from fwpkm.tokens import Tokens
+from fwpkm.conformance.strategies import cases, floating, untied_case
 
 TORCH = fwpkm.get_backend("torch")
 CLEAR = 100 * agreement.DIFFERENCE_STEP / 1e-3**0.5
 """A step of a difference moves no score by more than a hundredth of this: an idw score's slope is at most 1/√ε."""
 
 
-def directional(case, index, direction, weights):
-    """Central difference of the float64 reference, along a direction of one array."""
-    ends = []
-    for sign in (1, -1):
-        arrays = [*floating(case.tokens).values(), *case.memory]
-        arrays[index] = arrays[index] + sign * agreement.DIFFERENCE_STEP * direction
-        ends.append(sum((a * b).sum() for a, b in zip(forward(reference, case, arrays), weights)))
-    return (ends[0] - ends[1]) / (2 * agreement.DIFFERENCE_STEP)
+def objective(case, weights):
+    """Σ outputs · weights by the float64 reference, as a function of the arrays that follow."""
+    function = lambda *arrays: sum((a * b).sum() for a, b in zip(forward(reference, case, arrays), weights))  # noqa: E731
+    return function, [*floating(case.tokens).values(), *case.memory]
+
+
+def assert_central_differences(rng, gradients, function, arrays):
+    """Along a drawn direction of each array alone; no gradient is None where an array is."""
+    step = agreement.DIFFERENCE_STEP
+    for i, gradient in enumerate(gradients):
+        if gradient is None:
+            continue
+        direction = rng.normal(size=gradient.shape)
+        direction /= np.linalg.norm(direction)
+        ahead, behind = (
+            function(*(x + sign * step * direction if i == j else x for j, x in enumerate(arrays))) for sign in (1, -1)
+        )
+        error = abs((ahead - behind) / (2 * step) - (gradient * direction).sum())
+        assert error <= agreement.DIFFERENCE_BOUND * max(1.0, np.linalg.norm(gradient)), f"argument {i}: {error}"
 
 
 @given(
@@ -44,14 +56,7 @@ def test_gradients_equal_central_differences_of_the_reference(gradient_be, case)
     """Every input alone, over several chunks and a flush, into outputs and both final tables."""
     rng = np.random.default_rng(case.seed)
     weights = draw_cotangents(case, rng)
-    for index, gradient in enumerate(gradients(gradient_be, case, weights)):
-        if gradient is None:
-            continue
-        direction = rng.normal(size=gradient.shape)
-        direction /= np.linalg.norm(direction)
-        difference = directional(case, index, direction, weights)
-        error = abs(difference - (gradient * direction).sum())
-        assert error <= agreement.DIFFERENCE_BOUND * max(1.0, np.linalg.norm(gradient)), f"argument {index}: {error}"
+    assert_central_differences(rng, gradients(gradient_be, case, weights), *objective(case, weights))
 
 
 @given(cases(untied=True, max_length=12), st.data())
@@ -71,7 +76,7 @@ def test_each_output_alone_reaches_the_first_chunk(gradient_be, write_scale, out
     """A cotangent on one output only: the last chunk's reads, the final keys, or the final values."""
     cfg = FwPKMConfig(4, 3, 2, 4, 2, 3, 1, write_scale=write_scale, score_eps=0.1)
     rng = np.random.default_rng(2)
-    case = _case(cfg, rng, 9)
+    case = untied_case(cfg, 2, "float64", frozenset(), 2, 9, True, False, None, gap=CLEAR)
     weights = [np.zeros_like(array) for array in draw_cotangents(case, rng)]
     index = ("output", "keys", "values").index(output)
     weights[index][...] = rng.normal(size=weights[index].shape)
@@ -80,23 +85,10 @@ def test_each_output_alone_reaches_the_first_chunk(gradient_be, write_scale, out
     first = [array[:, :3] for array in received[:3]]
     assert np.any(first[0]), "queries of the first chunk"
     assert np.any(first[1]) == np.any(first[2]) == (output != "keys"), "its values and gates"
-    for i, gradient in enumerate(received):
-        direction = rng.normal(size=gradient.shape)
-        direction /= np.linalg.norm(direction)
-        error = abs(directional(case, i, direction, weights) - (gradient * direction).sum())
-        assert error <= agreement.DIFFERENCE_BOUND * max(1.0, np.linalg.norm(gradient))
+    assert_central_differences(rng, received, *objective(case, weights))
 
 
-def _case(cfg, rng, length):
-    """A case of two rows, drawn until no read is close to a tie."""
-    while True:
-        memory, tokens = draw_memory(rng, cfg, 2), draw_tokens(rng, cfg, 2, length, masked=False)
-        case = Case(cfg, int(rng.integers(2**32)), "float64", frozenset(), 2, length, memory, tokens)
-        if is_untied(case, CLEAR):
-            return case
-
-
-@given(cases(gated=st.just(True), masked=st.just(True), twists=("repeats",), untied=True), st.data())
+@given(cases(left_out=st.just(()), twists=("repeats",), untied=True), st.data())
 def test_no_gradient_passes_through_masked_contents_of_others_or_dead_tokens(gradient_be, case, data):
     """Dead tokens get 0, though numbers that are not finite stand in the graph; others get what a mask would give."""
     row, at = data.draw(st.integers(0, case.batch - 1)), data.draw(st.integers(0, case.length - 1))
@@ -145,9 +137,9 @@ def test_inplace_either_refuses_or_keeps_gradients_right(gradient_be, case):
 
 def test_no_gradient_passes_through_the_traces():
     cfg = FwPKMConfig(4, 2, 1, 4, 2, 3, 1)
-    rng = np.random.default_rng(0)
-    memory = Memory(*(table.requires_grad_() for table in native(TORCH, draw_memory(rng, cfg, 2))))
-    tokens = native(TORCH, tuple(draw_tokens(rng, cfg, 2, 5)))
+    case = drawn(cfg, 2, 5)
+    memory = Memory(*(table.requires_grad_() for table in native(TORCH, case.memory)))
+    tokens = native(TORCH, tuple(case.tokens))
     for array in tokens[:3]:
         array.requires_grad_()
     output, state, trace = TORCH.apply(cfg, TORCH.init_state(cfg, memory, batch_size=2), *tokens)
@@ -162,29 +154,17 @@ def test_no_gradient_passes_through_the_traces():
 
 def test_gradient_reaches_queries_through_lookup_weights(gradient_be):
     cfg = FwPKMConfig(4, 3, 2, 4, 2, score_eps=0.1)
-    rng = np.random.default_rng(0)
-    memory, query = draw_memory(rng, cfg, 2), draw_tokens(rng, cfg, 2, 3).query
+    case, be, rng = drawn(cfg, 2, 3), gradient_be, np.random.default_rng(1)
     weights = (rng.normal(size=(2, 3, 3)), rng.normal(size=(2, 3, 4)))
-    step = agreement.DIFFERENCE_STEP
+    args = (case.tokens.query, *case.memory)
 
-    def function(query, keys, values):
-        look = gradient_be.lookup(cfg, Memory(keys, values), query)
+    def read(be, query, *tables):
+        look = be.lookup(cfg, Memory(*tables), query)
         return look.output, look.weights
 
-    args = (query, *memory)
-    received = as_numpy(
-        gradient_be, tuple(gradient_be.vjp(function, native(gradient_be, args), native(gradient_be, weights)))
-    )
-    for i, gradient in enumerate(received):
-        direction = rng.normal(size=gradient.shape)
-        direction /= np.linalg.norm(direction)
-        ends = []
-        for sign in (1, -1):
-            moved = [array + sign * step * direction if i == j else array for j, array in enumerate(args)]
-            look = reference.lookup(cfg, Memory(*moved[1:]), moved[0])
-            ends.append((look.output * weights[0]).sum() + (look.weights * weights[1]).sum())
-        error = abs((ends[0] - ends[1]) / (2 * step) - (gradient * direction).sum())
-        assert error <= agreement.DIFFERENCE_BOUND * max(1.0, np.linalg.norm(gradient))
+    received = as_numpy(be, tuple(be.vjp(functools.partial(read, be), native(be, args), native(be, weights))))
+    total = lambda *args: sum((a * b).sum() for a, b in zip(read(reference, *args), weights))  # noqa: E731
+    assert_central_differences(rng, received, total, args)
 
 
 def test_vjp(gradient_be):
@@ -205,13 +185,16 @@ def test_vjp(gradient_be):
 @given(cases(max_length=12))
 def test_two_runs_give_equal_bits(gradient_be, case):
     """Forward and backward, in deterministic algorithms' absence: sums have one order (twins and repeats included)."""
-    weights = draw_cotangents(case, np.random.default_rng(case.seed))
-    arrays = (*floating(case.tokens).values(), *case.memory)
-    runs = []
+    assert_two_equal_runs(gradient_be, case)
+
+
+def assert_two_equal_runs(be, case):
+    arrays, runs = (*floating(case.tokens).values(), *case.memory), []
+    weights = tuple(x.astype(case.dtype) for x in draw_cotangents(case, np.random.default_rng(case.seed)))
     for _ in range(2):
-        outputs = as_numpy(gradient_be, forward(gradient_be, case, native(gradient_be, arrays)))
-        runs.append((*outputs, *(x for x in gradients(gradient_be, case, weights) if x is not None)))
-    assert_same_bits(runs[0], runs[1])
+        outputs = as_numpy(be, forward(be, case, native(be, arrays)))
+        runs.append((*outputs, *(x for x in gradients(be, case, weights) if x is not None)))
+    assert_same_bits(*runs)
 
 
 def test_two_large_runs_give_equal_bits(gradient_be):
@@ -219,16 +202,6 @@ def test_two_large_runs_give_equal_bits(gradient_be):
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        cfg = FwPKMConfig(16, 64, 2, 16, 8, 256, 1)
-        rng = np.random.default_rng(0)
-        memory, tokens = draw_memory(rng, cfg, 2), draw_tokens(rng, cfg, 2, 600)
-        arrays = [array.astype("float32") for array in (*floating(tokens).values(), *memory)]
-        case = Case(cfg, 0, "float32", frozenset(), 2, 600, Memory(*arrays[3:]), Tokens(*arrays[:3], tokens.mask))
-        weights = tuple(x.astype("float32") for x in draw_cotangents(case, rng))
-        runs = []
-        for _ in range(2):
-            outputs = as_numpy(gradient_be, forward(gradient_be, case, native(gradient_be, tuple(arrays))))
-            runs.append((*outputs, *gradients(gradient_be, case, weights)))
-        assert_same_bits(runs[0], runs[1])
+        assert_two_equal_runs(gradient_be, drawn(FwPKMConfig(16, 64, 2, 16, 8, 256, 1), 2, 600, dtype="float32"))
     finally:
         torch.set_num_threads(threads)

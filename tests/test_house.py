@@ -76,8 +76,9 @@ def listed_by_kernels() -> dict[str, tuple[str, ...]]:
 
 
 def test_kernels_list_the_equations_that_they_compute() -> None:
-    listed = [name for names in listed_by_kernels().values() for name in names]
-    assert set(listed) == set(MEMORY) - {"windows"} | (set(listed) & {"windows"})
+    listed = {name for names in listed_by_kernels().values() for name in names}
+    assert listed <= set(MEMORY)
+    assert set(MEMORY) - listed <= {"windows"}  # which runtime/windows.py has
 
 
 def kernels_in(tree: ast.Module) -> set[str]:

@@ -1,13 +1,13 @@
 """Who imports whom: no framework unless asked for, and every missing one explained (each claim in a fresh process)."""
 
 import ast
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from processes import python
 from sources import SRC, Source, core, sources
 
 import fwpkm
@@ -31,8 +31,7 @@ sys.meta_path.insert(0, forbid)
 
 def run(code: str, tmp_path: Path) -> str:
     """The output of a fresh process, outside the source tree, in which a warning is an error."""
-    command = [sys.executable, "-W", "error", "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    done = python("-W", "error", "-c", code, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -2,8 +2,6 @@
 
 import functools
 import re
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +9,9 @@ import numpy as np
 import pytest
 import test_errors
 from asserting import assert_close, assert_same_bits, assert_same_reading
+from drawn import drawn as drawn_case
 from jax import lax
+from processes import python
 
 import fwpkm
 from fwpkm import FwPKMConfig, Memory, reference, rules
@@ -29,14 +29,18 @@ TABLE = 4 * BIG.num_slots * BIG.value_dim
 
 def drawn(cfg, batch=2, length=12, seed=0, dtype="float64"):
     """Memory and tokens as JAX arrays."""
-    rng = np.random.default_rng(seed)
-    memory, tokens = draw_memory(rng, cfg, batch), draw_tokens(rng, cfg, batch, length)
-    cast = lambda x: x if x.dtype == bool else x.astype(dtype)  # noqa: E731
-    return native(BE, Memory(*map(cast, memory))), native(BE, tuple(tokens.map(cast)))
+    case = drawn_case(cfg, batch, length, seed, dtype)
+    return native(BE, case.memory), native(BE, tuple(case.tokens))
 
 
 def cut(tokens, start, stop):
     return tuple(x[:, start:stop] for x in tokens)
+
+
+def read_on(cfg, state, tokens):
+    """As ``lax.scan`` takes it."""
+    output, state, _ = BE.apply(cfg, state, *tokens)
+    return state, output
 
 
 @pytest.fixture(scope="module")
@@ -94,12 +98,7 @@ def test_scan_over_pieces_equals_one_call():
     memory, tokens = drawn(CFG, length=12)
     state = BE.init_state(CFG, memory, 2)
     pieces = tuple(x.reshape(2, 4, 3, *x.shape[2:]).swapaxes(0, 1) for x in tokens)
-
-    def piece(state, tokens):
-        output, state, _ = BE.apply(CFG, state, *tokens)
-        return state, output
-
-    after, outputs = jax.jit(functools.partial(lax.scan, piece))(state, pieces)
+    after, outputs = jax.jit(functools.partial(lax.scan, functools.partial(read_on, CFG)))(state, pieces)
     whole, expected, _ = BE.apply(CFG, state, *tokens)
     assert_close(as_numpy(BE, outputs.swapaxes(0, 1).reshape(whole.shape)), as_numpy(BE, whole), "float64")
     assert_close(as_numpy(BE, after.memory), as_numpy(BE, expected.memory), "float64")
@@ -162,17 +161,13 @@ def copies_of_tables(text):
 
 def test_a_donated_state_is_rewritten_where_it_lies():
     state, tokens = big_inputs()
-
-    def call(state, tokens):
-        output, state, _ = BE.apply(BIG, state, *tokens)
-        return output, state
-
+    call = functools.partial(read_on, BIG)
     program = compiled(call, state, tokens, donate_argnums=0)
     assert not copies_of_tables(program.as_text())
     assert program.memory_analysis().temp_size_in_bytes < TABLE / 4
     assert copies_of_tables(compiled(call, state, tokens).as_text()), "the control, which must copy"
     before = state.memory.values.unsafe_buffer_pointer()
-    after = program(state, tokens)[1]
+    after, _ = program(state, tokens)
     assert after.memory.values.unsafe_buffer_pointer() == before
     assert state.memory.values.is_deleted()
 
@@ -180,15 +175,7 @@ def test_a_donated_state_is_rewritten_where_it_lies():
 def test_a_scan_over_chunks_stays_in_place():
     state, tokens = big_inputs(16)
     pieces = tuple(x.reshape(1, 4, 4, *x.shape[2:]).swapaxes(0, 1) for x in tokens)
-
-    def scan(state, pieces):
-        def piece(state, tokens):
-            output, state, _ = BE.apply(BIG, state, *tokens)
-            return state, output
-
-        return lax.scan(piece, state, pieces)
-
-    program = compiled(scan, state, pieces, donate_argnums=0)
+    program = compiled(functools.partial(lax.scan, functools.partial(read_on, BIG)), state, pieces, donate_argnums=0)
     assert not copies_of_tables(program.as_text())
     assert program.memory_analysis().temp_size_in_bytes < TABLE / 4
 
@@ -254,14 +241,15 @@ except ValueError as error:
     print(error)
 print(be.asarray([1.0], "float32").dtype)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    done = python("-c", code)
+    assert done.returncode == 0, done.stderr
     assert "jax.config.update('jax_enable_x64', True)" in done.stdout
     assert done.stdout.endswith("float32\n")
 
 
 def many(cfg, twist, rng):
     """Tokens and tables for which a product of matrices alone would pick wrong sub-keys."""
-    memory, tokens = draw_memory(rng, cfg, 2), draw_tokens(rng, cfg, 2, 7, masked=False)
+    memory, tokens = draw_memory(rng, cfg, 2), draw_tokens(rng, cfg, 2, 7, left_out=["mask"])
     keys, query = memory.keys, tokens.query
     halves = query.reshape(2, 7, cfg.num_heads, 2, -1).copy()
     if twist == "equal keys":  # ties go to the lower id, whatever proposed it

@@ -167,12 +167,22 @@ def test_wrong_arguments_are_named(options, message):
 def test_wrong_inputs_are_named():
     layer = FwPKM(HIDDEN, **SMALL)
     variables, x = layer.init(jax.random.key(0)), jnp.ones((2, 3, HIDDEN))
+
+    def replaced(name, change):
+        params = variables["params"]
+        query = params["query_proj"]
+        return {**variables, "params": params | {"query_proj": query | {name: change(query[name])}}}
+
     for arguments, message in (
         ((variables["params"], x), "variables must have the form that layer.init"),
         ((None, x), "variables must have the form that layer.init"),
         ((variables, x[0]), r"x must have shape \[B, T, hidden_size=6\]"),
         ((variables, np.ones((2, 3, HIDDEN), "float32")), "x must be a jax"),
         ((variables, x, backend.init_state(layer.config, backend.init_memory(layer.config), 3)), "B=2"),
+        ((variables, x, None, jnp.ones((1, 3), bool)), r"mask must have shape \[B=2, T=3\]"),
+        ((variables, x, None, jnp.ones((2, 3))), "mask must have dtype bool"),
+        ((replaced("bias", lambda a: a[:1]), x), r"query_proj.bias of the variables must have shape \(16,\)"),
+        ((replaced("weight", lambda a: a.astype(int)), x), "query_proj.weight of the variables must have shape"),
     ):
         with pytest.raises(ValueError, match=message):
             layer.apply(*arguments)

@@ -1,11 +1,9 @@
 """What Triton's interpreter cannot tell: that every kernel compiles, for GPUs that need not be here."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from processes import python
 
 SCORING = """
     coefficients_backward_kernel coefficients_kernel key_sums_kernel keys_backward_kernel propose_kernel rank_kernel
@@ -13,10 +11,8 @@ SCORING = """
 """
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(Path(__file__).parent / "compile_kernels.py"), *arguments]
-    environment = os.environ | {"TRITON_INTERPRET": "0"}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500)
+def run(*arguments: str):
+    return python(Path(__file__).parent / "compile_kernels.py", *arguments, timeout=500, TRITON_INTERPRET="0")
 
 
 @pytest.mark.parametrize(

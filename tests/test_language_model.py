@@ -3,13 +3,13 @@
 import json
 import re
 
-import examples_folder
 import numpy as np
 import pytest
 import torch
 from asserting import assert_close
 from hypothesis import given
 from hypothesis import strategies as st
+from sources import ROOT
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from examples.language_model import model as decoder
@@ -283,7 +283,7 @@ def test_experiments_survive_json_and_take_overrides(tmp_path):
     assert read.model.memory_config(learning_rate=0.0).learning_rate == 0
     assert (read.model.memory_config().top_k, read.model.memory_config().value_dim) == (4, 256)
     assert Experiment.of(json.loads(json.dumps(read.tables())), "again") == read != Experiment.read(path)
-    for config in (examples_folder.ROOT / "examples/language_model/configs").glob("*.toml"):
+    for config in (ROOT / "examples/language_model/configs").glob("*.toml"):
         experiment = Experiment.read(config)
         assert Experiment.of(json.loads(json.dumps(experiment.tables())), "again") == experiment
 

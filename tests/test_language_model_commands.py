@@ -2,16 +2,14 @@
 
 import hashlib
 import json
-import subprocess
-import sys
 
-import examples_folder
 import numpy as np
 import pytest
+from processes import python
+from sources import ROOT
 
 from examples.language_model.commands import main
 
-ROOT = examples_folder.ROOT
 TINY = ROOT / "examples/language_model/configs/tiny.toml"
 CONFIG = """
 [model]
@@ -86,10 +84,10 @@ def test_flags_stand_above_the_file_and_the_record_goes_on(books, tmp_path):
 
 
 def test_the_module_runs(tmp_path):
-    command = [sys.executable, "-m", "examples.language_model", "prepare", "docs", str(tmp_path / "corpus")]
-    subprocess.run(command, cwd=ROOT, check=True, timeout=120, capture_output=True)
-    command[3:] = ["bits", "--model", "none", "--corpus", str(tmp_path / "corpus"), "--out", str(tmp_path / "o")]
-    done = subprocess.run(command, cwd=ROOT, check=False, timeout=120, capture_output=True, text=True)
+    module, corpus = ("-m", "examples.language_model"), tmp_path / "corpus"
+    done = python(*module, "prepare", "docs", corpus, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    done = python(*module, "bits", "--model", "none", "--corpus", corpus, "--out", tmp_path / "o", cwd=ROOT)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert done.stderr.startswith("error: none has no experiment.json: train first")
 

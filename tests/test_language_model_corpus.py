@@ -6,7 +6,6 @@ import lzma
 import pathlib
 import re
 
-import examples_folder  # noqa: F401  (makes examples importable)
 import numpy as np
 import pytest
 

@@ -3,7 +3,6 @@
 import itertools
 import re
 
-import examples_folder  # noqa: F401  (makes examples importable)
 import numpy as np
 import pytest
 from hypothesis import example, given

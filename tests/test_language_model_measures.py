@@ -4,7 +4,6 @@ import json
 import math
 import types
 
-import examples_folder  # noqa: F401  (makes examples importable)
 import numpy as np
 import pytest
 import torch

@@ -3,7 +3,6 @@
 import json
 import struct
 
-import examples_folder  # noqa: F401  (makes examples importable)
 import numpy as np
 import pytest
 

@@ -9,7 +9,6 @@ import os
 import re
 import signal
 
-import examples_folder  # noqa: F401  (makes examples importable)
 import numpy as np
 import pytest
 import torch

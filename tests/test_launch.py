@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from interpreter import SMALL
 
 from fwpkm import FwPKMConfig
 from fwpkm import kernels as package
@@ -132,9 +133,7 @@ def test_what_a_layout_lacks_is_absent(kernel: Kernel) -> None:
 @pytest.mark.parametrize("scope", ["batch", "sequence"])
 def test_every_tensor_of_every_kernel_is_bound_by_its_own_name(scope: str, clip: float | None) -> None:
     """All launches of reading, writing, their backward and decoding; one kernel sums tensors of several names."""
-    cfg = FwPKMConfig(
-        key_dim=16, value_dim=16, num_subkeys=5, top_k=3, chunk_size=4, memory_scope=scope, grad_clip=clip
-    )
+    cfg = FwPKMConfig(**SMALL, memory_scope=scope, grad_clip=clip)
     plan, memories = windows.plan(cfg, 0, 11, 2, True), {"batch": 1, "sequence": 2}[scope]
     everything = frozenset(["gate", "mask", "pair", "d_output", "d_values", "d_table"])
     lists = []

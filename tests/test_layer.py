@@ -337,18 +337,15 @@ def test_printing_shows_the_configuration():
     ("arguments", "message"),
     [
         ({"hidden_size": 0}, "hidden_size must be an integer of at least 1. Received: hidden_size=0"),
-        (
-            {"hidden_size": 4, "value_norm": "batch"},
-            "value_norm must be 'zscore' or None. Received: value_norm='batch'",
-        ),
-        ({"hidden_size": 4, "value_dim": 1}, "value_dim must be at least 2"),
-        ({"hidden_size": 4, "key_dim": 3}, "key_dim must be even"),
-        ({"hidden_size": 4, "config": {"key_dim": 4}}, "cfg must be an FwPKMConfig. Received: dict"),
+        ({"value_norm": "batch"}, "value_norm must be 'zscore' or None. Received: value_norm='batch'"),
+        ({"value_dim": 1}, "value_dim must be at least 2"),
+        ({"key_dim": 3}, "key_dim must be even"),
+        ({"config": {"key_dim": 4}}, "cfg must be an FwPKMConfig. Received: dict"),
     ],
 )
 def test_wrong_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
-        FwPKM(**arguments)
+        FwPKM(**{"hidden_size": 4} | arguments)
 
 
 @pytest.mark.parametrize(
@@ -363,6 +360,18 @@ def test_wrong_arguments(arguments, message):
 def test_wrong_inputs(x, message):
     with pytest.raises(ValueError, match=message):
         make(torch.float32)(x)
+
+
+@pytest.mark.parametrize("wild", [False, True])
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [(torch.ones(3).bool(), r"mask must have shape \[B=2, T=3\]"), (torch.ones(2, 3), "dtype bool")],
+)
+def test_a_wrong_mask_is_named_whatever_x_holds(mask, message, wild):
+    x = torch.ones(2, 3, 6)
+    x[0, 0, 0] = torch.nan if wild else 1
+    with pytest.raises(ValueError, match=message):
+        make(torch.float32)(x, mask=mask)
 
 
 def test_fields_override_a_config_and_unknown_ones_are_refused():

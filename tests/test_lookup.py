@@ -31,11 +31,7 @@ def brute_force(cfg, memory, query):
     ranks = np.argsort(np.argsort(-scores, axis=-1, kind="stable"), axis=-1)
     sums, first, second = (
         np.broadcast_to(array, (batch, length, cfg.num_heads, s, s)).reshape(batch, length, cfg.num_heads, s * s)
-        for array in (
-            scores[..., 0, :, None] + scores[..., 1, None, :],
-            ranks[..., 0, :, None],
-            ranks[..., 1, None, :],
-        )
+        for array in (scores[..., 0, :, None] + scores[..., 1, None, :], ranks[..., 0, :, None], ranks[..., 1, None, :])
     )
     order = np.lexsort((second, first, -sums), axis=-1)
     ordered = np.take_along_axis(sums, order, axis=-1)

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 from asserting import assert_same_bits
+from drawn import drawn
 
 import fwpkm
 from fwpkm import FwPKMConfig, Memory
-from fwpkm.conformance.running import apply, as_numpy, native, stream
-from fwpkm.conformance.strategies import draw_memory, draw_tokens, floating
+from fwpkm.conformance.running import apply, as_numpy, native, start, stream
+from fwpkm.conformance.strategies import floating
 
 TORCH = fwpkm.get_backend("torch")
 
@@ -19,16 +20,11 @@ TORCH = fwpkm.get_backend("torch")
 def test_tables_are_float32_unless_queries_are_float64_too(be, query, tables):
     """Outputs come back in the query's dtype; all else is that of a float32 run on the same numbers."""
     cfg = FwPKMConfig(4, 3, 2, 4, 2, 3, 1)
-    rng = np.random.default_rng(0)
-    memory, tokens = draw_memory(rng, cfg, 2), draw_tokens(rng, cfg, 2, 8)
-    low = min(query, tables, key=lambda name: int(name.removeprefix("float")))
-    rounded = tokens.map(lambda array: array if array.dtype == bool else array.astype(low))
-    memory = Memory(*(table.astype(np.float32) for table in memory))
-    runs = []
+    rounded = drawn(cfg, 2, 8, dtype=min(query, tables, key=lambda name: int(name.removeprefix("float"))))
+    memory, runs = drawn(cfg, 2, 8, dtype="float32").memory, []
     for q, t in ((query, tables), ("float32", "float32")):
-        given_tokens = rounded.map(lambda array, q=q: array if array.dtype == bool else array.astype(q))
         state = be.init_state(cfg, native(be, Memory(*(table.astype(t) for table in memory))), batch_size=2)
-        output, state, trace = apply(be, cfg, state, given_tokens)
+        output, state, trace = apply(be, cfg, state, rounded.map(lambda array, q=q: array.astype(q)).tokens)
         runs.append((as_numpy(be, output), as_numpy(be, trace.weights), as_numpy(be, state.memory)))
     assert runs[0][0].dtype == query
     np.testing.assert_array_equal(runs[0][0], runs[1][0].astype(query))
@@ -37,31 +33,23 @@ def test_tables_are_float32_unless_queries_are_float64_too(be, query, tables):
 
 
 @contextlib.contextmanager
-def default_dtype(dtype):
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
+def globally(name, value):
+    """One of torch's settings, with ``torch.get_...`` and ``torch.set_...``."""
+    get, change = (getattr(torch, f"{verb}_{name}") for verb in ("get", "set"))
+    before = get()
+    change(value)
     try:
         yield
     finally:
-        torch.set_default_dtype(before)
-
-
-@contextlib.contextmanager
-def matmul_precision(name):
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(name)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+        change(before)
 
 
 SURROUNDINGS = {
     "autocast bfloat16": lambda: torch.autocast("cpu", torch.bfloat16),
     "autocast float16": lambda: torch.autocast("cpu", torch.float16),
-    "default float64": lambda: default_dtype(torch.float64),
-    "default bfloat16": lambda: default_dtype(torch.bfloat16),
-    "medium matmul precision": lambda: matmul_precision("medium"),
+    "default float64": lambda: globally("default_dtype", torch.float64),
+    "default bfloat16": lambda: globally("default_dtype", torch.bfloat16),
+    "medium matmul precision": lambda: globally("float32_matmul_precision", "medium"),
     "inference mode": torch.inference_mode,
     "no grad": torch.no_grad,
 }
@@ -72,11 +60,8 @@ SURROUNDINGS = {
 def test_torch_surroundings_change_no_bit(surrounding, score):
     """Forward everywhere; backward too where there is one."""
     cfg = FwPKMConfig(16, 6, 2, 24, 3, 4, 1, score=score, write_scale="normalized")
-    rng = np.random.default_rng(0)
-    keys, values, query, value, gate = (
-        TORCH.asarray(array, "float32")
-        for array in (*draw_memory(rng, cfg, 2), *floating(draw_tokens(rng, cfg, 2, 11)).values())
-    )
+    case = drawn(cfg, 2, 11, dtype="float32", left_out=["mask"])
+    inputs = [x.requires_grad_() for x in native(TORCH, (*case.memory, *floating(case.tokens).values()))]
 
     def forward(keys, values, query, value, gate):
         state = TORCH.init_state(cfg, Memory(keys, values), batch_size=2)
@@ -89,7 +74,6 @@ def test_torch_surroundings_change_no_bit(surrounding, score):
         loss = sum(array.square().sum() for array in outputs[:4])
         return torch.autograd.grad(loss, inputs)
 
-    inputs = [array.clone().requires_grad_() for array in (keys, values, query, value, gate)]
     expected = forward(*inputs)
     with SURROUNDINGS[surrounding]():
         received = forward(*inputs)
@@ -103,16 +87,11 @@ def test_torch_surroundings_change_no_bit(surrounding, score):
 def test_a_row_of_a_larger_batch_keeps_its_bits(be, score, number):
     """Wide enough for vectorised sums and for a shortlist of sub-keys, whose choice must not depend on neighbours."""
     cfg = FwPKMConfig(48, 20, 2, 24, 5, 8, 1, score=score)
-    rng = np.random.default_rng(0)
-    memory, tokens = Memory(*(x.astype(np.float32) for x in draw_memory(rng, cfg, 3))), draw_tokens(rng, cfg, 3, 20)
-    tokens = tokens.map(lambda array: array if array.dtype == bool else array.astype(np.float32))
-    other = tokens.map(np.copy)
+    case = drawn(cfg, 3, 20, dtype="float32")
+    other = case.tokens.map(np.copy)
     other.query[1, ::3] *= number
     other.value[1, 1::3] *= number
-    expected, received = (
-        stream(be, cfg, be.init_state(cfg, native(be, memory), batch_size=3), each, flush=True)[0]
-        for each in (tokens, other)
-    )
+    expected, received = (stream(be, cfg, start(be, case), x, flush=True)[0] for x in (case.tokens, other))
     for a, b in zip((*received[:5], *received.memory), (*expected[:5], *expected.memory)):
         assert_same_bits(a[[0, 2]], b[[0, 2]])
     assert not np.array_equal(received.output[1], expected.output[1])

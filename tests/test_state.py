@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 import torch
 from asserting import assert_close, assert_same_bits
+from drawn import drawn
 from hypothesis import given
 from hypothesis import strategies as st
 
 import fwpkm
 from fwpkm import FwPKMConfig, Memory, State, reference
 from fwpkm.conformance.running import apply, as_numpy, native, start, stream
-from fwpkm.conformance.strategies import FLOATS, cases, draw_memory, draw_tokens, splits, unmasked
+from fwpkm.conformance.strategies import FLOATS, cases, splits, unmasked
 
 TORCH = fwpkm.get_backend("torch")
 SEQUENCE = {"memory_scope": "sequence", "batch": st.integers(2, 3)}
@@ -63,8 +64,8 @@ def test_a_flush_with_nothing_to_write_returns_the_same_tables(be, boundary):
     """Nothing pending; and under "wait" the L tokens that only served as targets of a chunk already written."""
     cfg = FwPKMConfig(4, 2, 1, 4, 2, 3, 1, boundary=boundary)
     state = be.init_state(cfg, be.init_memory(cfg), batch_size=2)
-    tokens = draw_tokens(np.random.default_rng(0), cfg, 2, 6 + (boundary == "wait"), masked=False)
-    for now in (state, apply(be, cfg, state, tokens.map(lambda array: array.astype("float32")))[1]):
+    tokens = drawn(cfg, 2, 6 + (boundary == "wait"), dtype="float32", left_out=["mask"]).tokens
+    for now in (state, apply(be, cfg, state, tokens)[1]):
         after, trace = be.flush(cfg, now)
         assert int(trace.writes) == 0
         assert all(new is old for new, old in zip(after.memory, now.memory))
@@ -77,13 +78,29 @@ def test_position_lives_on_the_cpu_in_torch():
     assert TORCH.init_state(cfg, TORCH.init_memory(cfg), batch_size=2).position.dtype == torch.int32
 
 
+@pytest.mark.parametrize("boundary", ["drop", "wait"])
+def test_what_lies_behind_the_pending_tokens_means_nothing(be, boundary):
+    """§5: valid entries come first; a state that holds something after them is read as if it did not."""
+    case = drawn(FwPKMConfig(4, 2, 1, 4, 2, 4, 1, boundary=boundary), 2, 9, left_out=["mask"])
+    _, state, _ = apply(be, case.cfg, start(be, case), case.tokens.slice(0, 6))
+    count = count_pending(case.cfg, 6)
+    filled = as_numpy(be, state.pending)
+    for x in filled:
+        assert x[:, count:].size
+        x[:, count:] = 1
+    after = []
+    for now in (state, state.replace_pending(native(be, filled))):
+        flushed, trace = be.flush(case.cfg, now)
+        output, read_on, _ = apply(be, case.cfg, now, case.tokens.slice(6, 9))
+        after.append(as_numpy(be, (flushed, trace, output, read_on)))
+    assert_same_bits(*after)
+
+
 def test_tokens_that_are_not_finite_are_stored_as_masked_zeros(be):
     cfg = FwPKMConfig(4, 2, 1, 4, 2, 6, 1)
-    rng = np.random.default_rng(0)
-    memory, tokens = draw_memory(rng, cfg, 1), draw_tokens(rng, cfg, 1, 5, masked=False)
-    tokens.query[0, 1, 2], tokens.value[0, 2, 0], tokens.gate[0, 4] = np.nan, np.inf, -np.inf
-    state = be.init_state(cfg, native(be, memory), batch_size=1)
-    now = as_numpy(be, apply(be, cfg, state, tokens)[1])
+    case = drawn(cfg, 1, 5, left_out=["mask"])
+    case.tokens.query[0, 1, 2], case.tokens.value[0, 2, 0], case.tokens.gate[0, 4] = np.nan, np.inf, -np.inf
+    now = as_numpy(be, apply(be, cfg, start(be, case), case.tokens)[1])
     assert now.pending_mask.tolist() == [[True, False, False, True, False, False]]
     for field in now[1:4]:
         assert np.isfinite(field).all()
@@ -124,8 +141,7 @@ def test_one_memory_is_broadcast_to_rows_in_sequence_scope(be):
 def test_rows_that_start_from_one_memory_part_ways(be, inplace):
     """Also in place: a table that rows shared by stride would be written by all of them."""
     cfg = FwPKMConfig(4, 2, 1, 4, 2, 2)
-    rng = np.random.default_rng(0)
-    memory, tokens = draw_memory(rng, cfg, 1), draw_tokens(rng, cfg, 3, 7)
+    memory, tokens = drawn(cfg, 1, 7).memory, drawn(cfg, 3, 7).tokens
     repeated = Memory(*(np.repeat(table, 3, axis=0) for table in memory))
     runs = []
     for tables in (memory, repeated):
@@ -172,11 +188,10 @@ def test_inplace_leaves_the_initial_memory_alone(be):
     """A state owns its tables: the memory it started from serves the next sequence too."""
     for scope, rows in (("sequence", 1), ("sequence", 2), ("batch", 2)):
         cfg = FwPKMConfig(4, 2, 1, 4, 2, 2, memory_scope=scope)
-        rng = np.random.default_rng(0)
-        memory = native(be, draw_memory(rng, cfg, rows))
+        case = drawn(cfg, rows, 6)
+        memory = native(be, case.memory)
         before = as_numpy(be, memory)
-        state = be.init_state(cfg, memory, batch_size=rows)
-        apply(be, cfg, state, draw_tokens(rng, cfg, rows, 6), inplace=True)
+        apply(be, cfg, be.init_state(cfg, memory, batch_size=rows), case.tokens, inplace=True)
         assert_same_bits(as_numpy(be, memory), before)
 
 
@@ -184,9 +199,9 @@ def test_inplace_leaves_the_initial_memory_alone(be):
 def test_inplace_is_an_error_where_autograd_needs_the_tables(call):
     """With grad mode on; without it, or after detach, it works."""
     cfg = FwPKMConfig(4, 2, 1, 4, 2, 4)
-    rng = np.random.default_rng(0)
-    memory = Memory(*(table.requires_grad_() for table in native(TORCH, draw_memory(rng, cfg, 1))))
-    tokens = native(TORCH, tuple(draw_tokens(rng, cfg, 1, 3)))
+    case = drawn(cfg, 1, 3)
+    memory = Memory(*(table.requires_grad_() for table in native(TORCH, case.memory)))
+    tokens = native(TORCH, tuple(case.tokens))
     state = TORCH.apply(cfg, TORCH.init_state(cfg, memory, batch_size=1), *tokens)[1]
     before = as_numpy(TORCH, state)
     arguments = tokens if call == "apply" else ()
@@ -226,10 +241,9 @@ def test_reset_gives_rows_their_memory_back_and_masks_their_pending_tokens(be, c
 @pytest.mark.parametrize("rows", [[0, 2], (2, 0), np.array([0, 2]), [True, False, True], np.array([True, False, True])])
 def test_reset_takes_rows_in_any_common_form(be, rows):
     cfg = FwPKMConfig(4, 2, 1, 4, 2, 4)
-    rng = np.random.default_rng(0)
     memory = be.init_memory(cfg)
     state = be.init_state(cfg, memory, batch_size=3)
-    state = apply(be, cfg, state, draw_tokens(rng, cfg, 3, 6, masked=False).map(lambda x: x.astype("float32")))[1]
+    state = apply(be, cfg, state, drawn(cfg, 3, 6, dtype="float32", left_out=["mask"]).tokens)[1]
     new = as_numpy(be, be.reset(state, memory, rows))
     assert new.pending_mask[:, 0].tolist() == [False, True, False]
     fresh = as_numpy(be, memory).values[0]
@@ -239,7 +253,7 @@ def test_reset_takes_rows_in_any_common_form(be, rows):
 def test_reset_of_no_row_and_of_a_shared_table(be):
     cfg = FwPKMConfig(4, 2, 1, 4, 2, 4, memory_scope="batch")
     memory = be.init_memory(cfg)
-    tokens = draw_tokens(np.random.default_rng(0), cfg, 2, 6, masked=False).map(lambda x: x.astype("float32"))
+    tokens = drawn(cfg, 2, 6, dtype="float32", left_out=["mask"]).tokens
     state = apply(be, cfg, be.init_state(cfg, memory, batch_size=2), tokens)[1]
     assert_same_bits(as_numpy(be, be.reset(state, memory, [])), as_numpy(be, state))
     new = as_numpy(be, be.reset(state, memory, [0, 1]))
@@ -250,8 +264,8 @@ def test_reset_of_no_row_and_of_a_shared_table(be):
 
 def test_detach_keeps_numbers_and_cuts_gradients(be):
     cfg = FwPKMConfig(4, 2, 1, 4, 2, 4)
-    rng = np.random.default_rng(0)
-    memory, tokens = native(be, draw_memory(rng, cfg, 2)), native(be, tuple(draw_tokens(rng, cfg, 2, 6)))
+    case = drawn(cfg, 2, 6)
+    memory, tokens = native(be, case.memory), native(be, tuple(case.tokens))
     if be is TORCH:
         for array in (*memory, *tokens[:3]):
             array.requires_grad_()

@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 
 from fwpkm import Memory
 from fwpkm.conformance.running import apply, as_numpy, native, read, start, stream
-from fwpkm.conformance.strategies import FLOATS, cases, draw_tokens, splits, unmasked
+from fwpkm.conformance.strategies import FLOATS, LEFT_OUT, cases, draw_tokens, splits, unmasked
 from fwpkm.tokens import Tokens
 
 OTHERS = st.integers(0, 2**32 - 1)
+WITH_MASK = LEFT_OUT.map(lambda names: names - {"mask"})
 
 
 def lag(cfg):
@@ -57,7 +58,7 @@ def test_any_split_leaves_the_same_state(be, drawn):
     assert_same_bits(pieces[1:], whole[1:])
 
 
-@given(split_cases(flushed=True, masked=st.just(True)), OTHERS, st.booleans())
+@given(split_cases(flushed=True, left_out=WITH_MASK), OTHERS, st.booleans())
 def test_contents_of_masked_tokens_change_nothing_for_others(be, drawn, seed, spoil):
     case, sizes = drawn
     live = case.tokens.mask
@@ -87,18 +88,23 @@ def test_trailing_padding_is_invisible(be, case, more, seed):
         assert not columns[:, writes:].any()
 
 
+def case_of_rows(case, rows):
+    memory = Memory(*(table[rows] for table in case.memory))
+    return dataclasses.replace(case, memory=memory, tokens=case.tokens.map(itemgetter(rows)))
+
+
+def reading_of_rows(reading, rows):
+    return type(reading)(*(x[rows] for x in reading[:5]), Memory(*(x[rows] for x in reading.memory)))
+
+
 @given(split_cases(memory_scope="sequence", batch=st.integers(2, 3)))
 def test_a_row_alone_gives_the_same(be, drawn):
     case, sizes = drawn
     together = read(be, case, sizes)
     for row in range(case.batch):
         one = slice(row, row + 1)
-        memory = Memory(*(table[one] for table in case.memory))
-        alone = read(
-            be, dataclasses.replace(case, batch=1, memory=memory, tokens=case.tokens.map(itemgetter(one))), sizes
-        )
-        expected = type(together)(*(x[one] for x in together[:5]), Memory(*(x[one] for x in together.memory)))
-        assert_same_reading(case.cfg, alone, expected, case.dtype)
+        alone = read(be, dataclasses.replace(case_of_rows(case, one), batch=1), sizes)
+        assert_same_reading(case.cfg, alone, reading_of_rows(together, one), case.dtype)
 
 
 @given(split_cases(memory_scope="sequence", batch=st.integers(2, 3)), st.randoms(use_true_random=False))
@@ -106,11 +112,8 @@ def test_permuted_rows_permute_results(be, drawn, random):
     case, sizes = drawn
     order = list(range(case.batch))
     random.shuffle(order)
-    memory = Memory(*(table[order] for table in case.memory))
-    permuted = read(be, dataclasses.replace(case, memory=memory, tokens=case.tokens.map(itemgetter(order))), sizes)
-    straight = read(be, case, sizes)
-    expected = type(straight)(*(x[order] for x in straight[:5]), Memory(*(x[order] for x in straight.memory)))
-    assert_same_reading(case.cfg, permuted, expected, case.dtype)
+    permuted = read(be, case_of_rows(case, order), sizes)
+    assert_same_reading(case.cfg, permuted, reading_of_rows(read(be, case, sizes), order), case.dtype)
 
 
 @given(cases(memory_scope="sequence", batch=st.just(2)), OTHERS)
@@ -156,7 +159,7 @@ def test_each_token_reads_the_tables_in_force_and_writes_fall_due_on_schedule(be
         state = after
 
 
-@given(cases(masked=st.just(True)))
+@given(cases(left_out=WITH_MASK))
 def test_a_memory_without_a_pair_keeps_its_bits(be, case):
     """Whole sequences, with weight decay and all: only memories whose rows hold a pair in some chunk may change."""
     cfg, live = case.cfg, case.tokens.mask

@@ -13,7 +13,8 @@ from hypothesis import settings
 
 import fwpkm
 from fwpkm import FwPKMConfig, Memory, agreement, schedule
-from fwpkm.conformance.running import as_numpy, native, stream
+from fwpkm.conformance.running import INPUTS, as_numpy, forward, native, read, start
+from fwpkm.conformance.strategies import Case
 from fwpkm.tokens import Tokens
 
 FOLDER = Path(__file__).parents[1] / "fwpkm_core" / "data" / "vectors"
@@ -39,35 +40,28 @@ GRADIENTS = [
     *itertools.product(["jax"], ["float32"], ["uneven"], FEW),
 ]
 LOW_PRECISION = [*itertools.product(["torch"], NAMES), *itertools.product(["jax"], FEW)]
-INPUTS = ("query", "value", "gate", "keys", "values")
 
 
 @dataclasses.dataclass(frozen=True)
 class Vector:
-    """One file; arrays by the file's names."""
+    """One file: what is read, and all arrays by the file's names."""
 
-    cfg: FwPKMConfig
+    case: Case
     arrays: dict
-
-    @functools.cached_property
-    def memory(self):
-        return Memory(self.arrays["keys"], self.arrays["values"])
-
-    @functools.cached_property
-    def tokens(self):
-        return Tokens(*(self.arrays.get(name) for name in ("query", "value", "gate", "mask")))
 
     @functools.cached_property
     def comparable(self):
         """How many tokens a float32 run is compared over (§6)."""
-        return agreement.comparable_tokens(self.cfg, self.memory, self.tokens)
+        return agreement.comparable_tokens(self.case.cfg, self.case.memory, self.case.tokens)
 
 
 @functools.cache
 def load(name):
     with np.load(FOLDER / f"{name}.npz") as file:
         arrays = dict(file)
-    return Vector(FwPKMConfig.from_json(str(arrays.pop("config"))), arrays)
+    cfg = FwPKMConfig.from_json(str(arrays.pop("config")))
+    memory, tokens = Memory(arrays["keys"], arrays["values"]), Tokens(*map(arrays.get, Tokens._fields))
+    return Vector(Case(cfg, 0, "float64", frozenset(), *tokens.query.shape[:2], memory, tokens), arrays)
 
 
 @pytest.fixture(scope="module")
@@ -87,10 +81,6 @@ def judge(worst, key, name, actual, expected, dtype, kind="forward"):
     assert_close(actual, expected, dtype, kind, " ".join(key))
 
 
-def cast(tree, dtype):
-    return Tokens(*tree).map(lambda x: x.astype(dtype) if x.dtype == np.float64 else x)
-
-
 def splits_of(length):
     """One call; single tokens; and an uneven split."""
     thirds = [length // 3, 0, 1, length - length // 3 - 1]
@@ -103,8 +93,9 @@ def test_no_vector_is_missing():
 
 def same_slots(vector, slots):
     """Whether a run picked the vector's slots, where these have a meaning; by head, in any order."""
-    meaningful = np.isfinite(vector.arrays["out_weights"]).all(-1)
-    slots, expected = (agreement.by_slot(vector.cfg, s, s)[0][meaningful] for s in (slots, vector.arrays["out_slots"]))
+    cfg, arrays = vector.case.cfg, vector.arrays
+    meaningful = np.isfinite(arrays["out_weights"]).all(-1)
+    slots, expected = (agreement.by_slot(cfg, s, s)[0][meaningful] for s in (slots, arrays["out_slots"]))
     return np.array_equal(slots, expected)
 
 
@@ -112,11 +103,9 @@ def same_slots(vector, slots):
 @pytest.mark.parametrize("name", NAMES)
 def test_forward(name, backend, dtype, split, worst):
     be, vector = fwpkm.get_backend(backend), load(name)
-    cfg, arrays, tokens = vector.cfg, vector.arrays, cast(vector.tokens, dtype)
-    batch, length, _ = tokens.query.shape
-    memory = native(be, Memory(*(table.astype(dtype) for table in vector.memory)))
-    state = be.init_state(cfg, memory, batch_size=batch)
-    reading, _ = stream(be, cfg, state, tokens, splits_of(length)[split], flush=True)
+    case, arrays = vector.case.map(lambda x: x.astype(dtype)), vector.arrays
+    cfg, length = case.cfg, case.length
+    reading = read(be, case, splits_of(length)[split])
 
     # A write of the flush has a column only where a chunk was pending.
     columns = arrays["out_memorization_loss"].shape[1]
@@ -153,38 +142,24 @@ def run_with_gradients(be, vector, args, sizes, dtype):
         sizes: of the calls.
         dtype: name of the dtype of the query, and so of the outputs.
     """
-    cfg, mask = vector.cfg, native(be, vector.arrays.get("mask"))
-    batch = len(vector.tokens.query)
 
-    def forward(*tensors):
-        given = dict(zip(args, tensors))
-        state = be.init_state(cfg, Memory(given["keys"], given["values"]), batch_size=batch)
-        outputs, at = [], 0
-        for size in sizes:
-            inputs = (*map(given.get, INPUTS[:3]), mask)
-            piece = (None if x is None else x[:, at : at + size] for x in inputs)
-            output, state, _ = be.apply(cfg, state, *piece)
-            outputs.append(output)
-            at += size
-        return (*outputs, *be.flush(cfg, state)[0].memory)
+    def function(*tensors):
+        return forward(be, vector.case, list(map(dict(zip(args, tensors)).get, INPUTS)), sizes)
 
     ends = np.cumsum(sizes).tolist()
     cotangents = [vector.arrays["cot_output"][:, end - size : end] for end, size in zip(ends, sizes)]
     cotangents = [be.asarray(cotangent, dtype) for cotangent in cotangents]
     for table in Memory._fields:
         cotangents.append(be.asarray(vector.arrays[f"cot_{table}"], "float64" if dtype == "float64" else "float32"))
-    gradients = as_numpy(be, tuple(be.vjp(forward, tuple(args.values()), tuple(cotangents))))
+    gradients = as_numpy(be, tuple(be.vjp(function, tuple(args.values()), tuple(cotangents))))
     return dict(zip(args, gradients))
 
 
 def left_at_a_tie(be, vector, dtype):
     """Whether a float32 run leaves the vector's path, from a tie on: in the two files that hold one."""
-    length = vector.tokens.query.shape[1]
-    if dtype == "float64" or vector.comparable == length:
+    if dtype == "float64" or vector.comparable == vector.case.length:
         return False
-    memory = native(be, Memory(*(table.astype(dtype) for table in vector.memory)))
-    state = be.init_state(vector.cfg, memory, batch_size=len(vector.tokens.query))
-    return not same_slots(vector, stream(be, vector.cfg, state, cast(vector.tokens, dtype))[0].slots)
+    return not same_slots(vector, read(be, vector.case.map(lambda x: x.astype(dtype))).slots)
 
 
 @pytest.mark.parametrize(("backend", "dtype", "split", "name"), GRADIENTS)
@@ -193,7 +168,7 @@ def test_gradients(name, backend, dtype, split, worst):
     if left_at_a_tie(be, vector, dtype):
         return
     args = {key: be.asarray(vector.arrays[key], dtype) for key in INPUTS if key in vector.arrays}
-    sizes = splits_of(vector.tokens.query.shape[1])[split]
+    sizes = splits_of(vector.case.length)[split]
     for key, gradient in run_with_gradients(be, vector, args, sizes, dtype).items():
         expected = vector.arrays[f"grad_{key}"]
         judge(worst, (backend, dtype, f"grad {key}"), f"{name}, {split}", gradient, expected, dtype, "gradient")
@@ -208,15 +183,13 @@ def in_float32(be, array):
 def test_low_precision_inputs(backend, name, low, worst):
     """Judged against a float32 run on the rounded inputs; the tables never see anything but float32."""
     be, vector = fwpkm.get_backend(backend), load(name)
-    cfg, batch = vector.cfg, len(vector.tokens.query)
-    memory = native(be, Memory(*(table.astype(np.float32) for table in vector.memory)))
-    *inputs, mask = vector.tokens
+    cfg, case = vector.case.cfg, vector.case.map(np.float32)
+    *inputs, mask = vector.case.tokens
     mask = native(be, mask)
     rounded = [None if x is None else be.asarray(x, low) for x in inputs]
     runs = []
     for query, value, gate in (rounded, [in_float32(be, x) for x in rounded]):
-        state = be.init_state(cfg, memory, batch_size=batch)
-        output, state, trace = be.apply(cfg, state, query, value, gate, mask)
+        output, state, trace = be.apply(cfg, start(be, case), query, value, gate, mask)
         assert output.dtype == query.dtype
         tables = be.flush(cfg, state)[0].memory
         runs.append((as_numpy(be, output).astype(np.float32), as_numpy(be, trace), as_numpy(be, tables)))
@@ -241,7 +214,7 @@ def test_low_precision_gradients(backend, name, worst):
     precisions = {"query": "bfloat16", "value": "bfloat16", "gate": "bfloat16", "keys": "float32", "values": "float32"}
     args = {key: be.asarray(vector.arrays[key], precisions[key]) for key in INPUTS if key in vector.arrays}
     rounded = {key: in_float32(be, array) for key, array in args.items()}
-    sizes = [vector.tokens.query.shape[1]]
+    sizes = [vector.case.length]
     actual = run_with_gradients(be, vector, args, sizes, "bfloat16")
     expected = run_with_gradients(be, vector, rounded, sizes, "float32")
     for key, gradient in actual.items():

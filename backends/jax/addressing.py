@@ -17,7 +17,7 @@ import numpy as np
 from jax import Array, lax
 
 from fwpkm.backends.jax.indexing import along, gather, put, scatter_sum
-from fwpkm.backends.jax.tokens import SELF, finite_rows
+from fwpkm.backends.jax.tokens import NAME, finite_rows
 from fwpkm.backends.jax.values import dot, scatter_add, scatter_add_differences, squared_distance
 from fwpkm.config import FwPKMConfig
 from fwpkm.rules import addressing_loss, addressing_slope, step
@@ -60,7 +60,7 @@ def sub_scores(cfg: FwPKMConfig, ranks: Array) -> Array:
         return -jnp.log(cfg.score_eps - ranks)
     if cfg.score == "dot_product":
         return ranks
-    return cfg.refuse("score", SELF.name)
+    return cfg.refuse("score", NAME)
 
 
 def score_slope(cfg: FwPKMConfig, ranks: Array) -> Array:
@@ -69,7 +69,7 @@ def score_slope(cfg: FwPKMConfig, ranks: Array) -> Array:
         return 2 / (cfg.score_eps - ranks)
     if cfg.score == "dot_product":
         return jnp.ones_like(ranks)
-    return cfg.refuse("score", SELF.name)
+    return cfg.refuse("score", NAME)
 
 
 def _ranks(cfg: FwPKMConfig, query: Array, keys: Array) -> Array:
@@ -78,7 +78,7 @@ def _ranks(cfg: FwPKMConfig, query: Array, keys: Array) -> Array:
         return -jnp.square(query - keys).sum(-1)
     if cfg.score == "dot_product":
         return (query * keys).sum(-1)
-    return cfg.refuse("score", SELF.name)
+    return cfg.refuse("score", NAME)
 
 
 def _ranks_at(cfg: FwPKMConfig, query: Array, keys: Array, ids: Array) -> Array:
@@ -88,7 +88,7 @@ def _ranks_at(cfg: FwPKMConfig, query: Array, keys: Array, ids: Array) -> Array:
         return -squared_distance(*entries).reshape(ids.shape)
     if cfg.score == "dot_product":
         return dot(*entries).reshape(ids.shape)
-    return cfg.refuse("score", SELF.name)
+    return cfg.refuse("score", NAME)
 
 
 def _rough_ranks(cfg: FwPKMConfig, query: Array, keys: Array) -> tuple[Array, Array, Array]:
@@ -104,7 +104,7 @@ def _rough_ranks(cfg: FwPKMConfig, query: Array, keys: Array) -> tuple[Array, Ar
         return 2 * product - key.swapaxes(1, 2), q, jnp.square(jnp.sqrt(q) + largest)
     if cfg.score == "dot_product":
         return product, jnp.zeros_like(q), jnp.sqrt(q) * largest
-    return cfg.refuse("score", SELF.name)
+    return cfg.refuse("score", NAME)
 
 
 def _key_vjp(cfg: FwPKMConfig, query: Array, keys: Array, ids: Array, d_scores: Array, slope: Array) -> Array:
@@ -115,7 +115,7 @@ def _key_vjp(cfg: FwPKMConfig, query: Array, keys: Array, ids: Array, d_scores: 
         return scatter_add_differences(rows, row_index, coefficient, tokens).reshape(keys.shape)
     if cfg.score == "dot_product":
         return scatter_add(rows, row_index, coefficient, tokens).reshape(keys.shape)
-    return cfg.refuse("score", SELF.name)
+    return cfg.refuse("score", NAME)
 
 
 # --- §2 Lookup ---

@@ -1,5 +1,6 @@
 """The JAX layer (SPEC.md §7): pure functions of plain pytrees, to be used alone or inside a Flax or Equinox module."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -124,6 +125,8 @@ class FwPKM:
             ValueError: an argument does not fit; names it, what was expected and what was received.
         """
         validation.check_array("x", x, [("B", None), ("T", None), ("hidden_size", self.hidden_size)], "float", Array)
+        if mask is not None:
+            validation.check_array("mask", mask, [("B", x.shape[0]), ("T", x.shape[1])], "bool", Array)
         params = self._checked(variables)["params"]
         dtype = params["query_proj"]["weight"].dtype
         x = x.astype(dtype)
@@ -154,8 +157,7 @@ class FwPKM:
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """The canonical names (SPEC.md §8) and their shapes."""
-        shapes = jax.eval_shape(self.init, jax.random.key(0))
-        return {name: tuple(x.shape) for name, x in self._flat(shapes).items()}
+        return {name: tuple(x.shape) for name, x in self._flat(_form(self)).items()}
 
     def export_tensors(self, variables: Variables | None = None) -> dict[str, np.ndarray]:
         """Weights and initial tables by canonical name; bfloat16 and float16 as float32.
@@ -168,7 +170,7 @@ class FwPKM:
 
     def import_tensors(self, tensors: Mapping[str, np.ndarray]) -> Variables:
         """New variables from tensors whose names and shapes are those of :meth:`tensor_shapes`."""
-        variables = jax.eval_shape(self.init, jax.random.key(0))
+        variables = _form(self)
         leaves = [ops.asarray(tensors[name], tensors[name].dtype.name) for name in self._flat(variables)]
         return jax.tree.unflatten(jax.tree.structure(variables), leaves)
 
@@ -189,17 +191,29 @@ class FwPKM:
         return dict(zip(names, (leaf for _, leaf in leaves)))
 
     def _checked(self, variables: Any) -> Variables:
-        """``variables``, if they have the form that :meth:`init` gives them."""
-        wanted: Any = jax.tree.structure(jax.eval_shape(self.init, jax.random.key(0)))
-        if jax.tree.structure(variables) != wanted:
+        """``variables``, if they have the form that :meth:`init` gives them: its tree, shapes and floating dtypes."""
+        wanted = _form(self)
+        if jax.tree.structure(variables) != jax.tree.structure(wanted):
             raise ValueError(
-                f"variables must have the form that layer.init(key) returns, {wanted}. "
+                f"variables must have the form that layer.init(key) returns, {jax.tree.structure(wanted)}. "
                 f"Received: {jax.tree.structure(variables)}"
             )
+        for (name, x), like in zip(self._flat(variables).items(), jax.tree.leaves(wanted)):
+            if x.shape != like.shape or not jnp.issubdtype(x.dtype, jnp.floating):
+                raise ValueError(
+                    f"{name} of the variables must have shape {like.shape} and a floating dtype. "
+                    f"Received: shape {x.shape}, dtype {x.dtype}"
+                )
         return variables
 
     def _key(self) -> tuple[Any, ...]:
         return self.hidden_size, self.config, self.gated, self.value_norm, self.learn_memory
+
+
+@functools.lru_cache(64)
+def _form(layer: FwPKM) -> Any:
+    """The tree of shapes that ``init`` gives; to trace it takes longer than a call of the memory."""
+    return jax.eval_shape(layer.init, jax.random.key(0))
 
 
 def _project(params: Variables, name: str, x: Array) -> Array:

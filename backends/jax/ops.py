@@ -15,8 +15,9 @@ from jax import Array
 
 from fwpkm import schedule, validation
 from fwpkm.backends.jax.backward import run
-from fwpkm.backends.jax.tokens import SELF, cut, filled, finite, insert, no_tokens, pad, without
+from fwpkm.backends.jax.tokens import cut, filled, finite, insert, no_tokens, pad, without
 from fwpkm.backends.jax.windows import (
+    SELF,
     Result,
     Write,
     compute_window,
@@ -197,7 +198,7 @@ def _apply(
     """``apply``: the output, the tables where a write may be due, pending tokens, the position and the trace."""
     dtype, length = _dtype(state.memory, tokens.query), tokens.length
     num_pending = schedule.pending(cfg, state.position[0])
-    stream = insert(filled(dtype, state.pending), filled(dtype, tokens), num_pending)
+    stream = insert(_valid(filled(dtype, state.pending), num_pending), filled(dtype, tokens), num_pending)
     due = schedule.written(cfg, num_pending + length) if writes else _ZERO
     result = run(cfg, plan_apply(cfg, length, writes), _tables(state.memory, dtype), stream, num_pending, due)
     pending = cut(pad(without(stream, result.dead), cfg.capacity), due * cfg.chunk_size, cfg.capacity)
@@ -218,8 +219,10 @@ def _read_only(cfg: FwPKMConfig, memory: Memory, tokens: Tokens) -> tuple[Array,
 def _flush(cfg: FwPKMConfig, writes: bool, state: State) -> tuple[Memory | None, Tokens, Array, Trace]:
     """``flush``: the tables where a chunk may be pending, no pending tokens, the position and the trace."""
     dtype, batch_size = state.memory.keys.dtype, len(state.position)
-    result = run(cfg, plan_flush(cfg, writes), state.memory, filled(dtype, state.pending), _ZERO, _ZERO + writes)
-    count = schedule.flush_writes(cfg, schedule.pending(cfg, state.position[0]))
+    num_pending = schedule.pending(cfg, state.position[0])
+    pending = _valid(filled(dtype, state.pending), num_pending)
+    result = run(cfg, plan_flush(cfg, writes), state.memory, pending, _ZERO, _ZERO + writes)
+    count = schedule.flush_writes(cfg, num_pending)
     trace = _trace(result, 1, jnp.asarray(count, jnp.int32))
     return _written(result, writes), no_tokens(cfg, batch_size, dtype), jnp.zeros_like(state.position), trace
 
@@ -245,6 +248,11 @@ def _chunk_update(cfg: FwPKMConfig, memory: Memory, chunk: Tokens, pair: Array |
     values = selected.touched.put(memory.values.reshape(-1, cfg.value_dim), computed.rows)
     losses = Losses(computed.memorization, computed.addressing)
     return Memory(computed.keys, values.reshape(memory.values.shape)), losses
+
+
+def _valid(pending: Tokens, num_pending: Array) -> Tokens:
+    """The pending tokens ``[B, P, ...]``, with zeros for whatever lies behind the last of them."""
+    return without(pending, (jnp.arange(pending.length) >= num_pending)[None])
 
 
 def _tables(memory: Memory, dtype: jnp.dtype) -> Memory:

@@ -8,17 +8,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from fwpkm.config import FwPKMConfig
-from fwpkm.tokens import TOKEN_FIELDS, TokenField, Tokens, token_specs
-from fwpkm.validation import Implementation
+from fwpkm.tokens import NUMBERS, TOKEN_FIELDS, TokenField, Tokens, token_specs
 
-SELF = Implementation.of(
-    "the JAX backend",
-    Array,
-    """
-    key_dim value_dim num_heads num_subkeys top_k chunk_size lookahead boundary score score_eps temperature
-    learning_rate write_scale weight_decay grad_clip addressing_weight memory_scope query value gate mask
-    """,
-)
+NAME = "the JAX backend"
 
 
 def filled(dtype: jnp.dtype, tokens: Tokens) -> Tokens:
@@ -41,7 +33,7 @@ def no_tokens(cfg: FwPKMConfig, batch_size: int, dtype: jnp.dtype) -> Tokens:
 
 def numbers(tokens: Tokens) -> dict[str, Array]:
     """The fields that gradients pass through, by name."""
-    return {field.name: x for field, x in zip(TOKEN_FIELDS, tokens) if field.kind == "float"}
+    return {name: getattr(tokens, name) for name in NUMBERS}
 
 
 def cut(tokens: Tokens, start: Array | int, length: int) -> Tokens:

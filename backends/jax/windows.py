@@ -19,12 +19,23 @@ from jax import Array, lax
 from fwpkm import schedule
 from fwpkm.backends.jax.addressing import Selection, address, select_slots, write_keys
 from fwpkm.backends.jax.indexing import scatter_sum
-from fwpkm.backends.jax.tokens import ahead, by_memory, cut, finite, halves, without
+from fwpkm.backends.jax.tokens import NAME, ahead, by_memory, cut, finite, halves, without
 from fwpkm.backends.jax.values import Touched, read, write_rows
 from fwpkm.config import FwPKMConfig
 from fwpkm.containers import Memory
 from fwpkm.rules import write_scale
 from fwpkm.tokens import Tokens
+from fwpkm.validation import Implementation
+
+SELF = Implementation.of(
+    NAME,
+    Array,
+    """
+    key_dim value_dim num_heads num_subkeys top_k chunk_size lookahead boundary score score_eps temperature
+    learning_rate write_scale weight_decay grad_clip addressing_weight memory_scope query value gate mask
+    """,
+)
+"""The fields of a configuration and of a token that this backend computes with."""
 
 
 class Selected(NamedTuple):

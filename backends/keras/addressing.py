@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from keras import ops
 
-from fwpkm.backends.keras.tokens import SELF, ChunkFlags, blank, outer
+from fwpkm.backends.keras.tokens import NAME, ChunkFlags, blank, outer
 from fwpkm.config import FwPKMConfig
 from fwpkm.rules import addressing_loss, addressing_slope, step
 from fwpkm.tokens import Array
@@ -38,7 +38,7 @@ def sub_scores(cfg: FwPKMConfig, query: Array, keys: Array) -> Array:
         return ops.sum(query * keys, axis=-1)
     if cfg.score == "idw":
         return -ops.log(cfg.score_eps + ops.sum(ops.square(query - keys), axis=-1))
-    return cfg.refuse("score", SELF.name)
+    return cfg.refuse("score", NAME)
 
 
 def score_gradient(cfg: FwPKMConfig, query: Array, keys: Array) -> Array:
@@ -48,7 +48,7 @@ def score_gradient(cfg: FwPKMConfig, query: Array, keys: Array) -> Array:
     if cfg.score == "idw":
         difference = query - keys
         return 2 * difference / (cfg.score_eps + ops.sum(ops.square(difference), axis=-1, keepdims=True))
-    return cfg.refuse("score", SELF.name)
+    return cfg.refuse("score", NAME)
 
 
 def top_k(scores: Array, k: int) -> tuple[Array, Array]:
@@ -131,7 +131,7 @@ def _ranks(cfg: FwPKMConfig, query: Array, keys: Array) -> Array:
             return total + q * key
         if cfg.score == "idw":
             return total - ops.square(q - key)
-        return cfg.refuse("score", SELF.name)
+        return cfg.refuse("score", NAME)
 
     return ops.fori_loop(0, cfg.key_dim // 2, add, query[..., :1] * 0 + keys[..., None, :, 0] * 0)
 
@@ -142,7 +142,7 @@ def _scores_of_ranks(cfg: FwPKMConfig, ranks: Array) -> Array:
         return ranks
     if cfg.score == "idw":
         return -ops.log(cfg.score_eps - ranks)
-    return cfg.refuse("score", SELF.name)
+    return cfg.refuse("score", NAME)
 
 
 def _blank_tokens(x: Array, finite: Array) -> Array:

@@ -11,7 +11,8 @@ from keras import KerasTensor, initializers, ops
 from fwpkm import validation
 from fwpkm.backends.keras import native
 from fwpkm.backends.keras.layout import NAMES, by_name, copies_of, specs, unflatten
-from fwpkm.backends.keras.tokens import SELF, blank, dtype_of, finite_rows
+from fwpkm.backends.keras.tokens import blank, dtype_of, finite_rows
+from fwpkm.backends.keras.windows import SELF
 from fwpkm.config import FwPKMConfig
 from fwpkm.containers import Memory, State, memory_specs
 from fwpkm.files import layer_spec

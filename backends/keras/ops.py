@@ -15,6 +15,7 @@ from keras import ops
 from fwpkm import schedule, validation
 from fwpkm.backends.keras.rows import (  # noqa: F401
     concat,
+    implementation,
     init_state,
     mask_of,
     nbytes,
@@ -22,7 +23,6 @@ from fwpkm.backends.keras.rows import (  # noqa: F401
     put,
     reset,
     select,
-    implementation,
 )
 from fwpkm.backends.keras.streams import streams_of
 from fwpkm.backends.keras.tokens import blank, filled, without
@@ -99,14 +99,16 @@ def flush(cfg: FwPKMConfig, state: State, rows: Any = None) -> tuple[State, Trac
     validation.check_state(cfg, state, None, implementation())
     _check_values(cfg, state, None, 0)
     dtype, chosen = _dtype(state.memory), mask_of(cfg, rows, state)
-    tokens, num_pending = filled(dtype, state.pending), schedule.pending(cfg, state.position)
+    num_pending = schedule.pending(cfg, state.position)
+    behind = ops.arange(cfg.capacity, dtype="int32") >= num_pending[:, None]
+    tokens = without(filled(dtype, state.pending), behind)
     may_write = chosen & (num_pending > cfg.lookahead)  # else no token has a pair
 
     def due(written: Array, *_: Any) -> Array:
         return (written == 0) & ops.any(may_write)
 
     def write(written: Array, memory: Memory, losses: Losses) -> tuple:
-        _, memory, losses = write_window(cfg, memory, tokens, may_write)  # what is not valid is masked
+        _, memory, losses = write_window(cfg, memory, tokens, may_write)
         return written + 1, memory, Losses(*(x[:, None] for x in losses))
 
     start = (ops.zeros((), "int32"), state.memory, no_losses(state.memory, 1))

@@ -10,7 +10,8 @@ from keras import ops
 
 from fwpkm import rows as row_checks
 from fwpkm import schedule, validation
-from fwpkm.backends.keras.tokens import SELF, no_tokens, outer
+from fwpkm.backends.keras.tokens import no_tokens, outer
+from fwpkm.backends.keras.windows import SELF
 from fwpkm.config import FwPKMConfig
 from fwpkm.containers import Memory, State, memories_for
 from fwpkm.tokens import Array

@@ -8,16 +8,8 @@ from keras import ops
 
 from fwpkm.config import FwPKMConfig
 from fwpkm.tokens import TOKEN_FIELDS, Array, TokenField, Tokens, token_specs
-from fwpkm.validation import Implementation
 
-SELF = Implementation.of(
-    "the Keras backend",
-    object,  # the type of its arrays is known once tensorflow is loaded: ops.py
-    """
-    key_dim value_dim num_heads num_subkeys top_k chunk_size lookahead boundary score score_eps temperature
-    learning_rate write_scale weight_decay grad_clip addressing_weight memory_scope query value gate mask
-    """,
-)
+NAME = "the Keras backend"
 
 
 class ChunkFlags(NamedTuple):

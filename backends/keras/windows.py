@@ -12,6 +12,7 @@ from fwpkm import schedule
 from fwpkm.backends.keras.addressing import Selection, select_slots, write_keys
 from fwpkm.backends.keras.streams import Streams
 from fwpkm.backends.keras.tokens import (
+    NAME,
     ChunkFlags,
     ahead,
     blank,
@@ -27,6 +28,17 @@ from fwpkm.config import FwPKMConfig
 from fwpkm.containers import Losses, Memory
 from fwpkm.rules import write_scale
 from fwpkm.tokens import Array, Tokens
+from fwpkm.validation import Implementation
+
+SELF = Implementation.of(
+    NAME,
+    object,  # the type of its arrays is known once tensorflow is loaded: ops.py
+    """
+    key_dim value_dim num_heads num_subkeys top_k chunk_size lookahead boundary score score_eps temperature
+    learning_rate write_scale weight_decay grad_clip addressing_weight memory_scope query value gate mask
+    """,
+)
+"""The fields of a configuration and of a token that this backend computes with."""
 
 
 class Reads(NamedTuple):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fwpkm.backends.torch.subkeys import product, squared_distance, sum_of_differences, sum_of_queries
-from fwpkm.backends.torch.tokens import SELF, finite_rows, maybe_any
+from fwpkm.backends.torch.tokens import NAME, finite_rows, maybe_any
 from fwpkm.backends.torch.values import Entries
 from fwpkm.config import FwPKMConfig
 from fwpkm.rules import addressing_loss, addressing_slope, step
@@ -59,7 +59,7 @@ def sub_scores(cfg: FwPKMConfig, query: Tensor, keys: Tensor, chosen: ChosenKeys
         return -torch.log(cfg.score_eps + distance)
     if cfg.score == "dot_product":
         return product(query, keys, chosen.ranks, chosen.entries)
-    return cfg.refuse("score", SELF.name)
+    return cfg.refuse("score", NAME)
 
 
 def top_k(scores: Tensor, k: int) -> Tensor:
@@ -134,7 +134,7 @@ def _expanded(cfg: FwPKMConfig, query: Tensor, keys: Tensor) -> tuple[Tensor, Te
         return query @ keys.mT, torch.zeros_like(q), q * largest
     if cfg.score == "idw":
         return torch.baddbmm(key.square().mT, query, keys.mT, beta=-1, alpha=2), q.square(), (q + largest).square()
-    return cfg.refuse("score", SELF.name)
+    return cfg.refuse("score", NAME)
 
 
 def _rank(cfg: FwPKMConfig, query: Tensor, rows: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -144,7 +144,7 @@ def _rank(cfg: FwPKMConfig, query: Tensor, rows: Tensor) -> tuple[Tensor, Tensor
     if cfg.score == "idw":
         differences = torch.sub(query, rows, out=rows)
         return torch.linalg.vector_norm(differences, dim=-1).square_().neg_(), differences
-    return cfg.refuse("score", SELF.name)
+    return cfg.refuse("score", NAME)
 
 
 def _select_in_full(
@@ -209,7 +209,7 @@ def key_vjp(
         return sum_of_differences(query, keys, weights, chosen.differences, chosen.entries)
     if cfg.score == "dot_product":
         return sum_of_queries(query, d_scores, chosen.entries)
-    return cfg.refuse("score", SELF.name)
+    return cfg.refuse("score", NAME)
 
 
 def key_gradient(

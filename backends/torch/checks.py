@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fwpkm import validation
-from fwpkm.backends.torch.tokens import SELF
+from fwpkm.backends.torch.windows import SELF
 from fwpkm.config import FwPKMConfig
 from fwpkm.containers import Memory, State
 from fwpkm.tokens import Tokens

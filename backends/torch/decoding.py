@@ -6,7 +6,7 @@ from torch import Tensor
 from fwpkm import validation
 from fwpkm.backends.torch import engine, fast, operators, ops
 from fwpkm.backends.torch.flat import flatten, unflatten
-from fwpkm.backends.torch.tokens import SELF
+from fwpkm.backends.torch.windows import SELF
 from fwpkm.config import FwPKMConfig
 from fwpkm.containers import State
 from fwpkm.tokens import Tokens

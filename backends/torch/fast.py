@@ -220,14 +220,15 @@ def _run(
     writes = plan.num_writes
     if writes:
         memory = Memory(results.keys, results.values)
-    memorization, addressing = results.memorization.T, results.addressing.T
-    if writes < columns:
-        memorization, addressing = (
-            torch.nn.functional.pad(x, (0, columns - writes)) for x in (memorization, addressing)
-        )
-    weights = results.weights
-    trace = Trace(results.slots, weights.detach(), memorization, addressing, torch.tensor(writes))
-    return _Done(results.output, memory, results.flags, trace, weights)
+    trace = Trace(results.slots, results.weights.detach(), **losses_of(results, columns), writes=torch.tensor(writes))
+    return _Done(results.output, memory, results.flags, trace, results.weights)
+
+
+def losses_of(result: Any, columns: int) -> dict[str, Tensor]:
+    """Memorization and addressing of a trace ``[M, columns]``, 0 behind those of its writes."""
+    losses = {"memorization": result.memorization.T, "addressing": result.addressing.T}
+    rest = columns - len(result.memorization)
+    return {name: torch.nn.functional.pad(x, (0, rest)) if rest else x for name, x in losses.items()}
 
 
 def _forward(

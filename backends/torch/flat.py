@@ -49,15 +49,15 @@ def schema(kind: type, mutated: str | None = None) -> str:
     hints = get_type_hints(kind)
     arguments: list[str] = []
     for name, nested in _NESTED[kind].items():
-        leaves = [name] if nested is None else [f"{name}_{leaf}" for leaf in leaf_names(nested)]
         of = "Tensor(a{}!)" if name == mutated else _TYPES.get(hints[name], "Tensor?")
-        arguments += [f"{of.format(len(arguments) + i)} {leaf}" for i, leaf in enumerate(leaves)]
+        arguments += [f"{of.format(len(arguments) + i)} {leaf}" for i, leaf in enumerate(_leaves(name, nested))]
     return ", ".join(arguments)
 
 
 def leaf_names(kind: type) -> list[str]:
     """The name of each leaf: its field's, behind those of the fields that it lies in."""
-    names: list[str] = []
-    for name, nested in _NESTED[kind].items():
-        names += [name] if nested is None else [f"{name}_{leaf}" for leaf in leaf_names(nested)]
-    return names
+    return [leaf for name, nested in _NESTED[kind].items() for leaf in _leaves(name, nested)]
+
+
+def _leaves(name: str, nested: type | None) -> list[str]:
+    return [name] if nested is None else [f"{name}_{leaf}" for leaf in leaf_names(nested)]

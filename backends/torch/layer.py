@@ -207,13 +207,14 @@ class FwPKM(nn.Module):
     def _project(self, x: Tensor, mask: Tensor | None) -> tuple[Tokens, torch.dtype]:
         """What the tokens bring to the memory, and the projections' dtype."""
         validation.check_array("x", x, [("B", None), ("T", None), ("hidden_size", self.hidden_size)], "float", Tensor)
+        if mask is not None:
+            validation.check_array("mask", mask, [("B", x.shape[0]), ("T", x.shape[1])], "bool", Tensor)
         # Under autocast x may be narrower than the norms' weights, which the fused kernel refuses.
         x = x.to(self.query_norm.weight.dtype)
         # A token that is not finite must not reach the projections: their weights' gradients would be 0 · NaN. Nor
         # must one that is not there.
         dead = ~finite_rows(x.flatten(0, 1)).view(x.shape[:2])
         if mask is not None:
-            validation.check_array("mask", mask, [("B", x.shape[0]), ("T", x.shape[1])], "bool", Tensor)
             gone = ~mask.to(x.device)
             x, dead = x.masked_fill(gone[..., None], 0), dead & ~gone
         if maybe_any(dead):

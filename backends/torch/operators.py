@@ -14,14 +14,13 @@ from torch import Tensor
 from fwpkm import schedule, validation
 from fwpkm.backends.torch import fast
 from fwpkm.backends.torch.flat import flat, flatten, leaf_names, schema, unflatten
-from fwpkm.backends.torch.tokens import SELF, pad
+from fwpkm.backends.torch.tokens import pad
+from fwpkm.backends.torch.windows import SELF
 from fwpkm.config import FwPKMConfig
 from fwpkm.containers import Memory, State, Trace
-from fwpkm.tokens import TOKEN_FIELDS, Tokens
+from fwpkm.tokens import NUMBERS, TOKEN_FIELDS, Tokens
 
-_NUMBERS = tuple(field.name for field in TOKEN_FIELDS if field.kind == "float")
-"""What of a token has a gradient."""
-_GRADIENTS = ("keys", "values", *(f"pending_{name}" for name in _NUMBERS), *_NUMBERS)
+_GRADIENTS = ("keys", "values", *(f"pending_{name}" for name in NUMBERS), *NUMBERS)
 """What ``fwpkm::apply_backward`` returns."""
 
 unpacked = functools.lru_cache(FwPKMConfig.from_json)
@@ -157,12 +156,9 @@ def _apply(*arguments: Any) -> list[Tensor]:
             state = State.of(memory, pending.map(torch.clone), before.position + length)
         else:
             state = _no_state(query)
-        writes, columns = plan.num_writes, schedule.max_writes(cfg, length)
-        memorization, addressing = (
-            torch.nn.functional.pad(x.T, (0, columns - writes)).contiguous()
-            for x in (result.memorization, result.addressing)
-        )
-    trace = Trace(result.slots, result.weights, memorization, addressing, torch.tensor(writes))
+        losses = fast.losses_of(result, schedule.max_writes(cfg, length))
+        losses = {name: x.contiguous() for name, x in losses.items()}
+    trace = Trace(result.slots, result.weights, **losses, writes=torch.tensor(plan.num_writes))
     return [*flatten(_Applied(result.output, state, trace)), *([result.residuals.buffer] if save else [])]
 
 
@@ -225,8 +221,8 @@ def _backward(ctx: Any, d_results: list[Tensor | None]) -> tuple[Tensor | None, 
         x = gradients[name]
         gradients[name] = x.sum(0, keepdim=True) if x.numel() and x.shape[0] != shape[0] else x
     memory = Memory(gradients["keys"], gradients["values"] if table else None)
-    pending = Tokens(**{name: gradients[f"pending_{name}"] for name in _NUMBERS})
-    tokens = {name: gradients[name] for name in _NUMBERS if getattr(saved.tokens, name) is not None}
+    pending = Tokens(**{name: gradients[f"pending_{name}"] for name in NUMBERS})
+    tokens = {name: gradients[name] for name in NUMBERS if getattr(saved.tokens, name) is not None}
     state = State.of(memory, pending, None)
     return tuple(flatten(_Apply(None, state, Tokens(**tokens), None, None)))  # type: ignore[arg-type]
 
@@ -252,7 +248,7 @@ def _apply_backward(*arguments: Any) -> list[Tensor]:
         flags = residuals["flags"][: batch * plan.num_tokens].view(batch, plan.num_tokens)
         dead = (flags[:, first:] & fast.DEAD) != 0
         of_pending, of_call = [], []
-        for name in _NUMBERS:
+        for name in NUMBERS:
             pending, new, d_left = (getattr(x, name) for x in (saved.pending, saved.tokens, d_pending))
             of_stream = getattr(found.tokens, name)
             if of_stream is None:
@@ -278,13 +274,10 @@ def _(*arguments: Any) -> list[Tensor]:
     new = functools.partial(torch.empty, device=query.device, dtype=torch.float32)
     keys = new(memories, cfg.num_heads, 2, cfg.num_subkeys, cfg.key_dim // 2)
     values = new(memories, cfg.num_slots, cfg.value_dim) if table else query.new_empty(0)
-    of_pending = [torch.empty_like(getattr(saved.pending, name)) for name in _NUMBERS]
-    of_call = []
-    for name in _NUMBERS:
-        pending, tokens = getattr(saved.pending, name), getattr(saved.tokens, name)
-        dtype = (pending if tokens is None else tokens).dtype
-        of_call.append(new(*query.shape[:2], *pending.shape[2:], dtype=dtype))
-    return [keys, values, *of_pending, *of_call]
+    pending = {name: getattr(saved.pending, name) for name in NUMBERS}
+    dtypes = {name: x.dtype for name, x in (pending | saved.tokens.present()).items()}
+    of_call = [new(*query.shape[:2], *x.shape[2:], dtype=dtypes[name]) for name, x in pending.items()]
+    return [keys, values, *map(torch.empty_like, pending.values()), *of_call]
 
 
 @torch.library.custom_op(

@@ -13,8 +13,9 @@ from fwpkm.backends.torch import engine, fast, operators
 from fwpkm.backends.torch.checks import check_apply, check_device, check_inplace
 from fwpkm.backends.torch.rows import init_state, mask_of, start_state
 from fwpkm.backends.torch.streams import Streams, pending_of, streams_of, together
-from fwpkm.backends.torch.tokens import SELF, filled, maybe_any, without
+from fwpkm.backends.torch.tokens import filled, maybe_any, without
 from fwpkm.backends.torch.windows import (
+    SELF,
     apply_values,
     empty_trace,
     select_window,

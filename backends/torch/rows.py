@@ -12,7 +12,8 @@ from fwpkm import rows as row_checks
 from fwpkm import schedule, validation
 from fwpkm.backends.torch import engine
 from fwpkm.backends.torch.checks import check_inplace
-from fwpkm.backends.torch.tokens import SELF, no_tokens
+from fwpkm.backends.torch.tokens import no_tokens
+from fwpkm.backends.torch.windows import SELF
 from fwpkm.config import FwPKMConfig
 from fwpkm.containers import Memory, State, memories_for
 

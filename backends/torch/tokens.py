@@ -9,16 +9,8 @@ from torch import Tensor
 
 from fwpkm.config import FwPKMConfig
 from fwpkm.tokens import TOKEN_FIELDS, TokenField, Tokens, token_specs
-from fwpkm.validation import Implementation
 
-SELF = Implementation.of(
-    "the torch backend",
-    Tensor,
-    """
-    key_dim value_dim num_heads num_subkeys top_k chunk_size lookahead boundary score score_eps temperature
-    learning_rate write_scale weight_decay grad_clip addressing_weight memory_scope query value gate mask
-    """,
-)
+NAME = "the torch backend"
 
 
 def filled(dtype: torch.dtype, tokens: Tokens) -> Tokens:

@@ -12,12 +12,23 @@ from torch import Tensor
 from fwpkm import schedule
 from fwpkm.backends.torch.addressing import Selection, select_slots, write_keys
 from fwpkm.backends.torch.streams import Streams
-from fwpkm.backends.torch.tokens import ahead, by_memory, finite, finite_rows, halves, without
+from fwpkm.backends.torch.tokens import NAME, ahead, by_memory, finite, finite_rows, halves, without
 from fwpkm.backends.torch.values import read_and_write
 from fwpkm.config import FwPKMConfig
 from fwpkm.containers import Memory, Trace
 from fwpkm.rules import write_scale
 from fwpkm.tokens import Array, Tokens
+from fwpkm.validation import Implementation
+
+SELF = Implementation.of(
+    NAME,
+    Tensor,
+    """
+    key_dim value_dim num_heads num_subkeys top_k chunk_size lookahead boundary score score_eps temperature
+    learning_rate write_scale weight_decay grad_clip addressing_weight memory_scope query value gate mask
+    """,
+)
+"""The fields of a configuration and of a token that this backend computes with."""
 
 
 class Window(NamedTuple):

@@ -35,17 +35,15 @@ def _parser() -> argparse.ArgumentParser:
 
     train = commands.add_parser("train", help="train an experiment, or go on from its checkpoint")
     train.add_argument("experiment", type=Path, help="a TOML file, see examples/language_model/configs")
-    _common(train)
-    train.add_argument("--steps", type=int, help="instead of the file's")
-    train.add_argument("--seed", type=int, help="instead of the file's")
-    train.add_argument("--facts", type=float, help="instead of the file's")
+    _common(train, model=False)
+    for name, kind in (("--steps", int), ("--seed", int), ("--facts", float)):
+        train.add_argument(name, type=kind, help="instead of the file's")
     train.add_argument("--no-compile", dest="compile", action="store_false", help="without torch.compile")
     train.add_argument("--seconds", type=float, help="stop with a checkpoint after so many")
     train.set_defaults(run=_train)
 
     ask = commands.add_parser("needle", help="ask for facts in long texts")
     _common(ask)
-    ask.add_argument("--model", type=Path, required=True, help="the folder of a trained model")
     ask.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192, 32768, 131072])
     ask.add_argument("--samples", type=int, default=200)
     ask.add_argument("--readings", type=int, default=4)
@@ -55,13 +53,11 @@ def _parser() -> argparse.ArgumentParser:
 
     position = commands.add_parser("bits", help="bits per byte by position on held-out documents")
     _common(position)
-    position.add_argument("--model", type=Path, required=True, help="the folder of a trained model")
     position.add_argument("--length", type=int, default=131072)
     position.set_defaults(run=_bits)
 
     look = commands.add_parser("inside", help="draw what the memories hold, and where their gates open")
     _common(look)
-    look.add_argument("--model", type=Path, required=True, help="the folder of a trained model")
     look.set_defaults(run=_inside)
 
     tables = commands.add_parser("report", help="print the tables of what was measured, and draw it")
@@ -71,7 +67,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _common(parser: argparse.ArgumentParser) -> None:
+def _common(parser: argparse.ArgumentParser, model: bool = True) -> None:
+    if model:
+        parser.add_argument("--model", type=Path, required=True, help="the folder of a trained model")
     parser.add_argument("--corpus", type=Path, required=True, help="a folder made by prepare")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", type=_device, default=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
@@ -105,11 +103,8 @@ def _needle(options: argparse.Namespace) -> None:
 
 
 def _bits(options: argparse.Namespace) -> None:
-    print(
-        by_position.measure(
-            options.model, corpus.load(options.corpus), options.out, options.device, length=options.length
-        )
-    )
+    texts = corpus.load(options.corpus)
+    print(by_position.measure(options.model, texts, options.out, options.device, length=options.length))
 
 
 def _inside(options: argparse.Namespace) -> None:

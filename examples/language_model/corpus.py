@@ -152,12 +152,8 @@ def _write(folder: Path, kind: str, documents: _Documents, source: Path) -> None
     _check_both(source, kind, *(len(splits[split]["ids"]) for split in SPLITS))
     about = {"format": FORMAT, "kind": kind, "sha256": _sha256(folder / f"{split}.bin" for split in SPLITS)}
     for split, its in splits.items():
-        counts = {
-            "documents": len(its["ids"]),
-            "bytes": its["starts"][-1],
-            "sha256": _sha256([folder / f"{split}.bin"]),
-        }
-        about[split] = counts | its
+        digest = _sha256([folder / f"{split}.bin"])
+        about[split] = {"documents": len(its["ids"]), "bytes": its["starts"][-1], "sha256": digest, **its}
     with (folder / "corpus.json").open("wb") as file:
         file.write((json.dumps(about, ensure_ascii=False) + "\n").encode("utf-8", "replace"))
         _sync(file)

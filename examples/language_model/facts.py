@@ -301,13 +301,7 @@ def _insert(text: bytes, planned: Iterable[_Planned]) -> tuple[np.ndarray, list[
 
 
 def haystacks(
-    texts: Texts,
-    rng: np.random.Generator,
-    number: int,
-    length: int,
-    phrasing: str,
-    needles: int = 5,
-    clear: int = 600,
+    texts: Texts, rng: np.random.Generator, number: int, length: int, phrasing: str, needles: int = 5, clear: int = 600
 ) -> Haystack:
     """Random windows of text with facts for measuring in them, and a question about one fact of each.
 

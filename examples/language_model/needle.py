@@ -17,6 +17,7 @@ from examples.language_model.corpus import Corpus
 from examples.language_model.facts import DIGITS, Haystack
 from examples.language_model.model import LanguageModel, Reading
 from examples.language_model.training import autocast, device_name
+from fwpkm import Memory, State
 
 SEGMENT = 4096  # tokens read by one call
 
@@ -54,13 +55,9 @@ def wilson(successes: int, samples: int, z: float = 1.96) -> tuple[float, float]
 
 
 def read(
-    model: LanguageModel,
-    tokens: Tensor,
-    reading: Reading,
-    *,
-    update: bool = True,
-    each: Callable[[int, Tensor], None] | None = None,
-) -> Reading:
+    model: LanguageModel, tokens: Tensor, reading: Reading, *,
+    update: bool = True, each: Callable[[int, Tensor], None] | None = None,
+) -> Reading:  # fmt: skip
     """Read ``[B, T]`` on, overwriting the tables of ``reading``; ``each(start, hidden)`` sees every segment."""
     for start in range(0, tokens.shape[1], SEGMENT):
         with autocast(tokens.device):
@@ -84,17 +81,10 @@ def answer(model: LanguageModel, question: Tensor, reading: Reading) -> Tensor:
 def another(reading: Reading) -> Reading:
     """Each sequence with the memory of the one before it; what attention sees stays its own."""
 
-    def turned(x: Any) -> Any:
-        return torch.roll(x, 1, 0) if x.ndim and x.shape[0] > 1 else x
+    def turned(state: State) -> State:
+        return state._replace(memory=Memory(*(x.roll(1, 0) for x in state.memory)))
 
-    return reading._replace(
-        memories=tuple(
-            state._replace(
-                memory=state.memory._replace(keys=turned(state.memory.keys), values=turned(state.memory.values))
-            )
-            for state in reading.memories
-        )
-    )
+    return reading._replace(memories=tuple(map(turned, reading.memories)))
 
 
 def together(model: LanguageModel, device: torch.device, most: int, sets: int) -> int:
@@ -205,9 +195,8 @@ def named(name: str) -> str:
     Raises:
         ValueError: there is none of that name.
     """
-    known = {
-        f"{kind}-{i}": x for kind, all_ in (("seen", facts.SEEN), ("unseen", facts.UNSEEN)) for i, x in enumerate(all_)
-    }
+    kinds = {"seen": facts.SEEN, "unseen": facts.UNSEEN}
+    known = {f"{kind}-{i}": phrasing for kind, all_ in kinds.items() for i, phrasing in enumerate(all_)}
     if name not in known:
         last = len(facts.SEEN) - 1, len(facts.UNSEEN) - 1
         raise ValueError(f"a phrasing is seen-0 to seen-{last[0]} or unseen-0 to unseen-{last[1]}. Received: {name}")

@@ -96,11 +96,8 @@ def load(folder: Path) -> list[Run]:
             if experiment.model.memories and experiment.training.facts:
                 agreed["headline model, but for its seed,"] = _of(experiment, experiment.model)
             if kind == "bits.json":
-                run |= {
-                    "bits": _bits(data, bool(experiment.model.memories)),
-                    "documents": data["documents"],
-                    "bin": data["bin"],
-                }
+                run["bits"] = _bits(data, bool(experiment.model.memories))
+                run["documents"], run["bin"] = data["documents"], data["bin"]
                 agreed["size and number of bins"] = data["bin"], len(next(iter(run["bits"].values()))[0])
             else:
                 run["rows"] += [_row(row) for row in data["rows"]]

@@ -1,9 +1,10 @@
 """An experiment is one TOML file: the model, what it is trained on, and how."""
 
 import dataclasses
+import functools
 import math
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,6 +17,12 @@ def _integer(value: Any, least: int) -> bool:
 
 def _number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _require(table: str, settings: Any, names: str, holds: Callable[[Any], bool], wanted: str) -> None:
+    for name in names.split():
+        if not holds(value := getattr(settings, name)):
+            raise ValueError(f"{table}.{name} must be {wanted}. Received: {value!r}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,9 +49,8 @@ class ModelSettings:
 
     def __post_init__(self) -> None:
         """Check what the modules would not."""
-        for name in ("width", "layers", "heads", "window", "hidden"):
-            if not _integer(getattr(self, name), 1):
-                raise ValueError(f"model.{name} must be an integer of at least 1. Received: {getattr(self, name)!r}")
+        names = "width layers heads window hidden"
+        _require("model", self, names, lambda x: _integer(x, 1), "an integer of at least 1")
         if self.width % (2 * self.heads):
             raise ValueError(
                 f"model.width must be a multiple of 2 * heads, for rotary positions. "
@@ -118,23 +124,13 @@ class TrainingSettings:
 
     def __post_init__(self) -> None:
         """Check every field."""
-        for name in ("steps", "batch", "length", "span"):
-            if not _integer(getattr(self, name), 1):
-                raise ValueError(f"training.{name} must be an integer of at least 1. Received: {getattr(self, name)!r}")
-        for name in ("warmup", "seed", "gap"):
-            if not _integer(getattr(self, name), 0):
-                raise ValueError(f"training.{name} must be an integer of at least 0. Received: {getattr(self, name)!r}")
-        for name in ("span", "seed", "gap"):
-            if getattr(self, name) >= 2**31:
-                raise ValueError(f"training.{name} must be less than 2^31. Received: {getattr(self, name)!r}")
-        for name in ("facts", "decay"):
-            if not _number(getattr(self, name)) or not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"training.{name} must be a share from 0 to 1. Received: {getattr(self, name)!r}")
-        for name in ("learning_rate", "clip", "asked_weight"):
-            if not _number(getattr(self, name)) or not getattr(self, name) > 0:
-                raise ValueError(f"training.{name} must be a number above 0. Received: {getattr(self, name)!r}")
-        if not _number(self.weight_decay) or self.weight_decay < 0:
-            raise ValueError(f"training.weight_decay must be a number of at least 0. Received: {self.weight_decay!r}")
+        require = functools.partial(_require, "training", self)
+        require("steps batch length span", lambda x: _integer(x, 1), "an integer of at least 1")
+        require("warmup seed gap", lambda x: _integer(x, 0), "an integer of at least 0")
+        require("span seed gap", lambda x: x < 2**31, "less than 2^31")
+        require("facts decay", lambda x: _number(x) and 0 <= x <= 1, "a share from 0 to 1")
+        require("learning_rate clip asked_weight", lambda x: _number(x) and x > 0, "a number above 0")
+        require("weight_decay", lambda x: _number(x) and x >= 0, "a number of at least 0")
 
     def rate(self, step: int) -> float:
         """The learning rate of a step, counted from 0: up, level, and down to 0."""

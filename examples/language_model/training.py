@@ -249,17 +249,12 @@ def _check_room(experiment: Experiment, device: torch.device) -> None:
 
 def _line(step: int, means: list[float], speed: float) -> dict[str, float]:
     """A line of the record."""
-    _check(step, means)
     loss, right, first, norm = means
-    return {
-        "step": step, "bits_per_byte": loss / math.log(2), "digits_right": right, "first_right": first,
-        "norm": norm, "steps_per_second": speed,
-    }  # fmt: skip
-
-
-def _check(step: int, means: list[float]) -> None:
-    loss, _, _, norm = means
     if not math.isfinite(loss + norm):
         raise FloatingPointError(
             f"the loss is {loss} and the gradient's norm {norm} at step {step}: try a lower learning_rate"
         )
+    return {
+        "step": step, "bits_per_byte": loss / math.log(2), "digits_right": right, "first_right": first,
+        "norm": norm, "steps_per_second": speed,
+    }  # fmt: skip

@@ -66,13 +66,14 @@ def judge(
     configs = {passage.number: passage.case.cfg for passage in passages}
     worst: dict[str, Worst] = {}
     raised: dict[int, str] = {}
-    cannot_run = ""
+    cannot_run, judged = "", 0
     with _worker(name, dtype, folder) as (process, messages):
         for message in messages:
             if isinstance(message, str):
                 cannot_run = message
                 continue
             number, actual, error = message
+            judged += 1
             right = expected[number].result()
             if error:
                 raised[number] = error
@@ -82,9 +83,10 @@ def judge(
                         worst[quantity] = Worst(size, number)
             advance()
     log = (folder / "log.txt").read_text(encoding="utf-8", errors="replace")
-    if process.returncode and not cannot_run:
+    if judged < len(passages) and not cannot_run:  # whatever its exit status
         last = " ".join(log.split()[-60:]) or "it printed nothing"
-        cannot_run = f"its process ended with status {process.returncode}: ... {last}"
+        ended = f"its process ended with status {process.returncode} after {judged} of {len(passages)} cases"
+        cannot_run = f"{ended}: ... {last}"
     return Verdict(name, cannot_run, worst, raised, log)
 
 

@@ -10,9 +10,9 @@ from fwpkm.conformance.strategies import Case, floating
 from fwpkm.containers import Memory, State, Trace, memories_for
 from fwpkm.protocol import Backend, DifferentiableBackend
 from fwpkm.schedule import max_writes
-from fwpkm.tokens import TOKEN_FIELDS, Tokens
+from fwpkm.tokens import NUMBERS, Tokens
 
-INPUTS = (*(field.name for field in TOKEN_FIELDS if field.kind == "float"), *Memory._fields)
+INPUTS = (*NUMBERS, *Memory._fields)
 """What gradients are taken with respect to, in this order."""
 
 

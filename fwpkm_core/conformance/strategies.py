@@ -15,7 +15,7 @@ from fwpkm import reference
 from fwpkm.agreement import GAP, comparable_tokens, deciding_gap
 from fwpkm.config import CHOICES, FwPKMConfig
 from fwpkm.containers import Memory, memories_for
-from fwpkm.tokens import TOKEN_FIELDS, Array, Tokens
+from fwpkm.tokens import NUMBERS, TOKEN_FIELDS, Array, Tokens
 
 TWISTS = ("at_keys", "repeats", "masked_row", "masked_chunk", "twins")
 """Queries exactly at keys; one query repeated; a row, or a chunk, without unmasked tokens; equal keys (ties).
@@ -24,7 +24,9 @@ TWISTS = ("at_keys", "repeats", "masked_row", "masked_chunk", "twins")
 """
 
 ROWS = st.integers(1, 3)
-EITHER = st.booleans()
+OPTIONAL = tuple(field.name for field in TOKEN_FIELDS if field.default is not None)
+LEFT_OUT = st.frozensets(st.sampled_from(OPTIONAL))
+"""Any of the fields of a token that a call may leave out."""
 FLOAT64 = st.just("float64")
 FLOATS = st.sampled_from(["float64", "float32"])
 
@@ -65,7 +67,7 @@ class Case:
 
 def floating(tokens: Tokens) -> dict[str, Array]:
     """The fields that hold floating numbers, by name; None where one was left out."""
-    return {field.name: getattr(tokens, field.name) for field in TOKEN_FIELDS if field.kind == "float"}
+    return {name: getattr(tokens, name) for name in NUMBERS}
 
 
 def unmasked(tokens: Tokens) -> np.ndarray:
@@ -109,8 +111,7 @@ def cases(
     *,
     batch: st.SearchStrategy[int] = ROWS,
     dtype: st.SearchStrategy[str] = FLOAT64,
-    gated: st.SearchStrategy[bool] = EITHER,
-    masked: st.SearchStrategy[bool] = EITHER,
+    left_out: st.SearchStrategy[Collection[str]] = LEFT_OUT,
     twists: Collection[str] = TWISTS,
     flushed: bool = False,
     untied: bool = False,
@@ -125,8 +126,7 @@ def cases(
         draw: Hypothesis'.
         batch: strategy of B.
         dtype: strategy of the dtype's name.
-        gated: strategy: whether there is a gate.
-        masked: strategy: whether there is a mask.
+        left_out: strategy of the fields that tokens are without.
         twists: the twists that may occur.
         flushed: whether a flush is to follow after a drawn number of tokens (``flush_after``).
         untied: only cases in which every gap exceeds ``gap`` at every read (§6), by drawing numbers again.
@@ -142,10 +142,10 @@ def cases(
     chosen = draw(st.frozensets(st.sampled_from(list(twists)), max_size=2)) if twists else frozenset()
     if untied:
         chosen -= {"twins"}
-    gate, mask = draw(gated), draw(masked) or bool(chosen & {"masked_row", "masked_chunk"})
+    absent = frozenset(draw(left_out)) - ({"mask"} if chosen & {"masked_row", "masked_chunk"} else set())
     flush_after = draw(st.integers(0, length)) if flushed else None
     seed = draw(st.integers(0, 2**32 - 1))
-    arguments = (name, chosen, rows, length, gate, mask, flush_after)
+    arguments = (name, chosen, rows, length, absent, flush_after)
     return untied_case(cfg, seed, *arguments, gap=gap) if untied else make_case(cfg, seed, *arguments)
 
 
@@ -170,13 +170,12 @@ def make_case(
     twists: frozenset,
     batch: int,
     length: int,
-    gated: bool,
-    masked: bool,
+    left_out: Collection[str],
     flush_after: int | None,
 ) -> Case:
     """The case that follows from choices and a seed."""
     rng = np.random.default_rng(seed)
-    memory, tokens = draw_memory(rng, cfg, batch, twists), draw_tokens(rng, cfg, batch, length, gated, masked)
+    memory, tokens = draw_memory(rng, cfg, batch, twists), draw_tokens(rng, cfg, batch, length, left_out)
     if "at_keys" in twists:
         tokens = tokens._replace(query=_at_keys(rng, cfg, memory, tokens.query))
     if "repeats" in twists:
@@ -202,15 +201,16 @@ def draw_memory(rng: np.random.Generator, cfg: FwPKMConfig, batch: int, twists: 
 
 
 def draw_tokens(
-    rng: np.random.Generator, cfg: FwPKMConfig, batch: int, length: int, gated: bool = True, masked: bool = True
+    rng: np.random.Generator, cfg: FwPKMConfig, batch: int, length: int, left_out: Collection[str] = ()
 ) -> Tokens:
-    """float64 tokens; queries about as large as keys, a quarter of them masked."""
-    return Tokens(
+    """float64 tokens; queries about as large as keys, a quarter of them masked. Fields that may be are ``left_out``."""
+    tokens = Tokens(
         rng.uniform(-1.2, 1.2, (batch, length, cfg.num_heads * cfg.key_dim)),
         rng.normal(size=(batch, length, cfg.value_dim)),
-        rng.uniform(size=(batch, length)) if gated else None,
-        rng.uniform(size=(batch, length)) < 0.75 if masked else None,
     )
+    optional = [name for name in OPTIONAL if name not in left_out]
+    drawn = {name: rng.uniform(size=(batch, length)) for name in optional}
+    return tokens._replace(**{name: x if name in NUMBERS else x < 0.75 for name, x in drawn.items()})
 
 
 def _at_keys(rng, cfg, memory, query):
@@ -225,7 +225,7 @@ def _at_keys(rng, cfg, memory, query):
 
 
 def _spoil(rng, tokens):
-    """Some tokens hold a number that is not finite, in query, value or gate."""
+    """Some tokens hold a number that is not finite, in any field."""
     for spoilt in (array for array in floating(tokens).values() if array is not None):
         row, at = (rng.integers(size) for size in spoilt.shape[:2])
         spoilt[(row, at, *(rng.integers(size) for size in spoilt.shape[2:]))] = rng.choice([np.nan, np.inf, -np.inf])

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from fwpkm.config import FwPKMConfig
-from fwpkm.kernels import key_gradient, key_sums, keys, propose, ranks, read, slots, tokens, values
+from fwpkm.kernels import key_gradient, keys, propose, ranks, read, slots, tokens, values
 from fwpkm.kernels.runtime.launch import Launches
 from fwpkm.kernels.runtime.layouts import backward_layout, forward_layout, residuals_layout
 from fwpkm.kernels.runtime.windows import Bounds, Call, Plan, least, of_call
 from fwpkm.kernels.runtime.workspace import Layout, Workspace
-from fwpkm.tokens import Tokens
+from fwpkm.tokens import NUMBERS, Tokens
 
 _INPUTS = ("due", "pair", *Tokens._fields)
 
@@ -46,7 +46,7 @@ class Gradients(NamedTuple):
     keys: Tensor
     values: Tensor | None
     tokens: Tokens
-    """Of the stream: query ``[B, n, H*Dk]`` in its dtype or float32, value, and gate where there was one."""
+    """Of the stream: query ``[B, n, H*Dk]`` in its dtype or float32, and of every other number that was given."""
 
 
 def forward(
@@ -60,7 +60,7 @@ def forward(
         plan: the windows.
         keys: ``[M, H, 2, S, Dk/2]`` float32, contiguous.
         values: ``[M, N, Dv]`` float32, contiguous.
-        tokens: the stream, contiguous; a gate or mask that is None is 1 or True.
+        tokens: the stream, contiguous; a field that is None is at its default.
         pair: ``[B, n]`` bool, contiguous: the tokens whose values may be bound; None is all.
         save: keep what ``backward`` needs.
         dtype: of the output.
@@ -127,15 +127,12 @@ def add_address(launches: Launches, call: Call) -> None:
     Where the tensor ``due`` is not None but an int32 on the GPU, and 0, the launches do nothing.
     """
     for i, window in enumerate(call.plan.windows):
-        version = i * call.save  # each window before has written
-        integers = call.integers(i) | {"version": version}
+        integers = call.integers(i) | {"version": i * call.save}  # each window before has written
         propose.add_propose(launches, call, integers)
         ranks.add_rank(launches, call, integers)
         slots.add_select_slots(launches, call, integers)
         if window.writes:
             key_gradient.add_coefficients(launches, call, integers)
-            pieces = key_sums.add_key_sums(launches, call, integers, "coefficients", offset=window.first)
-            integers |= {"before": version, "after": version + call.save, "pieces": pieces}
             keys.add_keys(launches, call, integers)
 
 
@@ -171,7 +168,7 @@ def backward(
         table: the shape of the value table, if its own gradient is asked for.
         d_weights: ``[w, H*k]`` float32, of the weights themselves.
     """
-    query, gate, memories = tokens.query, tokens.gate, residuals.layout.spec("counts").shape[1]
+    query, memories = tokens.query, residuals.layout.spec("counts").shape[1]
     new = functools.partial(torch.empty, dtype=torch.float32, device=query.device)
     overlap = any(a.start + a.length > b.start for a, b in zip(plan.windows, plan.windows[1:]))
     both = new(2, *residuals.layout.spec("keys").shape[1:])  # after a window and before it, in turns
@@ -180,13 +177,12 @@ def backward(
     d_table = None
     if table is not None:
         d_table = new(table).zero_() if d_values is None else d_values.clone()
-    d_value = torch.zeros_like(tokens.value)
-    d_gate = None if gate is None else torch.zeros_like(gate)
-    d_query = torch.zeros_like(query, dtype=torch.float32 if overlap else None)
+    numbers, wider = [name for name in tokens.present() if name in NUMBERS], {"query": torch.float32} if overlap else {}
+    d_tokens = Tokens(**{x: torch.zeros_like(getattr(tokens, x), dtype=wider.get(x)) for x in numbers})
     inputs = {
         **tokens._asdict(), "latest": new(memories * cfg.num_slots, dtype=torch.int32).fill_(-1), "d_keys": both,
-        "d_values": d_values, "d_output": d_output, "d_table": d_table, "d_value": d_value, "d_gate": d_gate,
-        "d_query": d_query, "due": None,
+        "d_values": d_values, "d_output": d_output, "d_table": d_table, "due": None,
+        **{f"d_{name}": x for name, x in d_tokens._asdict().items()},
     }  # fmt: skip
     call = Call(cfg, plan, query.dtype, query.shape[0], memories, True, _present(inputs))
     launches = _backward_launches(call, overlap, residuals.layout)
@@ -196,7 +192,7 @@ def backward(
         workspace["d_weights"].add_(d_weights)
     launches.through_keys.run(inputs, residuals, workspace)
     keys = both[0].unflatten(0, (memories, cfg.num_heads, 2))
-    return Gradients(keys, d_table, Tokens(d_query, d_value, d_gate))
+    return Gradients(keys, d_table, d_tokens)
 
 
 class _Backward(NamedTuple):
@@ -211,8 +207,8 @@ class _Backward(NamedTuple):
 def _backward_launches(call: Call, overlap: bool, residuals: Layout) -> _Backward:
     """Those of a call; ``overlap``: whether windows share tokens."""
     workspace = backward_layout(call)
-    names = "latest", "d_keys", "d_values", "d_output", "d_table", "d_value", "d_gate", "d_query"
-    through_values, through_keys = (Launches(residuals, workspace, inputs=(*_INPUTS, *names)) for _ in range(2))
+    inputs = *_INPUTS, "latest", "d_keys", "d_values", "d_output", "d_table", *(f"d_{name}" for name in NUMBERS)
+    through_values, through_keys = (Launches(residuals, workspace, inputs=inputs) for _ in range(2))
     _add_values_backward(through_values, call)
     slots.add_select_slots_backward(through_keys, call)
     _add_keys_backward(through_keys, call, overlap)
@@ -220,7 +216,7 @@ def _backward_launches(call: Call, overlap: bool, residuals: Layout) -> _Backwar
 
 
 def _add_values_backward(launches: Launches, call: Call) -> None:
-    """Add what gives the gradients of weights, of rows, and of the stream's values and gates."""
+    """Add what gives the gradients of weights, of rows, and of the stream but its queries."""
     table = "d_table" in call.present
     for i in reversed(range(len(call.plan.windows))):
         integers = call.integers(i)
@@ -234,10 +230,6 @@ def _add_values_backward(launches: Launches, call: Call) -> None:
 def _add_keys_backward(launches: Launches, call: Call, overlap: bool) -> None:
     """Add what gives the gradients of the keys before each window, and of the stream's queries."""
     for i in reversed(range(len(call.plan.windows))):
-        integers = call.integers(i) | {"version": i, "pieces": 0}
-        if call.plan.windows[i].writes:
-            key_gradient.add_coefficients_backward(launches, call, integers)
-            integers["pieces"] = key_sums.add_key_sums(launches, call, integers, "d_slopes", queries=False)
+        integers = call.integers(i) | {"version": i}
         key_gradient.add_scores_backward(launches, call, integers, overlap)
-        integers["pieces"] = key_sums.add_key_sums(launches, call, integers, "d_ranks")
         keys.add_keys_backward(launches, call, integers)

@@ -12,7 +12,7 @@ from fwpkm.kernels.runtime.launch import Launches
 from fwpkm.kernels.runtime.layouts import forward_layout, residuals_layout
 from fwpkm.kernels.runtime.windows import Call, least, of_call, write
 from fwpkm.kernels.runtime.workspace import Layout, Workspace
-from fwpkm.tokens import TOKEN_FIELDS, Tokens
+from fwpkm.tokens import NUMBERS, TOKEN_FIELDS, Tokens, token_specs
 
 _PENDING = tuple(f"pending_{field.name}" for field in TOKEN_FIELDS)
 _TOKEN = tuple(f"token_{field.name}" for field in TOKEN_FIELDS)
@@ -24,7 +24,7 @@ def decode(cfg: FwPKMConfig, state: State, tokens: Tokens) -> Tensor:
     Args:
         cfg: the configuration.
         state: contiguous, float32, its position on the GPU.
-        tokens: T = 1, contiguous; a gate or mask that is None is 1 or True.
+        tokens: T = 1, contiguous; a field that is None is at its default.
 
     Returns:
         output ``[B, 1, Dv]`` in the query's dtype.
@@ -35,7 +35,7 @@ def decode(cfg: FwPKMConfig, state: State, tokens: Tokens) -> Tensor:
     inputs = {
         **state._asdict(), **dict(zip(_TOKEN, tokens)), "keys": keys, "table": values, "output": output,
     }  # fmt: skip
-    present = frozenset(["gate", *(name for name, x in zip(_TOKEN, tokens) if x is not None)])
+    present = frozenset([*NUMBERS, *(name for name, x in zip(_TOKEN, tokens) if x is not None)])
     # Queries are float32 once they are pending; what reads the token itself does not depend on their dtype.
     call = Call(cfg, write(num_tokens, batch), torch.float32, batch, keys.shape[0], False, present)
     launches = _launches(call)
@@ -61,13 +61,12 @@ def _layouts(call: Call) -> tuple[Layout, ...]:
     """Of what a step needs."""
     cfg, batch, num_tokens = call.cfg, call.batch, call.plan.num_tokens
     residuals = residuals_layout(cfg, least(call.plan, batch), call.memories, batch, False, False)
+    chunk = token_specs(cfg, batch, ("n", num_tokens))
     own = {
         "token_ranks": ((batch, cfg.num_heads, 2, cfg.num_subkeys), torch.float32),
         "token_flags": ((batch,), torch.int8),
         "due": ((2,), torch.int32),
-        "query": ((batch, num_tokens, cfg.num_heads * cfg.key_dim), torch.float32),
-        "value": ((batch, num_tokens, cfg.value_dim), torch.float32),
-        "gate": ((batch, num_tokens), torch.float32),
+        **{name: (spec.shape, torch.float32) for name, spec in chunk._asdict().items() if name in NUMBERS},
         "new_slots": ((0,), torch.int64),
         "new_weights": ((0,), torch.float32),
     }

@@ -4,7 +4,8 @@ Never from B or T, so nothing is tuned anew.
 """
 
 import functools
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 import triton
@@ -13,41 +14,17 @@ from fwpkm import schedule
 from fwpkm.config import FwPKMConfig
 from fwpkm.kernels.runtime.launch import INTERPRETED
 
-_PRODUCT_ERRORS = {"idw": 2.0**-17, "dot_product": 2.0**-16}
-"""What hi and lo of keys and their sums leave out, in the unit of a score's proposals."""
 
+class Score(NamedTuple):
+    """The constant SCORE: what the score follows from (kernels/scores.py)."""
 
-class Shapes(NamedTuple):
-    """Compile-time arguments by kernel."""
-
-    prepare: dict[str, Any]
-    begin_keys: dict[str, Any]
-    propose: dict[str, Any]
-    rank: dict[str, Any]
-    select_slots: dict[str, Any]
-    coefficients: dict[str, Any]
-    key_sums: dict[str, Any]
-    keys: dict[str, Any]
-    read: dict[str, Any]
-    piece: dict[str, Any]
-    values: dict[str, Any]
-    read_backward: dict[str, Any]
-    piece_backward: dict[str, Any]
-    rows_backward: dict[str, Any]
-    table_backward: dict[str, Any]
-    select_slots_backward: dict[str, Any]
-    by_token: dict[str, Any]
-    """``coefficients_backward`` and ``scores_backward``"""
-    keys_backward: dict[str, Any]
-    scan: dict[str, Any]
-    token: dict[str, Any]
-    stage: dict[str, Any]
-    store_pending: dict[str, Any]
+    name: str
+    epsilon: float
 
 
 @functools.lru_cache
-def shapes(cfg: FwPKMConfig, query: torch.dtype) -> Shapes:
-    """For a configuration and the dtype of the queries."""
+def shapes(cfg: FwPKMConfig, query: torch.dtype) -> SimpleNamespace:
+    """By kernel, its compile-time arguments for a configuration and the dtype of the queries."""
     half, k, heads, subkeys = cfg.key_dim // 2, cfg.top_k, cfg.num_heads, cfg.num_subkeys
     choices = triton.next_power_of_2(k)
     width = triton.next_power_of_2(cfg.value_dim)
@@ -55,8 +32,8 @@ def shapes(cfg: FwPKMConfig, query: torch.dtype) -> Shapes:
     head_block = triton.next_power_of_2(heads)
     entries = heads * k
     names = {"HEADS": heads, "SUBKEYS": subkeys}
-    ranked = names | {"HALF": half, "SCORE": cfg.score}
-    scored = names | {"K": k, "SCORE": cfg.score, "EPSILON": cfg.score_eps}
+    score = {"SCORE": Score(cfg.score, cfg.score_eps)}
+    ranked, scored = names | {"HALF": half} | score, names | {"K": k} | score
     chosen = scored | {"CHUNK": cfg.chunk_size}
     table = {"SLOTS": cfg.num_slots, "WIDTH": cfg.value_dim, "ENTRIES": entries}
     bound = {"CHUNK": cfg.chunk_size, "LOOKAHEAD": cfg.lookahead, "WRITE_SCALE": cfg.write_scale}
@@ -89,7 +66,7 @@ def shapes(cfg: FwPKMConfig, query: torch.dtype) -> Shapes:
     }
     lag = schedule.lag(cfg)
     pending = {"CAPACITY": cfg.capacity, "TOKENS": cfg.chunk_size + lag, **widths, "num_warps": 1}
-    return Shapes(
+    return SimpleNamespace(
         prepare={**widths, "ZEROS": 1024, "num_warps": 1},  # a token is a few KB: one warp reads it in a few wide loads
         begin_keys={"SUBKEYS": subkeys, "HALF": half, "BLOCK": half_block, "num_warps": 1},
         propose={
@@ -109,8 +86,7 @@ def shapes(cfg: FwPKMConfig, query: torch.dtype) -> Shapes:
             "DEPTH": max(8, min(1024 // choices, half_block)),
             "CHOICES": choices,
             "LISTED": triton.next_power_of_2(tiles * proposed),
-            # What hi, lo and sums leave out, of (|q| + max |K|)² or |q| max |K|, at worst.
-            "ERROR": (1 if exact else 2) * _PRODUCT_ERRORS[cfg.score],
+            "EXACT": exact,
             "num_warps": 1,
             **proposals,
         },
@@ -153,7 +129,7 @@ def shapes(cfg: FwPKMConfig, query: torch.dtype) -> Shapes:
         rows_backward={**table, **rate, **few},
         table_backward={"WIDTH": cfg.value_dim, "BLOCK": width, "num_warps": 4},
         select_slots_backward={**names, "K": k, "TEMPERATURE": cfg.temperature, **by_warp},
-        by_token={
+        by_token={  # coefficients_backward and scores_backward
             **chosen,
             "HALF": half,
             "RATE": cfg.learning_rate,

@@ -3,13 +3,14 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 
 from fwpkm import schedule
 from fwpkm.config import FwPKMConfig
-from fwpkm.kernels.runtime.shapes import Shapes, shapes
+from fwpkm.kernels.runtime.shapes import shapes
 
 
 class Window(NamedTuple):
@@ -104,7 +105,7 @@ class Call(NamedTuple):
     """The inputs that may be absent and are not."""
 
     @property
-    def shapes(self) -> Shapes:
+    def shapes(self) -> SimpleNamespace:
         """The compile-time arguments of every kernel."""
         return shapes(self.cfg, self.dtype)
 

@@ -1,4 +1,4 @@
-"""Wrong backends: copies of the reference with one line replaced, or right backends with functions replaced."""
+"""Wrong backends: copies of the reference with one mistake, or right backends with functions replaced."""
 
 import importlib
 import re
@@ -17,12 +17,12 @@ OWN_IMPORTS = {
 
 
 class Mutant(NamedTuple):
-    """One mistake in one line."""
+    """One mistake in one place."""
 
     name: str
     file: str
     right: str
-    """A line of the file, without its indentation; it occurs once."""
+    """A part of the file that occurs once."""
     wrong: str
     caught_by: str
     """One of the quantities that must give it away."""
@@ -47,26 +47,19 @@ class Wrapper(NamedTuple):
 
 
 def build(folder: Path, package: str, mutant: Mutant | None = None) -> str:
-    """Write the reference's sources, with the mutant's line in them, as a package; returns the module to judge."""
+    """Write the reference's sources, with the mutant's mistake in them, as a package; returns the module to judge."""
     target = folder / package
     target.mkdir()
     for name in SOURCES:
         text = (CORE / name).read_text(encoding="utf-8")
         if mutant is not None and mutant.file == name:
-            text = replace_line(text, mutant)
+            assert text.count(mutant.right) == 1, mutant
+            text = text.replace(mutant.right, mutant.wrong)
         for found, instead in OWN_IMPORTS.items():
             text = text.replace(found, instead.format(package))
         (target / name).write_text(text, encoding="utf-8")
     (target / "__init__.py").touch()
     return f"{package}.reference"
-
-
-def replace_line(text: str, mutant: Mutant) -> str:
-    """The text with the mutant's line; fails unless the right one stands there once."""
-    lines = text.splitlines(keepends=True)
-    (at,) = [i for i, line in enumerate(lines) if line.strip() == mutant.right]
-    lines[at] = lines[at].replace(mutant.right, mutant.wrong)
-    return "".join(lines)
 
 
 def load(folder: Path, package: str, mutant: Mutant | None = None) -> Any:

@@ -84,12 +84,12 @@ def _detached(name):
     return change
 
 
-def _detached_gate(cfg, state, query, value, gate=None, mask=None, update=True):
-    return backend.apply(cfg, state, query, value, None if gate is None else gate.detach(), mask, update)
+def _detached_gate(cfg, state, gate=None, **others):
+    return backend.apply(cfg, state, gate=None if gate is None else gate.detach(), **others)
 
 
-def _detached_pending(cfg, state, query, value, gate=None, mask=None, update=True):
-    output, state, trace = backend.apply(cfg, state, query, value, gate, mask, update)
+def _detached_pending(cfg, state, **others):
+    output, state, trace = backend.apply(cfg, state, **others)
     return output, state.replace_pending(state.pending.map(torch.detach)), trace
 
 

@@ -1,12 +1,13 @@
 """Wrong modules of a user: a right backend with one function replaced, which the conformance suite must catch."""
 
+from functools import partial
+
 import numpy as np
 from mutants.build import Wrapper
 
 from fwpkm import reference
 from fwpkm.containers import Memory
 from fwpkm.registry import get_backend
-from fwpkm.tokens import Tokens
 
 TORCH = get_backend("torch")
 
@@ -16,78 +17,57 @@ def off(x):
     return x * x.dtype.type(1.001)
 
 
-def _lookup(change):
-    return {"lookup": lambda cfg, memory, query: change(cfg, reference.lookup(cfg, memory, query))}
+def _wrong(name, caught_by, base=reference, **functions):
+    return Wrapper(name, base, caught_by, functions)
+
+
+# Lookup
+
+
+def _lookup(name, part, change):
+    """``change(cfg, look)`` is what stands in that part of what ``lookup`` returns."""
+
+    def lookup(cfg, memory, query):
+        look = reference.lookup(cfg, memory, query)
+        return look._replace(**{part: change(cfg, look)})
+
+    return _wrong(name, f"lookup {part}", lookup=lookup)
+
+
+def _exchanged(cfg, look):
+    return look.slots % cfg.num_subkeys * cfg.num_subkeys + look.slots // cfg.num_subkeys
 
 
 def _softmax_per_head(cfg, look):
     by_head = look.weights.reshape(*look.weights.shape[:-1], cfg.num_heads, cfg.top_k)
-    return look._replace(weights=(by_head / by_head.sum(-1, keepdims=True)).reshape(look.weights.shape))
+    return (by_head / by_head.sum(-1, keepdims=True)).reshape(look.weights.shape)
 
 
-def _exchanged(cfg, look):
-    return look._replace(slots=look.slots % cfg.num_subkeys * cfg.num_subkeys + look.slots // cfg.num_subkeys)
+# Chunk update
 
 
-LOOKUP = [
-    Wrapper("lookup off", reference, "lookup output", _lookup(lambda _, x: x._replace(output=off(x.output)))),
-    Wrapper("lookup of another slot", reference, "lookup slots", _lookup(_exchanged)),
-    Wrapper("lookup with a softmax per head", reference, "lookup weights", _lookup(_softmax_per_head)),
-    Wrapper(
-        "lookup weights off", reference, "lookup weights", _lookup(lambda _, x: x._replace(weights=off(x.weights)))
-    ),
-]
+def _losses(name, part, change):
+    def chunk_update(cfg, memory, **tokens):
+        written, losses = reference.chunk_update(cfg, memory, **tokens)
+        return written, losses._replace(**{part: change(getattr(losses, part))})
+
+    return _wrong(name, f"chunk_update {part}", chunk_update=chunk_update)
 
 
-def _chunk(change):
-    def chunk_update(cfg, memory, query, target, gate=None, mask=None, pair=None):
-        return change(memory, *reference.chunk_update(cfg, memory, query, target, gate, mask, pair))
+def _overshoot(table):
+    def chunk_update(cfg, memory, **tokens):
+        written, losses = reference.chunk_update(cfg, memory, **tokens)
+        old, new = getattr(memory, table), getattr(written, table)
+        return written._replace(**{table: old + off(new - old)}), losses
 
-    return {"chunk_update": chunk_update}
-
-
-def _losses(**changes):
-    def changed(_, written, losses):
-        return written, losses._replace(**{name: change(losses) for name, change in changes.items()})
-
-    return _chunk(changed)
+    return _wrong(f"chunk_update of {table} off", f"chunk_update {table}", chunk_update=chunk_update)
 
 
-def _overshoot(name):
-    def changed(before, written, losses):
-        old, new = getattr(before, name), getattr(written, name)
-        return written._replace(**{name: old + off(new - old)}), losses
-
-    return _chunk(changed)
+def _without_pair(cfg, memory, pair=None, **tokens):
+    return reference.chunk_update(cfg, memory, **tokens)
 
 
-def _without_pair(cfg, memory, query, target, gate=None, mask=None, pair=None):
-    return reference.chunk_update(cfg, memory, query, target, gate, mask)
-
-
-CHUNK_UPDATE = [
-    Wrapper("chunk_update of values off", reference, "chunk_update values", _overshoot("values")),
-    Wrapper("chunk_update of keys off", reference, "chunk_update keys", _overshoot("keys")),
-    Wrapper("chunk_update without pair", reference, "chunk_update values", {"chunk_update": _without_pair}),
-    Wrapper(
-        "memorization loss without its half",
-        reference,
-        "chunk_update memorization",
-        _losses(memorization=lambda x: 2 * x.memorization),
-    ),
-    Wrapper(
-        "entropy for the addressing loss",
-        reference,
-        "chunk_update addressing",
-        _losses(addressing=lambda x: -x.addressing),
-    ),
-    Wrapper(
-        "memorization loss of the whole batch",
-        reference,
-        "chunk_update memorization",
-        _losses(memorization=lambda x: np.full_like(x.memorization, x.memorization.mean())),
-    ),
-]
+# Beginnings
 
 
 def _another_seed(cfg, memories=1, seed=0):
@@ -106,13 +86,6 @@ def _first_row_alone(cfg, memory, batch_size):
     return state
 
 
-INITIAL = [
-    Wrapper("init_memory of another seed", reference, "init_memory", {"init_memory": _another_seed}),
-    Wrapper("init_memory alike for every row", reference, "init_memory", {"init_memory": _repeated}),
-    Wrapper("one memory for the first row alone", reference, "init_state", {"init_state": _first_row_alone}),
-]
-
-
 def _reset_tables_alone(state, memory, rows):
     return reference.reset(state, memory, rows).replace_pending(state.pending)
 
@@ -125,51 +98,29 @@ def _reset_the_count(state, memory, rows):
     return reference.reset(state, memory, rows)._replace(position=np.zeros_like(state.position))
 
 
-RESET = [
-    Wrapper("reset does nothing", reference, "reset", {"reset": lambda state, memory, rows: state}),
-    Wrapper("reset keeps pending tokens", reference, "reset", {"reset": _reset_tables_alone}),
-    Wrapper("reset of every row", reference, "reset", {"reset": _reset_every_row}),
-    Wrapper("reset of the count", reference, "reset", {"reset": _reset_the_count}),
-]
+# update=False, and flush
 
 
-def _read_only(change):
-    """An ``apply`` that does to ``update=False`` what ``change(cfg, state, tokens)`` says."""
+def _read_only(name, part, change):
+    """``change(output, state, length)`` is what ``apply`` of so many tokens gives under ``update=False``."""
 
-    def apply(cfg, state, query, value, gate=None, mask=None, update=True):
-        if update:
-            return reference.apply(cfg, state, query, value, gate, mask)
-        return change(cfg, state, Tokens(query, value, gate, mask))
+    def apply(cfg, state, query, update=True, **tokens):
+        output, after, trace = reference.apply(cfg, state, query, update=update, **tokens)
+        return (output, after, trace) if update else (*change(output, after, query.shape[1]), trace)
 
-    return {"apply": apply}
-
-
-def _moves_on(cfg, state, tokens):
-    output, state, trace = reference.apply(cfg, state, *tokens, update=False)
-    return output, state._replace(position=state.position + np.int32(tokens.length)), trace
+    return _wrong(name, f"update=False {part}", apply=apply)
 
 
-def _forgets(cfg, state, tokens):
-    output, state, trace = reference.apply(cfg, state, *tokens, update=False)
-    return output, state.replace_pending(state.pending.map(np.zeros_like)), trace
+def _writes(cfg, state, update=True, **tokens):
+    return reference.apply(cfg, state, **tokens)
 
 
-def _reads_wrong(cfg, state, tokens):
-    output, state, trace = reference.apply(cfg, state, *tokens, update=False)
-    return off(output), state, trace
+def _moves_on(output, state, length):
+    return output, state._replace(position=state.position + np.int32(length))
 
 
-READ_ONLY = [
-    Wrapper(
-        "update=False writes",
-        reference,
-        "update=False state",
-        _read_only(lambda cfg, state, tokens: reference.apply(cfg, state, *tokens)),
-    ),
-    Wrapper("update=False moves the position", reference, "update=False state", _read_only(_moves_on)),
-    Wrapper("update=False drops pending tokens", reference, "update=False state", _read_only(_forgets)),
-    Wrapper("update=False reads wrong", reference, "update=False output", _read_only(_reads_wrong)),
-]
+def _forgets(output, state, length):
+    return output, state.replace_pending(state.pending.map(np.zeros_like))
 
 
 def _flush_keeps_pending(cfg, state):
@@ -182,25 +133,14 @@ def _flush_keeps_mask(cfg, state):
     return after._replace(pending_mask=state.pending_mask), trace
 
 
-FLUSH = [
-    Wrapper("flush keeps pending tokens", reference, "flush", {"flush": _flush_keeps_pending}),
-    Wrapper("flush keeps the pending mask", reference, "flush", {"flush": _flush_keeps_mask}),
-]
+# Arguments
 
 
-def _apply_in_place(cfg, state, query, value, gate=None, mask=None, update=True):
-    return reference.apply(cfg, state, query, value, gate, mask, update, inplace=True)
-
-
-def _apply_spoils(cfg, state, query, value, gate=None, mask=None, update=True):
-    result = TORCH.apply(cfg, state, query.clone(), value, gate, mask, update)
+def _apply_spoils(cfg, state, query, **others):
+    result = TORCH.apply(cfg, state, query.clone(), **others)
     if not query.requires_grad:
         query.mul_(1.001)
     return result
-
-
-def _flush_in_place(cfg, state):
-    return reference.flush(cfg, state, inplace=True)
 
 
 def _lookup_spoils(cfg, memory, query):
@@ -209,8 +149,8 @@ def _lookup_spoils(cfg, memory, query):
     return look
 
 
-def _chunk_in_place(cfg, memory, query, target, gate=None, mask=None, pair=None):
-    written, losses = reference.chunk_update(cfg, memory, query, target, gate, mask, pair)
+def _chunk_in_place(cfg, memory, **tokens):
+    written, losses = reference.chunk_update(cfg, memory, **tokens)
     for table, new in zip(memory, written):
         table[...] = new
     return memory, losses
@@ -222,13 +162,34 @@ def _reset_in_place(state, memory, rows):
     return reference.reset(state, memory, rows)
 
 
-ARGUMENTS = [
-    Wrapper("apply overwrites the tables", reference, "arguments", {"apply": _apply_in_place}),
-    Wrapper("apply overwrites the query", TORCH, "arguments", {"apply": _apply_spoils}),
-    Wrapper("flush overwrites the tables", reference, "arguments", {"flush": _flush_in_place}),
-    Wrapper("lookup overwrites the query", reference, "arguments", {"lookup": _lookup_spoils}),
-    Wrapper("chunk_update overwrites the tables", reference, "arguments", {"chunk_update": _chunk_in_place}),
-    Wrapper("reset overwrites pending tokens", reference, "arguments", {"reset": _reset_in_place}),
+FUNCTIONS = [
+    _lookup("lookup off", "output", lambda _, look: off(look.output)),
+    _lookup("lookup of another slot", "slots", _exchanged),
+    _lookup("lookup with a softmax per head", "weights", _softmax_per_head),
+    _lookup("lookup weights off", "weights", lambda _, look: off(look.weights)),
+    _overshoot("values"),
+    _overshoot("keys"),
+    _wrong("chunk_update without pair", "chunk_update values", chunk_update=_without_pair),
+    _losses("memorization loss without its half", "memorization", lambda x: 2 * x),
+    _losses("entropy for the addressing loss", "addressing", lambda x: -x),
+    _losses("memorization loss of the whole batch", "memorization", lambda x: np.full_like(x, x.mean())),
+    _wrong("init_memory of another seed", "init_memory", init_memory=_another_seed),
+    _wrong("init_memory alike for every row", "init_memory", init_memory=_repeated),
+    _wrong("one memory for the first row alone", "init_state", init_state=_first_row_alone),
+    _wrong("reset does nothing", "reset", reset=lambda state, memory, rows: state),
+    _wrong("reset keeps pending tokens", "reset", reset=_reset_tables_alone),
+    _wrong("reset of every row", "reset", reset=_reset_every_row),
+    _wrong("reset of the count", "reset", reset=_reset_the_count),
+    _wrong("update=False writes", "update=False state", apply=_writes),
+    _read_only("update=False moves the position", "state", _moves_on),
+    _read_only("update=False drops pending tokens", "state", _forgets),
+    _read_only("update=False reads wrong", "output", lambda output, state, _: (off(output), state)),
+    _wrong("flush keeps pending tokens", "flush", flush=_flush_keeps_pending),
+    _wrong("flush keeps the pending mask", "flush", flush=_flush_keeps_mask),
+    _wrong("apply overwrites the tables", "arguments", apply=partial(reference.apply, inplace=True)),
+    _wrong("apply overwrites the query", "arguments", TORCH, apply=_apply_spoils),
+    _wrong("flush overwrites the tables", "arguments", flush=partial(reference.flush, inplace=True)),
+    _wrong("lookup overwrites the query", "arguments", lookup=_lookup_spoils),
+    _wrong("chunk_update overwrites the tables", "arguments", chunk_update=_chunk_in_place),
+    _wrong("reset overwrites pending tokens", "arguments", reset=_reset_in_place),
 ]
-
-FUNCTIONS = [*LOOKUP, *CHUNK_UPDATE, *INITIAL, *RESET, *READ_ONLY, *FLUSH, *ARGUMENTS]
