@@ -122,6 +122,20 @@ def test_chunk_update_keeps_tables_finite(be, place, number):
     assert_same_bits(*(tuple(table[1] for table in memory) for memory in written))
 
 
+@pytest.mark.parametrize("score", ["idw", "dot_product"])
+def test_a_token_whose_scores_overflow_is_a_masked_one_for_all_others(be, score):
+    """Its numbers are finite and its scores are not: it must not keep its chunk's keys or rows from moving."""
+    cfg = FwPKMConfig(8, 3, 1, 5, 2, 4, 1, score=score, addressing_weight=0.3)
+    case, huge = drawn(cfg, 2, 12, dtype="float32", left_out=["mask"]), np.float32(3e38)
+    case.tokens.query[0, 0] = huge * np.sign(case.memory.keys[0, 0, :, 0].ravel())
+    received, expected = read(be, case), read(be, as_masked(case, 0, 0))
+    assert np.isnan(received.output[0, 0]).all()
+    assert_same_bits(received.output[0, 1:], expected.output[0, 1:])
+    assert_same_bits(received.output[1], expected.output[1])
+    assert_same_bits(received[3:], expected[3:])
+    assert (received.memory.keys != case.memory.keys).any((1, 2, 3, 4)).all()
+
+
 @pytest.mark.parametrize("write_scale", ["slots", "unit", "normalized"])
 @pytest.mark.parametrize("num_heads", [1, 3])
 @pytest.mark.parametrize("score", ["idw", "dot_product"])

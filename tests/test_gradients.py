@@ -76,7 +76,7 @@ def test_each_output_alone_reaches_the_first_chunk(gradient_be, write_scale, out
     """A cotangent on one output only: the last chunk's reads, the final keys, or the final values."""
     cfg = FwPKMConfig(4, 3, 2, 4, 2, 3, 1, write_scale=write_scale, score_eps=0.1)
     rng = np.random.default_rng(2)
-    case = untied_case(cfg, 2, "float64", frozenset(), 2, 9, True, False, None, gap=CLEAR)
+    case = untied_case(cfg, 2, "float64", frozenset(), 2, 9, ["mask"], None, gap=CLEAR)
     weights = [np.zeros_like(array) for array in draw_cotangents(case, rng)]
     index = ("output", "keys", "values").index(output)
     weights[index][...] = rng.normal(size=weights[index].shape)

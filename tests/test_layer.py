@@ -362,14 +362,14 @@ def test_wrong_inputs(x, message):
         make(torch.float32)(x)
 
 
-@pytest.mark.parametrize("wild", [False, True])
+@pytest.mark.parametrize("nonfinite", [False, True])
 @pytest.mark.parametrize(
     ("mask", "message"),
     [(torch.ones(3).bool(), r"mask must have shape \[B=2, T=3\]"), (torch.ones(2, 3), "dtype bool")],
 )
-def test_a_wrong_mask_is_named_whatever_x_holds(mask, message, wild):
+def test_a_wrong_mask_is_named_whatever_x_holds(mask, message, nonfinite):
     x = torch.ones(2, 3, 6)
-    x[0, 0, 0] = torch.nan if wild else 1
+    x[0, 0, 0] = torch.nan if nonfinite else 1
     with pytest.raises(ValueError, match=message):
         make(torch.float32)(x, mask=mask)
 

@@ -137,6 +137,8 @@ def select_slots(cfg: FwPKMConfig, query: Array, keys: Array) -> tuple[Selection
     ids = subkeys[:, :, 0][..., first] * cfg.num_subkeys + subkeys[:, :, 1][..., second]
     slots = along(ids, cells).swapaxes(1, 2)
     finite = jnp.isfinite(scores).all((1, 2, 4)) & jnp.isfinite(sums / cfg.temperature).all((1, 3))
+    # Blanked, as 0 · NaN of a token that does not count would still reach the keys.
+    ranks = jnp.where(finite[:, None, None, :, None], ranks, 0)
     return Selection(subkeys, cells, slots.reshape(*slots.shape[:2], -1), finite), ranks
 
 

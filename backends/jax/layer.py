@@ -193,9 +193,10 @@ class FwPKM:
     def _checked(self, variables: Any) -> Variables:
         """``variables``, if they have the form that :meth:`init` gives them: its tree, shapes and floating dtypes."""
         wanted = _form(self)
-        if jax.tree.structure(variables) != jax.tree.structure(wanted):
+        tree: Any = jax.tree.structure(wanted)
+        if jax.tree.structure(variables) != tree:
             raise ValueError(
-                f"variables must have the form that layer.init(key) returns, {jax.tree.structure(wanted)}. "
+                f"variables must have the form that layer.init(key) returns, {tree}. "
                 f"Received: {jax.tree.structure(variables)}"
             )
         for (name, x), like in zip(self._flat(variables).items(), jax.tree.leaves(wanted)):

@@ -195,8 +195,8 @@ def named(name: str) -> str:
     Raises:
         ValueError: there is none of that name.
     """
-    kinds = {"seen": facts.SEEN, "unseen": facts.UNSEEN}
-    known = {f"{kind}-{i}": phrasing for kind, all_ in kinds.items() for i, phrasing in enumerate(all_)}
+    groups = {"seen": facts.SEEN, "unseen": facts.UNSEEN}
+    known = {f"{group}-{i}": phrasing for group, all_ in groups.items() for i, phrasing in enumerate(all_)}
     if name not in known:
         last = len(facts.SEEN) - 1, len(facts.UNSEEN) - 1
         raise ValueError(f"a phrasing is seen-0 to seen-{last[0]} or unseen-0 to unseen-{last[1]}. Received: {name}")
