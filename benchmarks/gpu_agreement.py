@@ -95,7 +95,7 @@ def drawn(name: str, seed: int, numbers: Iterable[int] = (1, 2)) -> Report:
     """
     tools, findings, aside = internals.conformance(), [], 0
     batch, length, full, sizes, fields = SHAPES[name]
-    shape = tools.Shape(FwPKMConfig(*sizes, **fields), batch, length, full, full)
+    shape = tools.Shape(FwPKMConfig(*sizes, **fields), batch, length, () if full else ("gate", "mask"))
     for number in numbers:
         for attempt in itertools.count():
             passage = tools.draw(tools.passages(number, shape, "float32"), f"{seed}/{name}/{number}/{attempt}")
