@@ -213,9 +213,9 @@ def _gradients(be: DifferentiableBackend, passage: Passage) -> dict[str, np.ndar
     case = passage.case
     output, keys, values = running.draw_cotangents(case, np.random.default_rng(case.seed))
     numbers = [x for x in floating(case.tokens).values() if x is not None]
-    # Drawn scores never overflow, so these are the tokens whose output is not NaN.
+    # Drawn scores never overflow, so the output of these tokens is not NaN, nor that of masked ones.
     finite = np.all([np.isfinite(x).all(tuple(range(2, x.ndim))) for x in numbers], axis=0)
-    output = np.where((finite & unmasked(case.tokens))[..., None], output, 0)
+    output = np.where((finite | ~unmasked(case.tokens))[..., None], output, 0)
     cotangents = [array.astype(case.dtype) for array in (output, keys, values)]
     received = running.gradients(be, case, cotangents, passage.gradient_sizes)
     return {name: gradient for name, gradient in zip(INPUTS, received) if gradient is not None}

@@ -5,7 +5,6 @@ import dataclasses
 import torch
 from mutants.build import Wrapper
 
-from fwpkm import schedule
 from fwpkm.backends import torch as backend
 from fwpkm.containers import Memory
 from fwpkm.tokens import Tokens
@@ -16,31 +15,33 @@ def _same(tokens):
 
 
 def by_window(change):
-    """``apply`` and ``flush`` of torch, a write at a time; ``change(cfg, write, before)`` gives what each one leaves.
+    """``apply`` and ``flush`` of torch, a time step at a time; ``change(cfg, write, before)`` gives what a write leaves.
 
-    ``write(cfg, state, weigh)`` is the state after a window's tokens, or after a flush, of any configuration and state;
-    ``weigh`` is a function of the tokens that are written.
+    ``write(cfg, state, weigh)`` is the state after a time step, or after a flush, of any configuration and state;
+    ``weigh`` is a function of the tokens that are written. Packed calls are right.
     """
 
-    def apply(cfg, state, query, value, gate=None, mask=None, update=True):
-        whole, tokens, outputs = (cfg, state, query, value, gate, mask, update), Tokens(query, value, gate, mask), []
-        if not update or not tokens.length:
-            return backend.apply(*whole)
-        for window in schedule.windows(cfg, int(state.position[0]), tokens.length):
-            part = tokens.slice(window.start, window.stop)
+    def apply(cfg, state, query, value, gate=None, mask=None, cu_seqlens=None, update=True):
+        whole, tokens, outputs = (cfg, state, query, value, gate, mask), Tokens(query, value, gate, mask), []
+        returned = backend.apply(*whole, cu_seqlens=cu_seqlens, update=update)
+        if not update or not tokens.length or cu_seqlens is not None or isinstance(state, Memory):
+            return returned
+        for t in range(tokens.length):
+            part = tokens.slice(t, t + 1)
 
             def write(cfg, state, weigh=_same, part=part):
                 return backend.apply(cfg, state.replace_pending(weigh(state.pending)), *weigh(part))[1]
 
-            outputs.append(backend.apply(cfg, state, *part)[0])
-            state = change(cfg, write, state) if window.writes else write(cfg, state)
-        return torch.cat(outputs, 1), state, backend.apply(*whole)[2]
+            output, _, trace = backend.apply(cfg, state, *part)
+            outputs.append(output)
+            state = change(cfg, write, state) if trace.writes.any() else write(cfg, state)
+        return torch.cat(outputs, 1), state, returned[2]
 
-    def flush(cfg, state):
+    def flush(cfg, state, rows=None):
         def write(cfg, state, weigh=_same):
-            return backend.flush(cfg, state.replace_pending(weigh(state.pending)))[0]
+            return backend.flush(cfg, state.replace_pending(weigh(state.pending)), rows)[0]
 
-        return change(cfg, write, state), backend.flush(cfg, state)[1]
+        return change(cfg, write, state), backend.flush(cfg, state, rows)[1]
 
     return {"apply": apply, "flush": flush}
 
@@ -90,7 +91,15 @@ def _detached_gate(cfg, state, gate=None, **others):
 
 def _detached_pending(cfg, state, **others):
     output, state, trace = backend.apply(cfg, state, **others)
-    return output, state.replace_pending(state.pending.map(torch.detach)), trace
+    return output, state and state.replace_pending(state.pending.map(torch.detach)), trace
+
+
+def _masked_gradient(cfg, state, query, mask=None, **others):
+    output, *rest = backend.apply(cfg, state, query=query, mask=mask, **others)
+    if mask is not None:
+        leak = torch.where(torch.isfinite(query), query - query.detach(), 0).mean(-1, keepdim=True)
+        output = output + leak * ~mask[..., None]
+    return output, *rest
 
 
 GRADIENTS = [
@@ -100,5 +109,6 @@ GRADIENTS = [
     Wrapper("no gradient through written keys", backend, "grad keys", by_window(_detached("keys"))),
     Wrapper("clipped elements pass gradients", backend, "grad value", by_window(_as_if(grad_clip=None))),
     Wrapper("decay's gradient dropped", backend, "grad values", by_window(_as_if(weight_decay=0.0))),
+    Wrapper("a gradient passes through masked tokens", backend, "grad query", {"apply": _masked_gradient}),
     Wrapper("no gradient through pending tokens", backend, "grad value", {"apply": _detached_pending}),
 ]

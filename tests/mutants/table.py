@@ -2,8 +2,9 @@
 
 from mutants.build import Mutant
 
-_LOSSES = "trace.memorization[:, writes], trace.addressing[:, writes] = losses"
-_LATE = "late = slice(max(0, stop - schedule.lag(cfg)), stop)"
+_LATE = "late = slice(max(0, stop - start - schedule.lag(cfg)), None); "
+_LATE += "again = _look(cfg, own, part.query[:, late])[0].output; "
+_LATE += "output[here[:, late]] = _blanked(again, there[:, late], dead[:, late])"
 
 # By name and by the quantity that gives it away: what stands in the file once, and what instead.
 _EQUATIONS = {
@@ -38,7 +39,7 @@ _EQUATIONS = {
     ),
 }
 _REFERENCE = {
-    ("tables of two rows swapped", "output"): (
+    ("tables of two rows swapped", "lookup output"): (
         "return min(row, len(memory.keys) - 1)",
         "return (row + 1) % len(memory.keys)",
     ),
@@ -56,32 +57,67 @@ _REFERENCE = {
         "equations.step(cfg, values[touched], gradient); values *= 1 - cfg.weight_decay",
     ),
     ("wait reading late", "output"): (
-        _LOSSES,
-        f"{_LOSSES}; {_LATE}; output[:, late] = _look(cfg, memory, tokens.query[:, late])[0].output",
+        "trace.writes[m] += 1",
+        f"trace.writes[m] += 1; {_LATE}",
     ),
     ("pairs across a boundary", "memorization"): (
-        "batch, length = query.shape[:2]",
-        'batch, length, cfg = *query.shape[:2], FwPKMConfig(**{**cfg.__dict__, "boundary": "wait"})',
+        "flat = tokens.map",
+        'cfg = FwPKMConfig(**{**cfg.__dict__, "boundary": "wait"}); flat = tokens.map',
     ),
     ("pending gate lost in a split", "values"): ("dtype, state.pending)", "dtype, state.pending._replace(gate=None))"),
     ("pending mask lost in a split", "values"): ("dtype, state.pending)", "dtype, state.pending._replace(mask=None))"),
     ("tables of two rows swapped in the state", "keys"): (
-        "State.of(memory, padded",
-        "State.of(Memory(*(x[::-1].copy() for x in memory)), padded",
+        "State.of(memory, rows, position",
+        "State.of(Memory(*(x[::-1].copy() for x in memory)), rows, position",
     ),
     ("flush keeps the position", "position"): (
-        "batch, dtype), 0), trace",
-        "batch, dtype), int(state.position[0])), trace",
+        "np.where(chosen, 0, state.position)), trace",
+        "state.position), trace",
     ),
     ("values that are not finite are targets", "output"): (
         '[x for field, x in zip(TOKEN_FIELDS, tokens) if field.kind == "float"]',
         "[tokens.query]",
     ),
 }
+_ENDS = "else cu_seqlens"
+_CLOCKS = {
+    ("rows read each other's tables", "output"): ("x[m : m + 1] for x in memory)), _at", "x[::-1][m : m + 1] for x in memory)), _at"),
+    ("masked tokens take positions", "position"): (
+        "start + np.flatnonzero(mask.ravel()[start:stop])[None]",
+        "np.arange(start, stop)[None]",
+    ),
+    ("masked tokens read", "output"): ("return np.where(there[..., None], x, 0)", "return x"),
+    ("masked tokens are stored as they were", "pending"): ("_without(part, dead | ~there)", "_without(part, dead)"),
+    ("masked time steps do not tick in batch scope", "position"): (
+        "np.arange(batch * length).reshape(batch, length)]",
+        "np.arange(batch * length).reshape(batch, length)[:, mask.any(0)]]",
+    ),
+    ("dead tokens take no position", "position"): (
+        "flat = tokens.map",
+        "tokens = tokens._replace(mask=tokens.mask & _finite(tokens)); flat = tokens.map",
+    ),
+    ("packed sequences of equal lengths", "output"): (
+        _ENDS,
+        "else np.arange(len(cu_seqlens)) * length // (len(cu_seqlens) - 1)",
+    ),
+    ("packed sequences end a token early", "position"): (_ENDS, "else np.maximum(cu_seqlens - 1, 0)"),
+    ("the tail belongs to the last sequence", "position"): (_ENDS, "else np.append(cu_seqlens[:-1], length)"),
+    ("packed tokens lose their mask", "output"): (
+        "flat = tokens.map",
+        "mask = tokens.mask if cu_seqlens is None else tokens.mask | True; tokens = tokens._replace(mask=mask); "
+        "flat = tokens.map",
+    ),
+    ("losses in the first row's columns", "memorization"): ("before), trace.writes[m]", "before), trace.writes[0] % trace.memorization.shape[1]"),
+    ("flush of some rows empties all", "flush rows"): ("        if of_memory[m]:", "        if True:"),
+    ("flush of some rows restarts every count", "flush rows"): (
+        "np.where(chosen, 0, state.position)",
+        "np.where(chosen.any(), 0, state.position)",
+    ),
+}
 _SCHEDULE = {("wait writes at once", "output"): ("return cfg.lookahead", "return 0")}
 
 LINES = [
     Mutant(name, file, right, wrong, caught_by)
-    for file, mistakes in (("equations.py", _EQUATIONS), ("reference.py", _REFERENCE), ("schedule.py", _SCHEDULE))
+    for file, mistakes in (("equations.py", _EQUATIONS), ("reference.py", _REFERENCE | _CLOCKS), ("schedule.py", _SCHEDULE))
     for (name, caught_by), (right, wrong) in mistakes.items()
 ]

@@ -86,16 +86,87 @@ def _first_row_alone(cfg, memory, batch_size):
     return state
 
 
-def _reset_tables_alone(state, memory, rows):
-    return reference.reset(state, memory, rows).replace_pending(state.pending)
+# Rows
 
 
-def _reset_every_row(state, memory, rows):
-    return reference.reset(state, memory, range(len(state.position)))
+def _reset_tables_alone(cfg, state, memory, rows):
+    return reference.reset(cfg, state, memory, rows).replace_pending(state.pending)
 
 
-def _reset_the_count(state, memory, rows):
-    return reference.reset(state, memory, rows)._replace(position=np.zeros_like(state.position))
+def _reset_every_row(cfg, state, memory, rows):
+    return reference.reset(cfg, state, memory)
+
+
+def _reset_keeps_the_position(cfg, state, memory, rows):
+    return reference.reset(cfg, state, memory, rows)._replace(position=state.position)
+
+
+def _reset_to_the_first_memory(cfg, state, memory, rows):
+    return reference.reset(cfg, state, Memory(*(x[:1] for x in memory)), rows)
+
+
+def _select_sorted(cfg, state, rows):
+    return reference.select(cfg, state, sorted(rows))
+
+
+def _select_keeps_positions(cfg, state, rows):
+    return reference.select(cfg, state, rows)._replace(position=state.position[: len(rows)])
+
+
+def _select_shares(cfg, state, rows):
+    selected = reference.select(cfg, state, rows)
+    return selected if cfg.memory_scope == "sequence" else selected._replace(memory=state.memory)
+
+
+def _concat_reversed(cfg, states):
+    return reference.concat(cfg, states[::-1])
+
+
+def _concat_first_position(cfg, states):
+    joined = reference.concat(cfg, states)
+    return joined._replace(position=np.resize(states[0].position, joined.position.shape))
+
+
+def _put_elsewhere(cfg, state, rows, other):
+    return reference.put(cfg, state, [(row + 1) % len(state.position) for row in rows], other)
+
+
+def _put_tables_alone(cfg, state, rows, other):
+    return state._replace(memory=reference.put(cfg, state, rows, other).memory)
+
+
+def _pending_of_the_first(cfg, state):
+    counts = reference.pending(cfg, state)
+    return np.full_like(counts, counts[0])
+
+
+def _flush_of_all(cfg, state, rows=None):
+    return reference.flush(cfg, state)
+
+
+def _flush_counts_all(cfg, state, rows=None):
+    return reference.flush(cfg, state, rows)[0], reference.flush(cfg, state)[1]
+
+
+def _from_memory(name, change):
+    """``change(cfg, memory, options)`` is what ``apply`` returns where it is given a memory in place of a state."""
+
+    def apply(cfg, state, **options):
+        return change(cfg, state, options) if isinstance(state, Memory) else reference.apply(cfg, state, **options)
+
+    return _wrong(name, "from a memory", apply=apply)
+
+
+def _unmasked(cfg, memory, options):
+    return reference.apply(cfg, memory, **options | {"mask": None})
+
+
+def _without_writes(cfg, memory, options):
+    return reference.apply(cfg, memory, **options | {"update": False})
+
+
+def _in_place_reads_only(cfg, state, inplace=False, **options):
+    return reference.apply(cfg, state, **options | ({"update": False} if inplace else {}))
 
 
 # update=False, and flush
@@ -123,13 +194,13 @@ def _forgets(output, state, length):
     return output, state.replace_pending(state.pending.map(np.zeros_like))
 
 
-def _flush_keeps_pending(cfg, state):
-    after, trace = reference.flush(cfg, state)
+def _flush_keeps_pending(cfg, state, rows=None):
+    after, trace = reference.flush(cfg, state, rows)
     return after.replace_pending(state.pending), trace
 
 
-def _flush_keeps_mask(cfg, state):
-    after, trace = reference.flush(cfg, state)
+def _flush_keeps_mask(cfg, state, rows=None):
+    after, trace = reference.flush(cfg, state, rows)
     return after._replace(pending_mask=state.pending_mask), trace
 
 
@@ -156,10 +227,10 @@ def _chunk_in_place(cfg, memory, **tokens):
     return memory, losses
 
 
-def _reset_in_place(state, memory, rows):
-    for array, new in zip(state.pending, reference.reset(state, memory, rows).pending):
+def _reset_in_place(cfg, state, memory, rows):
+    for array, new in zip(state.pending, reference.reset(cfg, state, memory, rows).pending):
         array[...] = new
-    return reference.reset(state, memory, rows)
+    return reference.reset(cfg, state, memory, rows)
 
 
 FUNCTIONS = [
@@ -176,10 +247,25 @@ FUNCTIONS = [
     _wrong("init_memory of another seed", "init_memory", init_memory=_another_seed),
     _wrong("init_memory alike for every row", "init_memory", init_memory=_repeated),
     _wrong("one memory for the first row alone", "init_state", init_state=_first_row_alone),
-    _wrong("reset does nothing", "reset", reset=lambda state, memory, rows: state),
+    _wrong("reset does nothing", "reset", reset=lambda cfg, state, memory, rows: state),
     _wrong("reset keeps pending tokens", "reset", reset=_reset_tables_alone),
     _wrong("reset of every row", "reset", reset=_reset_every_row),
-    _wrong("reset of the count", "reset", reset=_reset_the_count),
+    _wrong("reset keeps the position", "reset", reset=_reset_keeps_the_position),
+    _wrong("reset to the first row's memory", "reset", reset=_reset_to_the_first_memory),
+    _wrong("select in the state's order", "select", select=_select_sorted),
+    _wrong("select keeps the positions", "select", select=_select_keeps_positions),
+    _wrong("select shares the one memory", "apart", select=_select_shares),
+    _wrong("concat in reverse", "concat", concat=_concat_reversed),
+    _wrong("concat takes the first state's positions", "concat", concat=_concat_first_position),
+    _wrong("put at another row", "put", put=_put_elsewhere),
+    _wrong("put of the tables alone", "put", put=_put_tables_alone),
+    _wrong("pending tokens of the first row", "pending, nbytes", pending=_pending_of_the_first),
+    _wrong("nbytes of the tables alone", "pending, nbytes", nbytes=lambda state: sum(x.nbytes for x in state.memory)),
+    _wrong("flush takes no rows", "flush rows", flush=_flush_of_all),
+    _wrong("flush of rows counts the writes of all", "flush rows", flush=_flush_counts_all),
+    _from_memory("a memory is read without the mask", _unmasked),
+    _from_memory("a memory is read and not written", _without_writes),
+    _wrong("a call in place writes nothing", "apart", apply=_in_place_reads_only),
     _wrong("update=False writes", "update=False state", apply=_writes),
     _read_only("update=False moves the position", "state", _moves_on),
     _read_only("update=False drops pending tokens", "state", _forgets),
