@@ -204,17 +204,17 @@ def write_keys(
         at: scores of what the tokens of the chunk picked in these keys.
         subkeys: ``[M, H, 2, R, k]`` ids of what they picked.
         counted: ``[M, R]``, 1 over the number of the chunk's unmasked tokens for each of them, 0 for others.
-        active: ``[M]``, the memories in which the chunk has a pair.
+        active: ``[M]``, the memories to write.
         moves: ``[M, H, 2, S, 1]``, the sub-keys that move, where that is known.
 
     Returns:
-        the new keys, which of them moved, and the loss ``[M]``.
+        the new keys, which of them moved, and the loss ``[M]`` of each memory, written or not.
     """
     gradient, loss = key_gradient(cfg, query, keys, at, subkeys, counted)
     new = step(jnp, cfg, keys, gradient)
     if moves is None:
         moves = active[:, None, None, None, None] & finite_rows(new)[..., None]
-    return jnp.where(moves, new, keys), moves, loss * active
+    return jnp.where(moves, new, keys), moves, loss
 
 
 # --- Searching the codebooks ---

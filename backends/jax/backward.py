@@ -95,17 +95,16 @@ def _run_backward(cfg, plan, saved, gradient):
         if d_table is not None:
             last = gather(d_table, one.touched.ids, mode="fill", fill_value=0)
             d_rows = jnp.where((after < len(rows))[:, None], d_rows, last)
-        keys = one.keys if writes else of_rows(saved.keys, one.rows)
+        keys = one.keys if writes else of_rows(saved.keys, one.of)
         outputs, pull_back = jax.vjp(forward, keys, own, gather(saved.source, one.cells))
         d_reads = jnp.zeros_like(outputs[0]) if d_noted is None else gather(d_noted, one.new, mode="fill", fill_value=0)
-        d_own = of_rows(d_keys, one.rows) if writes else jnp.zeros_like(keys)
+        replaces = writes and not plan.is_shared
+        d_own = of_rows(d_keys, one.of) if replaces else jnp.zeros_like(keys)
         d_own, d_rows, d_tokens = pull_back((d_reads, d_own, d_rows))
-        if writes:
-            d_keys = lax.dynamic_update_slice_in_dim(d_keys, d_own, 0 if one.rows is None else one.rows[0], 0)
-        elif one.rows is None:
-            d_keys += d_own
+        if replaces:
+            d_keys = lax.dynamic_update_slice_in_dim(d_keys, d_own, 0 if one.of is None else one.of[0], 0)
         else:
-            d_keys = scatter_add(d_keys, one.rows, d_own, mode="drop")
+            d_keys = d_keys + d_own if one.of is None else scatter_add(d_keys, one.of, d_own, mode="drop")
         rows = lax.dynamic_update_slice_in_dim(rows, d_rows, offset, 0)
         return d_keys, rows, scatter_add(d_source, one.cells, d_tokens)
 
@@ -137,7 +136,8 @@ def _empty_residuals(cfg: FwPKMConfig, plan: Plan, memory: Memory, source: Array
             return None
 
         def one(memory: Memory, source: Array) -> RoundResiduals:
-            cells, of = jnp.zeros((rows, length), jnp.int32), jnp.zeros(rows, jnp.int32) if plan.packed else None
+            cells = jnp.zeros((rows, length), jnp.int32)
+            of = jnp.zeros(rows, jnp.int32) if plan.packed or plan.is_shared else None
             selected = select_window(cfg, memory, from_table(cfg, gather(source, cells)), of)
             moved = Moved(jnp.zeros((*selected.keys.shape[:-1], 1), bool), jnp.zeros(len(selected.rows), bool))
             kept = (selected.keys, moved) if writes else (None, None)

@@ -21,7 +21,7 @@ from fwpkm.backends.jax.streams import cells_after, plan_apply, plan_flush, plan
 from fwpkm.backends.jax.tokens import as_table, filled, from_table, live_rows, without
 from fwpkm.backends.jax.windows import SELF, Result, Write, compute_window, select_window
 from fwpkm.config import FwPKMConfig
-from fwpkm.containers import Lookup, Losses, Memory, State, Trace
+from fwpkm.containers import Lookup, Losses, Memory, State, Trace, memories_for
 from fwpkm.initial import initial_arrays
 from fwpkm.tokens import Tokens
 
@@ -53,8 +53,7 @@ def apply(
     if ends is not None:
         validation.check_cu_seqlens(ends.tolist(), tokens.length)
     if isinstance(state, Memory):
-        output, _, trace = apply(cfg, init_state(cfg, state, batch), query, value, gate, mask, cu_seqlens, update)
-        return output, None, trace
+        return _apply_from(cfg, state, batch, tokens, cu_seqlens, update)
     positions, writes = _known(state.position), True
     if positions is not None:
         validation.check_positions(cfg, positions.tolist())
@@ -68,6 +67,28 @@ def apply(
         return look.output, state, trace
     output, tables, pending, position, trace = _apply(cfg, writes, state, tokens, cu_seqlens)
     return output, State.of(state.memory if tables is None else tables, pending, position), trace
+
+
+def _apply_from(
+    cfg: FwPKMConfig, memory: Memory, batch: int, tokens: Tokens, cu_seqlens: Array | None, update: bool
+) -> tuple[Array, None, Trace]:
+    """``apply`` of sequences that begin from a memory of M = 1 and whose state nobody wants.
+
+    Only those longer than C + lag read what they wrote. The others read the one memory, and write nothing to it.
+    """
+    settled, owners = cfg.chunk_size + schedule.lag(cfg), batch
+    if cfg.memory_scope == "sequence" and not update:
+        owners = 0
+    elif cfg.memory_scope == "sequence":
+        owners = min(
+            batch, tokens.length // (settled + 1) if cu_seqlens is not None else batch * (tokens.length > settled)
+        )
+    if tokens.length == 0 or owners == batch:
+        start = init_state(cfg, memory, batch)
+        output, _, trace = apply(cfg, start, **tokens._asdict(), cu_seqlens=cu_seqlens, update=update)
+    else:
+        output, trace = _apply_shared(cfg, owners, batch, update, memory, tokens, cu_seqlens)
+    return output, None, trace
 
 
 def most_tokens(cfg: FwPKMConfig, batch: int, tokens: Tokens, ends: np.ndarray | None) -> np.ndarray:
@@ -199,6 +220,29 @@ def _apply(
     return look.output, Memory(result.keys, result.values) if writes else None, pending, position, trace
 
 
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _apply_shared(
+    cfg: FwPKMConfig,
+    owners: int,
+    batch: int,
+    update: bool,
+    memory: Memory,
+    tokens: Tokens,
+    cu_seqlens: Array | None,
+) -> tuple[Array, Trace]:
+    """``apply`` from a memory, of which at most so many rows need one of their own."""
+    dtype, size, packed = _dtype(memory, tokens.query), tokens.query[..., 0].size, cu_seqlens is not None
+    plan = plan_apply(cfg, batch, size, packed, True, fresh=True) if update else plan_read(cfg, batch, size, packed)
+    plan = plan._replace(is_shared=owners == 0)
+    streams = streams_of(cfg, plan, jnp.zeros(batch, jnp.int32), tokens.mask, cu_seqlens)
+    is_owner = streams.lengths > cfg.chunk_size + schedule.lag(cfg)
+    owned = jnp.where(is_owner, jnp.cumsum(is_owner, dtype=jnp.int32), 0) if owners else jnp.zeros(batch, jnp.int32)
+    tables = Memory(*(jnp.broadcast_to(x, (1 + owners, *x.shape[1:])) for x in _tables(memory, dtype)))
+    result = run(cfg, plan, tables, _source(dtype, tokens), streams._replace(tables=owned))
+    look, trace = _reading(cfg, result, tokens, streams.due)
+    return look.output, trace
+
+
 @partial(jax.jit, static_argnums=(0,))
 def _read_only(
     cfg: FwPKMConfig, memory: Memory, tokens: Tokens, cu_seqlens: Array | None = None
@@ -263,6 +307,6 @@ def _reading(cfg: FwPKMConfig, result: Result, tokens: Tokens, due: Array) -> tu
     if tokens.mask is not None and cfg.memory_scope == "batch":  # there they are read, as they take a tick
         reads, slots = (jnp.where(tokens.mask[..., None], x, 0) for x in (reads, slots))
     output, weights = jnp.split(reads, [cfg.value_dim], axis=-1)
-    writes = due.reshape(len(result.keys), -1)[:, 0]
+    writes = due.reshape(memories_for(cfg, len(due)), -1)[:, 0]
     trace = Trace(slots, jax.lax.stop_gradient(weights), *result.losses, writes)
     return Lookup(output.astype(tokens.query.dtype), slots, weights), trace

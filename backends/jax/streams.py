@@ -43,6 +43,8 @@ class Plan(NamedTuple):
     """rows that such a round takes."""
     columns: int
     """the most writes of one memory."""
+    is_shared: bool = False
+    """No row ever reads what it wrote, so that all read one memory and nothing is written to it."""
 
     @property
     def write_size(self) -> int:
@@ -86,6 +88,8 @@ class Streams(NamedTuple):
     """``[G, rows]``: rows that are read together, ascending; None where all are."""
     read_ends: Array
     """``[G]``: the rounds up to the last read of each group."""
+    tables: Any = None
+    """``[B]``: which memory a row reads, 0 for one that nobody writes; None where each has its own, or all the one."""
 
 
 class Round(NamedTuple):
@@ -101,14 +105,30 @@ class Round(NamedTuple):
     """the chunk that it writes, if it does."""
 
 
-def plan_apply(cfg: FwPKMConfig, batch: int, new: int, packed: bool, writes: bool) -> Plan:
-    """n tokens after at most P pending ones of each row; ``writes`` is False where it is known that none falls due."""
+def plan_apply(cfg: FwPKMConfig, batch: int, new: int, packed: bool, writes: bool, fresh: bool = False) -> Plan:
+    """n tokens after at most P pending ones of each row, or none in ``fresh`` ones.
+
+    ``writes`` is False where it is known that no chunk falls due.
+    """
     length, window = new if packed else new // batch, cfg.chunk_size + schedule.lag(cfg)
     most = columns = schedule.max_writes(cfg, length)
-    if packed:  # the sum of ceil(n_b / C) over rows with tokens
+    if fresh:
+        most = length // cfg.chunk_size
+    elif packed:  # the sum of ceil(n_b / C) over rows with tokens
         most = (new + min(batch, new) * (cfg.chunk_size - 1)) // cfg.chunk_size
     longest = min(length, window - 1)
-    plan = Plan(batch, cfg.capacity, new, packed, most if writes or window == 1 else 0, window, 0, 0, batch, columns)
+    plan = Plan(
+        batch,
+        0 if fresh else cfg.capacity,
+        new,
+        packed,
+        most if writes or window == 1 else 0,
+        window,
+        0,
+        0,
+        batch,
+        columns,
+    )
     return _reading(plan, longest, longest)
 
 

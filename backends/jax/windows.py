@@ -23,7 +23,7 @@ from fwpkm.backends.jax.streams import Plan, Round, Streams, cells_of, of_rows, 
 from fwpkm.backends.jax.tokens import NAME, ahead, by_memory, from_table, halves, outer, without
 from fwpkm.backends.jax.values import Touched, read, write_rows
 from fwpkm.config import FwPKMConfig
-from fwpkm.containers import Losses, Memory
+from fwpkm.containers import Losses, Memory, memories_for
 from fwpkm.rules import write_scale
 from fwpkm.tokens import Tokens
 from fwpkm.validation import Implementation
@@ -119,8 +119,8 @@ class RoundResiduals(NamedTuple):
     """``[R, n]`` which of the call's tokens it is the first to read; past them for others, and for dead ones."""
     touched: Touched
     selection: Selection
-    rows: Any
-    """``[R]`` ids of the rows; None is all."""
+    of: Any
+    """``[R]`` the memories that its rows read; None is all."""
     keys: Any
     """the codebooks that it read; None where those are what the call gives, as nothing is written after it."""
     moved: Any
@@ -181,6 +181,7 @@ def compute_window(
     num_slots: int,
     moved: Moved | None = None,
     first: Array | int = 0,
+    may_write: Array | bool = True,
 ) -> Computed:
     """Read a window and perform its write, if it has one.
 
@@ -194,6 +195,7 @@ def compute_window(
         num_slots: N.
         moved: what the write moves, where an earlier pass has found it.
         first: the first of the memories, all others following it.
+        may_write: ``[M]``; elsewhere losses are all that a write gives.
     """
     memories, shape, row_index = len(keys), window.mask.shape, selected.touched.row_index
     query = halves(cfg, window.query, memories)
@@ -206,7 +208,8 @@ def compute_window(
     # Floats in one sum, as an any of each window's flags would compile for a fifth of a second.
     flags = jnp.stack([by_memory(x, memories) for x in (write.counted, write.pair)]).astype(keys.dtype)
     num_counted, num_pairs = flags.sum(-1)
-    counted, active = flags[0] / jnp.maximum(num_counted, 1)[:, None], num_pairs > 0
+    counted, has_pair = flags[0] / jnp.maximum(num_counted, 1)[:, None], num_pairs > 0
+    active = has_pair & may_write
     keys_move, rows_move = (None, None) if moved is None else (moved.keys, moved.rows)
     keys, keys_move, addressing = write_keys(
         cfg, query, keys, at, selected.selection.subkeys, counted, active, keys_move
@@ -224,7 +227,7 @@ def compute_window(
         keys=keys,
         rows=rows,
         memorization=memorization,
-        addressing=lax.stop_gradient(addressing),
+        addressing=lax.stop_gradient(addressing * has_pair),
         moved=Moved(keys_move, rows_move),
     )
 
@@ -263,11 +266,14 @@ def windows(
             weight = gather(result.reads[:, width], new, mode="fill", fill_value=0)
             cells = jnp.where(jnp.isnan(weight), plan.empty, cells)
         window = from_table(cfg, gather(source, cells))
-        selected = select_window(cfg, Memory(result.keys, result.values), window, at.rows)
+        of = at.rows if streams.tables is None else of_rows(streams.tables, at.rows)
+        selected = select_window(cfg, Memory(result.keys, result.values), window, of)
         live = without(window, selected.dead)
         write = chunk_of(cfg, live, of_rows(streams.due, at.rows) > at.chunk) if writes else None
-        first = 0 if at.rows is None else at.rows[0]
-        computed = compute_window(cfg, selected.keys, selected.rows, live, selected, write, num_slots, first=first)
+        computed = compute_window(
+            cfg, selected.keys, selected.rows, live, selected, write, num_slots,
+            first=0 if of is None else of[0], may_write=True if streams.tables is None else of > 0,
+        )  # fmt: skip
         new = jnp.where((place >= at.first[:, None]) & (new < plan.new), new, plan.new)
         if plan.new:
             reads = jnp.where(live.mask[..., None], noted(computed), jnp.nan)
@@ -281,7 +287,7 @@ def windows(
             jnp.where(live.mask, new, plan.new),
             selected.touched,
             selected.selection,
-            at.rows,
+            of,
             selected.keys if writes else None,
             computed.moved,
         )
@@ -291,12 +297,16 @@ def windows(
         result, residuals = carry
         at = write_round(cfg, plan, streams, index)
         result, computed, (selected, one) = read_window(result, at, plan.window, True)
-        values = selected.touched.put(result.values.reshape(-1, width), computed.rows).reshape(result.values.shape)
-        row = np.int32(0) if at.rows is None else at.rows[0]
-        keys = lax.dynamic_update_slice_in_dim(result.keys, computed.keys, row, 0)
+        row: Any = np.int32(0) if at.rows is None else at.rows[0]
         both = zip(result.losses, (computed.memorization, computed.addressing))
         losses = Losses(*(lax.dynamic_update_slice(x, y[:, None], (row, at.chunk)) for x, y in both))
-        return result._replace(keys=keys, values=values, losses=losses), keep(residuals, "writes", index, selected, one)
+        result = result._replace(losses=losses)
+        if not plan.is_shared:
+            values = selected.touched.put(result.values.reshape(-1, width), computed.rows).reshape(result.values.shape)
+            of = row if streams.tables is None else gather(streams.tables, row)
+            keys = lax.dynamic_update_slice_in_dim(result.keys, computed.keys, of, 0)
+            result = result._replace(keys=keys, values=values)
+        return result, keep(residuals, "writes", index, selected, one)
 
     def read_only(index: Array, carry: tuple[Result, Residuals | None]) -> tuple[Result, Residuals | None]:
         result, residuals = carry
@@ -328,7 +338,7 @@ def noted(computed: Computed) -> Array:
 def _nothing_read(cfg: FwPKMConfig, plan: Plan, memory: Memory) -> Result:
     """The result of a call of which nothing has been read yet."""
     entries, dtype = cfg.slots_per_token, memory.keys.dtype
-    losses = jnp.zeros((len(memory.keys), plan.columns), dtype)
+    losses = jnp.zeros((memories_for(cfg, plan.batch), plan.columns), dtype)
     reads = jnp.zeros((plan.new, cfg.value_dim + entries), dtype)
     return Result(*memory, reads, jnp.zeros((plan.new, entries), jnp.int32), Losses(losses, losses))
 
