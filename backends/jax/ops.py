@@ -280,7 +280,7 @@ def _chunk_update(cfg: FwPKMConfig, memory: Memory, chunk: Tokens, pair: Array |
     finite_target = jnp.isfinite(chunk.value).all(-1)  # those that are not finite make no pair, but are read
     table = as_table(chunk._replace(value=jnp.where(finite_target[..., None], chunk.value, 0)))
     chunk = from_table(cfg, live_rows(table, chunk.mask).reshape(*chunk.mask.shape, -1))
-    selected = select_window(cfg, memory, chunk)._replace(ranks=None)
+    selected = select_window(cfg, memory, chunk)._replace(found=None)
     chunk = without(chunk, selected.dead)
     write = Write(chunk.value, chunk.mask & finite_target & (True if pair is None else pair), chunk.mask)
     computed = compute_window(cfg, selected.keys, selected.rows, chunk, selected, write, cfg.num_slots)

@@ -14,12 +14,16 @@ from fwpkm.backends.jax.tokens import no_tokens, outer
 from fwpkm.backends.jax.windows import SELF
 from fwpkm.config import FwPKMConfig
 from fwpkm.containers import Memory, State, memories_for
+from fwpkm.tokens import Tokens
 
 
 def init_state(cfg: FwPKMConfig, memory: Memory, batch_size: int) -> State:
     """A state at position 0 that owns a copy of ``memory``."""
     validation.check_initial(cfg, memory, batch_size, SELF)
-    return _init_state(cfg, batch_size, memory)
+    memory, pending = _initial(cfg, batch_size, memory)
+    with jax.ensure_compile_time_eval():  # so that a call from it under jit knows where its rows stand
+        position = jnp.zeros(batch_size, jnp.int32)
+    return State.of(memory, pending, position)
 
 
 def reset(cfg: FwPKMConfig, state: State, memory: Memory, rows: Any = None) -> State:
@@ -77,10 +81,10 @@ def is_traced(x: Any) -> bool:
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _init_state(cfg: FwPKMConfig, batch_size: int, memory: Memory) -> State:
+def _initial(cfg: FwPKMConfig, batch_size: int, memory: Memory) -> tuple[Memory, Tokens]:
     memories = memories_for(cfg, batch_size)
     tables = Memory(*(jnp.broadcast_to(x, (memories, *x.shape[1:])) for x in memory))
-    return State.of(tables, no_tokens(cfg, batch_size, memory.keys.dtype), jnp.zeros(batch_size, jnp.int32))
+    return tables, no_tokens(cfg, batch_size, memory.keys.dtype)
 
 
 @jax.jit

@@ -10,6 +10,7 @@ one that reads, so they never cost B times T. All counts are arrays: nothing her
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from fwpkm import schedule
@@ -43,6 +44,8 @@ class Plan(NamedTuple):
     """rows that such a round takes."""
     columns: int
     """the most writes of one memory."""
+    is_one_loop: bool = False
+    """What no write covers is read as a last window that is not due: one loop compiles in half the time of two."""
     is_shared: bool = False
     """No row ever reads what it wrote, so that all read one memory and nothing is written to it."""
 
@@ -116,19 +119,11 @@ def plan_apply(cfg: FwPKMConfig, batch: int, new: int, packed: bool, writes: boo
         most = length // cfg.chunk_size
     elif packed:  # the sum of ceil(n_b / C) over rows with tokens
         most = (new + min(batch, new) * (cfg.chunk_size - 1)) // cfg.chunk_size
-    longest = min(length, window - 1)
-    plan = Plan(
-        batch,
-        0 if fresh else cfg.capacity,
-        new,
-        packed,
-        most if writes or window == 1 else 0,
-        window,
-        0,
-        0,
-        batch,
-        columns,
-    )
+    most = most if writes or window == 1 else 0
+    capacity, longest = 0 if fresh else cfg.capacity, min(length, window - 1)
+    plan = Plan(batch, capacity, new, packed, most, window, 0, 0, batch, columns)
+    if most and not packed and longest == window - 1:  # as long as a window
+        return plan._replace(writes=most + 1, is_one_loop=True)
     return _reading(plan, longest, longest)
 
 
@@ -172,16 +167,16 @@ def streams_of(
         cu_seqlens: ``[B+1]`` int32 for packed ones.
         due: ``[B]``, where the schedule does not say it.
     """
-    rows = jnp.arange(plan.batch + 1, dtype=jnp.int32)
-    ends, new_tokens = rows * (plan.new // plan.batch) if cu_seqlens is None else cu_seqlens, None
+    ends: Any = np.arange(plan.batch + 1, dtype=np.int32) * (plan.new // plan.batch)
+    ends, new_tokens = ends if cu_seqlens is None else cu_seqlens, None
     # In batch scope the one clock of all rows counts masked tokens too.
     if mask is not None and cfg.memory_scope == "sequence":
         there = mask.ravel()
         up_to = jnp.cumsum(there, dtype=jnp.int32)
         at = jnp.arange(plan.new, dtype=jnp.int32)
         new_tokens = put(jnp.zeros_like(at), jnp.where(there, up_to - 1, plan.new), at, mode="drop")
-        ends = gather(jnp.append(jnp.int32(0), up_to), ends)
-    first_new = ends[:-1]
+        ends = gather(jnp.append(jnp.int32(0), up_to), jnp.asarray(ends))
+    first_new = jnp.asarray(ends[:-1])
     lengths = num_pending + ends[1:] - first_new
     if due is None:
         due = schedule.written(cfg, lengths) if plan.writes else jnp.zeros_like(lengths)
@@ -198,8 +193,11 @@ def streams_of(
     else:
         longest = unread.max()[None]
     steps = -(-jnp.maximum(longest, 0) // max(plan.block, 1))
-    ends_of = (jnp.cumsum(x, dtype=jnp.int32) if plan.packed else x for x in (jnp.atleast_1d(last), steps))
-    write_ends, read_ends = ends_of
+    write_ends, read_ends = jnp.atleast_1d(last), steps
+    if plan.packed:
+        write_ends, read_ends = (jnp.cumsum(x, dtype=jnp.int32) for x in (write_ends, read_ends))
+    elif plan.is_one_loop:
+        write_ends += (longest > 0).astype(jnp.int32)
     tail = jnp.append(tail, jnp.int32(_FAR))
     return Streams(num_pending, lengths, due, first_new, new_tokens, write_ends, tail, groups, read_ends)
 

@@ -50,8 +50,8 @@ class Selected(NamedTuple):
     """where those rows stand."""
     selection: Selection
     """what they picked."""
-    ranks: Any
-    """``[M, H, 2, R, k]`` of that; None where they are to be computed, to be differentiated."""
+    found: Any
+    """``Found`` on the way; None where it is to be computed, to be differentiated."""
     dead: Any
     """``[B, n]`` bool: some selected score is not finite; None once such tokens are blanked."""
 
@@ -152,16 +152,25 @@ def memorization_loss(error: Array, gate: Array, pair: Array, memories: int) -> 
     return terms.reshape(memories, -1).sum(1)
 
 
-def select_window(cfg: FwPKMConfig, memory: Memory, window: Tokens, of: Array | None = None) -> Selected:
-    """Find what a window's tokens pick, all of them finite: in the memories ``of`` [R], or in all."""
+def select_window(
+    cfg: FwPKMConfig, memory: Memory, window: Tokens, of: Array | None = None, distinct: bool = True
+) -> Selected:
+    """Find what a window's tokens pick, all of them finite: in the memories ``of`` [R], or in all.
+
+    Rows that are neither written nor differentiated need not be ``distinct``, which takes a sort.
+    """
     memories, slots, width = memory.values.shape
     keys, of = of_rows(memory.keys, of), jnp.arange(memories, dtype=jnp.int32) if of is None else of
-    selection, ranks = select_slots(cfg, halves(cfg, window.query, len(keys)), keys)
+    selection, found = select_slots(cfg, halves(cfg, window.query, len(keys)), keys)
     entries = (selection.slots + slots * of[:, None, None]).reshape(-1, cfg.slots_per_token)
+    finite, table = selection.finite.reshape(window.mask.shape), memory.values.reshape(-1, width)
+    if not distinct:
+        touched = Touched(entries.ravel(), None)
+        return Selected(keys, gather(table, touched.ids, mode="clip"), touched, selection, found, ~finite)
     touched = Touched.of(entries, memories * slots)
     # Without the barrier XLA may read the tables again where these are used, after a write, and so copies them first.
-    keys, rows = lax.optimization_barrier((keys, touched.gather(memory.values.reshape(-1, width))))
-    return Selected(keys, rows, touched, selection, ranks, ~selection.finite.reshape(window.mask.shape))
+    keys, rows = lax.optimization_barrier((keys, touched.gather(table)))
+    return Selected(keys, rows, touched, selection, found, ~finite)
 
 
 def chunk_of(cfg: FwPKMConfig, window: Tokens, may_write: Array | bool = True) -> Write:
@@ -199,9 +208,12 @@ def compute_window(
     """
     memories, shape, row_index = len(keys), window.mask.shape, selected.touched.row_index
     query = halves(cfg, window.query, memories)
-    at = address(cfg, query, keys, selected.selection, selected.ranks)
+    at = address(cfg, query, keys, selected.selection, selected.found)
     weights = at.weights.reshape(-1, cfg.slots_per_token)
-    reads = read(rows, row_index, weights)
+    if row_index is None:
+        reads = (weights[..., None] * rows.reshape(*weights.shape, -1)).sum(1)
+    else:
+        reads = read(rows, row_index, weights)
     computed = Computed(reads.reshape(*shape, -1), weights.reshape(*shape, -1), keys, rows)
     if write is None:
         return computed
@@ -267,7 +279,8 @@ def windows(
             cells = jnp.where(jnp.isnan(weight), plan.empty, cells)
         window = from_table(cfg, gather(source, cells))
         of = at.rows if streams.tables is None else of_rows(streams.tables, at.rows)
-        selected = select_window(cfg, Memory(result.keys, result.values), window, of)
+        distinct = writes or residuals is not None
+        selected = select_window(cfg, Memory(result.keys, result.values), window, of, distinct)
         live = without(window, selected.dead)
         write = chunk_of(cfg, live, of_rows(streams.due, at.rows) > at.chunk) if writes else None
         computed = compute_window(
@@ -327,7 +340,8 @@ def windows(
         carry = lax.fori_loop(0, streams.write_ends[-1], write, carry)
     if plan.reads:
         carry = lax.fori_loop(0, streams.read_ends[-1], read_only, carry)
-    return carry
+    result, residuals = carry
+    return result._replace(losses=Losses(*(x[:, : plan.columns] for x in result.losses))), residuals
 
 
 def noted(computed: Computed) -> Array:
@@ -338,7 +352,7 @@ def noted(computed: Computed) -> Array:
 def _nothing_read(cfg: FwPKMConfig, plan: Plan, memory: Memory) -> Result:
     """The result of a call of which nothing has been read yet."""
     entries, dtype = cfg.slots_per_token, memory.keys.dtype
-    losses = jnp.zeros((memories_for(cfg, plan.batch), plan.columns), dtype)
+    losses = jnp.zeros((memories_for(cfg, plan.batch), plan.columns + plan.is_one_loop), dtype)
     reads = jnp.zeros((plan.new, cfg.value_dim + entries), dtype)
     return Result(*memory, reads, jnp.zeros((plan.new, entries), jnp.int32), Losses(losses, losses))
 
