@@ -21,6 +21,7 @@ from fwpkm.backends.keras.tokens import (
     finite,
     finite_rows,
     halves,
+    nan_where,
     without,
 )
 from fwpkm.backends.keras.values import memorization_loss, read, rows_of, write_values
@@ -79,7 +80,9 @@ def select_window(cfg: FwPKMConfig, memory: Memory, window: Tokens) -> tuple[Rea
     row_index = rows_of(memory.values, selection.slots)
     output = read(memory.values, row_index, selection.weights)
     weights = ops.stop_gradient(by_row(selection.weights, window))
-    reads = Reads(_nan(by_row(output, window), dead), by_row(selection.slots, window), _nan(weights, dead), dead)
+    reads = Reads(
+        nan_where(dead, by_row(output, window)), by_row(selection.slots, window), nan_where(dead, weights), dead
+    )
     return reads, Selected(selection, without(window, dead), row_index, output)
 
 
@@ -168,7 +171,3 @@ def _write(
     keys, addressing = write_keys(cfg, memory.keys, selected.selection, flags)
     losses = Losses(memorization_loss(error, gate, pair), addressing)
     return Memory(keys, values), Losses(*map(ops.stop_gradient, losses))
-
-
-def _nan(x: Array, dead: Array) -> Array:
-    return ops.where(dead[..., None], ops.cast(float("nan"), x.dtype), x)
