@@ -165,8 +165,9 @@ class FwPKM(keras.layers.Layer):
         """What the tokens bring to the memory."""
         # What is not finite must not reach the projections: their weights' gradients would be 0 · NaN. Nor must a
         # token that is not there.
+        x = x if mask is None else blank(x, ~mask)
         dead = ~finite_rows(x)
-        x = blank(x, dead if mask is None else dead | ~mask)
+        x = blank(x, dead)
         query, value = self._project("query", x), self._project("value", x)
         value = zscore(ops, _wide(value)) if self.value_norm == "zscore" else value
         value = nan_where(dead, value)  # so that the memory sees it: such a token takes its position
