@@ -203,5 +203,5 @@ def _check_values(cfg: FwPKMConfig, state: State, cu_seqlens: Array | None, leng
     """Check numbers where they are known, which they are not while a graph is traced."""
     if hasattr(state.position, "numpy"):
         validation.check_positions(cfg, state.position.numpy().tolist())
-    if hasattr(cu_seqlens, "numpy") and length is not None:
+    if cu_seqlens is not None and hasattr(cu_seqlens, "numpy") and length is not None:
         validation.check_cu_seqlens(cu_seqlens.numpy().tolist(), length)

@@ -119,8 +119,8 @@ def windows(cfg: FwPKMConfig, memory: Memory, streams: Streams, tokens: Tokens) 
 
     def read_one(window: Array, memory: Memory, reads: Reads, losses: Losses) -> tuple:
         start = ops.zeros_like(streams.due) + window * size
-        here = streams.tokens(streams.cells(start, size + lag), reads.dead)
-        here, memory, written = write_window(cfg, memory, here, streams.due > window)
+        tokens = streams.tokens(streams.cells(start, size + lag), reads.dead)
+        here, memory, written = write_window(cfg, memory, tokens, streams.due > window)
         first = (streams.index >= _read_before(cfg, window)) & (streams.index < (window + 1) * size + lag)
         column = ops.arange(columns, dtype="int32") == window
         losses = Losses(*(ops.where(column, x[:, None], all_) for x, all_ in zip(written, losses)))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from keras import ops
-from keras_suite.layers import BACKEND, HIDDEN, SMALL, gradients, inputs, make, native, numpy
+from keras_suite.layers import BACKEND, HIDDEN, SMALL, gradients, inputs, make, numpy
 
 import fwpkm
 from fwpkm import FwPKMConfig, agreement, config

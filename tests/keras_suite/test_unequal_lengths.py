@@ -114,7 +114,7 @@ def test_what_does_not_fit_segment_ids():
         make()(x, segment_ids=ids, initial_state=state)
     with pytest.raises(ValueError, match=r"segment_ids must have shape \[B=4, T=20\]. Received: shape \(4, 19\)"):
         make()(x, segment_ids=ids[:, 1:])
-    with pytest.raises(ValueError, match="segment_ids must have an integer dtype. Received: dtype float32"):
+    with pytest.raises(ValueError, match=r"segment_ids must have an integer dtype\. Received: dtype float32"):
         make()(x, segment_ids=ids.astype("float32"))
 
 
