@@ -28,8 +28,7 @@ VARYING = ["start", "length", "first", "num_tokens", "rows"]
 
 @triton.jit
 def not_due(due, memory):
-    """Whether a program is to do nothing: ``due`` is None, or a number a memory on the GPU that a captured graph asks.
-    """
+    """Whether a program is to do nothing: ``due`` is None, or has a number of each memory that a graph asks."""
     result = False
     if due is not None:
         result = tl.load(due + memory) == 0
@@ -38,8 +37,7 @@ def not_due(due, memory):
 
 @triton.jit
 def takes_position(there, SCOPE: tl.constexpr):
-    """Whether the clock of a row's memory goes on (§5): with each token in batch scope, else with those that are there.
-    """
+    """Whether the clock of a row's memory goes on (§5): in batch scope with any token, else if it is ``there``."""
     if SCOPE == "sequence":
         takes = there
     elif SCOPE == "batch":
