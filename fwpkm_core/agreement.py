@@ -106,23 +106,47 @@ def deciding_gap(cfg: FwPKMConfig, memory: Memory, query: Array) -> Array:
     return np.where(np.isfinite(gaps), gaps, np.inf).min(axis=-1)
 
 
-def comparable_tokens(cfg: FwPKMConfig, memory: Memory, tokens: Tokens, gap: float = GAP) -> int:
-    """How many tokens two float32 runs may be compared over: all before the first chunk that holds a smaller gap (§6).
+def comparable_tokens(
+    cfg: FwPKMConfig, memory: Memory, tokens: Tokens, gap: float = GAP, cu_seqlens: Array | None = None
+) -> int:
+    """How many time steps two float32 runs may be compared over: up to the first chunk that holds a smaller gap (§6).
 
-    Follows the float64 reference from the start of a sequence and looks at every read, those repeated by the writes
-    too. T where no gap is smaller; else a multiple of C. Runs cut there read nothing that could differ, flush included.
+    Follows the float64 reference from the start of the sequences and looks at every read of a token that is there,
+    those repeated by the writes too. T where no gap is smaller. Runs cut there read nothing that could differ, flush
+    included.
+
+    Args:
+        cfg: the configuration.
+        memory: the tables that the sequences begin with.
+        tokens: ``[B, T, ...]``, or packed ``[1, T, ...]``.
+        gap: what counts as smaller.
+        cu_seqlens: ``[B+1]`` of packed ones.
     """
     memory = Memory(*(np.asarray(table, dtype=np.float64) for table in memory))
     tokens = tokens.map(lambda x: x if x.dtype == bool else np.asarray(x, dtype=np.float64))
-    batch, length, _ = tokens.query.shape
-    state = reference.init_state(cfg, memory, batch_size=batch)
-    for start, stop, _ in windows(cfg, 0, length):
+    mask = np.ones(tokens.query.shape[:2], bool) if tokens.mask is None else tokens.mask
+    flat, (_, length) = tokens.map(lambda x: x.reshape(-1, *x.shape[2:])), mask.shape
+    end = length
+    for m, at in enumerate(reference.sequences(cfg, mask, cu_seqlens)):
+        own = Memory(*(table[min(m, len(table) - 1)][None] for table in memory))
+        alone = _comparable_alone(cfg, own, flat.map(lambda x, at=at: x[at]), gap)
+        if alone < at.shape[1]:
+            end = min(end, int(at[0, alone]) % length)
+    return end
+
+
+def _comparable_alone(cfg: FwPKMConfig, memory: Memory, tokens: Tokens, gap: float) -> int:
+    """The same of the tokens that read one memory, by its clock: all, or a multiple of C."""
+    state = reference.init_state(cfg, memory, batch_size=len(tokens.query))
+    for start, stop, _ in windows(cfg, 0, tokens.length):
         first = written(cfg, start) * cfg.chunk_size  # from here on, tokens are read again by a write yet to come
-        close = deciding_gap(cfg, state.memory, tokens.query[:, first:stop]).min(axis=0) <= gap
+        part = tokens.slice(first, stop)
+        gaps = deciding_gap(cfg, state.memory, part.query)
+        close = ((gaps <= gap) if part.mask is None else (gaps <= gap) & part.mask).any(axis=0)
         if close.any():
             return (first + int(close.argmax())) // cfg.chunk_size * cfg.chunk_size
         state = reference.apply(cfg, state, **tokens.slice(start, stop).present())[1]
-    return length
+    return tokens.length
 
 
 def _gap_after(descending: Array, k: int) -> Array:

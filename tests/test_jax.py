@@ -153,9 +153,9 @@ def big_inputs(length=8):
     return BE.init_state(BIG, memory, 1), tokens
 
 
-def copies_of_tables(text):
-    """Instructions of a compiled program that copy an array as large as the value table."""
-    shape = rf"f32\[(1,)?{BIG.num_slots},{BIG.value_dim}\]\S* copy"
+def copies_of_tables(text, rows=1):
+    """Instructions of a compiled program that copy an array as large as the value tables."""
+    shape = rf"f32\[({rows},{BIG.num_slots}|{rows * BIG.num_slots}),{BIG.value_dim}\]\S* copy"
     return [line.strip() for line in text.splitlines() if re.search(rf"= {shape}", line)]
 
 

@@ -12,8 +12,8 @@ from asserting import assert_close
 import fwpkm
 from fwpkm.backends import jax as backend
 from fwpkm.backends.jax import FwPKM
-from fwpkm.backends.jax.tokens import numbers
 from fwpkm.backends.torch import FwPKM as TorchFwPKM
+from fwpkm.tokens import NUMBERS
 
 HIDDEN = 6
 SMALL = {"key_dim": 8, "value_dim": 5, "num_heads": 2, "num_subkeys": 5, "top_k": 2, "chunk_size": 4}
@@ -41,7 +41,7 @@ def pair(request, tmp_path):
 def inputs(length=11, batch=2):
     rng = np.random.default_rng(2)
     x, mask = rng.normal(size=(batch, length, HIDDEN)), rng.uniform(size=(batch, length)) < 0.8
-    x[0, 6, 1] = np.nan
+    x[0, 6, 1], mask[0, 6] = np.nan, True
     return x, mask
 
 
@@ -141,7 +141,8 @@ def test_low_precision_weights_leave_the_tables_in_float32():
     assert {x.dtype for x in jax.tree.leaves(variables["params"])} == {jnp.dtype("bfloat16")}
     y, state = layer.apply(variables, jnp.asarray(inputs()[0], jnp.float32))
     assert y.dtype == jnp.bfloat16
-    assert {x.dtype for x in (*state.memory, *numbers(state.pending).values())} == {jnp.dtype("float32")}
+    stored = [*state.memory, *(getattr(state.pending, name) for name in NUMBERS)]
+    assert {x.dtype for x in stored} == {jnp.dtype("float32")}
 
 
 def test_a_float64_layer_has_float64_tables():
@@ -188,3 +189,66 @@ def test_wrong_inputs_are_named():
             layer.apply(*arguments)
     with pytest.raises(ValueError, match="variables must have the form"):
         layer.export_tensors()
+
+
+@pytest.mark.parametrize("pair", [OPTIONS["plain"]], ids=["plain"], indirect=True)
+@pytest.mark.parametrize("packed", [False, True])
+def test_padding_changes_nothing_whatever_it_holds(pair, packed):
+    """Outputs, states and gradients are those of each row's tokens alone, NaN in the padding and past the last row."""
+    layer, variables, _ = pair
+    rng, sizes = np.random.default_rng(4), [5, 1, 9]
+    rows = [rng.normal(size=(1, n, HIDDEN)) for n in sizes]
+    rows[2][0, 3, 1] = np.inf  # dead: it takes its position
+    there = np.zeros((1, 17) if packed else (3, 11), bool)
+    arguments = {}
+    if packed:  # a token between that is masked, and one at the end that is in no sequence
+        at = [(0, np.arange(5)), (0, np.array([5])), (0, np.setdiff1d(np.arange(6, 16), [8]))]
+        arguments["cu_seqlens"] = jnp.asarray([0, 5, 6, 16], jnp.int32)
+    else:  # left, right and between
+        at = [(0, np.arange(6, 11)), (1, np.array([0])), (2, np.setdiff1d(np.arange(11), [2, 7]))]
+    for row, tokens in at:
+        there[row, tokens] = True
+    x = np.full((*there.shape, HIDDEN), np.nan)
+    for (row, tokens), own in zip(at, rows, strict=True):
+        x[row, tokens] = own[0]
+    weights = rng.normal(size=x.shape)
+
+    def loss(params, x, state, weights, **arguments):
+        y, state = layer.apply({**variables, "params": params}, x, state, **arguments)
+        return (jnp.where(jnp.isnan(y), 0, y) * weights).sum() + jnp.square(state.memory.values).sum(), (y, state)
+
+    gradient = jax.jit(jax.grad(loss, (0, 1), has_aux=True))
+    params, mask = variables["params"], jnp.asarray(there)
+    received, (y, state) = gradient(
+        params, jnp.asarray(x), layer.init_state(variables, 3), weights, mask=mask, **arguments
+    )
+    assert not np.asarray(y)[~there].any()
+    assert not np.asarray(received[1])[~there].any()
+    total = jax.tree.map(jnp.zeros_like, params)
+    for b, ((row, tokens), own) in enumerate(zip(at, rows, strict=True)):
+        start = layer.init_state(variables, 1)
+        expected, (alone, after) = gradient(params, jnp.asarray(own), start, weights[row, tokens][None])
+        assert_close(np.asarray(y)[row, tokens], np.asarray(alone)[0], "float64")
+        assert np.isnan(alone).any() == (b == 2)
+        assert_close(np.asarray(state.memory.values)[b], np.asarray(after.memory.values)[0], "float64")
+        np.testing.assert_array_equal(state.position[b], after.position[0])
+        assert_close(np.asarray(received[1])[row, tokens], np.asarray(expected[1])[0], "float64", "gradient")
+        total = jax.tree.map(jnp.add, total, expected[0])
+    for a, b in zip(jax.tree.leaves(received[0]), jax.tree.leaves(total), strict=True):
+        assert_close(np.asarray(a), np.asarray(b), "float64", "gradient")
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_without_a_state_in_return_nothing_else_changes(packed):
+    layer, x = FwPKM(HIDDEN, **SMALL), jnp.asarray(inputs()[0])
+    variables = layer.init(jax.random.key(0), jnp.float64)
+    arguments = {"mask": jnp.asarray(inputs()[1])}
+    if packed:
+        x, arguments = x[:1], {"cu_seqlens": jnp.asarray([0, 6, 6, 9], jnp.int32)}
+    y, state = layer.apply(variables, x, **arguments)
+    same, nothing = layer.apply(variables, x, return_state=False, **arguments)
+    assert nothing is None
+    assert_close(np.asarray(same), np.asarray(y), "float64")
+    again, nothing = layer.apply(variables, x, state, **arguments, return_state=False)
+    assert nothing is None
+    assert_close(np.asarray(again), np.asarray(layer.apply(variables, x, state, **arguments)[0]), "float64")

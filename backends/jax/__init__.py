@@ -9,25 +9,29 @@ from fwpkm.backends.jax.ops import (
     device_name,
     flush,
     init_memory,
-    init_state,
     lookup,
-    reset,
     to_numpy,
     vjp,
 )
+from fwpkm.backends.jax.rows import concat, init_state, nbytes, pending, put, reset, select
 
 __all__ = [
     "FwPKM",
     "apply",
     "asarray",
     "chunk_update",
+    "concat",
     "detach",
     "device_name",
     "flush",
     "init_memory",
     "init_state",
     "lookup",
+    "nbytes",
+    "pending",
+    "put",
     "reset",
+    "select",
     "to_numpy",
     "vjp",
 ]

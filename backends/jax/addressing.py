@@ -40,6 +40,15 @@ class Selection(NamedTuple):
     """``[M, R]`` whether the query and all its selected scores are finite."""
 
 
+class Found(NamedTuple):
+    """What a selection computed on its way, 0 for tokens that are not finite."""
+
+    ranks: Array
+    """``[M, H, 2, R, k]``, best first."""
+    sums: Array
+    """``[M, H, R, k]``, best first."""
+
+
 class Address(NamedTuple):
     """Scores and weights of a selection."""
 
@@ -127,8 +136,8 @@ def top_k(x: Array, k: int) -> tuple[Array, Array]:
     return lax.optimization_barrier(tuple(lax.top_k(x, k)))
 
 
-def select_slots(cfg: FwPKMConfig, query: Array, keys: Array) -> tuple[Selection, Array]:
-    """Top-k of both codebooks and of the k² sums, ties to the lower position (§2); and the ranks of the sub-keys."""
+def select_slots(cfg: FwPKMConfig, query: Array, keys: Array) -> tuple[Selection, Found]:
+    """Top-k of both codebooks and of the k² sums, ties to the lower position (§2)."""
     query, keys = lax.stop_gradient((query, keys))
     ranks, subkeys = _select_subkeys(cfg, query, keys)
     scores = sub_scores(cfg, ranks)
@@ -138,19 +147,23 @@ def select_slots(cfg: FwPKMConfig, query: Array, keys: Array) -> tuple[Selection
     slots = along(ids, cells).swapaxes(1, 2)
     finite = jnp.isfinite(scores).all((1, 2, 4)) & jnp.isfinite(sums / cfg.temperature).all((1, 3))
     # Blanked, as 0 · NaN of a token that does not count would still reach the keys.
-    ranks = jnp.where(finite[:, None, None, :, None], ranks, 0)
-    return Selection(subkeys, cells, slots.reshape(*slots.shape[:2], -1), finite), ranks
+    live = finite[:, None, :, None]
+    found = Found(jnp.where(live[:, None], ranks, 0), jnp.where(live, sums, 0))
+    return Selection(subkeys, cells, slots.reshape(*slots.shape[:2], -1), finite), found
 
 
-def address(cfg: FwPKMConfig, query: Array, keys: Array, selection: Selection, ranks: Array | None = None) -> Address:
+def address(cfg: FwPKMConfig, query: Array, keys: Array, selection: Selection, found: Found | None = None) -> Address:
     """Scores and weights of selected slots (§2); tokens that are not finite must have been blanked.
 
-    Differentiable, unless the ranks that ``select_slots`` found are given and need not be computed again.
+    Differentiable, unless what ``select_slots`` found is given and need not be computed again.
     """
-    ranks = _ranks_at(cfg, query, keys, selection.subkeys) if ranks is None else ranks
+    ranks = _ranks_at(cfg, query, keys, selection.subkeys) if found is None else found.ranks
     scores = sub_scores(cfg, ranks)
-    first, second = (gather(jnp.asarray(axis), selection.cells) for axis in _grid(cfg.top_k))
-    sums = along(scores[:, :, 0], first) + along(scores[:, :, 1], second)
+    if found is None:
+        first, second = (gather(jnp.asarray(axis), selection.cells) for axis in _grid(cfg.top_k))
+        sums = along(scores[:, :, 0], first) + along(scores[:, :, 1], second)
+    else:
+        sums = found.sums
     logits = sums.swapaxes(1, 2).reshape(*selection.slots.shape) / cfg.temperature
     return Address(ranks, scores, jax.nn.softmax(logits, -1))
 
@@ -204,17 +217,17 @@ def write_keys(
         at: scores of what the tokens of the chunk picked in these keys.
         subkeys: ``[M, H, 2, R, k]`` ids of what they picked.
         counted: ``[M, R]``, 1 over the number of the chunk's unmasked tokens for each of them, 0 for others.
-        active: ``[M]``, the memories in which the chunk has a pair.
+        active: ``[M]``, the memories to write.
         moves: ``[M, H, 2, S, 1]``, the sub-keys that move, where that is known.
 
     Returns:
-        the new keys, which of them moved, and the loss ``[M]``.
+        the new keys, which of them moved, and the loss ``[M]`` of each memory, written or not.
     """
     gradient, loss = key_gradient(cfg, query, keys, at, subkeys, counted)
     new = step(jnp, cfg, keys, gradient)
     if moves is None:
         moves = active[:, None, None, None, None] & finite_rows(new)[..., None]
-    return jnp.where(moves, new, keys), moves, loss * active
+    return jnp.where(moves, new, keys), moves, loss
 
 
 # --- Searching the codebooks ---

@@ -15,153 +15,143 @@ from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
 from fwpkm.backends.jax import indexing
-from fwpkm.backends.jax.indexing import gather
-from fwpkm.backends.jax.tokens import cut, numbers, without
+from fwpkm.backends.jax.indexing import gather, scatter_add
+from fwpkm.backends.jax.streams import Plan, Streams, of_rows
+from fwpkm.backends.jax.tokens import from_table
 from fwpkm.backends.jax.windows import (
     Moved,
-    Plan,
     Residuals,
     Result,
+    RoundResiduals,
     Selected,
-    block_at,
     chunk_of,
     compute_window,
-    num_blocks,
-    put,
-    read_before,
+    noted,
     row_offset,
     select_window,
-    slice_of,
     windows,
 )
 from fwpkm.config import FwPKMConfig
 from fwpkm.containers import Memory
-from fwpkm.tokens import Tokens
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def run(cfg: FwPKMConfig, plan: Plan, memory: Memory, tokens: Tokens, num_pending: Array, due: Array) -> Result:
+def run(cfg: FwPKMConfig, plan: Plan, memory: Memory, source: Array, streams: Streams) -> Result:
     """What ``windows`` gives, differentiable."""
-    return windows(cfg, plan, memory, tokens, num_pending, due)[0]
+    return windows(cfg, plan, memory, source, streams)[0]
 
 
 class Saved(NamedTuple):
-    """What the backward of a call needs: ``Residuals`` of its windows, and its inputs."""
+    """What the backward of a call needs: ``Residuals`` of its rounds, and its inputs."""
 
     residuals: Any
-    tokens: Tokens
-    num_pending: Array
-    due: Array
+    source: Array
+    keys: Array
+    """afterwards."""
+    writes: Array
+    """how many rounds wrote."""
+    reads: Array
+    """how many only read."""
     dense: tuple[None, ...]
     """Whether the table is differentiated, which must be known while tracing: (None,) or () is a static mark."""
 
 
-def _run_forward(cfg, plan, memory, tokens, num_pending, due):
+def _run_forward(cfg, plan, memory, source, streams):
     dense = memory.values.perturbed
     is_marked = lambda x: hasattr(x, "perturbed")  # noqa: E731
-    marked = (memory, tokens, num_pending, due)
-    memory, tokens, num_pending, due = jax.tree.map(lambda x: x.value, marked, is_leaf=is_marked)
-    space = _empty_residuals(cfg, plan, memory, tokens)
-    result, residuals = windows(cfg, plan, memory, tokens, num_pending, due, space)
-    return result, Saved(residuals, tokens, num_pending, due, (None,) if dense else ())
+    memory, source, streams = jax.tree.map(lambda x: x.value, (memory, source, streams), is_leaf=is_marked)
+    result, residuals = windows(cfg, plan, memory, source, streams, _empty_residuals(cfg, plan, memory, source))
+    counts = streams.write_ends[-1], streams.read_ends[-1]
+    return result, Saved(residuals, source, result.keys, *counts, (None,) if dense else ())
 
 
 def _run_backward(cfg, plan, saved, gradient):
-    residuals, tokens, num_pending, due = saved.residuals, saved.tokens, saved.num_pending, saved.due
-    num_slots, width = gradient.values.shape[1:]
-    num_rows = gradient.values.shape[0] * num_slots
+    residuals, num_slots = saved.residuals, cfg.num_slots
+    num_rows, width = gradient.values.shape[0] * num_slots, cfg.value_dim
     d_table = None if isinstance(gradient.values, SymbolicZero) else gradient.values.reshape(-1, width)
-    buffers = filter(None, (residuals.windows, residuals.blocks))
-    ids = jnp.concatenate([selected.touched.ids.ravel() for selected, _ in buffers])
+    buffers = filter(None, (residuals.writes, residuals.reads))
+    ids = jnp.concatenate([rounds.touched.ids.ravel() for rounds in buffers])
     first, following = _occurrences(ids, num_rows)
-    # What windows noted of their tokens, with its gradient; trace weights mostly have none.
-    noted = {x: getattr(gradient, x) for x in ("reads", "weights")}
-    noted = {
-        name: put(jnp.zeros((*tokens.mask.shape, x.shape[-1]), x.dtype), x, num_pending)
-        for name, x in noted.items()
-        if not isinstance(x, SymbolicZero)
-    }
+    d_noted = None if isinstance(gradient.reads, SymbolicZero) else gradient.reads
 
-    def back(carry, kind, index, start, first_new):
-        """Through one window."""
-        d_keys, rows, d_tokens = carry
-        selected, moved = jax.tree.map(
-            lambda x: lax.dynamic_index_in_dim(x, index, 0, keepdims=False), getattr(residuals, kind)
-        )
-        length = selected.dead.shape[1]
-        window = cut(tokens, start, length)
-        offset = row_offset(cfg, plan, tokens, kind, index)
+    def back(carry, kind, index):
+        """Through one round."""
+        d_keys, rows, d_source = carry
+        one = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, index, 0, keepdims=False), getattr(residuals, kind))
+        writes = kind == "writes"
+        offset = row_offset(cfg, plan, kind, index)
 
-        def forward(keys, rows, fields):
-            live = without(window._replace(**fields), selected.dead)
-            write = chunk_of(cfg, live) if kind == "windows" else None
-            computed = compute_window(cfg, keys, rows, live, selected, write, num_slots, moved)
-            return {name: getattr(computed, name) for name in noted}, computed.keys, computed.rows
+        def forward(keys, rows, tokens):
+            window = from_table(cfg, tokens)
+            write = chunk_of(cfg, window) if writes else None
+            selected = Selected(keys, rows, one.touched, one.selection, None, None)
+            computed = compute_window(cfg, keys, rows, window, selected, write, num_slots, one.moved)
+            return noted(computed), computed.keys, computed.rows
 
-        after = lax.dynamic_slice_in_dim(following, offset, len(selected.touched.ids))
+        after = lax.dynamic_slice_in_dim(following, offset, len(one.touched.ids))
         # One gather for both: were they separate, XLA could not tell that all reads precede the update, and would copy.
         both = jnp.concatenate([offset + jnp.arange(len(after), dtype=after.dtype), after])
         own, d_rows = jnp.split(gather(rows, both, mode="fill", fill_value=0), 2)
         if d_table is not None:
-            last = gather(d_table, selected.touched.ids, mode="fill", fill_value=0)
+            last = gather(d_table, one.touched.ids, mode="fill", fill_value=0)
             d_rows = jnp.where((after < len(rows))[:, None], d_rows, last)
-        new = (start + jnp.arange(length) >= first_new)[:, None]
-        d_noted = {name: jnp.where(new, slice_of(x, start, length), 0) for name, x in noted.items()}
-        d_keys, d_rows, d_window = jax.vjp(forward, selected.keys, own, numbers(window))[1]((d_noted, d_keys, d_rows))
+        keys = one.keys if writes else of_rows(saved.keys, one.of)
+        outputs, pull_back = jax.vjp(forward, keys, own, gather(saved.source, one.cells))
+        d_reads = jnp.zeros_like(outputs[0]) if d_noted is None else gather(d_noted, one.new, mode="fill", fill_value=0)
+        replaces = writes and not plan.is_shared
+        d_own = of_rows(d_keys, one.of) if replaces else jnp.zeros_like(keys)
+        d_own, d_rows, d_tokens = pull_back((d_reads, d_own, d_rows))
+        if replaces:
+            d_keys = lax.dynamic_update_slice_in_dim(d_keys, d_own, 0 if one.of is None else one.of[0], 0)
+        else:
+            d_keys = d_keys + d_own if one.of is None else scatter_add(d_keys, one.of, d_own, mode="drop")
         rows = lax.dynamic_update_slice_in_dim(rows, d_rows, offset, 0)
-        # A scatter, as XLA would compute the gradients within the update of a slice, in one thread.
-        here = start + jnp.arange(length)
-        options: Any = {"mode": "promise_in_bounds", "indices_are_sorted": True, "unique_indices": True}
-        return d_keys, rows, {name: x.at[:, here].add(d_window[name], **options) for name, x in d_tokens.items()}
-
-    def back_block(i, carry):
-        j = blocks - 1 - i
-        return back(carry, "blocks", j, *block_at(cfg, plan, num_pending, due, j))
-
-    def back_write(i, carry):
-        c = due - 1 - i
-        return back(carry, "windows", c, c * cfg.chunk_size, read_before(cfg, c))
+        return d_keys, rows, scatter_add(d_source, one.cells, d_tokens)
 
     d_keys = gradient.keys
     d_keys = jnp.zeros(d_keys.shape, d_keys.dtype) if isinstance(d_keys, SymbolicZero) else d_keys
-    carry = d_keys, residuals.rows, jax.tree.map(jnp.zeros_like, numbers(tokens))
-    blocks = num_blocks(cfg, plan, num_pending, due)
-    if plan.blocks:
-        carry = lax.fori_loop(0, blocks, back_block, carry)
+    carry = d_keys, residuals.rows, jnp.zeros_like(saved.source)
+    if plan.reads:
+        carry = lax.fori_loop(0, saved.reads, lambda i, x: back(x, "reads", saved.reads - 1 - i), carry)
     if plan.writes:
-        carry = lax.fori_loop(0, due, back_write, carry)
-    d_keys, rows, d_tokens = carry
+        carry = lax.fori_loop(0, saved.writes, lambda i, x: back(x, "writes", saved.writes - 1 - i), carry)
+    d_keys, rows, d_source = carry
     d_values = None
     if saved.dense:
         total = jnp.zeros((num_rows, width), rows.dtype) if d_table is None else d_table
         d_values = indexing.put(total, jnp.where(first, ids, num_rows), rows, mode="drop").reshape(
             gradient.values.shape
         )
-    none: Any = None
-    return Memory(d_keys, d_values), tokens.map(lambda x: none)._replace(**d_tokens), none, none
+    return Memory(d_keys, d_values), d_source, None
 
 
 run.defvjp(_run_forward, _run_backward, symbolic_zeros=True)
 
 
-def _empty_residuals(cfg: FwPKMConfig, plan: Plan, memory: Memory, tokens: Tokens) -> Residuals:
-    """Space for what the windows and blocks of a call meet; they touch nothing until one is kept there."""
+def _empty_residuals(cfg: FwPKMConfig, plan: Plan, memory: Memory, source: Array) -> Residuals:
+    """Space for what the rounds of a call meet; they touch nothing until one is kept there."""
 
-    def space(count: int, length: int, writes: bool) -> tuple[Selected, Moved | None] | None:
+    def space(count: int, rows: int, length: int, writes: bool) -> RoundResiduals | None:
         if not count:
             return None
-        window = tokens.map(lambda x: jax.ShapeDtypeStruct((len(x), length, *x.shape[2:]), x.dtype))
-        selected = jax.eval_shape(functools.partial(select_window, cfg), memory, window, window.mask)
-        moved = [jnp.zeros((count, *shape), bool) for shape in ((*memory.keys.shape[:-1], 1), selected.rows.shape[:1])]
-        empty = jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), selected._replace(rows=None, ranks=None))
-        nowhere = jnp.full_like(empty.touched.ids, memory.values.shape[0] * memory.values.shape[1])
-        return empty._replace(touched=empty.touched._replace(ids=nowhere)), Moved(*moved) if writes else None
 
-    rows = row_offset(cfg, plan, tokens, "blocks", plan.blocks)
+        def one(memory: Memory, source: Array) -> RoundResiduals:
+            cells = jnp.zeros((rows, length), jnp.int32)
+            of = jnp.zeros(rows, jnp.int32) if plan.packed or plan.is_shared else None
+            selected = select_window(cfg, memory, from_table(cfg, gather(source, cells)), of)
+            moved = Moved(jnp.zeros((*selected.keys.shape[:-1], 1), bool), jnp.zeros(len(selected.rows), bool))
+            kept = (selected.keys, moved) if writes else (None, None)
+            return RoundResiduals(cells, cells, selected.touched, selected.selection, of, *kept)
+
+        shapes = jax.eval_shape(one, memory, source)
+        empty = jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), shapes)
+        nowhere = jnp.full_like(empty.touched.ids, memory.values.shape[0] * memory.values.shape[1])
+        return empty._replace(touched=empty.touched._replace(ids=nowhere))
+
     return Residuals(
-        space(plan.writes, plan.window, True),
-        space(plan.blocks, plan.block, False),
-        jnp.zeros((rows, cfg.value_dim), memory.values.dtype),
+        space(plan.writes, 1 if plan.packed else plan.batch, plan.window, True),
+        space(plan.reads, plan.rows, plan.block, False),
+        jnp.zeros((row_offset(cfg, plan, "reads", plan.reads), cfg.value_dim), memory.values.dtype),
     )
 
 

@@ -23,10 +23,14 @@ def put(table: Array, index: Array, rows: Array, mode: Any = IN_BOUNDS, **option
     return lax.scatter(table, index[..., None], rows, _scatter_numbers(table, index), mode=mode, **options)
 
 
+def scatter_add(table: Array, index: Array, rows: Array, mode: Any = IN_BOUNDS) -> Array:
+    """``table [E, (D)]`` plus, at each index, its ``rows [..., (D)]``; modes of ``lax.scatter``."""
+    return lax.scatter_add(table, index[..., None], rows, _scatter_numbers(table, index), mode=mode)
+
+
 def scatter_sum(size: int, index: Array, rows: Array) -> Array:
     """``[E, (D)]``: the sum of the ``rows [..., (D)]`` of each index; ``size`` is E."""
-    zeros = jnp.zeros((size, *rows.shape[index.ndim :]), rows.dtype)
-    return lax.scatter_add(zeros, index[..., None], rows, _scatter_numbers(zeros, index), mode=IN_BOUNDS)
+    return scatter_add(jnp.zeros((size, *rows.shape[index.ndim :]), rows.dtype), index, rows)
 
 
 def along(x: Array, index: Array) -> Array:

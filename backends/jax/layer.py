@@ -107,19 +107,25 @@ class FwPKM:
         x: Array,
         state: State | None = None,
         mask: Array | None = None,
+        cu_seqlens: Array | None = None,
         update: bool = True,
-    ) -> tuple[Array, State]:
+        return_state: bool = True,
+    ) -> tuple[Array, State | None]:
         """Read T tokens, writing every chunk that they complete.
 
         Args:
             variables: as :meth:`init` returns them.
-            x: ``[B, T, hidden_size]``.
-            state: where the sequence stands; None starts from the initial memory.
-            mask: ``[B, T]`` bool, False for tokens that never write (padding); None for True.
-            update: False only reads and leaves the state as it is. Static under ``jax.jit``.
+            x: ``[B, T, hidden_size]``, or packed ``[1, T, hidden_size]``.
+            state: where the sequences stand; None starts from the initial memory.
+            mask: ``[B, T]`` bool, False for tokens that are not there (padding, at any place); None for True.
+            cu_seqlens: ``[B+1]`` int32: sequence i is the tokens [cu_i, cu_{i+1}) of the packed row.
+            update: False only reads and leaves the state as it is. Static under ``jax.jit``, as is the next.
+            return_state: False where nobody reads on: without a state nothing is kept that only a later call would
+                read.
 
         Returns:
-            y ``[B, T, hidden_size]`` in the projections' dtype, NaN for tokens that are not finite, and the next state.
+            y in the shape of x, in the projections' dtype: NaN for tokens that are not finite, 0 for masked ones; and
+            the next state, or None without ``return_state``.
 
         Raises:
             ValueError: an argument does not fit; names it, what was expected and what was received.
@@ -127,24 +133,38 @@ class FwPKM:
         validation.check_array("x", x, [("B", None), ("T", None), ("hidden_size", self.hidden_size)], "float", Array)
         if mask is not None:
             validation.check_array("mask", mask, [("B", x.shape[0]), ("T", x.shape[1])], "bool", Array)
+        there = mask
+        if cu_seqlens is not None:
+            validation.check_array("cu_seqlens", cu_seqlens, [("B+1", None)], "int32", Array)
+            inside = jnp.arange(x.shape[1]) < cu_seqlens[-1]
+            there = inside[None] if mask is None else mask & inside
         params = self._checked(variables)["params"]
         dtype = params["query_proj"]["weight"].dtype
         x = x.astype(dtype)
-        # A token that is not finite must not reach the projections: their weights' gradients would be 0 · NaN.
-        dead = ~finite_rows(x)
-        x = jnp.where(dead[..., None], 0, x)
-        mask = ~dead if mask is None else mask & ~dead
+        # A token that is not finite must not reach the projections: their weights' gradients would be 0 · NaN. Nor must
+        # one that is not there.
+        finite = finite_rows(x)
+        x = jnp.where((finite if there is None else finite & there)[..., None], x, 0)
         query, value = (_project(params, name, x) for name in ("query", "value"))
         if self.value_norm == "zscore":
             value = zscore(jnp, _wide(value))
         gate = jax.nn.sigmoid(_project(params, "gate", x)[..., 0]) if self.gated else None
-        if state is None:
-            state = self.init_state(variables, x.shape[0])
-        read, state, _ = ops.apply(self.config, state, query, value, gate, mask, update)
-        dead |= ~finite_rows(read)
-        read, value = (jnp.where(dead[..., None], 0, z) for z in (read, value))
+        # The memory must see that a token is dead, as it takes its position.
+        tokens = query, jnp.where(finite[..., None], value, jnp.nan), gate, mask
+        start: State | Memory
+        if state is not None:
+            start = state
+        elif return_state:
+            start = self.init_state(variables, len(x) if cu_seqlens is None else len(cu_seqlens) - 1)
+        else:
+            start = Memory(*(table[None] for table in self._memory(variables)))
+        read, state, _ = ops.apply(self.config, start, *tokens, cu_seqlens, update)
+        finite = finite_rows(read)
+        read, value = (jnp.where(finite[..., None], z, 0) for z in (read, value))
         y = _project(params, "output", mix(gate, read, value).astype(dtype))
-        return jnp.where(dead[..., None], jnp.nan, y), state
+        y = jnp.where(finite[..., None], y, jnp.nan)
+        y = y if there is None else jnp.where(there[..., None], y, 0)
+        return y, state if return_state else None
 
     def init_state(self, variables: Variables, batch_size: int) -> State:
         """The state that a call without one starts from: the initial memory for each row, at position 0."""

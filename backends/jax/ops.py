@@ -15,23 +15,15 @@ from jax import Array
 
 from fwpkm import schedule, validation
 from fwpkm.backends.jax.backward import run
-from fwpkm.backends.jax.tokens import cut, filled, finite, insert, no_tokens, pad, without
-from fwpkm.backends.jax.windows import (
-    SELF,
-    Result,
-    Write,
-    compute_window,
-    plan_apply,
-    plan_flush,
-    plan_read,
-    select_window,
-)
+from fwpkm.backends.jax.indexing import gather
+from fwpkm.backends.jax.rows import init_state, is_traced, mask_of
+from fwpkm.backends.jax.streams import cells_after, plan_apply, plan_flush, plan_read, streams_of
+from fwpkm.backends.jax.tokens import as_table, filled, from_table, live_rows, without
+from fwpkm.backends.jax.windows import SELF, Result, Write, compute_window, select_window
 from fwpkm.config import FwPKMConfig
 from fwpkm.containers import Lookup, Losses, Memory, State, Trace, memories_for
 from fwpkm.initial import initial_arrays
 from fwpkm.tokens import Tokens
-
-_ZERO: Any = np.int32(0)
 
 
 def init_memory(cfg: FwPKMConfig, memories: int = 1, seed: int = 0) -> Memory:
@@ -39,51 +31,86 @@ def init_memory(cfg: FwPKMConfig, memories: int = 1, seed: int = 0) -> Memory:
     return Memory(*map(jnp.asarray, initial_arrays(cfg, memories, seed)))
 
 
-def init_state(cfg: FwPKMConfig, memory: Memory, batch_size: int) -> State:
-    """A state at position 0 that owns a copy of ``memory``."""
-    validation.check_initial(cfg, memory, batch_size, SELF)
-    return _init_state(cfg, batch_size, memory)
-
-
 def apply(
     cfg: FwPKMConfig,
-    state: State,
+    state: State | Memory,
     query: Array,
     value: Array,
     gate: Array | None = None,
     mask: Array | None = None,
+    cu_seqlens: Array | None = None,
     update: bool = True,
-) -> tuple[Array, State, Trace]:
+) -> tuple[Array, State | None, Trace]:
     """Read T tokens and write every chunk that they complete (SPEC.md §5).
 
-    ``cfg`` and ``update`` are static under ``jax.jit``. The values of a position are checked only where it is not
-    traced; where it is known, and no chunk falls due, the tables come back as the same arrays.
+    ``cfg`` and ``update`` are static under ``jax.jit``; all else may be traced. Positions and ``cu_seqlens`` are
+    checked only where they are known; where it is known that no chunk falls due, the tables come back as the same
+    arrays.
     """
     tokens = Tokens(query, value, gate, mask)
-    validation.check_apply(cfg, state, tokens, SELF)
-    length, writes = tokens.length, True
-    if not isinstance(state.position, jax.core.Tracer):
-        position = validation.check_position(np.asarray(state.position).tolist())
-        if update:
-            validation.check_length(position, length)
-        writes = schedule.written(cfg, position + length) > schedule.written(cfg, position)
-    if length == 0:
+    batch = validation.check_apply(cfg, state, tokens, cu_seqlens, SELF)
+    ends = _known(cu_seqlens)
+    if ends is not None:
+        validation.check_cu_seqlens(ends.tolist(), tokens.length)
+    if isinstance(state, Memory):
+        return _apply_from(cfg, state, batch, tokens, cu_seqlens, update)
+    positions, writes = _known(state.position), True
+    if positions is not None:
+        validation.check_positions(cfg, positions.tolist())
+        positions = schedule.reduced(cfg, positions)
+        after = positions + most_tokens(cfg, batch, tokens, ends)
+        writes = bool((schedule.written(cfg, after) > schedule.written(cfg, positions)).any())
+    if tokens.length == 0:
         return jnp.zeros_like(value, query.dtype), state, _empty_trace(cfg, state.memory, query)
     if not update:
-        output, trace = _read_only(cfg, state.memory, tokens)
-        return output, state, trace
-    output, tables, pending, position, trace = _apply(cfg, writes, state, tokens)
+        look, trace = _read_only(cfg, state.memory, tokens, cu_seqlens)
+        return look.output, state, trace
+    output, tables, pending, position, trace = _apply(cfg, writes, state, tokens, cu_seqlens)
     return output, State.of(state.memory if tables is None else tables, pending, position), trace
 
 
-def flush(cfg: FwPKMConfig, state: State) -> tuple[State, Trace]:
-    """Write the pending chunk, empty it and restart the count (SPEC.md §5)."""
-    validation.check_state(cfg, state, None, SELF)
-    writes = cfg.capacity > 0
-    if not isinstance(state.position, jax.core.Tracer):
-        position = validation.check_position(np.asarray(state.position).tolist())
-        writes = schedule.pending(cfg, position) > cfg.lookahead  # else no token has a pair
-    tables, pending, position, trace = _flush(cfg, writes, state)
+def _apply_from(
+    cfg: FwPKMConfig, memory: Memory, batch: int, tokens: Tokens, cu_seqlens: Array | None, update: bool
+) -> tuple[Array, None, Trace]:
+    """``apply`` of sequences that begin from a memory of M = 1 and whose state nobody wants.
+
+    Only those longer than C + lag read what they wrote. The others read the one memory, and write nothing to it.
+    """
+    settled, owners = cfg.chunk_size + schedule.lag(cfg), batch
+    if cfg.memory_scope == "sequence" and not update:
+        owners = 0
+    elif cfg.memory_scope == "sequence":
+        owners = min(
+            batch, tokens.length // (settled + 1) if cu_seqlens is not None else batch * (tokens.length > settled)
+        )
+    if tokens.length == 0 or owners == batch:
+        start = init_state(cfg, memory, batch)
+        output, _, trace = apply(cfg, start, **tokens._asdict(), cu_seqlens=cu_seqlens, update=update)
+    else:
+        output, trace = _apply_shared(cfg, owners, batch, update, memory, tokens, cu_seqlens)
+    return output, None, trace
+
+
+def most_tokens(cfg: FwPKMConfig, batch: int, tokens: Tokens, ends: np.ndarray | None) -> np.ndarray:
+    """``[B]``: at most so many tokens each row reads, as far as it is known; ``ends`` is cu_seqlens where it is."""
+    mask = _known(tokens.mask) if cfg.memory_scope == "sequence" else None
+    if ends is not None:
+        up_to = np.arange(tokens.length + 1) if mask is None else np.append(0, mask.cumsum())
+        return np.diff(up_to[ends])
+    if mask is not None and len(mask) == batch:
+        return mask.sum(1)
+    return np.full(batch, tokens.length)
+
+
+def flush(cfg: FwPKMConfig, state: State, rows: Any = None) -> tuple[State, Trace]:
+    """Write the pending chunk of every row, or of ``rows``, empty it and restart the count (SPEC.md §5)."""
+    batch = validation.check_state(cfg, state, None, SELF)
+    chosen, positions, writes = mask_of(cfg, rows, batch), _known(state.position), cfg.capacity > 0
+    if positions is not None:
+        validation.check_positions(cfg, positions.tolist())
+        due = schedule.pending(cfg, positions) > cfg.lookahead  # else no token has a pair
+        writes = bool((due if is_traced(chosen) else due & chosen).any())
+    tables, pending, position, trace = _flush(cfg, writes, state, chosen)
     return State.of(state.memory if tables is None else tables, pending, position), trace
 
 
@@ -93,7 +120,7 @@ def lookup(cfg: FwPKMConfig, memory: Memory, query: Array) -> Lookup:
     if query.shape[1] == 0:
         trace = _empty_trace(cfg, memory, query)
         return Lookup(jnp.zeros((*query.shape[:2], cfg.value_dim), query.dtype), trace.slots, trace.weights)
-    return _lookup(cfg, memory, query)
+    return _read_only(cfg, memory, Tokens(query, jnp.zeros((*query.shape[:2], cfg.value_dim), query.dtype)))[0]
 
 
 def chunk_update(
@@ -116,20 +143,6 @@ def chunk_update(
 def detach(state: State) -> State:
     """The state without its gradient history."""
     return jax.lax.stop_gradient(state)
-
-
-def reset(state: State, memory: Memory, rows: Sequence[int] | Sequence[bool] | Array | np.ndarray | int) -> State:
-    """Give rows their initial memory back and mask their pending tokens; ``rows`` are static under ``jax.jit``."""
-    validation.check_reset(state, memory, Array)
-    batch, memories = state.position.shape[0], state.memory.keys.shape[0]
-    chosen = jnp.asarray(validation.row_mask(rows, batch, memories))
-
-    def blend(initial: Array, current: Array) -> Array:
-        pick = chosen[: len(current)].reshape(-1, *[1] * (current.ndim - 1))
-        return jnp.where(pick, initial.astype(current.dtype), current)
-
-    tables = Memory(*map(blend, memory, state.memory))
-    return State.of(tables, state.pending.map(lambda x: blend(jnp.zeros_like(x[:1]), x)), state.position)
 
 
 def asarray(x: Any, dtype: str) -> Array:
@@ -170,12 +183,17 @@ def device_name() -> str:
     return "cpu" if device.platform == "cpu" else f"{device.platform}: {device.device_kind}"
 
 
+def _known(x: Any) -> np.ndarray | None:
+    """The numbers of an array; None where it is None or traced."""
+    return None if x is None or is_traced(x) else np.asarray(x)
+
+
 def _empty_trace(cfg: FwPKMConfig, memory: Memory, query: Array) -> Trace:
     """Of a call without tokens."""
     dtype = _dtype(memory, query)
     entries = jnp.zeros((len(query), 0, cfg.slots_per_token), dtype)
     none = jnp.zeros((len(memory.keys), 0), dtype)
-    return Trace(entries.astype(jnp.int32), entries, none, none, jnp.zeros((), jnp.int32))
+    return Trace(entries.astype(jnp.int32), entries, none, none, jnp.zeros(len(none), jnp.int32))
 
 
 def _dtype(memory: Memory, query: Array) -> jnp.dtype:
@@ -185,54 +203,74 @@ def _dtype(memory: Memory, query: Array) -> jnp.dtype:
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _init_state(cfg: FwPKMConfig, batch_size: int, memory: Memory) -> State:
-    memories = memories_for(cfg, batch_size)
-    tables = Memory(*(jnp.broadcast_to(x, (memories, *x.shape[1:])) for x in memory))
-    return State.of(tables, no_tokens(cfg, batch_size, memory.keys.dtype), jnp.zeros(batch_size, jnp.int32))
-
-
-@partial(jax.jit, static_argnums=(0, 1))
 def _apply(
-    cfg: FwPKMConfig, writes: bool, state: State, tokens: Tokens
+    cfg: FwPKMConfig, writes: bool, state: State, tokens: Tokens, cu_seqlens: Array | None
 ) -> tuple[Array, Memory | None, Tokens, Array, Trace]:
     """``apply``: the output, the tables where a write may be due, pending tokens, the position and the trace."""
-    dtype, length = _dtype(state.memory, tokens.query), tokens.length
-    num_pending = schedule.pending(cfg, state.position[0])
-    stream = insert(_valid(filled(dtype, state.pending), num_pending), filled(dtype, tokens), num_pending)
-    due = schedule.written(cfg, num_pending + length) if writes else _ZERO
-    result = run(cfg, plan_apply(cfg, length, writes), _tables(state.memory, dtype), stream, num_pending, due)
-    pending = cut(pad(without(stream, result.dead), cfg.capacity), due * cfg.chunk_size, cfg.capacity)
-    trace = _trace(result, schedule.max_writes(cfg, length), due)
-    return _output(result, tokens.query), _written(result, writes), pending, state.position + length, trace
+    dtype, batch = _dtype(state.memory, tokens.query), len(state.position)
+    plan = plan_apply(cfg, batch, tokens.query[..., 0].size, cu_seqlens is not None, writes)
+    streams = streams_of(cfg, plan, schedule.pending(cfg, state.position), tokens.mask, cu_seqlens)
+    source = _source(dtype, tokens, state.pending)
+    result = run(cfg, plan, _tables(state.memory, dtype), source, streams)
+    left = cells_after(cfg, plan, streams)
+    weight = gather(result.reads[:, cfg.value_dim], left - plan.first_cell, mode="fill", fill_value=0)
+    pending = from_table(cfg, gather(source, jnp.where(jnp.isnan(weight), plan.empty, left)))
+    position = schedule.reduced(cfg, state.position) + streams.lengths - streams.num_pending
+    look, trace = _reading(cfg, result, tokens, streams.due)
+    return look.output, Memory(result.keys, result.values) if writes else None, pending, position, trace
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _apply_shared(
+    cfg: FwPKMConfig,
+    owners: int,
+    batch: int,
+    update: bool,
+    memory: Memory,
+    tokens: Tokens,
+    cu_seqlens: Array | None,
+) -> tuple[Array, Trace]:
+    """``apply`` from a memory, of which at most so many rows need one of their own."""
+    dtype, size, packed = _dtype(memory, tokens.query), tokens.query[..., 0].size, cu_seqlens is not None
+    plan = plan_apply(cfg, batch, size, packed, True, fresh=True) if update else plan_read(cfg, batch, size, packed)
+    plan = plan._replace(is_shared=owners == 0)
+    streams = streams_of(cfg, plan, jnp.zeros(batch, jnp.int32), tokens.mask, cu_seqlens)
+    is_owner = streams.lengths > cfg.chunk_size + schedule.lag(cfg)
+    owned = jnp.where(is_owner, jnp.cumsum(is_owner, dtype=jnp.int32), 0) if owners else jnp.zeros(batch, jnp.int32)
+    tables = Memory(*(jnp.broadcast_to(x, (1 + owners, *x.shape[1:])) for x in _tables(memory, dtype)))
+    result = run(cfg, plan, tables, _source(dtype, tokens), streams._replace(tables=owned))
+    look, trace = _reading(cfg, result, tokens, streams.due)
+    return look.output, trace
 
 
 @partial(jax.jit, static_argnums=(0,))
-def _read_only(cfg: FwPKMConfig, memory: Memory, tokens: Tokens) -> tuple[Array, Trace]:
+def _read_only(
+    cfg: FwPKMConfig, memory: Memory, tokens: Tokens, cu_seqlens: Array | None = None
+) -> tuple[Lookup, Trace]:
     """``apply`` with ``update=False``."""
-    dtype = _dtype(memory, tokens.query)
-    plan = plan_read(cfg, tokens.length)
-    result = run(cfg, plan, _tables(memory, dtype), filled(dtype, tokens), _ZERO, _ZERO)
-    return _output(result, tokens.query), _trace(result, schedule.max_writes(cfg, tokens.length), _ZERO)
+    dtype, batch = _dtype(memory, tokens.query), len(tokens.query) if cu_seqlens is None else len(cu_seqlens) - 1
+    plan = plan_read(cfg, batch, tokens.query[..., 0].size, cu_seqlens is not None)
+    streams = streams_of(cfg, plan, jnp.zeros(batch, jnp.int32), tokens.mask, cu_seqlens)
+    result = run(cfg, plan, _tables(memory, dtype), _source(dtype, tokens), streams)
+    return _reading(cfg, result, tokens, streams.due)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _flush(cfg: FwPKMConfig, writes: bool, state: State) -> tuple[Memory | None, Tokens, Array, Trace]:
-    """``flush``: the tables where a chunk may be pending, no pending tokens, the position and the trace."""
-    dtype, batch_size = state.memory.keys.dtype, len(state.position)
-    num_pending = schedule.pending(cfg, state.position[0])
-    pending = _valid(filled(dtype, state.pending), num_pending)
-    result = run(cfg, plan_flush(cfg, writes), state.memory, pending, _ZERO, _ZERO + writes)
-    count = schedule.flush_writes(cfg, num_pending)
-    trace = _trace(result, 1, jnp.asarray(count, jnp.int32))
-    return _written(result, writes), no_tokens(cfg, batch_size, dtype), jnp.zeros_like(state.position), trace
-
-
-@partial(jax.jit, static_argnums=(0,))
-def _lookup(cfg: FwPKMConfig, memory: Memory, query: Array) -> Lookup:
-    dtype = _dtype(memory, query)
-    tokens = filled(dtype, Tokens(query, jnp.zeros((*query.shape[:2], cfg.value_dim), dtype)))
-    result = run(cfg, plan_read(cfg, query.shape[1]), _tables(memory, dtype), tokens, _ZERO, _ZERO)
-    return Lookup(_output(result, query), result.slots, _weights(result))
+def _flush(cfg: FwPKMConfig, writes: bool, state: State, chosen: Array) -> tuple[Memory | None, Tokens, Array, Trace]:
+    """``flush``: the tables where a chunk may be pending, pending tokens, the position and the trace."""
+    dtype, memories, batch = state.memory.keys.dtype, len(state.memory.keys), len(state.position)
+    num_pending, memory = schedule.pending(cfg, state.position), None
+    losses = Losses(*jnp.zeros((2, memories, 1), dtype))
+    if writes:
+        plan = plan_flush(cfg, batch)
+        due = (chosen & (num_pending > cfg.lookahead)).astype(jnp.int32)
+        streams = streams_of(cfg, plan, num_pending, None, None, due)
+        result = run(cfg, plan, state.memory, _source(dtype, None, state.pending), streams)
+        memory, losses = Memory(result.keys, result.values), result.losses
+    entries = jnp.zeros((batch, 0, cfg.slots_per_token), dtype)
+    count = schedule.flush_writes(cfg, jnp.where(chosen, num_pending, 0)).reshape(memories, -1)[:, 0]
+    trace = Trace(entries.astype(jnp.int32), entries, *losses, count)
+    return memory, without(state.pending, chosen), jnp.where(chosen, 0, state.position), trace
 
 
 @partial(jax.jit, static_argnums=(0,))
@@ -240,8 +278,9 @@ def _chunk_update(cfg: FwPKMConfig, memory: Memory, chunk: Tokens, pair: Array |
     dtype = _dtype(memory, chunk.query)
     memory, chunk = _tables(memory, dtype), filled(dtype, chunk)
     finite_target = jnp.isfinite(chunk.value).all(-1)  # those that are not finite make no pair, but are read
-    chunk = chunk._replace(value=jnp.where(finite_target[..., None], chunk.value, 0))
-    selected = select_window(cfg, memory, chunk, ~finite(chunk))._replace(ranks=None)
+    table = as_table(chunk._replace(value=jnp.where(finite_target[..., None], chunk.value, 0)))
+    chunk = from_table(cfg, live_rows(table, chunk.mask).reshape(*chunk.mask.shape, -1))
+    selected = select_window(cfg, memory, chunk)._replace(found=None)
     chunk = without(chunk, selected.dead)
     write = Write(chunk.value, chunk.mask & finite_target & (True if pair is None else pair), chunk.mask)
     computed = compute_window(cfg, selected.keys, selected.rows, chunk, selected, write, cfg.num_slots)
@@ -250,31 +289,24 @@ def _chunk_update(cfg: FwPKMConfig, memory: Memory, chunk: Tokens, pair: Array |
     return Memory(computed.keys, values.reshape(memory.values.shape)), losses
 
 
-def _valid(pending: Tokens, num_pending: Array) -> Tokens:
-    """The pending tokens ``[B, P, ...]``, with zeros for whatever lies behind the last of them."""
-    return without(pending, (jnp.arange(pending.length) >= num_pending)[None])
-
-
 def _tables(memory: Memory, dtype: jnp.dtype) -> Memory:
     return Memory(*(x.astype(dtype) for x in memory))
 
 
-def _written(result: Result, writes: bool) -> Memory | None:
-    """The tables where something may have been written, else None: the caller then keeps its own."""
-    return Memory(result.keys, result.values) if writes else None
+def _source(dtype: jnp.dtype, tokens: Tokens | None, pending: Tokens | None = None) -> Array:
+    """``[cells, D]``: pending tokens, those of a call, and the empty cell (streams.py)."""
+    tables = [] if pending is None else [as_table(filled(dtype, pending))]
+    if tokens is not None:
+        tables.append(live_rows(as_table(filled(dtype, tokens)), tokens.mask))
+    return jnp.concatenate([*tables, jnp.zeros((1, tables[0].shape[1]), dtype)])
 
 
-def _output(result: Result, query: Array) -> Array:
-    return jnp.where(result.unread[..., None], jnp.nan, result.reads).astype(query.dtype)
-
-
-def _weights(result: Result) -> Array:
-    return jnp.where(result.unread[..., None], jnp.nan, result.weights)
-
-
-def _trace(result: Result, columns: int, writes: Array) -> Trace:
-    """The record of a stream, its losses filled up with zeros to this many columns."""
-    weights = jax.lax.stop_gradient(_weights(result))
-    padding = [(0, 0), (0, columns - result.memorization.shape[1])]
-    memorization, addressing = (jnp.pad(x, padding) for x in (result.memorization, result.addressing))
-    return Trace(result.slots, weights, memorization, addressing, writes)
+def _reading(cfg: FwPKMConfig, result: Result, tokens: Tokens, due: Array) -> tuple[Lookup, Trace]:
+    """What the tokens of a call read, and its record."""
+    reads, slots = (x.reshape(*tokens.query.shape[:2], -1) for x in (result.reads, result.slots))
+    if tokens.mask is not None and cfg.memory_scope == "batch":  # there they are read, as they take a tick
+        reads, slots = (jnp.where(tokens.mask[..., None], x, 0) for x in (reads, slots))
+    output, weights = jnp.split(reads, [cfg.value_dim], axis=-1)
+    writes = due.reshape(memories_for(cfg, len(due)), -1)[:, 0]
+    trace = Trace(slots, jax.lax.stop_gradient(weights), *result.losses, writes)
+    return Lookup(output.astype(tokens.query.dtype), slots, weights), trace

@@ -1,14 +1,13 @@
 """Tokens of B sequences as the tables see them, and the layout in which tokens meet their memory."""
 
-import functools
-import operator
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from fwpkm.config import FwPKMConfig
-from fwpkm.tokens import NUMBERS, TOKEN_FIELDS, TokenField, Tokens, token_specs
+from fwpkm.tokens import TOKEN_FIELDS, TokenField, Tokens, token_specs
 
 NAME = "the JAX backend"
 
@@ -31,31 +30,29 @@ def no_tokens(cfg: FwPKMConfig, batch_size: int, dtype: jnp.dtype) -> Tokens:
     return specs.map(lambda spec: jnp.zeros(spec.shape, dtype if spec.kind == "float" else bool))
 
 
-def numbers(tokens: Tokens) -> dict[str, Array]:
-    """The fields that gradients pass through, by name."""
-    return {name: getattr(tokens, name) for name in NUMBERS}
+def as_table(tokens: Tokens) -> Array:
+    """``[R, D]``: all fields of tokens ``[B, n, ...]`` side by side, so that one gather finds all of a token."""
+    count, dtype = tokens.mask.size, tokens.query.dtype
+    columns = [x.reshape(count, x.shape[2] if x.ndim > 2 else 1).astype(dtype) for x in tokens]
+    return jnp.concatenate(columns, axis=1)
 
 
-def cut(tokens: Tokens, start: Array | int, length: int) -> Tokens:
-    """``length`` tokens of every row from ``start`` on, which may be traced."""
-    return tokens.map(lambda x: lax.dynamic_slice_in_dim(x, start, length, axis=1))
+def from_table(cfg: FwPKMConfig, table: Array) -> Tokens:
+    """The tokens ``[..., n]`` of a table ``[..., n, D]``."""
+    widths: Any = [1 if field.width is None else field.width(cfg)[1] for field in TOKEN_FIELDS]
+    parts = jnp.split(table, np.cumsum(widths[:-1]).tolist(), axis=-1)
+
+    def field_of(field: TokenField, x: Array) -> Array:
+        x = x if field.width else x[..., 0]
+        return x if field.kind == "float" else x > 0
+
+    return Tokens(*map(field_of, TOKEN_FIELDS, parts))
 
 
-def pad(tokens: Tokens, padding: int) -> Tokens:
-    """With so many zeros, and mask False, at the end."""
-    return tokens.map(lambda x: jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2)))
-
-
-def insert(tokens: Tokens, later: Tokens, at: Array) -> Tokens:
-    """The tokens up to ``at``, then the later ones, then zeros: a stream of both lengths together."""
-    both = zip(pad(tokens, later.length), later)
-    return Tokens(*(lax.dynamic_update_slice_in_dim(x, y, at, axis=1) for x, y in both))
-
-
-def finite(tokens: Tokens) -> Array:
-    """``[B, n]``: every number of a token is finite."""
-    flags = (finite_rows(x) if x.ndim > 2 else jnp.isfinite(x) for x in numbers(tokens).values())
-    return functools.reduce(operator.and_, flags)
+def live_rows(table: Array, mask: Array | None) -> Array:
+    """``[R, D]``: with zeros, and so mask False, for tokens that are masked or not finite (SPEC.md §5)."""
+    live = finite_rows(table)
+    return jnp.where((live if mask is None else live & mask.ravel())[:, None], table, 0)
 
 
 def finite_rows(x: Array) -> Array:
@@ -68,7 +65,12 @@ def finite_rows(x: Array) -> Array:
 
 def without(tokens: Tokens, dead: Array) -> Tokens:
     """The dead ones ``[B, n]`` as zeros with mask False (SPEC.md §5); no gradient passes through them."""
-    return tokens.map(lambda x: jnp.where(dead.reshape(*dead.shape, *[1] * (x.ndim - 2)), jnp.zeros((), x.dtype), x))
+    return tokens.map(lambda x: jnp.where(outer(dead, x), jnp.zeros((), x.dtype), x))
+
+
+def outer(flags: Array, like: Array) -> Array:
+    """``flags`` with axes of length 1 behind its own, so that it broadcasts against ``like``."""
+    return flags.reshape(*flags.shape, *[1] * (like.ndim - flags.ndim))
 
 
 def ahead(x: Array, lookahead: int) -> Array:

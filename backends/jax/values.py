@@ -24,8 +24,8 @@ class Touched(NamedTuple):
     ids: Array
     """``[E]`` ascending; those past the last distinct row lie beyond the table, so that writes to them drop and reads
     give its last row, which no entry asks for."""
-    row_index: Array
-    """``[T, K]`` where in ``ids`` each entry stands."""
+    row_index: Any
+    """``[T, K]`` where in ``ids`` each entry stands; None where they are the entries as they come."""
 
     @classmethod
     def of(cls, slots: Array, num_rows: int) -> "Touched":

@@ -1,9 +1,8 @@
 """Which tokens read one memory, and what is written after them (SPEC.md §5), in place on the tables.
 
-A call's stream is the p pending tokens, then its T new ones. Chunk c of it covers the tokens [cC, (c+1)C + lag): all of
-them read the tables, then its first C are written. p may be traced, and with it how many chunks fall due; a loop with
-that many rounds carries the tables, so a call without a write costs nothing but its reads, and no round copies a table.
-What no chunk covers is read afterwards, in blocks of a fixed size.
+Chunk c of a row's stream (streams.py) covers the tokens from cC up to (c+1)C + lag: all of them read the tables, then
+the first C are written. A loop over the rounds that write carries the tables, so a call without a write costs nothing
+but its reads, and no round copies a table. What no write covers is read by a second loop.
 
 ``select_window`` finds what the tokens of a window pick, without gradients. ``compute_window`` computes what follows
 from that, given the rows that they touch; it is differentiable, so a backward pass (backward.py) needs to keep no more
@@ -14,15 +13,17 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from fwpkm import schedule
 from fwpkm.backends.jax.addressing import Selection, address, select_slots, write_keys
-from fwpkm.backends.jax.indexing import scatter_sum
-from fwpkm.backends.jax.tokens import NAME, ahead, by_memory, cut, finite, halves, without
+from fwpkm.backends.jax.indexing import gather, put, scatter_sum
+from fwpkm.backends.jax.streams import Plan, Round, Streams, cells_of, of_rows, read_round, write_round
+from fwpkm.backends.jax.tokens import NAME, ahead, by_memory, from_table, halves, outer, without
 from fwpkm.backends.jax.values import Touched, read, write_rows
 from fwpkm.config import FwPKMConfig
-from fwpkm.containers import Memory
+from fwpkm.containers import Losses, Memory, memories_for
 from fwpkm.rules import write_scale
 from fwpkm.tokens import Tokens
 from fwpkm.validation import Implementation
@@ -43,16 +44,16 @@ class Selected(NamedTuple):
 
     keys: Array
     """``[M, H, 2, S, d]`` the codebooks that they read."""
-    rows: Any
-    """``[E, Dv]`` the rows of the value table that they read, distinct; None where those of a call lie together."""
+    rows: Array
+    """``[E, Dv]`` the rows of the value table that they read, distinct."""
     touched: Touched
     """where those rows stand."""
     selection: Selection
     """what they picked."""
-    ranks: Any
-    """``[M, H, 2, R, k]`` of that; None where they are to be computed, to be differentiated."""
-    dead: Array
-    """``[B, n]`` bool: some input or selected score is not finite."""
+    found: Any
+    """``Found`` on the way; None where it is to be computed, to be differentiated."""
+    dead: Any
+    """``[B, n]`` bool: some selected score is not finite; None once such tokens are blanked."""
 
 
 class Write(NamedTuple):
@@ -94,53 +95,47 @@ class Computed(NamedTuple):
     """what the write moved."""
 
 
-class Plan(NamedTuple):
-    """The static side of a call."""
-
-    length: int
-    """T, the new tokens, which stand at the end of the stream."""
-    writes: int
-    """W, the most chunks that can fall due."""
-    window: int
-    """tokens of a window that ends in a write."""
-    blocks: int
-    """how many blocks of tokens are read after the last write."""
-    block: int
-    """tokens of a block."""
-
-
 class Result(NamedTuple):
-    """What a stream gives. Differentiable in keys, values, reads and weights."""
+    """What a call gives. Differentiable in keys, values and reads."""
 
     keys: Array
     """``[M, H, 2, S, d]`` afterwards."""
     values: Array
     """``[M, N, Dv]`` afterwards."""
     reads: Array
-    """``[B, T, Dv]`` of the new tokens."""
+    """``[n, Dv + H*k]``: output and weights of the call's tokens; NaN for dead ones, 0 for those in no stream."""
     slots: Array
-    """``[B, T, H*k]``"""
-    weights: Array
-    """``[B, T, H*k]``"""
-    unread: Array
-    """``[B, T]`` bool: the tokens that were not finite when they were read."""
-    dead: Array
-    """``[B, Q]`` bool: the tokens of the stream that must never be written."""
-    memorization: Array
-    """``[M, W]``"""
-    addressing: Array
-    """``[M, W]``"""
+    """``[n, H*k]``"""
+    losses: Losses
+    """``[M, W]`` each."""
+
+
+class RoundResiduals(NamedTuple):
+    """What the backward needs of a round, but for the rows that it read; of all rounds of a kind, side by side."""
+
+    cells: Array
+    """``[R, n]`` where its tokens stand; the empty cell for dead ones."""
+    new: Array
+    """``[R, n]`` which of the call's tokens it is the first to read; past them for others, and for dead ones."""
+    touched: Touched
+    selection: Selection
+    of: Any
+    """``[R]`` the memories that its rows read; None is all."""
+    keys: Any
+    """the codebooks that it read; None where those are what the call gives, as nothing is written after it."""
+    moved: Any
+    """``Moved``, likewise."""
 
 
 class Residuals(NamedTuple):
-    """What the backward needs of the windows, all of which are kept in one buffer of their kind."""
+    """What the backward needs of a call's rounds."""
 
-    windows: Any
-    """``Selected``, but for its rows, and ``Moved`` of each window that ended in a write, ``[W, ..]``; or None."""
-    blocks: Any
-    """the same of the blocks after them, which moved nothing."""
+    writes: Any
+    """``RoundResiduals`` ``[W, ...]`` of those that write; None where none can."""
+    reads: Any
+    """the same of those that only read."""
     rows: Array
-    """``[R, Dv]`` the rows that each of them read."""
+    """``[.., Dv]`` the rows that each of them read, in order."""
 
 
 # --- One window ---
@@ -157,22 +152,32 @@ def memorization_loss(error: Array, gate: Array, pair: Array, memories: int) -> 
     return terms.reshape(memories, -1).sum(1)
 
 
-def select_window(cfg: FwPKMConfig, memory: Memory, window: Tokens, dead: Array) -> Selected:
-    """Find what a window's tokens pick; ``dead`` [B, n] are those known not to be finite."""
+def select_window(
+    cfg: FwPKMConfig, memory: Memory, window: Tokens, of: Array | None = None, distinct: bool = True
+) -> Selected:
+    """Find what a window's tokens pick, all of them finite: in the memories ``of`` [R], or in all.
+
+    Rows that are neither written nor differentiated need not be ``distinct``, which takes a sort.
+    """
     memories, slots, width = memory.values.shape
-    query = halves(cfg, without(window, dead).query, memories)
-    selection, ranks = select_slots(cfg, query, memory.keys)
-    first = slots * jnp.arange(memories, dtype=selection.slots.dtype)[:, None, None]
-    touched = Touched.of((selection.slots + first).reshape(-1, cfg.slots_per_token), memories * slots)
-    # Without the barrier XLA may read the table again where the rows are used, after a write, and so copies it first.
-    rows = lax.optimization_barrier(touched.gather(memory.values.reshape(-1, width)))
-    return Selected(memory.keys, rows, touched, selection, ranks, dead | ~selection.finite.reshape(dead.shape))
+    keys, of = of_rows(memory.keys, of), jnp.arange(memories, dtype=jnp.int32) if of is None else of
+    selection, found = select_slots(cfg, halves(cfg, window.query, len(keys)), keys)
+    entries = (selection.slots + slots * of[:, None, None]).reshape(-1, cfg.slots_per_token)
+    finite, table = selection.finite.reshape(window.mask.shape), memory.values.reshape(-1, width)
+    if not distinct:
+        touched = Touched(entries.ravel(), None)
+        return Selected(keys, gather(table, touched.ids, mode="clip"), touched, selection, found, ~finite)
+    touched = Touched.of(entries, memories * slots)
+    # Without the barrier XLA may read the tables again where these are used, after a write, and so copies them first.
+    keys, rows = lax.optimization_barrier((keys, touched.gather(table)))
+    return Selected(keys, rows, touched, selection, found, ~finite)
 
 
-def chunk_of(cfg: FwPKMConfig, window: Tokens) -> Write:
-    """The first C tokens of a window; those after serve only as targets (§5)."""
+def chunk_of(cfg: FwPKMConfig, window: Tokens, may_write: Array | bool = True) -> Write:
+    """The first C tokens of a window, in rows that ``may_write`` [B]; those after serve only as targets (§5)."""
     counted = window.mask & (jnp.arange(window.length) < cfg.chunk_size)
-    return Write(ahead(window.value, cfg.lookahead), pairs(cfg, counted, window.mask), counted)
+    pair = pairs(cfg, counted, window.mask) & outer(jnp.asarray(may_write), counted)
+    return Write(ahead(window.value, cfg.lookahead), pair, counted)
 
 
 def compute_window(
@@ -184,6 +189,8 @@ def compute_window(
     write: Write | None,
     num_slots: int,
     moved: Moved | None = None,
+    first: Array | int = 0,
+    may_write: Array | bool = True,
 ) -> Computed:
     """Read a window and perform its write, if it has one.
 
@@ -196,19 +203,25 @@ def compute_window(
         write: what to write, or None.
         num_slots: N.
         moved: what the write moves, where an earlier pass has found it.
+        first: the first of the memories, all others following it.
+        may_write: ``[M]``; elsewhere losses are all that a write gives.
     """
     memories, shape, row_index = len(keys), window.mask.shape, selected.touched.row_index
     query = halves(cfg, window.query, memories)
-    at = address(cfg, query, keys, selected.selection, selected.ranks)
+    at = address(cfg, query, keys, selected.selection, selected.found)
     weights = at.weights.reshape(-1, cfg.slots_per_token)
-    reads = read(rows, row_index, weights)
+    if row_index is None:
+        reads = (weights[..., None] * rows.reshape(*weights.shape, -1)).sum(1)
+    else:
+        reads = read(rows, row_index, weights)
     computed = Computed(reads.reshape(*shape, -1), weights.reshape(*shape, -1), keys, rows)
     if write is None:
         return computed
     # Floats in one sum, as an any of each window's flags would compile for a fifth of a second.
     flags = jnp.stack([by_memory(x, memories) for x in (write.counted, write.pair)]).astype(keys.dtype)
     num_counted, num_pairs = flags.sum(-1)
-    counted, active = flags[0] / jnp.maximum(num_counted, 1)[:, None], num_pairs > 0
+    counted, has_pair = flags[0] / jnp.maximum(num_counted, 1)[:, None], num_pairs > 0
+    active = has_pair & may_write
     keys_move, rows_move = (None, None) if moved is None else (moved.keys, moved.rows)
     keys, keys_move, addressing = write_keys(
         cfg, query, keys, at, selected.selection.subkeys, counted, active, keys_move
@@ -218,7 +231,7 @@ def compute_window(
     coefficient = jnp.where(pair, write_scale(jnp, cfg, weights) * gate, 0)[:, None] * weights
     entries = jnp.broadcast_to(write.counted.reshape(-1, 1), row_index.shape).astype(jnp.int32)
     count = scatter_sum(len(rows), row_index, entries)
-    owner = jnp.minimum(selected.touched.ids // num_slots, memories - 1)
+    owner = jnp.minimum(selected.touched.ids // num_slots - first, memories - 1)
     may_move = active[owner] & (count > 0)
     rows, rows_move = write_rows(cfg, rows, row_index, coefficient, error, count, may_move, rows_move)
     memorization = lax.stop_gradient(memorization_loss(error, gate, pair, memories))
@@ -226,160 +239,125 @@ def compute_window(
         keys=keys,
         rows=rows,
         memorization=memorization,
-        addressing=lax.stop_gradient(addressing),
+        addressing=lax.stop_gradient(addressing * has_pair),
         moved=Moved(keys_move, rows_move),
     )
 
 
-# --- The windows of a call ---
-
-
-def plan_apply(cfg: FwPKMConfig, length: int, writes: bool) -> Plan:
-    """T tokens after at most P pending ones; ``writes`` is False where it is known that no chunk falls due."""
-    window = cfg.chunk_size + schedule.lag(cfg)
-    block = min(length, window - 1)
-    return Plan(length, schedule.max_writes(cfg, length) if writes else 0, window, min(block, 1), block)
-
-
-def plan_read(cfg: FwPKMConfig, length: int) -> Plan:
-    """T tokens that write nothing."""
-    block = min(length, cfg.chunk_size)
-    return Plan(length, 0, 0, -(-length // block), block)
-
-
-def plan_flush(cfg: FwPKMConfig, writes: bool) -> Plan:
-    """At most P pending tokens, whose chunk is due."""
-    return Plan(0, int(writes), cfg.capacity, 0, 0)
+# --- The rounds of a call ---
 
 
 def windows(
     cfg: FwPKMConfig,
     plan: Plan,
     memory: Memory,
-    tokens: Tokens,
-    num_pending: Array,
-    due: Array,
+    source: Array,
+    streams: Streams,
     residuals: Residuals | None = None,
 ) -> tuple[Result, Residuals | None]:
-    """Read a stream and perform the writes that are due.
+    """Read the streams of a call and perform the writes that are due.
 
     Args:
         cfg: the configuration.
         plan: what is static about the call.
         memory: the tables.
-        tokens: the stream, Q tokens; from ``num_pending + T`` on they are zeros.
-        num_pending: int scalar, p.
-        due: int scalar, the chunks to write, at most ``plan.writes``.
-        residuals: space for what each window met, or None to keep nothing.
+        source: ``[cells, D]`` the tokens; zeros for those that are not finite or masked.
+        streams: where they stand.
+        residuals: space for what each round met, or None to keep nothing.
 
     Returns:
         the result, and the residuals filled.
     """
     num_slots, width = memory.values.shape[1:]
 
-    def read_window(
-        result: Result, start: Array, first_new: Array, length: int, writes: bool
-    ) -> tuple[Result, Selected, Computed]:
-        """Read ``length`` tokens from ``start`` on and note what those from ``first_new`` on read. The tables stay."""
-        window, dead = cut(tokens, start, length), slice_of(result.dead, start, length)
-        selected = select_window(cfg, Memory(result.keys, result.values), window, dead)
+    def read_window(result: Result, at: Round, length: int, writes: bool) -> tuple[Result, Computed, Any]:
+        """Read ``length`` tokens and note what the call's own read for the first time. The tables stay."""
+        cells, place = cells_of(plan, streams, at.rows, at.start, length)
+        new = cells - plan.first_cell
+        if schedule.lag(cfg) and plan.new:  # tokens may be read again, and then be dead already
+            weight = gather(result.reads[:, width], new, mode="fill", fill_value=0)
+            cells = jnp.where(jnp.isnan(weight), plan.empty, cells)
+        window = from_table(cfg, gather(source, cells))
+        of = at.rows if streams.tables is None else of_rows(streams.tables, at.rows)
+        distinct = writes or residuals is not None
+        selected = select_window(cfg, Memory(result.keys, result.values), window, of, distinct)
         live = without(window, selected.dead)
-        write = chunk_of(cfg, live) if writes else None
-        computed = compute_window(cfg, selected.keys, selected.rows, live, selected, write, num_slots)
-        slots = selected.selection.slots.reshape(computed.weights.shape)
-        fields = {"reads": computed.reads, "slots": slots, "weights": computed.weights, "unread": selected.dead}
-        noted = {name: _note(getattr(result, name), x, start, first_new) for name, x in fields.items()}
-        return result._replace(dead=put(result.dead, selected.dead, start), **noted), selected, computed
+        write = chunk_of(cfg, live, of_rows(streams.due, at.rows) > at.chunk) if writes else None
+        computed = compute_window(
+            cfg, selected.keys, selected.rows, live, selected, write, num_slots,
+            first=0 if of is None else of[0], may_write=True if streams.tables is None else of > 0,
+        )  # fmt: skip
+        new = jnp.where((place >= at.first[:, None]) & (new < plan.new), new, plan.new)
+        if plan.new:
+            reads = jnp.where(live.mask[..., None], noted(computed), jnp.nan)
+            slots = selected.selection.slots.reshape(computed.weights.shape)
+            reads, slots = (put(x, new, y, mode="drop") for x, y in ((result.reads, reads), (result.slots, slots)))
+            result = result._replace(reads=reads, slots=slots)
+        if residuals is None:
+            return result, computed, (selected, None)
+        one = RoundResiduals(
+            jnp.where(selected.dead, plan.empty, cells),
+            jnp.where(live.mask, new, plan.new),
+            selected.touched,
+            selected.selection,
+            of,
+            selected.keys if writes else None,
+            computed.moved,
+        )
+        return result, computed, (selected, one)
 
-    def write(c: Array, carry: tuple[Result, Residuals | None]) -> tuple[Result, Residuals | None]:
+    def write(index: Array, carry: tuple[Result, Residuals | None]) -> tuple[Result, Residuals | None]:
         result, residuals = carry
-        start = c * cfg.chunk_size
-        result, selected, computed = read_window(result, start, read_before(cfg, c), plan.window, True)
-        values = selected.touched.put(result.values.reshape(-1, width), computed.rows).reshape(result.values.shape)
-        losses = {x: put(getattr(result, x), getattr(computed, x)[:, None], c) for x in ("memorization", "addressing")}
-        result = result._replace(keys=computed.keys, values=values, **losses)
-        return result, keep(residuals, "windows", c, selected, computed.moved)
+        at = write_round(cfg, plan, streams, index)
+        result, computed, (selected, one) = read_window(result, at, plan.window, True)
+        row: Any = np.int32(0) if at.rows is None else at.rows[0]
+        both = zip(result.losses, (computed.memorization, computed.addressing))
+        losses = Losses(*(lax.dynamic_update_slice(x, y[:, None], (row, at.chunk)) for x, y in both))
+        result = result._replace(losses=losses)
+        if not plan.is_shared:
+            values = selected.touched.put(result.values.reshape(-1, width), computed.rows).reshape(result.values.shape)
+            of = row if streams.tables is None else gather(streams.tables, row)
+            keys = lax.dynamic_update_slice_in_dim(result.keys, computed.keys, of, 0)
+            result = result._replace(keys=keys, values=values)
+        return result, keep(residuals, "writes", index, selected, one)
 
-    def block(j: Array, carry: tuple[Result, Residuals | None]) -> tuple[Result, Residuals | None]:
+    def read_only(index: Array, carry: tuple[Result, Residuals | None]) -> tuple[Result, Residuals | None]:
         result, residuals = carry
-        result, selected, _ = read_window(result, *block_at(cfg, plan, num_pending, due, j), plan.block, False)
-        return result, keep(residuals, "blocks", j, selected, None)
+        result, _, (selected, one) = read_window(result, read_round(plan, streams, index), plan.block, False)
+        return result, keep(residuals, "reads", index, selected, one)
 
-    def keep(
-        residuals: Residuals | None, kind: str, index: Array, selected: Selected, moved: Moved | None
-    ) -> Residuals | None:
+    def keep(residuals: Residuals | None, kind: str, index: Array, selected: Selected, one: Any) -> Residuals | None:
         if residuals is None:
             return None
-        offset = row_offset(cfg, plan, tokens, kind, index)
+        offset = row_offset(cfg, plan, kind, index)
         rows = lax.dynamic_update_slice_in_dim(residuals.rows, selected.rows, offset, 0)
-        one, every = (selected._replace(rows=None, ranks=None), moved), getattr(residuals, kind)
+        every = getattr(residuals, kind)
         every = jax.tree.map(lambda all_, x: lax.dynamic_update_index_in_dim(all_, x, index, 0), every, one)
         return residuals._replace(rows=rows, **{kind: every})
 
-    carry = _nothing_read(cfg, plan, memory, tokens), residuals
+    carry = _nothing_read(cfg, plan, memory), residuals
     if plan.writes:
-        carry = lax.fori_loop(0, due, write, carry)
-    if plan.blocks:
-        carry = lax.fori_loop(0, num_blocks(cfg, plan, num_pending, due), block, carry)
+        carry = lax.fori_loop(0, streams.write_ends[-1], write, carry)
+    if plan.reads:
+        carry = lax.fori_loop(0, streams.read_ends[-1], read_only, carry)
     result, residuals = carry
-    new = {x: slice_of(getattr(result, x), num_pending, plan.length) for x in ("reads", "slots", "weights", "unread")}
-    return result._replace(**new), residuals
+    return result._replace(losses=Losses(*(x[:, : plan.columns] for x in result.losses))), residuals
 
 
-def _nothing_read(cfg: FwPKMConfig, plan: Plan, memory: Memory, tokens: Tokens) -> Result:
-    """The result of a stream ``[B, Q, ...]`` of which nothing has been read yet."""
-    tokens_shape, dtype = tokens.mask.shape, memory.keys.dtype
-    losses = jnp.zeros((len(memory.keys), plan.writes), dtype)
-    return Result(
-        *memory,
-        reads=jnp.zeros((*tokens_shape, cfg.value_dim), dtype),
-        slots=jnp.zeros((*tokens_shape, cfg.slots_per_token), jnp.int32),
-        weights=jnp.zeros((*tokens_shape, cfg.slots_per_token), dtype),
-        unread=jnp.zeros(tokens_shape, bool),
-        dead=~finite(tokens),
-        memorization=losses,
-        addressing=losses,
-    )
+def noted(computed: Computed) -> Array:
+    """``[B, n, Dv + H*k]``: what a token read, and its weights."""
+    return jnp.concatenate([computed.reads, computed.weights], axis=-1)
 
 
-def slice_of(x: Array, start: Array, length: int) -> Array:
-    """``length`` entries of the second axis."""
-    return lax.dynamic_slice_in_dim(x, start, length, axis=1)
+def _nothing_read(cfg: FwPKMConfig, plan: Plan, memory: Memory) -> Result:
+    """The result of a call of which nothing has been read yet."""
+    entries, dtype = cfg.slots_per_token, memory.keys.dtype
+    losses = jnp.zeros((memories_for(cfg, plan.batch), plan.columns + plan.is_one_loop), dtype)
+    reads = jnp.zeros((plan.new, cfg.value_dim + entries), dtype)
+    return Result(*memory, reads, jnp.zeros((plan.new, entries), jnp.int32), Losses(losses, losses))
 
 
-def put(x: Array, part: Array, start: Array) -> Array:
-    """``x`` with ``part`` from entry ``start`` of the second axis on."""
-    return lax.dynamic_update_slice_in_dim(x, part, start, axis=1)
-
-
-def _note(x: Array, part: Array, start: Array, first_new: Array) -> Array:
-    """``x`` with ``part`` from token ``start`` on, but for the tokens before ``first_new``."""
-    new = (start + jnp.arange(part.shape[1]) >= first_new).reshape(-1, *[1] * (x.ndim - 2))
-    return put(x, jnp.where(new, part, slice_of(x, start, part.shape[1])), start)
-
-
-def read_before(cfg: FwPKMConfig, c: Array) -> Array:
-    """How many tokens of the stream were read before chunk c was."""
-    return jnp.where(c > 0, c * cfg.chunk_size + schedule.lag(cfg), 0)
-
-
-def num_blocks(cfg: FwPKMConfig, plan: Plan, num_pending: Array, due: Array) -> Array | int:
-    """How many blocks there are to read: none where the windows covered the stream."""
-    if not plan.writes:
-        return plan.blocks
-    return jnp.where(read_before(cfg, due) < num_pending + plan.length, plan.blocks, 0)
-
-
-def block_at(cfg: FwPKMConfig, plan: Plan, num_pending: Array, due: Array, j: Array) -> tuple[Array, Array]:
-    """Where block j begins, counted from the end of the stream, and which of its tokens nothing else reads."""
-
-    def start(j: Array) -> Array:
-        return num_pending + jnp.maximum(plan.length - (plan.blocks - j) * plan.block, 0)
-
-    return start(j), jnp.maximum(read_before(cfg, due), jnp.where(j > 0, start(j - 1) + plan.block, 0))
-
-
-def row_offset(cfg: FwPKMConfig, plan: Plan, tokens: Tokens, kind: str, index: Any) -> Any:
-    """Where the rows of a window or block begin among those of the call."""
-    before = index * plan.window if kind == "windows" else plan.writes * plan.window + index * plan.block
-    return before * len(tokens.mask) * cfg.slots_per_token
+def row_offset(cfg: FwPKMConfig, plan: Plan, kind: str, index: Any) -> Any:
+    """Where the rows that a round read begin among those of the call."""
+    before = index * plan.write_size if kind == "writes" else plan.writes * plan.write_size + index * plan.read_size
+    return before * cfg.slots_per_token

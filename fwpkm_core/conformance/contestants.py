@@ -18,7 +18,10 @@ KERAS = ("keras-tensorflow", "keras-torch", "keras-jax")
 DEFAULT = (*(name for name in backend_names() if name != "keras"), *KERAS)
 """What is judged unless names are given: not the kernels ("triton"), which take minutes without a GPU."""
 
-FUNCTIONS = ("init_memory", "init_state", "apply", "flush", "lookup", "chunk_update", "reset", "asarray", "to_numpy")
+FUNCTIONS = (
+    *("init_memory", "init_state", "apply", "flush", "lookup", "chunk_update"),
+    *("reset", "select", "concat", "put", "pending", "nbytes", "asarray", "to_numpy"),
+)
 """What a module must have (SPEC.md §8); ``vjp`` as well, for its gradients to be judged."""
 
 

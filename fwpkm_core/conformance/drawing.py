@@ -15,28 +15,28 @@ import hypothesis
 from hypothesis import strategies as st
 
 from fwpkm.config import CHOICES, FwPKMConfig
-from fwpkm.conformance.strategies import Case, configs, untied_case
+from fwpkm.conformance.strategies import MASKING, PACKED, PADDED, UNMASKED, Case, configs, untied_case
 
-TWISTS = ("at_keys", "repeats", "masked_row", "masked_chunk", "nonfinite")
+TWISTS = ("at_keys", "repeats", "masked_row", "masked_chunk", "padded", "nonfinite")
 
 T = TypeVar("T")
 
 _DECAY, _CLIP = st.sampled_from([0.01, 0.1]), st.sampled_from([0.05, 0.2])
 _COLUMNS = (
-    *("boundary", "memory_scope", "score", "write_scale", "num_heads", "lookahead", "left_out"),
+    *("boundary", "memory_scope", "score", "write_scale", "num_heads", "lookahead", "left_out", "layout"),
     *("grad_clip", "weight_decay", "temperature", "learning_rate", "addressing_weight", "score_eps"),
 )
 STRATA: tuple[tuple[Any, ...], ...] = (
-    ("drop", "sequence", "idw", "slots", 1, 1, (), None, 0.0, 1.0, 1.0, 0.3, 1e-3),
-    ("wait", "sequence", "idw", "normalized", 2, 1, (), None, 0.0, 0.5, 1.0, 0.3, 0.1),
-    ("drop", "batch", "dot_product", "unit", 2, 2, ("mask",), None, _DECAY, 2.0, 1.0, 1.0, 1e-3),
-    ("wait", "batch", "idw", "slots", 1, 2, ("gate",), _CLIP, 0.0, 1.0, 0.5, 1.0, 1e-3),
-    ("drop", "sequence", "dot_product", "normalized", 1, 0, (), _CLIP, 0.0, 0.5, 1.0, 1.0, 1e-3),
-    ("wait", "sequence", "dot_product", "unit", 2, 0, ("gate", "mask"), None, _DECAY, 1.0, 0.5, 1.0, 1e-3),
-    ("drop", "batch", "idw", "normalized", 2, 1, (), None, _DECAY, 2.0, 1.0, 1.0, 0.1),
-    ("wait", "batch", "dot_product", "normalized", 1, 2, (), None, 0.0, 1.0, 1.0, 1.0, 1e-3),
-    ("wait", "sequence", "idw", "unit", 3, 3, (), _CLIP, _DECAY, 1.0, 1.0, 0.3, 0.1),
-    ("drop", "sequence", "idw", "unit", 2, 0, (), None, 0.0, 1.0, 0.5, 0.3, 0.1),
+    ("drop", "sequence", "idw", "slots", 1, 1, (), PADDED, None, 0.0, 1.0, 1.0, 0.3, 1e-3),
+    ("wait", "sequence", "idw", "normalized", 2, 1, (), PADDED, None, 0.0, 0.5, 1.0, 0.3, 0.1),
+    ("drop", "batch", "dot_product", "unit", 2, 2, ("mask",), PADDED, None, _DECAY, 2.0, 1.0, 1.0, 1e-3),
+    ("wait", "batch", "idw", "slots", 1, 2, ("gate",), PADDED, _CLIP, 0.0, 1.0, 0.5, 1.0, 1e-3),
+    ("drop", "sequence", "dot_product", "normalized", 1, 0, ("mask",), PADDED, _CLIP, 0.0, 0.5, 1.0, 1.0, 1e-3),
+    ("wait", "sequence", "dot_product", "unit", 2, 0, ("gate", "mask"), UNMASKED, None, _DECAY, 1.0, 0.5, 1.0, 1e-3),
+    ("drop", "batch", "idw", "normalized", 2, 1, (), PADDED, None, _DECAY, 2.0, 1.0, 1.0, 0.1),
+    ("wait", "batch", "dot_product", "normalized", 1, 2, (), PADDED, None, 0.0, 1.0, 1.0, 1.0, 1e-3),
+    ("wait", "sequence", "idw", "unit", 3, 3, (), PACKED, _CLIP, _DECAY, 1.0, 1.0, 0.3, 0.1),
+    ("drop", "sequence", "idw", "unit", 2, 0, (), PADDED, None, 0.0, 1.0, 0.5, 0.3, 0.1),
 )
 """Ten rows under ``_COLUMNS``: each value of each choice, and the combinations in which one hides another's error."""
 
@@ -61,6 +61,8 @@ class Shape(NamedTuple):
     length: int
     left_out: tuple[str, ...]
     """Fields of its tokens."""
+    layout: str = PADDED
+    """How its tokens are handed over."""
 
 
 class Passage(NamedTuple):
@@ -102,7 +104,7 @@ def shapes(unit: int = 1) -> st.SearchStrategy[tuple[Shape, ...]]:
 @st.composite
 def _shape(draw: st.DrawFn, number: int, unit: int) -> Shape:
     row = dict(zip(_COLUMNS, STRATA[number]))
-    left_out, lookahead = row.pop("left_out"), row["lookahead"]
+    left_out, layout, lookahead = row.pop("left_out"), row.pop("layout"), row["lookahead"]
     multiples = st.sampled_from([unit, 2 * unit, 3 * unit])
     if unit > 1 and row["score"] == "idw" and row["grad_clip"] is not None:
         row["addressing_weight"] *= 4  # or clipping would never bite: wide keys have a gradient of small parts
@@ -120,7 +122,7 @@ def _shape(draw: st.DrawFn, number: int, unit: int) -> Shape:
     # A half of three chunks or so, and cut within a chunk where a chunk can be cut.
     halves = range((3 * chunk + cfg.lookahead) // 2, 3 * chunk // 2 + cfg.lookahead + 3)
     half = draw(st.sampled_from([size for size in halves if size > 2 and (chunk == 1 or size % chunk)]))
-    return Shape(cfg, draw(st.integers(2, 3)), 2 * half, left_out)
+    return Shape(cfg, draw(st.integers(2, 3)), 2 * half, left_out, layout)
 
 
 @st.composite
@@ -135,8 +137,10 @@ def passages(draw: st.DrawFn, number: int, shape: Shape, dtype: str) -> Passage:
     if "at_keys" in twists:
         twists -= {"repeats"}  # a whole chunk at one key: the steepest scores there are, and nothing to tell them apart
     seed = draw(st.integers(0, 2**32 - 1))
-    cfg, batch, length, left_out = shape
-    case = untied_case(cfg, seed, dtype, twists, batch, length, left_out, flush_after)
+    cfg, batch, length, left_out, layout = shape
+    if layout == UNMASKED:
+        twists -= MASKING
+    case = untied_case(cfg, seed, dtype, twists, batch, length, left_out, flush_after, layout, sizes)
     return Passage(number, case, sizes, handed)
 
 

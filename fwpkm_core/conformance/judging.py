@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fwpkm import agreement, reference
+from fwpkm import agreement, reference, schedule
 from fwpkm.config import FwPKMConfig
 from fwpkm.conformance.drawing import Passage
 from fwpkm.conformance.results import Calls, Result, expect
@@ -22,13 +22,14 @@ QUANTITIES = (
     *("init_memory", "init_state", "lookup output", "lookup slots", "lookup weights"),
     *(f"chunk_update {name}" for name in ("keys", "values", "memorization", "addressing")),
     *(f"update=False {name}" for name in ("output", "slots", "weights", "state")),
-    *("flush", "reset", "arguments"),
+    *("flush", "flush rows", "reset", "select", "concat", "put", "pending, nbytes", "from a memory"),
+    *("arguments", "apart"),
 )
-"""What is judged, in the order of the table: what a sequence gave, the state in mid-sequence (pending tokens, and their
-mask with the position), gradients, and each function by itself."""
+"""What is judged, in the order of the table: what sequences gave, the state in mid-sequence (pending tokens, and their
+mask with the position), gradients, each function by itself, and whether states are values, in place too."""
 
 EXACT = frozenset(
-    {"writes", "position", "init_memory", "init_state", "update=False state", "arguments"}
+    {"writes", "position", "init_memory", "init_state", "update=False state", "pending, nbytes", "arguments", "apart"}
     | {name for name in QUANTITIES if name.endswith("slots")}
 )
 """Quantities that are equal or not: their error is 0 or infinite."""
@@ -53,11 +54,11 @@ def errors(cfg: FwPKMConfig, actual: Result, expected: Result) -> Iterator[tuple
     """Each quantity of a result and its error; gradients only where the backend has them."""
     yield from reading_errors(cfg, actual.reading, expected.reading)
     yield "pending", _pending_error(actual.state, expected.state)
-    yield "position", _position_error(actual.state, expected.state)
+    yield "position", _position_error(cfg, actual.state, expected.state)
     for name, gradient in actual.gradients.items():
         yield f"grad {name}", agreement.relative_error(gradient, expected.gradients[name])
     yield from _call_errors(cfg, actual.calls, expected.calls)
-    yield "flush", _state_error(actual.flushed, expected.flushed)
+    yield "flush", _state_error(cfg, actual.flushed, expected.flushed)
     yield "arguments", _exact_error(not actual.overwritten)
 
 
@@ -66,7 +67,7 @@ def reading_errors(cfg: FwPKMConfig, actual: Reading, expected: Reading) -> Iter
     yield from _lookup_errors(cfg, actual, expected)
     for name in ("memorization", "addressing"):
         yield name, agreement.relative_error(getattr(actual, name), getattr(expected, name))
-    yield "writes", _exact_error(actual.memorization.shape[1] == expected.memorization.shape[1])
+    yield "writes", _exact_error(np.array_equal(actual.writes, expected.writes))
     yield from _field_errors(actual.memory, expected.memory)
 
 
@@ -97,7 +98,21 @@ def _call_errors(cfg: FwPKMConfig, actual: Calls, expected: Calls) -> Iterator[t
     yield from _field_errors(actual.losses, expected.losses, "chunk_update ")
     yield from _lookup_errors(cfg, actual.read_only, expected.read_only, "update=False ")
     yield "update=False state", _exact_error(actual.unchanged)
-    yield "reset", _state_error(actual.reset, expected.reset)
+    yield from _row_errors(cfg, actual, expected)
+    yield "from a memory", max(error for _, error in reading_errors(cfg, actual.from_memory, expected.from_memory))
+
+
+def _row_errors(cfg: FwPKMConfig, actual: Calls, expected: Calls) -> Iterator[tuple[str, float]]:
+    losses = [agreement.relative_error(a, b) for a, b in zip(actual.flush_trace, expected.flush_trace)]
+    yield "flush rows", max(*losses, _state_error(cfg, actual.flushed_rows, expected.flushed_rows))
+    states = {"reset": "reset", "select": "selected", "concat": "joined", "put": "put"}
+    for quantity, field in states.items():
+        state = getattr(expected, field)
+        if state is not None:
+            yield quantity, _state_error(cfg, getattr(actual, field), state)
+    yield "pending, nbytes", _exact_error(actual.counted and np.array_equal(actual.pending, expected.pending))
+    if actual.apart is not None:
+        yield "apart", _exact_error(actual.apart)
 
 
 def _field_errors(actual: Any, expected: Any, prefix: str = "") -> Iterator[tuple[str, float]]:
@@ -105,9 +120,9 @@ def _field_errors(actual: Any, expected: Any, prefix: str = "") -> Iterator[tupl
         yield f"{prefix}{name}", agreement.relative_error(getattr(actual, name), array)
 
 
-def _state_error(actual: State, expected: State) -> float:
+def _state_error(cfg: FwPKMConfig, actual: State, expected: State) -> float:
     tables = [error for _, error in _field_errors(actual.memory, expected.memory)]
-    return max(*tables, _pending_error(actual, expected), _position_error(actual, expected))
+    return max(*tables, _pending_error(actual, expected), _position_error(cfg, actual, expected))
 
 
 def _pending_error(actual: State, expected: State) -> float:
@@ -115,9 +130,14 @@ def _pending_error(actual: State, expected: State) -> float:
     return max(agreement.relative_error(a, b) for a, b in pairs)
 
 
-def _position_error(actual: State, expected: State) -> float:
+def _position_error(cfg: FwPKMConfig, actual: State, expected: State) -> float:
+    """Positions that differ by a multiple of C are the same clock, once a chunk was written (§5)."""
     same_mask = np.array_equal(actual.pending.mask, expected.pending.mask)
-    return _exact_error(same_mask and np.array_equal(actual.position, expected.position))
+    settled = cfg.chunk_size + schedule.lag(cfg)
+    early, same = np.minimum(actual.position, expected.position) < settled, actual.position == expected.position
+    same_place = (actual.position - expected.position) % cfg.chunk_size == 0
+    same_dtype = actual.position.dtype == np.int32
+    return _exact_error(same_mask and same_dtype and np.where(early, same, same_place).all())
 
 
 def _exact_error(equal: Any) -> float:

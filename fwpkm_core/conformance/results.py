@@ -1,6 +1,8 @@
 """What a backend makes of a passage, and what the reference makes of it."""
 
+import dataclasses
 import functools
+import inspect
 import sys
 from typing import Any, NamedTuple
 
@@ -8,10 +10,11 @@ import numpy as np
 
 from fwpkm import reference
 from fwpkm.conformance import running
+from fwpkm.conformance.contestants import FUNCTIONS
 from fwpkm.conformance.drawing import Passage
 from fwpkm.conformance.running import INPUTS, Reading, as_numpy, native, same_bits
-from fwpkm.conformance.strategies import floating
-from fwpkm.containers import Lookup, Losses, Memory, State
+from fwpkm.conformance.strategies import PADDED, Case, floating, unmasked
+from fwpkm.containers import Lookup, Losses, Memory, State, Trace
 from fwpkm.protocol import Backend, DifferentiableBackend
 from fwpkm.registry import get_backend
 
@@ -28,10 +31,29 @@ class Calls(NamedTuple):
     losses: Losses
     reset: State
     """Of one row, or of all that share a memory."""
+    flushed_rows: State
+    """After a flush of those rows."""
+    flush_trace: Trace
+    """Of that flush."""
+    selected: State
+    """As many rows as there were, in a drawn order, some perhaps twice."""
+    joined: State | None
+    """Of the state with the selected one, joined; None in batch scope."""
+    put: State | None
+    """One row in the place of another; None in batch scope."""
+    pending: np.ndarray
+    """``[B]``: how many tokens each row has pending."""
+    counted: bool
+    """Whether ``nbytes`` is the sum of the arrays' bytes."""
+    from_memory: Reading
+    """Of half of the first row's tokens by every row, from a memory in place of a state; its tables are those given."""
     read_only: Lookup
     """Of ``apply`` with ``update=False``, from the start."""
     unchanged: bool
     """Whether ``update=False`` left the state alone and wrote nothing, at the start and in mid-sequence."""
+    apart: bool | None
+    """Whether a call in place on selected rows gave what it gives otherwise, and left the state that they come from
+    alone; None where there are no calls in place."""
 
 
 class Result(NamedTuple):
@@ -49,6 +71,10 @@ class Result(NamedTuple):
     """The functions that changed an argument."""
 
 
+WATCHED = frozenset(FUNCTIONS) - {"asarray", "to_numpy"}
+"""Functions whose arguments must stay as they are."""
+
+
 class _Watched:
     """A backend that compares the arrays that its functions are handed, before and after each call."""
 
@@ -58,13 +84,13 @@ class _Watched:
 
     def __getattr__(self, name: str) -> Any:
         function = getattr(self._be, name)
-        return function if name in ("asarray", "to_numpy") else functools.partial(self._call, name, function)
+        return functools.wraps(function)(functools.partial(self._call, name, function)) if name in WATCHED else function
 
     def _call(self, name: str, function: Any, *args: Any, **options: Any) -> Any:
         arrays = tuple(running.arrays((*args, *options.values())))
         before = as_numpy(self._be, arrays)
         returned = function(*args, **options)
-        if not same_bits(as_numpy(self._be, arrays), before):
+        if not options.get("inplace") and not same_bits(as_numpy(self._be, arrays), before):
             print(f"{name} has overwritten an argument", file=sys.stderr)
             self.overwritten.add(name)
         return returned
@@ -79,8 +105,8 @@ def run(be: Any, passage: Passage) -> Result:
 
 
 def expect(passage: Passage) -> Result:
-    """The reference's result on the same numbers in float64, with torch's gradients."""
-    wide = passage._replace(case=passage.case.widened())
+    """The reference's result on the same numbers in float64, padded, with torch's gradients."""
+    wide = passage._replace(case=dataclasses.replace(passage.case.widened(), layout=PADDED))
     gradients = _gradients(get_backend("torch"), wide) if passage.with_gradients else {}
     return _values(reference, wide)._replace(gradients=gradients)
 
@@ -109,7 +135,7 @@ def _read(be: Backend, passage: Passage) -> tuple[Reading, State, State]:
     for stop, flush in stops:
         part = sizes[call:stop]
         tokens = case.tokens.slice(at, at + sum(part))
-        reading, state = running.stream(be, case.cfg, state, tokens, part, flush=flush)
+        reading, state = running.stream(be, case.cfg, state, tokens, part, flush=flush, layout=case.layout)
         parts.append(reading)
         at, call = at + sum(part), stop
         if stop == passage.handed and not flush:
@@ -123,9 +149,6 @@ def _calls(be: Any, passage: Passage, middle: State) -> Calls:
     chunk, memories = case.tokens.slice(0, cfg.chunk_size), len(case.memory.keys)
     memory, tokens = native(be, case.memory), native(be, chunk)
     pair = native(be, rng.uniform(size=chunk.query.shape[:2]) < 0.75)
-    rows = np.full(case.batch, memories == 1)
-    rows[rng.integers(case.batch)] = True
-    ids = rows.tolist() if rng.integers(2) else np.flatnonzero(rows).tolist()
     fields = tokens.present()
     written, losses = be.chunk_update(cfg, memory, target=fields.pop("value"), **fields, pair=pair)
     starts = [running.start(be, case), native(be, middle)]
@@ -138,10 +161,52 @@ def _calls(be: Any, passage: Passage, middle: State) -> Calls:
         lookup=as_numpy(be, be.lookup(cfg, memory, tokens.query)),
         written=as_numpy(be, written),
         losses=as_numpy(be, losses),
-        reset=as_numpy(be, be.reset(native(be, middle), memory, ids)),
+        **_row_calls(be, case, middle, rng),
+        from_memory=_from_memory(be, case),
         read_only=Lookup(**{name: getattr(readings[0], name) for name in Lookup._fields}),
-        unchanged=all(same) and not any(reading.memorization.size for reading in readings),
+        unchanged=all(same) and not any(reading.writes.any() for reading in readings),
     )
+
+
+def _row_calls(be: Any, case: Case, middle: State, rng: np.random.Generator) -> dict[str, Any]:
+    """What the functions of rows make of the state in mid-sequence."""
+    cfg, batch = case.cfg, case.batch
+    shared = len(case.memory.keys) < batch
+    chosen = np.full(batch, shared)
+    chosen[rng.integers(batch)] = True
+    rows = [chosen.tolist(), np.flatnonzero(chosen).tolist(), native(be, chosen)][rng.integers(3)]
+    ids, (at, source) = rng.integers(batch, size=batch).tolist(), rng.integers(batch, size=2).tolist()
+    state = native(be, middle)
+    flushed, trace = be.flush(cfg, state, rows)
+    selected = be.select(cfg, state, ids)
+    joined = None if shared else as_numpy(be, be.concat(cfg, [state, selected]))
+    put = None if shared else as_numpy(be, be.put(cfg, state, [at], be.select(cfg, state, [source])))
+    apart = None
+    if "inplace" in inspect.signature(be.apply).parameters:
+        chunk = case.tokens.slice(0, cfg.chunk_size)
+        calls = [running.stream(be, cfg, be.select(cfg, state, ids), chunk, inplace=x) for x in (False, True)]
+        pairs = [same_bits(*(as_numpy(be, after) for _, after in calls)), same_bits(as_numpy(be, state), middle)]
+        apart = all(pairs) and same_bits(calls[0][0].output, calls[1][0].output)
+    return {
+        "reset": as_numpy(be, be.reset(cfg, state, native(be, case.memory), rows)),
+        "flushed_rows": as_numpy(be, flushed),
+        "flush_trace": as_numpy(be, trace),
+        "selected": as_numpy(be, selected),
+        "joined": joined,
+        "put": put,
+        "pending": as_numpy(be, be.pending(cfg, state)),
+        "counted": be.nbytes(state) == sum(x.nbytes for x in running.arrays(middle)),
+        "apart": apart,
+    }
+
+
+def _from_memory(be: Any, case: Case) -> Reading:
+    memory = native(be, Memory(*(x[:1] for x in case.memory)))
+    tokens = case.tokens.slice(0, case.length // 2).map(lambda x: np.repeat(x[:1], case.batch, axis=0))
+    output, state, trace = running.apply(be, case.cfg, memory, tokens, case.layout)
+    if state is not None:
+        raise running.BrokenContractError(f"apply of a Memory must return None for the state. Received: {type(state)}")
+    return Reading(output, **running.joined_traces([trace]), memory=as_numpy(be, memory))
 
 
 def _gradients(be: DifferentiableBackend, passage: Passage) -> dict[str, np.ndarray]:
@@ -150,7 +215,7 @@ def _gradients(be: DifferentiableBackend, passage: Passage) -> dict[str, np.ndar
     numbers = [x for x in floating(case.tokens).values() if x is not None]
     # Drawn scores never overflow, so these are the tokens whose output is not NaN.
     finite = np.all([np.isfinite(x).all(tuple(range(2, x.ndim))) for x in numbers], axis=0)
-    output = np.where(finite[..., None], output, 0)
+    output = np.where((finite & unmasked(case.tokens))[..., None], output, 0)
     cotangents = [array.astype(case.dtype) for array in (output, keys, values)]
     received = running.gradients(be, case, cotangents, passage.gradient_sizes)
     return {name: gradient for name, gradient in zip(INPUTS, received) if gradient is not None}

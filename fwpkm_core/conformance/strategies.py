@@ -5,7 +5,7 @@ and its repr is short.
 """
 
 import dataclasses
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,11 +17,17 @@ from fwpkm.config import CHOICES, FwPKMConfig
 from fwpkm.containers import Memory, memories_for
 from fwpkm.tokens import NUMBERS, TOKEN_FIELDS, Array, Tokens
 
-TWISTS = ("at_keys", "repeats", "masked_row", "masked_chunk", "twins")
-"""Queries exactly at keys; one query repeated; a row, or a chunk, without unmasked tokens; equal keys (ties).
+TWISTS = ("at_keys", "repeats", "masked_row", "masked_chunk", "padded", "twins")
+"""Queries exactly at keys; one query repeated; a row, or a chunk, without unmasked tokens; rows padded at both ends, with
+NaN among what is masked; equal keys (ties).
 
 ``make_case`` knows one more, "nonfinite": tokens that hold NaN or an infinity.
 """
+MASKING = frozenset({"masked_row", "masked_chunk", "padded"})
+"""Twists that need a mask."""
+
+LAYOUTS = PADDED, PACKED, UNMASKED = "padded", "packed", "packed without a mask"
+"""How the tokens of a case are handed over (SPEC.md §5)."""
 
 ROWS = st.integers(1, 3)
 OPTIONAL = tuple(field.name for field in TOKEN_FIELDS if field.default is not None)
@@ -44,10 +50,11 @@ class Case:
     memory: Memory
     tokens: Tokens
     flush_after: int | None = None
+    layout: str = PADDED
 
     def _repr_pretty_(self, printer, cycle):
         """All that the arrays follow from, and not the arrays: what Hypothesis prints."""
-        fields = ("cfg", "seed", "dtype", "twists", "batch", "length", "flush_after")
+        fields = ("cfg", "seed", "dtype", "twists", "batch", "length", "flush_after", "layout")
         present = [name for name, array in self.tokens._asdict().items() if array is not None]
         printer.text(f"Case({', '.join(f'{n}={getattr(self, n)!r}' for n in fields)}, tokens={present})")
 
@@ -142,7 +149,7 @@ def cases(
     chosen = draw(st.frozensets(st.sampled_from(list(twists)), max_size=2)) if twists else frozenset()
     if untied:
         chosen -= {"twins"}
-    absent = frozenset(draw(left_out)) - ({"mask"} if chosen & {"masked_row", "masked_chunk"} else set())
+    absent = frozenset(draw(left_out)) - ({"mask"} if chosen & MASKING else set())
     flush_after = draw(st.integers(0, length)) if flushed else None
     seed = draw(st.integers(0, 2**32 - 1))
     arguments = (name, chosen, rows, length, absent, flush_after)
@@ -172,8 +179,10 @@ def make_case(
     length: int,
     left_out: Collection[str],
     flush_after: int | None,
+    layout: str = PADDED,
+    sizes: Sequence[int] = (),
 ) -> Case:
-    """The case that follows from choices and a seed."""
+    """The case that follows from choices and a seed; packed, each row ends where it likes in calls of these sizes."""
     rng = np.random.default_rng(seed)
     memory, tokens = draw_memory(rng, cfg, batch, twists), draw_tokens(rng, cfg, batch, length, left_out)
     if "at_keys" in twists:
@@ -184,9 +193,13 @@ def make_case(
         tokens.mask[-1] = False
     if tokens.mask is not None and "masked_chunk" in twists:
         tokens.mask[0, : cfg.chunk_size] = False
+    if layout != PADDED:
+        tokens = tokens._replace(mask=unmasked(tokens) & _ragged(rng, batch, sizes or [length]))
+    if tokens.mask is not None and "padded" in twists:
+        _pad(rng, tokens)
     if "nonfinite" in twists:
         _spoil(rng, tokens)
-    case = Case(cfg, seed, dtype, twists, batch, length, memory, tokens, flush_after)
+    case = Case(cfg, seed, dtype, twists, batch, length, memory, tokens, flush_after, layout)
     return case.map(lambda array: array.astype(dtype))
 
 
@@ -222,6 +235,21 @@ def _at_keys(rng, cfg, memory, query):
     at = np.take_along_axis(keys, subkeys[..., None, None], axis=-2)[..., 0, :]
     halves[:, ::2] = at[:, ::2]
     return halves.reshape(query.shape)
+
+
+def _ragged(rng, batch, sizes):
+    """``[B, T]`` bool: of each call a row takes no token, one, some or all."""
+    ends = [rng.choice([0, 1, size // 2, size, size], batch) for size in sizes]
+    return np.concatenate([np.arange(size) < end[:, None] for size, end in zip(sizes, ends)], axis=1)
+
+
+def _pad(rng, tokens):
+    """Rows begin later and end earlier, and what is masked holds anything."""
+    batch, length = tokens.mask.shape
+    first, last = rng.integers(0, length // 2 + 1, (batch, 1)), rng.integers(length // 2, length + 1, (batch, 1))
+    tokens.mask[:] &= (first <= np.arange(length)) & (np.arange(length) < last)
+    for x in (array for array in floating(tokens).values() if array is not None):
+        x[~tokens.mask] = rng.choice([0, 1, np.nan, np.inf], x.shape)[~tokens.mask]
 
 
 def _spoil(rng, tokens):

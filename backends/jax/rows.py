@@ -1,0 +1,97 @@
+"""Rows of a state, and states of rows (SPEC.md §5). Rows may be traced: then they are taken as they are."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from fwpkm import rows as row_checks
+from fwpkm import schedule, validation
+from fwpkm.backends.jax.tokens import no_tokens, outer
+from fwpkm.backends.jax.windows import SELF
+from fwpkm.config import FwPKMConfig
+from fwpkm.containers import Memory, State, memories_for
+from fwpkm.tokens import Tokens
+
+
+def init_state(cfg: FwPKMConfig, memory: Memory, batch_size: int) -> State:
+    """A state at position 0 that owns a copy of ``memory``."""
+    validation.check_initial(cfg, memory, batch_size, SELF)
+    memory, pending = _initial(cfg, batch_size, memory)
+    with jax.ensure_compile_time_eval():  # so that a call from it under jit knows where its rows stand
+        position = jnp.zeros(batch_size, jnp.int32)
+    return State.of(memory, pending, position)
+
+
+def reset(cfg: FwPKMConfig, state: State, memory: Memory, rows: Any = None) -> State:
+    """Make rows what ``init_state`` makes."""
+    batch = row_checks.check_reset(cfg, state, memory, SELF)
+    chosen = mask_of(cfg, rows, batch)
+    fresh = State.of(memory, no_tokens(cfg, 1, memory.keys.dtype), jnp.zeros(1, jnp.int32))
+    return _blended(chosen, state, fresh)
+
+
+def select(cfg: FwPKMConfig, state: State, rows: Any) -> State:
+    """The state of these rows, in this order."""
+    ids = rows if is_traced(rows) else row_checks.check_select(cfg, state, rows, SELF)
+    memory = Memory(*(x[ids] for x in state.memory)) if cfg.memory_scope == "sequence" else state.memory
+    return State.of(memory, state.pending.map(lambda x: x[ids]), state.position[ids])
+
+
+def concat(cfg: FwPKMConfig, states: Sequence[State]) -> State:
+    """One state of the rows of all, in order."""
+    row_checks.check_concat(cfg, states, SELF)
+    return states[0].map(lambda *x: jnp.concatenate(x), *states[1:])
+
+
+def put(cfg: FwPKMConfig, state: State, rows: Any, other: State) -> State:
+    """The state with the i-th row of ``other`` at rows[i]."""
+    row_checks.check_put(cfg, state, other, None, SELF)
+    ids = rows
+    if not is_traced(rows):
+        ids = row_checks.ids_of(rows, len(state.position))
+        row_checks.check_put(cfg, state, other, len(ids), SELF)
+    return state.map(lambda x, y: x.at[ids].set(y), other)
+
+
+def pending(cfg: FwPKMConfig, state: State) -> Array:
+    """How many tokens of each row no write has consumed ``[B]``."""
+    validation.check_state(cfg, state, None, SELF)
+    return schedule.pending(cfg, state.position)
+
+
+def nbytes(state: State) -> int:
+    """The bytes that a state takes."""
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+
+
+def mask_of(cfg: FwPKMConfig, rows: Any, batch_size: int) -> Any:
+    """``rows`` of a reset or a flush as a bool array [B], NumPy's where they are known."""
+    if not is_traced(rows):
+        return row_checks.mask_of(cfg, rows, batch_size)
+    return rows if rows.dtype == bool else (jnp.arange(batch_size)[:, None] == rows[None]).any(1)
+
+
+def is_traced(x: Any) -> bool:
+    """Whether its numbers are not known."""
+    return isinstance(x, jax.core.Tracer)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _initial(cfg: FwPKMConfig, batch_size: int, memory: Memory) -> tuple[Memory, Tokens]:
+    memories = memories_for(cfg, batch_size)
+    tables = Memory(*(jnp.broadcast_to(x, (memories, *x.shape[1:])) for x in memory))
+    return tables, no_tokens(cfg, batch_size, memory.keys.dtype)
+
+
+@jax.jit
+def _blended(chosen: Array, state: State, fresh: State) -> State:
+    """``fresh`` in rows that are chosen ``[B]``; its arrays have one row, or all."""
+
+    def blend(current: Array, initial: Array) -> Array:
+        return jnp.where(outer(chosen[: len(current)], current), initial.astype(current.dtype), current)
+
+    return state.map(blend, fresh)
