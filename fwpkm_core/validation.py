@@ -35,7 +35,7 @@ class Implementation(NamedTuple):
 
 
 def check_array(name: str, array: Any, axes: Sequence[Axis], kind: str, array_type: ArrayType) -> None:
-    """Raise unless ``array`` is a native array of this kind ("float", "bool" or "int32") and shape."""
+    """Raise unless ``array`` is a native array of this kind ("float", "int", "bool" or "int32") and shape."""
     received: Any = array
     if not isinstance(array, array_type):
         types = array_type if isinstance(array_type, tuple) else (array_type,)
@@ -47,8 +47,9 @@ def check_array(name: str, array: Any, axes: Sequence[Axis], kind: str, array_ty
         expected = ", ".join(label if size is None else f"{label}={size}".removeprefix("=") for label, size in axes)
         raise ValueError(f"{name} must have shape [{expected}]. Received: shape {shape}")
     dtype = dtype_name(received)
-    if not (dtype == kind or (kind == "float" and kind in dtype)):
-        wanted = "a floating dtype" if kind == "float" else f"dtype {kind}"
+    families = {"float": "a floating dtype", "int": "an integer dtype"}
+    if not (dtype == kind or (kind in families and kind in dtype)):
+        wanted = families.get(kind, f"dtype {kind}")
         raise ValueError(f"{name} must have {wanted}. Received: dtype {dtype}")
 
 
@@ -168,8 +169,11 @@ def check_chunk(cfg: FwPKMConfig, memory: Any, chunk: Tokens, pair: Any, impleme
         check_array("pair", pair, axes, "bool", implementation.arrays)
 
 
-def check_apply(cfg: FwPKMConfig, state: Any, tokens: Tokens, cu_seqlens: Any, implementation: Implementation) -> int:
-    """Raise unless the arguments of ``apply`` fit each other. Returns B, the rows of the state that they make."""
+def check_apply(cfg: FwPKMConfig, state: Any, tokens: Tokens, cu_seqlens: Any, implementation: Implementation) -> Any:
+    """Raise unless the arguments of ``apply`` fit each other. Returns B, the rows of the state that they make.
+
+    B is None where a TensorFlow graph does not know it yet.
+    """
     check_served(cfg, implementation)
     _check_served_tokens(tokens, "", implementation)
     _check_query(cfg, tokens.query, "T", implementation.arrays)
@@ -184,7 +188,7 @@ def check_apply(cfg: FwPKMConfig, state: Any, tokens: Tokens, cu_seqlens: Any, i
     return batch
 
 
-def _check_packed(cfg: FwPKMConfig, tokens: Tokens, cu_seqlens: Any, implementation: Implementation) -> int:
+def _check_packed(cfg: FwPKMConfig, tokens: Tokens, cu_seqlens: Any, implementation: Implementation) -> Any:
     """B, of the shape of ``cu_seqlens``."""
     if cfg.memory_scope != "sequence":
         raise ValueError(
@@ -192,13 +196,14 @@ def _check_packed(cfg: FwPKMConfig, tokens: Tokens, cu_seqlens: Any, implementat
             f"Received: cu_seqlens with memory_scope={cfg.memory_scope!r}"
         )
     check_array("cu_seqlens", cu_seqlens, [("B+1", None)], "int32", implementation.arrays)
-    if cu_seqlens.shape[0] < 2:
+    ends = cu_seqlens.shape[0]
+    if ends is not None and ends < 2:
         raise ValueError(f"cu_seqlens must have shape [B+1] with B >= 1. Received: shape {tuple(cu_seqlens.shape)}")
     if tokens.query.shape[0] != 1:
         raise ValueError(
             f"query must be one packed row [1, T, H*Dk] beside cu_seqlens. Received: shape {tuple(tokens.query.shape)}"
         )
-    return cu_seqlens.shape[0] - 1
+    return None if ends is None else ends - 1
 
 
 def check_cu_seqlens(cu_seqlens: list[int], length: int) -> None:

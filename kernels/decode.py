@@ -1,6 +1,7 @@
 """SPEC.md §5 one token at a time, decided on the GPU: every launch is made at every step, whatever the position.
 
-So a CUDA graph can hold a step. What a write needs is launched too, and does nothing until a chunk is complete.
+So a CUDA graph can hold a step. What a write needs is launched too, and does nothing for a memory whose chunk is not
+complete.
 """
 
 import triton
@@ -13,7 +14,7 @@ from fwpkm.kernels.runtime.shapes import blocks_of
 from fwpkm.kernels.runtime.windows import Call
 from fwpkm.kernels.scores import bounded_scores, exact_ranks
 from fwpkm.kernels.slots import best_sums, softmax_over_heads
-from fwpkm.kernels.tokens import DEAD, INF, LIVE, flag_of, gate_of, not_due
+from fwpkm.kernels.tokens import DEAD, GONE, INF, LIVE, flag_of, gate_of, not_due, takes_position
 
 EQUATIONS = ("sub_scores", "top_k", "select_slots", "read", "windows")
 
@@ -37,32 +38,36 @@ def scan_kernel(
 
 @triton.jit(do_not_specialize=["rows"])
 def token_kernel(
-    position, token_query, token_value, token_gate, token_mask, token_ranks, table, largest, token_flags, due, output,
-    rows,
+    position, token_query, token_value, token_gate, token_mask, token_ranks, table, largest, token_flags, due,
+    pending_index, output, rows,
     QUERY: tl.constexpr, VALUE: tl.constexpr, QUERY_BLOCK: tl.constexpr, VALUE_BLOCK: tl.constexpr,
-    HAS_GATE: tl.constexpr, HAS_MASK: tl.constexpr, CHUNK: tl.constexpr, LAG: tl.constexpr, GROUPS: tl.constexpr,
+    HAS_GATE: tl.constexpr, HAS_MASK: tl.constexpr, CHUNK: tl.constexpr, LAG: tl.constexpr, SCOPE: tl.constexpr,
     HEADS: tl.constexpr, SUBKEYS: tl.constexpr, K: tl.constexpr, SCORE: tl.constexpr,
     TEMPERATURE: tl.constexpr, CHOICES: tl.constexpr, LISTED: tl.constexpr, HEAD_BLOCK: tl.constexpr,
     DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """A new token reads: from the ranks of all sub-keys to v̂, NaN where it is dead.
+    """A new token reads: from the ranks of all sub-keys to v̂, NaN where it is dead, or 0 where it is masked.
 
-    Also its flag, whether it completes a chunk (``due`` [0]) and how many were pending ([1]); and for the write of that
-    chunk, zeros in ``largest``.
+    Also its flag, whether it completes its memory's chunk (``due``), and where it will be pending, -1 if nowhere
+    (``pending_index``); and for the write of that chunk, zeros in ``largest``.
     """
     b = tl.program_id(0)
-    at = tl.load(position + b)
-    num_pending = at - tl.maximum((at - LAG) // CHUNK, 0) * CHUNK
-    tl.store(position + b, at + 1)
-    if b == 0:
-        tl.store(due, (num_pending + 1 == CHUNK + LAG).to(tl.int32))
-        tl.store(due + 1, num_pending)
-        for group in range(2 * GROUPS):
-            tl.store(largest + group, 0)
     flag = flag_of(
         token_query, token_value, token_gate, token_mask, None, b.to(tl.int64),
         QUERY, VALUE, QUERY_BLOCK, VALUE_BLOCK, HAS_GATE, HAS_MASK, False, False,
     )  # fmt: skip
+    at = tl.load(position + b)
+    settled = CHUNK + LAG  # from here on only the place modulo CHUNK matters, so the position need not overflow
+    num_pending = at - tl.maximum((at - LAG) // CHUNK, 0) * CHUNK
+    takes = takes_position((flag & GONE) == 0, SCOPE)
+    near = tl.where(at < 2**30, at, settled + (at - settled) % CHUNK)
+    tl.store(position + b, tl.where(takes, near + 1, at))
+    tl.store(pending_index + b, tl.where(takes, num_pending, -1))
+    if b % rows == 0:
+        tl.store(due + b // rows, (takes & (num_pending + 1 == settled)).to(tl.int32))
+        for group in range(2 * HEADS):  # before the write and after it
+            tl.store(largest + (b // rows) * 2 * HEADS + group, 0)
+            tl.store(largest + (tl.num_programs(0) // rows + b // rows) * 2 * HEADS + group, 0)
     choice, head = tl.arange(0, CHOICES), tl.arange(0, HEAD_BLOCK)
     alive = ((flag & DEAD) == 0) & (tl.zeros([1], tl.int32) == 0)
     logits = tl.full([1, HEAD_BLOCK, CHOICES], -INF, tl.float32)
@@ -88,7 +93,7 @@ def token_kernel(
         rows_read = tl.load(
             table + row[:, None] * VALUE + d[None, :], mask=(w > 0)[:, None] & (d < VALUE)[None, :], other=0.0
         )
-        read = tl.where(lives, tl.sum(w[:, None] * rows_read, 0), float("nan"))
+        read = tl.where(lives, tl.sum(w[:, None] * rows_read, 0), tl.where((flag & GONE) == 0, float("nan"), 0.0))
         tl.store(output + b.to(tl.int64) * VALUE + d, read.to(output.dtype.element_ty), mask=d < VALUE)
 
 
@@ -100,23 +105,24 @@ def move(source, into, width: tl.constexpr, blank, BLOCK: tl.constexpr):
     tl.store(into + d, x.to(into.dtype.element_ty), mask=d < width)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def stage_kernel(
     pending_query, pending_value, pending_gate, pending_mask, token_query, token_value, token_gate, token_flags,
-    query, value, gate, flags, keys, norms, largest, keys_hi_lo, counters, due,
+    query, value, gate, flags, keys, norms, largest, keys_hi_lo, counters, due, rows,
     STAGED: tl.constexpr, TOKENS: tl.constexpr, CAPACITY: tl.constexpr, QUERY: tl.constexpr, VALUE: tl.constexpr,
     QUERY_BLOCK: tl.constexpr, VALUE_BLOCK: tl.constexpr, HAS_GATE: tl.constexpr, GROUPS: tl.constexpr,
-    SUBKEYS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, ZEROS: tl.constexpr, ZERO_BLOCK: tl.constexpr,
+    HEADS: tl.constexpr, SUBKEYS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, ZEROS: tl.constexpr,
+    ZERO_BLOCK: tl.constexpr, MEMORY_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """What the write of a complete chunk begins with.
 
     Its tokens end to end, the pending ones and the new one, with their flags; the keys as hi and lo; zeros.
     """
-    if not_due(due):
-        return
     i = tl.program_id(0)
     if i < STAGED:
         b, j, into = (i // TOKENS).to(tl.int64), i % TOKENS, i.to(tl.int64)
+        if not_due(due, b // rows):
+            return
         if j < TOKENS - 1:
             old = b * CAPACITY + j
             move(pending_query + old * QUERY, query + into * QUERY, QUERY, False, QUERY_BLOCK)
@@ -135,10 +141,15 @@ def stage_kernel(
     elif i < STAGED + GROUPS * SUBKEYS:
         row = i - STAGED
         group, subkey = row // SUBKEYS, row % SUBKEYS
+        if not_due(due, group // (2 * HEADS)):
+            return
         d = tl.arange(0, BLOCK)
         key = tl.load(keys + row.to(tl.int64) * HALF + d, mask=d < HALF, other=0.0)
         store_key(key, keys, norms, largest, keys_hi_lo, 0, 0, group * 0 + GROUPS, group, subkey, d, SUBKEYS, HALF)
     else:
+        memory = tl.arange(0, MEMORY_BLOCK)
+        if tl.max(tl.load(due + memory, mask=memory < GROUPS // (2 * HEADS), other=0), 0) == 0:
+            return
         at = (i - STAGED - GROUPS * SUBKEYS).to(tl.int64) * ZERO_BLOCK + tl.arange(0, ZERO_BLOCK)
         tl.store(counters + at, tl.zeros([ZERO_BLOCK], tl.int32), mask=at < ZEROS)
 
@@ -147,12 +158,13 @@ def stage_kernel(
 def sort_kernel(table_rows, sorted_rows, order, due, count, BLOCK: tl.constexpr):
     """A stable sort of few numbers: the index of each is how many are smaller, or equal and before it.
 
-    Those of each memory, ``count``, are consecutive and below those of the next.
+    Those of each memory, ``count``, are consecutive and below those of the next; -1, no row, where none is due.
     """
-    if not_due(due):
-        return
     begin = tl.program_id(1).to(tl.int64) * count
     mine = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    if not_due(due, tl.program_id(1)):
+        tl.store(sorted_rows + begin + mine, mine * 0 - 1, mask=mine < count)
+        return
     row = tl.load(table_rows + begin + mine, mask=mine < count, other=0)
     index = tl.zeros([BLOCK], tl.int32)
     for at in range(0, count, BLOCK):
@@ -165,17 +177,17 @@ def sort_kernel(table_rows, sorted_rows, order, due, count, BLOCK: tl.constexpr)
     tl.store(order + begin + index, begin + mine, mask=mine < count)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def store_pending_kernel(
     pending_query, pending_value, pending_gate, pending_mask, token_query, token_value, token_gate, token_flags,
-    query, value, gate, flags, due,
+    query, value, gate, flags, due, pending_index, rows,
     TOKENS: tl.constexpr, CAPACITY: tl.constexpr, LAG: tl.constexpr, QUERY: tl.constexpr, VALUE: tl.constexpr,
     QUERY_BLOCK: tl.constexpr, VALUE_BLOCK: tl.constexpr, HAS_GATE: tl.constexpr,
 ):  # fmt: skip
     """What is pending after the step: the token too; or after a write the chunk's last LAG tokens, and zeros."""
     b, j = tl.program_id(0).to(tl.int64), tl.program_id(1)
     into = b * CAPACITY + j
-    if tl.load(due) != 0:
+    if tl.load(due + b // rows) != 0:
         old = b * TOKENS + TOKENS - LAG + j
         flag = tl.load(flags + old, mask=j < LAG, other=DEAD).to(tl.int32)
         blank = (flag & DEAD) != 0
@@ -183,7 +195,7 @@ def store_pending_kernel(
         move(value + old * VALUE, pending_value + into * VALUE, VALUE, blank, VALUE_BLOCK)
         tl.store(pending_gate + into, tl.load(gate + old, mask=blank == 0, other=0.0))
         tl.store(pending_mask + into, (flag & LIVE) != 0)
-    elif j == tl.load(due + 1):
+    elif j == tl.load(pending_index + b):
         flag = tl.load(token_flags + b).to(tl.int32)
         blank = (flag & DEAD) != 0
         move(token_query + b * QUERY, pending_query + into * QUERY, QUERY, blank, QUERY_BLOCK)
@@ -198,7 +210,7 @@ def add_read_token(launches: Launches, call: Call) -> None:
     grid = blocks_of(cfg.num_subkeys, size.scan["CHOICES"]), call.batch * cfg.num_heads * 2
     launches.add(scan_kernel, grid, {"rows": call.rows}, size.scan)
     has = {"HAS_GATE": "token_gate" in call.present, "HAS_MASK": "token_mask" in call.present}
-    constants = size.token | has | {"GROUPS": call.groups}
+    constants = size.token | has | {"SCOPE": call.cfg.memory_scope}
     launches.add(token_kernel, (call.batch,), {"rows": call.rows}, constants)
 
 
@@ -207,8 +219,11 @@ def add_stage(launches: Launches, call: Call) -> None:
     (zeros,), size = launches.spec("counters").shape, call.shapes.stage
     staged, keys = call.batch * size["TOKENS"], call.groups * call.cfg.num_subkeys
     has_gate = {"HAS_GATE": "token_gate" in call.present}
-    constants = size | has_gate | {"STAGED": staged, "GROUPS": call.groups, "ZEROS": zeros}
-    launches.add(stage_kernel, (staged + keys + blocks_of(zeros, size["ZERO_BLOCK"]),), {}, constants)
+    block = triton.next_power_of_2(call.memories)
+    heads = {"HEADS": call.cfg.num_heads, "GROUPS": call.groups, "MEMORY_BLOCK": block}
+    constants = size | has_gate | heads | {"STAGED": staged, "ZEROS": zeros}
+    grid = staged + keys + blocks_of(zeros, size["ZERO_BLOCK"])
+    launches.add(stage_kernel, (grid,), {"rows": call.rows}, constants)
 
 
 def add_sort(launches: Launches, call: Call) -> None:
@@ -221,4 +236,4 @@ def add_sort(launches: Launches, call: Call) -> None:
 def add_store_pending(launches: Launches, call: Call) -> None:
     """Add what is pending after the step."""
     constants = call.shapes.store_pending | {"HAS_GATE": "token_gate" in call.present}
-    launches.add(store_pending_kernel, (call.batch, call.cfg.capacity), {}, constants)
+    launches.add(store_pending_kernel, (call.batch, call.cfg.capacity), {"rows": call.rows}, constants)

@@ -56,10 +56,10 @@ def coefficients_kernel(
     CHUNK: tl.constexpr, LOOKAHEAD: tl.constexpr, WEIGHT: tl.constexpr, BLOCK: tl.constexpr, CHOICES: tl.constexpr,
 ):  # fmt: skip
     """c of every choice of the window, from p̄; and whether any token of a memory has a pair."""
-    if not_due(due):
-        return
     group = tl.program_id(1)
     memory, half = group // (2 * HEADS), group % (2 * HEADS)
+    if not_due(due, memory):
+        return
     memories = tl.num_programs(1) // (2 * HEADS)
     r = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     here = (first + memory * rows * length + r).to(tl.int64)

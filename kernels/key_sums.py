@@ -40,11 +40,11 @@ def key_sums_kernel(
     Each round takes one token of each word of the map, the first that is left; the pieces are added later. ``factors``
     [., H, 2, k] begin ``offset`` tokens before the window's.
     """
-    if not_due(due):
-        return
     group, subkey = tl.program_id(1), tl.program_id(0) // pieces
     piece = tl.program_id(0) % pieces
     memory, half = group // (2 * HEADS), group % (2 * HEADS)
+    if not_due(due, memory):
+        return
     row = group.to(tl.int64) * SUBKEYS + subkey
     maps += (window * tl.num_programs(1).to(tl.int64) * SUBKEYS + row) * words
     d = tl.arange(0, BLOCK)

@@ -38,11 +38,11 @@ def keys_kernel(
 
     ∇ = Σ c (q - K), or Σ c q.
     """
-    if not_due(due):
-        return
     subkey, group = tl.program_id(0), tl.program_id(1)
     groups = tl.num_programs(1)
     memory, memories = group // (2 * HEADS), groups // (2 * HEADS)
+    if not_due(due, memory):
+        return
     row = group.to(tl.int64) * SUBKEYS + subkey
     here = window * groups.to(tl.int64) * SUBKEYS + row
     d = tl.arange(0, BLOCK)

@@ -85,10 +85,10 @@ def propose_kernel(
     proposal is one integer: the rank in units of its bound ``scales`` above BITS bits that count the sub-keys down. So
     the largest is the best, and of equal ones the lowest.
     """
-    if not_due(due):
-        return
     group, tile = tl.program_id(1), tl.program_id(2)
     memory, half = group // (2 * HEADS), group % (2 * HEADS)
+    if not_due(due, memory):
+        return
     r = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     token, _ = token_of(r, memory, start, length, num_tokens, rows)
     inside = r < rows * length

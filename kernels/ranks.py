@@ -116,10 +116,10 @@ def rank_kernel(
     LISTED: tl.constexpr, EXACT: tl.constexpr, CHOICES: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """The k best sub-keys of one token and codebook, in any order, and their ranks, of float32 quality."""
-    if not_due(due):
-        return
     group = tl.program_id(1)
     memory, half = group // (2 * HEADS), group % (2 * HEADS)
+    if not_due(due, memory):
+        return
     r = tl.program_id(0)
     token, _ = token_of(r, memory, start, length, num_tokens, rows)
     local = (memory * rows * length + r).to(tl.int64)

@@ -6,7 +6,7 @@ import triton.language as tl
 from fwpkm.kernels.losses import memorization_loss
 from fwpkm.kernels.runtime.launch import Launches
 from fwpkm.kernels.runtime.windows import Call
-from fwpkm.kernels.tokens import DEAD, INF, LIVE, VARYING, gate_of, not_due, pairs
+from fwpkm.kernels.tokens import DEAD, GONE, INF, LIVE, VARYING, gate_of, not_due, pairs
 
 EQUATIONS = ("read", "pairs", "memorization_loss", "write_scale")
 _VARYING = [*VARYING, "first_new", "num_pending", "num_new"]
@@ -50,28 +50,30 @@ def read_kernel(
 ):  # fmt: skip
     """v̂ = Σ w · values[slot]; before a write also v̂ - u, κ g and ½ g ‖v̂ - u‖² of the tokens that have a pair.
 
-    The stream's tokens from ``first_new`` on have not been read before: they are output, NaN where they are dead.
+    The stream's tokens from ``first_new`` on have not been read before: they are output, NaN where they are dead, or 0
+    where they are masked.
     """
-    if not_due(due):
-        return
     r = tl.program_id(0)
-    here = (first + r).to(tl.int64)
     b, t = r // length, r % length
+    memory = (b // rows).to(tl.int64)
+    if not_due(due, memory):
+        return
+    here = (first + r).to(tl.int64)
     flag = tl.load(window_flags + here).to(tl.int32)
+    alive = (flag & DEAD) == 0
     d = tl.arange(0, BLOCK)
     read = tl.zeros([BLOCK], tl.float32)
     power = 0.0
-    memory = (b // rows).to(tl.int64)
     for at in range(0, ENTRIES, ENTRY_BLOCK):
         e = at + tl.arange(0, ENTRY_BLOCK)
         row = memory * SLOTS + tl.load(slots + here * ENTRIES + e, mask=e < ENTRIES, other=0)
         w = tl.load(weights + here * ENTRIES + e, mask=e < ENTRIES, other=0.0)
-        known = (e < ENTRIES)[:, None] & (d < WIDTH)[None, :]
+        known = (alive & (e < ENTRIES))[:, None] & (d < WIDTH)[None, :]
         read += tl.sum(w[:, None] * tl.load(table + row[:, None] * WIDTH + d[None, :], mask=known, other=0.0), 0)
         power += tl.sum(w * w, 0)
     if start + t >= first_new:
         out = b.to(tl.int64) * num_new + start + t - num_pending
-        shown = tl.where((flag & DEAD) != 0, float("nan"), read)
+        shown = tl.where(alive | ((flag & GONE) != 0), read, float("nan"))
         tl.store(output + out * WIDTH + d, shown.to(output.dtype.element_ty), mask=d < WIDTH)
     if WRITES:
         pair = ((flag & LIVE) != 0) & pairs(window_flags, here, t, length, t < CHUNK, LOOKAHEAD)
@@ -170,8 +172,8 @@ def read_backward_kernel(
         if start + t >= first_new:
             out = b.to(tl.int64) * num_new + start + t - num_pending
             toward += tl.load(d_output + out * WIDTH + d, mask=d < WIDTH, other=0.0).to(tl.float32)
-    if (flag & DEAD) != 0:
-        toward = tl.zeros([BLOCK], tl.float32)
+    alive = (flag & DEAD) == 0
+    toward = tl.where(alive, toward, 0.0)
     tl.store(d_read + r.to(tl.int64) * WIDTH + d, toward, mask=d < WIDTH)
     for at in range(0, ENTRIES, ENTRY_BLOCK):
         e = at + tl.arange(0, ENTRY_BLOCK)
@@ -179,7 +181,9 @@ def read_backward_kernel(
         w = tl.load(weights + here * ENTRIES + e, mask=known, other=0.0)
         segment = tl.load(segment_start + here * ENTRIES + e, mask=known, other=0).to(tl.int64)
         row = tl.load(
-            old_rows + segment[:, None] * WIDTH + d[None, :], mask=known[:, None] & (d < WIDTH)[None, :], other=0.0
+            old_rows + segment[:, None] * WIDTH + d[None, :],
+            mask=(alive & known)[:, None] & (d < WIDTH)[None, :],
+            other=0.0,
         )
         d_w = tl.sum(row * toward[None, :], 1) + d_power * w
         if WRITES:

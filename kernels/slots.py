@@ -8,7 +8,7 @@ from fwpkm.kernels.runtime.launch import Launches
 from fwpkm.kernels.runtime.shapes import blocks_of
 from fwpkm.kernels.runtime.windows import Call
 from fwpkm.kernels.scores import bounded_scores, sub_scores
-from fwpkm.kernels.tokens import DEAD, INF, LIVE, VARYING, not_due, token_of
+from fwpkm.kernels.tokens import DEAD, GONE, INF, LIVE, VARYING, not_due, token_of
 
 EQUATIONS = ("select_slots", "sub_key_probabilities")
 
@@ -67,9 +67,9 @@ def select_slots_kernel(
     token (§3): its probability of each sub-key, to be summed for p̄, and one in n; with MAPS, its bit in the map of
     each, unless it is dead.
     """
-    if not_due(due):
-        return
     memory = tl.program_id(1)
+    if not_due(due, memory):
+        return
     r = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = r < rows * length
     token, t = token_of(r, memory, start, length, num_tokens, rows)
@@ -100,15 +100,16 @@ def select_slots_kernel(
         entry = (here * HEADS * K + h * K)[:, None] + choice[None, :]
         tl.store(slots + entry, slot, mask=known)
         tl.store(table_rows + entry, (table + slot).to(table_rows.dtype.element_ty), mask=known)
-        tl.store(new_slots + out[:, None] + h * K + choice[None, :], slot.to(tl.int64), mask=known & shown[:, None])
+        slot = tl.where(((flag & GONE) == 0)[:, None], slot, 0).to(tl.int64)
+        tl.store(new_slots + out[:, None] + h * K + choice[None, :], slot, mask=known & shown[:, None])
         logits = tl.where((head == h)[None, :, None], (sums / TEMPERATURE)[:, None, :], logits)
     valid = (head < HEADS)[None, :, None] & picked[None, None, :]
     w, alive = softmax_over_heads(logits, valid, alive)
     of_head = head[None, :, None] * K + choice[None, None, :]
     tl.store(weights + (here * HEADS * K)[:, None, None] + of_head, w, mask=inside[:, None, None] & valid)
-    w = tl.where(alive[:, None, None], w, float("nan"))
+    w = tl.where(alive[:, None, None], w, tl.where((flag & GONE) == 0, float("nan"), 0.0)[:, None, None])
     tl.store(new_weights + out[:, None, None] + of_head, w, mask=shown[:, None, None] & valid)
-    flag = tl.where(alive, flag, DEAD)
+    flag = tl.where(alive, flag, DEAD | flag & GONE)
     tl.store(flags + token, flag.to(tl.int8), mask=inside)
     tl.store(window_flags + here, flag.to(tl.int8), mask=inside)
 

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import importlib.util
+import itertools
 import sys
 
 import torch
@@ -26,18 +27,22 @@ SERVED_FIELDS = {
 """The fields of a configuration and of a token that the kernels serve; one of a configuration that is not listed must
 be at its default."""
 _MOST = {"num_heads": 4, "top_k": 32, "num_subkeys": 2048, "key_dim": 1024, "value_dim": 1024}
+MOST_PADDING = 4
+"""Packed sequences are padded to the longest, but to no more than so many times their tokens."""
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def why_unsupported(cfg: FwPKMConfig, memory: Memory, query: Tensor) -> str | None:
+def why_unsupported(cfg: FwPKMConfig, memory: Memory, query: Tensor, cu_seqlens: Tensor | None = None) -> str | None:
     """Why ``implementation="triton"`` cannot serve a call with these tables and queries, or None where it can.
 
     Args:
         cfg: the configuration.
         memory: the tables.
-        query: ``[B, T, H*Dk]``.
+        query: ``[B, T, H*Dk]``, or packed ``[1, T, H*Dk]``.
+        cu_seqlens: ``[B+1]`` of packed sequences, or None; on a device, it is waited for.
     """
-    return _why_no_triton() or _of_config(cfg) or why_unsupported_tensors(memory, query) or _why_here(query)
+    reason = _why_no_triton() or _of_config(cfg) or why_unsupported_tensors(memory, query) or _why_here(query)
+    return reason or (None if cu_seqlens is None else _of_packing(cu_seqlens.tolist()))
 
 
 def why_unsupported_config(cfg: FwPKMConfig) -> str | None:
@@ -72,6 +77,16 @@ def why_unsupported_tensors(memory: Memory, query: Tensor) -> str | None:
     if any(table.dtype not in _DTYPES for table in memory):
         return f"tables must be float32. Received: keys {memory.keys.dtype}, values {memory.values.dtype}"
     return None
+
+
+def _of_packing(ends: list[int]) -> str | None:
+    count, longest = len(ends) - 1, max(stop - start for start, stop in itertools.pairwise(ends))
+    if count * longest <= MOST_PADDING * ends[-1]:
+        return None
+    return (
+        f"packed sequences, padded to the longest, must be at most {MOST_PADDING} times their tokens. "
+        f"Received: {count} sequences of up to {longest} tokens, {ends[-1]} in all"
+    )
 
 
 @functools.lru_cache

@@ -17,6 +17,8 @@ LIVE = tl.constexpr(1)
 """A flag's bit: unmasked and finite, so it counts and may write."""
 DEAD = tl.constexpr(2)
 """Its query, value, gate or a selected score is not finite (SPEC.md §5)."""
+GONE = tl.constexpr(8)
+"""It is masked, and so dead too: its output and weights are 0, not NaN."""
 TARGET = tl.constexpr(4)
 """Its value may be bound to a query."""
 INF = tl.constexpr(float("inf"))
@@ -25,12 +27,24 @@ VARYING = ["start", "length", "first", "num_tokens", "rows"]
 
 
 @triton.jit
-def not_due(due):
-    """Whether a launch is to do nothing: ``due`` is None, or a number on the GPU that a captured graph asks."""
+def not_due(due, memory):
+    """Whether a program is to do nothing: ``due`` is None, or has a number of each memory that a graph asks."""
     result = False
     if due is not None:
-        result = tl.load(due) == 0
+        result = tl.load(due + memory) == 0
     return result
+
+
+@triton.jit
+def takes_position(there, SCOPE: tl.constexpr):
+    """Whether the clock of a row's memory goes on (§5): in batch scope with any token, else if it is ``there``."""
+    if SCOPE == "sequence":
+        takes = there
+    elif SCOPE == "batch":
+        takes = True
+    else:
+        tl.static_assert(False, "the kernels do not know this SCOPE")
+    return takes
 
 
 @triton.jit
@@ -62,7 +76,7 @@ def flag_of(
     QUERY: tl.constexpr, VALUE: tl.constexpr, QUERY_BLOCK: tl.constexpr, VALUE_BLOCK: tl.constexpr,
     HAS_GATE: tl.constexpr, HAS_MASK: tl.constexpr, HAS_PAIR: tl.constexpr, SHIFTED: tl.constexpr,
 ):  # fmt: skip
-    """The flag of a token (§5): it is dead where its query, value or gate is not finite."""
+    """The flag of a token (§5): it is dead where its query, value or gate is not finite, or where it is masked."""
     columns = tl.arange(0, QUERY_BLOCK)
     x = tl.load(query + token * QUERY + columns, mask=columns < QUERY, other=0.0).to(tl.float32)
     alive = tl.min((tl.abs(x) < INF).to(tl.int32), 0)
@@ -73,12 +87,13 @@ def flag_of(
         alive = alive * (tl.abs(tl.load(gate + token).to(tl.float32)) < INF).to(tl.int32)
     if not SHIFTED:
         alive = alive * target
-    live = alive
+    there = 1
     if HAS_MASK:
-        live = live * tl.load(mask + token).to(tl.int32)
+        there = tl.load(mask + token).to(tl.int32)
+    alive = alive * there
     if HAS_PAIR:
         target = target * tl.load(pair + token).to(tl.int32)
-    return live * (LIVE + TARGET * target) + (1 - alive) * DEAD
+    return alive * (LIVE + TARGET * target) + (1 - alive) * DEAD + (1 - there) * GONE
 
 
 @triton.jit(do_not_specialize=["num_flags", "num_zeros"])

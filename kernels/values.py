@@ -13,7 +13,7 @@ from fwpkm.kernels.runtime.launch import Launches
 from fwpkm.kernels.runtime.shapes import blocks_of
 from fwpkm.kernels.runtime.windows import Call
 from fwpkm.kernels.step import step
-from fwpkm.kernels.tokens import LIVE, not_due
+from fwpkm.kernels.tokens import LIVE
 
 EQUATIONS = ("value_gradient", "step")
 
@@ -51,9 +51,9 @@ def entries_of(
 
 @triton.jit
 def begins_row(sorted_rows, begin, at):
-    """The row of an entry, and whether it is the first of that row's."""
+    """The row of an entry, and whether it is the first of that row's; -1 is no row."""
     row = tl.load(sorted_rows + at)
-    return row, row != tl.load(sorted_rows + at - 1, mask=at > begin, other=-1)
+    return row, (row >= 0) & (row != tl.load(sorted_rows + at - 1, mask=at > begin, other=-1))
 
 
 @triton.jit
@@ -67,14 +67,17 @@ def own_end(begin, at, last, PIECE: tl.constexpr):
 
 @triton.jit
 def goes_on(sorted_rows, begin, at, PIECE: tl.constexpr):
-    """The row of the entry that a piece begins with, and whether the piece before it begins with that row too."""
+    """The row of the entry that a piece begins with, and whether the piece before it begins with that row too.
+
+    Entries of no row, -1, are nobody's.
+    """
     row = tl.load(sorted_rows + at)
-    return row, row == tl.load(sorted_rows + at - PIECE, mask=at > begin, other=-1)
+    return row, (row >= 0) & (row == tl.load(sorted_rows + at - PIECE, mask=at > begin, other=-1))
 
 
 @triton.jit(do_not_specialize=["length", "first", "total"])
 def piece_kernel(
-    sorted_rows, order, weights, strength, error, window_flags, partial, partial_counts, due, length, first, total,
+    sorted_rows, order, weights, strength, error, window_flags, partial, partial_counts, length, first, total,
     WIDTH: tl.constexpr, ENTRIES: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, PIECE: tl.constexpr,
     ENTRY_BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -82,8 +85,6 @@ def piece_kernel(
 
     Few rows have so many entries; but a token that all read alike would keep the program of its row busy alone.
     """
-    if not_due(due):
-        return
     begin = (first * ENTRIES).to(tl.int64)
     piece_start = begin + tl.program_id(0) * PIECE
     row, others = goes_on(sorted_rows, begin, piece_start, PIECE)
@@ -110,7 +111,7 @@ def piece_kernel(
 @triton.jit(do_not_specialize=["window", "memories", "length", "first", "total"])
 def values_kernel(
     table, sorted_rows, order, weights, strength, error, window_flags, active, partial, partial_counts,
-    segment_start, step_sizes, old_rows, values_unclipped, due, window, memories, length, first, total,
+    segment_start, step_sizes, old_rows, values_unclipped, window, memories, length, first, total,
     SLOTS: tl.constexpr, WIDTH: tl.constexpr, ENTRIES: tl.constexpr, CHUNK: tl.constexpr,
     RATE: tl.constexpr, DECAY: tl.constexpr, CLIP: tl.constexpr, BLOCK: tl.constexpr, PIECE: tl.constexpr,
     ENTRY_BLOCK: tl.constexpr, WRITES: tl.constexpr, SAVE: tl.constexpr,
@@ -121,8 +122,6 @@ def values_kernel(
     the program of its first entry owns the row; the sums of the pieces behind its own are there already. With SAVE it
     keeps what the backward needs by segment: the row and the step size η/N_i; and for each entry, its segment.
     """
-    if not_due(due):
-        return
     begin = (first * ENTRIES).to(tl.int64)
     segment = begin + tl.program_id(0)
     last = total.to(tl.int64) * ENTRIES

@@ -9,9 +9,9 @@ import numpy as np
 from keras import KerasTensor, initializers, ops
 
 from fwpkm import validation
-from fwpkm.backends.keras import native
+from fwpkm.backends.keras import native, segments
 from fwpkm.backends.keras.layout import NAMES, by_name, copies_of, specs, unflatten
-from fwpkm.backends.keras.tokens import blank, dtype_of, finite_rows
+from fwpkm.backends.keras.tokens import blank, dtype_of, finite_rows, nan_where
 from fwpkm.backends.keras.windows import SELF
 from fwpkm.config import FwPKMConfig
 from fwpkm.containers import Memory, State, memory_specs
@@ -28,9 +28,10 @@ class FwPKM(keras.layers.Layer):
     memory, so nothing leaks between calls or between the rows of a batch. To read on, ask for the state with
     ``return_state=True`` and pass it as ``initial_state``, or let the layer keep it with ``stateful=True``.
 
-    A mask, such as ``Embedding(mask_zero=True)`` makes, marks tokens that never write; it is passed on. Under a mixed
-    precision policy the projections run in its compute dtype; tables and states stay float32 (float64 under the
-    float64 policy).
+    A mask, such as ``Embedding(mask_zero=True)`` makes, takes tokens out of their sequence, wherever they stand: y is
+    that of each row's other tokens read alone, and 0 for these. It is passed on. ``segment_ids`` packs several texts
+    into a row, each with a memory of its own. Under a mixed precision policy the projections run in its compute dtype;
+    tables and states stay float32 (float64 under the float64 policy).
 
     On torch and jax the memory is the native backend's. On tensorflow it is written in keras.ops, and every write
     copies the value table.
@@ -63,7 +64,7 @@ class FwPKM(keras.layers.Layer):
         **config_fields: Any,
     ):
         """See the class."""
-        # autocast would round the tables of a passed state: the layer casts for itself.
+        # autocast would round the tables of a passed state, and of weights that allow it: the layer casts for itself.
         super().__init__(trainable=trainable, dtype=dtype, name=name, autocast=False)
         self._config = validation.layer_config(1, None, value_norm, config_fields)  # the width comes with build
         validation.check_served(self._config, SELF)
@@ -109,16 +110,18 @@ class FwPKM(keras.layers.Layer):
         start = Memory(initializers.RandomUniform(-bound, bound), initializers.RandomNormal(stddev=cfg.value_dim**-0.5))
         tables = {}
         for name, spec in memory_specs(cfg, 1)._asdict().items():
-            options = {"initializer": getattr(start, name), "dtype": dtype, "trainable": self.learn_memory}
-            tables[f"memory.{name}"] = self._add(f"memory.{name}", spec.shape[1:], **options)
+            options = {"dtype": dtype, "trainable": self.learn_memory, "autocast": False}
+            tables[f"memory.{name}"] = self._add(f"memory.{name}", spec.shape[1:], getattr(start, name), **options)
         for name, spec in specs(cfg, self.batch_size).items() if self.stateful else ():
             initial = copies_of(tables[name]) if name in tables else initializers.Zeros()
-            self._add(f"state.{name}", spec.shape, initial, dtype=dtype_of(spec.kind, dtype), trainable=False)
+            options = {"dtype": dtype_of(spec.kind, dtype), "trainable": False, "autocast": False}
+            self._add(f"state.{name}", spec.shape, initial, **options)
 
     def call(
         self,
         x: Array,
         mask: Array | None = None,
+        segment_ids: Array | None = None,
         initial_state: Any = None,
         training: bool | None = None,
         update: bool = True,
@@ -127,53 +130,81 @@ class FwPKM(keras.layers.Layer):
 
         Args:
             x: ``[B, T, hidden_size]``.
-            mask: ``[B, T]`` bool, False for tokens that never write (padding); None for True.
-            initial_state: where the sequence stands, as a :class:`fwpkm.State` or the list of its arrays; None starts
+            mask: ``[B, T]`` bool, False for tokens that are not there (padding, at any place); None for True.
+            segment_ids: ``[B, T]`` integers that pack several sequences into a row: 0 is padding, each run of one other
+                id is a sequence that starts from the initial memory; None makes each row one sequence.
+            initial_state: where the sequences stand, as a :class:`fwpkm.State` or the list of its arrays; None starts
                 from the initial memory, or where the last call of a stateful layer stopped.
             training: makes no difference; the memory is written in training and at inference.
             update: False only reads and leaves the state as it is.
 
         Returns:
-            y ``[B, T, hidden_size]`` in the compute dtype, NaN for tokens that are not finite; with ``return_state``
-            ``[y, *state]``.
+            y ``[B, T, hidden_size]`` in the compute dtype, NaN for tokens that are not finite, 0 for those that are not
+            there; with ``return_state`` ``[y, *state]``.
 
         Raises:
             ValueError: an argument does not fit; names it, what was expected and what was received.
         """
-        self._check(x)
+        self._check(x, segment_ids, initial_state)
         mask = getattr(x, "_keras_mask", None) if mask is None else mask  # Keras fills it in only for lone arguments
         if mask is not None:
             mask = ops.cast(mask, "bool")
             validation.check_array("mask", mask, [("B", x.shape[0]), ("T", x.shape[1])], "bool", object)
         x = native.whole_batch(x, self.batch_size) if self.stateful else x
-        x = ops.cast(x, self.compute_dtype)
-        # A token that is not finite must not reach the projections: their weights' gradients would be 0 · NaN.
-        dead = ~finite_rows(x)
-        x = blank(x, dead)
-        query, value = self._project("query", x), self._project("value", x)
-        value = zscore(ops, _wide(value)) if self.value_norm == "zscore" else value
-        gate = ops.sigmoid(self._project("gate", x)[..., 0]) if self.gated else None
-        if initial_state is None:
-            state = self.state if self.stateful else self.init_state(ops.shape(x)[0])
-        else:
-            state = unflatten(initial_state)
-        live = ~dead if mask is None else mask & ~dead
-        tokens = Tokens(query, value, gate=gate, mask=live)
-        read, state = native.apply(self._config, state, tokens, update, owned=initial_state is None)
-        dead = dead | ~finite_rows(read)
-        read, value = ops.cast(blank(read, dead), value.dtype), blank(value, dead)
-        mixed = mix(None if gate is None else ops.cast(gate, value.dtype), read, value)
-        y = self._project("output", mixed)
-        y = ops.where(dead[..., None], ops.cast(float("nan"), y.dtype), y)
+        there = mask if segment_ids is None else segments.there(segment_ids, mask)
+        tokens = self._tokens(ops.cast(x, self.compute_dtype), there)
+        read, state = self._read(tokens, segment_ids, initial_state, update)
+        y = self._output(read, tokens)
+        if state is None:
+            return y
         if self.stateful and update:
             self._keep(native.functions().detach(state))
         return [y, *by_name(state).values()] if self.return_state else y
 
+    def _tokens(self, x: Array, mask: Array | None) -> Tokens:
+        """What the tokens bring to the memory."""
+        # What is not finite must not reach the projections: their weights' gradients would be 0 · NaN. Nor must a
+        # token that is not there.
+        x = x if mask is None else blank(x, ~mask)
+        dead = ~finite_rows(x)
+        x = blank(x, dead)
+        query, value = self._project("query", x), self._project("value", x)
+        value = zscore(ops, _wide(value)) if self.value_norm == "zscore" else value
+        value = nan_where(dead, value)  # so that the memory sees it: such a token takes its position
+        gate = ops.sigmoid(self._project("gate", x)[..., 0]) if self.gated else None
+        return Tokens(query, value, gate, mask)
+
+    def _read(self, tokens: Tokens, segment_ids: Any, initial_state: Any, update: bool) -> tuple[Array, State | None]:
+        """What the tokens read, and the state afterwards if somebody reads on."""
+        cfg = self._config
+        if segment_ids is not None:
+            return segments.read(cfg, self._initial_memory(), tokens, segment_ids, update), None
+        if initial_state is not None:
+            return native.apply(cfg, unflatten(initial_state), tokens, update)
+        if not (self.stateful or self.return_state):
+            return native.apply(cfg, self._initial_memory(), tokens, update)
+        state = self.state if self.stateful else self.init_state(ops.shape(tokens.query)[0])
+        return native.apply(cfg, state, tokens, update, owned=True)
+
+    def _output(self, read: Array, tokens: Tokens) -> Array:
+        """y from v̂: the mixture with the values, normalised and projected; NaN for dead tokens, 0 for masked ones."""
+        dead, dtype = ~finite_rows(read), tokens.value.dtype
+        gate = None if tokens.gate is None else ops.cast(tokens.gate, dtype)
+        mixed = mix(gate, ops.cast(blank(read, dead), dtype), blank(tokens.value, dead))
+        y = nan_where(dead, self._project("output", mixed))
+        return y if tokens.mask is None else blank(y, ~tokens.mask)
+
     def compute_output_spec(
-        self, x: KerasTensor, mask: Any = None, initial_state: Any = None, training: Any = None, update: bool = True
+        self,
+        x: KerasTensor,
+        mask: Any = None,
+        segment_ids: Any = None,
+        initial_state: Any = None,
+        training: Any = None,
+        update: bool = True,
     ) -> Any:
         """What ``call`` returns for symbolic inputs; no operation runs."""
-        self._check(x)
+        self._check(x, segment_ids, initial_state)
         y = KerasTensor(x.shape, dtype=self.compute_dtype)
         if not self.return_state:
             return y
@@ -205,8 +236,7 @@ class FwPKM(keras.layers.Layer):
         Raises:
             ValueError: the layer is not built.
         """
-        tables = Memory(*(ops.convert_to_tensor(self._weight(f"memory.{name}"))[None] for name in Memory._fields))
-        return native.functions().init_state(self._config, tables, batch_size)
+        return native.functions().init_state(self._config, self._initial_memory(), batch_size)
 
     @property
     def state(self) -> State:
@@ -217,8 +247,7 @@ class FwPKM(keras.layers.Layer):
         """
         if not self.stateful:
             raise ValueError("only a layer with stateful=True keeps a state. Received: stateful=False")
-        arrays = [ops.stop_gradient(ops.copy(self._weight(f"state.{name}"))) for name in NAMES]
-        return native.on_host(unflatten(arrays))
+        return unflatten([ops.stop_gradient(ops.copy(self._weight(f"state.{name}"))) for name in NAMES])
 
     def reset_state(self) -> None:
         """Let a stateful layer start from its initial memory again; nothing happens before it is built.
@@ -281,13 +310,33 @@ class FwPKM(keras.layers.Layer):
         names = [f"{part}_{weight}" for part in parts for weight in ("norm.weight", "proj.weight", "proj.bias")]
         return {name: self._weight(name) for name in (*names, *(f"memory.{name}" for name in Memory._fields))}
 
-    def _check(self, x: Any) -> None:
+    def _initial_memory(self) -> Memory:
+        return Memory(*(ops.convert_to_tensor(self._weight(f"memory.{name}"))[None] for name in Memory._fields))
+
+    def _check(self, x: Any, segment_ids: Any, initial_state: Any) -> None:
         axes = [("B", None), ("T", None), ("hidden_size", self.hidden_size)]
         validation.check_array("x", x, axes, "float", object)
+        if segment_ids is not None:
+            validation.check_array("segment_ids", segment_ids, [("B", x.shape[0]), ("T", x.shape[1])], "int", object)
+            self._check_packed(initial_state)
         if self.stateful and x.shape[0] not in (None, self.batch_size):
             raise ValueError(
                 f"x must have B={self.batch_size} rows, as the stateful layer was built with: leave out the last, "
                 f"smaller batch. Received: shape {tuple(x.shape)}"
+            )
+
+    def _check_packed(self, initial_state: Any) -> None:
+        """Raise where segment_ids would leave no row that a state could stand for."""
+        if self.return_state or self.stateful or initial_state is not None:
+            raise ValueError(
+                "segment_ids must be None beside a state: each run of ids is a sequence that begins and ends in the "
+                f"call. Received: segment_ids with return_state={self.return_state}, stateful={self.stateful}, "
+                f"initial_state {'left out' if initial_state is None else 'given'}"
+            )
+        if self._config.memory_scope != "sequence":
+            raise ValueError(
+                "segment_ids must be None where one memory serves all rows: packed sequences have a memory each. "
+                f"Received: segment_ids with memory_scope={self._config.memory_scope!r}"
             )
 
     def _project(self, part: str, x: Array) -> Array:

@@ -5,9 +5,10 @@ from types import ModuleType
 from typing import Any
 
 import keras
+from keras import ops
 
 from fwpkm.config import FwPKMConfig
-from fwpkm.containers import State
+from fwpkm.containers import Memory, State
 from fwpkm.tokens import Array, Tokens
 
 _MODULES = {
@@ -32,18 +33,28 @@ def functions() -> ModuleType:
     return importlib.import_module(_MODULES[name])
 
 
-def apply(cfg: FwPKMConfig, state: State, tokens: Tokens, update: bool, *, owned: bool) -> tuple[Array, State]:
+def apply(
+    cfg: FwPKMConfig,
+    state: State | Memory,
+    tokens: Tokens,
+    update: bool,
+    *,
+    cu_seqlens: Array | None = None,
+    owned: bool = False,
+) -> tuple[Array, State | None]:
     """``apply`` without its trace; torch may overwrite the table of a state that the caller owns."""
-    options: dict[str, Any] = {name: x for name, x in tokens._asdict().items() if x is not None}
-    if keras.backend.backend() == "torch":
+    options: dict[str, Any] = dict(tokens.present(), cu_seqlens=cu_seqlens, update=update)
+    if keras.backend.backend() == "torch" and isinstance(state, State):
         options["inplace"] = owned and not state.memory.values.requires_grad
-    output, state, _ = functions().apply(cfg, on_host(state), update=update, **options)
-    return output, state
+    output, after, _ = functions().apply(cfg, state, **options)
+    return output, after
 
 
-def on_host(state: State) -> State:
-    """The state with its position where the native functions want it: on the CPU in torch (SPEC.md §5)."""
-    return state._replace(position=state.position.cpu()) if keras.backend.backend() == "torch" else state
+def count(flags: Array, at_most: int | Array) -> int | Array:
+    """How many flags are set, where the values are known; else the most that can be, and at least one."""
+    if hasattr(flags, "numpy"):
+        return int(ops.sum(ops.cast(flags, "int32")))
+    return at_most if isinstance(at_most, int) else ops.maximum(at_most, 1)
 
 
 def whole_batch(x: Array, batch_size: int) -> Array:

@@ -58,9 +58,9 @@ def apply(
 ) -> tuple[Array, State | None, Trace]:
     """Read T tokens and write every chunk that they complete (SPEC.md §5)."""
     inputs = Tokens(query, value, gate=gate, mask=mask)
-    batch = validation.check_apply(cfg, state, inputs, cu_seqlens, implementation())
+    validation.check_apply(cfg, state, inputs, cu_seqlens, implementation())
     if isinstance(state, Memory):
-        state = init_state(cfg, state, ops.shape(query)[0] if cu_seqlens is None else batch)
+        state = init_state(cfg, state, ops.shape(query)[0] if cu_seqlens is None else ops.shape(cu_seqlens)[0] - 1)
         output, _, trace = apply(cfg, state, query, value, gate, mask, cu_seqlens, update)
         return output, None, trace
     _check_values(cfg, state, cu_seqlens, query.shape[1])
@@ -203,5 +203,5 @@ def _check_values(cfg: FwPKMConfig, state: State, cu_seqlens: Array | None, leng
     """Check numbers where they are known, which they are not while a graph is traced."""
     if hasattr(state.position, "numpy"):
         validation.check_positions(cfg, state.position.numpy().tolist())
-    if hasattr(cu_seqlens, "numpy") and length is not None:
+    if cu_seqlens is not None and hasattr(cu_seqlens, "numpy") and length is not None:
         validation.check_cu_seqlens(cu_seqlens.numpy().tolist(), length)

@@ -14,7 +14,7 @@ from fwpkm.backends.keras.tokens import no_tokens, outer
 from fwpkm.backends.keras.windows import SELF
 from fwpkm.config import FwPKMConfig
 from fwpkm.containers import Memory, State, memories_for
-from fwpkm.tokens import Array
+from fwpkm.tokens import Array, Axis
 
 
 def init_state(cfg: FwPKMConfig, memory: Memory, batch_size: int | Array) -> State:
@@ -47,7 +47,11 @@ def reset(cfg: FwPKMConfig, state: State, memory: Memory, rows: Any = None) -> S
 
 def select(cfg: FwPKMConfig, state: State, rows: Any) -> State:
     """The state of these rows, in this order."""
-    ids = _ids(rows) if _is_traced(rows) else row_checks.check_select(cfg, state, _on_host(rows), implementation())
+    if _is_traced(rows):
+        validation.check_state(cfg, state, None, implementation())
+        ids = _checked(rows, "int", ("n", None))
+    else:
+        ids = row_checks.check_select(cfg, state, _on_host(rows), implementation())
 
     def take(x: Array) -> Array:
         return ops.take(x, ids, axis=0)
@@ -65,12 +69,16 @@ def concat(cfg: FwPKMConfig, states: Sequence[State]) -> State:
 def put(cfg: FwPKMConfig, state: State, rows: Any, other: State) -> State:
     """The state with the i-th row of ``other`` at rows[i]."""
     row_checks.check_put(cfg, state, other, None, implementation())
-    if _is_traced(rows):
-        ids = _ids(rows)
-    else:
-        ids = row_checks.ids_of(_on_host(rows), state.position.shape[0])
-        row_checks.check_put(cfg, state, other, len(ids), implementation())
-    index = ops.convert_to_tensor(ids)[:, None]
+    batch = state.position.shape[0]
+    if _is_traced(rows) and _is_bool(rows):  # how many are True is not known, so no list of them has a shape
+        rows = _checked(rows, "bool", ("B", batch))
+        number = ops.maximum(ops.cumsum(ops.cast(rows, "int32")) - 1, 0)
+        return state.map(
+            lambda x, y: ops.where(outer(rows, x), ops.cast(ops.take(y, number, axis=0), x.dtype), x), other
+        )
+    ids = _checked(rows, "int", ("n", None)) if _is_traced(rows) else row_checks.ids_of(_on_host(rows), batch)
+    row_checks.check_put(cfg, state, other, ids.shape[0], implementation())
+    index = ops.cast(ids, "int32")[:, None]
     return state.map(lambda x, y: ops.scatter_update(x, index, ops.cast(y, x.dtype)), other)
 
 
@@ -92,14 +100,20 @@ def mask_of(cfg: FwPKMConfig, rows: Any, state: State) -> Array:
         return ops.ones_like(state.position, dtype="bool")
     if not _is_traced(rows):
         return ops.convert_to_tensor(row_checks.mask_of(cfg, _on_host(rows), state.position.shape[0]))
-    if keras.backend.standardize_dtype(rows.dtype) == "bool":
-        return rows
+    if _is_bool(rows):
+        return _checked(rows, "bool", ("B", state.position.shape[0]))
     at = ops.arange(ops.shape(state.position)[0], dtype=rows.dtype)
-    return ops.any(at[:, None] == rows[None], axis=1)
+    return ops.any(at[:, None] == _checked(rows, "int", ("n", None))[None], axis=1)
 
 
-def _ids(rows: Array) -> Array:
-    return ops.cast(rows, "int32")
+def _checked(rows: Array, kind: str, axis: Axis) -> Array:
+    """Rows whose values are not known, once their shape and dtype are right."""
+    validation.check_array("rows", rows, [axis], kind, object)
+    return rows
+
+
+def _is_bool(rows: Array) -> bool:
+    return keras.backend.standardize_dtype(rows.dtype) == "bool"
 
 
 def _is_traced(rows: Any) -> bool:

@@ -74,6 +74,11 @@ def blank(x: Array, dead: Array) -> Array:
     return ops.where(outer(dead, x), ops.zeros((), dtype=x.dtype), x)
 
 
+def nan_where(dead: Array, x: Array) -> Array:
+    """``x`` with NaN where ``dead``, whose axes are the first of x."""
+    return ops.where(outer(dead, x), ops.cast(float("nan"), x.dtype), x)
+
+
 def outer(flags: Array, like: Array) -> Array:
     """``flags`` with axes of length 1 behind its own, so that it broadcasts against ``like``."""
     return flags[(...,) + (None,) * (len(like.shape) - len(flags.shape))]

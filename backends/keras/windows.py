@@ -21,6 +21,7 @@ from fwpkm.backends.keras.tokens import (
     finite,
     finite_rows,
     halves,
+    nan_where,
     without,
 )
 from fwpkm.backends.keras.values import memorization_loss, read, rows_of, write_values
@@ -79,7 +80,9 @@ def select_window(cfg: FwPKMConfig, memory: Memory, window: Tokens) -> tuple[Rea
     row_index = rows_of(memory.values, selection.slots)
     output = read(memory.values, row_index, selection.weights)
     weights = ops.stop_gradient(by_row(selection.weights, window))
-    reads = Reads(_nan(by_row(output, window), dead), by_row(selection.slots, window), _nan(weights, dead), dead)
+    reads = Reads(
+        nan_where(dead, by_row(output, window)), by_row(selection.slots, window), nan_where(dead, weights), dead
+    )
     return reads, Selected(selection, without(window, dead), row_index, output)
 
 
@@ -116,8 +119,8 @@ def windows(cfg: FwPKMConfig, memory: Memory, streams: Streams, tokens: Tokens) 
 
     def read_one(window: Array, memory: Memory, reads: Reads, losses: Losses) -> tuple:
         start = ops.zeros_like(streams.due) + window * size
-        here = streams.tokens(streams.cells(start, size + lag), reads.dead)
-        here, memory, written = write_window(cfg, memory, here, streams.due > window)
+        tokens = streams.tokens(streams.cells(start, size + lag), reads.dead)
+        here, memory, written = write_window(cfg, memory, tokens, streams.due > window)
         first = (streams.index >= _read_before(cfg, window)) & (streams.index < (window + 1) * size + lag)
         column = ops.arange(columns, dtype="int32") == window
         losses = Losses(*(ops.where(column, x[:, None], all_) for x, all_ in zip(written, losses)))
@@ -168,7 +171,3 @@ def _write(
     keys, addressing = write_keys(cfg, memory.keys, selected.selection, flags)
     losses = Losses(memorization_loss(error, gate, pair), addressing)
     return Memory(keys, values), Losses(*map(ops.stop_gradient, losses))
-
-
-def _nan(x: Array, dead: Array) -> Array:
-    return ops.where(dead[..., None], ops.cast(float("nan"), x.dtype), x)

@@ -54,7 +54,7 @@ def decode(
         query: ``[B, 1, H*Dk]``, any floating dtype.
         value: ``[B, 1, Dv]``.
         gate: ``[B, 1]`` in [0, 1], or None for 1.
-        mask: ``[B, 1]`` bool, False for tokens that never write, or None for True.
+        mask: ``[B, 1]`` bool, False for rows that rest, or None for True.
         implementation: as in :func:`fwpkm.backends.torch.apply`.
 
     Returns:

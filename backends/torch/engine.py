@@ -13,10 +13,13 @@ from fwpkm.containers import Memory
 Engine = Literal["eager", "triton", "compiled"]
 
 
-def choose_engine(implementation: str | None, cfg: FwPKMConfig, memory: Memory, query: Tensor) -> Engine:
+def choose_engine(
+    implementation: str | None, cfg: FwPKMConfig, memory: Memory, query: Tensor, cu_seqlens: Tensor | None = None
+) -> Engine:
     """The engine of a call with these tables and queries; "compiled" only while torch.compile traces it.
 
-    What is traced is taken to lie on a device that the kernels know.
+    What is traced is taken to lie on a device that the kernels know. A graph holds no packed call of many sequences:
+    their lengths are not known, and each would be padded to all tokens.
 
     Raises:
         ValueError: ``implementation`` is unknown, or "triton" and the kernels cannot serve the call.
@@ -30,11 +33,12 @@ def choose_engine(implementation: str | None, cfg: FwPKMConfig, memory: Memory, 
         from fwpkm.kernels import support
 
         reason = support.why_unsupported_config(cfg) or support.why_unsupported_tensors(memory, query)
-        engine = "compiled" if query.shape[1] else "eager"
+        held = cu_seqlens is None or cu_seqlens.shape[0] - 1 <= support.MOST_PADDING
+        engine = "compiled" if query.shape[1] and held else "eager"
     else:
         from fwpkm import kernels
 
-        reason, engine = kernels.why_unsupported(cfg, memory, query), "triton"
+        reason, engine = kernels.why_unsupported(cfg, memory, query, cu_seqlens), "triton"
     if implementation == "triton" and reason is not None:
         raise ValueError(f'implementation="triton" cannot serve this call: {reason}')
     return engine if reason is None else "eager"

@@ -13,7 +13,6 @@ from torch.autograd.function import once_differentiable
 
 from fwpkm import schedule
 from fwpkm.backends.torch.flat import flat, flatten, unflatten
-from fwpkm.backends.torch.left_aligned import left_align, moved
 from fwpkm.backends.torch.tokens import filled, join, pad, without
 from fwpkm.config import FwPKMConfig
 from fwpkm.containers import Lookup, Losses, Memory, State, Trace
@@ -94,61 +93,15 @@ def apply(
     from fwpkm.kernels.runtime import windows
 
     batch, length = new_tokens.query.shape[:2]
-    plan = windows.plan(cfg, position, length, batch, update)
+    plan = windows.plan(cfg, schedule.reduced(cfg, position), length, batch, update)
     pending = state.pending
     stream = stream_of(pending, plan.num_pending, new_tokens)
     columns, dtype = schedule.max_writes(cfg, length), new_tokens.query.dtype
-    done = _run(cfg, plan, state.memory, stream, None, owned, columns, dtype)
+    done = run(cfg, plan, state.memory, stream, None, owned, columns, dtype)
     if plan.num_pending or plan.first_unwritten < plan.num_tokens:  # else there are zeros before and after
         pending = pad(unwritten(stream, plan.first_unwritten, done.flags), cfg.capacity)
-    return done.output, done.memory, pending, done.trace
-
-
-def apply_rows(
-    cfg: FwPKMConfig, state: State, inputs: Tokens, cu_seqlens: Tensor | None, update: bool, owned: bool
-) -> tuple[Tensor, State, Trace]:
-    """``apply`` of rows at positions of their own, masked or packed: the output, the next state and the trace.
-
-    Waits for the device only to learn how long packed rows are, or how far rows go on whose position the host keeps.
-    """
-    from fwpkm.kernels.runtime import windows
-
-    device, position, batch = inputs.query.device, state.position, state.position.shape[0]
-    columns = schedule.max_writes(cfg, inputs.length)
-    num_pending = schedule.pending(cfg, position).long() * update
-    most_pending = int(num_pending.max()) if position.device.type == "cpu" else cfg.capacity * update
-    longest = most_pending + _longest(inputs, cu_seqlens)
-    pending = state.pending if most_pending else None
-    here = inputs._replace(mask=None if inputs.mask is None else inputs.mask.to(device))
-    ends = None if cu_seqlens is None else cu_seqlens.to(device)
-    rows = left_align(cfg, pending, num_pending.to(device), here, ends, longest)
-    plan = windows.plan(cfg, 0, longest, batch, update)
-    pair = rows.pair if plan.num_writes else None
-    done = _run(cfg, plan, state.memory, rows.tokens, pair, owned, columns, inputs.query.dtype)
-    shape = inputs.query.shape[:2]
-
-    def of_call(x: Tensor) -> Tensor:
-        return moved(x.flatten(0, 1), rows.entries, rows.cells).view(*shape, *x.shape[2:])
-
-    record = done.trace
-    losses = {x: getattr(record, x)[:, :columns] for x in ("memorization", "addressing")}
-    writes = (rows.due * update).int()
-    trace = Trace(of_call(record.slots), of_call(record.weights), **losses, writes=writes)
-    if update:
-        dead = (done.flags[: rows.pair.numel()].view_as(rows.pair) & DEAD) != 0
-        left = rows.left(cfg, dead)
-        position = schedule.reduced(cfg, position) + rows.num_new.to(position)
-        state = State.of(done.memory, left, position)
-    return of_call(done.output), state, trace
-
-
-def _longest(inputs: Tokens, cu_seqlens: Tensor | None) -> int:
-    """At least the most unmasked tokens of a row."""
-    if cu_seqlens is not None:
-        return int(cu_seqlens.diff().max())
-    if inputs.mask is not None and inputs.mask.device.type == "cpu":
-        return int(inputs.mask.sum(1).max())
-    return inputs.length
+    writes = torch.full(done.memory.keys.shape[:1], plan.num_writes, dtype=torch.int32)
+    return done.output, done.memory, pending, done.trace._replace(writes=writes)
 
 
 def flush(cfg: FwPKMConfig, memory: Memory, pending: Tokens, owned: bool) -> tuple[Memory, Losses]:
@@ -156,7 +109,7 @@ def flush(cfg: FwPKMConfig, memory: Memory, pending: Tokens, owned: bool) -> tup
     from fwpkm.kernels.runtime import windows
 
     plan = windows.write(pending.length, pending.query.shape[0])
-    done = _run(cfg, plan, memory, pending, None, owned, 1, pending.query.dtype)
+    done = run(cfg, plan, memory, pending, None, owned, 1, pending.query.dtype)
     return done.memory, Losses(done.trace.memorization, done.trace.addressing)
 
 
@@ -166,7 +119,7 @@ def lookup(cfg: FwPKMConfig, memory: Memory, query: Tensor) -> Lookup:
 
     nothing = query.new_zeros(*query.shape[:2], cfg.value_dim)
     plan = windows.plan(cfg, 0, query.shape[1], query.shape[0], update=False)
-    done = _run(cfg, plan, memory, Tokens(query, nothing), None, False, 0, query.dtype)
+    done = run(cfg, plan, memory, Tokens(query, nothing), None, False, 0, query.dtype)
     return Lookup(done.output, done.trace.slots, done.weights)
 
 
@@ -178,11 +131,11 @@ def chunk_update(cfg: FwPKMConfig, memory: Memory, chunk: Tokens, pair: Tensor |
     batch, length = chunk.query.shape[:2]
     plan = windows.write(length, batch, shifted=True)
     pair = chunk.query.new_ones(batch, length, dtype=torch.bool) if pair is None else pair
-    done = _run(cfg, plan, memory, chunk, pair, False, 1, chunk.query.dtype)
+    done = run(cfg, plan, memory, chunk, pair, False, 1, chunk.query.dtype)
     return done.memory, Losses(done.trace.memorization[:, 0], done.trace.addressing[:, 0])
 
 
-class _Done(NamedTuple):
+class Done(NamedTuple):
     """What a call gives."""
 
     output: Tensor
@@ -190,11 +143,12 @@ class _Done(NamedTuple):
     flags: Tensor
     """At least those of the stream."""
     trace: Trace
+    """Without ``writes``."""
     weights: Tensor
     """Those of the trace, differentiable."""
 
 
-class _Settings(NamedTuple):
+class Settings(NamedTuple):
     """What the launches of a call follow from, beside its tensors."""
 
     cfg: FwPKMConfig
@@ -205,34 +159,42 @@ class _Settings(NamedTuple):
     """Of the output."""
 
 
-def _run(
+def run(
     cfg: FwPKMConfig, plan: Any, memory: Memory, stream: Tokens, pair: Tensor | None, owned: bool, columns: int,
     dtype: torch.dtype,
-) -> _Done:  # fmt: skip
+) -> Done:  # fmt: skip
     """One call: output in ``dtype``, and a trace of so many columns."""
-    keys, values = (table.to(torch.float32).resolve_neg() for table in memory)
-    stream, pair, settings = stream.map(plain), plain(pair), _Settings(cfg, plan, owned, dtype)
+    keys, values = as_tables(memory)
+    if not plan.num_writes and keys.stride(0) == values.stride(0) == 0:  # rows that share a table read it where it is
+        keys, values = keys[:1], values[:1]
+    stream, pair, settings = stream.map(plain), plain(pair), Settings(cfg, plan, owned, dtype)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (keys, values, *stream)):
         flat_inputs = (keys, values, pair, *flatten(stream))
-        results = unflatten(_Results, _Call.apply(settings, *flat_inputs))
+        results = unflatten(Results, _Call.apply(settings, *flat_inputs))
     else:
-        results = _results(*_forward(settings, keys, values, stream, pair, False))
-    writes = plan.num_writes
+        results = results_of(*forward(settings, keys, values, stream, pair, False))
+    return done_with(results, memory, columns)
+
+
+def as_tables(memory: Memory) -> Memory:
+    """As kernels compute with them: float32, and without a sign that torch has yet to apply."""
+    return Memory(*(table.to(torch.float32).resolve_neg() for table in memory))
+
+
+def done_with(results: "Results", memory: Memory, columns: int) -> Done:
+    """What a call gives that read ``memory``: the same tables where nothing was written; a trace of so many columns."""
+    writes = len(results.memorization)
     if writes:
         memory = Memory(results.keys, results.values)
-    trace = Trace(results.slots, results.weights.detach(), **losses_of(results, columns), writes=torch.tensor(writes))
-    return _Done(results.output, memory, results.flags, trace, results.weights)
+    losses = {"memorization": results.memorization.T, "addressing": results.addressing.T}
+    if writes < columns:
+        losses = {name: torch.nn.functional.pad(x, (0, columns - writes)) for name, x in losses.items()}
+    trace = Trace(results.slots, results.weights.detach(), **losses, writes=None)
+    return Done(results.output, memory, results.flags, trace, results.weights)
 
 
-def losses_of(result: Any, columns: int) -> dict[str, Tensor]:
-    """Memorization and addressing of a trace ``[M, columns]``, 0 behind those of its writes."""
-    losses = {"memorization": result.memorization.T, "addressing": result.addressing.T}
-    rest = columns - len(result.memorization)
-    return {name: torch.nn.functional.pad(x, (0, rest)) if rest else x for name, x in losses.items()}
-
-
-def _forward(
-    settings: _Settings, keys: Tensor, values: Tensor, stream: Tokens, pair: Tensor | None, save: bool
+def forward(
+    settings: Settings, keys: Tensor, values: Tensor, stream: Tokens, pair: Tensor | None, save: bool, most: Any = None
 ) -> tuple[Any, Tensor]:
     """The result, and the table that was written: that of the caller if it is ``owned``, else a copy."""
     from fwpkm.kernels.runtime import call
@@ -243,7 +205,7 @@ def _forward(
     elif not (owned and values.is_contiguous()):
         values = values.clone(memory_format=torch.contiguous_format)
     with on_device_of(values):
-        return call.forward(cfg, plan, keys.contiguous(), values, stream, pair, save, dtype), values
+        return call.forward(cfg, plan, keys.contiguous(), values, stream, pair, save, dtype, most), values
 
 
 def _by_window(plan: Any, batch: int, d: Tensor) -> Tensor:
@@ -268,8 +230,8 @@ class _Inputs(NamedTuple):
 
 
 @flat
-class _Results(NamedTuple):
-    """What ``_Call`` returns; of the tables only those that were written."""
+class Results(NamedTuple):
+    """What a call returns, here and as an operator; of the tables only those that were written."""
 
     output: Tensor
     keys: Tensor | None
@@ -289,9 +251,10 @@ class _Saved(NamedTuple):
     residuals: Tensor
 
 
-def _results(result: Any, written: Tensor) -> _Results:
+def results_of(result: Any, written: Tensor) -> Results:
+    """As autograd sees a call: a result of the kernels, and the table that they wrote."""
     keys, values = (result.keys, written) if len(result.memorization) else (None, None)
-    return _Results(
+    return Results(
         result.output, keys, values, result.slots, result.weights, result.memorization, result.addressing,
         result.residuals["flags"],
     )  # fmt: skip
@@ -304,8 +267,8 @@ class _Call(torch.autograd.Function):
     def forward(ctx, *inputs):
         settings, keys, values, pair, tokens = unflatten(_Inputs, inputs)
         save = any(ctx.needs_input_grad)
-        result, written = _forward(settings, keys, values, tokens, pair, save)
-        results = _results(result, written)
+        result, written = forward(settings, keys, values, tokens, pair, save)
+        results = results_of(result, written)
         if results.values is values:
             ctx.mark_dirty(values)
         if save:
@@ -321,7 +284,7 @@ class _Call(torch.autograd.Function):
         from fwpkm.kernels.runtime import call
         from fwpkm.kernels.runtime.workspace import Workspace
 
-        d = unflatten(_Results, d_results)
+        d = unflatten(Results, d_results)
         if d.output is None and d.keys is None and d.values is None and d.weights is None:
             return (None,) * len(ctx.needs_input_grad)
         saved, plan = unflatten(_Saved, ctx.saved_tensors), ctx.settings.plan

@@ -3,13 +3,15 @@
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar, get_type_hints
 
-from fwpkm.containers import State
+import torch
+
+from fwpkm.containers import Memory, State
 from fwpkm.tokens import Tokens
 
 T = TypeVar("T", bound=tuple)
 _NESTED: dict[type, dict[str, type | None]] = {}
 """By NamedTuple, the fields that are NamedTuples themselves, and None for the others."""
-_TYPES = {str: "str", bool: "bool"}
+_TYPES = {str: "str", bool: "bool", torch.dtype: "ScalarType"}
 
 
 def flat(kind: type[T]) -> type[T]:
@@ -22,6 +24,7 @@ def flat(kind: type[T]) -> type[T]:
     return kind
 
 
+flat(Memory)
 flat(State)
 flat(Tokens)
 

@@ -172,17 +172,14 @@ class FwPKM(nn.Module):
             RuntimeError: ``inplace`` on a table that autograd still needs.
         """
         tokens, dtype = self._project(x, mask)
-        start: State | Memory | None = state
-        if state is None and not return_state:
-            start = self.memory()
-        elif state is None:  # written in place, so that the initial memory is copied once
-            batch = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        if state is None:
             counted = mask if cu_seqlens is None else cu_seqlens
             device = None if counted is None else counted.device
-            start, inplace = ops.initial_state(self.config, self.memory(), tokens.query, batch, device)
-        read, state, _ = ops.apply(
-            self.config, start, **tokens.present(), cu_seqlens=cu_seqlens, update=update, inplace=inplace
-        )
+            read, state, _ = ops.begin(self.config, self.memory(), tokens, cu_seqlens, update, return_state, device)
+        else:
+            read, state, _ = ops.apply(
+                self.config, state, **tokens.present(), cu_seqlens=cu_seqlens, update=update, inplace=inplace
+            )
         return self._output(read, tokens, dtype), state if return_state else None
 
     @torch.no_grad()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fwpkm import schedule, validation
-from fwpkm.backends.torch import engine, fast, operators
+from fwpkm.backends.torch import engine, fast, left_aligned
 from fwpkm.backends.torch.checks import check_apply, check_device, check_inplace
 from fwpkm.backends.torch.rows import init_state, mask_of, start_state
 from fwpkm.backends.torch.streams import Streams, pending_of, streams_of, together
@@ -26,26 +26,14 @@ from fwpkm.backends.torch.windows import (
     write_part,
 )
 from fwpkm.config import FwPKMConfig
-from fwpkm.containers import Lookup, Losses, Memory, State, Trace
+from fwpkm.containers import Lookup, Losses, Memory, State, Trace, memories_for
 from fwpkm.initial import initial_arrays
-from fwpkm.tokens import Tokens
+from fwpkm.tokens import Array, Tokens
 
 
 def init_memory(cfg: FwPKMConfig, memories: int = 1, seed: int = 0) -> Memory:
     """New tables, on the CPU."""
     return Memory(*map(torch.from_numpy, initial_arrays(cfg, memories, seed)))
-
-
-def initial_state(
-    cfg: FwPKMConfig, memory: Memory, query: Tensor, batch_size: int, position_device: Any = None
-) -> tuple[State, bool]:
-    """What a call without a state begins with, and whether the call may overwrite its tables.
-
-    It may if they are the call's own copy and autograd does not need them; compiled, the operator makes that copy.
-    """
-    if torch.compiler.is_compiling() and engine.choose_engine(None, cfg, memory, query) == "compiled":
-        return start_state(cfg, memory, batch_size, position_device), False
-    return init_state(cfg, memory, batch_size, position_device), not memory.values.requires_grad
 
 
 def apply(
@@ -71,32 +59,48 @@ def apply(
         ValueError: an argument does not fit, or ``implementation`` cannot serve the call.
         RuntimeError: ``inplace`` on a table that autograd still needs.
     """
-    tokens = Tokens(query, value, gate, mask)
+    inputs = Tokens(query, value, gate, mask)
     if isinstance(state, Memory):
-        return _apply_from(cfg, state, tokens, cu_seqlens, update, implementation)
+        return begin(cfg, state, inputs, cu_seqlens, update, False, implementation=implementation)
     # The operator is functional, as autograd demands: a call that overwrites stays out of the graph.
-    traced = torch.compiler.is_compiling() and not inplace
-    if traced and engine.choose_engine(implementation, cfg, state.memory, query) == "compiled":
-        return operators.apply(cfg, state, tokens, update)
-    return _apply(cfg, state, tokens, cu_seqlens, update, inplace, implementation)
+    if not inplace and _is_compiled(implementation, cfg, state.memory, inputs, cu_seqlens):
+        validation.check_apply(cfg, state, inputs, cu_seqlens, SELF)
+        return left_aligned.apply(cfg, state, inputs, cu_seqlens, update, False, False)
+    return _apply(cfg, state, inputs, cu_seqlens, update, inplace, implementation)
 
 
-def _apply_from(
+def begin(
     cfg: FwPKMConfig,
     memory: Memory,
     inputs: Tokens,
     cu_seqlens: Tensor | None,
     update: bool,
-    implementation: str | None,
-) -> tuple[Tensor, None, Trace]:
-    """``apply`` of sequences that begin from a memory of M = 1 and whose state nobody wants."""
+    keep: bool,
+    position_device: Any = None,
+    implementation: str | None = None,
+) -> tuple[Tensor, State | None, Trace]:
+    """``apply`` of sequences that begin from a memory of M = 1; without ``keep`` no state is returned."""
     batch = validation.check_apply(cfg, memory, inputs, cu_seqlens, SELF)
-    state, owned = initial_state(cfg, memory, inputs.query, batch)
-    output, _, trace = apply(
-        cfg, state, **inputs._asdict(), cu_seqlens=cu_seqlens, update=update, inplace=owned,
-        implementation=implementation,
-    )  # fmt: skip
-    return output, None, trace
+    compiled = _is_compiled(implementation, cfg, memory, inputs, cu_seqlens)
+    owned = keep and not (compiled or memory.values.requires_grad)
+    if keep and not compiled:
+        state = init_state(cfg, memory, batch, position_device)
+    else:  # what writes makes the copy
+        memories = memories_for(cfg, batch)
+        shared = Memory(*(x.expand(memories, *x.shape[1:]) for x in memory))
+        state = start_state(cfg, shared, batch, position_device)
+    if compiled:
+        output, state, trace = left_aligned.apply(cfg, state, inputs, cu_seqlens, update, False, True)
+    else:
+        output, state, trace = _apply(cfg, state, inputs, cu_seqlens, update, owned, implementation, True)
+    return output, state if keep else None, trace
+
+
+def _is_compiled(implementation: str | None, cfg: FwPKMConfig, memory: Memory, inputs: Tokens, ends: Array) -> bool:
+    """Whether torch.compile traces a call that the kernels serve within its graph."""
+    if not torch.compiler.is_compiling():
+        return False
+    return engine.choose_engine(implementation, cfg, memory, inputs.query, ends) == "compiled"
 
 
 @engine.outside_graphs
@@ -108,46 +112,41 @@ def _apply(
     update: bool,
     inplace: bool,
     implementation: str | None,
+    fresh: bool = False,
 ) -> tuple[Tensor, State, Trace]:
+    """``fresh``: the state is one at position 0."""
     check_apply(cfg, state, inputs, cu_seqlens)
     check_inplace(state.memory, inplace)
-    validation.check_positions(cfg, state.position.tolist())
     if cu_seqlens is not None:
+        cu_seqlens = cu_seqlens.cpu()
         validation.check_cu_seqlens(cu_seqlens.tolist(), inputs.length)
-    chosen = engine.choose_engine(implementation, cfg, state.memory, inputs.query)
-    if chosen == "triton" and inputs.length:
-        return _run_kernels(cfg, state, inputs, cu_seqlens, update, inplace)
+    if inputs.mask is not None and not maybe_any(~inputs.mask):
+        inputs = inputs._replace(mask=None)
+    chosen = engine.choose_engine(implementation, cfg, state.memory, inputs.query, cu_seqlens)
+    on_kernels = chosen == "triton" and inputs.length > 0
+    positions = [0] if fresh else None
+    if not fresh and (state.position.device.type == "cpu" or not on_kernels):
+        positions = state.position.tolist()
+        validation.check_positions(cfg, positions)
+    device = inputs.query.device
+    alike = together(cfg, positions, inputs.mask, cu_seqlens)
+    if on_kernels and not (alike and positions):
+        return left_aligned.apply(cfg, state, inputs, cu_seqlens, update, inplace, fresh)
+    inputs = inputs._replace(mask=None if inputs.mask is None else inputs.mask.to(device))
+    if on_kernels and positions:
+        output, memory, left, trace = fast.apply(cfg, state, positions[0], inputs, update, inplace)
+        if update:
+            state = State.of(memory, left, schedule.reduced(cfg, state.position) + inputs.length)
+        return output, state, trace
     memory = _as_tables(state.memory, inputs.query)
     dtype = memory.keys.dtype
-    device = inputs.query.device
-    inputs = inputs._replace(mask=None if inputs.mask is None else inputs.mask.to(device))
-    tokens, cu_seqlens = filled(dtype, inputs), None if cu_seqlens is None else cu_seqlens.to(device)
-    streams = streams_of(cfg, state, tokens, inputs.mask, cu_seqlens, update, dtype)
-    there = None if inputs.mask is None else tokens.mask
-    output, written, trace = _run_eagerly(cfg, memory, streams, tokens, there, inplace)
+    tokens, ends = filled(dtype, inputs), None if cu_seqlens is None else cu_seqlens.to(device)
+    streams = streams_of(cfg, state, tokens, inputs.mask, ends, update, dtype)
+    output, written, trace = _run_eagerly(cfg, memory, streams, tokens, inputs.mask, inplace)
     if update:
         memory = state.memory if written is None else written
         state = State.of(memory, streams.left(), streams.position(state.position))
     return output.to(inputs.query.dtype), state, trace
-
-
-def _run_kernels(
-    cfg: FwPKMConfig, state: State, inputs: Tokens, cu_seqlens: Tensor | None, update: bool, owned: bool
-) -> tuple[Tensor, State, Trace]:
-    """On the kernels, which read rows at one position as they are, and others once they are moved to the left."""
-    if not together(cfg, state, inputs.mask, cu_seqlens):
-        return fast.apply_rows(cfg, state, inputs, cu_seqlens, update, owned)
-    position = schedule.reduced(cfg, int(state.position[0]))
-    inputs = inputs._replace(mask=None if inputs.mask is None else inputs.mask.to(inputs.query.device))
-    output, memory, left, trace = fast.apply(cfg, state, position, inputs, update, owned)
-    memories = memory.keys.shape[0]
-    trace = trace._replace(writes=trace.writes.int().expand(memories).clone())
-    if inputs.mask is not None:
-        output, trace = without_masked(output, trace, inputs.mask)
-        left = without(left, ~left.mask)
-    if update:
-        state = State.of(memory, left, schedule.reduced(cfg, state.position) + inputs.length)
-    return output, state, trace
 
 
 def _run_eagerly(

@@ -51,8 +51,8 @@ def select(cfg: FwPKMConfig, state: State, rows: Any) -> State:
     ids = torch.from_numpy(row_checks.check_select(cfg, state, _on_host(rows), SELF))
     memory = state.memory
     if cfg.memory_scope == "sequence":
-        one = len(ids.unique()) == 1
-        memory = Memory(*(x[ids[0], None].expand(len(ids), *x.shape[1:]) if one else _rows_of(x, ids) for x in memory))
+        beams = len(ids) > 1 and len(ids.unique()) == 1  # of one row a view would be written in place
+        memory = Memory(*(x[ids[:1]].expand(len(ids), *x.shape[1:]) if beams else _rows_of(x, ids) for x in memory))
     return State.of(memory, state.pending.map(lambda x: _rows_of(x, ids)), _rows_of(state.position, ids))
 
 

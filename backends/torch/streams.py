@@ -190,14 +190,11 @@ class Ragged:
 Streams: TypeAlias = Aligned | Ragged
 
 
-def together(cfg: FwPKMConfig, state: State, mask: Array, cu_seqlens: Array) -> bool:
-    """Whether the host can tell that all rows go through a call alike."""
-    if cfg.memory_scope == "batch":
-        return True
-    if mask is not None or cu_seqlens is not None:
+def together(cfg: FwPKMConfig, positions: list[int] | None, mask: Array, cu_seqlens: Array) -> bool:
+    """Whether the host can tell that all rows go through a call alike; it may not know their positions."""
+    if positions is None or len(set(positions)) > 1:
         return False
-    at = state.position
-    return len(at) == 1 or (at.device.type == "cpu" and len(set(at.tolist())) == 1)
+    return cfg.memory_scope == "batch" or (mask is None and cu_seqlens is None)
 
 
 def streams_of(
@@ -216,7 +213,7 @@ def streams_of(
     """
     positions, length = state.position.tolist(), tokens.length
     pending = filled(dtype, state.pending)
-    if together(cfg, state, mask, cu_seqlens):
+    if together(cfg, positions, mask, cu_seqlens):
         position = schedule.reduced(cfg, positions[0])
         runs = (
             schedule.windows(cfg, position, length) if update else [schedule.Window(0, length, False)] if length else []

@@ -130,6 +130,9 @@ def apply_values(
     """
     memories, num_slots, width = values.shape
     first_row = num_slots * torch.arange(memories, device=values.device)
+    table = values
+    if values.stride(0) == 0 and not any(w.addressing is not None for w in walked):  # rows that share it read it there
+        table, first_row = values[:1], torch.zeros_like(first_row)
     spans, shapes, entries, active, start = [], [], [], [], 0
     for w in walked:
         shape = w.dead.shape
@@ -140,14 +143,19 @@ def apply_values(
         strength = torch.where(w.pair, write_scale(torch, cfg, w.weights) * w.tokens.gate, 0)
         entries.append((w.slots + own[:, None, None], w.weights, strength, w.target, w.counted))
         active.append(w.active if w.rows is None else w.active.new_zeros(memories).index_copy(0, w.rows, w.active))
-    flat = (torch.cat([x.flatten(0, 1) for x in of_all]) for of_all in zip(*entries))
-    reads, values, squared = read_and_write(cfg, values, spans, *flat, torch.stack(active), owned)
+    slots, weights, strength, target, counted = (
+        torch.cat([x.flatten(0, 1) for x in of_all]) for of_all in zip(*entries)
+    )
+    reads, written, squared = read_and_write(
+        cfg, table, spans, slots, weights, strength, target, counted, torch.stack(active), owned
+    )
     losses = [
         memorization_loss(squared[span.start : span.stop].view(shape), w.tokens.gate, w.pair, len(w.active))
         for w, span, shape in zip(walked, spans, shapes)
         if span.writes
     ]
     parts = zip(spans, shapes)
+    values = values if written is table else written
     return [reads[span.start : span.stop].view(*shape, width) for span, shape in parts], values, losses
 
 
@@ -168,7 +176,7 @@ def trace_of(
     for column, (w, loss) in enumerate(zip(written, losses)):
         rows = slice(None) if w.rows is None else w.rows
         tables[0, rows, column], tables[1, rows, column] = loss.detach(), w.addressing.detach()
-    return Trace(slots, weights, *tables, writes=writes)
+    return Trace(slots, weights, memorization=tables[0], addressing=tables[1], writes=writes)
 
 
 def without_masked(output: Tensor, trace: Trace, mask: Tensor) -> tuple[Tensor, Trace]:
@@ -181,8 +189,9 @@ def without_masked(output: Tensor, trace: Trace, mask: Tensor) -> tuple[Tensor, 
 def empty_trace(cfg: FwPKMConfig, memory: Memory, shape: tuple[int, ...], columns: int) -> Trace:
     """The record of tokens [B, T] that read and wrote nothing."""
     entries = memory.keys.new_zeros(*shape, cfg.slots_per_token)
-    losses = memory.keys.new_zeros(2, memory.keys.shape[0], columns)
-    return Trace(entries.long(), entries, *losses, torch.zeros(memory.keys.shape[0], dtype=torch.int32))
+    nothing = memory.keys.new_zeros(memory.keys.shape[0], columns)
+    writes = torch.zeros(memory.keys.shape[0], dtype=torch.int32)
+    return Trace(entries.long(), entries, nothing, nothing.clone(), writes)
 
 
 def _select(cfg: FwPKMConfig, keys: Tensor, tokens: Tokens) -> tuple[Selection, Window]:

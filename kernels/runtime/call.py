@@ -124,7 +124,7 @@ def _forward_launches(call: Call, most: Bounds | None) -> _Forward:
 def add_address(launches: Launches, call: Call) -> None:
     """Add what each token picks, moving the keys.
 
-    Where the tensor ``due`` is not None but an int32 on the GPU, and 0, the launches do nothing.
+    Where the tensor ``due`` is not None but int32 on the GPU, the launches do nothing for memories of which it is 0.
     """
     for i, window in enumerate(call.plan.windows):
         integers = call.integers(i) | {"version": i * call.save}  # each window before has written

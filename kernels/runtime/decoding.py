@@ -65,7 +65,8 @@ def _layouts(call: Call) -> tuple[Layout, ...]:
     own = {
         "token_ranks": ((batch, cfg.num_heads, 2, cfg.num_subkeys), torch.float32),
         "token_flags": ((batch,), torch.int8),
-        "due": ((2,), torch.int32),
+        "due": ((call.memories,), torch.int32),  # whether a memory's chunk is complete
+        "pending_index": ((batch,), torch.int32),  # where the token will be pending
         **{name: (spec.shape, torch.float32) for name, spec in chunk._asdict().items() if name in NUMBERS},
         "new_slots": ((0,), torch.int64),
         "new_weights": ((0,), torch.float32),

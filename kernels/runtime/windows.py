@@ -143,7 +143,7 @@ def of_call(make: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class Bounds(NamedTuple):
-    """What any call of a length needs, wherever it begins."""
+    """What a call needs at most."""
 
     windows: int
     total: int
@@ -154,12 +154,11 @@ class Bounds(NamedTuple):
 
 
 def bounds(cfg: FwPKMConfig, length: int, batch: int, update: bool) -> Bounds:
-    """The bounds of ``plan`` over all positions."""
+    """The bounds of ``plan`` at position 0, of plain integers or of symbols."""
     if not update:
         return Bounds(1, batch * length, length, length)
-    writes, num_tokens = schedule.max_writes(cfg, length), cfg.capacity + length
-    longest = min(num_tokens, cfg.chunk_size + schedule.lag(cfg))
-    return Bounds(writes + 1, batch * (num_tokens + schedule.lag(cfg) * writes), num_tokens, longest)
+    windows, lag = schedule.max_writes(cfg, length), schedule.lag(cfg)
+    return Bounds(windows, batch * (length + lag * windows), length, cfg.chunk_size + lag)
 
 
 def least(plan: Plan, batch: int) -> Bounds:

@@ -41,9 +41,9 @@ def _numpy(x):
     return ops.convert_to_numpy(ops.cast(x, "float32") if low else x)
 
 
-def gradients(layer, x, cotangent):
-    """Gradients of Σ y · cotangent by canonical name of the layer's trainable weights."""
-    weights = layer.trainable_weights
+def gradients(layer, x, cotangent, **options):
+    """Gradients of Σ y · cotangent, by name: of the layer's trainable weights, and of x as "x"."""
+    weights, x = layer.trainable_weights, native(x)
 
     def loss(y):
         return ops.sum(ops.where(ops.isfinite(y), y, 0) * native(cotangent))
@@ -52,22 +52,26 @@ def gradients(layer, x, cotangent):
         import tensorflow
 
         with tensorflow.GradientTape() as tape:
-            value = loss(layer(x))
-        found = tape.gradient(value, [weight.value for weight in weights])
+            tape.watch(x)
+            value = loss(layer(x, **options))
+        found = tape.gradient(value, [x, *(weight.value for weight in weights)])
     elif BACKEND == "jax":
         import jax
 
-        def value_of(trainable):
+        def value_of(x, *trainable):
             frozen = [weight.value for weight in layer.non_trainable_variables]
-            return loss(layer.stateless_call(trainable, frozen, x)[0])
+            return loss(layer.stateless_call(trainable, frozen, x, **options)[0])
 
-        found = jax.grad(value_of)([weight.value for weight in weights])
+        every = tuple(range(len(weights) + 1))
+        found = jax.grad(value_of, every)(x, *(weight.value for weight in weights))
     else:
         for weight in weights:
             weight.value.grad = None
-        loss(layer(x)).backward()
-        found = [weight.value.grad for weight in weights]
-    return {weight.name: ops.convert_to_numpy(gradient) for weight, gradient in zip(weights, found)}
+        x.requires_grad_()
+        loss(layer(x, **options)).backward()
+        found = [x.grad, *(weight.value.grad for weight in weights)]
+    names = ["x", *(weight.name for weight in weights)]
+    return {name: ops.convert_to_numpy(gradient) for name, gradient in zip(names, found, strict=True)}
 
 
 def memory_model(batch_size=None, **options):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from keras import ops
-from keras_suite.layers import BACKEND, HIDDEN, SMALL, gradients, inputs, make, native, numpy
+from keras_suite.layers import BACKEND, HIDDEN, SMALL, gradients, inputs, make, numpy
 
 import fwpkm
 from fwpkm import FwPKMConfig, agreement, config
@@ -39,9 +39,9 @@ def error(actual, expected):
 def test_the_layer_is_the_torch_layer(dtype, options, tmp_path):
     """Which is what §7 says, as its own tests prove. Outputs, states and gradients."""
     bounds, layer, x = agreement.BOUNDS[dtype], make(dtype=dtype, return_state=True, **options), inputs(dtype=dtype)
-    torch_layer = twin(layer, tmp_path, options)
-    expected, expected_state = torch_layer(torch.from_numpy(x))
-    y, *state = layer(native(x))
+    torch_layer, torch_x = twin(layer, tmp_path, options), torch.from_numpy(x.copy()).requires_grad_()
+    expected, expected_state = torch_layer(torch_x)
+    y, *state = layer(x)
     assert error(y, expected) < bounds.forward
     for actual, wanted in zip(state, by_name(expected_state).values(), strict=True):
         assert keras.backend.standardize_dtype(actual.dtype) == str(wanted.dtype).removeprefix("torch.")
@@ -49,8 +49,8 @@ def test_the_layer_is_the_torch_layer(dtype, options, tmp_path):
     cotangent = inputs(dtype=dtype)[..., ::-1].copy()
     (expected * torch.from_numpy(cotangent)).sum().backward()
     layer.return_state = False
-    found = gradients(layer, native(x), cotangent)
-    wanted = {name.replace(".", "_"): p.grad.numpy() for name, p in torch_layer.named_parameters()}
+    found = gradients(layer, x, cotangent)
+    wanted = {name.replace(".", "_"): p.grad.numpy() for name, p in [("x", torch_x), *torch_layer.named_parameters()]}
     assert found.keys() == wanted.keys()
     for name, gradient in found.items():
         assert agreement.relative_error(gradient, wanted[name]) < bounds.gradient, name
@@ -138,17 +138,31 @@ def test_tables_stay_float32_under_any_policy(policy):
     assert not np.array_equal(numpy(again), numpy(frozen))  # a passed state is not rounded
 
 
-def test_a_token_that_is_not_finite_spoils_neither_others_nor_gradients():
+@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
+def test_the_initial_tables_are_not_rounded_on_their_way_into_a_state(policy):
+    for options in ({}, {"stateful": True}):
+        layer = make(batch=4, dtype=policy, return_state=True, **options)
+        _, *state = layer(inputs(1))
+        for table, weight in zip(unflatten(state).memory, (layer.memory_keys, layer.memory_values)):
+            np.testing.assert_array_equal(numpy(table), np.broadcast_to(numpy(weight), table.shape))
+
+
+def test_a_token_that_is_not_finite_spoils_neither_others_nor_gradients(tmp_path):
+    """It takes its position, and is nobody's partner: as in the torch layer."""
     layer, x = make(dtype="float64"), inputs(dtype="float64")
-    x[0, 6] = np.inf
-    mask = np.ones((4, 11), bool)
-    mask[0, 6] = False
-    y = numpy(layer(x))
-    assert np.isnan(y[0, 6]).all()
-    expected = numpy(layer(np.where(mask[..., None], x, 0), mask=mask))
-    np.testing.assert_array_equal(y[mask], expected[mask])
-    found = gradients(layer, x, inputs(dtype="float64"))
-    assert all(np.isfinite(gradient).all() for gradient in found.values())
+    x[0, 6], x[1, 0, 2] = np.inf, np.nan
+    torch_layer, torch_x = twin(layer, tmp_path, {}), torch.from_numpy(x.copy()).requires_grad_()
+    expected, _ = torch_layer(torch_x)
+    y, live = numpy(layer(x)), np.isfinite(x).all(axis=-1)
+    assert np.isnan(y[~live]).all()
+    assert agreement.relative_error(y[live], expected.detach().numpy()[live]) < agreement.BOUNDS["float64"].forward
+    cotangent = inputs(dtype="float64")
+    torch.where(torch.from_numpy(live)[..., None], expected * torch.from_numpy(cotangent), 0).sum().backward()
+    found = gradients(layer, x, cotangent)
+    assert not found["x"][~live].any()
+    for name, p in [("x", torch_x), *torch_layer.named_parameters()]:
+        error = agreement.relative_error(found[name.replace(".", "_")], p.grad.numpy())
+        assert error < agreement.BOUNDS["float64"].gradient, name
 
 
 def test_initial_numbers():

@@ -85,6 +85,25 @@ def test_a_subclassed_model_over_an_embedding():
     assert not np.array_equal(first, second)
 
 
+def test_packed_texts_in_a_model(tmp_path):
+    """Batch and time are unknown while it is traced; compiled, trained and loaded it is what it is eagerly."""
+    keras.utils.set_random_seed(1)
+    tokens, ids = keras.Input((None,), dtype="int32"), keras.Input((None,), dtype="int32")
+    embedded = keras.layers.Embedding(5, HIDDEN, mask_zero=True)(tokens)
+    memory = FwPKM(**SMALL | {"learning_rate": 0.1})(embedded, segment_ids=ids)
+    model = keras.Model([tokens, ids], keras.layers.Dense(5, activation="softmax")(memory + embedded))
+    model.compile(keras.optimizers.SGD(0.5), "sparse_categorical_crossentropy", jit_compile=JIT[-1])
+    rng = np.random.default_rng(0)
+    words, texts = rng.integers(0, 5, (4, 20)), np.sort(rng.integers(0, 4, (4, 20)))
+    losses = model.fit([words, texts], words, epochs=3, verbose=0).history["loss"]
+    assert losses[-1] < losses[0]
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    expected = numpy(loaded([keras.ops.convert_to_tensor(x, "int32") for x in (words, texts)]))
+    prediction = model.predict([words, texts], verbose=0)
+    assert agreement.relative_error(prediction, expected) < agreement.BOUNDS["float32"].forward
+
+
 def test_any_length_of_time():
     model = memory_model()
     for length in (1, 4, 11):
