@@ -31,7 +31,7 @@ def main() -> None:
     )
     state = be.init_state(cfg, be.init_memory(cfg), batch_size=1)
     _, state, trace = be.apply(cfg, state, query, value)
-    print(f"read {len(FACTS)} facts, wrote {int(trace.writes)} chunk")
+    print(f"read {len(FACTS)} facts, wrote {int(trace.writes[0])} chunk")
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "facts.safetensors")

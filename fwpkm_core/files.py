@@ -127,7 +127,7 @@ def save_state(path: _PathLike, state: State, cfg: FwPKMConfig) -> None:
     tensors = {name: np.asarray(to_numpy(array)) for name, array in _state_arrays(state).items()}
     forms = _forms(tensors)
     _check_forms(path, forms, _state_forms(cfg, forms), "Pass the config that the state was made with.")
-    _check_position(path, tensors["position"], "Pass a state as apply or flush returned it.")
+    _check_positions(path, cfg, tensors["position"], "Pass a state as apply or flush returned it.")
     _write(path, "state", json.loads(cfg.to_json()), tensors)
 
 
@@ -151,7 +151,7 @@ def load_state(path: _PathLike, cfg: FwPKMConfig, backend: Any) -> State:
     validation.check_config(cfg)
     module = registry.get_backend(backend) if isinstance(backend, str) else backend
     tensors = _read(path, "state", json.loads(cfg.to_json()), lambda forms: _state_forms(cfg, forms))
-    _check_position(path, tensors["position"], _DAMAGED)
+    _check_positions(path, cfg, tensors["position"], _DAMAGED)
     arrays = {name: module.asarray(tensor, tensor.dtype.name) for name, tensor in tensors.items()}
     memory = Memory(arrays.pop("memory.keys"), arrays.pop("memory.values"))
     return State(memory, **arrays)
@@ -277,9 +277,11 @@ def _check_forms(path: _PathLike, found: _Forms, expected: _Forms, advice: str) 
         raise _bad(path, f"wrong shape or dtype of {', '.join(wrong)}", wanted, received, advice)
 
 
-def _check_position(path: _PathLike, position: np.ndarray, advice: str) -> None:
-    if position.min() < 0 or position.min() != position.max():
-        raise _bad(path, "bad position", "one number of at least 0, equal in all rows", position.tolist(), advice)
+def _check_positions(path: _PathLike, cfg: FwPKMConfig, position: np.ndarray, advice: str) -> None:
+    shared = cfg.memory_scope != "sequence"  # one clock
+    if position.min() < 0 or (shared and position.min() != position.max()):
+        expected = "numbers of at least 0" + ", equal in all rows" * shared
+        raise _bad(path, "bad position", expected, position.tolist(), advice)
 
 
 def _refuse_folder(path: _PathLike) -> None:

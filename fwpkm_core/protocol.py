@@ -13,10 +13,15 @@ from fwpkm.tokens import Array
 class Backend(Protocol):
     """The memory in one framework; :func:`fwpkm.get_backend` returns the module that is one.
 
-    Arrays are the framework's own. Functions are pure, but for ``inplace=True``. Each raises ValueError where an
-    argument does not fit, and names it, what was expected and what was received. ``cfg`` is a
-    :class:`fwpkm.FwPKMConfig`, static under ``jax.jit``; a backend refuses one with a value that it does not implement,
-    or with a field that it does not know and that is not at its default.
+    Arrays are the framework's own. Each function raises ValueError where an argument does not fit, and names it, what
+    was expected and what was received; what only values can show (positions, ``cu_seqlens``, ``rows``) is checked
+    wherever they are known, so not while they are traced. ``cfg`` is a :class:`fwpkm.FwPKMConfig`, static under
+    ``jax.jit``; a backend refuses one with a value that it does not implement, or with a field that it does not know
+    and that is not at its default.
+
+    States are values: a function returns a new one and leaves its argument as it was. In torch and NumPy ``apply``,
+    ``flush``, ``reset`` and ``put`` take ``inplace=True``, which lets them overwrite their first state instead of
+    copying its tables; JAX callers donate it. What torch adds to a signature stands on its functions.
     """
 
     __name__: str
@@ -33,52 +38,72 @@ class Backend(Protocol):
         ...
 
     def init_state(self, cfg: FwPKMConfig, memory: Memory, batch_size: int) -> State:
-        """A state at position 0 that owns a copy of ``memory``; M = 1 is broadcast to B rows in "sequence" scope.
+        """A state of B rows at position 0 that own a copy of ``memory`` (SPEC.md §5).
 
-        Gradients flow from the state to ``memory``.
+        In "sequence" scope every row has tables of its own: those of ``memory`` with M = 1, or row r of M = B. In
+        "batch" scope all rows share M = 1. Gradients flow from the state to ``memory``.
 
         Raises:
-            ValueError: the tables fit neither ``cfg`` nor ``batch_size``.
+            ValueError: the tables fit neither ``cfg`` nor ``batch_size``, or are narrower than float32.
         """
         ...
 
     def apply(
         self,
         cfg: FwPKMConfig,
-        state: State,
+        state: State | Memory,
         query: Array,
         value: Array,
         gate: Array | None = None,
         mask: Array | None = None,
+        cu_seqlens: Array | None = None,
         update: bool = True,
-    ) -> tuple[Array, State, Trace]:
-        """Read T tokens and write every chunk that they complete (SPEC.md §5).
+    ) -> tuple[Array, Any, Trace]:
+        """Read T tokens of each row and write every chunk that a row completes (SPEC.md §5).
+
+        Every row has its own clock: the tokens that it is given may differ in number, and rows may stand at different
+        positions. The result is that of each row's unmasked tokens alone.
 
         Args:
             cfg: the configuration.
-            state: where the sequence stands; left as it was, unless ``inplace`` (torch, NumPy) or donated (JAX).
-            query: ``[B, T, H*Dk]``, any floating dtype.
-            value: ``[B, T, Dv]``.
-            gate: ``[B, T]`` in [0, 1], or None for 1.
-            mask: ``[B, T]`` bool, False for tokens that never write, or None for True.
-            update: False only reads: no write, nothing pending, position unchanged.
+            state: where the B rows stand. Or a Memory with M = 1, from which every row begins, and nothing is kept
+                that only a later call would read.
+            query: ``[B, T, H*Dk]``, any floating dtype; packed ``[1, T, H*Dk]``.
+            value: ``[B, T, Dv]``; packed ``[1, T, Dv]``.
+            gate: ``[B, T]`` in [0, 1], or None for 1; packed ``[1, T]``.
+            mask: ``[B, T]`` bool, or None for True; packed ``[1, T]``. A token with False is not there: it reads and
+                writes nothing and takes no position ("batch" scope: a tick of the common clock). What it holds, NaN
+                too, changes nothing.
+            cu_seqlens: ``[B+1]`` int32 where the call is packed, else None: row i of the state reads the tokens
+                [cu_i, cu_{i+1}) of the one row, which may be none; those from cu_B on are as masked. "sequence" scope.
+            update: False only reads: the state comes back as it was, and no chunk is written. A Python bool.
 
         Returns:
-            output ``[B, T, Dv]`` in the query's dtype, NaN for tokens that are not finite; the next state; the trace.
+            output ``[B, T, Dv]`` (packed ``[1, T, Dv]``) in the query's dtype: 0 for masked tokens, NaN for those that
+            are not finite; the next :class:`fwpkm.State`, or None for a Memory; the trace.
 
         Raises:
-            ValueError: an argument does not fit.
+            ValueError: an argument does not fit; tables narrower than float32; ``cu_seqlens`` that does not begin with
+                0, falls or ends past T; a negative position, or unequal ones in "batch" scope.
         """
         ...
 
-    def flush(self, cfg: FwPKMConfig, state: State) -> tuple[State, Trace]:
-        """Write the pending chunk, empty it and restart the count (SPEC.md §5).
+    def flush(self, cfg: FwPKMConfig, state: State, rows: Any = None) -> tuple[State, Trace]:
+        """Write the pending chunk of every row, or of ``rows``, empty it and restart their count (SPEC.md §5).
+
+        Args:
+            cfg: the configuration.
+            state: where the B rows stand.
+            rows: None for all, distinct integers, or a bool array ``[B]``. In "batch" scope all rows.
 
         Returns:
-            the state at position 0, and the trace of that write: losses ``[M, 1]``, slots and weights ``[B, 0, H*k]``.
+            the state, in which those rows stand at position 0, and the trace of that write: losses ``[M, 1]``, writes
+            ``[M]``, 1 where more than lag tokens were pending (L under "wait", else 0), slots and weights
+            ``[B, 0, H*k]``.
 
         Raises:
-            ValueError: the state does not fit ``cfg``.
+            ValueError: the state does not fit ``cfg``; ``rows`` out of range or named twice, or some but not all of
+                those that share one table.
         """
         ...
 
@@ -117,8 +142,8 @@ class Backend(Protocol):
             query: ``[B, n, H*Dk]``, any floating dtype.
             target: ``[B, n, Dv]``, u_t.
             gate: ``[B, n]`` in [0, 1], or None for 1.
-            mask: ``[B, n]`` bool, or None for True.
-            pair: ``[B, n]`` bool, which tokens have a target; None for all unmasked ones.
+            mask: ``[B, n]`` bool, False for tokens that are not there; None for True.
+            pair: ``[B, n]`` bool, which tokens have a target; None for all that are unmasked and finite.
 
         Returns:
             the new tables and the losses ``[M]``.
@@ -132,17 +157,69 @@ class Backend(Protocol):
         """The state without its gradient history: truncated backpropagation between calls."""
         ...
 
-    def reset(self, state: State, memory: Memory, rows: Any) -> State:
-        """Give rows their initial memory back and mask their pending tokens; the count goes on (SPEC.md §5).
+    def reset(self, cfg: FwPKMConfig, state: State, memory: Memory, rows: Any = None) -> State:
+        """Make rows what :meth:`init_state` makes: initial tables, nothing pending, position 0 (SPEC.md §5).
 
         Args:
-            state: left as it was.
-            memory: the initial tables, M = 1 or that of the state.
-            rows: integers, or a bool mask ``[B]``; all of them where one table serves the batch.
+            cfg: the configuration.
+            state: where the B rows stand.
+            memory: the initial tables: one row for all, or B rows, of which row r of the state takes row r.
+            rows: None for all, distinct integers, or a bool array ``[B]``. In "batch" scope all rows.
 
         Raises:
-            ValueError: rows out of range, some of the rows that share one table, or tables of other shapes.
+            ValueError: tables of other shapes; ``rows`` out of range or named twice, or some but not all of those that
+                share one table.
         """
+        ...
+
+    def select(self, cfg: FwPKMConfig, state: State, rows: Any) -> State:
+        """A state of the rows named by ``rows``, in that order; an integer may be repeated (SPEC.md §5).
+
+        Where one row is all that is named, torch and NumPy may let its copies share one table until they are written.
+        In "batch" scope the one memory stays.
+
+        Args:
+            cfg: the configuration.
+            state: where the B rows stand.
+            rows: integers from 0 on, or a bool array ``[B]``; at least one row.
+
+        Raises:
+            ValueError: no row, one out of range, or the state does not fit ``cfg``.
+        """
+        ...
+
+    def concat(self, cfg: FwPKMConfig, states: Sequence[State]) -> State:
+        """One state of the rows of all ``states``, in order; "sequence" scope only (SPEC.md §5).
+
+        Raises:
+            ValueError: "batch" scope, no state, one that does not fit ``cfg``, or tables of different dtypes.
+        """
+        ...
+
+    def put(self, cfg: FwPKMConfig, state: State, rows: Any, other: State) -> State:
+        """The state with row i of ``other`` in place of its row ``rows[i]``; "sequence" scope only (SPEC.md §5).
+
+        Args:
+            cfg: the configuration.
+            state: where the B rows stand.
+            rows: distinct integers in any order, a bool array ``[B]``, or None for all; as many as ``other`` has.
+            other: a state of the same ``cfg`` and dtype.
+
+        Raises:
+            ValueError: "batch" scope, ``rows`` out of range or named twice, or ``other`` of another size or dtype.
+        """
+        ...
+
+    def pending(self, cfg: FwPKMConfig, state: State) -> Array:
+        """How many tokens of each row no write has consumed yet: ``[B]`` int32, at most C + L - 1 (SPEC.md §5).
+
+        Raises:
+            ValueError: the state does not fit ``cfg``.
+        """
+        ...
+
+    def nbytes(self, state: State) -> int:
+        """The bytes that a state takes, a table that rows share counted once."""
         ...
 
     def asarray(self, x: Any, dtype: str) -> Array:

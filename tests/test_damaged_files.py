@@ -1,5 +1,6 @@
 """Files (SPEC.md §8) that are damaged, of another kind or of another config change nothing."""
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Callable
@@ -236,11 +237,17 @@ def test_tables_of_a_shared_memory_are_not_per_row(tmp_path: Path) -> None:
     refused_state(tmp_path / "state", *words, cfg=shared)
 
 
-@pytest.mark.parametrize("position", [[-1, -1], [7, 8], [-(2**31), 0]])
-def test_bad_positions(state_file: Path, tmp_path: Path, position: list[int]) -> None:
-    wrong = np.array(position, np.int32)
-    edit(state_file, lambda tensors, _: tensors.update(position=wrong))
-    refused_state(state_file, "position", "equal in all rows", position)
+@pytest.mark.parametrize(
+    ("scope", "position"), [("sequence", [-1, -1]), ("sequence", [-(2**31), 0]), ("batch", [-1, -1]), ("batch", [7, 8])]
+)
+def test_bad_positions(tmp_path: Path, scope: str, position: list[int]) -> None:
+    """Rows that share a memory have one clock, the others each their own."""
+    cfg = dataclasses.replace(CFG, memory_scope=scope)
+    state, wrong = half_read_state(cfg=cfg), np.array(position, np.int32)
+    fwpkm.save_state(tmp_path / "state", state, cfg)
+    edit(tmp_path / "state", lambda tensors, _: tensors.update(position=wrong))
+    words = "numbers of at least 0" + ", equal in all rows" * (scope == "batch")
+    refused_state(tmp_path / "state", f"Expected: {words}.", position, cfg=cfg)
     with pytest.raises(ValueError, match="position"):
-        fwpkm.save_state(tmp_path / "new", half_read_state()._replace(position=wrong), CFG)
+        fwpkm.save_state(tmp_path / "new", state._replace(position=wrong), cfg)
     assert not (tmp_path / "new").exists()

@@ -113,7 +113,7 @@ def test_what_a_state_file_holds(state_file: Path) -> None:
     assert (metadata["format_version"], metadata["kind"]) == ("1", "state")
     assert FwPKMConfig.from_json(metadata["config"]) == CFG
     assert json.loads(metadata["sha256"]).keys() == tensors.keys()
-    assert tensors["position"].tolist() == [7, 7]
+    assert tensors["position"].tolist() == [6, 7]  # one token of row 0 was masked
 
 
 # Paths
