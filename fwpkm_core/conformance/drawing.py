@@ -43,7 +43,7 @@ STRATA: tuple[tuple[Any, ...], ...] = (
 SINGLE = 9
 """The row whose chunks are single tokens."""
 
-SMALL = (0, 3, 4, 5, 9)
+SMALL = (0, 3, 4, 9)
 """Rows that are read in single tokens, alone or around a half; the others in one call, or two halves."""
 
 DERIVED = (0, 1, 2, 3, 4, 8)

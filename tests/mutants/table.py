@@ -107,7 +107,6 @@ _CLOCKS = {
         "mask = tokens.mask if cu_seqlens is None else tokens.mask | True; tokens = tokens._replace(mask=mask); "
         "flat = tokens.map",
     ),
-    ("losses in the first row's columns", "memorization"): ("before), trace.writes[m]", "before), trace.writes[0] % trace.memorization.shape[1]"),
     ("flush of some rows empties all", "flush rows"): ("        if of_memory[m]:", "        if True:"),
     ("flush of some rows restarts every count", "flush rows"): (
         "np.where(chosen, 0, state.position)",
