@@ -161,7 +161,7 @@ def test_a_row_keeps_its_bits_whatever_another_holds(be, case, seed):
     assert_same_bits(reading_of_rows(read(be, spoilt), first), reading_of_rows(read(be, case), first))
 
 
-@given(cases(), st.data())
+@given(cases(untied=True), st.data())
 def test_no_later_token_changes_an_output(be, case, data):
     """Nor do the earlier ones that no finished write has read: those of its own chunk, and under "wait" a few more."""
     at, index = data.draw(st.integers(0, case.length - 1)), np.arange(case.length)
@@ -172,12 +172,16 @@ def test_no_later_token_changes_an_output(be, case, data):
     visible = np.where(written, written * case.cfg.chunk_size + lag(case.cfg), 0)
     hidden = (clock >= visible) & (index != at)
     tokens = replaced(case.tokens, hidden, data.draw(OTHERS), spoil=True)
-    if tokens.mask is not None and data.draw(st.booleans()):
+    flips = tokens.mask is not None and data.draw(st.booleans())
+    if flips:
         flipped = hidden & (index > at) if own_clocks else hidden  # an earlier one counts in the position of this one
         tokens = tokens._replace(mask=tokens.mask ^ flipped)
     expected, received = read(be, case), read(be, dataclasses.replace(case, tokens=tokens))
-    for a, b in zip(received[:3], expected[:3]):
-        assert_same_bits(a[:, at], b[:, at])
+    received, expected = ((x.output[:, at], x.slots[:, at], x.weights[:, at]) for x in (received, expected))
+    if flips:  # other numbers of tokens in a call: a matrix product may round otherwise
+        assert_close(received, expected, case.dtype)
+    else:
+        assert_same_bits(received, expected)
 
 
 @given(cases(untied=True))
@@ -253,6 +257,7 @@ def test_update_false_only_reads(be, case):
     assert all(new is old for new, old in zip(after.memory, state.memory))
     assert not any(x.any() for x in (trace.writes, trace.memorization, trace.addressing))
     look, live = as_numpy(be, be.lookup(cfg, state.memory, native(be, case.tokens.query))), unmasked(case.tokens)
-    for received, expected in zip((output, trace.slots, trace.weights), (look.output, look.slots, look.weights)):
-        assert_same_bits(received[live], expected[live])
-        assert not received[~live].any()
+    np.testing.assert_array_equal(trace.slots[live], look.slots[live])
+    for received, expected in ((output, look.output), (trace.weights, look.weights)):
+        assert_close(received[live], expected[live], case.dtype)  # of fewer tokens: a matrix product may round otherwise
+    assert not any(x[~live].any() for x in (output, trace.slots, trace.weights))
