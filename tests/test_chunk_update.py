@@ -80,8 +80,10 @@ def test_a_write_is_a_step_down_the_gradients_of_its_losses(be, case, pair_rate)
     """The closed forms of §4, N_i, κ, clipping and decay, all at once, for every memory alone."""
     cfg, arguments = case.cfg, chunk_arguments(case, pair_rate)
     memory, losses = write(be, cfg, case.memory, arguments)
-    there = unmasked(case.tokens)
-    arguments = (None if x is None else np.where(there.reshape(*there.shape, *[1] * (x.ndim - 2)), x, 0) for x in arguments)
+    masked = ~unmasked(case.tokens)
+    for x in arguments:
+        if x is not None:
+            x[masked] = 0  # what a backend takes as not there, whatever it holds
     query, target, gate, mask, pair = (None if x is None else torch.tensor(x) for x in arguments)
     gate = torch.ones(case.batch, case.length) if gate is None else gate
     mask = torch.tensor(unmasked(case.tokens)) if mask is None else mask

@@ -169,7 +169,10 @@ def wrong_memories():
         yield f"memory.{name}", good._replace(**{name: "a text"})
     yield "memory.values", good._replace(values=f32(B + 1, 16, 3))
     yield "memory.keys and memory.values must have one dtype", good._replace(values=np.zeros((B, 16, 3)))
-    yield "memory.keys and memory.values must be float32 or float64", Memory(*(table.astype(np.float16) for table in good))
+    yield (
+        "memory.keys and memory.values must be float32 or float64",
+        Memory(*(table.astype(np.float16) for table in good)),
+    )
     yield "memory", "a text"
     yield "memory", None
 
@@ -221,10 +224,11 @@ def plain(text):
     return re.sub(native_type, "ARRAY", text).replace("torch.", "")
 
 
-FUNCTIONS = "apply flush lookup chunk_update init_state reset select concat put pending init_memory".split()
+CHECKED = ("apply", "flush", "lookup", "chunk_update", "init_state", "init_memory")
+OF_ROWS = ("reset", "select", "concat", "put", "pending")
 
 
-@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("function", [*CHECKED, *OF_ROWS])
 def test_the_arguments_are_good_but_for_what_is_tried(be, function):
     call(be, function, arguments(function))
     call(be, "apply", packed())

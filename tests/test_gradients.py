@@ -130,7 +130,7 @@ def ragged_cases(draw):
 
 @given(ragged_cases(), st.data())
 def test_gradients_of_a_batch_are_those_of_each_row_alone(gradient_be, case, data):
-    """Padded in two calls, so that rows stand apart in the second, or packed; 0 for what is masked, which may be NaN."""
+    """Padded in two calls, so that rows stand apart in the second, or packed; 0 for what is masked, NaN or not."""
     at = data.draw(st.integers(0, case.length))
     weights = draw_cotangents(case, np.random.default_rng(case.seed))
     together = dict(zip(INPUTS, gradients(gradient_be, case, weights, sizes=[at, case.length - at])))
