@@ -245,9 +245,7 @@ def pending(cfg: FwPKMConfig, state: State) -> Array:
 def nbytes(state: State) -> int:
     """The bytes that a state takes, those of a table that rows share counted once (§5)."""
     arrays = (*state.memory, *state.pending, state.position)
-    return sum(
-        x.itemsize * math.prod(n for n, stride in zip(x.shape, x.strides) if stride) for x in arrays if x.size
-    )
+    return sum(x.itemsize * math.prod(n for n, stride in zip(x.shape, x.strides) if stride) for x in arrays if x.size)
 
 
 def asarray(x: Any, dtype: str) -> Array:

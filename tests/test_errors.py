@@ -32,9 +32,49 @@ def arguments(function):
         "lookup": {"cfg": CFG, "memory": memory, "query": query},
         "chunk_update": {"cfg": CFG, "memory": memory, "target": value, "pair": mask.copy(), **tokens},
         "init_state": {"cfg": CFG, "memory": memory, "batch_size": B},
-        "reset": {"state": state, "memory": memory, "rows": [0]},
+        "reset": {"cfg": CFG, "state": state, "memory": memory, "rows": [0]},
+        "select": {"cfg": CFG, "state": state, "rows": [1, 0, 0]},
+        "concat": {"cfg": CFG, "states": [state, _state(1)]},
+        "put": {"cfg": CFG, "state": state, "rows": [1], "other": _state(1)},
+        "pending": {"cfg": CFG, "state": state},
         "init_memory": {"cfg": CFG, "memories": 1, "seed": 0},
     }[function]
+
+
+def packed(cu_seqlens=(0, 2, 2)):
+    """Good arguments of a packed call of two sequences."""
+    tokens = {"query": f32(1, T, 8), "value": f32(1, T, 3), "gate": f32(1, T), "mask": np.ones((1, T), bool)}
+    return {"cfg": CFG, "state": _state(B), "cu_seqlens": np.array(cu_seqlens, np.int32), **tokens}
+
+
+def wrong_packing():
+    """(words the message must hold before "Received", arguments to change)."""
+    for bounds in ((0, 2, 1), (0, 1, T + 1), (1, 2, 3), (-1, 1, 2), (0, -1, 2)):
+        yield "cu_seqlens must begin with 0, never fall", packed(bounds)
+    for bounds in ((0,), ()):
+        yield "cu_seqlens", packed(bounds)
+    for dtype in ("int64", "float32", "bool"):
+        yield "cu_seqlens must have dtype int32", packed() | {"cu_seqlens": np.zeros(3, dtype)}
+    yield "cu_seqlens", packed() | {"cu_seqlens": np.zeros((1, 3), np.int32)}
+    yield from (("cu_seqlens", packed() | {"cu_seqlens": bad}) for bad in NOT_ARRAYS)
+    yield "cu_seqlens must be None", packed() | {"cfg": SHARED, "state": reference.init_state(SHARED, _memory(1), B)}
+    yield "query must be one packed row", packed() | {
+        "query": f32(2, T, 8), "value": f32(2, T, 3), "gate": f32(2, T), "mask": np.ones((2, T), bool)
+    }  # fmt: skip
+    for shape in ((B, T), (1, T + 1), (T,)):
+        yield "mask", packed() | {"mask": np.ones(shape, bool)}
+        yield "gate", packed() | {"gate": f32(*shape)}
+    yield "value", packed() | {"value": f32(1, T + 1, 3)}
+    for batch in (1, 3):
+        yield "state.position", packed() | {"state": _state(batch)}
+
+
+def wrong_positions():
+    """(words, scope, positions of a state of B rows)."""
+    for cfg in (CFG, SHARED):
+        yield "state.position must hold numbers of at least 0", cfg, [-1] * B
+    yield "state.position must hold numbers of at least 0", CFG, [3, -1]
+    yield "state.position must be the same in all rows", SHARED, [0, 3]
 
 
 def wrong_arrays(width):
@@ -79,11 +119,33 @@ def wrong_calls():
     for size in (0, -1, 1.5, "2", None, True):
         yield "init_state", "batch_size", size, "batch_size"
         yield "init_memory", "memories", size, "memories"
-    for rows in ([2], [-3], [0, 5], [0.5], ["a"], [[0, 1]], np.array([True]), np.ones((2, 2), bool), "a text", None):
-        yield "reset", "rows", rows, "rows"
-    yield "reset", "memory", _memory(3), "memory.keys"
-    yield "reset", "memory", "a text", "memory"
-    yield "reset", "state", "a text", "state"
+    beyond, no_rows = ([2], [-1], [0, 5]), ([0.5], ["a"], [[0, 1]], np.array([True]), np.ones((2, 2), bool), "a text")
+    repeated = ([0, 0], [1, 0, 1])
+    yield from (("reset", "rows", rows, "rows") for rows in (*beyond, *repeated, *no_rows))
+    yield from (("flush", "rows", rows, "rows") for rows in (*beyond, *repeated, *no_rows))
+    yield from (("select", "rows", rows, "rows") for rows in (*beyond, *no_rows, [], np.zeros(B, bool)))
+    yield from (("put", "rows", rows, "rows") for rows in (*beyond, *repeated, *no_rows))
+    for rows in (None, [], [0, 1], np.ones(B, bool)):
+        yield "put", "rows", rows, "other must have a row for each of rows"
+    for function in ("reset", "select", "put", "pending"):
+        for words, state in wrong_states():
+            yield function, "state", state, words
+    for words, state in wrong_states():
+        yield "put", "other", state, f"other: {words}"
+        yield "concat", "states", [_state(B), state], f"states[1]: {words}"
+    for states in ([], _state(B), None, "a text"):
+        yield "concat", "states", states, "states"
+    yield "put", "other", _wider(_state(1)), "other must have tables of dtype float32"
+    yield "concat", "states", [_state(B), _wider(_state(1))], "states[1] must have tables of dtype float32"
+    yield "reset", "memory", _memory(3), "memory must hold 1 or 2 tables"
+    for words, memory in wrong_memories():
+        yield "reset", "memory", memory, words
+    for function in ("concat", "put"):
+        yield function, "cfg", SHARED, f"{function} needs memory_scope='sequence'"
+
+
+def _wider(state):
+    return state.map(lambda x: x.astype("float64") if x.dtype == "float32" else x)
 
 
 def _memory(memories):
@@ -106,7 +168,11 @@ def wrong_memories():
         yield f"memory.{name}", good._replace(**{name: np.zeros(shape, int)})
         yield f"memory.{name}", good._replace(**{name: "a text"})
     yield "memory.values", good._replace(values=f32(B + 1, 16, 3))
-    yield "memory.values", good._replace(values=np.zeros((B, 16, 3)))
+    yield "memory.keys and memory.values must have one dtype", good._replace(values=np.zeros((B, 16, 3)))
+    yield (
+        "memory.keys and memory.values must be float32 or float64",
+        Memory(*(table.astype(np.float16) for table in good)),
+    )
     yield "memory", "a text"
     yield "memory", None
 
@@ -137,7 +203,12 @@ CALLS = list(wrong_calls())
 
 
 def call(be, function, given):
-    return getattr(be, function)(**{name: native(be, value) for name, value in given.items()})
+    def as_native(name, x):
+        if name == "rows":  # as a caller names them
+            return x
+        return [as_native("", each) for each in x] if isinstance(x, list) else native(be, x)
+
+    return getattr(be, function)(**{name: as_native(name, x) for name, x in given.items()})
 
 
 def message(be, function, given):
@@ -153,9 +224,14 @@ def plain(text):
     return re.sub(native_type, "ARRAY", text).replace("torch.", "")
 
 
-@pytest.mark.parametrize("function", ["apply", "flush", "lookup", "chunk_update", "init_state", "reset", "init_memory"])
+CHECKED = ("apply", "flush", "lookup", "chunk_update", "init_state", "init_memory")
+OF_ROWS = ("reset", "select", "concat", "put", "pending")
+
+
+@pytest.mark.parametrize("function", [*CHECKED, *OF_ROWS])
 def test_the_arguments_are_good_but_for_what_is_tried(be, function):
     call(be, function, arguments(function))
+    call(be, "apply", packed())
 
 
 @pytest.mark.parametrize(
@@ -170,12 +246,30 @@ def test_a_bad_argument_is_named(be, function, argument, bad, words):
     assert plain(text) == plain(message(reference, function, given))
 
 
+@pytest.mark.parametrize(("words", "given"), list(wrong_packing()))
+def test_bad_packing_is_named(be, words, given):
+    text = message(be, "apply", given)
+    assert words in text.partition("Received: ")[0]
+    assert plain(text) == plain(message(reference, "apply", given))
+
+
+@pytest.mark.parametrize(("words", "cfg", "positions"), list(wrong_positions()))
+def test_positions_that_a_scope_forbids(be, words, cfg, positions):
+    state = reference.init_state(cfg, _memory(1), B)._replace(position=np.array(positions, np.int32))
+    given = {"cfg": cfg, "state": state}
+    for function, others in (("apply", {"query": f32(B, T, 8), "value": f32(B, T, 3)}), ("flush", {})):
+        text = message(be, function, given | others)
+        assert words in text.partition("Received: ")[0]
+        assert plain(text) == plain(message(reference, function, given | others))
+
+
 @pytest.mark.parametrize("rows", [[0], [1], [True, False]])
-def test_one_row_of_a_shared_table_cannot_be_reset(be, rows):
+def test_one_row_of_a_shared_table_cannot_be_reset_or_flushed(be, rows):
     memory = native(be, _memory(1))
     state = be.init_state(SHARED, memory, batch_size=B)
-    with pytest.raises(ValueError, match=r"rows .*Received: "):
-        be.reset(state, memory, rows)
+    for function, others in (("reset", {"memory": memory}), ("flush", {})):
+        with pytest.raises(ValueError, match=r"rows .*Received: "):
+            getattr(be, function)(SHARED, state, rows=rows, **others)
 
 
 @pytest.mark.parametrize("scope", ["lookup", "init_state"])
@@ -198,27 +292,6 @@ def test_after_an_error_the_arguments_are_as_they_were(be, argument, bad, inplac
     with pytest.raises(ValueError, match=argument):
         be.apply(CFG, state, **(tokens | {argument: native(be, bad)}), inplace=inplace)
     assert_same_bits(as_numpy(be, (state, (query, value))), before)
-
-
-def test_a_position_cannot_leave_int32(be):
-    state = native(be, _state(B))
-    state = state._replace(position=be.asarray(np.full(B, 2**31 - 3), "int32"))
-    query, value = (native(be, f32(B, T, n)) for n in (8, 3))
-    with pytest.raises(ValueError, match=r"position .*Received: "):
-        be.apply(CFG, state, query, value)
-    be.apply(CFG, state, query[:, :2], value[:, :2])
-    be.apply(CFG, state, query, value, update=False)
-
-
-def test_rows_that_stand_at_different_positions(be):
-    cfg = FwPKMConfig(4, 3, 1, 4, 2, 3, 1)
-    state = be.init_state(cfg, be.init_memory(cfg), 2)
-    for positions in ([0, 3], [-1, -1]):
-        bad = state._replace(position=be.asarray(np.array(positions), "int32"))
-        query, value = (be.asarray(np.zeros((2, 2, width)), "float32") for width in (4, 3))
-        for call in (lambda bad=bad, q=query, v=value: be.apply(cfg, bad, q, v), lambda bad=bad: be.flush(cfg, bad)):
-            with pytest.raises(ValueError, match=r"state\.position must hold one number of at least 0"):
-                call()
 
 
 def test_a_lookup_of_no_tokens_is_empty(be):

@@ -7,14 +7,15 @@ import numpy as np
 import pytest
 import torch
 from asserting import assert_close, assert_same_bits
-from drawn import drawn
-from hypothesis import given, settings
+from drawn import drawn, masked_tick, row_alone
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import fwpkm
 from fwpkm import FwPKMConfig, Memory, agreement, reference
-from fwpkm.conformance.running import as_numpy, draw_cotangents, forward, gradients, native
-from fwpkm.conformance.strategies import cases, floating, untied_case
+from fwpkm.conformance.running import INPUTS, as_numpy, draw_cotangents, forward, gradients, native
+from fwpkm.conformance.strategies import LAYOUTS, PADDED, UNMASKED, cases, floating, unmasked, untied_case
+from fwpkm.tokens import NUMBERS
 
 TORCH = fwpkm.get_backend("torch")
 CLEAR = 100 * agreement.DIFFERENCE_STEP / 1e-3**0.5
@@ -91,23 +92,60 @@ def test_each_output_alone_reaches_the_first_chunk(gradient_be, write_scale, out
 @given(cases(left_out=st.just(()), twists=("repeats",), untied=True), st.data())
 def test_no_gradient_passes_through_masked_contents_of_others_or_dead_tokens(gradient_be, case, data):
     """Dead tokens get 0, though numbers that are not finite stand in the graph; others get what a mask would give."""
-    row, at = data.draw(st.integers(0, case.batch - 1)), data.draw(st.integers(0, case.length - 1))
+    row = data.draw(st.integers(0, case.batch - 1))
+    if case.cfg.memory_scope == "sequence":
+        case, row = row_alone(case, row), 0
+    assume(case.length)
+    at = data.draw(st.integers(0, case.length - 1))
     weights = draw_cotangents(case, np.random.default_rng(case.seed))
     weights[0][row, at] = 0
     place = data.draw(st.sampled_from(["query", "value", "gate"]))
     number = data.draw(st.sampled_from([np.nan, np.inf, -np.inf, 1e200]))
     if number == 1e200 and (place != "query" or case.cfg.score != "idw"):
         number = np.nan
-    dead, masked = (dataclasses.replace(case, tokens=case.tokens.map(np.copy)) for _ in range(2))
+    dead = dataclasses.replace(case, tokens=case.tokens.map(np.copy))
     getattr(dead.tokens, place)[(row, at, 0) if place != "gate" else (row, at)] = number
-    for name in ("query", "value", "gate", "mask"):
-        getattr(masked.tokens, name)[row, at] = 0
-    received, expected = gradients(gradient_be, dead, weights), gradients(gradient_be, masked, weights)
+    received = gradients(gradient_be, dead, weights)
+    expected = gradients(gradient_be, masked_tick(case, row, at), weights)
     for gradient, other in zip(received, expected):
         assert np.isfinite(gradient).all()
         assert_close(gradient, other, case.dtype, "gradient")
-    for gradient in received[:3]:
+    for gradient in received[: len(NUMBERS)]:
         assert not gradient[row, at].any()
+
+
+@st.composite
+def ragged_cases(draw):
+    """A case in a layout, whose masked tokens hold NaN as a caller's padding may."""
+    case = draw(cases(memory_scope="sequence", untied=True, left_out=st.sampled_from([(), ("gate",)]), max_length=12))
+    layout = draw(st.sampled_from(LAYOUTS))
+    if layout == UNMASKED:
+        ends = [draw(st.integers(0, case.length)) for _ in range(case.batch)]
+        case = dataclasses.replace(case, tokens=case.tokens._replace(mask=np.arange(case.length) < np.c_[ends]))
+    for array in floating(case.tokens).values():
+        if array is not None:
+            array[~case.tokens.mask] = draw(st.sampled_from([np.nan, np.inf, 1.0]))
+    return dataclasses.replace(case, layout=layout)
+
+
+@given(ragged_cases(), st.data())
+def test_gradients_of_a_batch_are_those_of_each_row_alone(gradient_be, case, data):
+    """Padded in two calls, so that rows stand apart in the second, or packed; 0 for what is masked, NaN or not."""
+    at = data.draw(st.integers(0, case.length))
+    weights = draw_cotangents(case, np.random.default_rng(case.seed))
+    together = dict(zip(INPUTS, gradients(gradient_be, case, weights, sizes=[at, case.length - at])))
+    for row, own in enumerate(unmasked(case.tokens)):
+        alone = dataclasses.replace(row_alone(case, row), layout=PADDED)
+        output, *tables = weights
+        cotangents = (output[row : row + 1, own], *(table[row : row + 1] for table in tables))
+        for name, expected in zip(INPUTS, gradients(gradient_be, alone, cotangents)):
+            if expected is None:
+                assert together[name] is None
+            elif name in Memory._fields:
+                assert_close(together[name][row], expected[0], case.dtype, "gradient", name)
+            else:
+                assert_close(together[name][row][own], expected[0], case.dtype, "gradient", name)
+                assert not together[name][row][~own].any()
 
 
 @given(cases(untied=True, max_length=12))

@@ -55,7 +55,7 @@ def test_slots_and_weights_are_those_of_all_slots_sorted(be, case):
     assert_close(look.weights, weights / weights.sum(-1, keepdims=True), case.dtype)
 
 
-@given(cases(dtype=FLOATS))
+@given(cases(dtype=FLOATS, twists=("at_keys", "repeats", "twins")))
 def test_output_is_the_weighted_sum_over_all_heads(be, case):
     look = look_up(be, case)
     values = np.broadcast_to(case.memory.values, (case.batch, *case.memory.values.shape[1:]))

@@ -10,17 +10,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-from asserting import assert_close
+from asserting import assert_close, assert_same_bits
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fwpkm import FwPKMConfig, Memory
 from fwpkm.conformance.running import as_numpy, native
-from fwpkm.conformance.strategies import configs, draw_memory, draw_tokens
+from fwpkm.conformance.strategies import OPTIONAL, configs, draw_memory, draw_tokens, floating, unmasked
 from fwpkm.containers import State
 from fwpkm.tokens import Tokens
 
 ACTIONS = ("pad", "pack", "read only", "flush", "reset", "select", "put", "concat")
+IN_PLACE = ("apply", "flush", "reset", "put")
+DERIVED = ("select", "repeat", "concat", "put", "reset")
 
 
 @dataclasses.dataclass
@@ -43,11 +45,9 @@ class Life:
     def pad(self, update: bool = True) -> None:
         """A call under a mask, or one without that gives each row as many tokens; what is masked holds NaN."""
         size, length = len(self.rows), int(self.rng.integers(0, 2 * self.cfg.chunk_size + 3))
-        tokens = draw_tokens(self.rng, self.cfg, size, length, gated=bool(self.rng.integers(2)))
-        if self.rng.integers(3) == 0:
-            tokens = tokens._replace(mask=None)
-        there = np.ones((size, length), bool) if tokens.mask is None else tokens.mask
-        for x in tokens[:3]:
+        tokens = draw_tokens(self.rng, self.cfg, size, length, self.left_out())
+        there = unmasked(tokens)
+        for x in floating(tokens).values():
             if x is not None:
                 x[~there] = self.rng.choice([np.nan, np.inf, 1e300])
         output, self.batch, trace = self.be.apply(
@@ -67,8 +67,8 @@ class Life:
         sizes = self.rng.choice([0, 1, 2, self.cfg.chunk_size, 2 * self.cfg.chunk_size + 1], len(self.rows))
         ends = np.cumsum([0, *sizes]).astype(np.int32)
         length = int(ends[-1]) + int(self.rng.integers(3))
-        tokens = draw_tokens(self.rng, self.cfg, 1, length, masked=bool(self.rng.integers(2)))
-        there = np.ones((1, length), bool) if tokens.mask is None else tokens.mask
+        tokens = draw_tokens(self.rng, self.cfg, 1, length, self.left_out())
+        there = unmasked(tokens)
         output, self.batch, trace = self.be.apply(
             self.cfg, self.batch, **native(self.be, tokens).present(), cu_seqlens=native(self.be, ends)
         )
@@ -131,6 +131,10 @@ class Life:
             other = self.be.init_state(self.cfg, native(self.be, self.memory(1)), 1)
             self.batch, self.rows = self.be.concat(self.cfg, [self.batch, other]), [*self.rows, other]
 
+    def left_out(self) -> list[str]:
+        """Fields that a call goes without."""
+        return [name for name in OPTIONAL if self.rng.integers(2)]
+
     def memory(self, size: int) -> Memory:
         return draw_memory(self.rng, self.cfg, size)
 
@@ -172,8 +176,7 @@ def test_a_batch_is_each_of_its_rows_alone(be: Any, cfg: FwPKMConfig, seed: int,
             assert life.batch is kept
         else:
             getattr(life, action)()
-        for old, now in zip((*before.memory, *before.pending), (*(x := as_numpy(be, kept)).memory, *x.pending)):
-            np.testing.assert_array_equal(old, now)  # states are values
+        assert_same_bits(as_numpy(be, kept), before)  # states are values
         life.check()
 
 
@@ -182,7 +185,7 @@ def test_positions_never_overflow(be: Any) -> None:
     """§5: only the place modulo C matters, so a far position is as good as a near one."""
     cfg = FwPKMConfig(key_dim=4, value_dim=3, num_subkeys=4, top_k=2, chunk_size=3, boundary="wait")
     rng = np.random.default_rng(0)
-    memory, tokens = native(be, draw_memory(rng, cfg, 2)), native(be, draw_tokens(rng, cfg, 2, 11, masked=False))
+    memory, tokens = native(be, draw_memory(rng, cfg, 2)), native(be, draw_tokens(rng, cfg, 2, 11, ["mask"]))
     outputs = []
     for far in (0, (2**31 - 1) // 3 * 3 - 6):
         state = be.init_state(cfg, memory, 2)
@@ -195,3 +198,43 @@ def test_positions_never_overflow(be: Any) -> None:
         outputs.append((as_numpy(be, output), as_numpy(be, be.pending(cfg, state)), as_numpy(be, state.memory.values)))
     for near, far in zip(*outputs):
         np.testing.assert_array_equal(near, far)
+
+
+@given(
+    cfg=configs(memory_scope="sequence"),
+    seed=st.integers(0, 2**32 - 1),
+    derived=st.sampled_from(DERIVED),
+    call=st.sampled_from(IN_PLACE),
+    turned=st.booleans(),
+)
+def test_a_state_stays_as_it_was_beside_an_in_place_call(
+    be: Any, cfg: FwPKMConfig, seed: int, derived: str, call: str, turned: bool
+) -> None:
+    """A state made of another's rows, and that other: whichever is overwritten, it reads as if it were not."""
+    life = Life.begin(be, cfg, seed, 2)
+    life.pad()
+    first, other = life.batch, be.init_state(cfg, native(be, life.memory(2)), 2)
+    second = {
+        "select": lambda: be.select(cfg, first, life.rng.permutation(2)),
+        "repeat": lambda: be.select(cfg, first, [1] * int(life.rng.integers(1, 3))),
+        "concat": lambda: be.concat(cfg, [first]),
+        "put": lambda: be.put(cfg, other, [1, 0], first),
+        "reset": lambda: be.reset(cfg, first, native(be, life.memory(1)), [0]),
+    }[derived]()
+    changed, kept = (first, second) if turned else (second, first)
+    before, size = as_numpy(be, (changed, kept)), len(as_numpy(be, changed.position))
+    tokens = native(be, draw_tokens(life.rng, cfg, size, cfg.chunk_size + cfg.lookahead))
+    fresh = be.init_state(cfg, native(be, life.memory(1)), 1)
+
+    def call_on(state: State, inplace: bool) -> State:
+        return {
+            "apply": lambda: be.apply(cfg, state, **tokens.present(), inplace=inplace)[1],
+            "flush": lambda: be.flush(cfg, state, inplace=inplace)[0],
+            "reset": lambda: be.reset(cfg, state, fresh.memory, [0], inplace=inplace),
+            "put": lambda: be.put(cfg, state, [size - 1], fresh, inplace=inplace),
+        }[call]()
+
+    expected = as_numpy(be, call_on(changed, False))
+    assert_same_bits(as_numpy(be, changed), before[0])
+    assert_same_bits(as_numpy(be, call_on(changed, True)), expected)
+    assert_same_bits(as_numpy(be, kept), before[1])

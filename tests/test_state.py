@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import fwpkm
 from fwpkm import FwPKMConfig, Memory, State, reference
 from fwpkm.conformance.running import apply, as_numpy, native, start, stream
-from fwpkm.conformance.strategies import FLOATS, cases, splits, unmasked
+from fwpkm.conformance.strategies import FLOATS, PACKED, PADDED, cases, floating, splits, unmasked
 
 TORCH = fwpkm.get_backend("torch")
 SEQUENCE = {"memory_scope": "sequence", "batch": st.integers(2, 3)}
@@ -27,36 +27,45 @@ def count_pending(cfg, position):
     return position if position < size + ahead else ahead + (position - ahead) % size
 
 
-def table_rows(state, chosen):
-    """The fields of a NumPy state at some rows."""
-    return Memory(*(table[chosen] for table in state.memory)), *(field[chosen] for field in state[1:])
+def rows_of(state, chosen):
+    """A NumPy state of some rows."""
+    return state.map(lambda x: x[chosen])
+
+
+def pending_fields(state):
+    """What must keep its shape and dtype beside the tables."""
+    return (*state.pending, state.position)
 
 
 @given(cases(dtype=FLOATS))
 def test_pending_tokens_come_first_then_zeros(be, case):
+    """In sequence scope they are a row's unmasked tokens; where all rows have one clock, masked ones as zeros too."""
     cfg, state = case.cfg, start(be, case)
     room, first = cfg.chunk_size + cfg.lookahead - 1, as_numpy(be, state)
     gate = np.ones((case.batch, case.length), case.dtype) if case.tokens.gate is None else case.tokens.gate
-    given_tokens = (case.tokens.query, case.tokens.value, gate, unmasked(case.tokens))
+    tokens = case.tokens._replace(gate=gate, mask=unmasked(case.tokens))
+    ticks = tokens.mask if cfg.memory_scope == "sequence" else np.ones_like(tokens.mask)
     for t in range(case.length + 1):
         now = as_numpy(be, state)
-        assert [field.shape for field in now[1:]] == [field.shape for field in first[1:]]
+        assert [(x.shape, x.dtype) for x in pending_fields(now)] == [(x.shape, x.dtype) for x in pending_fields(first)]
         assert [table.shape for table in now.memory] == [table.shape for table in first.memory]
-        assert [field.dtype for field in now[1:]] == [field.dtype for field in first[1:]]
         assert now.position.dtype == np.int32
-        assert now.position.tolist() == [t] * case.batch
-        count = count_pending(cfg, t)
-        for field, tokens in zip(now[1:5], given_tokens):
-            assert field.shape[:2] == (case.batch, room)
-            assert not field[:, count:].any()
-            live = given_tokens[3][:, t - count : t]
-            np.testing.assert_array_equal(field[:, :count][live], tokens[:, t - count : t][live])
-        np.testing.assert_array_equal(now.pending_mask[:, :count], given_tokens[3][:, t - count : t])
+        assert now.position.tolist() == ticks[:, :t].sum(1).tolist()
+        for b, position in enumerate(now.position.tolist()):
+            count = count_pending(cfg, position)
+            own = np.flatnonzero(ticks[b, :t])[position - count :]
+            there = tokens.mask[b, own]
+            np.testing.assert_array_equal(now.pending.mask[b, :count], there)
+            for name, field in now.pending._asdict().items():
+                assert field.shape[:2] == (case.batch, room)
+                np.testing.assert_array_equal(field[b, :count][there], getattr(tokens, name)[b, own][there])
+                assert not field[b, :count][~there].any()
+                assert not field[b, count:].any()
         if t < case.length:
             state = apply(be, cfg, state, case.tokens.slice(t, t + 1))[1]
     flushed = as_numpy(be, be.flush(cfg, state)[0])
-    assert not any(field.any() for field in flushed[1:])
-    assert [field.shape for field in flushed[1:]] == [field.shape for field in first[1:]]
+    assert not any(x.any() for x in pending_fields(flushed))
+    assert [x.shape for x in pending_fields(flushed)] == [x.shape for x in pending_fields(first)]
 
 
 @pytest.mark.parametrize("boundary", ["drop", "wait"])
@@ -67,15 +76,17 @@ def test_a_flush_with_nothing_to_write_returns_the_same_tables(be, boundary):
     tokens = drawn(cfg, 2, 6 + (boundary == "wait"), dtype="float32", left_out=["mask"]).tokens
     for now in (state, apply(be, cfg, state, tokens)[1]):
         after, trace = be.flush(cfg, now)
-        assert int(trace.writes) == 0
+        assert as_numpy(be, trace.writes).tolist() == [0, 0]
         assert all(new is old for new, old in zip(after.memory, now.memory))
         assert as_numpy(be, after.position).tolist() == [0, 0]
 
 
-def test_position_lives_on_the_cpu_in_torch():
+def test_position_lives_on_the_cpu_in_torch_unless_told():
     cfg = FwPKMConfig(4, 2, 1, 4, 2, 3)
-    assert TORCH.init_state(cfg, TORCH.init_memory(cfg), batch_size=2).position.device.type == "cpu"
-    assert TORCH.init_state(cfg, TORCH.init_memory(cfg), batch_size=2).position.dtype == torch.int32
+    memory = TORCH.init_memory(cfg)
+    assert TORCH.init_state(cfg, memory, batch_size=2).position.device.type == "cpu"
+    assert TORCH.init_state(cfg, memory, batch_size=2).position.dtype == torch.int32
+    assert TORCH.init_state(cfg, memory, batch_size=2, position_device="meta").position.device.type == "meta"
 
 
 @pytest.mark.parametrize("boundary", ["drop", "wait"])
@@ -92,7 +103,7 @@ def test_what_lies_behind_the_pending_tokens_means_nothing(be, boundary):
     for now in (state, state.replace_pending(native(be, filled))):
         flushed, trace = be.flush(case.cfg, now)
         output, read_on, _ = apply(be, case.cfg, now, case.tokens.slice(6, 9))
-        after.append(as_numpy(be, (flushed, trace, output, read_on)))
+        after.append((*as_numpy(be, (flushed, trace, read_on)), output))
     assert_same_bits(*after)
 
 
@@ -102,7 +113,8 @@ def test_tokens_that_are_not_finite_are_stored_as_masked_zeros(be):
     case.tokens.query[0, 1, 2], case.tokens.value[0, 2, 0], case.tokens.gate[0, 4] = np.nan, np.inf, -np.inf
     now = as_numpy(be, apply(be, cfg, start(be, case), case.tokens)[1])
     assert now.pending_mask.tolist() == [[True, False, False, True, False, False]]
-    for field in now[1:4]:
+    assert now.position.tolist() == [5]
+    for field in floating(now.pending).values():
         assert np.isfinite(field).all()
         assert not field[~now.pending_mask].any()
 
@@ -155,17 +167,23 @@ def test_rows_that_start_from_one_memory_part_ways(be, inplace):
 def test_a_call_leaves_its_arguments_as_they_were(be, case, update):
     cfg = case.cfg
     state = stream(be, cfg, start(be, case), case.tokens.slice(0, case.flush_after))[1]
-    memory, tokens = native(be, case.memory), native(be, tuple(case.tokens))
-    held = (state, memory, tokens)
-    before = as_numpy(be, held)
-    be.apply(cfg, state, *tokens, update=update)
+    memory, tokens = native(be, case.memory), native(be, case.tokens)
+    before = as_numpy(be, (state, memory, tokens))
+    be.apply(cfg, state, **tokens.present(), update=update)
     be.flush(cfg, state)
-    be.lookup(cfg, memory, tokens[0])
-    be.chunk_update(cfg, memory, *tokens)
-    be.reset(state, memory, list(range(case.batch)))
+    be.lookup(cfg, memory, tokens.query)
+    be.chunk_update(cfg, memory, tokens.query, tokens.value, tokens.gate, tokens.mask)
+    be.reset(cfg, state, memory)
+    be.select(cfg, state, list(range(case.batch)))
+    if cfg.memory_scope == "sequence":
+        be.concat(cfg, [state, state])
+        be.put(cfg, state, [0], be.select(cfg, state, [case.batch - 1]))
+        be.flush(cfg, state, [0])
+    be.pending(cfg, state)
+    be.nbytes(state)
     be.detach(state)
     be.init_state(cfg, memory, batch_size=case.batch)
-    for received, expected in zip(as_numpy(be, held), before):
+    for received, expected in zip(as_numpy(be, (state, memory, tokens)), before):
         assert_same_bits(tuple(x for x in received if x is not None), tuple(x for x in expected if x is not None))
 
 
@@ -180,7 +198,36 @@ def test_inplace_gives_the_same_numbers(be, case, data):
     flushed, trace = be.flush(case.cfg, state, inplace=True)
     expected_flushed, expected_trace = be.flush(case.cfg, plain)
     assert_same_bits(as_numpy(be, flushed), as_numpy(be, expected_flushed))
-    assert_same_bits(as_numpy(be, trace[:4]), as_numpy(be, expected_trace[:4]))
+    assert_same_bits(as_numpy(be, trace), as_numpy(be, expected_trace))
+
+
+@given(cases(dtype=FLOATS, memory_scope="sequence"), st.sampled_from([PADDED, PACKED]), st.booleans())
+def test_a_memory_in_place_of_a_state_begins_every_sequence(be, case, layout, update):
+    """§5: outputs and trace as from a state that it began, no state, and the memory stays as it was."""
+    one = native(be, Memory(*(table[:1] for table in case.memory)))
+    before = as_numpy(be, one)
+    output, none, trace = apply(be, case.cfg, one, case.tokens, layout, update=update)
+    assert none is None
+    assert_same_bits(as_numpy(be, one), before)
+    state = be.init_state(case.cfg, one, case.batch)
+    expected, _, record = apply(be, case.cfg, state, case.tokens, layout, update=update)
+    assert_same_bits((output, trace), (expected, record))
+
+
+@given(cases(dtype=FLOATS, memory_scope="sequence"), st.data())
+def test_bytes_and_pending_tokens_are_counted(be, case, data):
+    """§5: a table that rows share counts once, and rows that begin alike may share theirs until a write."""
+    cfg, state = case.cfg, apply(be, case.cfg, start(be, case), case.tokens)[1]
+    now = as_numpy(be, state)
+    size = sum(x.nbytes for x in (*now.memory, *pending_fields(now)))
+    assert be.nbytes(state) == size
+    counts = [count_pending(cfg, position) for position in now.position.tolist()]
+    assert as_numpy(be, be.pending(cfg, state)).tolist() == counts
+    row = data.draw(st.integers(0, case.batch - 1))
+    several = be.select(cfg, state, [row] * 3)
+    assert as_numpy(be, be.pending(cfg, several)).tolist() == [counts[row]] * 3
+    own, tables = 3 * size // case.batch, sum(x[0].nbytes for x in now.memory)
+    assert be.nbytes(several) in (own, own - 2 * tables)
 
 
 @pytest.mark.eager
@@ -195,57 +242,68 @@ def test_inplace_leaves_the_initial_memory_alone(be):
         assert_same_bits(as_numpy(be, memory), before)
 
 
-@pytest.mark.parametrize("call", ["apply", "flush"])
+@pytest.mark.parametrize("call", ["apply", "flush", "reset", "put"])
 def test_inplace_is_an_error_where_autograd_needs_the_tables(call):
     """With grad mode on; without it, or after detach, it works."""
     cfg = FwPKMConfig(4, 2, 1, 4, 2, 4)
     case = drawn(cfg, 1, 3)
     memory = Memory(*(table.requires_grad_() for table in native(TORCH, case.memory)))
-    tokens = native(TORCH, tuple(case.tokens))
-    state = TORCH.apply(cfg, TORCH.init_state(cfg, memory, batch_size=1), *tokens)[1]
+    tokens = native(TORCH, case.tokens).present()
+    state = TORCH.apply(cfg, TORCH.init_state(cfg, memory, batch_size=1), **tokens)[1]
     before = as_numpy(TORCH, state)
-    arguments = tokens if call == "apply" else ()
-    function = getattr(TORCH, call)
+    fresh = TORCH.init_state(cfg, TORCH.init_memory(cfg), 1)
+    function = {
+        "apply": lambda state: TORCH.apply(cfg, state, **tokens, inplace=True),
+        "flush": lambda state: TORCH.flush(cfg, state, inplace=True),
+        "reset": lambda state: TORCH.reset(cfg, state, fresh.memory, inplace=True),
+        "put": lambda state: TORCH.put(cfg, state, [0], fresh, inplace=True),
+    }[call]
     with pytest.raises((ValueError, RuntimeError), match="inplace"):
-        function(cfg, state, *arguments, inplace=True)
+        function(state)
     assert_same_bits(as_numpy(TORCH, state), before)
-    function(cfg, TORCH.detach(state), *arguments, inplace=True)
+    function(TORCH.detach(state))
     with torch.no_grad():
-        function(cfg, TORCH.init_state(cfg, memory, batch_size=1), *arguments, inplace=True)
+        function(TORCH.init_state(cfg, memory, batch_size=1))
 
 
 @given(cases(**SEQUENCE, untied=True, flushed=True), st.data())
-def test_reset_gives_rows_their_memory_back_and_masks_their_pending_tokens(be, case, data):
+def test_a_row_that_was_reset_is_a_new_one(be, case, data):
+    """And all others stay as they were; a flush of rows empties these alone."""
     cfg = case.cfg
     chosen = np.array(data.draw(st.lists(st.booleans(), min_size=case.batch, max_size=case.batch)))
     memory = native(be, case.memory)
     before, after = case.tokens.slice(0, case.flush_after), case.tokens.slice(case.flush_after, None)
     state = stream(be, cfg, start(be, case), before)[1]
-    by_mask = be.reset(state, memory, be.asarray(chosen, "bool"))
-    by_ids = be.reset(state, memory, np.flatnonzero(chosen).tolist())
-    old, new = as_numpy(be, state), as_numpy(be, by_mask)
+    by_mask = be.reset(cfg, state, memory, be.asarray(chosen, "bool"))
+    by_ids = be.reset(cfg, state, memory, np.flatnonzero(chosen).tolist())
+    old, new, first = (as_numpy(be, x) for x in (state, by_mask, start(be, case)))
     assert_same_bits(as_numpy(be, by_ids), new)
-    assert_same_bits(table_rows(new, ~chosen), table_rows(old, ~chosen))
-    assert_same_bits(Memory(*(t[chosen] for t in new.memory)), Memory(*(t[chosen] for t in case.memory)))
-    assert not new.pending_mask[chosen].any()
-    assert_same_bits(new.position, old.position)
-    # From here on a row that was reset reads and writes as if its earlier tokens had been masked from the start.
+    assert_same_bits(rows_of(new, ~chosen), rows_of(old, ~chosen))
+    assert_same_bits(rows_of(new, chosen), rows_of(first, chosen))
+    # From here on a row that was reset reads and writes as if its earlier tokens had not been there.
     mask = unmasked(before) & ~chosen[:, None]
     masked = stream(be, cfg, start(be, case), before._replace(mask=mask))[1]
     expected = stream(be, cfg, masked, after, flush=True)[0]
     received = stream(be, cfg, by_mask, after, flush=True)[0]
-    for a, b in zip((*received[:3], *received.memory), (*expected[:3], *expected.memory)):
-        assert_close(a[chosen], b[chosen], case.dtype)
+    for name in ("output", "slots", "weights", "writes", "memory"):
+        a, b = (getattr(reading, name) for reading in (received, expected))
+        for x, y in zip(a, b) if name == "memory" else [(a, b)]:
+            assert_close(x[chosen], y[chosen], case.dtype)
+    some, every = (as_numpy(be, be.flush(cfg, state, rows)[0]) for rows in (be.asarray(chosen, "bool"), None))
+    assert_same_bits(rows_of(some, ~chosen), rows_of(old, ~chosen))
+    assert_same_bits(rows_of(some, chosen), rows_of(every, chosen))
 
 
 @pytest.mark.parametrize("rows", [[0, 2], (2, 0), np.array([0, 2]), [True, False, True], np.array([True, False, True])])
-def test_reset_takes_rows_in_any_common_form(be, rows):
+def test_reset_and_flush_take_rows_in_any_common_form(be, rows):
     cfg = FwPKMConfig(4, 2, 1, 4, 2, 4)
     memory = be.init_memory(cfg)
     state = be.init_state(cfg, memory, batch_size=3)
     state = apply(be, cfg, state, drawn(cfg, 3, 6, dtype="float32", left_out=["mask"]).tokens)[1]
-    new = as_numpy(be, be.reset(state, memory, rows))
-    assert new.pending_mask[:, 0].tolist() == [False, True, False]
+    new, flushed = as_numpy(be, (be.reset(cfg, state, memory, rows), be.flush(cfg, state, rows)[0]))
+    for now in (new, flushed):
+        assert now.pending_mask[:, 0].tolist() == [False, True, False]
+        assert now.position.tolist() == [0, 6, 0]
     fresh = as_numpy(be, memory).values[0]
     assert [np.array_equal(table, fresh) for table in new.memory.values] == [True, False, True]
 
@@ -255,28 +313,29 @@ def test_reset_of_no_row_and_of_a_shared_table(be):
     memory = be.init_memory(cfg)
     tokens = drawn(cfg, 2, 6, dtype="float32", left_out=["mask"]).tokens
     state = apply(be, cfg, be.init_state(cfg, memory, batch_size=2), tokens)[1]
-    assert_same_bits(as_numpy(be, be.reset(state, memory, [])), as_numpy(be, state))
-    new = as_numpy(be, be.reset(state, memory, [0, 1]))
-    assert_same_bits(new.memory, as_numpy(be, memory))
-    assert not new.pending_mask.any()
-    assert new.position.tolist() == [6, 6]
+    assert_same_bits(as_numpy(be, be.reset(cfg, state, memory, [])), as_numpy(be, state))
+    for rows in ([0, 1], None):
+        new = as_numpy(be, be.reset(cfg, state, memory, rows))
+        assert_same_bits(new, as_numpy(be, be.init_state(cfg, memory, batch_size=2)))
+    turned, now = as_numpy(be, be.select(cfg, state, [1, 0, 1])), as_numpy(be, state)
+    assert_same_bits(turned.memory, now.memory)
+    assert_same_bits(turned.pending, now.pending.map(lambda x: x[[1, 0, 1]]))
 
 
 def test_detach_keeps_numbers_and_cuts_gradients(be):
     cfg = FwPKMConfig(4, 2, 1, 4, 2, 4)
     case = drawn(cfg, 2, 6)
-    memory, tokens = native(be, case.memory), native(be, tuple(case.tokens))
+    memory, tokens = native(be, case.memory), native(be, case.tokens)
     if be is TORCH:
-        for array in (*memory, *tokens[:3]):
+        for array in (*memory, *floating(tokens).values()):
             array.requires_grad_()
-    state = be.apply(cfg, be.init_state(cfg, memory, batch_size=2), *tokens)[1]
+    state = be.apply(cfg, be.init_state(cfg, memory, batch_size=2), **tokens.present())[1]
     free = be.detach(state)
     assert isinstance(free, State)
     assert_same_bits(as_numpy(be, free), as_numpy(be, state))
     if be is TORCH:
-        held = (*state.memory, *state[1:4])
-        assert all(array.requires_grad for array in held)
-        assert not any(array.requires_grad for array in (*free.memory, *free[1:]))
+        assert all(array.requires_grad for array in (*state.memory, *floating(state.pending).values()))
+        assert not any(array.requires_grad for array in (*free.memory, *pending_fields(free)))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bool", "int32"])

@@ -155,7 +155,8 @@ def read(be: Backend, case: Case, sizes: Sequence[int] | None = None, **options:
 
 def joined(before: Reading, after: Reading) -> Reading:
     """Two readings of the same sequences as one."""
-    return after._replace(output=np.concatenate([before.output, after.output], axis=1), **joined_traces([before, after]))
+    output = np.concatenate([before.output, after.output], axis=1)
+    return after._replace(output=output, **joined_traces([before, after]))
 
 
 def joined_traces(traces: Sequence[Trace | Reading]) -> dict[str, Any]:

@@ -18,8 +18,8 @@ from fwpkm.containers import Memory, memories_for
 from fwpkm.tokens import NUMBERS, TOKEN_FIELDS, Array, Tokens
 
 TWISTS = ("at_keys", "repeats", "masked_row", "masked_chunk", "padded", "twins")
-"""Queries exactly at keys; one query repeated; a row, or a chunk, without unmasked tokens; rows padded at both ends, with
-NaN among what is masked; equal keys (ties).
+"""Queries exactly at keys; one query repeated; a row, or a chunk, without unmasked tokens; rows padded at both ends,
+with NaN among what is masked; equal keys (ties).
 
 ``make_case`` knows one more, "nonfinite": tokens that hold NaN or an infinity.
 """
