@@ -5,7 +5,7 @@ import torch
 from interpreter import DEVICE, SMALL, same_or_close
 from torch import Tensor
 
-from fwpkm import FwPKMConfig
+from fwpkm import FwPKMConfig, kernels
 from fwpkm.agreement import BOUNDS
 from fwpkm.backends import torch as be
 from fwpkm.backends.torch import engine
@@ -51,7 +51,7 @@ def test_compiled_without_a_break_it_gives_the_same(name: str) -> None:
         more, state, trace = be.apply(cfg, state, *second, **implementation)
         again, same, _ = be.apply(cfg, state, query, value, gate, update=False, **implementation)
         assert same.memory is state.memory
-        return torch.cat([output, more, again], 1), *flatten(state), *trace
+        return torch.cat([output, more, again], 1), *flatten(state), *trace._replace(writes=trace.writes.to(DEVICE))
 
     results = []
     for function in (read, torch.compile(read, fullgraph=True, backend="aot_eager")):
@@ -65,6 +65,86 @@ def test_compiled_without_a_break_it_gives_the_same(name: str) -> None:
     for expected, received in zip(*results, strict=True):
         assert received.dtype == expected.dtype
         same_or_close(received, expected)
+
+
+RAGGED = {
+    "rows at different positions": (2, 5, None, None),
+    "padding left, right and between": (2, 6, [[0, 0, 1, 1, 0, 1], [1, 1, 1, 0, 0, 0]], None),
+    "packed, with an empty sequence, one of a token, and a tail": (1, 9, [[1, 1, 0, 1, 1, 1, 1, 1, 1]], [0, 6, 6, 7]),
+}
+
+
+@pytest.mark.parametrize("where", ["kernels", "one graph"])
+@pytest.mark.parametrize(("kind", "name"), [*((kind, "plain") for kind in RAGGED), (list(RAGGED)[1], list(CONFIGS)[1])])
+def test_ragged_rows_are_read_as_eagerly(kind: str, name: str, where: str) -> None:
+    """Rows that began with 0, 1 and 3 tokens, in two calls: outputs, traces, states, and gradients of all of them."""
+    cfg = FwPKMConfig(**SMALL | {"chunk_size": 3} | CONFIGS[name])
+    rows, length, mask, ends = RAGGED[kind]
+    batch = rows if ends is None else len(ends) - 1
+    mask = None if mask is None else torch.tensor(mask, device=DEVICE).bool()
+    ends = None if ends is None else torch.tensor(ends, dtype=torch.int32)
+    begun = None
+    if cfg.memory_scope == "sequence":
+        begun = (torch.arange(3) < torch.tensor([0, 1, 3])[:batch, None]).to(DEVICE)
+
+    def read(implementation: str, state: State, query: Tensor, value: Tensor, gate: Tensor) -> tuple:
+        call = {"mask": mask, "cu_seqlens": ends, "implementation": implementation}
+        output, state, trace = be.apply(cfg, state, query, value, gate, **call)
+        more, state, after = be.apply(cfg, state, query, value, gate, **call)
+        return output, more, state, trace, after
+
+    results = []
+    for implementation, function in (("eager", read), ("triton", read)):
+        inputs = [x.requires_grad_() for x in tokens_of(cfg, length, rows)]
+        with torch.no_grad():
+            inputs[0][0, 1, 0] = torch.inf
+            if mask is not None:
+                inputs[1][~mask] = torch.nan
+        tables = [x.requires_grad_() for x in be.init_memory(cfg, seed=1)]
+        state = be.init_state(cfg, Memory(*(x.to(DEVICE) for x in tables)), batch)
+        _, state, _ = be.apply(cfg, state, *tokens_of(cfg, 3, batch), begun, implementation="eager")
+        if implementation == "triton" and where == "one graph":
+            function = torch.compile(read, fullgraph=True, backend="aot_eager")
+        output, more, state, *traces = function(implementation, state, *inputs)
+        live = [output, more, *state.memory, state.pending_query, state.pending_value]
+        total = sum((x.nan_to_num() * torch.linspace(-1, 1, x.numel(), device=x.device).view_as(x)).sum() for x in live)
+        records = [x.float() for trace in traces for x in trace._replace(slots=trace.slots * trace.weights.isfinite())]
+        results.append([*live, *flatten(state), *records, *torch.autograd.grad(total, [*inputs, *tables])])
+    for expected, received in zip(*results, strict=True):
+        same_or_close(received, expected)
+
+
+def test_what_is_padded_too_far_is_read_eagerly() -> None:
+    """One long sequence beside many short ones: the reason names both."""
+    cfg = FwPKMConfig(**SMALL)
+    memory = Memory(*(x.to(DEVICE) for x in be.init_memory(cfg)))
+    query, value, _ = tokens_of(cfg, 14, 1)
+    ends = torch.tensor([0, 9, *range(10, 15)], dtype=torch.int32)
+    assert kernels.why_unsupported(cfg, memory, query, ends[:3]) is None
+    assert "6 sequences of up to 9 tokens, 14 in all" in str(kernels.why_unsupported(cfg, memory, query, ends))
+    with pytest.raises(ValueError, match="at most 4 times their tokens"):
+        be.apply(cfg, memory, query, value, cu_seqlens=ends, implementation="triton")
+    output, state, _ = be.apply(cfg, memory, query, value, cu_seqlens=ends)
+    assert output.isfinite().all()
+    assert state is None
+
+
+def test_what_a_compiled_layer_reads_packed_and_masked(monkeypatch) -> None:
+    """From no state and in one graph; with a state, and without one that nobody asked for."""
+    layer = be.FwPKM(8, **SMALL).to(DEVICE).requires_grad_(False)
+    x, ends = torch.rand(1, 8, 8, device=DEVICE), torch.tensor([0, 5, 7], dtype=torch.int32)
+    mask = torch.ones(1, 8, dtype=torch.bool, device=DEVICE)
+    mask[0, 2] = False
+    expected, state = layer(x, mask=mask, cu_seqlens=ends)
+    choose = engine.choose_engine
+    monkeypatch.setattr(engine, "choose_engine", lambda _, *rest: choose("triton", *rest))
+    for keep in (True, False):
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+        received, after = compiled(x, mask=mask, cu_seqlens=ends, return_state=keep)
+        same_or_close(received, expected)
+        assert (after is None) == (not keep)
+        for a, b in zip(flatten(after) if keep else [], flatten(state)):
+            same_or_close(a, b)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -133,7 +213,7 @@ def test_the_operators_are_what_they_say() -> None:
     """Schemas, shapes without data, and gradients, by torch's own checks."""
     cfg = FwPKMConfig(**SMALL)
     state, (query, value, gate) = state_of(cfg), tokens_of(cfg, 5)
-    arguments = (cfg.to_json(), *flatten(state), query, value, gate, None, True, False)
+    arguments = (cfg.to_json(), *state.memory, None, query, value, gate, None, torch.float32, True, False)
     torch.library.opcheck(torch.ops.fwpkm.apply.default, arguments, test_utils=("test_schema", "test_faketensor"))
     started = be.start_decoding(state)
     one = [x[:, :1].contiguous() for x in (query, value, gate)]
@@ -209,6 +289,26 @@ def test_decoding_equals_reading(name: str, implementation: str) -> None:
             same_or_close(received, expected)
             for field, wanted in zip(fields, flatten(state), strict=True):
                 same_or_close(field, wanted)
+
+
+@pytest.mark.parametrize("boundary", ["drop", "wait"])
+def test_decoding_rows_at_different_positions_and_rows_that_rest(boundary: str) -> None:
+    """Each row writes when its own chunk is complete; a masked one keeps every bit, its table too."""
+    cfg = FwPKMConfig(**SMALL | {"boundary": boundary, "chunk_size": 3})
+    begun = torch.arange(2, device=DEVICE) < torch.arange(3, device=DEVICE)[:, None]
+    _, state, _ = be.apply(cfg, state_of(cfg, 3), *tokens_of(cfg, 2, 3), begun, implementation="eager")
+    inputs = tokens_of(cfg, 5, 3)
+    mask = torch.tensor([[1, 1, 1, 1, 0], [1, 0, 0, 1, 1], [0, 1, 1, 1, 1]], device=DEVICE).bool()
+    inputs[1][~mask] = torch.nan
+    decoding = be.start_decoding(state)
+    for t in range(5):
+        one = [x[:, t : t + 1] for x in (*inputs, mask)]
+        before = decoding.map(torch.clone)
+        expected, state, _ = be.apply(cfg, state, *one, implementation="eager")
+        same_or_close(be.decode(cfg, decoding, *one, implementation="triton"), expected)
+        for field, old, wanted in zip(*map(flatten, (decoding, before, state)), strict=True):
+            same_or_close(field, wanted)
+            assert torch.equal(field[~mask[:, t]], old[~mask[:, t]])
 
 
 def test_decoding_goes_on_as_reading() -> None:

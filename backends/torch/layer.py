@@ -27,6 +27,16 @@ def zscore(z: Tensor) -> Tensor:
     return rules.zscore(torch, z.float() if z.element_size() < 4 else z)
 
 
+def _without_tail(x: Tensor, mask: Tensor | None, cu_seqlens: Tensor) -> Tensor | None:
+    """The mask of a packed row, in which no token behind the last sequence is there."""
+    validation.check_array("cu_seqlens", cu_seqlens, [("B+1", None)], "int32", Tensor)
+    there = (torch.arange(x.shape[1], device=cu_seqlens.device) < cu_seqlens[-1:])[None]
+    if mask is None:
+        return there if maybe_any(~there) else None
+    device = mask.device if mask.device == there.device else x.device
+    return mask.to(device) & there.to(device)
+
+
 class InitialMemory(nn.Module):
     """The tables that a new sequence starts from; float32 or float64, whatever the rest of a model is cast to.
 
@@ -171,7 +181,7 @@ class FwPKM(nn.Module):
             ValueError: an argument does not fit; names it, what was expected and what was received.
             RuntimeError: ``inplace`` on a table that autograd still needs.
         """
-        tokens, dtype = self._project(x, mask)
+        tokens, dtype = self._project(x, mask, cu_seqlens)
         if state is None:
             counted = mask if cu_seqlens is None else cu_seqlens
             device = None if counted is None else counted.device
@@ -201,11 +211,15 @@ class FwPKM(nn.Module):
         tokens, dtype = self._project(x, mask)
         return self._output(decoding.decode(self.config, state, **tokens.present()), tokens, dtype)
 
-    def _project(self, x: Tensor, mask: Tensor | None) -> tuple[Tokens, torch.dtype]:
+    def _project(
+        self, x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tokens, torch.dtype]:
         """What the tokens bring to the memory, and the projections' dtype."""
         validation.check_array("x", x, [("B", None), ("T", None), ("hidden_size", self.hidden_size)], "float", Tensor)
         if mask is not None:
             validation.check_array("mask", mask, [("B", x.shape[0]), ("T", x.shape[1])], "bool", Tensor)
+        if cu_seqlens is not None:
+            mask = _without_tail(x, mask, cu_seqlens)
         # Under autocast x may be narrower than the norms' weights, which the fused kernel refuses.
         x = x.to(self.query_norm.weight.dtype)
         # A token that is not finite must not reach the projections: their weights' gradients would be 0 · NaN. Nor

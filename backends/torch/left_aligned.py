@@ -94,13 +94,14 @@ class LeftAligned(NamedTuple):
         at = (self.due * cfg.chunk_size)[:, None] + torch.arange(cfg.capacity, device=device)
         first = torch.arange(0, batch * longest, longest, device=device)[:, None]
         cells = (first + at.clamp(max=longest - 1)).flatten()
-        kept = (at < self.lengths[:, None]) & ~dead.flatten().index_select(0, cells).view_as(at)
+        blank = (at >= self.lengths[:, None]) | dead.flatten().index_select(0, cells).view_as(at)
 
         def pending(x: Tensor) -> Tensor:
             x = x.flatten(0, 1).index_select(0, cells).to(torch.float32).view(*at.shape, *x.shape[2:])
-            return torch.where(kept.view(*at.shape, *[1] * (x.ndim - 2)), x, 0)
+            return x.masked_fill(_like(blank, x), 0)
 
         numbers = {name: pending(x) for name, x in self.tokens.present().items() if name in NUMBERS}
+        kept = ~blank
         return Tokens(**{"gate": kept.to(torch.float32), **numbers}, mask=kept)
 
 
@@ -129,12 +130,13 @@ def left_align(
     num_pending = None if num_pending is None else num_pending.to(device, torch.int64)
     begin = first if num_pending is None else first + num_pending
     entries, there, num_new = _entries(cfg, begin, inputs, cu_seqlens)
-    end = batch * longest
+    end, gone = batch * longest, None
     if there is not None:
-        entries = torch.where(there, entries, end)
+        gone = ~there
+        entries = entries.masked_fill_(gone, end)
     cells = entries.new_zeros(end + 1)
     cells = cells.scatter_(0, entries, torch.arange(entries.shape[0], device=device))[:end]
-    entries, gone = (entries, None) if there is None else (entries.clamp(max=end - 1), ~there)
+    entries = entries if gone is None else entries.clamp(max=end - 1)
     at, lengths, old = torch.arange(longest, device=device), num_new, None
     if pending is not None and num_pending is not None:
         inputs, pending = filled(torch.float32, inputs), filled(torch.float32, pending).slice(0, longest)

@@ -1,0 +1,92 @@
+"""Rows of a state in torch: what shares a table, and that nobody writes into what another holds."""
+
+import pytest
+import torch
+
+from fwpkm import FwPKMConfig
+from fwpkm.backends import torch as be
+from fwpkm.backends.torch.flat import flatten
+from fwpkm.containers import State
+
+CFG = FwPKMConfig(key_dim=4, value_dim=3, num_subkeys=4, top_k=2, chunk_size=3)
+
+
+def half_read(rows: int = 2) -> State:
+    state = be.init_state(CFG, be.init_memory(CFG, rows), rows)
+    return be.apply(CFG, state, torch.rand(rows, 2, 4), torch.rand(rows, 2, 3))[1]
+
+
+CALLS = {
+    "apply": lambda state: be.apply(CFG, state, torch.rand(3, 2, 4), torch.rand(3, 2, 3), inplace=True)[1],
+    "flush": lambda state: be.flush(CFG, state, [0], inplace=True)[0],
+    "reset": lambda state: be.reset(CFG, state, be.init_memory(CFG), [0], inplace=True),
+    "put": lambda state: be.put(CFG, state, [0], be.init_state(CFG, be.init_memory(CFG), 1), inplace=True),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("rows", [[1, 1, 1], [1, 0, 1]], ids=["beams", "rows"])
+def test_in_place_each_row_has_a_table_of_its_own(name: str, rows: list[int]) -> None:
+    state = half_read()
+    beams = be.select(CFG, state, rows)
+    shared = rows == [1, 1, 1]
+    assert (beams.memory.values.stride(0) == 0) == shared
+    kept = [state.map(torch.clone), beams.map(torch.clone)]
+    torch.manual_seed(0)
+    after = CALLS[name](beams)
+    torch.manual_seed(0)
+    expected = CALLS[name](kept[1])
+    for x, y in zip(flatten(after), flatten(expected)):
+        assert torch.equal(x, y)
+    for x, y in zip(flatten(state), flatten(kept[0])):
+        assert torch.equal(x, y)
+    assert not torch.equal(after.memory.values[0], state.memory.values[1])
+
+
+def test_one_row_alone_is_a_copy() -> None:
+    state = half_read()
+    before = state.memory.values.clone()
+    one = be.select(CFG, state, [1])
+    be.apply(CFG, one, torch.rand(1, 2, 4), torch.rand(1, 2, 3), inplace=True)
+    assert torch.equal(state.memory.values, before)
+
+
+def test_beams_that_write_nothing_go_on_sharing() -> None:
+    """And read as rows with tables of their own; a shared table counts once."""
+    state = half_read()
+    beams = be.select(CFG, state, [1, 1, 1])
+    own = beams.map(torch.clone)
+    size = be.nbytes(be.select(CFG, state, [1]))
+    assert be.nbytes(own) == 3 * size
+    assert be.nbytes(beams) == 3 * size - 2 * sum(x[0].nbytes for x in own.memory)
+    inputs = torch.rand(3, 1, 4), torch.rand(3, 1, 3)
+    gone = torch.tensor([[False], [False], [False]])
+    for options in ({"update": False}, {"mask": gone}):
+        output, after, _ = be.apply(CFG, beams, *inputs, **options)
+        expected, _, _ = be.apply(CFG, own, *inputs, **options)
+        assert torch.equal(output, expected)
+        assert after.memory is beams.memory
+    query = torch.rand(3, 1, 4, requires_grad=True)
+    table = state.memory.values.clone().requires_grad_()
+    shared = be.select(CFG, state._replace(memory=state.memory._replace(values=table)), [1, 1, 1])
+    output, _, _ = be.apply(CFG, shared, query, inputs[1], update=False)
+    found = torch.autograd.grad(output.square().sum(), [query, table])
+    rows = state.memory.values[[1, 1, 1]].requires_grad_()
+    output, _, _ = be.apply(CFG, own._replace(memory=own.memory._replace(values=rows)), query, inputs[1], update=False)
+    expected = torch.autograd.grad(output.square().sum(), [query, rows])
+    torch.testing.assert_close(found[0], expected[0])
+    torch.testing.assert_close(found[1][1], expected[1].sum(0))
+
+
+def test_a_memory_in_place_of_a_state_is_left_as_it_was() -> None:
+    """Whether a chunk is written or none; and no state comes back."""
+    memory = be.init_memory(CFG)
+    before = memory.values.clone()
+    for length in (2, 7):
+        inputs = torch.rand(2, length, 4), torch.rand(2, length, 3)
+        output, state, trace = be.apply(CFG, memory, *inputs)
+        expected, _, record = be.apply(CFG, be.init_state(CFG, memory, 2), *inputs)
+        assert state is None
+        assert torch.equal(output, expected)
+        assert torch.equal(trace.memorization, record.memorization)
+        assert torch.equal(memory.values, before)
