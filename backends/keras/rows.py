@@ -79,7 +79,13 @@ def put(cfg: FwPKMConfig, state: State, rows: Any, other: State) -> State:
     ids = _checked(rows, "int", ("n", None)) if _is_traced(rows) else row_checks.ids_of(_on_host(rows), batch)
     row_checks.check_put(cfg, state, other, ids.shape[0], implementation())
     index = ops.cast(ids, "int32")[:, None]
-    return state.map(lambda x, y: ops.scatter_update(x, index, ops.cast(y, x.dtype)), other)
+
+    def replaced(x: Array, y: Array) -> Array:
+        if 0 in x.shape:  # P = 0 where C = 1 and L = 0, which tensorflow cannot scatter into
+            return x
+        return ops.scatter_update(x, index, ops.cast(y, x.dtype))
+
+    return state.map(replaced, other)
 
 
 def pending(cfg: FwPKMConfig, state: State) -> Array:
