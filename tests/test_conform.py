@@ -252,7 +252,7 @@ def test_readings_of_dead_tokens_are_judged():
 def test_vectors_are_written_once(tmp_path, capsys):
     target = tmp_path / "a" / "vectors"
     assert cli.main(["vectors", str(target)]) == 0
-    assert f"29 vectors in {target}" in capsys.readouterr().out
+    assert f"51 vectors in {target}" in capsys.readouterr().out
     assert sorted(path.name for path in target.iterdir()) == vectors.names()
     with np.load(target / "base.npz") as file:
         assert file["out_output"].shape == (2, 20, 16)
@@ -271,7 +271,7 @@ def test_vectors_fill_an_empty_folder_or_leave_it_alone(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "vectors").mkdir()
     vectors.write(str(tmp_path / "vectors"))
-    assert len(list((tmp_path / "vectors").iterdir())) == 29
+    assert len(list((tmp_path / "vectors").iterdir())) == 51
     assert len(list(tmp_path.iterdir())) == 1
 
 

@@ -12,18 +12,21 @@ from asserting import assert_close
 from hypothesis import settings
 
 import fwpkm
-from fwpkm import FwPKMConfig, Memory, agreement, schedule
-from fwpkm.conformance.running import INPUTS, as_numpy, forward, native, read, start
+from fwpkm import FwPKMConfig, Memory, agreement
+from fwpkm.conformance.running import INPUTS, Reading, as_numpy, forward, joined_traces, native, start, stream
 from fwpkm.conformance.strategies import Case
 from fwpkm.tokens import Tokens
 
 FOLDER = Path(__file__).parents[1] / "fwpkm_core" / "data" / "vectors"
 _NAMES = """
-    addressing10 base batch_scope clip_alpha decay_clip dot_heads dot_product heads heads_normalized larger lookahead0
-    lookahead2 mask mask_batch masked_out no_addressing no_gate no_gate_mask nonfinite normalized short temperature
-    top_k_all unit wait wait2 wait_batch wait_flush wait_mask
+    addressing10 base batch_nonfinite batch_scope clip_alpha dead_chunk decay_clip dot_heads dot_product eps heads
+    heads_normalized heads_temperature larger lookahead0 lookahead2 mask mask_batch mask_heads mask_nonfinite masked_out
+    no_addressing no_gate no_gate_mask nonfinite normalized packed packed_heads packed_mask packed_nonfinite
+    packed_short packed_wait pad_left pad_left_wait pad_right short single state state_batch state_wait temperature
+    ties top_k_all unit wait wait0 wait2 wait_batch wait_flush wait_mask wait_nonfinite
 """
 NAMES = _NAMES.split()
+STATES = ["state", "state_batch", "state_wait"]
 SPLITS = ("one call", "single tokens", "uneven")
 FORWARD = [
     *itertools.product(["numpy"], ["float64"], SPLITS),
@@ -32,7 +35,7 @@ FORWARD = [
     *itertools.product(["jax"], ["float64"], ["one call", "single tokens"]),
     ("jax", "float32", "uneven"),
 ]
-FEW = NAMES if settings.default.max_examples > 100 else ["dot_heads", "nonfinite", "wait_batch", "wait_mask"]
+FEW = NAMES if settings.default.max_examples > 100 else ["dot_heads", "nonfinite", "packed_wait", "wait_batch", "wait_mask"]
 """Where ten seconds of compilation for a file would be too much; the deep profile reads them all."""
 GRADIENTS = [
     *itertools.product(["torch"], ["float64", "float32"], ["one call", "uneven"], NAMES),
@@ -47,12 +50,19 @@ class Vector:
     """One file: what is read, and all arrays by the file's names."""
 
     case: Case
+    """Packed tokens as they are, [1, T, ...]; B is the number of sequences."""
     arrays: dict
+
+    @property
+    def ends(self):
+        """``cu_seqlens`` [B+1], or None."""
+        return self.arrays.get("cu_seqlens")
 
     @functools.cached_property
     def comparable(self):
-        """How many tokens a float32 run is compared over (§6)."""
-        return agreement.comparable_tokens(self.case.cfg, self.case.memory, self.case.tokens)
+        """How many time steps of a float32 run are compared (§6)."""
+        case = self.case
+        return agreement.comparable_tokens(case.cfg, case.memory, case.tokens, cu_seqlens=self.ends)
 
 
 @functools.cache
@@ -61,7 +71,32 @@ def load(name):
         arrays = dict(file)
     cfg = FwPKMConfig.from_json(str(arrays.pop("config")))
     memory, tokens = Memory(arrays["keys"], arrays["values"]), Tokens(*map(arrays.get, Tokens._fields))
-    return Vector(Case(cfg, 0, "float64", frozenset(), *tokens.query.shape[:2], memory, tokens), arrays)
+    batch = len(arrays["cu_seqlens"]) - 1 if "cu_seqlens" in arrays else len(tokens.query)
+    return Vector(Case(cfg, 0, "float64", frozenset(), batch, tokens.length, memory, tokens), arrays)
+
+
+def sequences(be, vector, start_, stop):
+    """What a call of these time steps says of its sequences."""
+    return {} if vector.ends is None else {"cu_seqlens": native(be, np.clip(vector.ends - start_, 0, stop - start_))}
+
+
+def calls(be, vector, case, sizes):
+    """The tokens of each call, and where its sequences lie: a cut may fall anywhere in a packed row."""
+    ends = np.cumsum([0, *sizes]).tolist()
+    for start_, stop in itertools.pairwise(ends):
+        yield case.tokens.slice(start_, stop), sequences(be, vector, start_, stop)
+
+
+def read(be, vector, case, sizes):
+    """Every call's output and trace as NumPy arrays, the position before the flush, and what the flush gave."""
+    state, outputs, traces = start(be, case), [], []
+    for tokens, packed in calls(be, vector, case, sizes):
+        output, state, trace = be.apply(case.cfg, state, **native(be, tokens).present(), **packed)
+        outputs.append(as_numpy(be, output))
+        traces.append(as_numpy(be, trace))
+    flushed, trace = be.flush(case.cfg, state)
+    reading = Reading(np.concatenate(outputs, 1), **joined_traces(traces), memory=as_numpy(be, flushed.memory))
+    return reading, as_numpy(be, state), as_numpy(be, trace)
 
 
 @pytest.fixture(scope="module")
@@ -105,12 +140,9 @@ def test_forward(name, backend, dtype, split, worst):
     be, vector = fwpkm.get_backend(backend), load(name)
     case, arrays = vector.case.map(lambda x: x.astype(dtype)), vector.arrays
     cfg, length = case.cfg, case.length
-    reading = read(be, case, splits_of(length)[split])
+    reading, state, flushed = read(be, vector, case, splits_of(length)[split])
 
-    # A write of the flush has a column only where a chunk was pending.
-    columns = arrays["out_memorization_loss"].shape[1]
-    assert columns == schedule.written(cfg, length) + schedule.flush_writes(cfg, schedule.pending(cfg, length))
-    # A float32 run may leave the vector's path in a chunk that holds a tie (two files do); before it, never.
+    # A float32 run may leave the vector's path in a chunk that holds a tie; before it, never.
     whole = dtype == "float64" or same_slots(vector, reading.slots)
     n = length if whole else vector.comparable
     finite = np.isfinite(arrays["out_weights"][:, :n]).all(-1)  # the slots of the others have no meaning
@@ -123,13 +155,29 @@ def test_forward(name, backend, dtype, split, worst):
     judge_forward = functools.partial(judge, worst, name=f"{name}, {split}", dtype=dtype)
     judge_forward((backend, dtype, "output"), actual=reading.output[:, :n], expected=arrays["out_output"][:, :n])
     judge_forward((backend, dtype, "weights"), actual=weights[finite], expected=expected_weights[finite])
-    writes = columns if whole else n // cfg.chunk_size
-    for loss in ("memorization", "addressing"):
-        expected = arrays[f"out_{loss}_loss"]
-        assert getattr(reading, loss).shape == expected.shape
-        judge_forward((backend, dtype, loss), actual=getattr(reading, loss)[:, :writes], expected=expected[:, :writes])
+    np.testing.assert_array_equal(reading.writes, arrays["out_writes"])
+    np.testing.assert_array_equal(state.position, arrays["out_position"])
+    np.testing.assert_array_equal(flushed.writes, arrays["flush_writes"])
+    used = reading.writes.max()
+    for loss in ("memorization", "addressing") if whole else ():
+        expected = arrays[f"out_{loss}"]
+        assert not expected[:, used:].any()
+        judge_forward((backend, dtype, loss), actual=getattr(reading, loss), expected=expected[:, :used])
+        judge_forward((backend, dtype, loss), actual=getattr(flushed, loss)[:, 0], expected=arrays[f"flush_{loss}"])
     for table in Memory._fields if whole else ():
         judge_forward((backend, dtype, table), actual=getattr(reading.memory, table), expected=arrays[f"out_{table}"])
+
+
+@pytest.mark.parametrize("backend", ["numpy", "torch", "jax"])
+@pytest.mark.parametrize("name", STATES)
+def test_states_in_mid_sequence(name, backend, worst):
+    be, vector = fwpkm.get_backend(backend), load(name)
+    tokens = vector.case.tokens.slice(0, int(vector.arrays["split"]))
+    state = as_numpy(be, stream(be, vector.case.cfg, start(be, vector.case), tokens)[1])
+    arrays = state.memory._asdict() | {field: x for field, x in state._asdict().items() if field != "memory"}
+    assert {f"mid_{field}" for field in arrays} == {name for name in vector.arrays if name.startswith("mid_")}
+    for field, x in arrays.items():
+        judge(worst, (backend, "float64", field), name, x, vector.arrays[f"mid_{field}"], "float64")
 
 
 def run_with_gradients(be, vector, args, sizes, dtype):
@@ -143,8 +191,10 @@ def run_with_gradients(be, vector, args, sizes, dtype):
         dtype: name of the dtype of the query, and so of the outputs.
     """
 
+    packed = sequences(be, vector, 0, vector.case.length)
+
     def function(*tensors):
-        return forward(be, vector.case, list(map(dict(zip(args, tensors)).get, INPUTS)), sizes)
+        return forward(be, vector.case, list(map(dict(zip(args, tensors)).get, INPUTS)), sizes, **packed)
 
     ends = np.cumsum(sizes).tolist()
     cotangents = [vector.arrays["cot_output"][:, end - size : end] for end, size in zip(ends, sizes)]
@@ -159,7 +209,8 @@ def left_at_a_tie(be, vector, dtype):
     """Whether a float32 run leaves the vector's path, from a tie on: in the two files that hold one."""
     if dtype == "float64" or vector.comparable == vector.case.length:
         return False
-    return not same_slots(vector, read(be, vector.case.map(lambda x: x.astype(dtype))).slots)
+    case = vector.case.map(lambda x: x.astype(dtype))
+    return not same_slots(vector, read(be, vector, case, [case.length])[0].slots)
 
 
 @pytest.mark.parametrize(("backend", "dtype", "split", "name"), GRADIENTS)
@@ -168,7 +219,7 @@ def test_gradients(name, backend, dtype, split, worst):
     if left_at_a_tie(be, vector, dtype):
         return
     args = {key: be.asarray(vector.arrays[key], dtype) for key in INPUTS if key in vector.arrays}
-    sizes = splits_of(vector.case.length)[split]
+    sizes = splits_of(vector.case.length)["one call" if vector.ends is not None else split]
     for key, gradient in run_with_gradients(be, vector, args, sizes, dtype).items():
         expected = vector.arrays[f"grad_{key}"]
         judge(worst, (backend, dtype, f"grad {key}"), f"{name}, {split}", gradient, expected, dtype, "gradient")
@@ -185,11 +236,11 @@ def test_low_precision_inputs(backend, name, low, worst):
     be, vector = fwpkm.get_backend(backend), load(name)
     cfg, case = vector.case.cfg, vector.case.map(np.float32)
     *inputs, mask = vector.case.tokens
-    mask = native(be, mask)
+    mask, ends = native(be, (mask, vector.ends))
     rounded = [None if x is None else be.asarray(x, low) for x in inputs]
     runs = []
     for query, value, gate in (rounded, [in_float32(be, x) for x in rounded]):
-        output, state, trace = be.apply(cfg, start(be, case), query, value, gate, mask)
+        output, state, trace = be.apply(cfg, start(be, case), query, value, gate, mask, ends)
         assert output.dtype == query.dtype
         tables = be.flush(cfg, state)[0].memory
         runs.append((as_numpy(be, output).astype(np.float32), as_numpy(be, trace), as_numpy(be, tables)))
