@@ -55,7 +55,7 @@ cfg = fwpkm.FwPKMConfig(key_dim=4, value_dim=3, num_subkeys=3, top_k=2, chunk_si
 state = be.init_state(cfg, be.init_memory(cfg), batch_size=2)
 query, value = be.asarray([[[1, 2, 3, 4]] * 5] * 2, "float32"), be.asarray([[[1, 2, 3]] * 5] * 2, "float32")
 out, state, trace = be.apply(cfg, state, query, value)
-print(out.shape, int(trace.writes), forbid.tried)
+print(out.shape, int(trace.writes[0]), forbid.tried)
 """
     assert run(code, tmp_path) == "(2, 5, 3) 1 []\n"
 
