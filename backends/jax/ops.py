@@ -58,7 +58,7 @@ def apply(
     if positions is not None:
         validation.check_positions(cfg, positions.tolist())
         positions = schedule.reduced(cfg, positions)
-        after = positions + most_tokens(cfg, batch, tokens, ends)
+        after = positions + _most_tokens(cfg, batch, tokens, ends)
         writes = bool((schedule.written(cfg, after) > schedule.written(cfg, positions)).any())
     if tokens.length == 0:
         return jnp.zeros_like(value, query.dtype), state, _empty_trace(cfg, state.memory, query)
@@ -91,7 +91,7 @@ def _apply_from(
     return output, None, trace
 
 
-def most_tokens(cfg: FwPKMConfig, batch: int, tokens: Tokens, ends: np.ndarray | None) -> np.ndarray:
+def _most_tokens(cfg: FwPKMConfig, batch: int, tokens: Tokens, ends: np.ndarray | None) -> np.ndarray:
     """``[B]``: at most so many tokens each row reads, as far as it is known; ``ends`` is cu_seqlens where it is."""
     mask = _known(tokens.mask) if cfg.memory_scope == "sequence" else None
     if ends is not None:
