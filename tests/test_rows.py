@@ -21,6 +21,7 @@ from fwpkm.containers import State
 from fwpkm.tokens import Tokens
 
 ACTIONS = ("pad", "pack", "read only", "flush", "reset", "select", "put", "concat")
+LEFT_OUT = np.array([(), ("gate",), ("mask",), ("gate", "mask")], object)
 
 
 @dataclasses.dataclass
@@ -43,9 +44,7 @@ class Life:
     def pad(self, update: bool = True) -> None:
         """A call under a mask, or one without that gives each row as many tokens; what is masked holds NaN."""
         size, length = len(self.rows), int(self.rng.integers(0, 2 * self.cfg.chunk_size + 3))
-        tokens = draw_tokens(self.rng, self.cfg, size, length, gated=bool(self.rng.integers(2)))
-        if self.rng.integers(3) == 0:
-            tokens = tokens._replace(mask=None)
+        tokens = draw_tokens(self.rng, self.cfg, size, length, self.rng.choice(LEFT_OUT))
         there = np.ones((size, length), bool) if tokens.mask is None else tokens.mask
         for x in tokens[:3]:
             if x is not None:
@@ -67,7 +66,7 @@ class Life:
         sizes = self.rng.choice([0, 1, 2, self.cfg.chunk_size, 2 * self.cfg.chunk_size + 1], len(self.rows))
         ends = np.cumsum([0, *sizes]).astype(np.int32)
         length = int(ends[-1]) + int(self.rng.integers(3))
-        tokens = draw_tokens(self.rng, self.cfg, 1, length, masked=bool(self.rng.integers(2)))
+        tokens = draw_tokens(self.rng, self.cfg, 1, length, self.rng.choice(LEFT_OUT))
         there = np.ones((1, length), bool) if tokens.mask is None else tokens.mask
         output, self.batch, trace = self.be.apply(
             self.cfg, self.batch, **native(self.be, tokens).present(), cu_seqlens=native(self.be, ends)
@@ -182,7 +181,7 @@ def test_positions_never_overflow(be: Any) -> None:
     """§5: only the place modulo C matters, so a far position is as good as a near one."""
     cfg = FwPKMConfig(key_dim=4, value_dim=3, num_subkeys=4, top_k=2, chunk_size=3, boundary="wait")
     rng = np.random.default_rng(0)
-    memory, tokens = native(be, draw_memory(rng, cfg, 2)), native(be, draw_tokens(rng, cfg, 2, 11, masked=False))
+    memory, tokens = native(be, draw_memory(rng, cfg, 2)), native(be, draw_tokens(rng, cfg, 2, 11, ["mask"]))
     outputs = []
     for far in (0, (2**31 - 1) // 3 * 3 - 6):
         state = be.init_state(cfg, memory, 2)
