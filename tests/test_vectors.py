@@ -35,7 +35,8 @@ FORWARD = [
     *itertools.product(["jax"], ["float64"], ["one call", "single tokens"]),
     ("jax", "float32", "uneven"),
 ]
-FEW = NAMES if settings.default.max_examples > 100 else ["dot_heads", "nonfinite", "packed_wait", "wait_batch", "wait_mask"]
+SOME = ["dot_heads", "nonfinite", "packed_wait", "wait_batch", "wait_mask"]
+FEW = NAMES if settings.default.max_examples > 100 else SOME
 """Where ten seconds of compilation for a file would be too much; the deep profile reads them all."""
 GRADIENTS = [
     *itertools.product(["torch"], ["float64", "float32"], ["one call", "uneven"], NAMES),

@@ -125,6 +125,7 @@ class FwPKM(keras.layers.Layer):
         initial_state: Any = None,
         training: bool | None = None,
         update: bool = True,
+        x_mask: Array | None = None,
     ) -> Any:
         """Read T tokens, writing every chunk that they complete.
 
@@ -137,6 +138,7 @@ class FwPKM(keras.layers.Layer):
                 from the initial memory, or where the last call of a stateful layer stopped.
             training: makes no difference; the memory is written in training and at inference.
             update: False only reads and leaves the state as it is.
+            x_mask: stands for a mask that is None; Keras fills in the one that x carries.
 
         Returns:
             y ``[B, T, hidden_size]`` in the compute dtype, NaN for tokens that are not finite, 0 for those that are not
@@ -146,7 +148,7 @@ class FwPKM(keras.layers.Layer):
             ValueError: an argument does not fit; names it, what was expected and what was received.
         """
         self._check(x, segment_ids, initial_state)
-        mask = getattr(x, "_keras_mask", None) if mask is None else mask  # Keras fills it in only for lone arguments
+        mask = x_mask if mask is None else mask  # Keras fills in mask where x is the only array, else x_mask
         if mask is not None:
             mask = ops.cast(mask, "bool")
             validation.check_array("mask", mask, [("B", x.shape[0]), ("T", x.shape[1])], "bool", object)
@@ -202,6 +204,7 @@ class FwPKM(keras.layers.Layer):
         initial_state: Any = None,
         training: Any = None,
         update: bool = True,
+        x_mask: Any = None,
     ) -> Any:
         """What ``call`` returns for symbolic inputs; no operation runs."""
         self._check(x, segment_ids, initial_state)

@@ -94,9 +94,7 @@ def pending(cfg: FwPKMConfig, state: State) -> Tensor:
 def nbytes(state: State) -> int:
     """The bytes that a state takes, those of a table that rows share counted once."""
     arrays = (*state.memory, *state.pending, state.position)
-    return sum(
-        x.element_size() * math.prod(n for n, by in zip(x.shape, x.stride()) if by) for x in arrays if x.numel()
-    )
+    return sum(x.element_size() * math.prod(n for n, by in zip(x.shape, x.stride()) if by) for x in arrays if x.numel())
 
 
 def mask_of(cfg: FwPKMConfig, rows: Any, batch_size: int) -> Tensor:

@@ -13,6 +13,7 @@ from fwpkm import FwPKMConfig, Memory, agreement
 if BACKEND == "tensorflow":
     from test_errors import *  # noqa: F403
     from test_lookup import *  # noqa: F403
+    from test_rows import *  # noqa: F403
     from test_state import *  # noqa: F403
 
 FUNCTIONS = """

@@ -81,7 +81,10 @@ _REFERENCE = {
 }
 _ENDS = "else cu_seqlens"
 _CLOCKS = {
-    ("rows read each other's tables", "output"): ("x[m : m + 1] for x in memory)), _at", "x[::-1][m : m + 1] for x in memory)), _at"),
+    ("rows read each other's tables", "output"): (
+        "x[m : m + 1] for x in memory)), _at",
+        "x[::-1][m : m + 1] for x in memory)), _at",
+    ),
     ("masked tokens take positions", "position"): (
         "start + np.flatnonzero(mask.ravel()[start:stop])[None]",
         "np.arange(start, stop)[None]",
@@ -117,6 +120,10 @@ _SCHEDULE = {("wait writes at once", "output"): ("return cfg.lookahead", "return
 
 LINES = [
     Mutant(name, file, right, wrong, caught_by)
-    for file, mistakes in (("equations.py", _EQUATIONS), ("reference.py", _REFERENCE | _CLOCKS), ("schedule.py", _SCHEDULE))
+    for file, mistakes in (
+        ("equations.py", _EQUATIONS),
+        ("reference.py", _REFERENCE | _CLOCKS),
+        ("schedule.py", _SCHEDULE),
+    )
     for (name, caught_by), (right, wrong) in mistakes.items()
 ]
