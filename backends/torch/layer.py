@@ -211,9 +211,7 @@ class FwPKM(nn.Module):
         tokens, dtype = self._project(x, mask)
         return self._output(decoding.decode(self.config, state, **tokens.present()), tokens, dtype)
 
-    def _project(
-        self, x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None = None
-    ) -> tuple[Tokens, torch.dtype]:
+    def _project(self, x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None = None) -> tuple[Tokens, torch.dtype]:
         """What the tokens bring to the memory, and the projections' dtype."""
         validation.check_array("x", x, [("B", None), ("T", None), ("hidden_size", self.hidden_size)], "float", Tensor)
         if mask is not None:
