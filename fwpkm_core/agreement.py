@@ -3,6 +3,7 @@
 Everything takes NumPy arrays. The tests and ``fwpkm conform`` judge every backend by these functions.
 """
 
+import operator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -129,7 +130,7 @@ def comparable_tokens(
     end = length
     for m, at in enumerate(reference.sequences(cfg, mask, cu_seqlens)):
         own = Memory(*(table[min(m, len(table) - 1)][None] for table in memory))
-        alone = _comparable_alone(cfg, own, flat.map(lambda x, at=at: x[at]), gap)
+        alone = _comparable_alone(cfg, own, flat.map(operator.itemgetter(at)), gap)
         if alone < at.shape[1]:
             end = min(end, int(at[0, alone]) % length)
     return end

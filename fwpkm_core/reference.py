@@ -59,13 +59,13 @@ def apply(
     update: bool = True,
     *,
     inplace: bool = False,
-) -> tuple[Array, State | None, Trace]:
+) -> tuple[Array, Any, Trace]:
     """Read T tokens and write every chunk that they complete (§5)."""
     tokens = Tokens(query, value, gate, mask)
     batch = validation.check_apply(cfg, state, tokens, cu_seqlens, SELF)
     if isinstance(state, Memory):
-        start = init_state(cfg, state, batch)
-        output, _, trace = apply(cfg, start, query, value, gate, mask, cu_seqlens, update, inplace=True)
+        fresh = init_state(cfg, state, batch)
+        output, _, trace = apply(cfg, fresh, query, value, gate, mask, cu_seqlens, update, inplace=True)
         return output, None, trace
     validation.check_positions(cfg, state.position.tolist())
     if cu_seqlens is not None:
@@ -343,8 +343,10 @@ def _blanked(x: Array, there: Array, dead: Array | None = None) -> Array:
 
 def _empty_trace(cfg: FwPKMConfig, memories: int, shape: tuple[int, ...], columns: int, dtype: np.dtype) -> Trace:
     """Of tokens [shape]."""
-    entries, losses = (*shape, cfg.slots_per_token), np.zeros((2, memories, columns), dtype)
-    return Trace(np.zeros(entries, np.int64), np.zeros(entries, dtype), *losses, np.zeros(memories, np.int32))
+    entries = (*shape, cfg.slots_per_token)
+    memorization, addressing = np.zeros((2, memories, columns), dtype)
+    slots, weights, writes = np.zeros(entries, np.int64), np.zeros(entries, dtype), np.zeros(memories, np.int32)
+    return Trace(slots, weights, memorization, addressing, writes)
 
 
 # --- Reads and writes ---
