@@ -15,7 +15,7 @@ def _same(tokens):
 
 
 def by_window(change):
-    """``apply`` and ``flush`` of torch, a time step at a time; ``change(cfg, write, before)`` gives what a write leaves.
+    """``apply`` and ``flush`` of torch, a time step at a time; ``change(cfg, write, before)`` is what a write leaves.
 
     ``write(cfg, state, weigh)`` is the state after a time step, or after a flush, of any configuration and state;
     ``weigh`` is a function of the tokens that are written. Packed calls are right.
