@@ -169,9 +169,9 @@ def _apply_backward(*arguments: Any) -> list[Tensor]:
 
     config, tokens, buffer, d_output, d_memory, update, table = unflatten(_Backward, arguments)
     cfg, query = unpacked(config), tokens.query
-    of_residuals = _residuals_of(cfg, query, update)
-    residuals = workspace.Workspace(layouts.residuals_layout(*of_residuals), buffer)
-    shape = torch.Size((of_residuals[2], cfg.num_slots, cfg.value_dim)) if table else None
+    residuals = workspace.Workspace(layouts.residuals_layout(*_residuals_of(cfg, query, update)), buffer)
+    memories = validation.memories_for(cfg, query.shape[0])
+    shape = torch.Size((memories, cfg.num_slots, cfg.value_dim)) if table else None
     d_output, d_keys, d_values = (fast.plain(x) for x in (d_output, *d_memory))
     plan, stream = _plan(cfg, query, update), tokens.map(fast.plain)
     with fast.on_device_of(query):
