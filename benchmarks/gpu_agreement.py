@@ -53,23 +53,36 @@ SHAPES: dict[str, tuple[int, int, bool, tuple[Any, ...], dict[str, Any]]] = {
 
 
 def vector(name: str) -> Report:
-    """A vector in float32: outputs, slots, weights, losses, final tables and gradients."""
-    tools, backend, (cfg, arrays) = internals.conformance(), internals.kernels_backend(), _load(name)
+    """A vector in float32: outputs, slots, weights, losses, the flush, final tables and gradients."""
+    tools, be, (cfg, arrays) = internals.conformance(), internals.kernels_backend(), _load(name)
     memory, tokens = Memory(arrays["keys"], arrays["values"]), Tokens(*map(arrays.get, Tokens._fields))
-    batch, length, _ = tokens.query.shape
-    case = tools.Case(cfg, 0, "float64", frozenset(), batch, length, memory, tokens).map(np.float32)
-    outputs = ("output", "slots", "weights", "memorization_loss", "addressing_loss")
-    expected = tools.Reading(*(arrays[f"out_{x}"] for x in outputs), Memory(arrays["out_keys"], arrays["out_values"]))
+    ends, used = arrays.get("cu_seqlens"), arrays["out_writes"].max()
+    batch = len(tokens.query) if ends is None else len(ends) - 1
+    case = tools.Case(cfg, 0, "float64", frozenset(), batch, tokens.length, memory, tokens).map(np.float32)
     cotangents = [np.float32(arrays[f"cot_{field}"]) for field in ("output", "keys", "values")]
+    expected = tools.Reading(
+        *(arrays[f"out_{x}"] for x in ("output", "slots", "weights")),
+        *(arrays[f"out_{x}"][:, :used] for x in ("memorization", "addressing")),
+        arrays["out_writes"],
+        Memory(arrays["out_keys"], arrays["out_values"]),
+    )
 
-    def compute() -> tuple[Any, dict[str, np.ndarray]]:
-        received = tools.gradients(backend, case, cotangents)
-        return tools.read(backend, case), {field: x for field, x in zip(tools.INPUTS, received) if x is not None}
+    def compute() -> tuple[Any, Any, dict[str, np.ndarray]]:
+        packed = {} if ends is None else {"cu_seqlens": tools.native(be, ends)}
+        call = tools.native(be, case.tokens).present() | packed
+        output, state, trace = be.apply(cfg, tools.start(be, case), **call)
+        flushed, last = be.flush(cfg, state)
+        output, trace, last, tables = tools.as_numpy(be, (output, trace, last, flushed.memory))
+        received = tools.gradients(be, case, cotangents, **packed)
+        derived = {field: x for field, x in zip(tools.INPUTS, received) if x is not None}
+        return tools.Reading(output, **tools.joined_traces([trace]), memory=tables), last, derived
 
-    (reading, derived), bits = twice(compute)
+    (reading, last, derived), bits = twice(compute)
     errors = dict(tools.reading_errors(cfg, reading, expected))
-    if errors["slots"] and agreement.comparable_tokens(cfg, memory, tokens) == 0:
-        return Report([bits], ["not compared: first choices hang on a gap below the rule's, and the kernels' differ"])
+    if errors["slots"] and agreement.comparable_tokens(cfg, memory, tokens, cu_seqlens=ends) < tokens.length:
+        return Report([bits], ["not compared: choices hang on a gap below the rule's, and the kernels' differ"])
+    for loss in ("memorization", "addressing"):
+        errors[f"flush {loss}"] = agreement.relative_error(getattr(last, loss)[:, 0], arrays[f"flush_{loss}"])
     errors |= {f"grad {key}": agreement.relative_error(x, arrays[f"grad_{key}"]) for key, x in derived.items()}
     return Report([bits, *_judged(errors.items())])
 

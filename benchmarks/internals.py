@@ -35,7 +35,7 @@ def conformance() -> Any:
         drawing: ("Passage", "Shape", "draw", "passages"),
         judging: ("bound", "errors", "expect_unmoved", "reading_errors"),
         results: ("run",),
-        running: ("INPUTS", "Reading", "gradients", "read"),
+        running: ("INPUTS", "Reading", "as_numpy", "gradients", "joined_traces", "native", "start"),
         strategies: ("Case",),
     }
     return types.SimpleNamespace(**{name: getattr(owner, name) for owner, names in owners.items() for name in names})
