@@ -63,9 +63,10 @@ def apply(
     if isinstance(state, Memory):
         return begin(cfg, state, inputs, cu_seqlens, update, False, implementation=implementation)
     # The operator is functional, as autograd demands: a call that overwrites stays out of the graph.
-    if not inplace and _is_compiled(implementation, cfg, state.memory, inputs, cu_seqlens):
+    if torch.compiler.is_compiling() and not inplace:
         validation.check_apply(cfg, state, inputs, cu_seqlens, SELF)
-        return left_aligned.apply(cfg, state, inputs, cu_seqlens, update, False, False)
+        if engine.choose_engine(implementation, cfg, state.memory, query, cu_seqlens) == "compiled":
+            return left_aligned.apply(cfg, state, inputs, cu_seqlens, update, False, False)
     return _apply(cfg, state, inputs, cu_seqlens, update, inplace, implementation)
 
 
@@ -81,7 +82,7 @@ def begin(
 ) -> tuple[Tensor, State | None, Trace]:
     """``apply`` of sequences that begin from a memory of M = 1; without ``keep`` no state is returned."""
     batch = validation.check_apply(cfg, memory, inputs, cu_seqlens, SELF)
-    compiled = _is_compiled(implementation, cfg, memory, inputs, cu_seqlens)
+    compiled = engine.choose_engine(implementation, cfg, memory, inputs.query, cu_seqlens) == "compiled"
     owned = keep and not (compiled or memory.values.requires_grad)
     if keep and not compiled:
         state = init_state(cfg, memory, batch, position_device)
@@ -94,13 +95,6 @@ def begin(
     else:
         output, state, trace = _apply(cfg, state, inputs, cu_seqlens, update, owned, implementation, True)
     return output, state if keep else None, trace
-
-
-def _is_compiled(implementation: str | None, cfg: FwPKMConfig, memory: Memory, inputs: Tokens, ends: Array) -> bool:
-    """Whether torch.compile traces a call that the kernels serve within its graph."""
-    if not torch.compiler.is_compiling():
-        return False
-    return engine.choose_engine(implementation, cfg, memory, inputs.query, ends) == "compiled"
 
 
 @engine.outside_graphs

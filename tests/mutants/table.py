@@ -95,7 +95,7 @@ _CLOCKS = {
         "np.arange(batch * length).reshape(batch, length)]",
         "np.arange(batch * length).reshape(batch, length)[:, mask.any(0)]]",
     ),
-    ("dead tokens take no position", "position"): (
+    ("dead tokens are taken for masked ones", "output"): (
         "flat = tokens.map",
         "tokens = tokens._replace(mask=tokens.mask & _finite(tokens)); flat = tokens.map",
     ),
