@@ -23,20 +23,24 @@ def ids_of(rows: Any, batch_size: int, *, repeats: bool = False) -> np.ndarray:
     """
     if rows is None:
         return np.arange(batch_size)
-    array = np.asarray(rows)
+    try:
+        array = np.asarray(rows)
+    except (TypeError, ValueError):  # lists of unequal lengths, or of what is no number
+        array = np.empty((0, 0))
+    mixed = isinstance(rows, (list, tuple)) and len({isinstance(row, (bool, np.bool_)) for row in rows}) > 1
     if array.dtype == bool:
         if array.shape != (batch_size,):
             raise ValueError(f"rows as a bool array must have shape [B={batch_size}]. Received: shape {array.shape}")
         return np.flatnonzero(array)
-    if array.size == 0:
+    if array.size == 0 and array.ndim == 1:
         array = array.astype(np.int64)
-    if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
+    if array.ndim != 1 or mixed or not np.issubdtype(array.dtype, np.integer):
         raise ValueError(f"rows must be None, a list of integers or a bool array [B={batch_size}]. Received: {rows!r}")
     if array.size and (array.min() < 0 or array.max() >= batch_size):
         raise ValueError(f"rows must lie in [0, {batch_size}), the rows of the state. Received: {array.tolist()}")
     if not repeats and len(np.unique(array)) < len(array):
         raise ValueError(f"rows must be distinct. Received: {array.tolist()}")
-    return array
+    return array.astype(np.int64)
 
 
 def mask_of(cfg: FwPKMConfig, rows: Any, batch_size: int) -> np.ndarray:

@@ -1,4 +1,6 @@
-"""Checks of what a caller passes, the same in every backend: shapes and dtypes only, no values, so they also trace.
+"""Checks of what a caller passes, the same in every backend.
+
+They look at shapes and dtypes, so they also trace; ``check_positions`` and ``check_cu_seqlens`` at lists of values.
 
 Every failure is a ValueError that names the argument, what was expected and what was received.
 """
@@ -15,7 +17,7 @@ from fwpkm.containers import Memory, State, memories_for, memory_specs, state_sp
 from fwpkm.tokens import TOKEN_FIELDS, ArraySpec, Axis, Tokens, token_specs
 
 ArrayType = type | tuple[type, ...]
-_NARROW = ("float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
+_WIDE = ("float32", "float64")
 
 
 class Implementation(NamedTuple):
@@ -131,9 +133,9 @@ def check_memory(cfg: FwPKMConfig, memory: Any, memories: int | None, implementa
             f"memory.keys and memory.values must have one dtype. "
             f"Received: {dtype_name(memory.keys)} and {dtype_name(memory.values)}"
         )
-    if dtype_name(memory.keys) in _NARROW:
+    if dtype_name(memory.keys) not in _WIDE:
         raise ValueError(
-            "memory.keys and memory.values must be float32 or float64: narrower tables have lost digits. Something "
+            "memory.keys and memory.values must be float32 or float64; narrower ones have lost digits. Something "
             "rounded them on the way, such as FSDP2's mixed precision, which casts every tensor that goes into a "
             f"module (cast_forward_inputs=False leaves them). Received: {dtype_name(memory.keys)}"
         )
@@ -180,7 +182,12 @@ def check_apply(cfg: FwPKMConfig, state: Any, tokens: Tokens, cu_seqlens: Any, i
     _check_tokens(cfg, tokens, "T", implementation.arrays)
     batch = tokens.query.shape[0]
     if cu_seqlens is not None:
-        batch = _check_packed(cfg, tokens, cu_seqlens, implementation)
+        if cfg.memory_scope != "sequence":
+            raise ValueError(
+                "cu_seqlens must be None where one memory serves all rows: packed sequences have a memory each. "
+                f"Received: cu_seqlens with memory_scope={cfg.memory_scope!r}"
+            )
+        batch = check_packed("query", tokens.query, cu_seqlens, implementation.arrays)
     if isinstance(state, Memory):
         check_memory(cfg, state, 1, implementation)
     else:
@@ -188,22 +195,17 @@ def check_apply(cfg: FwPKMConfig, state: Any, tokens: Tokens, cu_seqlens: Any, i
     return batch
 
 
-def _check_packed(cfg: FwPKMConfig, tokens: Tokens, cu_seqlens: Any, implementation: Implementation) -> Any:
-    """B, of the shape of ``cu_seqlens``."""
-    if cfg.memory_scope != "sequence":
-        raise ValueError(
-            "cu_seqlens must be None where one memory serves all rows: packed sequences have a memory each. "
-            f"Received: cu_seqlens with memory_scope={cfg.memory_scope!r}"
-        )
-    check_array("cu_seqlens", cu_seqlens, [("B+1", None)], "int32", implementation.arrays)
-    ends = cu_seqlens.shape[0]
-    if ends is not None and ends < 2:
+def check_packed(name: str, row: Any, cu_seqlens: Any, array_type: ArrayType) -> Any:
+    """B, of the shape of ``cu_seqlens``; the array of this name must be one packed row ``[1, T, ...]``."""
+    check_array("cu_seqlens", cu_seqlens, [("B+1", None)], "int32", array_type)
+    size = cu_seqlens.shape[0]
+    if size is not None and size < 2:
         raise ValueError(f"cu_seqlens must have shape [B+1] with B >= 1. Received: shape {tuple(cu_seqlens.shape)}")
-    if tokens.query.shape[0] != 1:
+    if row.shape[0] is not None and row.shape[0] != 1:
         raise ValueError(
-            f"query must be one packed row [1, T, H*Dk] beside cu_seqlens. Received: shape {tuple(tokens.query.shape)}"
+            f"{name} must be one packed row, [1, T, ...], beside cu_seqlens. Received: shape {tuple(row.shape)}"
         )
-    return None if ends is None else ends - 1
+    return None if size is None else size - 1
 
 
 def check_cu_seqlens(cu_seqlens: list[int], length: int) -> None:

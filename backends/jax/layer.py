@@ -135,7 +135,7 @@ class FwPKM:
             validation.check_array("mask", mask, [("B", x.shape[0]), ("T", x.shape[1])], "bool", Array)
         there = mask
         if cu_seqlens is not None:
-            validation.check_array("cu_seqlens", cu_seqlens, [("B+1", None)], "int32", Array)
+            validation.check_packed("x", x, cu_seqlens, Array)
             inside = jnp.arange(x.shape[1]) < cu_seqlens[-1]
             there = inside[None] if mask is None else mask & inside
         params = self._checked(variables)["params"]

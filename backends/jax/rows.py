@@ -14,7 +14,7 @@ from fwpkm.backends.jax.tokens import no_tokens, outer
 from fwpkm.backends.jax.windows import SELF
 from fwpkm.config import FwPKMConfig
 from fwpkm.containers import Memory, State, memories_for
-from fwpkm.tokens import Tokens
+from fwpkm.tokens import Axis, Tokens
 
 
 def init_state(cfg: FwPKMConfig, memory: Memory, batch_size: int) -> State:
@@ -36,7 +36,11 @@ def reset(cfg: FwPKMConfig, state: State, memory: Memory, rows: Any = None) -> S
 
 def select(cfg: FwPKMConfig, state: State, rows: Any) -> State:
     """The state of these rows, in this order."""
-    ids = rows if is_traced(rows) else row_checks.check_select(cfg, state, rows, SELF)
+    if is_traced(rows):
+        validation.check_state(cfg, state, None, SELF)
+        ids: Any = _checked(rows, "int", ("n", None))
+    else:
+        ids = row_checks.check_select(cfg, state, rows, SELF)
     memory = Memory(*(x[ids] for x in state.memory)) if cfg.memory_scope == "sequence" else state.memory
     return State.of(memory, state.pending.map(lambda x: x[ids]), state.position[ids])
 
@@ -50,10 +54,12 @@ def concat(cfg: FwPKMConfig, states: Sequence[State]) -> State:
 def put(cfg: FwPKMConfig, state: State, rows: Any, other: State) -> State:
     """The state with the i-th row of ``other`` at rows[i]."""
     row_checks.check_put(cfg, state, other, None, SELF)
-    ids = rows
-    if not is_traced(rows):
-        ids = row_checks.ids_of(rows, len(state.position))
-        row_checks.check_put(cfg, state, other, len(ids), SELF)
+    batch = len(state.position)
+    if is_traced(rows) and rows.dtype == bool:  # how many are True is not known, so no list of them has a shape
+        number = jnp.maximum(jnp.cumsum(_checked(rows, "bool", ("B", batch))) - 1, 0)
+        return state.map(lambda x, y: jnp.where(outer(rows, x), y[number], x), other)
+    ids = _checked(rows, "int", ("n", None)) if is_traced(rows) else row_checks.ids_of(rows, batch)
+    row_checks.check_put(cfg, state, other, len(ids), SELF)
     return state.map(lambda x, y: x.at[ids].set(y), other)
 
 
@@ -72,7 +78,15 @@ def mask_of(cfg: FwPKMConfig, rows: Any, batch_size: int) -> Any:
     """``rows`` of a reset or a flush as a bool array [B], NumPy's where they are known."""
     if not is_traced(rows):
         return row_checks.mask_of(cfg, rows, batch_size)
-    return rows if rows.dtype == bool else (jnp.arange(batch_size)[:, None] == rows[None]).any(1)
+    if rows.dtype == bool:
+        return _checked(rows, "bool", ("B", batch_size))
+    return (jnp.arange(batch_size)[:, None] == _checked(rows, "int", ("n", None))[None]).any(1)
+
+
+def _checked(rows: Array, kind: str, axis: Axis) -> Array:
+    """Rows whose values are not known, once their shape and dtype are right."""
+    validation.check_array("rows", rows, [axis], kind, Array)
+    return rows
 
 
 def is_traced(x: Any) -> bool:

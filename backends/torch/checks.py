@@ -26,7 +26,7 @@ def check_apply(cfg: FwPKMConfig, state: State, inputs: Tokens, cu_seqlens: Any 
     if signature is not None and signature in _FITTING:
         return
     validation.check_apply(cfg, state, inputs, cu_seqlens, SELF)
-    check_device(inputs.query, **inputs._asdict(), **state._asdict())
+    check_device(inputs.query, **inputs._asdict(), **state._asdict(), cu_seqlens=cu_seqlens)
     if len(_FITTING) > _MOST_SIGNATURES:
         _FITTING.clear()
     if signature is not None:
@@ -57,10 +57,10 @@ def check_device(query: Tensor, /, **others: Any) -> None:
             raise ValueError(f"{name} must be on the query's device, {query.device}. Received: {name} on {x.device}")
 
 
-def check_inplace(memory: Memory, inplace: bool) -> None:
-    """Raise a RuntimeError where autograd still needs a table that a call may overwrite."""
-    if inplace and torch.is_grad_enabled() and memory.values.requires_grad:
+def check_inplace(inplace: bool, *overwritten: Tensor) -> None:
+    """Raise a RuntimeError where autograd still needs what a call may overwrite."""
+    if inplace and torch.is_grad_enabled() and any(x.requires_grad for x in overwritten):
         raise RuntimeError(
-            "inplace=True would overwrite state.memory.values, which autograd still needs: pass detach(state), or "
-            "inplace=False. Received: a table with requires_grad=True"
+            "inplace=True would overwrite tensors of the state that autograd still needs: pass detach(state), or "
+            "inplace=False. Received: a state with requires_grad=True"
         )

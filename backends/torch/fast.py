@@ -1,6 +1,7 @@
 """The functions of ops.py on the Triton kernels: the same calls, the same results (SPEC.md §8).
 
-Nothing here waits for the GPU: the schedule follows from ``position``, which lives on the CPU.
+Nothing here waits for the GPU: the schedule of rows that are alike follows from a position that the host knows, and
+left_aligned.py makes others alike.
 """
 
 import contextlib

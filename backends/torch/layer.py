@@ -29,7 +29,7 @@ def zscore(z: Tensor) -> Tensor:
 
 def _without_tail(x: Tensor, mask: Tensor | None, cu_seqlens: Tensor) -> Tensor | None:
     """The mask of a packed row, in which no token behind the last sequence is there."""
-    validation.check_array("cu_seqlens", cu_seqlens, [("B+1", None)], "int32", Tensor)
+    validation.check_packed("x", x, cu_seqlens, Tensor)
     there = (torch.arange(x.shape[1], device=cu_seqlens.device) < cu_seqlens[-1:])[None]
     if mask is None:
         return there if maybe_any(~there) else None

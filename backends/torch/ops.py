@@ -28,7 +28,7 @@ from fwpkm.backends.torch.windows import (
 from fwpkm.config import FwPKMConfig
 from fwpkm.containers import Lookup, Losses, Memory, State, Trace, memories_for
 from fwpkm.initial import initial_arrays
-from fwpkm.tokens import Array, Tokens
+from fwpkm.tokens import Tokens
 
 
 def init_memory(cfg: FwPKMConfig, memories: int = 1, seed: int = 0) -> Memory:
@@ -82,7 +82,11 @@ def begin(
 ) -> tuple[Tensor, State | None, Trace]:
     """``apply`` of sequences that begin from a memory of M = 1; without ``keep`` no state is returned."""
     batch = validation.check_apply(cfg, memory, inputs, cu_seqlens, SELF)
-    compiled = engine.choose_engine(implementation, cfg, memory, inputs.query, cu_seqlens) == "compiled"
+    compiled = torch.compiler.is_compiling()
+    if compiled:
+        compiled = engine.choose_engine(implementation, cfg, memory, inputs.query, cu_seqlens) == "compiled"
+    elif cu_seqlens is not None:
+        cu_seqlens = cu_seqlens.cpu()  # before the copies of the tables, behind which it would wait
     owned = keep and not (compiled or memory.values.requires_grad)
     if keep and not compiled:
         state = init_state(cfg, memory, batch, position_device)
@@ -110,7 +114,7 @@ def _apply(
 ) -> tuple[Tensor, State, Trace]:
     """``fresh``: the state is one at position 0."""
     check_apply(cfg, state, inputs, cu_seqlens)
-    check_inplace(state.memory, inplace)
+    check_inplace(inplace, state.memory.values)
     if cu_seqlens is not None:
         cu_seqlens = cu_seqlens.cpu()
         validation.check_cu_seqlens(cu_seqlens.tolist(), inputs.length)
@@ -175,7 +179,7 @@ def flush(
     batch = validation.check_state(cfg, state, None, SELF)
     check_device(state.pending_query, **state._asdict())
     validation.check_positions(cfg, state.position.tolist())
-    check_inplace(state.memory, inplace)
+    check_inplace(inplace, state.memory.values)
     chosen = mask_of(cfg, rows, batch)
     memory = _as_tables(state.memory, state.pending_query)
     memories = memory.keys.shape[0]

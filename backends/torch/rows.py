@@ -47,19 +47,28 @@ def reset(cfg: FwPKMConfig, state: State, memory: Memory, rows: Any = None, *, i
 
 
 def select(cfg: FwPKMConfig, state: State, rows: Any) -> State:
-    """The state of these rows, in this order; where one row is all of them, they share its table until a write."""
+    """The state of these rows, in this order; copies of a state's only row share its table until a write."""
     ids = torch.from_numpy(row_checks.check_select(cfg, state, _on_host(rows), SELF))
-    memory = state.memory
-    if cfg.memory_scope == "sequence":
-        beams = len(ids) > 1 and len(ids.unique()) == 1  # of one row a view would be written in place
-        memory = Memory(*(x[ids[:1]].expand(len(ids), *x.shape[1:]) if beams else _rows_of(x, ids) for x in memory))
+    beams = len(ids) > 1 and state.position.shape[0] == 1
+
+    def tables(x: Tensor) -> Tensor:
+        if cfg.memory_scope != "sequence":
+            return x.clone()  # or a call in place on one of the states would write the other
+        return x[ids[:1]].expand(len(ids), *x.shape[1:]) if beams else _rows_of(x, ids)
+
+    memory = Memory(*map(tables, state.memory))
     return State.of(memory, state.pending.map(lambda x: _rows_of(x, ids)), _rows_of(state.position, ids))
 
 
 def concat(cfg: FwPKMConfig, states: Sequence[State]) -> State:
     """One state of the rows of all, in order."""
     row_checks.check_concat(cfg, states, SELF)
-    return states[0].map(lambda *x: torch.cat(x), *states[1:])
+    tables, clock = states[0].memory.keys.device, states[0].position.device
+    for i, state in enumerate(states):
+        if state.memory.keys.device != tables:
+            raise ValueError(f"states[{i}] must lie on {tables}. Received: one on {state.memory.keys.device}")
+    moved = [state._replace(position=state.position.to(clock)) for state in states]
+    return moved[0].map(lambda *x: torch.cat(x), *moved[1:])
 
 
 def put(cfg: FwPKMConfig, state: State, rows: Any, other: State, *, inplace: bool = False) -> State:
@@ -77,11 +86,13 @@ def _put(state: State, ids: Tensor, other: State, inplace: bool) -> State:
     def replaced(x: Tensor, y: Tensor) -> Tensor:
         at = (ids if x.shape[0] == batch else torch.arange(len(x))).to(x.device)
         y = y.to(x)
+        if inplace and y.untyped_storage().data_ptr() == x.untyped_storage().data_ptr():
+            y = y.clone()
         # In place each row needs a table of its own.
         return x.index_copy_(0, at, y) if inplace and _is_own(x) else x.index_copy(0, at, y)
 
     if inplace:
-        check_inplace(state.memory, inplace)
+        check_inplace(inplace, *state.memory, *state.pending.present().values())
     return state.map(replaced, other)
 
 
