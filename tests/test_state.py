@@ -251,7 +251,7 @@ def test_inplace_is_an_error_where_autograd_needs_the_tables(call):
     tokens = native(TORCH, case.tokens).present()
     state = TORCH.apply(cfg, TORCH.init_state(cfg, memory, batch_size=1), **tokens)[1]
     before = as_numpy(TORCH, state)
-    fresh = TORCH.init_state(cfg, TORCH.init_memory(cfg), 1)
+    fresh = TORCH.init_state(cfg, native(TORCH, drawn(cfg, 1, 3).memory), 1)
     function = {
         "apply": lambda state: TORCH.apply(cfg, state, **tokens, inplace=True),
         "flush": lambda state: TORCH.flush(cfg, state, inplace=True),

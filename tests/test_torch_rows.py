@@ -19,18 +19,18 @@ def half_read(rows: int = 2) -> State:
 CALLS = {
     "apply": lambda state: be.apply(CFG, state, torch.rand(3, 2, 4), torch.rand(3, 2, 3), inplace=True)[1],
     "flush": lambda state: be.flush(CFG, state, [0], inplace=True)[0],
-    "reset": lambda state: be.reset(CFG, state, be.init_memory(CFG), [0], inplace=True),
-    "put": lambda state: be.put(CFG, state, [0], be.init_state(CFG, be.init_memory(CFG), 1), inplace=True),
+    "reset": lambda state: be.reset(CFG, state, be.init_memory(CFG, seed=1), [0], inplace=True),
+    "put": lambda state: be.put(CFG, state, [0], be.init_state(CFG, be.init_memory(CFG, seed=1), 1), inplace=True),
 }
 
 
 @pytest.mark.parametrize("name", CALLS)
-@pytest.mark.parametrize("rows", [[1, 1, 1], [1, 0, 1]], ids=["beams", "rows"])
+@pytest.mark.parametrize("rows", [[0, 0, 0], [1, 0, 1]], ids=["beams", "rows"])
 def test_in_place_each_row_has_a_table_of_its_own(name: str, rows: list[int]) -> None:
-    state = half_read()
+    beams_of_one = rows == [0, 0, 0]
+    state = half_read(1 if beams_of_one else 2)
     beams = be.select(CFG, state, rows)
-    shared = rows == [1, 1, 1]
-    assert (beams.memory.values.stride(0) == 0) == shared
+    assert (beams.memory.values.stride(0) == 0) == beams_of_one
     kept = [state.map(torch.clone), beams.map(torch.clone)]
     torch.manual_seed(0)
     after = CALLS[name](beams)
@@ -40,7 +40,7 @@ def test_in_place_each_row_has_a_table_of_its_own(name: str, rows: list[int]) ->
         assert torch.equal(x, y)
     for x, y in zip(flatten(state), flatten(kept[0])):
         assert torch.equal(x, y)
-    assert not torch.equal(after.memory.values[0], state.memory.values[1])
+    assert not torch.equal(after.memory.values[0], state.memory.values[rows[0]])
 
 
 def test_one_row_alone_is_a_copy() -> None:
@@ -51,12 +51,28 @@ def test_one_row_alone_is_a_copy() -> None:
     assert torch.equal(state.memory.values, before)
 
 
+def test_beams_that_are_all_one_beam_have_tables_of_their_own() -> None:
+    """Whether a call may overwrite them must not hang on what a search chose."""
+    beams = be.select(CFG, half_read(), [0, 1, 1, 0])
+    assert be.select(CFG, beams, [2, 2, 2, 2]).memory.values.stride(0) != 0
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64])
+def test_rows_are_of_any_integer_type(dtype: torch.dtype) -> None:
+    state, rows = half_read(), torch.tensor([1], dtype=dtype)
+    one = be.select(CFG, state, rows)
+    assert torch.equal(one.memory.values[0], state.memory.values[1])
+    fresh = be.reset(CFG, state, be.init_memory(CFG, 1, seed=1), rows)
+    assert be.pending(CFG, be.flush(CFG, fresh, rows)[0]).tolist() == [2, 0]
+    assert be.put(CFG, fresh, rows, one).position.tolist() == [2, 2]
+
+
 def test_beams_that_write_nothing_go_on_sharing() -> None:
     """And read as rows with tables of their own; a shared table counts once."""
-    state = half_read()
-    beams = be.select(CFG, state, [1, 1, 1])
+    state = half_read(1)
+    beams = be.select(CFG, state, [0, 0, 0])
     own = beams.map(torch.clone)
-    size = be.nbytes(be.select(CFG, state, [1]))
+    size = be.nbytes(be.select(CFG, state, [0]))
     assert be.nbytes(own) == 3 * size
     assert be.nbytes(beams) == 3 * size - 2 * sum(x[0].nbytes for x in own.memory)
     inputs = torch.rand(3, 1, 4), torch.rand(3, 1, 3)
@@ -68,14 +84,14 @@ def test_beams_that_write_nothing_go_on_sharing() -> None:
         assert after.memory is beams.memory
     query = torch.rand(3, 1, 4, requires_grad=True)
     table = state.memory.values.clone().requires_grad_()
-    shared = be.select(CFG, state._replace(memory=state.memory._replace(values=table)), [1, 1, 1])
+    shared = be.select(CFG, state._replace(memory=state.memory._replace(values=table)), [0, 0, 0])
     output, _, _ = be.apply(CFG, shared, query, inputs[1], update=False)
     found = torch.autograd.grad(output.square().sum(), [query, table])
-    rows = state.memory.values[[1, 1, 1]].requires_grad_()
+    rows = state.memory.values[[0, 0, 0]].requires_grad_()
     output, _, _ = be.apply(CFG, own._replace(memory=own.memory._replace(values=rows)), query, inputs[1], update=False)
     expected = torch.autograd.grad(output.square().sum(), [query, rows])
     torch.testing.assert_close(found[0], expected[0])
-    torch.testing.assert_close(found[1][1], expected[1].sum(0))
+    torch.testing.assert_close(found[1][0], expected[1].sum(0))
 
 
 def test_a_memory_in_place_of_a_state_is_left_as_it_was() -> None:
