@@ -230,3 +230,29 @@ def test_a_packed_call_rewrites_donated_tables_where_they_lie():
     assert not copies_of_tables(program.as_text(), rows=2)
     assert program.memory_analysis().temp_size_in_bytes < TABLE / 4
     assert copies_of_tables(compiled(call, *arguments).as_text(), rows=2), "the control, which must copy"
+
+
+@pytest.mark.parametrize(
+    ("call", "rows"),
+    [
+        (lambda state, rows: BE.put(DROP, state, rows, BE.select(DROP, state, [0])), jnp.array([0, 1])),
+        (lambda state, rows: BE.reset(DROP, state, state.memory, rows), jnp.array([True])),
+        (lambda state, rows: BE.flush(DROP, state, rows), jnp.array([True, True, False])),
+        (lambda state, rows: BE.reset(DROP, state, state.memory, rows), jnp.array([0.0])),
+        (lambda state, rows: BE.select(DROP, state, rows), jnp.array([[1]])),
+    ],
+    ids=["put of fewer", "one flag", "three flags", "floats", "two axes"],
+)
+def test_traced_rows_of_wrong_shapes_are_refused(call, rows):
+    """Their values are not known, their shapes and dtypes are."""
+    state = native(BE, spread(DROP, drawn(DROP, 2, 1)[0]))
+    with pytest.raises(ValueError, match="rows"):
+        jax.jit(call)(state, rows)
+
+
+def test_put_takes_traced_flags():
+    state = native(BE, spread(DROP, drawn(DROP, 3, 1)[0]))
+    other = BE.select(DROP, state, [2, 0])
+    flags = jnp.array([True, False, True])
+    received = jax.jit(functools.partial(BE.put, DROP))(state, flags, other)
+    assert_same_bits(as_numpy(BE, received), as_numpy(BE, BE.put(DROP, state, flags, other)))
