@@ -85,7 +85,8 @@ def mask_of(cfg: FwPKMConfig, rows: Any, batch_size: int) -> Any:
 
 def _checked(rows: Array, kind: str, axis: Axis) -> Array:
     """Rows whose values are not known, once their shape and dtype are right."""
-    validation.check_array("rows", rows, [axis], kind, Array)
+    name = "rows as a bool array" if kind == "bool" else "rows"
+    validation.check_array(name, rows, [axis], kind, Array)
     return rows
 
 

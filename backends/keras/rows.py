@@ -114,7 +114,8 @@ def mask_of(cfg: FwPKMConfig, rows: Any, state: State) -> Array:
 
 def _checked(rows: Array, kind: str, axis: Axis) -> Array:
     """Rows whose values are not known, once their shape and dtype are right."""
-    validation.check_array("rows", rows, [axis], kind, object)
+    name = "rows as a bool array" if kind == "bool" else "rows"
+    validation.check_array(name, rows, [axis], kind, object)
     return rows
 
 

@@ -188,7 +188,9 @@ def done_with(results: "Results", memory: Memory, columns: int) -> Done:
     if writes:
         memory = Memory(results.keys, results.values)
     losses = {"memorization": results.memorization.T, "addressing": results.addressing.T}
-    if writes < columns:
+    if not writes:  # rows that share a table were read as one memory
+        losses = {name: x.new_zeros(memory.keys.shape[0], columns) for name, x in losses.items()}
+    elif writes < columns:
         losses = {name: torch.nn.functional.pad(x, (0, columns - writes)) for name, x in losses.items()}
     trace = Trace(results.slots, results.weights.detach(), **losses, writes=None)
     return Done(results.output, memory, results.flags, trace, results.weights)
