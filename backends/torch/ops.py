@@ -183,6 +183,7 @@ def flush(
     chosen = mask_of(cfg, rows, batch)
     memory = _as_tables(state.memory, state.pending_query)
     memories = memory.keys.shape[0]
+    chosen_engine = engine.choose_engine(implementation, cfg, memory, state.pending_query)
     counts = torch.where(chosen, schedule.pending(cfg, state.position.cpu()), 0)
     of_memory = counts.view(memories, -1)[:, 0]
     trace = empty_trace(cfg, memory, (batch, 0), columns=1)
@@ -190,7 +191,7 @@ def flush(
     tables = state.memory
     if (of_memory > cfg.lookahead).any():  # else no token has a pair
         pending = filled(memory.keys.dtype, state.pending)
-        if engine.choose_engine(implementation, cfg, memory, pending.query) == "triton":
+        if chosen_engine == "triton":
             tables, losses = fast.flush(cfg, memory, pending_of(cfg, pending, counts, None), inplace)
         else:
             tables, losses = _write_pending(cfg, memory, pending, counts, inplace)
