@@ -113,7 +113,7 @@ class Keras:
 
     def read(self, x: np.ndarray, mask: np.ndarray, state: Any = None) -> tuple[np.ndarray, Any]:
         tensor = self.keras.ops.convert_to_tensor
-        y, keys, values, *pending = self.layer(tensor(x), tensor(mask), state)
+        y, keys, values, *pending = self.layer(tensor(x), tensor(mask), initial_state=state)
         return self.keras.ops.convert_to_numpy(y), fwpkm.State(fwpkm.Memory(keys, values), *pending)
 
     def load(self, path: Path) -> None:
