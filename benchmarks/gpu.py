@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import compare, gpu_agreement, gpu_graphs, gpu_report, gpu_speed, report
+from benchmarks import compare, gpu_agreement, gpu_graphs, gpu_report, gpu_rows, gpu_speed, report
 from benchmarks.findings import Report, equal
 from benchmarks.worker import Outcome, Task, run_all
 from benchmarks.workloads import WORKLOADS, Workload
@@ -30,13 +30,18 @@ _LEGEND = (
     "captured: one call in a CUDA graph, replayed with one set of inputs, so without the host's part",
     "the floor: each input and touched row read once, each output and touched row written once, at a copy's bandwidth",
 )
-SECTIONS = ("agreement", "bits", "graphs", "conform", "speed", "decode")
+SECTIONS = ("agreement", "bits", "graphs", "conform", "speed", "rows", "decode")
 DTYPE = "bfloat16"
 """Of the inputs that are timed."""
 TINY = WORKLOADS["tiny-kernels"]
 _CHECK_LIMIT, _TIMING_LIMIT = 240.0, 120.0
-_SHAPES = ("shared-2048", "train-512", "shared-1024", "shared-512", "shared-256", "read-32k-512", "read-128k-512")
-"""What is timed is compared as it is timed."""
+_ROWS = "train-512"
+"""What rows that are not alike are timed at."""
+_TIMED = dict.fromkeys(
+    ("shared-2048", _ROWS, "shared-1024", "shared-512", "shared-256", "read-32k-512", "read-128k-512"),
+    "agreement speed",
+) | {_ROWS: "agreement speed rows"}
+"""What is timed is compared as it is timed, for those sections."""
 _TAIL = Workload("tail-512", WORKLOADS["shared-512"].config, batch=5, length=1300)
 """Two chunks of each sequence and a part of a third, whose gradients pass through the final tables. The sums over that
 part's tokens have more pieces than those over a chunk's."""
@@ -58,6 +63,10 @@ def checks(seed: int, tiny: bool) -> list[Task]:
     def small(name: str, *numbers: Sequence[int]) -> Task:
         return Task("agreement", f"float64 at small shapes: {name}", gpu_agreement.drawn, (name, seed, *numbers))
 
+    def streams(numbers: range) -> Task:
+        name = f"ragged streams, against eager: {numbers.start} to {numbers.stop - 1}"
+        return Task("agreement rows", name, gpu_rows.streams, (numbers,))
+
     def bits(*arguments: Any) -> list[Task]:
         return [Task("bits", f"bits: process {number}", gpu_graphs.repeatable, arguments) for number in (1, 2)]
 
@@ -65,9 +74,11 @@ def checks(seed: int, tiny: bool) -> list[Task]:
         return [
             *(eager("agreement speed", TINY, "float32"), small("tiny", (2,)), *bits(TINY, "float32", seed, 2)),
             Task("decode", "decode, against eager", gpu_graphs.decoded, (TINY, "float32", seed)),
+            streams(range(1)),
         ]
     return [
-        *(eager("agreement speed", WORKLOADS[name], DTYPE, name != "read-128k-512") for name in _SHAPES),
+        *(eager(_TIMED[name], WORKLOADS[name], DTYPE, name != "read-128k-512") for name in _TIMED),
+        *(streams(range(first, first + 10)) for first in range(0, 40, 10)),
         # Each of conform's shapes compiles, so they do it side by side before the whole run.
         *(Task("conform", f"fwpkm conform: case {n}", conform, ("--case", str(n))) for n in range(_CONFORM_SHAPES)),
         Task("graphs", "torch.compile(fullgraph=True) of the layer", gpu_graphs.compiled, (seed,)),
@@ -91,16 +102,24 @@ def timings(tiny: bool) -> list[Task]:
         arguments = batch, length, WORKLOADS["shared-512"].config.value_dim, DTYPE
         return Task("speed", f"attention: B={batch} T={length}", gpu_speed.attention, arguments)
 
+    def rows(workload: Workload, dtype: str, batch: int, *samples: int) -> list[Task]:
+        return [
+            Task("rows", "rows: mask", gpu_rows.masked, (workload, dtype, *samples)),
+            Task("rows", f"rows: {batch}", gpu_rows.ragged, (workload, dtype, batch, *samples)),
+        ]
+
     if tiny:
         return [
             Task("speed", "copy bandwidth", gpu_speed.bandwidth, (2**20,)),
             Task("speed", TINY.name, gpu_speed.speed, (TINY, "float32", 1)),
             Task("decode", f"decode: {TINY.name}", gpu_speed.decoding, (TINY, "float32")),
+            *rows(TINY, "float32", 3, 1),
         ]
     return [
         Task("speed", "copy bandwidth", gpu_speed.bandwidth),
         *map(task, ("shared-512", "train-512", "shared-256", "shared-1024", "shared-2048")),
         task("decode-512", gpu_speed.decoding, "decode: ", "decode"),
+        *rows(WORKLOADS[_ROWS], DTYPE, 32),
         attention(8, 4096),
         *(task(f"shared-{s}", gpu_speed.kernels, "kernels: ") for s in (256, 512, 1024)),
         *(task(name, gpu_speed.initial_state, "initial state: ") for name in ("shared-512", "train-512")),
@@ -200,7 +219,7 @@ def _say(line: str) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.splitlines()[0])
-    sections = f"of {', '.join(SECTIONS)} (default: all); speed and decode first compare what they time"
+    sections = f"of {', '.join(SECTIONS)} (default: all); speed, rows and decode first compare what they time"
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS, metavar="SECTION", help=sections)
     parser.add_argument("--seed", type=int, help="of inputs and tables (default: another one in every run)")
     workers, text = min(12, len(os.sched_getaffinity(0))), "processes that check side by side (default: %(default)s)"

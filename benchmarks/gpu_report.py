@@ -32,6 +32,18 @@ _TARGETS: tuple[tuple[str, str, str, float, tuple[float | None, ...]], ...] = (
         *("read-128k-512/{step}", "attention: B=1 T=131072/{step}", 1, (1, None)),
     ),
     ("B=1 N=512², a token at T=131072 / 32768", "read-128k-512/forward", "read-32k-512/forward", 1 / 4, (1.1,)),
+    (
+        _BATCH + ", a table a sequence, masked (4 of 5 tokens there) / not: {text}",
+        *("rows: mask/masked {step}", "rows: mask/alike {step}", 1, (None, 1.2)),
+    ),
+    (
+        "32 rows of 100 to 4096 tokens under a mask / 32 of 4096, N=512²: {text}",
+        *("rows: 32/masked {step}", "rows: 32/full {step}", 1, (1.3, 1.3)),
+    ),
+    (
+        "the same packed / 32 of 4096: {text}",
+        *("rows: 32/packed {step}", "rows: 32/full {step}", 1, (None, None)),
+    ),
     ("decode B=1 in a CUDA graph, µs a token", "decode: decode-512/graph", "", 1e6, (40,)),
 )
 """What the kernels are to reach on one H200."""
@@ -43,7 +55,7 @@ Timings = dict[str, list[float]]
 def targets(timings: Timings, sections: set[str]) -> Iterator[Claim]:
     """What is to be reached in the sections that were run, and what was."""
     for what, quantity, over, unit, bounds in _TARGETS:
-        section = "decode" if quantity.startswith("decode") else "speed"
+        section = next((x for x in ("decode", "rows") if quantity.startswith(x)), "speed")
         for (step, text), bound in zip(STEPS.items(), bounds if section in sections else ()):
             found = measured(timings, quantity.format(step=step), over.format(step=step), unit)
             yield Claim(what.format(text=text), found, at_most=bound)
@@ -93,11 +105,11 @@ def line(outcome: Outcome) -> str:
 
 def tables(checks: Sequence[Outcome], timings: Timings, claims: Sequence[Claim]) -> list[Table]:
     """Everything that was found."""
-    others = [name for name in timings if name.startswith(("decode: ", "initial state: "))]
+    others = [name for name in timings if name.startswith(("decode: ", "initial state: ", "rows: "))]
     rows = [(name, _cell(timings, name, 1e6)) for name in others]
     made = [
         *(agreement_table(checks), *workload_tables(timings), kernels_table(timings)),
-        Table("Decoding a token; copying an initial memory", ("what", "µs"), rows),
+        Table("Decoding a token; copying an initial memory; rows that are not alike", ("what", "µs"), rows),
         claims_table("Targets, for one H200", claims, "target"),
     ]
     return [table for table in made if table.rows]

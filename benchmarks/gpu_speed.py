@@ -22,7 +22,7 @@ from benchmarks.workloads import Inputs, Workload, make_inputs, make_memory
 from fwpkm.backends import torch as be
 
 STEPS = {"forward": "forward", "train": "forward + backward"}
-_SAMPLES = 20
+SAMPLES = 20
 _LONG, _FEW = 65536, 8
 """Calls of so many tokens are sampled less often."""
 _EAGER_TOO = ("read-32k-512",)
@@ -34,7 +34,7 @@ _TABLE_ITEM = 4  # bytes of a float32
 Samples = dict[str, list[float]]
 
 
-def speed(workload: Workload, dtype: str, samples: int = _SAMPLES) -> Samples:
+def speed(workload: Workload, dtype: str, samples: int = SAMPLES) -> Samples:
     """The kernels, and the eager backend where it does not take too long.
 
     Seconds of "forward" and "train"; of the same "captured", replayed from a CUDA graph, and "eager". Bytes: "extra:
@@ -109,7 +109,7 @@ def attention(batch: int, length: int, width: int, dtype: str) -> Samples:
     shape = (batch, _HEADS, length, width // _HEADS)
     drawn = [torch.randn(4, *shape, device=DEVICE).to(getattr(torch, dtype)) for _ in range(_SETS)]
     sets: list[Any] = [(*(x.clone().requires_grad_() for x in parts[:3]), parts[3]) for parts in drawn]
-    number = _FEW if length >= _LONG else _SAMPLES
+    number = _FEW if length >= _LONG else SAMPLES
 
     def forward(inputs: Any) -> Any:
         return F.scaled_dot_product_attention(*inputs[:3], is_causal=True)
@@ -127,7 +127,7 @@ def initial_state(workload: Workload, dtype: str) -> Samples:
     one = make_memory(workload, device=DEVICE)
     one = type(one)(*(table[:1].clone() for table in one))
     measure.free_device_memory()
-    return {"copy": _sample(lambda _: be.init_state(workload.config, one, workload.batch), [None], _SAMPLES, True)}
+    return {"copy": _sample(lambda _: be.init_state(workload.config, one, workload.batch), [None], SAMPLES, True)}
 
 
 def bandwidth(size: int = 2**32) -> Samples:

@@ -45,6 +45,8 @@ def lag(cfg: FwPKMConfig) -> int:
 def written(cfg: FwPKMConfig, position: Array) -> Array:
     """How many chunks have been written once ``position`` tokens were read: max(0, (position - lag) // C)."""
     chunks = (position - lag(cfg)) // cfg.chunk_size
+    if lag(cfg) == 0:
+        return chunks
     return chunks - (chunks - abs(chunks)) // 2  # max(0, chunks) without a branch, and without overflow of int32
 
 

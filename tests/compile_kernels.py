@@ -17,6 +17,7 @@ from triton.compiler.errors import CompilationError
 
 from fwpkm import FwPKMConfig
 from fwpkm.containers import Memory, State
+from fwpkm.kernels.left_align import left_align
 from fwpkm.kernels.runtime import call, decoding, launch, windows, workspace
 from fwpkm.tokens import Tokens
 
@@ -96,6 +97,11 @@ def kernels_of(cfg: FwPKMConfig, dtype: torch.dtype, masked: bool) -> dict:
             empty(batch, pending, width), empty(batch, pending, cfg.value_dim), empty(batch, pending),
             empty(batch, pending, dtype=torch.bool),
         )  # fmt: skip
+        places = stream.query, stream.mask
+        left_align(cfg, *places, None, None, None, batch, length)
+        clock = empty(batch, dtype=torch.int32)
+        left_align(cfg, *places, None, clock, before.mask, batch, length + pending)
+        left_align(cfg, *places, empty(batch + 1, dtype=torch.int32), clock, before.mask, batch, length + pending)
         decoding.decode(cfg, State.of(memory, before, empty(batch, dtype=torch.int32)), tokens(1))
     finally:
         launch.Launches.run = run

@@ -27,15 +27,16 @@ def test_without_a_gpu_it_says_so(monkeypatch, capsys):
 
 
 def test_the_kernels_are_compared_and_timed_in_the_interpreter():
-    sections = ("agreement", "speed", "decode")
+    sections = ("agreement", "speed", "rows", "decode")
     line = ("-m", "benchmarks.gpu", "--interpret", "--only", *sections, "--workers", "2", "--markdown")
     done = python(*line, cwd=ROOT, timeout=500)
     assert done.returncode == 0, done.stderr
     rows = re.findall(r"^\| ([^|]+) \| 1 \| (\d+) \| [^|]+ \| agrees \|$", done.stdout, re.MULTILINE)
-    assert [(name, int(quantities) >= least) for (name, quantities), least in zip(rows, (12, 12, 8))] == [
+    assert [(name, int(quantities) >= least) for (name, quantities), least in zip(rows, (12, 12, 8, 30))] == [
         ("eager at tiny-kernels, float32", True),
         ("float64 at small shapes", True),
         ("decode, against eager", True),
+        ("ragged streams, against eager", True),
     ]
     for title in ("Time", "Traffic; a device copy", "Memory", "Decoding"):
         assert f"**{title}" in done.stdout

@@ -28,7 +28,11 @@ def test_every_kernel_compiles(capability: int, config: str) -> None:
 
 @pytest.mark.parametrize(
     ("field", "kernels"),
-    [("SCORE", SCORING), ("WRITE_SCALE", "read_backward_kernel read_kernel"), ("SCOPE", "token_kernel")],
+    [
+        ("SCORE", SCORING),
+        ("WRITE_SCALE", "read_backward_kernel read_kernel"),
+        ("SCOPE", "left_align_kernel token_kernel"),
+    ],
 )
 def test_an_unknown_choice_does_not_compile(field: str, kernels: str) -> None:
     """Whoever adds a score must tell each kernel that has to know it."""

@@ -6,6 +6,7 @@ left_aligned.py makes others alike.
 
 import contextlib
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -57,6 +58,11 @@ def on_device_of(x: Tensor) -> contextlib.AbstractContextManager:
 def plain(x: Tensor | None) -> Tensor | None:
     """As kernels read it: contiguous, and without a sign that torch has yet to apply."""
     return None if x is None else (x.resolve_neg() if x.is_neg() else x).contiguous()
+
+
+def all_plain(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Each as kernels read it."""
+    return [x for x in map(plain, tensors) if x is not None]
 
 
 def stream_of(pending: Tokens, num_pending: int, new_tokens: Tokens) -> Tokens:

@@ -6,7 +6,7 @@ that a row has not completed is written by none of its tokens, as none of them m
 device, but for a position that the host keeps; and all of it can be traced, so torch.compile keeps a call in its graph.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,10 +14,11 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from fwpkm import schedule
-from fwpkm.backends.torch import fast, operators
+from fwpkm.backends.torch import fast, moving, operators
 from fwpkm.backends.torch.tokens import filled
 from fwpkm.config import FwPKMConfig
 from fwpkm.containers import State, Trace
+from fwpkm.kernels.places import Places
 from fwpkm.tokens import NUMBERS, Array, Tokens
 
 
@@ -36,15 +37,15 @@ def apply(
         fresh: nothing is pending.
     """
     device, batch, compiled = inputs.query.device, state.position.shape[0], torch.compiler.is_compiling()
-    num_pending = None if fresh or not update else schedule.pending(cfg, state.position)
-    num_new = _num_new(cfg, inputs.mask, cu_seqlens)
-    longest = _longest(cfg, batch, num_pending, num_new, inputs.length, cu_seqlens)
-    passed = inputs.length if num_new is None else _later(num_new, state.position.device)
+    num_pending = None if fresh or not update else _num_pending(cfg, state.position)
+    num_new = _num_new(cfg, inputs, cu_seqlens, batch)
+    longest = _longest(cfg, num_pending, num_new, inputs.length, cu_seqlens)
     pending = None if num_pending is None else state.pending
     here = inputs._replace(mask=None if inputs.mask is None else inputs.mask.to(device))
     ends = None if cu_seqlens is None else cu_seqlens.to(device)
     rows = left_align(cfg, pending, num_pending, here, ends, batch, longest)
-    pair, columns = rows.pair if update else None, schedule.max_writes(cfg, inputs.length)
+    passed = num_new if num_new is not None else _later(rows.num_new, state.position.device)
+    pair, columns = rows.places.pair if update else None, schedule.max_writes(cfg, inputs.length)
     if compiled:
         done = operators.run(cfg, state.memory, rows.tokens, pair, update, columns, inputs.query.dtype)
     else:
@@ -52,57 +53,38 @@ def apply(
 
         plan = windows.plan(cfg, 0, longest, batch, update)
         done = fast.run(cfg, plan, state.memory, rows.tokens, pair, owned, columns, inputs.query.dtype)
-    writes = (rows.due * update).view(state.memory.keys.shape[0], -1)[:, 0].int()
-    slots, weights = rows.of_call(done.trace.slots), rows.of_call(done.trace.weights)
+    writes = (rows.places.due * update).view(state.memory.keys.shape[0], -1)[:, 0]
+    output, slots, weights = rows.of_call(done.output, done.trace.slots, done.trace.weights)
     trace = done.trace._replace(slots=slots, weights=weights, writes=writes)
     if update:
-        left = rows.left(cfg, (done.flags[: rows.pair.numel()].view_as(rows.pair) & fast.DEAD) != 0)
-        moved = passed if isinstance(passed, int) else passed().to(state.position)
-        state = State.of(done.memory, left, schedule.reduced(cfg, state.position) + moved)
-    return rows.of_call(done.output), state, trace
+        left = rows.left(cfg, done.flags)
+        moved = passed() if callable(passed) else passed
+        state = State.of(done.memory, left, schedule.reduced(cfg, state.position) + moved.to(state.position))
+    return output, state, trace
 
 
 class LeftAligned(NamedTuple):
-    """The streams of a call."""
+    """The streams of a call ``[B, Q]``, padded with zeros."""
 
     tokens: Tokens
-    """``[B, Q, ...]``, mask False past a stream's end, where any numbers stand."""
-    pair: Tensor
-    """``[B, Q]`` bool: the tokens that a write of this call may bind."""
-    lengths: Tensor
-    """``[B]`` int64: of the streams."""
-    due: Tensor
-    """``[B]`` int64: the chunks that they complete."""
+    places: Places
+    num_new: Tensor
+    """``[B]``: the tokens of the call in each."""
     shape: tuple[int, int]
     """Of the call: [B, T], or packed [1, T]."""
-    entries: Tensor
-    """``[n]``: where in ``B·Q`` each token of the call stands; anywhere if it is gone."""
-    cells: Tensor
-    """``[B·Q]``: the inverse; any token where none stands."""
-    gone: Tensor | None
-    """``[n]`` bool: the tokens of the call that stand nowhere."""
-    old: Tensor | None
-    """``[B, p]`` bool: the pending tokens, with which the streams begin."""
 
-    def of_call(self, x: Tensor) -> Tensor:
-        """What the rectangle's tokens gave ``[B, Q, ...]`` for those of the call, 0 for the masked ones."""
-        return _OfCall.apply(x, self.entries, self.cells, self.gone, self.old).view(*self.shape, *x.shape[2:])
+    def of_call(self, *results: Tensor) -> Iterable[Tensor]:
+        """What the streams' tokens gave ``[B, Q, ...]`` for those of the call, 0 for the masked ones."""
+        found = _bring(self.places.entries, self.places.cells, None, results, ())
+        return (x.view(*self.shape, *x.shape[1:]) for x in found)
 
-    def left(self, cfg: FwPKMConfig, dead: Tensor) -> Tokens:
-        """What is pending afterwards ``[B, P, ...]``; ``dead`` [B, Q] are the tokens that are not finite or masked."""
-        (batch, longest), device = self.pair.shape, dead.device
-        at = (self.due * cfg.chunk_size)[:, None] + torch.arange(cfg.capacity, device=device)
-        first = torch.arange(0, batch * longest, longest, device=device)[:, None]
-        cells = (first + at.clamp(max=longest - 1)).flatten()
-        blank = (at >= self.lengths[:, None]) | dead.flatten().index_select(0, cells).view_as(at)
-
-        def pending(x: Tensor) -> Tensor:
-            x = x.flatten(0, 1).index_select(0, cells).to(torch.float32).view(*at.shape, *x.shape[2:])
-            return x.masked_fill(_like(blank, x), 0)
-
-        numbers = {name: pending(x) for name, x in self.tokens.present().items() if name in NUMBERS}
-        kept = ~blank
-        return Tokens(**{"gate": kept.to(torch.float32), **numbers}, mask=kept)
+    def left(self, cfg: FwPKMConfig, flags: Tensor) -> Tokens:
+        """What is pending afterwards ``[B, P, ...]``; ``flags`` are the kernels' of the streams' tokens."""
+        index, inverse, mask = moving.left_over(cfg, self.places, flags)
+        names, numbers = _numbers(self.tokens)
+        found = _bring(index, inverse, None, numbers, (), wide=True)
+        pending = {name: x.view(*mask.shape, *x.shape[1:]) for name, x in zip(names, found)}
+        return Tokens(**{"gate": mask.to(torch.float32), **pending}, mask=mask)
 
 
 def left_align(
@@ -125,85 +107,50 @@ def left_align(
         batch: B.
         longest: Q, at least the length of every stream.
     """
-    device, shape = inputs.query.device, inputs.query.shape[:2]
-    first = torch.arange(0, batch * longest, longest, device=device)
-    num_pending = None if num_pending is None else num_pending.to(device, torch.int64)
-    begin = first if num_pending is None else first + num_pending
-    entries, there, num_new = _entries(cfg, begin, inputs, cu_seqlens)
-    end, gone = batch * longest, None
-    if there is not None:
-        gone = ~there
-        entries = entries.masked_fill_(gone, end)
-    cells = entries.new_zeros(end + 1)
-    cells = cells.scatter_(0, entries, torch.arange(entries.shape[0], device=device))[:end]
-    entries = entries if gone is None else entries.clamp(max=end - 1)
-    at, lengths, old = torch.arange(longest, device=device), num_new, None
+    num_pending = None if num_pending is None else num_pending.to(inputs.query.device)
+    told = inputs.mask, cu_seqlens, num_pending, None if pending is None else pending.mask
+    places = moving.left_align(cfg, inputs.query, *told, batch, longest)
+    num_new, before = places.lengths, []
     if pending is not None and num_pending is not None:
-        inputs, pending = filled(torch.float32, inputs), filled(torch.float32, pending).slice(0, longest)
-        lengths, old = lengths + num_pending, at[: pending.length] < num_pending[:, None]
-    streams = {}
-    for name, x in inputs.present().items():
-        if name in NUMBERS:
-            before = None if pending is None else getattr(pending, name)
-            streams[name] = _OfStream.apply(x.flatten(0, 1), cells, entries, gone, (batch, longest), before, old)
-    mask = at < lengths[:, None]
-    if inputs.mask is not None and gone is None:  # of batch scope, where masked tokens stand in the streams
-        mask = mask & inputs.mask.flatten().index_select(0, cells).view_as(mask)
-    if pending is not None and old is not None:
-        begin = torch.where(old, pending.mask, mask[:, : pending.length])
-        mask = torch.cat([begin, mask[:, pending.length :]], dim=1)
-    due = schedule.written(cfg, lengths)
-    pair = at < (due * cfg.chunk_size + schedule.lag(cfg))[:, None]
-    return LeftAligned(Tokens(**streams, mask=mask), pair, lengths, due, tuple(shape), entries, cells, gone, old)
+        num_new = num_new - num_pending
+        inputs = inputs._replace(gate=filled(torch.float32, inputs).gate)  # as what is pending has one
+        before = _numbers(pending)[1]
+    names, numbers = _numbers(inputs)
+    found = _bring(places.cells, places.entries, places.pending_entries, numbers, before, wide=pending is not None)
+    streams = {name: x.view(batch, longest, *x.shape[1:]) for name, x in zip(names, found)}
+    return LeftAligned(Tokens(**streams, mask=places.mask), places, num_new, tuple(inputs.query.shape[:2]))
 
 
-def _entries(
-    cfg: FwPKMConfig, begin: Tensor, inputs: Tokens, cu_seqlens: Array
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Where the tokens of a call stand ``[n]``, from ``begin`` [B] on; which stand anywhere, None is all; ``[B]`` how
-    many of each row.
-    """
-    length, device = inputs.length, begin.device
-    if cu_seqlens is None and (inputs.mask is None or cfg.memory_scope == "batch"):
-        at = torch.arange(length, device=device)
-        return (begin[:, None] + at).flatten(), None, torch.full_like(begin, length)
+def _num_pending(cfg: FwPKMConfig, position: Tensor) -> Tensor | None:
+    """``[B]``: the pending tokens of each row; None is none, as far as the host can tell without waiting."""
+    count = schedule.pending(cfg, position)
+    on_host = count.device.type == "cpu" and not torch.compiler.is_compiling()
+    return None if on_host and not count.any() else count
+
+
+def _num_new(cfg: FwPKMConfig, inputs: Tokens, cu_seqlens: Array, batch: int) -> Tensor | None:
+    """``[B]``: the tokens of the call that take a position in each row, where the host can tell; None where not."""
+    mask = None if cfg.memory_scope == "batch" else inputs.mask
+    if torch.compiler.is_compiling() or (mask is not None and mask.device.type != "cpu"):
+        return None
     if cu_seqlens is None:
-        count = inputs.mask.cumsum(1)
-        return (begin[:, None] + (count - 1)).flatten(), inputs.mask.flatten(), count[:, -1]
-    ends = cu_seqlens.long()
-    row = torch.searchsorted(ends[1:], torch.arange(length, device=device), right=True)
-    there = row < begin.shape[0]
-    if inputs.mask is not None:
-        there = there & inputs.mask.flatten()
-    before = F.pad(there.cumsum(0), (1, 0))
-    of_rows = before[ends]
-    row = row.clamp(max=begin.shape[0] - 1)
-    return (begin - of_rows[:-1])[row] + before[:-1], there, of_rows.diff()
+        return torch.full((batch,), inputs.length) if mask is None else mask.sum(1)
+    return cu_seqlens.diff() if mask is None else F.pad(mask.flatten().cumsum(0), (1, 0))[cu_seqlens.long()].diff()
 
 
-def _num_new(cfg: FwPKMConfig, mask: Array, cu_seqlens: Array) -> Tensor | None:
-    """``[B]``: the tokens of the call that take a position in each row, where the masks lie; None is all T."""
-    if cu_seqlens is None:
-        return None if mask is None or cfg.memory_scope == "batch" else mask.sum(1)
-    if mask is None:
-        return cu_seqlens.diff()
-    return F.pad(mask.flatten().cumsum(0), (1, 0))[cu_seqlens.to(mask.device).long()].diff()
-
-
-def _longest(cfg: FwPKMConfig, batch: int, num_pending: Array, num_new: Array, length: int, cu_seqlens: Array) -> int:
+def _longest(cfg: FwPKMConfig, num_pending: Array, num_new: Array, length: int, cu_seqlens: Array) -> int:
     """Q: the length of the longest stream, or as long as it can be where the host does not know."""
-    if torch.compiler.is_compiling():
-        return length + (0 if num_pending is None else cfg.chunk_size + schedule.lag(cfg) - 1)
-    num_pending = torch.zeros(batch, dtype=torch.int64) if num_pending is None else num_pending
-    if cu_seqlens is not None:
-        length = int(cu_seqlens.diff().max())
-    num_new = torch.full((batch,), length) if num_new is None else num_new
-    if num_pending.device.type == num_new.device.type == "cpu":
-        return max(1, int((num_pending + num_new).max()))
     most_pending = cfg.chunk_size + schedule.lag(cfg) - 1
-    if num_pending.device.type == "cpu":
-        most_pending = int(num_pending.max())
-    return max(1, most_pending + (int(num_new.max()) if num_new.device.type == "cpu" else length))
+    if torch.compiler.is_compiling():
+        return length + (0 if num_pending is None else most_pending)
+    on_host = num_pending is None or num_pending.device.type == "cpu"
+    if on_host and num_new is not None:
+        return max(1, int((num_new if num_pending is None else num_pending + num_new).max()))
+    if num_new is not None:
+        length = int(num_new.max())
+    elif cu_seqlens is not None:
+        length = int(cu_seqlens.diff().max())
+    return max(1, length + (0 if num_pending is None else int(num_pending.max()) if on_host else most_pending))
 
 
 def _later(x: Tensor, device: torch.device) -> Callable[[], Tensor]:
@@ -220,57 +167,43 @@ def _later(x: Tensor, device: torch.device) -> Callable[[], Tensor]:
     return wait
 
 
-class _OfStream(torch.autograd.Function):
-    """Tokens of a call ``[n, ...]`` in streams ``[B, Q, ...]``, behind the pending ones that are ``old`` [B, p]."""
+def _bring(
+    index: Tensor, inverse: Tensor, of_pending: Array, tensors: Sequence[Tensor], pending: Sequence[Tensor],
+    wide: bool = False,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """``rows`` of kernels/left_align.py for tensors ``[B, n, ...]``; gradients take the inverse way."""
+    flat = [x.flatten(0, 1) for x in (*tensors, *pending)]
+    return _Rows.apply(index, inverse, of_pending, wide, len(tensors), *flat)
+
+
+class _Rows(torch.autograd.Function):
+    """Rows of ``number`` tensors ``[m, ...]``, and of as many that were pending, or none, by an index."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, cells: Tensor, entries: Tensor, gone: Array, shape: tuple, pending: Array, old: Array
-    ) -> Tensor:
-        ctx.save_for_backward(entries, gone, old)
-        stream = x.index_select(0, cells).view(*shape, *x.shape[1:])
-        if pending is not None:
-            begin = stream[:, : pending.shape[1]]
-            begin.copy_(torch.where(_like(old, begin), pending, begin))
-        return stream
+        ctx: Any, index: Tensor, inverse: Tensor, of_pending: Array, wide: bool, number: int, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(inverse, of_pending)
+        ctx.number, ctx.dtypes = number, [x.dtype for x in tensors]
+        ctx.set_materialize_grads(False)
+        found = moving.rows(index, tensors[:number], tensors[number:], wide)
+        ctx.mark_non_differentiable(*(x for x in found if not x.is_floating_point()))
+        return tuple(found)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        entries, gone, old = ctx.saved_tensors
-        d_pending = None
-        if old is not None:
-            begin = gradient[:, : old.shape[1]]
-            d_pending = torch.where(_like(old, begin), begin, 0)
-        return _rows_at(gradient.flatten(0, 1), entries, gone), None, None, None, None, d_pending, None
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        back: list[Tensor | None] = []
+        for inverse, first in zip(ctx.saved_tensors, range(0, len(ctx.dtypes), ctx.number)):
+            dtypes = ctx.dtypes[first : first + ctx.number]
+            asked = ctx.needs_input_grad[5 + first : 5 + first + ctx.number]
+            chosen = {i: d for i, d in enumerate(gradients) if d is not None and asked[i]}
+            found = moving.rows(inverse, [*chosen.values()], [], False) if chosen else []
+            of = dict(zip(chosen, found))
+            back += [of[i].to(dtypes[i]) if i in of else None for i in range(ctx.number)]
+        return *[None] * 5, *back
 
 
-class _OfCall(torch.autograd.Function):
-    """Of streams ``[B, Q, ...]`` what stands for the tokens of the call ``[n, ...]``, 0 for those that are ``gone``.
-
-    The gradient of pending tokens is 0, and that of masked ones any: the kernels do not look at it.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, entries: Tensor, cells: Tensor, gone: Array, old: Array) -> Tensor:
-        ctx.save_for_backward(cells, old)
-        ctx.shape = x.shape
-        return _rows_at(x.flatten(0, 1), entries, gone)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        cells, old = ctx.saved_tensors
-        stream = gradient.index_select(0, cells).view(ctx.shape)
-        if old is not None:
-            begin = stream[:, : old.shape[1]]
-            begin.masked_fill_(_like(old, begin), 0)
-        return stream, None, None, None, None
-
-
-def _rows_at(x: Tensor, index: Tensor, blank: Array) -> Tensor:
-    rows = x.index_select(0, index)
-    return rows if blank is None else rows.masked_fill_(_like(blank, rows), 0)
-
-
-def _like(flags: Tensor, x: Tensor) -> Tensor:
-    """Flags of tokens as x has them."""
-    return flags.view(*flags.shape, *[1] * (x.ndim - flags.ndim))
+def _numbers(tokens: Tokens) -> tuple[list[str], list[Tensor]]:
+    """The numbers of tokens that are present, by name."""
+    present = {name: x for name, x in tokens.present().items() if name in NUMBERS}
+    return [*present], [*present.values()]

@@ -130,7 +130,7 @@ class Launches:
             inputs: all that are in no layout; one that is absent is None.
             workspaces: of the layouts.
         """
-        device = workspaces[0].buffer.device
+        device = next(x.device for x in (*(w.buffer for w in workspaces), *inputs.values()) if x is not None)
         bases = [workspace.buffer.data_ptr() for workspace in workspaces]
         addresses: list[int | None] = []
         signature: list[Any] = [device, *(base % 16 for base in bases)]
