@@ -68,6 +68,7 @@ def apply(
         output, _, trace = apply(cfg, fresh, query, value, gate, mask, cu_seqlens, update, inplace=True)
         return output, None, trace
     validation.check_positions(cfg, state.position.tolist())
+    _check_inplace(inplace, state.memory)
     if cu_seqlens is not None:
         validation.check_cu_seqlens(cu_seqlens.tolist(), tokens.length)
     memory = _as_tables(state.memory, query)
@@ -133,6 +134,7 @@ def flush(cfg: FwPKMConfig, state: State, rows: Any = None, *, inplace: bool = F
     """Write the pending chunk of every sequence, or of ``rows``, empty it and restart the count (§5)."""
     batch, memories = validation.check_state(cfg, state, None, SELF), len(state.memory.keys)
     validation.check_positions(cfg, state.position.tolist())
+    _check_inplace(inplace, state.memory)
     chosen = row_checks.mask_of(cfg, rows, batch)
     memory, dtype = state.memory, state.memory.keys.dtype
     trace = _empty_trace(cfg, memories, (batch, 0), 1, dtype)
@@ -219,9 +221,9 @@ def concat(cfg: FwPKMConfig, states: Sequence[State]) -> State:
 
 def put(cfg: FwPKMConfig, state: State, rows: Any, other: State, *, inplace: bool = False) -> State:
     """The state with the i-th row of ``other`` at rows[i] (§5)."""
-    row_checks.check_put(cfg, state, other, None, SELF)
+    received = row_checks.check_put(cfg, state, other, SELF)
     ids = row_checks.ids_of(rows, len(state.position))
-    row_checks.check_put(cfg, state, other, len(ids), SELF)
+    row_checks.check_number(received, len(ids))
     return _put(state, ids, other, inplace)
 
 
@@ -233,7 +235,16 @@ def _put(state: State, ids: Array, other: State, inplace: bool) -> State:
         x[ids if len(x) == len(state.position) else slice(None)] = y
         return x
 
+    _check_inplace(inplace, (*state.memory, *state.pending, state.position))
     return state.map(replaced, other)
+
+
+def _check_inplace(inplace: bool, overwritten: Sequence[Array]) -> None:
+    if inplace and not all(x.flags.writeable for x in overwritten):
+        raise ValueError(
+            "inplace=True would overwrite arrays of the state that are read-only: pass copies, or inplace=False. "
+            "Received: a state with an array whose flags.writeable is False"
+        )
 
 
 def pending(cfg: FwPKMConfig, state: State) -> Array:

@@ -88,8 +88,8 @@ def check_concat(cfg: FwPKMConfig, states: Any, implementation: Implementation) 
         _check_same_dtype(f"states[{i}]", state.memory, states[0].memory)
 
 
-def check_put(cfg: FwPKMConfig, state: Any, other: Any, num_rows: int | None, implementation: Implementation) -> None:
-    """Raise unless ``other`` holds so many rows that can take the place of rows of ``state``; None is any number."""
+def check_put(cfg: FwPKMConfig, state: Any, other: Any, implementation: Implementation) -> int:
+    """The rows of ``other``, which can take the place of rows of ``state``."""
     validation.check_served(cfg, implementation)
     _refuse_shared(cfg, "put")
     validation.check_state(cfg, state, None, implementation)
@@ -97,9 +97,14 @@ def check_put(cfg: FwPKMConfig, state: Any, other: Any, num_rows: int | None, im
         received = validation.check_state(cfg, other, None, implementation)
     except ValueError as error:
         raise ValueError(f"other: {error}") from None
-    if num_rows is not None and received != num_rows:
-        raise ValueError(f"other must have a row for each of rows, {num_rows}. Received: a state of {received} rows")
     _check_same_dtype("other", other.memory, state.memory)
+    return received
+
+
+def check_number(received: int, named: int) -> None:
+    """Raise unless a ``put`` of ``received`` rows names as many."""
+    if received != named:
+        raise ValueError(f"other must have a row for each of rows, {named}. Received: a state of {received} rows")
 
 
 def _check_same_dtype(name: str, memory: Memory, wanted: Memory) -> None:

@@ -266,6 +266,28 @@ def test_inplace_is_an_error_where_autograd_needs_the_tables(call):
         function(TORCH.init_state(cfg, memory, batch_size=1))
 
 
+@pytest.mark.parametrize("call", ["apply", "flush", "reset", "put"])
+@pytest.mark.parametrize("field", ["keys", "values"])
+def test_inplace_is_an_error_where_numpy_may_not_write(call, field):
+    """Before anything is written: a table that is read-only must not leave the other one half a chunk ahead."""
+    cfg = FwPKMConfig(4, 2, 1, 4, 2, 4)
+    case = drawn(cfg, 1, 7)
+    tokens = case.tokens.present()
+    state = reference.apply(cfg, reference.init_state(cfg, case.memory, 1), **tokens)[1]
+    getattr(state.memory, field).flags.writeable = False
+    before = state.map(np.copy)
+    fresh = reference.init_state(cfg, case.memory, 1)
+    functions = {
+        "apply": lambda: reference.apply(cfg, state, **tokens, inplace=True),
+        "flush": lambda: reference.flush(cfg, state, inplace=True),
+        "reset": lambda: reference.reset(cfg, state, fresh.memory, inplace=True),
+        "put": lambda: reference.put(cfg, state, [0], fresh, inplace=True),
+    }
+    with pytest.raises(ValueError, match="inplace=True would overwrite arrays of the state that are read-only"):
+        functions[call]()
+    assert_same_bits(state, before)
+
+
 @given(cases(**SEQUENCE, untied=True, flushed=True), st.data())
 def test_a_row_that_was_reset_is_a_new_one(be, case, data):
     """And all others stay as they were; a flush of rows empties these alone."""

@@ -53,13 +53,13 @@ def concat(cfg: FwPKMConfig, states: Sequence[State]) -> State:
 
 def put(cfg: FwPKMConfig, state: State, rows: Any, other: State) -> State:
     """The state with the i-th row of ``other`` at rows[i]."""
-    row_checks.check_put(cfg, state, other, None, SELF)
+    received = row_checks.check_put(cfg, state, other, SELF)
     batch = len(state.position)
     if is_traced(rows) and rows.dtype == bool:  # how many are True is not known, so no list of them has a shape
         number = jnp.maximum(jnp.cumsum(_checked(rows, "bool", ("B", batch))) - 1, 0)
         return state.map(lambda x, y: jnp.where(outer(rows, x), y[number], x), other)
     ids = _checked(rows, "int", ("n", None)) if is_traced(rows) else row_checks.ids_of(rows, batch)
-    row_checks.check_put(cfg, state, other, len(ids), SELF)
+    row_checks.check_number(received, len(ids))
     return state.map(lambda x, y: x.at[ids].set(y), other)
 
 

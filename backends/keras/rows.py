@@ -68,7 +68,7 @@ def concat(cfg: FwPKMConfig, states: Sequence[State]) -> State:
 
 def put(cfg: FwPKMConfig, state: State, rows: Any, other: State) -> State:
     """The state with the i-th row of ``other`` at rows[i]."""
-    row_checks.check_put(cfg, state, other, None, implementation())
+    received = row_checks.check_put(cfg, state, other, implementation())
     batch = state.position.shape[0]
     if _is_traced(rows) and _is_bool(rows):  # how many are True is not known, so no list of them has a shape
         rows = _checked(rows, "bool", ("B", batch))
@@ -77,7 +77,7 @@ def put(cfg: FwPKMConfig, state: State, rows: Any, other: State) -> State:
             lambda x, y: ops.where(outer(rows, x), ops.cast(ops.take(y, number, axis=0), x.dtype), x), other
         )
     ids = _checked(rows, "int", ("n", None)) if _is_traced(rows) else row_checks.ids_of(_on_host(rows), batch)
-    row_checks.check_put(cfg, state, other, ids.shape[0], implementation())
+    row_checks.check_number(received, ids.shape[0])
     index = ops.cast(ids, "int32")[:, None]
 
     def replaced(x: Array, y: Array) -> Array:

@@ -73,9 +73,9 @@ def concat(cfg: FwPKMConfig, states: Sequence[State]) -> State:
 
 def put(cfg: FwPKMConfig, state: State, rows: Any, other: State, *, inplace: bool = False) -> State:
     """The state with the i-th row of ``other`` at rows[i]."""
-    row_checks.check_put(cfg, state, other, None, SELF)
+    received = row_checks.check_put(cfg, state, other, SELF)
     ids = torch.from_numpy(row_checks.ids_of(_on_host(rows), state.position.shape[0]))
-    row_checks.check_put(cfg, state, other, len(ids), SELF)
+    row_checks.check_number(received, len(ids))
     return _put(state, ids, other, inplace)
 
 
