@@ -1,5 +1,6 @@
 """What only JAX has: transformations, compilation, donation, and what its compiled programs hold in memory."""
 
+import dataclasses
 import functools
 import re
 
@@ -268,6 +269,8 @@ def test_many_subkeys(num_subkeys, score):
     """More than are ranked at once: proposals of a product of matrices, and a full ranking where those are unsure."""
     cfg = FwPKMConfig(8, 3, 2, num_subkeys, 3, 4, 1, score=score)
     for twist in ("plain", "equal keys", "at keys", "near keys, far out"):
+        # Equal keys move apart by rounding alone: all of their tokens read them before that.
+        cfg = dataclasses.replace(cfg, chunk_size=7 if twist == "equal keys" else 4)
         memory, tokens = many(cfg, twist, np.random.default_rng(num_subkeys))
         case = Case(cfg, 0, "float64", frozenset(), 2, 7, memory, tokens)
         assert_same_reading(cfg, read(BE, case), read(reference, case), "float64")
