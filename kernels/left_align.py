@@ -5,6 +5,7 @@ pending.
 """
 
 import functools
+import math
 from collections.abc import Sequence
 
 import torch
@@ -143,7 +144,8 @@ def rows_kernel(
 
 
 _TOLD = ("token_mask", "cu_seqlens", "num_pending", "pending_mask")
-_ROWS = tuple(f"{name}{i}" for name in ("source", "pending", "into") for i in range(_MOST_TENSORS))
+_SOURCES, _PENDING, _TARGETS = ([f"{name}{i}" for i in range(_MOST_TENSORS)] for name in ("source", "pending", "into"))
+_NO_ROWS: dict[str, Tensor | None] = dict.fromkeys((*_SOURCES, *_PENDING, *_TARGETS))
 
 
 @functools.lru_cache(1024)
@@ -168,7 +170,7 @@ def _constants(cfg: FwPKMConfig) -> dict:
 
 @functools.lru_cache(1024)
 def _rows(places: int, widths: tuple[int, ...]) -> Launches:
-    launches = Launches(inputs=("index", *_ROWS))
+    launches = Launches(inputs=("index", *_NO_ROWS))
     constants = {"ROWS": _AT_ONCE, "num_warps": 4}
     for i, width in enumerate((*widths, *[1] * (_MOST_TENSORS - len(widths)))):
         constants |= {f"WIDTH{i}": width, f"BLOCK{i}": min(512, triton.next_power_of_2(width))}
@@ -229,20 +231,26 @@ def left_over(cfg: FwPKMConfig, places: Places, flags: Tensor) -> tuple[Tensor, 
     return index, inverse, mask
 
 
-def rows(index: Tensor, sources: Sequence[Tensor], pending: Sequence[Tensor], wide: bool) -> list[Tensor]:
-    """The rows ``[n, ...]`` that an index [n] says, of up to three contiguous tensors ``[m, ...]``.
+def rows(
+    index: Tensor, sources: Sequence[Tensor], pending: Sequence[Tensor], wide: bool, batch: int, length: int
+) -> list[Tensor]:
+    """The rows that an index says ``[batch, length, ...]``, of up to three contiguous tensors ``[b, m, ...]``.
 
     Args:
-        index: int32.
+        index: int32, one for each place.
         sources: the tensors.
-        pending: as many ``[B·P, ...]``, or none: places that ask for their rows then get zeros.
+        pending: as many ``[B, P, ...]``, or none: places that ask for their rows then get zeros.
         wide: floating numbers become float32.
+        batch: of the result.
+        length: of the result.
     """
-    dtypes = [torch.float32 if wide and x.is_floating_point() else x.dtype for x in sources]
-    into = [x.new_empty(index.shape[0], *x.shape[1:], dtype=dtype) for x, dtype in zip(sources, dtypes)]
-    inputs: dict[str, Tensor | None] = {"index": index, **dict.fromkeys(_ROWS)}
-    for name, tensors in (("source", sources), ("pending", pending), ("into", into)):
-        inputs |= {f"{name}{i}": x for i, x in enumerate(tensors)}
+    inputs, into, widths = dict(_NO_ROWS, index=index), [], []
+    for x, source, target in zip(sources, _SOURCES, _TARGETS):
+        dtype = torch.float32 if wide and x.is_floating_point() else x.dtype
+        into.append(x.new_empty(batch, length, *x.shape[2:], dtype=dtype))
+        widths.append(math.prod(x.shape[2:]))
+        inputs[source], inputs[target] = x, into[-1]
+    inputs.update(zip(_PENDING, pending))
     if index.shape[0]:
-        _rows(index.shape[0], tuple(x.shape[1:].numel() for x in sources)).run(inputs)
+        _rows(index.shape[0], tuple(widths)).run(inputs)
     return into

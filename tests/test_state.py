@@ -267,6 +267,29 @@ def test_inplace_is_an_error_where_autograd_needs_the_tables(call):
 
 
 @pytest.mark.parametrize("call", ["apply", "flush", "reset", "put"])
+def test_inplace_is_an_error_outside_the_inference_mode_that_made_the_state(call):
+    """Before anything is written: torch itself would refuse the second of two tables."""
+    cfg = FwPKMConfig(4, 2, 1, 4, 2, 4)
+    case = drawn(cfg, 1, 7)
+    with torch.inference_mode():
+        memory, tokens = native(TORCH, case.memory), native(TORCH, case.tokens).present()
+        state = TORCH.apply(cfg, TORCH.init_state(cfg, memory, 1), **tokens)[1]
+    tokens = {name: x.clone() for name, x in tokens.items()}
+    before, fresh = as_numpy(TORCH, state), TORCH.init_state(cfg, native(TORCH, case.memory), 1)
+    functions = {
+        "apply": lambda: TORCH.apply(cfg, state, **tokens, inplace=True),
+        "flush": lambda: TORCH.flush(cfg, state, inplace=True),
+        "reset": lambda: TORCH.reset(cfg, state, fresh.memory, inplace=True),
+        "put": lambda: TORCH.put(cfg, state, [0], fresh, inplace=True),
+    }
+    with torch.no_grad(), pytest.raises(RuntimeError, match=r"made under torch.inference_mode\(\)"):
+        functions[call]()
+    assert_same_bits(as_numpy(TORCH, state), before)
+    with torch.inference_mode():
+        functions[call]()
+
+
+@pytest.mark.parametrize("call", ["apply", "flush", "reset", "put"])
 @pytest.mark.parametrize("field", ["keys", "values"])
 def test_inplace_is_an_error_where_numpy_may_not_write(call, field):
     """Before anything is written: a table that is read-only must not leave the other one half a chunk ahead."""

@@ -117,6 +117,14 @@ class FwPKM(keras.layers.Layer):
             options = {"dtype": dtype_of(spec.kind, dtype), "trainable": False, "autocast": False}
             self._add(f"state.{name}", spec.shape, initial, **options)
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """``call``, with ``segment_ids`` as they are before Keras makes tensors of them, which may cut them."""
+        if len(args) > 2:
+            args = (*args[:2], segments.as_ids(args[2]), *args[3:])
+        if "segment_ids" in kwargs:
+            kwargs["segment_ids"] = segments.as_ids(kwargs["segment_ids"])
+        return super().__call__(*args, **kwargs)
+
     def call(
         self,
         x: Array,
@@ -150,6 +158,9 @@ class FwPKM(keras.layers.Layer):
         self._check(x, segment_ids, initial_state)
         mask = x_mask if mask is None else mask  # Keras fills in mask where x is the only array, else x_mask
         if mask is not None:
+            mask = ops.convert_to_tensor(mask)
+            if "float" in validation.dtype_name(mask):
+                raise ValueError(f"mask must have dtype bool. Received: dtype {validation.dtype_name(mask)}")
             mask = ops.cast(mask, "bool")
             validation.check_array("mask", mask, [("B", x.shape[0]), ("T", x.shape[1])], "bool", object)
         x = native.whole_batch(x, self.batch_size) if self.stateful else x

@@ -4,6 +4,9 @@ Only a sequence of more than C + lag tokens ever reads what it wrote. So these a
 of T tokens needs at most T // (C + lag + 1), and all others read the initial memory.
 """
 
+from typing import Any
+
+import numpy as np
 from keras import ops
 
 from fwpkm import schedule
@@ -11,6 +14,26 @@ from fwpkm.backends.keras import native
 from fwpkm.config import FwPKMConfig
 from fwpkm.containers import Memory
 from fwpkm.tokens import Array, Tokens
+
+
+def as_ids(segment_ids: Any) -> Any:
+    """What a caller passed, lists as an array.
+
+    Raises:
+        ValueError: lists of unequal lengths, or ids that JAX would cut to 32 bits, which could make them equal or 0.
+    """
+    if isinstance(segment_ids, list | tuple):
+        try:
+            segment_ids = np.asarray(segment_ids)
+        except ValueError:
+            raise ValueError("segment_ids must have shape [B, T]. Received: lists of unequal lengths") from None
+    integers = isinstance(segment_ids, np.ndarray) and segment_ids.dtype.kind in "iu" and segment_ids.size
+    if integers and not -(2**31) <= segment_ids.min() <= segment_ids.max() < 2**31:
+        raise ValueError(
+            f"segment_ids must fit into int32: number the sequences of a row from 1. "
+            f"Received: ids from {segment_ids.min()} to {segment_ids.max()}"
+        )
+    return segment_ids
 
 
 def there(segment_ids: Array, mask: Array | None) -> Array:

@@ -58,7 +58,12 @@ def check_device(query: Tensor, /, **others: Any) -> None:
 
 
 def check_inplace(inplace: bool, *overwritten: Tensor) -> None:
-    """Raise a RuntimeError where autograd still needs what a call may overwrite."""
+    """Raise a RuntimeError where autograd needs what a call may overwrite, or where that was made for inference."""
+    if inplace and not torch.is_inference_mode_enabled() and any(x.is_inference() for x in overwritten):
+        raise RuntimeError(
+            "inplace=True would overwrite tensors that were made under torch.inference_mode(): call under it too, or "
+            "with inplace=False. Received: a state with inference tensors"
+        )
     if inplace and torch.is_grad_enabled() and any(x.requires_grad for x in overwritten):
         raise RuntimeError(
             "inplace=True would overwrite tensors of the state that autograd still needs: pass detach(state), or "

@@ -6,7 +6,7 @@ that a row has not completed is written by none of its tokens, as none of them m
 device, but for a position that the host keeps; and all of it can be traced, so torch.compile keeps a call in its graph.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -53,7 +53,7 @@ def apply(
 
         plan = windows.plan(cfg, 0, longest, batch, update)
         done = fast.run(cfg, plan, state.memory, rows.tokens, pair, owned, columns, inputs.query.dtype)
-    writes = (rows.places.due * update).view(state.memory.keys.shape[0], -1)[:, 0]
+    writes = (rows.places.due if update else rows.places.due * 0).view(state.memory.keys.shape[0], -1)[:, 0]
     output, slots, weights = rows.of_call(done.output, done.trace.slots, done.trace.weights)
     trace = done.trace._replace(slots=slots, weights=weights, writes=writes)
     if update:
@@ -70,21 +70,20 @@ class LeftAligned(NamedTuple):
     places: Places
     num_new: Tensor
     """``[B]``: the tokens of the call in each."""
-    shape: tuple[int, int]
+    shape: torch.Size
     """Of the call: [B, T], or packed [1, T]."""
 
-    def of_call(self, *results: Tensor) -> Iterable[Tensor]:
+    def of_call(self, *results: Tensor) -> tuple[Tensor, ...]:
         """What the streams' tokens gave ``[B, Q, ...]`` for those of the call, 0 for the masked ones."""
-        found = _bring(self.places.entries, self.places.cells, None, results, ())
-        return (x.view(*self.shape, *x.shape[1:]) for x in found)
+        return _Rows.apply(self.places.entries, self.places.cells, None, False, self.shape, len(results), *results)
 
     def left(self, cfg: FwPKMConfig, flags: Tensor) -> Tokens:
         """What is pending afterwards ``[B, P, ...]``; ``flags`` are the kernels' of the streams' tokens."""
         index, inverse, mask = moving.left_over(cfg, self.places, flags)
         names, numbers = _numbers(self.tokens)
-        found = _bring(index, inverse, None, numbers, (), wide=True)
-        pending = {name: x.view(*mask.shape, *x.shape[1:]) for name, x in zip(names, found)}
-        return Tokens(**{"gate": mask.to(torch.float32), **pending}, mask=mask)
+        found = _Rows.apply(index, inverse, None, True, mask.shape, len(numbers), *numbers)
+        pending = Tokens(**dict(zip(names, found)), mask=mask)
+        return pending if pending.gate is not None else pending._replace(gate=mask.to(torch.float32))
 
 
 def left_align(
@@ -116,9 +115,9 @@ def left_align(
         inputs = inputs._replace(gate=filled(torch.float32, inputs).gate)  # as what is pending has one
         before = _numbers(pending)[1]
     names, numbers = _numbers(inputs)
-    found = _bring(places.cells, places.entries, places.pending_entries, numbers, before, wide=pending is not None)
-    streams = {name: x.view(batch, longest, *x.shape[1:]) for name, x in zip(names, found)}
-    return LeftAligned(Tokens(**streams, mask=places.mask), places, num_new, tuple(inputs.query.shape[:2]))
+    ways = places.cells, places.entries, places.pending_entries
+    found = _Rows.apply(*ways, pending is not None, (batch, longest), len(numbers), *numbers, *before)
+    return LeftAligned(Tokens(**dict(zip(names, found)), mask=places.mask), places, num_new, inputs.query.shape[:2])
 
 
 def _num_pending(cfg: FwPKMConfig, position: Tensor) -> Tensor | None:
@@ -167,40 +166,34 @@ def _later(x: Tensor, device: torch.device) -> Callable[[], Tensor]:
     return wait
 
 
-def _bring(
-    index: Tensor, inverse: Tensor, of_pending: Array, tensors: Sequence[Tensor], pending: Sequence[Tensor],
-    wide: bool = False,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """``rows`` of kernels/left_align.py for tensors ``[B, n, ...]``; gradients take the inverse way."""
-    flat = [x.flatten(0, 1) for x in (*tensors, *pending)]
-    return _Rows.apply(index, inverse, of_pending, wide, len(tensors), *flat)
-
-
 class _Rows(torch.autograd.Function):
-    """Rows of ``number`` tensors ``[m, ...]``, and of as many that were pending, or none, by an index."""
+    """``rows`` of kernels/left_align.py, of ``number`` tensors, and of as many that were pending or none.
+
+    Gradients take the inverse ways.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, index: Tensor, inverse: Tensor, of_pending: Array, wide: bool, number: int, *tensors: Tensor
-    ) -> tuple[Tensor, ...]:
+        ctx: Any, index: Tensor, inverse: Tensor, of_pending: Array, wide: bool, shape: tuple, number: int,
+        *tensors: Tensor,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
         ctx.save_for_backward(inverse, of_pending)
-        ctx.number, ctx.dtypes = number, [x.dtype for x in tensors]
+        ctx.number, ctx.dtypes, ctx.shapes = number, [x.dtype for x in tensors], [x.shape[:2] for x in tensors]
         ctx.set_materialize_grads(False)
-        found = moving.rows(index, tensors[:number], tensors[number:], wide)
+        found = moving.rows(index, tensors[:number], tensors[number:], wide, *shape)
         ctx.mark_non_differentiable(*(x for x in found if not x.is_floating_point()))
         return tuple(found)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         back: list[Tensor | None] = []
-        for inverse, first in zip(ctx.saved_tensors, range(0, len(ctx.dtypes), ctx.number)):
-            dtypes = ctx.dtypes[first : first + ctx.number]
-            asked = ctx.needs_input_grad[5 + first : 5 + first + ctx.number]
-            chosen = {i: d for i, d in enumerate(gradients) if d is not None and asked[i]}
-            found = moving.rows(inverse, [*chosen.values()], [], False) if chosen else []
-            of = dict(zip(chosen, found))
-            back += [of[i].to(dtypes[i]) if i in of else None for i in range(ctx.number)]
-        return *[None] * 5, *back
+        for way, first in zip(ctx.saved_tensors, range(0, len(ctx.dtypes), ctx.number)):
+            asked = ctx.needs_input_grad[6 + first :]
+            chosen = {first + i: d for i, d in enumerate(gradients) if d is not None and asked[i]}
+            found = moving.rows(way, [*chosen.values()], [], False, *ctx.shapes[first]) if chosen else []
+            of = {i: d.to(ctx.dtypes[i]) for i, d in zip(chosen, found)}
+            back += [of.get(first + i) for i in range(ctx.number)]
+        return *[None] * 6, *back
 
 
 def _numbers(tokens: Tokens) -> tuple[list[str], list[Tensor]]:

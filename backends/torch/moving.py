@@ -37,14 +37,16 @@ def left_over(cfg: FwPKMConfig, places: Places, flags: Tensor) -> tuple[Tensor, 
         return left_align.left_over(cfg, places, flags)
 
 
-def rows(index: Tensor, sources: Sequence[Tensor], pending: Sequence[Tensor], wide: bool) -> list[Tensor]:
-    """The rows ``[n, ...]`` that an index [n] says, of up to three tensors ``[m, ...]``."""
+def rows(
+    index: Tensor, sources: Sequence[Tensor], pending: Sequence[Tensor], wide: bool, batch: int, length: int
+) -> list[Tensor]:
+    """The rows that an index says ``[batch, length, ...]``, of up to three tensors ``[b, m, ...]``."""
     if torch.compiler.is_compiling():
-        return torch.ops.fwpkm.rows(index, list(sources), list(pending), wide)
+        return torch.ops.fwpkm.rows(index, list(sources), list(pending), wide, batch, length)
     from fwpkm.kernels import left_align
 
     with fast.on_device_of(index):
-        return left_align.rows(index, fast.all_plain(sources), fast.all_plain(pending), wide)
+        return left_align.rows(index, fast.all_plain(sources), fast.all_plain(pending), wide, batch, length)
 
 
 @torch.library.custom_op(
@@ -80,13 +82,15 @@ def _(config, places, flags):
 
 
 @torch.library.custom_op(
-    "fwpkm::rows", mutates_args=(), schema="(Tensor index, Tensor[] sources, Tensor[] pending, bool wide) -> Tensor[]"
+    "fwpkm::rows",
+    mutates_args=(),
+    schema="(Tensor index, Tensor[] sources, Tensor[] pending, bool wide, SymInt batch, SymInt length) -> Tensor[]",
 )
-def _rows(index, sources, pending, wide):
-    return rows(index, sources, pending, wide)
+def _rows(index, sources, pending, wide, batch, length):
+    return rows(index, sources, pending, wide, batch, length)
 
 
 @_rows.register_fake
-def _(index, sources, pending, wide):
+def _(index, sources, pending, wide, batch, length):
     dtypes = [torch.float32 if wide and x.is_floating_point() else x.dtype for x in sources]
-    return [x.new_empty(index.shape[0], *x.shape[1:], dtype=dtype) for x, dtype in zip(sources, dtypes)]
+    return [x.new_empty(batch, length, *x.shape[2:], dtype=dtype) for x, dtype in zip(sources, dtypes)]

@@ -114,11 +114,11 @@ def _apply(
 ) -> tuple[Tensor, State, Trace]:
     """``fresh``: the state is one at position 0."""
     check_apply(cfg, state, inputs, cu_seqlens)
-    check_inplace(inplace, state.memory.values)
+    check_inplace(inplace, *state.memory)
     if cu_seqlens is not None:
         cu_seqlens = cu_seqlens.cpu()
         validation.check_cu_seqlens(cu_seqlens.tolist(), inputs.length)
-    if inputs.mask is not None and not maybe_any(~inputs.mask):
+    if inputs.mask is not None and inputs.mask.device.type == "cpu" and inputs.mask.all():
         inputs = inputs._replace(mask=None)
     chosen = engine.choose_engine(implementation, cfg, state.memory, inputs.query, cu_seqlens)
     on_kernels = chosen == "triton" and inputs.length > 0
@@ -179,7 +179,7 @@ def flush(
     batch = validation.check_state(cfg, state, None, SELF)
     check_device(state.pending_query, **state._asdict())
     validation.check_positions(cfg, state.position.tolist())
-    check_inplace(inplace, state.memory.values)
+    check_inplace(inplace, *state.memory)
     chosen = mask_of(cfg, rows, batch)
     memory = _as_tables(state.memory, state.pending_query)
     memories = memory.keys.shape[0]

@@ -116,6 +116,26 @@ def test_what_does_not_fit_segment_ids():
         make()(x, segment_ids=ids[:, 1:])
     with pytest.raises(ValueError, match=r"segment_ids must have an integer dtype\. Received: dtype float32"):
         make()(x, segment_ids=ids.astype("float32"))
+    for far in (2**32, -(2**31) - 1):
+        with pytest.raises(ValueError, match=rf"segment_ids must fit into int32.*Received: ids from .*{far}"):
+            make()(x, segment_ids=np.where(ids == ids[0, 0], far, 0))
+    with pytest.raises(ValueError, match=r"segment_ids must have shape \[B, T\]. Received: lists of unequal lengths"):
+        make()(x, segment_ids=[[1, 2], [1]])
+
+
+def test_segment_ids_may_be_lists_and_positional():
+    layer, x = make(), inputs(T, 2)
+    expected = numpy(layer(x, segment_ids=IDS))
+    np.testing.assert_array_equal(numpy(layer(x, segment_ids=IDS.tolist())), expected)
+    np.testing.assert_array_equal(numpy(layer(x, None, IDS.tolist())), expected)
+
+
+def test_a_mask_of_numbers_that_are_no_flags_is_refused():
+    """An additive mask, 0 where a token is there, would mean the opposite."""
+    layer, x, there = make(), inputs(T, 2), MASK[:2]
+    with pytest.raises(ValueError, match=r"mask must have dtype bool. Received: dtype float32"):
+        layer(x, mask=np.where(there, 0, -1e9).astype("float32"))
+    np.testing.assert_array_equal(numpy(layer(x, mask=there.astype("int32"))), numpy(layer(x, mask=there)))
 
 
 @pytest.mark.parametrize("options", [{}, WAIT], ids=str)
