@@ -18,7 +18,6 @@ from fwpkm.backends.torch import fast, moving, operators
 from fwpkm.backends.torch.tokens import filled
 from fwpkm.config import FwPKMConfig
 from fwpkm.containers import State, Trace
-from fwpkm.kernels.places import Places
 from fwpkm.tokens import NUMBERS, Array, Tokens
 
 
@@ -67,7 +66,8 @@ class LeftAligned(NamedTuple):
     """The streams of a call ``[B, Q]``, padded with zeros."""
 
     tokens: Tokens
-    places: Places
+    places: Any
+    """``Places`` of kernels/places.py."""
     num_new: Tensor
     """``[B]``: the tokens of the call in each."""
     shape: torch.Size

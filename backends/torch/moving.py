@@ -1,7 +1,11 @@
-"""The functions of kernels/left_align.py: called at once, or as operators of torch while a call is compiled."""
+"""The functions of kernels/left_align.py: called at once, or as operators of torch while a call is compiled.
+
+The places of a call are ``Places`` of kernels/places.py.
+"""
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,15 +13,16 @@ from torch import Tensor
 from fwpkm.backends.torch import fast
 from fwpkm.backends.torch.operators import unpacked
 from fwpkm.config import FwPKMConfig
-from fwpkm.kernels.places import Places
 
 
 def left_align(
     cfg: FwPKMConfig, query: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, num_pending: Tensor | None,
     pending_mask: Tensor | None, batch: int, longest: int,
-) -> Places:  # fmt: skip
+) -> Any:  # fmt: skip
     """The places of a call's tokens."""
     if torch.compiler.is_compiling():
+        from fwpkm.kernels.places import Places
+
         told = cfg.to_json(), query, mask, cu_seqlens, num_pending, pending_mask, batch, longest
         return Places(*torch.ops.fwpkm.left_align(*told))
     from fwpkm.kernels import left_align
@@ -26,7 +31,7 @@ def left_align(
         return left_align.left_align(cfg, query, mask, cu_seqlens, num_pending, pending_mask, batch, longest)
 
 
-def left_over(cfg: FwPKMConfig, places: Places, flags: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def left_over(cfg: FwPKMConfig, places: Any, flags: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """What is pending after a call: an index among the places ``[B·P]``, its inverse ``[B·Q]``, the mask ``[B, P]``."""
     if torch.compiler.is_compiling():
         index, inverse, mask = torch.ops.fwpkm.left_over(cfg.to_json(), list(places), flags)
@@ -71,6 +76,8 @@ def _(config, query, mask, cu_seqlens, num_pending, pending_mask, batch, longest
     "fwpkm::left_over", mutates_args=(), schema="(str config, Tensor[] places, Tensor flags) -> Tensor[]"
 )
 def _left_over(config, places, flags):
+    from fwpkm.kernels.places import Places
+
     return list(left_over(unpacked(config), Places(*places), flags))
 
 
