@@ -22,20 +22,21 @@ _FEWEST = 100
 """Tokens of the shortest of the rows that are timed."""
 
 
-def streams(numbers: range) -> Report:
+def streams(numbers: range, longest: int = 120) -> Report:
     """Ragged streams of three calls each, beside eager float32: outputs, traces, states, and gradients through all.
 
-    Every number draws one shape and its inputs, the same in every run: so none has choices that hang on rounding.
+    Every number draws one shape and its inputs, the same in every run: so none has choices that hang on rounding. A row
+    has up to ``longest`` tokens in a call.
     """
     findings = []
     for number in numbers:
-        cfg, memory, calls = _drawn(number)
+        cfg, memory, calls = _drawn(number, longest)
         received, bits = twice(partial(_read, cfg, memory, calls, "triton", number))
         findings += [bits, *compared(received, _read(cfg, memory, calls, "eager", number))]
     return Report(findings)
 
 
-def _drawn(number: int) -> tuple[FwPKMConfig, Memory, list[dict[str, Tensor]]]:
+def _drawn(number: int, longest: int) -> tuple[FwPKMConfig, Memory, list[dict[str, Tensor]]]:
     """A configuration, its tables, and the arguments of each call; masks and cu_seqlens lie on either device."""
     draw = torch.Generator().manual_seed(number)
 
@@ -53,10 +54,10 @@ def _drawn(number: int) -> tuple[FwPKMConfig, Memory, list[dict[str, Tensor]]]:
     for _ in range(_CALLS):
         rows, given = batch, {}
         if choice(True, False):
-            length = integer(1, 120)
+            length = integer(1, longest)
             given["mask"] = (torch.rand(batch, length, generator=draw) < 0.7).to(choice("cpu", DEVICE))
         else:
-            ends = [*itertools.accumulate((integer(0, 90) for _ in range(batch)), initial=0)]
+            ends = [*itertools.accumulate((integer(0, longest * 3 // 4) for _ in range(batch)), initial=0)]
             rows, length = 1, ends[-1] + 2
             given["cu_seqlens"] = torch.tensor(ends, dtype=torch.int32).to(choice("cpu", DEVICE))
         shapes = {"query": (rows, length, 32 * cfg.num_heads), "value": (rows, length, 32), "gate": (rows, length)}
@@ -97,8 +98,12 @@ def masked(workload: Workload, dtype: str, samples: int = SAMPLES) -> Samples:
 
 
 def ragged(workload: Workload, dtype: str, batch: int, samples: int = SAMPLES) -> Samples:
-    """Seconds of ``batch`` rows of 100 tokens up to all, "masked" and "packed", and of "full" rows, by step."""
-    workload = dataclasses.replace(workload, batch=batch)
+    """Seconds of ``batch`` rows of 100 tokens up to all, "masked" and "packed", and of "full" rows, by step.
+
+    Each row has a table of its own, as packed ones need.
+    """
+    own = dataclasses.replace(workload.config, memory_scope="sequence")
+    workload = dataclasses.replace(workload, config=own, batch=batch)
     fewest = min(_FEWEST, workload.length)
     lengths = torch.linspace(fewest, workload.length, batch, device=DEVICE).long()
     mask = torch.arange(workload.length, device=DEVICE) < lengths[:, None]

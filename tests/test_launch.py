@@ -13,6 +13,7 @@ from interpreter import SMALL
 
 from fwpkm import FwPKMConfig
 from fwpkm import kernels as package
+from fwpkm.kernels import left_align
 from fwpkm.kernels.key_sums import most_pieces, pieces_of
 from fwpkm.kernels.runtime import call, decoding, launch, windows
 from fwpkm.kernels.runtime.launch import Launches
@@ -145,6 +146,7 @@ def test_every_tensor_of_every_kernel_is_bound_by_its_own_name(scope: str, clip:
     )
     step = windows.Call(cfg, windows.write(4, 2), torch.float32, 2, memories, False, everything)
     lists += backward.through_values, backward.through_keys, decoding._launches(step)
+    lists += left_align._left_align(cfg, 2, 11, 11, 22), left_align._left_over(cfg, 2, 11), left_align._rows(22, (16,))
     factors, kernels = set(), set()
     for launches in lists:
         names = [name for name, *_ in launches.sources]
