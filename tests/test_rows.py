@@ -207,7 +207,7 @@ def test_positions_never_overflow(be: Any) -> None:
     call=st.sampled_from(IN_PLACE),
     turned=st.booleans(),
 )
-def test_a_state_stays_as_it_was_beside_an_in_place_call(
+def test_a_state_stays_as_it_was_beside_an_inplace_call(
     be: Any, cfg: FwPKMConfig, seed: int, derived: str, call: str, turned: bool
 ) -> None:
     """A state made of another's rows, and that other: whichever is overwritten, it reads as if it were not."""
