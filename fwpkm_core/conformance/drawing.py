@@ -172,8 +172,10 @@ def draw(strategy: st.SearchStrategy[T], seed: int | str) -> T:
     return drawn[-1]
 
 
-def drawer(seed: int, dtype: str, unit: int = 1) -> Callable[[int], Passage]:
+def drawer(seed: int, dtype: str, unit: int = 1) -> Callable[..., Passage]:
     """From a case's number to the case, whatever the number of cases: it is of shape number modulo ten.
+
+    A second argument, 1 or more, draws another case of that number.
 
     Args:
         seed: what the cases follow from.
@@ -182,7 +184,8 @@ def drawer(seed: int, dtype: str, unit: int = 1) -> Callable[[int], Passage]:
     """
     drawn: tuple[Shape, ...] = draw(shapes(unit), seed)
 
-    def passage(number: int) -> Passage:
-        return draw(passages(number, drawn[number % len(drawn)], dtype), f"{seed}/{number}")
+    def passage(number: int, attempt: int = 0) -> Passage:
+        again = f"/{attempt}" * bool(attempt)
+        return draw(passages(number, drawn[number % len(drawn)], dtype), f"{seed}/{number}{again}")
 
     return passage
