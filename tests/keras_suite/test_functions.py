@@ -47,33 +47,36 @@ def test_single_tokens(worst):  # noqa: F811
     test_vectors.test_forward("wait_mask", "keras", "float64", "single tokens", worst)
 
 
-@pytest.mark.skipif(BACKEND != "tensorflow", reason="tf.function")
-@pytest.mark.parametrize("jit_compile", [False, True])
-def test_one_graph_serves_every_batch_time_and_position(jit_compile, be):
-    """Nothing but widths is known while it is traced: outputs, states and gradients equal those of eager calls."""
-    import tensorflow
+if BACKEND == "tensorflow":  # which alone has tf.function
 
-    cfg = FwPKMConfig(4, 3, 2, 4, 2, 4, 1, boundary="wait")
+    @pytest.mark.parametrize("jit_compile", [False, True])
+    def test_one_graph_serves_every_batch_time_and_position(jit_compile, be):
+        """Nothing but widths is known while it is traced: outputs, states and gradients equal those of eager calls."""
+        import tensorflow
 
-    def run(*args):
-        *arrays, position = args
-        with tensorflow.GradientTape() as tape:
-            tape.watch(arrays)
-            keys, values, query, value, gate = arrays
-            state = be.init_state(cfg, Memory(keys, values), keras.ops.shape(query)[0])
-            output, state, trace = be.apply(cfg, state._replace(position=position), query, value, gate)
-            loss = keras.ops.sum(output**2) + keras.ops.sum(state.memory.values**2)
-        zero = tensorflow.UnconnectedGradients.ZERO  # what an eager call without a write does not depend on
-        return output, state, trace, tape.gradient(loss, arrays, unconnected_gradients=zero)
+        cfg = FwPKMConfig(4, 3, 2, 4, 2, 4, 1, boundary="wait")
 
-    memory, rng, bound = be.init_memory(cfg), np.random.default_rng(0), agreement.BOUNDS["float32"].gradient
-    unknown = [tensorflow.TensorSpec((None, None, 8)), tensorflow.TensorSpec((None, None, 3))]
-    unknown += [tensorflow.TensorSpec((None, None)), tensorflow.TensorSpec((None,), "int32")]
-    tables = [tensorflow.TensorSpec(table.shape) for table in memory]
-    graph = tensorflow.function(run, jit_compile=jit_compile, input_signature=[*tables, *unknown], autograph=False)
-    for position, *shape in ((3, 2, 11), (6, 3, 2)):
-        arrays = (rng.normal(size=(*shape, 8)), rng.normal(size=(*shape, 3)), rng.uniform(size=shape))
-        inputs = [*memory, *(be.asarray(array, "float32") for array in arrays)]
-        inputs.append(be.asarray(np.full(shape[0], position), "int32"))
-        for actual, expected in zip(keras.tree.flatten(graph(*inputs)), keras.tree.flatten(run(*inputs)), strict=True):
-            assert agreement.relative_error(be.to_numpy(actual), be.to_numpy(expected)) < bound
+        def run(*args):
+            *arrays, position = args
+            with tensorflow.GradientTape() as tape:
+                tape.watch(arrays)
+                keys, values, query, value, gate = arrays
+                state = be.init_state(cfg, Memory(keys, values), keras.ops.shape(query)[0])
+                output, state, trace = be.apply(cfg, state._replace(position=position), query, value, gate)
+                loss = keras.ops.sum(output**2) + keras.ops.sum(state.memory.values**2)
+            zero = tensorflow.UnconnectedGradients.ZERO  # what an eager call without a write does not depend on
+            return output, state, trace, tape.gradient(loss, arrays, unconnected_gradients=zero)
+
+        memory, rng, bound = be.init_memory(cfg), np.random.default_rng(0), agreement.BOUNDS["float32"].gradient
+        unknown = [tensorflow.TensorSpec((None, None, 8)), tensorflow.TensorSpec((None, None, 3))]
+        unknown += [tensorflow.TensorSpec((None, None)), tensorflow.TensorSpec((None,), "int32")]
+        tables = [tensorflow.TensorSpec(table.shape) for table in memory]
+        graph = tensorflow.function(run, jit_compile=jit_compile, input_signature=[*tables, *unknown], autograph=False)
+        for position, *shape in ((3, 2, 11), (6, 3, 2)):
+            arrays = (rng.normal(size=(*shape, 8)), rng.normal(size=(*shape, 3)), rng.uniform(size=shape))
+            inputs = [*memory, *(be.asarray(array, "float32") for array in arrays)]
+            inputs.append(be.asarray(np.full(shape[0], position), "int32"))
+            for actual, expected in zip(
+                keras.tree.flatten(graph(*inputs)), keras.tree.flatten(run(*inputs)), strict=True
+            ):
+                assert agreement.relative_error(be.to_numpy(actual), be.to_numpy(expected)) < bound
