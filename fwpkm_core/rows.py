@@ -63,6 +63,7 @@ def check_reset(cfg: FwPKMConfig, state: Any, memory: Any, implementation: Imple
     """The rows of a state, which ``memory`` can start anew: with the tables of one row, or of each."""
     batch = validation.check_state(cfg, state, None, implementation)
     validation.check_initial(cfg, memory, batch, implementation)
+    _check_same_dtype("memory", memory, state.memory)
     return batch
 
 

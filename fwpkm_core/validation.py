@@ -233,6 +233,11 @@ def check_state(cfg: FwPKMConfig, state: Any, batch_size: int | None, implementa
     specs = state_specs(cfg, batch).pending._asdict()
     for name, array in state.pending._asdict().items():
         _check_spec(f"state.pending_{name}", array, specs[name], implementation.arrays)
+        if name != "mask" and array.dtype != state.memory.keys.dtype:
+            raise ValueError(
+                f"state.pending_{name} must have the tables' dtype, {dtype_name(state.memory.keys)}; something cast it "
+                f"on the way. Received: {dtype_name(array)}"
+            )
     return batch
 
 

@@ -138,6 +138,8 @@ def wrong_calls():
     yield "put", "other", _wider(_state(1)), "other must have tables of dtype float32"
     yield "concat", "states", [_state(B), _wider(_state(1))], "states[1] must have tables of dtype float32"
     yield "reset", "memory", _memory(3), "memory must hold 1 or 2 tables"
+    wide = Memory(*(table.astype(np.float64) for table in _memory(1)))
+    yield "reset", "memory", wide, "memory must have tables of dtype float32"
     for words, memory in wrong_memories():
         yield "reset", "memory", memory, words
     for function in ("concat", "put"):
@@ -190,6 +192,13 @@ def wrong_states():
         yield f"state.{name}", good._replace(**{name: array[0]})
         yield f"state.{name}", good._replace(**{name: array.astype("int64" if name != "pending_mask" else "uint8")})
         yield f"state.{name}", good._replace(**{name: "a text"})
+    for name in ("query", "value", "gate"):  # the tables are float32
+        array = getattr(good, f"pending_{name}")
+        for dtype in (np.float16, np.float64):
+            yield (
+                f"state.pending_{name} must have the tables' dtype",
+                good._replace(**{f"pending_{name}": array.astype(dtype)}),
+            )
     yield "", good._replace(position=np.zeros(B + 1, np.int32))  # which of them is wrong, nobody can say
     for words, memory in wrong_memories():
         yield words, good._replace(memory=memory)

@@ -96,6 +96,16 @@ def test_one_compilation_serves_all_packings(cfg, masked):
     assert traced == [80]
 
 
+def test_a_traced_cu_seqlens_that_falls_moves_no_clock_back():
+    """It is not legal, and where it is traced nobody can say so."""
+    tokens = drawn(DROP, 1, 12)[1]
+    state = spread(DROP, drawn(DROP, 3, 1)[0])
+    tokens = native(BE, tokens._replace(mask=None))
+    call = jax.jit(lambda state, ends: BE.apply(DROP, state, *tokens, ends)[1].position)
+    after = call(native(BE, state), jnp.asarray([0, 8, 3, 12], jnp.int32))
+    assert (np.asarray(after) >= state.position).all()
+
+
 @pytest.mark.parametrize("cfg", [WAIT, DROP], ids=["wait", "drop"])
 def test_a_packed_call_and_a_padded_one_have_the_same_gradients(cfg):
     """Of the same sequences; the one goes a row at a time, the other all rows together."""

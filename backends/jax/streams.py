@@ -177,7 +177,7 @@ def streams_of(
         new_tokens = put(jnp.zeros_like(at), jnp.where(there, up_to - 1, plan.new), at, mode="drop")
         ends = gather(jnp.append(jnp.int32(0), up_to), jnp.asarray(ends))
     first_new = jnp.asarray(ends[:-1])
-    lengths = num_pending + ends[1:] - first_new
+    lengths = num_pending + jnp.maximum(ends[1:] - first_new, 0)  # a traced cu_seqlens that falls moves no clock back
     if due is None:
         due = schedule.written(cfg, lengths) if plan.writes else jnp.zeros_like(lengths)
     last = due if plan.packed else due.max()
