@@ -173,7 +173,10 @@ class FwPKMConfig(_Text):
         Raises:
             ValueError: not a JSON object, an unknown field, or a field that breaks its rule.
         """
-        fields: Any = json.loads(text)
+        try:
+            fields: Any = json.loads(text.removeprefix("\ufeff"))
+        except RecursionError:
+            raise ValueError("a config must be a JSON object of plain fields. Received: one nested too deep") from None
         names = [field.name for field in dataclasses.fields(cls)]
         unknown = sorted(fields.keys() - set(names)) if isinstance(fields, dict) else fields
         if unknown or not isinstance(fields, dict):

@@ -214,10 +214,14 @@ def test_json_round_trip(cfg: FwPKMConfig) -> None:
     assert list(json.loads(cfg.to_json())) == list(DEFAULTS)
 
 
-@pytest.mark.parametrize("text", ["", "{", "null", "3", "[]", '"drop"'])
+@pytest.mark.parametrize("text", ["", "{", "null", "3", "[]", '"drop"', "[" * 100_000, '{"top_k": ' + "[" * 100_000])
 def test_json_of_something_else_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"Received|Expecting"):
         FwPKMConfig.from_json(text)
+
+
+def test_json_may_begin_with_a_byte_order_mark() -> None:
+    assert FwPKMConfig.from_json("\ufeff" + FwPKMConfig(top_k=3).to_json()) == FwPKMConfig(top_k=3)
 
 
 @pytest.mark.parametrize("field", DEFAULTS)
