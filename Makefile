@@ -10,11 +10,11 @@ demo: $(VENV)/.demo
 	$(BIN)/fwpkm demo $(ARGS)
 
 test: $(VENV)/.test
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # The core of every surface, in about two minutes on two cores: while you work. `make test` decides.
 test-quick: $(VENV)/.test
-	HYPOTHESIS_PROFILE=quick OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile -m quick $(ARGS)
+	HYPOTHESIS_PROFILE=quick OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder -m quick $(ARGS)
 	KERAS_BACKEND=torch $(BIN)/pytest -q tests/keras_suite/test_refusals.py tests/keras_suite/test_functions.py
 
 lint: $(VENV)/.test

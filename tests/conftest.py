@@ -47,6 +47,9 @@ QUICK = {
 }
 """What ``make test-quick`` runs: by file, without test_ and .py, a pattern of its tests."""
 
+LONGEST = ("keras", "vectors", "jax", "jax_layer", "jax_rows", "compiled", "operators", "kernels", "gpu_benchmark")
+"""Files of many minutes. They come first, so that no core works on one of them while the others have nothing left."""
+
 BACKENDS = ("numpy", "torch", "jax")
 EAGER = ("numpy", "torch")
 """Those that take a new configuration as it comes. JAX compiles for seconds, so it has test_compiled.py and test_jax.py
@@ -73,7 +76,9 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
-    """Mark the tests of ``QUICK``."""
+    """Mark the tests of ``QUICK``, and begin with those of ``LONGEST``."""
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem.removeprefix("test_"), len(order)))
     for item in items:
         pattern = QUICK.get(item.path.stem.removeprefix("test_"))
         if pattern is not None and re.search(pattern, item.name):
