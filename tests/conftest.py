@@ -47,8 +47,11 @@ QUICK = {
 }
 """What ``make test-quick`` runs: by file, without test_ and .py, a pattern of its tests."""
 
-LONGEST = ("keras", "vectors", "jax", "jax_layer", "jax_rows", "compiled", "operators", "kernels", "gpu_benchmark")
-"""Files of many minutes. They come first, so that no core works on one of them while the others have nothing left."""
+LONGEST = (
+    *("keras", "operators", "vectors", "kernels", "language_model_commands", "examples", "demo", "conform", "compiled"),
+    *("gpu_benchmark", "portability", "state", "mutants", "jax_rows", "jax", "jax_layer"),
+)
+"""Files of minutes, in order. They come first, so that no core works on one while the others have nothing left."""
 
 BACKENDS = ("numpy", "torch", "jax")
 EAGER = ("numpy", "torch")
