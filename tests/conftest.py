@@ -37,9 +37,10 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default")
 QUICK = {
     **dict.fromkeys(("house", "rules", "config", "schedule", "refusals", "engine", "agreement", "files", "cli"), ""),
     "imports": "core|shares|kernels|backend_imports|shipped",
-    "vectors": r"\[(numpy|torch|jax)-float64-one call-(base|wait_mask)\]|\[torch-float64-one call-dot_heads\]",
+    "vectors": r"forward\[(base|wait_mask)-(numpy|torch)-float64-one call\]|forward\[wait_mask-jax-float64-one call\]|"
+    r"gradients\[torch-float64-one call-(base|wait_mask|dot_heads)\]|gradients\[jax-float64-one call-base\]",
     **dict.fromkeys(("lookup", "chunk_update", "stream", "state", "finite", "gradients", "precision"), "torch"),
-    "layer": "",
+    "layer": "test_(?!compile)",
     "launch": "",
     "conform": "noticed",
     "mutants": r"\[0-(lookahead off by one|temperature ignored)\]",
