@@ -26,7 +26,7 @@ def drawn(cfg, batch, length, seed=0):
     return case.memory, case.tokens
 
 
-def spread(cfg, memory, seed=1):
+def begun_state(cfg, memory, seed=1):
     """A state of the reference whose rows stand at different places of their chunks."""
     batch = len(memory.keys)
     tokens = drawn(cfg, batch, 4 * cfg.chunk_size, seed)[1]
@@ -57,7 +57,7 @@ def test_one_compilation_serves_all_positions_and_masks(cfg):
 
     memory, tokens = drawn(cfg, 5, 2 * cfg.chunk_size + 3)
     for seed in range(4):
-        state, mask = spread(cfg, memory, seed), np.random.default_rng(seed).uniform(size=tokens.mask.shape) < 0.7
+        state, mask = begun_state(cfg, memory, seed), np.random.default_rng(seed).uniform(size=tokens.mask.shape) < 0.7
         mask[seed] = False
         far = 3 * cfg.chunk_size * (state.position >= 6)
         state = state._replace(position=(state.position + far).astype(np.int32))
@@ -81,7 +81,7 @@ def test_one_compilation_serves_all_packings(cfg, masked):
     memory, _ = drawn(cfg, 64, 1)
     tokens = drawn(cfg, 1, 80)[1]
     tokens = tokens if masked else tokens._replace(mask=None)
-    rng, state = np.random.default_rng(0), spread(cfg, memory)
+    rng, state = np.random.default_rng(0), begun_state(cfg, memory)
     sizes = [
         np.ones(64, int),
         np.eye(64, dtype=int)[9] * 70,
@@ -99,7 +99,7 @@ def test_one_compilation_serves_all_packings(cfg, masked):
 def test_a_traced_cu_seqlens_that_falls_moves_no_clock_back():
     """It is not legal, and where it is traced nobody can say so."""
     tokens = drawn(DROP, 1, 12)[1]
-    state = spread(DROP, drawn(DROP, 3, 1)[0])
+    state = begun_state(DROP, drawn(DROP, 3, 1)[0])
     tokens = native(BE, tokens._replace(mask=None))
     call = jax.jit(lambda state, ends: BE.apply(DROP, state, *tokens, ends)[1].position)
     after = call(native(BE, state), jnp.asarray([0, 8, 3, 12], jnp.int32))
@@ -115,7 +115,7 @@ def test_a_packed_call_and_a_padded_one_have_the_same_gradients(cfg):
     padded = tokens._replace(mask=there & tokens.mask)
     packed, ends = tokens.map(lambda x: x[there][None]), np.cumsum([0, *sizes]).astype(np.int32)
     weights = np.random.default_rng(3).normal(size=(5, length, cfg.value_dim))
-    start = spread(cfg, memory)
+    start = begun_state(cfg, memory)
 
     def gradient(tokens, weights, *cu_seqlens):
         def loss(numbers, state):
@@ -140,7 +140,7 @@ def test_a_packed_call_and_a_padded_one_have_the_same_gradients(cfg):
 
 def test_vmap_over_packings_equals_a_loop():
     memory, tokens = drawn(WAIT, 3, 1)[0], drawn(WAIT, 1, 12)[1]
-    state, tokens = native(BE, spread(WAIT, memory)), native(BE, tokens)
+    state, tokens = native(BE, begun_state(WAIT, memory)), native(BE, tokens)
     ends = jnp.asarray([[0, 5, 5, 12], [0, 1, 11, 11], [0, 0, 2, 9]], jnp.int32)
 
     def call(cu_seqlens):
@@ -155,7 +155,7 @@ def test_vmap_over_packings_equals_a_loop():
 def test_rows_may_be_traced():
     """Of a flush, a reset, a select and a put."""
     memory, other = drawn(WAIT, 4, 1)[0], drawn(WAIT, 2, 1, seed=5)[0]
-    state = spread(WAIT, memory)
+    state = begun_state(WAIT, memory)
     here, fresh = native(BE, state), native(BE, Memory(*(x[:1] for x in other)))
     chosen, ids = np.array([True, False, True, False]), np.array([3, 0], np.int32)
     joined = BE.init_state(WAIT, native(BE, other), 2)
@@ -255,13 +255,13 @@ def test_a_packed_call_rewrites_donated_tables_where_they_lie():
 )
 def test_traced_rows_of_wrong_shapes_are_refused(call, rows):
     """Their values are not known, their shapes and dtypes are."""
-    state = native(BE, spread(DROP, drawn(DROP, 2, 1)[0]))
+    state = native(BE, begun_state(DROP, drawn(DROP, 2, 1)[0]))
     with pytest.raises(ValueError, match="rows"):
         jax.jit(call)(state, rows)
 
 
 def test_put_takes_traced_flags():
-    state = native(BE, spread(DROP, drawn(DROP, 3, 1)[0]))
+    state = native(BE, begun_state(DROP, drawn(DROP, 3, 1)[0]))
     other = BE.select(DROP, state, [2, 0])
     flags = jnp.array([True, False, True])
     received = jax.jit(functools.partial(BE.put, DROP))(state, flags, other)
