@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+from interpreter import same_or_close
 
 from fwpkm import FwPKMConfig
 from fwpkm.backends import torch as be
 from fwpkm.backends.torch.flat import flatten
+from fwpkm.backends.torch.left_aligned import rounded
 from fwpkm.containers import State
+from fwpkm.kernels.runtime import windows
 
 CFG = FwPKMConfig(key_dim=4, value_dim=3, num_subkeys=4, top_k=2, chunk_size=3)
 
@@ -106,3 +109,29 @@ def test_a_memory_in_place_of_a_state_is_left_as_it_was() -> None:
         assert torch.equal(output, expected)
         assert torch.equal(trace.memorization, record.memorization)
         assert torch.equal(memory.values, before)
+
+
+def test_lengths_are_rounded_to_few_and_by_little() -> None:
+    found = [rounded(length) for length in range(1, 8193)]
+    assert all(length <= r <= length * 33 / 32 and rounded(r) == r for length, r in enumerate(found, 1))
+    assert found[:64] == list(range(1, 65))
+    assert len({r for r in found if 4096 < r <= 8192}) == 32
+    assert rounded(0) == 1
+
+
+def test_masked_rows_of_ever_new_lengths_have_few_plans(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each plan's launches are listed once, which takes the host longer than the kernels take."""
+    planned: list[tuple] = []
+    real = windows.plan
+    monkeypatch.setattr(windows, "plan", lambda *told: planned.append(told) or real(*told))
+    cfg = FwPKMConfig(key_dim=16, value_dim=16, num_subkeys=4, top_k=2, chunk_size=80)
+    memory = be.init_memory(cfg)
+    query, value = torch.rand(1, 70, 16), torch.rand(1, 70, 16)
+    for live in (65, 66):
+        mask = torch.arange(70)[None] < live
+        out = be.apply(cfg, memory, query, value, mask=mask, implementation="triton")[0]
+        alone = be.apply(cfg, memory, query[:, :live], value[:, :live], implementation="eager")[0]
+        same_or_close(out[:, :live], alone)
+        assert not out[:, live:].any()
+    assert len(planned) == 2
+    assert len(set(planned)) == 1

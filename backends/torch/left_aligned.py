@@ -138,18 +138,26 @@ def _num_new(cfg: FwPKMConfig, inputs: Tokens, cu_seqlens: Array, batch: int) ->
 
 
 def _longest(cfg: FwPKMConfig, num_pending: Array, num_new: Array, length: int, cu_seqlens: Array) -> int:
-    """Q: the length of the longest stream, or as long as it can be where the host does not know."""
+    """Q: the length of the longest stream, or as long as it can be where the host does not know; then ``rounded``."""
     most_pending = cfg.chunk_size + schedule.lag(cfg) - 1
     if torch.compiler.is_compiling():
         return length + (0 if num_pending is None else most_pending)
     on_host = num_pending is None or num_pending.device.type == "cpu"
     if on_host and num_new is not None:
-        return max(1, int((num_new if num_pending is None else num_pending + num_new).max()))
+        return rounded(int((num_new if num_pending is None else num_pending + num_new).max()))
     if num_new is not None:
         length = int(num_new.max())
     elif cu_seqlens is not None:
         length = int(cu_seqlens.diff().max())
-    return max(1, length + (0 if num_pending is None else int(num_pending.max()) if on_host else most_pending))
+    return rounded(length + (0 if num_pending is None else int(num_pending.max()) if on_host else most_pending))
+
+
+def rounded(length: int) -> int:
+    """Up to six significant bits, and at least 1: masks and positions give ever new lengths, and each length that the
+    kernels meet has its launches listed anew, which takes longer than so many more tokens (at most one in 32).
+    """
+    step = 1 << max(0, length.bit_length() - 6)
+    return max(1, -(-length // step) * step)
 
 
 def _later(x: Tensor, device: torch.device) -> Callable[[], Tensor]:
