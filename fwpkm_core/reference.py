@@ -62,7 +62,7 @@ def apply(
 ) -> tuple[Array, Any, Trace]:
     """Read T tokens and write every chunk that they complete (§5)."""
     tokens = Tokens(query, value, gate, mask)
-    batch = validation.check_apply(cfg, state, tokens, cu_seqlens, SELF)
+    batch = validation.check_apply(cfg, state, tokens, cu_seqlens, update, SELF)
     if isinstance(state, Memory):
         fresh = init_state(cfg, state, batch)
         output, _, trace = apply(cfg, fresh, query, value, gate, mask, cu_seqlens, update, inplace=True)
@@ -240,6 +240,7 @@ def _put(state: State, ids: Array, other: State, inplace: bool) -> State:
 
 
 def _check_inplace(inplace: bool, overwritten: Sequence[Array]) -> None:
+    validation.check_flag("inplace", inplace)
     if inplace and not all(x.flags.writeable for x in overwritten):
         raise ValueError(
             "inplace=True would overwrite arrays of the state that are read-only: pass copies, or inplace=False. "
@@ -255,6 +256,7 @@ def pending(cfg: FwPKMConfig, state: State) -> Array:
 
 def nbytes(state: State) -> int:
     """The bytes that a state takes, those of a table that rows share counted once (§5)."""
+    validation.check_is_state(state)
     arrays = (*state.memory, *state.pending, state.position)
     return sum(x.itemsize * math.prod(n for n, stride in zip(x.shape, x.strides) if stride) for x in arrays if x.size)
 

@@ -100,12 +100,16 @@ def check_count(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be an integer of at least 1. Received: {name}={value!r}")
 
 
-def layer_config(hidden_size: Any, config: Any, value_norm: Any, config_fields: dict[str, Any]) -> FwPKMConfig:
+def layer_config(
+    hidden_size: Any, config: Any, value_norm: Any, config_fields: dict[str, Any], **flags: Any
+) -> FwPKMConfig:
     """The configuration of a layer's memory: ``config``, or the defaults, with ``config_fields`` replaced (§7).
 
     Raises:
-        ValueError: a field, the width or the norm of a layer breaks its rule.
+        ValueError: a field, the width, the norm or one of the ``flags`` of a layer breaks its rule.
     """
+    for name, flag in flags.items():
+        check_flag(name, flag)
     config = FwPKMConfig() if config is None else config
     check_config(config)
     unknown = sorted(config_fields.keys() - {field.name for field in dataclasses.fields(FwPKMConfig)})
@@ -171,12 +175,21 @@ def check_chunk(cfg: FwPKMConfig, memory: Any, chunk: Tokens, pair: Any, impleme
         check_array("pair", pair, axes, "bool", implementation.arrays)
 
 
-def check_apply(cfg: FwPKMConfig, state: Any, tokens: Tokens, cu_seqlens: Any, implementation: Implementation) -> Any:
+def check_flag(name: str, flag: Any) -> None:
+    """Raise unless a switch is True or False: "no" would be taken for True, and a traced one is never known."""
+    if not isinstance(flag, (bool, np.bool_)):
+        raise ValueError(f"{name} must be True or False. Received: {flag!r}")
+
+
+def check_apply(
+    cfg: FwPKMConfig, state: Any, tokens: Tokens, cu_seqlens: Any, update: Any, implementation: Implementation
+) -> Any:
     """Raise unless the arguments of ``apply`` fit each other. Returns B, the rows of the state that they make.
 
     B is None where a TensorFlow graph does not know it yet.
     """
     check_served(cfg, implementation)
+    check_flag("update", update)
     _check_served_tokens(tokens, "", implementation)
     _check_query(cfg, tokens.query, "T", implementation.arrays)
     _check_tokens(cfg, tokens, "T", implementation.arrays)

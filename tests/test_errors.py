@@ -14,6 +14,7 @@ from fwpkm.conformance.running import as_numpy, native
 B, T = 2, 3
 CFG = FwPKMConfig(key_dim=4, value_dim=3, num_heads=2, num_subkeys=4, top_k=2, chunk_size=4, lookahead=1)
 SHARED = dataclasses.replace(CFG, memory_scope="batch")
+NO_FLAGS = ["no", 1, 0, None, [True, False]]
 NOT_ARRAYS = ["a text", 1.5, [[[0.0] * 8] * 3] * 2, object]
 
 
@@ -37,6 +38,7 @@ def arguments(function):
         "concat": {"cfg": CFG, "states": [state, _state(1)]},
         "put": {"cfg": CFG, "state": state, "rows": [1], "other": _state(1)},
         "pending": {"cfg": CFG, "state": state},
+        "nbytes": {"state": state},
         "init_memory": {"cfg": CFG, "memories": 1, "seed": 0},
     }[function]
 
@@ -109,6 +111,8 @@ def wrong_calls():
         for words, state in wrong_states():
             yield function, "state", state, words
     yield "apply", "state", _state(3), "B"
+    yield from (("apply", "update", flag, "update must be True or False") for flag in NO_FLAGS)
+    yield from (("nbytes", "state", bad, "state must be a fwpkm.State") for bad in (_memory(B), None, "a text"))
     for function in ("lookup", "chunk_update", "init_state"):
         for words, memory in wrong_memories():
             yield function, "memory", memory, words
@@ -234,7 +238,7 @@ def plain(text):
 
 
 CHECKED = ("apply", "flush", "lookup", "chunk_update", "init_state", "init_memory")
-OF_ROWS = ("reset", "select", "concat", "put", "pending")
+OF_ROWS = ("reset", "select", "concat", "put", "pending", "nbytes")
 
 
 @pytest.mark.parametrize("function", [*CHECKED, *OF_ROWS])
@@ -253,6 +257,14 @@ def test_a_bad_argument_is_named(be, function, argument, bad, words):
     assert words in text.partition("Received: ")[0]
     assert text.partition("Received: ")[2]
     assert plain(text) == plain(message(reference, function, given))
+
+
+@pytest.mark.eager
+@pytest.mark.parametrize("function", ["apply", "flush", "reset", "put"])
+def test_in_place_is_true_or_false(be, function):
+    for flag in NO_FLAGS:
+        text = message(be, function, arguments(function) | {"inplace": flag})
+        assert text == f"inplace must be True or False. Received: {flag!r}"
 
 
 @pytest.mark.parametrize(("words", "given"), list(wrong_packing()))

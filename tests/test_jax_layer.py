@@ -157,6 +157,8 @@ def test_a_float64_layer_has_float64_tables():
         ({"value_norm": "layer"}, "value_norm must be 'zscore' or None. Received: value_norm='layer'"),
         ({"value_dim": 1}, "value_dim must be at least 2"),
         ({"top_k": 9}, "top_k must be at most num_subkeys"),
+        ({"gated": "no"}, "gated must be True or False. Received: 'no'"),
+        ({"learn_memory": 1}, "learn_memory must be True or False. Received: 1"),
         ({"config": 3}, "cfg must be an FwPKMConfig. Received: int"),
     ],
 )
@@ -182,6 +184,8 @@ def test_wrong_inputs_are_named():
         ((variables, x, backend.init_state(layer.config, backend.init_memory(layer.config), 3)), "B=2"),
         ((variables, x, None, jnp.ones((1, 3), bool)), r"mask must have shape \[B=2, T=3\]"),
         ((variables, x, None, jnp.ones((2, 3))), "mask must have dtype bool"),
+        ((variables, x, None, None, None, "no"), "update must be True or False"),
+        ((variables, x, None, None, None, True, 0), "return_state must be True or False"),
         ((replaced("bias", lambda a: a[:1]), x), r"query_proj.bias of the variables must have shape \(16,\)"),
         ((replaced("weight", lambda a: a.astype(int)), x), "query_proj.weight of the variables must have shape"),
     ):

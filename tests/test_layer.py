@@ -374,6 +374,8 @@ def test_printing_shows_the_configuration():
         ({"value_norm": "batch"}, "value_norm must be 'zscore' or None. Received: value_norm='batch'"),
         ({"value_dim": 1}, "value_dim must be at least 2"),
         ({"key_dim": 3}, "key_dim must be even"),
+        ({"gated": "no"}, "gated must be True or False. Received: 'no'"),
+        ({"learn_memory": 1}, "learn_memory must be True or False. Received: 1"),
         ({"config": {"key_dim": 4}}, "cfg must be an FwPKMConfig. Received: dict"),
     ],
 )
@@ -394,6 +396,16 @@ def test_wrong_arguments(arguments, message):
 def test_wrong_inputs(x, message):
     with pytest.raises(ValueError, match=message):
         make(torch.float32)(x)
+
+
+@pytest.mark.parametrize("flag", ["update", "return_state", "inplace"])
+def test_a_switch_of_a_call_is_true_or_false(flag):
+    layer, x = make(torch.float32), torch.ones(2, 3, 6)
+    with pytest.raises(ValueError, match=rf"{flag} must be True or False\. Received: 'no'"):
+        layer(x, layer.init_state(2), **{flag: "no"})
+    if flag != "inplace":  # of no use without a state
+        with pytest.raises(ValueError, match=rf"{flag} must be True or False\. Received: 'no'"):
+            layer(x, **{flag: "no"})
 
 
 @pytest.mark.parametrize("nonfinite", [False, True])

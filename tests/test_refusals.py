@@ -42,7 +42,7 @@ def test_a_token_field_that_is_not_served_must_be_left_out(pending):
     state = reference.init_state(cfg, reference.init_memory(cfg), 1)
     if pending:
         state = reference.apply(cfg, state, query, value, gate)[1]
-    validation.check_apply(cfg, state, Tokens(query, value, gate), None, reference.SELF)
+    validation.check_apply(cfg, state, Tokens(query, value, gate), None, True, reference.SELF)
     tokens = Tokens(query, value, None if pending else gate)
     with pytest.raises(ValueError, match=r"gate must be left out: the NumPy reference does not serve it"):
-        validation.check_apply(cfg, state, tokens, None, gateless)
+        validation.check_apply(cfg, state, tokens, None, True, gateless)

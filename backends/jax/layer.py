@@ -54,7 +54,9 @@ class FwPKM:
         **config_fields: Any,
     ):
         """Check the arguments; nothing is drawn before :meth:`init`."""
-        self.config = validation.layer_config(hidden_size, config, value_norm, config_fields)
+        self.config = validation.layer_config(
+            hidden_size, config, value_norm, config_fields, gated=gated, learn_memory=learn_memory
+        )
         self.hidden_size, self.gated = hidden_size, gated
         self.value_norm, self.learn_memory = value_norm, learn_memory
 
@@ -130,6 +132,7 @@ class FwPKM:
         Raises:
             ValueError: an argument does not fit; names it, what was expected and what was received.
         """
+        validation.check_flag("return_state", return_state)
         validation.check_array("x", x, [("B", None), ("T", None), ("hidden_size", self.hidden_size)], "float", Array)
         if mask is not None:
             validation.check_array("mask", mask, [("B", x.shape[0]), ("T", x.shape[1])], "bool", Array)

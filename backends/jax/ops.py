@@ -48,7 +48,7 @@ def apply(
     arrays.
     """
     tokens = Tokens(query, value, gate, mask)
-    batch = validation.check_apply(cfg, state, tokens, cu_seqlens, SELF)
+    batch = validation.check_apply(cfg, state, tokens, cu_seqlens, update, SELF)
     ends = _known(cu_seqlens)
     if ends is not None:
         validation.check_cu_seqlens(ends.tolist(), tokens.length)

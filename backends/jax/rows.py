@@ -71,6 +71,7 @@ def pending(cfg: FwPKMConfig, state: State) -> Array:
 
 def nbytes(state: State) -> int:
     """The bytes that a state takes."""
+    validation.check_is_state(state)
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
 
 

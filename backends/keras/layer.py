@@ -66,7 +66,10 @@ class FwPKM(keras.layers.Layer):
         """See the class."""
         # autocast would round the tables of a passed state, and of weights that allow it: the layer casts for itself.
         super().__init__(trainable=trainable, dtype=dtype, name=name, autocast=False)
-        self._config = validation.layer_config(1, None, value_norm, config_fields)  # the width comes with build
+        self._config = validation.layer_config(  # the width comes with build
+            1, None, value_norm, config_fields,
+            gated=gated, learn_memory=learn_memory, return_state=return_state, stateful=stateful,
+        )  # fmt: skip
         validation.check_served(self._config, SELF)
         if learn_memory and stateful:
             raise ValueError(
@@ -155,6 +158,7 @@ class FwPKM(keras.layers.Layer):
         Raises:
             ValueError: an argument does not fit; names it, what was expected and what was received.
         """
+        validation.check_flag("update", update)
         self._check(x, segment_ids, initial_state)
         mask = x_mask if mask is None else mask  # Keras fills in mask where x is the only array, else x_mask
         if mask is not None:

@@ -58,7 +58,7 @@ def apply(
 ) -> tuple[Array, State | None, Trace]:
     """Read T tokens and write every chunk that they complete (SPEC.md §5)."""
     inputs = Tokens(query, value, gate=gate, mask=mask)
-    validation.check_apply(cfg, state, inputs, cu_seqlens, implementation())
+    validation.check_apply(cfg, state, inputs, cu_seqlens, update, implementation())
     if isinstance(state, Memory):
         state = init_state(cfg, state, ops.shape(query)[0] if cu_seqlens is None else ops.shape(cu_seqlens)[0] - 1)
         output, _, trace = apply(cfg, state, query, value, gate, mask, cu_seqlens, update)

@@ -96,6 +96,7 @@ def pending(cfg: FwPKMConfig, state: State) -> Array:
 
 def nbytes(state: State) -> int:
     """The bytes that a state takes."""
+    validation.check_is_state(state)
     arrays = (*state.memory, *state.pending, state.position)
     return sum(math.prod(x.shape) * _itemsize(x) for x in arrays)
 

@@ -16,16 +16,17 @@ _MOST_SIGNATURES = 1000
 _COUNTING = ("position", "mask", "cu_seqlens")
 
 
-def check_apply(cfg: FwPKMConfig, state: State, inputs: Tokens, cu_seqlens: Any = None) -> None:
+def check_apply(cfg: FwPKMConfig, state: State, inputs: Tokens, cu_seqlens: Any, update: Any) -> None:
     """Check the arguments of ``apply``, of one signature once: that takes longer than some kernels.
 
     Raises:
         ValueError: an argument does not fit; names it, what was expected and what was received.
     """
+    validation.check_flag("update", update)
     signature = None if cu_seqlens is not None else _signature_of(cfg, state, inputs)
     if signature is not None and signature in _FITTING:
         return
-    validation.check_apply(cfg, state, inputs, cu_seqlens, SELF)
+    validation.check_apply(cfg, state, inputs, cu_seqlens, update, SELF)
     check_device(inputs.query, **inputs._asdict(), **state._asdict(), cu_seqlens=cu_seqlens)
     if len(_FITTING) > _MOST_SIGNATURES:
         _FITTING.clear()
@@ -59,6 +60,7 @@ def check_device(query: Tensor, /, **others: Any) -> None:
 
 def check_inplace(inplace: bool, *overwritten: Tensor) -> None:
     """Raise a RuntimeError where autograd needs what a call may overwrite, or where that was made for inference."""
+    validation.check_flag("inplace", inplace)
     if inplace and not torch.is_inference_mode_enabled() and any(x.is_inference() for x in overwritten):
         raise RuntimeError(
             "inplace=True would overwrite tensors that were made under torch.inference_mode(): call under it too, or "

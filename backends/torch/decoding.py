@@ -79,6 +79,6 @@ def decode(
 
 
 def _check_decode(cfg: FwPKMConfig, state: State, tokens: Tokens) -> None:
-    validation.check_apply(cfg, state, tokens, None, SELF)
+    validation.check_apply(cfg, state, tokens, None, True, SELF)
     ops.check_device(tokens.query, **tokens.present(), **state._asdict())
     fast.check_decoding(state, tokens.query)

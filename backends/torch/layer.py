@@ -123,7 +123,9 @@ class FwPKM(nn.Module):
     ):
         """Build the projections and draw all weights."""
         super().__init__()
-        config = validation.layer_config(hidden_size, config, value_norm, config_fields)
+        config = validation.layer_config(
+            hidden_size, config, value_norm, config_fields, gated=gated, learn_memory=learn_memory
+        )
         self.hidden_size, self.config, self.gated = hidden_size, config, gated
         self.value_normalization = value_norm
         self.learn_memory = learn_memory
@@ -181,6 +183,7 @@ class FwPKM(nn.Module):
             ValueError: an argument does not fit; names it, what was expected and what was received.
             RuntimeError: ``inplace`` on a table that autograd still needs.
         """
+        validation.check_flag("return_state", return_state)
         tokens, dtype = self._project(x, mask, cu_seqlens)
         if state is None:
             counted = mask if cu_seqlens is None else cu_seqlens

@@ -210,7 +210,7 @@ def _decode(*arguments: Any) -> Tensor:
 def _(*arguments: Any) -> Tensor:
     config, state, tokens = unflatten(_Decode, arguments)
     cfg = unpacked(config)
-    validation.check_apply(cfg, state, tokens, None, SELF)
+    validation.check_apply(cfg, state, tokens, None, True, SELF)
     fast.check_decoding(state, tokens.query)
     return tokens.query.new_empty(*tokens.query.shape[:2], cfg.value_dim)
 

@@ -64,7 +64,7 @@ def apply(
         return begin(cfg, state, inputs, cu_seqlens, update, False, implementation=implementation)
     # The operator is functional, as autograd demands: a call that overwrites stays out of the graph.
     if torch.compiler.is_compiling() and not inplace:
-        validation.check_apply(cfg, state, inputs, cu_seqlens, SELF)
+        validation.check_apply(cfg, state, inputs, cu_seqlens, update, SELF)
         if engine.choose_engine(implementation, cfg, state.memory, query, cu_seqlens) == "compiled":
             return left_aligned.apply(cfg, state, inputs, cu_seqlens, update, False, False)
     return _apply(cfg, state, inputs, cu_seqlens, update, inplace, implementation)
@@ -81,7 +81,7 @@ def begin(
     implementation: str | None = None,
 ) -> tuple[Tensor, State | None, Trace]:
     """``apply`` of sequences that begin from a memory of M = 1; without ``keep`` no state is returned."""
-    batch = validation.check_apply(cfg, memory, inputs, cu_seqlens, SELF)
+    batch = validation.check_apply(cfg, memory, inputs, cu_seqlens, update, SELF)
     compiled = torch.compiler.is_compiling()
     if compiled:
         compiled = engine.choose_engine(implementation, cfg, memory, inputs.query, cu_seqlens) == "compiled"
@@ -113,7 +113,7 @@ def _apply(
     fresh: bool = False,
 ) -> tuple[Tensor, State, Trace]:
     """``fresh``: the state is one at position 0."""
-    check_apply(cfg, state, inputs, cu_seqlens)
+    check_apply(cfg, state, inputs, cu_seqlens, update)
     check_inplace(inplace, *state.memory)
     if cu_seqlens is not None:
         cu_seqlens = cu_seqlens.cpu()

@@ -91,8 +91,7 @@ def _put(state: State, ids: Tensor, other: State, inplace: bool) -> State:
         # In place each row needs a table of its own.
         return x.index_copy_(0, at, y) if inplace and _is_own(x) else x.index_copy(0, at, y)
 
-    if inplace:
-        check_inplace(inplace, *state.memory, *state.pending.present().values())
+    check_inplace(inplace, *state.memory, *state.pending.present().values())
     return state.map(replaced, other)
 
 
@@ -104,6 +103,7 @@ def pending(cfg: FwPKMConfig, state: State) -> Tensor:
 
 def nbytes(state: State) -> int:
     """The bytes that a state takes, those of a table that rows share counted once."""
+    validation.check_is_state(state)
     arrays = (*state.memory, *state.pending, state.position)
     return sum(x.element_size() * math.prod(n for n, by in zip(x.shape, x.stride()) if by) for x in arrays if x.numel())
 

@@ -216,12 +216,21 @@ def test_a_constant_row_of_values_gives_zero():
         ({"value_norm": "batch"}, "value_norm must be 'zscore' or None. Received: value_norm='batch'"),
         ({"value_dim": 1}, "value_dim must be at least 2"),
         ({"key_dim": 3}, "key_dim must be even"),
+        *(
+            ({name: "no"}, f"{name} must be True or False. Received: 'no'")
+            for name in ("gated", "learn_memory", "return_state", "stateful")
+        ),
         ({"learn_memory": True, "stateful": True}, "learn_memory must be False with stateful=True"),
     ],
 )
 def test_wrong_arguments(options, message):
     with pytest.raises(ValueError, match=message):
         FwPKM(**options)
+
+
+def test_a_call_updates_or_not():
+    with pytest.raises(ValueError, match=r"update must be True or False\. Received: 'no'"):
+        make()(inputs(), update="no")
 
 
 @pytest.mark.parametrize("field", config.CHOICES)
