@@ -133,7 +133,7 @@ def _key_vjp(cfg: FwPKMConfig, query: Array, keys: Array, ids: Array, d_scores: 
 def top_k(x: Array, k: int) -> tuple[Array, Array]:
     """The k largest of the last axis, best first, and their positions; ties go to the lower one."""
     # Without the barrier XLA cannot tell a top-k from a sort that is sliced twice, and sorts everything.
-    return lax.optimization_barrier(tuple(lax.top_k(x, k)))
+    return tuple(map(lax.optimization_barrier, lax.top_k(x, k)))
 
 
 def select_slots(cfg: FwPKMConfig, query: Array, keys: Array) -> tuple[Selection, Found]:

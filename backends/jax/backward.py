@@ -16,6 +16,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from fwpkm.backends.jax import indexing
 from fwpkm.backends.jax.indexing import gather, scatter_add
+from fwpkm.backends.jax.sharding import alike
 from fwpkm.backends.jax.streams import Plan, Streams, of_rows
 from fwpkm.backends.jax.tokens import from_table
 from fwpkm.backends.jax.windows import (
@@ -37,7 +38,7 @@ from fwpkm.containers import Memory
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def run(cfg: FwPKMConfig, plan: Plan, memory: Memory, source: Array, streams: Streams) -> Result:
-    """What ``windows`` gives, differentiable."""
+    """What ``windows`` gives, differentiable; the arrays are ``alike``."""
     return windows(cfg, plan, memory, source, streams)[0]
 
 
@@ -100,7 +101,7 @@ def _run_backward(cfg, plan, saved, gradient):
         d_reads = jnp.zeros_like(outputs[0]) if d_noted is None else gather(d_noted, one.new, mode="fill", fill_value=0)
         replaces = writes and not plan.is_shared
         d_own = of_rows(d_keys, one.of) if replaces else jnp.zeros_like(keys)
-        d_own, d_rows, d_tokens = pull_back((d_reads, d_own, d_rows))
+        d_own, d_rows, d_tokens = pull_back(alike((d_reads, d_own, d_rows), saved.source)[0])
         if replaces:
             d_keys = lax.dynamic_update_slice_in_dim(d_keys, d_own, 0 if one.of is None else one.of[0], 0)
         else:
@@ -110,7 +111,7 @@ def _run_backward(cfg, plan, saved, gradient):
 
     d_keys = gradient.keys
     d_keys = jnp.zeros(d_keys.shape, d_keys.dtype) if isinstance(d_keys, SymbolicZero) else d_keys
-    carry = d_keys, residuals.rows, jnp.zeros_like(saved.source)
+    carry, _ = alike((d_keys, residuals.rows, jnp.zeros_like(saved.source)), saved.source)
     if plan.reads:
         carry = lax.fori_loop(0, saved.reads, lambda i, x: back(x, "reads", saved.reads - 1 - i), carry)
     if plan.writes:

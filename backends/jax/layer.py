@@ -11,6 +11,7 @@ from jax import Array
 
 from fwpkm import validation
 from fwpkm.backends.jax import ops
+from fwpkm.backends.jax.sharding import alike
 from fwpkm.backends.jax.tokens import finite_rows
 from fwpkm.config import FwPKMConfig
 from fwpkm.containers import Memory, State
@@ -159,6 +160,7 @@ class FwPKM:
             start = state
         elif return_state:
             start = self.init_state(variables, len(x) if cu_seqlens is None else len(cu_seqlens) - 1)
+            start = start._replace(memory=alike(start.memory, x)[0])  # as that of later states, for a scan
         else:
             start = Memory(*(table[None] for table in self._memory(variables)))
         read, state, _ = ops.apply(self.config, start, *tokens, cu_seqlens, update)

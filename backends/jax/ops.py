@@ -17,6 +17,7 @@ from fwpkm import schedule, validation
 from fwpkm.backends.jax.backward import run
 from fwpkm.backends.jax.indexing import gather
 from fwpkm.backends.jax.rows import init_state, is_traced, mask_of
+from fwpkm.backends.jax.sharding import alike
 from fwpkm.backends.jax.streams import cells_after, plan_apply, plan_flush, plan_read, streams_of
 from fwpkm.backends.jax.tokens import as_table, filled, from_table, live_rows, without
 from fwpkm.backends.jax.windows import SELF, Result, Write, compute_window, select_window
@@ -211,7 +212,7 @@ def _apply(
     plan = plan_apply(cfg, batch, tokens.query[..., 0].size, cu_seqlens is not None, writes)
     streams = streams_of(cfg, plan, schedule.pending(cfg, state.position), tokens.mask, cu_seqlens)
     source = _source(dtype, tokens, state.pending)
-    result = run(cfg, plan, _tables(state.memory, dtype), source, streams)
+    result = run(cfg, plan, *alike(_tables(state.memory, dtype), source, streams))
     left = cells_after(cfg, plan, streams)
     weight = gather(result.reads[:, cfg.value_dim], left - plan.first_cell, mode="fill", fill_value=0)
     pending = from_table(cfg, gather(source, jnp.where(jnp.isnan(weight), plan.empty, left)))
@@ -238,7 +239,7 @@ def _apply_shared(
     is_owner = streams.lengths > cfg.chunk_size + schedule.lag(cfg)
     owned = jnp.where(is_owner, jnp.cumsum(is_owner, dtype=jnp.int32), 0) if owners else jnp.zeros(batch, jnp.int32)
     tables = Memory(*(jnp.broadcast_to(x, (1 + owners, *x.shape[1:])) for x in _tables(memory, dtype)))
-    result = run(cfg, plan, tables, _source(dtype, tokens), streams._replace(tables=owned))
+    result = run(cfg, plan, *alike(tables, _source(dtype, tokens), streams._replace(tables=owned)))
     look, trace = _reading(cfg, result, tokens, streams.due)
     return look.output, trace
 
@@ -251,7 +252,7 @@ def _read_only(
     dtype, batch = _dtype(memory, tokens.query), len(tokens.query) if cu_seqlens is None else len(cu_seqlens) - 1
     plan = plan_read(cfg, batch, tokens.query[..., 0].size, cu_seqlens is not None)
     streams = streams_of(cfg, plan, jnp.zeros(batch, jnp.int32), tokens.mask, cu_seqlens)
-    result = run(cfg, plan, _tables(memory, dtype), _source(dtype, tokens), streams)
+    result = run(cfg, plan, *alike(_tables(memory, dtype), _source(dtype, tokens), streams))
     return _reading(cfg, result, tokens, streams.due)
 
 
@@ -265,7 +266,7 @@ def _flush(cfg: FwPKMConfig, writes: bool, state: State, chosen: Array) -> tuple
         plan = plan_flush(cfg, batch)
         due = (chosen & (num_pending > cfg.lookahead)).astype(jnp.int32)
         streams = streams_of(cfg, plan, num_pending, None, None, due)
-        result = run(cfg, plan, state.memory, _source(dtype, None, state.pending), streams)
+        result = run(cfg, plan, *alike(state.memory, _source(dtype, None, state.pending), streams))
         memory, losses = Memory(result.keys, result.values), result.losses
     entries = jnp.zeros((batch, 0, cfg.slots_per_token), dtype)
     count = schedule.flush_writes(cfg, jnp.where(chosen, num_pending, 0)).reshape(memories, -1)[:, 0]

@@ -19,6 +19,7 @@ from jax import Array, lax
 from fwpkm import schedule
 from fwpkm.backends.jax.addressing import Selection, address, select_slots, write_keys
 from fwpkm.backends.jax.indexing import gather, put, scatter_sum
+from fwpkm.backends.jax.sharding import alike
 from fwpkm.backends.jax.streams import Plan, Round, Streams, cells_of, of_rows, read_round, write_round
 from fwpkm.backends.jax.tokens import NAME, ahead, by_memory, from_table, halves, outer, without
 from fwpkm.backends.jax.values import Touched, read, write_rows
@@ -335,7 +336,7 @@ def windows(
         every = jax.tree.map(lambda all_, x: lax.dynamic_update_index_in_dim(all_, x, index, 0), every, one)
         return residuals._replace(rows=rows, **{kind: every})
 
-    carry = _nothing_read(cfg, plan, memory), residuals
+    carry, _ = alike((_nothing_read(cfg, plan, memory), residuals), source)
     if plan.writes:
         carry = lax.fori_loop(0, streams.write_ends[-1], write, carry)
     if plan.reads:

@@ -1,0 +1,139 @@
+"""Run by test_jax_sharding.py in a process with four devices: prints, by case, the largest relative error or a refusal.
+
+Each case computes on a mesh of four what one device computes: outputs, states and gradients.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from fwpkm.agreement import relative_error
+from fwpkm.backends import jax as be
+from fwpkm.backends.jax import FwPKM
+from fwpkm.containers import Memory
+
+jax.config.update("jax_enable_x64", True)
+
+B, T, WIDTH = 4, 9, 8
+LAYER = FwPKM(WIDTH, key_dim=8, value_dim=8, num_subkeys=8, top_k=2, chunk_size=4)
+CFG = LAYER.config
+KEYS = jax.random.split(jax.random.key(0), 6)
+VARIABLES = LAYER.init(KEYS[0], jnp.float64)
+X = jax.random.normal(KEYS[1], (B, T, WIDTH), jnp.float64)
+MASK = jax.random.uniform(KEYS[2], (B, T)) > 0.3
+COTANGENT = jax.random.normal(KEYS[3], (B, T, WIDTH), jnp.float64)
+ROWS = P("rows")
+
+
+def in_pieces(variables: Any, x: Any, mask: Any) -> Any:
+    """Two calls and a flush: outputs side by side, and the state."""
+    first, state = LAYER.apply(variables, x[:, :5], mask=mask[:, :5])
+    second, state = LAYER.apply(variables, x[:, 5:], state, mask=mask[:, 5:])
+    state, _ = be.flush(CFG, state)
+    return jnp.concatenate([first, second], 1), state
+
+
+def overlaid(variables: Any, x: Any, mask: Any) -> Any:
+    """Rows that share the initial memory."""
+    return LAYER.apply(variables, x, mask=mask, return_state=False)[0]
+
+
+def chunk(variables: Any, x: Any, mask: Any) -> Any:
+    """A lookup and a write of single functions, of a table for each row."""
+    memory = be.init_state(CFG, Memory(*(table[None] for table in variables["buffers"]["memory"])), len(x)).memory
+    return be.lookup(CFG, memory, x).output, be.chunk_update(CFG, memory, x, x, mask=mask)
+
+
+def decode(variables: Any, x: Any, mask: Any) -> Any:
+    """Token by token in a scan."""
+
+    def step(state: Any, token: Any) -> Any:
+        y, state = LAYER.apply(variables, token[:, None], state)
+        return state, y[:, 0]
+
+    state, y = jax.lax.scan(step, LAYER.apply(variables, x[:, :1])[1], x[:, 1:].swapaxes(0, 1))
+    return y.swapaxes(0, 1), state
+
+
+FUNCTIONS = {"in pieces": in_pieces, "overlaid": overlaid, "chunk": chunk, "decode": decode}
+
+
+def loss(params: Any, x: Any, mask: Any, cotangent: Any) -> Any:
+    """Of outputs and of the tables afterwards."""
+    y, state = LAYER.apply({**VARIABLES, "params": params}, x, mask=mask)
+    return (jnp.nan_to_num(y) * cotangent).sum() + sum(jnp.square(table).sum() for table in state.memory)
+
+
+def auto(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Under jit, rows dealt to the devices, the compiler free to choose the rest."""
+    mesh = jax.make_mesh((4,), ("rows",), axis_types=(AxisType.Auto,))
+
+    def run(weights: Any, *arrays: Any) -> Any:
+        arrays = tuple(jax.device_put(x, jax.sharding.NamedSharding(mesh, ROWS)) for x in arrays)
+        return jax.jit(function)(weights, *arrays)
+
+    return run
+
+
+def mapped(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Under shard_map with its defaults: a row on each device."""
+    mesh = jax.make_mesh((4,), ("rows",), axis_types=(AxisType.Auto,))
+
+    def run(weights: Any, *arrays: Any) -> Any:
+        return jax.jit(jax.shard_map(function, mesh=mesh, in_specs=(P(), *[ROWS] * len(arrays)), out_specs=ROWS))(
+            weights, *arrays
+        )
+
+    return run
+
+
+def mapped_loss(params: Any, x: Any, mask: Any, cotangent: Any) -> Any:
+    """``loss`` of all devices."""
+    mesh = jax.make_mesh((4,), ("rows",), axis_types=(AxisType.Auto,))
+    whole = jax.shard_map(
+        lambda *given: jax.lax.psum(loss(*given), "rows"), mesh=mesh, in_specs=(P(), ROWS, ROWS, ROWS), out_specs=P()
+    )
+    return whole(params, x, mask, cotangent)
+
+
+def compared(found: Any, expected: Any) -> float:
+    """The largest relative error of two trees."""
+    found, expected = (jax.tree.leaves(jax.device_get(tree)) for tree in (found, expected))
+    assert [x.shape for x in found] == [x.shape for x in expected]
+    pairs = zip(found, expected)
+    return max(relative_error(np.asarray(x, "float64"), np.asarray(y, "float64")) for x, y in pairs if y.size)
+
+
+def cases() -> dict[str, Callable[[], float]]:
+    """By name."""
+    found: dict[str, Callable[[], float]] = {}
+    given = VARIABLES, X, MASK
+    for way, names in ((auto, ["in pieces"]), (mapped, FUNCTIONS)):
+        for name in names:
+            function = FUNCTIONS[name]
+            found[f"{way.__name__}, {name}"] = lambda f=function, w=way, g=given: compared(w(f)(*g), f(*g))
+    given = VARIABLES["params"], X, MASK, COTANGENT
+    expected = jax.jit(jax.grad(loss))
+    found["auto, gradient"] = lambda: compared(auto(jax.grad(loss))(*given), expected(*given))
+    found["mapped, gradient"] = lambda: compared(jax.jit(jax.grad(mapped_loss))(*given), expected(*given))
+    return found
+
+
+if __name__ == "__main__":
+    for name, case in cases().items():
+        if len(sys.argv) > 1 and sys.argv[1] not in name:
+            continue
+        try:
+            print(json.dumps([name, case()]), flush=True)
+        except Exception as error:
+            print(json.dumps([name, f"{type(error).__name__}: {error}"[:2000]]), flush=True)
