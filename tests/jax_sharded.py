@@ -14,7 +14,7 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4 --xla_backen
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from fwpkm.agreement import relative_error
@@ -79,10 +79,43 @@ def auto(function: Callable[..., Any]) -> Callable[..., Any]:
     mesh = jax.make_mesh((4,), ("rows",), axis_types=(AxisType.Auto,))
 
     def run(weights: Any, *arrays: Any) -> Any:
-        arrays = tuple(jax.device_put(x, jax.sharding.NamedSharding(mesh, ROWS)) for x in arrays)
+        arrays = tuple(jax.device_put(x, NamedSharding(mesh, ROWS)) for x in arrays)
         return jax.jit(function)(weights, *arrays)
 
     return run
+
+
+def explicit(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Under jit, rows dealt to the devices, every array's type telling how."""
+    mesh = jax.make_mesh((4,), ("rows",), axis_types=(AxisType.Explicit,))
+
+    def run(weights: Any, *arrays: Any) -> Any:
+        arrays = tuple(jax.device_put(x, NamedSharding(mesh, ROWS)) for x in arrays)
+        with jax.set_mesh(mesh):
+            result = jax.jit(function)(weights, *arrays)
+        assert all(jax.typeof(x).sharding.spec[0] == "rows" for x in jax.tree.leaves(result) if x.shape[:1] == (B,))
+        return result
+
+    return run
+
+
+def in_columns(kind: AxisType) -> Any:
+    """The functions, tables and values dealt to the devices by columns: output and state."""
+    mesh = jax.make_mesh((4,), ("columns",), axis_types=(kind,))
+    memory = Memory(*(table[None] for table in VARIABLES["buffers"]["memory"]))
+    state = be.init_state(CFG, memory, B)
+
+    def call(state: Any, query: Any, value: Any) -> Any:
+        output, state, _ = be.apply(CFG, state, query, value)
+        return output, be.flush(CFG, state)[0].memory.values
+
+    expected = call(state, X, X)
+    columns = NamedSharding(mesh, P(None, None, "columns"))
+    dealt = state._replace(memory=state.memory._replace(values=jax.device_put(state.memory.values, columns)))
+    with jax.set_mesh(mesh):
+        result = jax.jit(call)(dealt, jax.device_put(X, NamedSharding(mesh, P())), jax.device_put(X, columns))
+    assert all(x.sharding.shard_shape(x.shape)[-1] == WIDTH // 4 for x in result)
+    return compared(result, expected)
 
 
 def mapped(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -118,13 +151,16 @@ def cases() -> dict[str, Callable[[], float]]:
     """By name."""
     found: dict[str, Callable[[], float]] = {}
     given = VARIABLES, X, MASK
-    for way, names in ((auto, ["in pieces"]), (mapped, FUNCTIONS)):
+    for way, names in ((auto, ["in pieces"]), (explicit, ["in pieces", "decode"]), (mapped, FUNCTIONS)):
         for name in names:
             function = FUNCTIONS[name]
             found[f"{way.__name__}, {name}"] = lambda f=function, w=way, g=given: compared(w(f)(*g), f(*g))
     given = VARIABLES["params"], X, MASK, COTANGENT
     expected = jax.jit(jax.grad(loss))
     found["auto, gradient"] = lambda: compared(auto(jax.grad(loss))(*given), expected(*given))
+    found["explicit, gradient"] = lambda: compared(explicit(jax.grad(loss))(*given), expected(*given))
+    found["auto, columns"] = lambda: in_columns(AxisType.Auto)
+    found["explicit, columns"] = lambda: in_columns(AxisType.Explicit)
     found["mapped, gradient"] = lambda: compared(jax.jit(jax.grad(mapped_loss))(*given), expected(*given))
     return found
 

@@ -22,10 +22,11 @@ def found() -> dict[str, float | str]:
 @pytest.mark.parametrize(
     "case",
     [
-        "auto, in pieces", "auto, gradient", "mapped, in pieces", "mapped, overlaid", "mapped, chunk", "mapped, decode",
-        "mapped, gradient",
+        *("auto, in pieces", "auto, gradient", "auto, columns"),
+        *("explicit, in pieces", "explicit, decode", "explicit, gradient", "explicit, columns"),
+        *("mapped, in pieces", "mapped, overlaid", "mapped, chunk", "mapped, decode", "mapped, gradient"),
     ],
-)  # fmt: skip
+)
 def test_devices_agree_with_one(found: dict[str, float | str], case: str) -> None:
     error = found[case]
     assert not isinstance(error, str), error

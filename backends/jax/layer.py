@@ -11,7 +11,7 @@ from jax import Array
 
 from fwpkm import validation
 from fwpkm.backends.jax import ops
-from fwpkm.backends.jax.sharding import alike
+from fwpkm.backends.jax.rows import begin, init_state
 from fwpkm.backends.jax.tokens import finite_rows
 from fwpkm.config import FwPKMConfig
 from fwpkm.containers import Memory, State
@@ -155,14 +155,11 @@ class FwPKM:
         gate = jax.nn.sigmoid(_project(params, "gate", x)[..., 0]) if self.gated else None
         # The memory must see that a token is dead, as it takes its position.
         tokens = query, jnp.where(finite[..., None], value, jnp.nan), gate, mask
-        start: State | Memory
-        if state is not None:
-            start = state
-        elif return_state:
-            start = self.init_state(variables, len(x) if cu_seqlens is None else len(cu_seqlens) - 1)
-            start = start._replace(memory=alike(start.memory, x)[0])  # as that of later states, for a scan
-        else:
+        start: Any = state
+        if state is None:
             start = Memory(*(table[None] for table in self._memory(variables)))
+        if state is None and return_state:
+            start = begin(self.config, start, len(x) if cu_seqlens is None else len(cu_seqlens) - 1, x)
         read, state, _ = ops.apply(self.config, start, *tokens, cu_seqlens, update)
         finite = finite_rows(read)
         read, value = (jnp.where(finite[..., None], z, 0) for z in (read, value))
@@ -174,7 +171,7 @@ class FwPKM:
     def init_state(self, variables: Variables, batch_size: int) -> State:
         """The state that a call without one starts from: the initial memory for each row, at position 0."""
         memory = self._memory(self._checked(variables))
-        return ops.init_state(self.config, Memory(*(table[None] for table in memory)), batch_size)
+        return init_state(self.config, Memory(*(table[None] for table in memory)), batch_size)
 
     def spec(self) -> dict[str, Any]:
         """What a file of this layer's weights must have been saved from."""

@@ -16,8 +16,8 @@ from jax import Array
 from fwpkm import schedule, validation
 from fwpkm.backends.jax.backward import run
 from fwpkm.backends.jax.indexing import gather
-from fwpkm.backends.jax.rows import init_state, is_traced, mask_of
-from fwpkm.backends.jax.sharding import alike
+from fwpkm.backends.jax.rows import begin, is_traced, mask_of
+from fwpkm.backends.jax.sharding import alike, placed
 from fwpkm.backends.jax.streams import cells_after, plan_apply, plan_flush, plan_read, streams_of
 from fwpkm.backends.jax.tokens import as_table, filled, from_table, live_rows, without
 from fwpkm.backends.jax.windows import SELF, Result, Write, compute_window, select_window
@@ -85,7 +85,7 @@ def _apply_from(
             batch, tokens.length // (settled + 1) if cu_seqlens is not None else batch * (tokens.length > settled)
         )
     if tokens.length == 0 or owners == batch:
-        start = init_state(cfg, memory, batch)
+        start = begin(cfg, memory, batch, tokens.query)
         output, _, trace = apply(cfg, start, **tokens._asdict(), cu_seqlens=cu_seqlens, update=update)
     else:
         output, trace = _apply_shared(cfg, owners, batch, update, memory, tokens, cu_seqlens)
@@ -203,6 +203,7 @@ def _dtype(memory: Memory, query: Array) -> jnp.dtype:
     return jnp.dtype(jnp.float64 if wide else jnp.float32)
 
 
+@placed
 @partial(jax.jit, static_argnums=(0, 1))
 def _apply(
     cfg: FwPKMConfig, writes: bool, state: State, tokens: Tokens, cu_seqlens: Array | None
@@ -221,6 +222,7 @@ def _apply(
     return look.output, Memory(result.keys, result.values) if writes else None, pending, position, trace
 
 
+@placed
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _apply_shared(
     cfg: FwPKMConfig,
@@ -244,6 +246,7 @@ def _apply_shared(
     return look.output, trace
 
 
+@placed
 @partial(jax.jit, static_argnums=(0,))
 def _read_only(
     cfg: FwPKMConfig, memory: Memory, tokens: Tokens, cu_seqlens: Array | None = None
@@ -256,6 +259,7 @@ def _read_only(
     return _reading(cfg, result, tokens, streams.due)
 
 
+@placed
 @partial(jax.jit, static_argnums=(0, 1))
 def _flush(cfg: FwPKMConfig, writes: bool, state: State, chosen: Array) -> tuple[Memory | None, Tokens, Array, Trace]:
     """``flush``: the tables where a chunk may be pending, pending tokens, the position and the trace."""
@@ -274,6 +278,7 @@ def _flush(cfg: FwPKMConfig, writes: bool, state: State, chosen: Array) -> tuple
     return memory, without(state.pending, chosen), jnp.where(chosen, 0, state.position), trace
 
 
+@placed
 @partial(jax.jit, static_argnums=(0,))
 def _chunk_update(cfg: FwPKMConfig, memory: Memory, chunk: Tokens, pair: Array | None) -> tuple[Memory, Losses]:
     dtype = _dtype(memory, chunk.query)

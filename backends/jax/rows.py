@@ -10,6 +10,7 @@ from jax import Array
 
 from fwpkm import rows as row_checks
 from fwpkm import schedule, validation
+from fwpkm.backends.jax.sharding import alike, placed
 from fwpkm.backends.jax.tokens import no_tokens, outer
 from fwpkm.backends.jax.windows import SELF
 from fwpkm.config import FwPKMConfig
@@ -19,8 +20,13 @@ from fwpkm.tokens import Axis, Tokens
 
 def init_state(cfg: FwPKMConfig, memory: Memory, batch_size: int) -> State:
     """A state at position 0 that owns a copy of ``memory``."""
+    return begin(cfg, memory, batch_size)
+
+
+def begin(cfg: FwPKMConfig, memory: Memory, batch_size: int, like: Array | None = None) -> State:
+    """``init_state``, on the devices that the rows of ``like`` lie on."""
     validation.check_initial(cfg, memory, batch_size, SELF)
-    memory, pending = _initial(cfg, batch_size, memory)
+    (memory, pending), _ = alike(_initial(cfg, batch_size, memory, like), like)
     with jax.ensure_compile_time_eval():  # so that a call from it under jit knows where its rows stand
         position = jnp.zeros(batch_size, jnp.int32)
     return State.of(memory, pending, position)
@@ -96,13 +102,15 @@ def is_traced(x: Any) -> bool:
     return isinstance(x, jax.core.Tracer)
 
 
+@placed
 @partial(jax.jit, static_argnums=(0, 1))
-def _initial(cfg: FwPKMConfig, batch_size: int, memory: Memory) -> tuple[Memory, Tokens]:
+def _initial(cfg: FwPKMConfig, batch_size: int, memory: Memory, like: Array | None) -> tuple[Memory, Tokens]:
     memories = memories_for(cfg, batch_size)
     tables = Memory(*(jnp.broadcast_to(x, (memories, *x.shape[1:])) for x in memory))
     return tables, no_tokens(cfg, batch_size, memory.keys.dtype)
 
 
+@placed
 @jax.jit
 def _blended(chosen: Array, state: State, fresh: State) -> State:
     """``fresh`` in rows that are chosen ``[B]``; its arrays have one row, or all."""

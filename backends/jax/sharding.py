@@ -1,9 +1,12 @@
-"""Calls inside ``jax.shard_map``, where every array has the mapped axes over which it varies in its type."""
+"""Calls on several devices: under ``jax.shard_map``, and with arrays whose types tell how they are dealt out."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 from jax import lax
+from jax.sharding import AxisType, PartitionSpec
 
 
 def alike(*trees: Any) -> tuple[Any, ...]:
@@ -29,3 +32,62 @@ def _varies(x: Any) -> frozenset[str]:
 def _cast(x: Any, axes: tuple[str, ...]) -> Any:
     """``x`` as one that varies over these axes too; before JAX 0.9 the function had another name."""
     return lax.pcast(x, axes, to="varying") if hasattr(lax, "pcast") else lax.pvary(x, axes)  # type: ignore[attr-defined]
+
+
+_COLUMNS = ("value", "values", "output")
+"""Fields whose last axis is the columns of the value table."""
+
+
+def placed(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function``, on a mesh with explicit axes too: the compiler deals out what it makes on its way.
+
+    Its results are dealt out as its arguments are: their first axis, where it is as long as that of one whose rows are,
+    and the columns of values. So each result's first axis must be that of rows, or of something else as long as 1.
+    """
+
+    @functools.wraps(function)
+    def call(*args: Any) -> Any:
+        if not any(_explicit(x) for x in jax.tree.leaves(args) if isinstance(x, jax.Array)):
+            return function(*args)
+        leaves, tree = jax.tree_util.tree_flatten_with_path(args)
+        arrays = {i: x for i, (_, x) in enumerate(leaves) if isinstance(x, jax.Array)}
+
+        def inside(*arrays_inside: Any) -> Any:
+            given = [x for _, x in leaves]
+            for i, x in zip(arrays, arrays_inside):
+                given[i] = x
+            return function(*jax.tree.unflatten(tree, given))
+
+        rows, columns = {}, None
+        for i, x in arrays.items():
+            spec = jax.typeof(x).sharding.spec
+            if x.ndim and spec[0] is not None:
+                rows[x.shape[0]] = spec[0]
+            if x.ndim > 1 and spec[-1] is not None and _name(leaves[i][0]) in _COLUMNS:
+                columns = spec[-1]
+
+        def spec_of(path: Any, x: Any) -> PartitionSpec:
+            spec = [rows.get(x.shape[0]) if x.ndim else None, *[None] * (x.ndim - 1)][: x.ndim]
+            if _name(path) in _COLUMNS and x.ndim > 1:
+                spec[-1] = columns
+            return PartitionSpec(*spec)
+
+        plain = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays.values()]
+        mesh = next(jax.typeof(x).sharding.mesh for x in arrays.values() if _explicit(x))
+        with jax.sharding.use_abstract_mesh(mesh.update(axis_types=(AxisType.Auto,) * len(mesh.axis_names))):
+            shapes = jax.eval_shape(inside, *plain)
+        specs = jax.tree_util.tree_map_with_path(spec_of, shapes)
+        return jax.sharding.auto_axes(inside, out_sharding=specs)(*arrays.values())
+
+    return call
+
+
+def _explicit(x: Any) -> bool:
+    """Whether an array's type tells how it is dealt out."""
+    return bool(getattr(jax.typeof(x).sharding.mesh, "explicit_axes", ()))
+
+
+def _name(path: Any) -> str:
+    """Of a leaf, the field that holds it; the first of a tuple is an output."""
+    key = path[-1]
+    return getattr(key, "name", "output" if getattr(key, "idx", None) == 0 and len(path) == 1 else "")
