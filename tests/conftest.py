@@ -12,6 +12,7 @@ import hypothesis
 import pytest
 from hypothesis import is_hypothesis_test
 from layer_files import CFG, FakeLayer, half_read_state
+from quick_interpreter import quicken
 from sources import ROOT
 
 import fwpkm
@@ -76,6 +77,7 @@ def pytest_configure(config):
     # Triton's library binds to tensorflow's where that was loaded before it, and crashes.
     if importlib.util.find_spec("triton") is not None:
         importlib.import_module("triton")
+        quicken(importlib.import_module("triton.runtime.interpreter"))
     config.addinivalue_line("markers", "eager: of inplace, or of many configurations; not for backends that compile")
 
 

@@ -1,5 +1,7 @@
 """The kernels as operators of torch, and decoding: beside eager torch, in Triton's interpreter without a GPU."""
 
+import functools
+
 import pytest
 import torch
 from interpreter import DEVICE, SMALL, same_or_close
@@ -43,23 +45,24 @@ def state_of(cfg: FwPKMConfig, batch: int = 2) -> State:
 def test_compiled_without_a_break_it_gives_the_same(name: str) -> None:
     """Two calls that cut a chunk, one that only reads; and the gradients of all that they return."""
     cfg = FwPKMConfig(**SMALL | CONFIGS[name])
-    implementation = {"implementation": "triton"}
 
-    def read(state: State, query: Tensor, value: Tensor, gate: Tensor) -> tuple:
+    def read(implementation: str, state: State, query: Tensor, value: Tensor, gate: Tensor) -> tuple:
+        options = {"implementation": implementation}
         first = [x[:, :6] for x in (query, value, gate)]
         second = [x[:, 6:] for x in (query, value, gate)]
-        output, state, _ = be.apply(cfg, state, *first, **implementation)
-        more, state, trace = be.apply(cfg, state, *second, **implementation)
-        again, same, _ = be.apply(cfg, state, query, value, gate, update=False, **implementation)
+        output, state, _ = be.apply(cfg, state, *first, **options)
+        more, state, trace = be.apply(cfg, state, *second, **options)
+        again, same, _ = be.apply(cfg, state, query, value, gate, update=False, **options)
         assert same.memory is state.memory
         return torch.cat([output, more, again], 1), *flatten(state), *trace._replace(writes=trace.writes.to(DEVICE))
 
     results = []
-    for function in (read, torch.compile(read, fullgraph=True, backend="aot_eager")):
+    compiled = torch.compile(read, fullgraph=True, backend="aot_eager")
+    for implementation, function in (("eager", read), ("triton", compiled)):
         inputs = [x.requires_grad_() for x in tokens_of(cfg, 9)]
         tables = [x.requires_grad_() for x in be.init_memory(cfg, seed=1)]
         state = be.init_state(cfg, Memory(*(x.to(DEVICE) for x in tables)), batch_size=2)
-        found = function(state, *inputs)
+        found = function(implementation, state, *inputs)
         live = [x for x in found if x.requires_grad]
         total = sum((x * torch.linspace(-1, 1, x.numel(), device=x.device).view_as(x)).sum() for x in live)
         results.append([*found, *torch.autograd.grad(total, [*inputs, *tables])])
@@ -154,15 +157,16 @@ def test_compiled_lengths_may_vary(name: str) -> None:
     cfg = FwPKMConfig(**SMALL | CONFIGS[name])
     state = state_of(cfg)
 
-    def read(*inputs: Tensor) -> Tensor:
-        return be.apply(cfg, state, *inputs, implementation="triton")[0].square().sum()
+    def read(implementation: str, *inputs: Tensor) -> Tensor:
+        return be.apply(cfg, state, *inputs, implementation=implementation)[0].square().sum()
 
     compiled = torch.compile(read, fullgraph=True, backend="aot_eager")
     for length in (5, 7, 9):
         results = []
-        for function in (read, compiled):
+        for implementation, function in (("eager", read), ("triton", compiled)):
             inputs = [x.requires_grad_() for x in tokens_of(cfg, length)]
-            results.append([loss := function(*inputs), *torch.autograd.grad(loss, inputs)])
+            loss = function(implementation, *inputs)
+            results.append([loss, *torch.autograd.grad(loss, inputs, materialize_grads=True)])
         for expected, received in zip(*results, strict=True):
             same_or_close(received, expected)
 
@@ -170,12 +174,12 @@ def test_compiled_lengths_may_vary(name: str) -> None:
 def test_compiled_a_table_is_overwritten_in_place_and_else_never() -> None:
     cfg = FwPKMConfig(**SMALL)
 
-    def read(state: State, inplace: bool, *inputs: Tensor) -> tuple[Tensor, Memory]:
-        output, after, _ = be.apply(cfg, state, *inputs, inplace=inplace, implementation="triton")
+    def read(implementation: str, state: State, inplace: bool, *inputs: Tensor) -> tuple[Tensor, Memory]:
+        output, after, _ = be.apply(cfg, state, *inputs, inplace=inplace, implementation=implementation)
         return output * 2 + 1, after.memory
 
-    results, compiled = [], torch.compile(read, backend="aot_eager")
-    for function, inplace in ((read, False), (compiled, True), (compiled, False)):
+    results, compiled = [], functools.partial(torch.compile(read, backend="aot_eager"), "triton")
+    for function, inplace in ((functools.partial(read, "eager"), False), (compiled, True), (compiled, False)):
         inputs, state = [x.requires_grad_() for x in tokens_of(cfg, 5, batch=1)], state_of(cfg, batch=1)
         before = state.memory.values.clone()
         output, after = function(state, inplace, *inputs)
