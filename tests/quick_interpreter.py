@@ -10,8 +10,11 @@ def quicken(interpreter: Any) -> None:
     """Let a launch replace the functions of ``triton.language`` once, and types be looked up.
 
     The interpreter replaces them, by a search through all that the modules hold, for each call of one function of a
-    kernel by another, and it builds its table of types for each number.
+    kernel by another, and it builds its table of types for each number. Where Triton names them otherwise,
+    all stays as it is.
     """
+    if not all(hasattr(interpreter, name) for name in ("_LangPatchScope", "_patch_lang", "_get_np_dtype")):
+        return
     language, patch_lang, np_dtype = interpreter.tl, interpreter._patch_lang, interpreter._get_np_dtype
     replaced = set()
 
