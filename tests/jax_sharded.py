@@ -118,6 +118,25 @@ def in_columns(kind: AxisType) -> Any:
     return compared(result, expected)
 
 
+def row_functions(kind: str) -> Any:
+    """What picks and replaces rows, of states that are dealt out, or that lie on one device while a mesh is set."""
+    mesh = jax.make_mesh((4,), ("rows",), axis_types=(AxisType.Explicit,))
+    memory = Memory(*(table[None] for table in VARIABLES["buffers"]["memory"]))
+
+    def call(state: Any, x: Any) -> Any:
+        state = be.apply(CFG, state, x, x)[1]
+        state = be.put(CFG, be.flush(CFG, state, [1, 2])[0], [3], be.init_state(CFG, memory, 1))
+        state = be.reset(CFG, state, memory, [0])
+        return be.apply(CFG, memory, x, x)[0], be.concat(CFG, [be.select(CFG, state, [2, 1]), state])
+
+    given = be.init_state(CFG, memory, B), X
+    expected = call(*given)
+    if kind == "plain":
+        with jax.set_mesh(mesh):
+            return compared(call(*given), expected)
+    return compared(call(*jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, ROWS)), given)), expected)
+
+
 def mapped(function: Callable[..., Any]) -> Callable[..., Any]:
     """Under shard_map with its defaults: a row on each device."""
     mesh = jax.make_mesh((4,), ("rows",), axis_types=(AxisType.Auto,))
@@ -161,6 +180,8 @@ def cases() -> dict[str, Callable[[], float]]:
     found["explicit, gradient"] = lambda: compared(explicit(jax.grad(loss))(*given), expected(*given))
     found["auto, columns"] = lambda: in_columns(AxisType.Auto)
     found["explicit, columns"] = lambda: in_columns(AxisType.Explicit)
+    found["explicit, rows"] = lambda: row_functions("dealt")
+    found["explicit, plain"] = lambda: row_functions("plain")
     found["mapped, gradient"] = lambda: compared(jax.jit(jax.grad(mapped_loss))(*given), expected(*given))
     return found
 

@@ -256,3 +256,18 @@ def test_without_a_state_in_return_nothing_else_changes(packed):
     again, nothing = layer.apply(variables, x, state, **arguments, return_state=False)
     assert nothing is None
     assert_close(np.asarray(again), np.asarray(layer.apply(variables, x, state, **arguments)[0]), "float64")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_it_needs_no_implicit_promotion(dtype):
+    layer = FwPKM(HIDDEN, **SMALL | {"grad_clip": 0.1, "weight_decay": 0.1})
+    variables = layer.init(jax.random.key(0), jnp.dtype(dtype))
+    x = jnp.asarray(inputs()[0], dtype)
+
+    def loss(params):
+        y, _ = layer.apply({**variables, "params": params}, x, mask=x[..., 0] > 0)
+        return jnp.nan_to_num(y).astype(jnp.float32).sum()
+
+    with jax.numpy_dtype_promotion("strict"):
+        gradients = jax.grad(loss)(variables["params"])
+    assert any(jnp.abs(g).sum() > 0 for g in jax.tree.leaves(gradients))

@@ -163,7 +163,8 @@ class FwPKM:
         read, state, _ = ops.apply(self.config, start, *tokens, cu_seqlens, update)
         finite = finite_rows(read)
         read, value = (jnp.where(finite[..., None], z, 0) for z in (read, value))
-        y = _project(params, "output", mix(gate, read, value).astype(dtype))
+        parts = (z if z is None else _wide(z) for z in (gate, read, value))
+        y = _project(params, "output", mix(*parts).astype(dtype))
         y = jnp.where(finite[..., None], y, jnp.nan)
         y = y if there is None else jnp.where(there[..., None], y, 0)
         return y, state if return_state else None
@@ -241,10 +242,10 @@ def _form(layer: FwPKM) -> Any:
 
 def _project(params: Variables, name: str, x: Array) -> Array:
     """W·RMSNorm(x) + b."""
-    normed = rms_norm(jnp, _wide(x), params[f"{name}_norm"]["weight"]).astype(x.dtype)
+    normed = rms_norm(jnp, _wide(x), _wide(params[f"{name}_norm"]["weight"])).astype(x.dtype)
     return normed @ params[f"{name}_proj"]["weight"].T + params[f"{name}_proj"]["bias"]
 
 
 def _wide(x: Array) -> Array:
     """At least float32, whatever the projections are."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x if x.dtype.itemsize >= 4 else x.astype(jnp.float32)

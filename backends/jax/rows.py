@@ -47,14 +47,13 @@ def select(cfg: FwPKMConfig, state: State, rows: Any) -> State:
         ids: Any = _checked(rows, "int", ("n", None))
     else:
         ids = row_checks.check_select(cfg, state, rows, SELF)
-    memory = Memory(*(x[ids] for x in state.memory)) if cfg.memory_scope == "sequence" else state.memory
-    return State.of(memory, state.pending.map(lambda x: x[ids]), state.position[ids])
+    return _selected(cfg.memory_scope == "sequence", state, ids)
 
 
 def concat(cfg: FwPKMConfig, states: Sequence[State]) -> State:
     """One state of the rows of all, in order."""
     row_checks.check_concat(cfg, states, SELF)
-    return states[0].map(lambda *x: jnp.concatenate(x), *states[1:])
+    return _joined(tuple(states))
 
 
 def put(cfg: FwPKMConfig, state: State, rows: Any, other: State) -> State:
@@ -62,11 +61,10 @@ def put(cfg: FwPKMConfig, state: State, rows: Any, other: State) -> State:
     received = row_checks.check_put(cfg, state, other, SELF)
     batch = len(state.position)
     if is_traced(rows) and rows.dtype == bool:  # how many are True is not known, so no list of them has a shape
-        number = jnp.maximum(jnp.cumsum(_checked(rows, "bool", ("B", batch))) - 1, 0)
-        return state.map(lambda x, y: jnp.where(outer(rows, x), y[number], x), other)
+        return _put_where(state, _checked(rows, "bool", ("B", batch)), other)
     ids = _checked(rows, "int", ("n", None)) if is_traced(rows) else row_checks.ids_of(rows, batch)
     row_checks.check_number(received, len(ids))
-    return state.map(lambda x, y: x.at[ids].set(y), other)
+    return _put(state, ids, other)
 
 
 def pending(cfg: FwPKMConfig, state: State) -> Array:
@@ -108,6 +106,30 @@ def _initial(cfg: FwPKMConfig, batch_size: int, memory: Memory, like: Array | No
     memories = memories_for(cfg, batch_size)
     tables = Memory(*(jnp.broadcast_to(x, (memories, *x.shape[1:])) for x in memory))
     return tables, no_tokens(cfg, batch_size, memory.keys.dtype)
+
+
+@placed
+def _selected(own: bool, state: State, ids: Any) -> State:
+    """``select``; where rows do not have tables of their ``own``, all of them have the one."""
+    memory = Memory(*(x[ids] for x in state.memory)) if own else state.memory
+    return State.of(memory, state.pending.map(lambda x: x[ids]), state.position[ids])
+
+
+@placed
+def _joined(states: tuple[State, ...]) -> State:
+    return states[0].map(lambda *x: jnp.concatenate(x), *states[1:])
+
+
+@placed
+def _put(state: State, ids: Any, other: State) -> State:
+    return state.map(lambda x, y: x.at[ids].set(y), other)
+
+
+@placed
+def _put_where(state: State, chosen: Array, other: State) -> State:
+    """``put`` where ``chosen [B]`` is True."""
+    number = jnp.maximum(jnp.cumsum(chosen) - 1, 0)
+    return state.map(lambda x, y: jnp.where(outer(chosen, x), y[number], x), other)
 
 
 @placed

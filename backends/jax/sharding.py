@@ -1,12 +1,13 @@
 """Calls on several devices: under ``jax.shard_map``, and with arrays whose types tell how they are dealt out."""
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 from jax import lax
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 
 def alike(*trees: Any) -> tuple[Any, ...]:
@@ -47,8 +48,10 @@ def placed(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def call(*args: Any) -> Any:
-        if not any(_explicit(x) for x in jax.tree.leaves(args) if isinstance(x, jax.Array)):
+        on_mesh = _explicit_mesh(args)
+        if on_mesh is None:
             return function(*args)
+        mesh, context = on_mesh
         leaves, tree = jax.tree_util.tree_flatten_with_path(args)
         arrays = {i: x for i, (_, x) in enumerate(leaves) if isinstance(x, jax.Array)}
 
@@ -73,18 +76,30 @@ def placed(function: Callable[..., Any]) -> Callable[..., Any]:
             return PartitionSpec(*spec)
 
         plain = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays.values()]
-        mesh = next(jax.typeof(x).sharding.mesh for x in arrays.values() if _explicit(x))
         with jax.sharding.use_abstract_mesh(mesh.update(axis_types=(AxisType.Auto,) * len(mesh.axis_names))):
             shapes = jax.eval_shape(inside, *plain)
         specs = jax.tree_util.tree_map_with_path(spec_of, shapes)
-        return jax.sharding.auto_axes(inside, out_sharding=specs)(*arrays.values())
+        with context:
+            return jax.sharding.auto_axes(inside, out_sharding=specs)(*arrays.values())
 
     return call
 
 
-def _explicit(x: Any) -> bool:
-    """Whether an array's type tells how it is dealt out."""
-    return bool(getattr(jax.typeof(x).sharding.mesh, "explicit_axes", ()))
+def _explicit_mesh(args: Any) -> Any:
+    """The mesh with explicit axes that the caller has set, or arrays lie on, and what sets it; None without one."""
+    if _is_explicit(mesh := jax.sharding.get_abstract_mesh()):
+        return mesh, contextlib.nullcontext()
+    for x in jax.tree.leaves(args):
+        if isinstance(x, jax.Array) and _is_explicit(mesh := jax.typeof(x).sharding.mesh):
+            # A mesh with its devices, where they are known: a call may use none of the arrays that tell them.
+            if not isinstance(x, jax.core.Tracer) and isinstance(x.sharding, NamedSharding):
+                return mesh, jax.set_mesh(x.sharding.mesh)  # type: ignore[arg-type]
+            return mesh, jax.sharding.use_abstract_mesh(mesh)
+    return None
+
+
+def _is_explicit(mesh: Any) -> bool:
+    return bool(getattr(mesh, "explicit_axes", ()))
 
 
 def _name(path: Any) -> str:

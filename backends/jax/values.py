@@ -137,7 +137,8 @@ def _write_rows(cfg, rows, row_index, coefficient, error, count, may_move, moves
 def _write_rows_backward(cfg, saved, gradients):
     row_index, moves = saved.row_index, saved.moves[:, None]
     d_after, _ = gradients
-    d_rows, d_gradient = step_vjp(jnp, cfg, jnp.where(moves, d_after, 0), saved.unclipped)
+    unclipped = None if saved.unclipped is None else saved.unclipped.astype(d_after.dtype)
+    d_rows, d_gradient = step_vjp(jnp, cfg, jnp.where(moves, d_after, 0), unclipped)
     d_rows = jnp.where(moves, d_rows, d_after)
     # An error that is not finite moved nothing, and must not turn that into NaN.
     error = jnp.where(finite_rows(saved.error)[:, None], saved.error, 0)

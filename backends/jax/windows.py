@@ -240,7 +240,7 @@ def compute_window(
         keys=keys,
         rows=rows,
         memorization=memorization,
-        addressing=lax.stop_gradient(addressing * has_pair),
+        addressing=lax.stop_gradient(jnp.where(has_pair, addressing, 0)),
         moved=Moved(keys_move, rows_move),
     )
 
