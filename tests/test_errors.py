@@ -259,14 +259,6 @@ def test_a_bad_argument_is_named(be, function, argument, bad, words):
     assert plain(text) == plain(message(reference, function, given))
 
 
-@pytest.mark.eager
-@pytest.mark.parametrize("function", ["apply", "flush", "reset", "put"])
-def test_in_place_is_true_or_false(be, function):
-    for flag in NO_FLAGS:
-        text = message(be, function, arguments(function) | {"inplace": flag})
-        assert text == f"inplace must be True or False. Received: {flag!r}"
-
-
 @pytest.mark.parametrize(("words", "given"), list(wrong_packing()))
 def test_bad_packing_is_named(be, words, given):
     text = message(be, "apply", given)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import refusing
+import test_errors
 
 import fwpkm
 from fwpkm import reference, validation
@@ -46,3 +47,11 @@ def test_a_token_field_that_is_not_served_must_be_left_out(pending):
     tokens = Tokens(query, value, None if pending else gate)
     with pytest.raises(ValueError, match=r"gate must be left out: the NumPy reference does not serve it"):
         validation.check_apply(cfg, state, tokens, None, True, gateless)
+
+
+@pytest.mark.eager
+@pytest.mark.parametrize("function", ["apply", "flush", "reset", "put"])
+def test_in_place_is_true_or_false(be, function):
+    for flag in test_errors.NO_FLAGS:
+        text = test_errors.message(be, function, test_errors.arguments(function) | {"inplace": flag})
+        assert text == f"inplace must be True or False. Received: {flag!r}"
