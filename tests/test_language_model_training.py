@@ -239,7 +239,7 @@ def test_weight_1_is_the_plain_mean():
 
 def stepped(settings, inplace):
     """Two steps: the table of values, what was measured, and the parameters."""
-    trainer = training.Trainer(settings, CPU)
+    trainer = training.Trainer(settings, torch.device(DEVICE))
     forward, table = trainer.model.forward, trainer.reading.memories[0].memory.values
 
     def read(tokens, reading, **_):
@@ -252,7 +252,6 @@ def stepped(settings, inplace):
     return [table, *measured, *trainer.model.parameters()]
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="kernels that are compiled for a GPU take no tables on the CPU")
 def test_steps_in_place_equal_those_that_copy(monkeypatch):
     """With the kernels, which keep what the backward needs of the rows that they overwrite."""
     monkeypatch.setattr(engine, "choose_engine", lambda *_: "triton")

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from interpreter import same_or_close
+from interpreter import DEVICE, same_or_close
 
 from fwpkm import FwPKMConfig
 from fwpkm.backends import torch as be
 from fwpkm.backends.torch.flat import flatten
 from fwpkm.backends.torch.left_aligned import rounded
-from fwpkm.containers import State
+from fwpkm.containers import Memory, State
 from fwpkm.kernels.runtime import windows
 
 CFG = FwPKMConfig(key_dim=4, value_dim=3, num_subkeys=4, top_k=2, chunk_size=3)
@@ -125,8 +125,8 @@ def test_masked_rows_of_ever_new_lengths_have_few_plans(monkeypatch: pytest.Monk
     real = windows.plan
     monkeypatch.setattr(windows, "plan", lambda *told: planned.append(told) or real(*told))
     cfg = FwPKMConfig(key_dim=16, value_dim=16, num_subkeys=4, top_k=2, chunk_size=80)
-    memory = be.init_memory(cfg)
-    query, value = torch.rand(1, 70, 16), torch.rand(1, 70, 16)
+    memory = Memory(*(x.to(DEVICE) for x in be.init_memory(cfg)))
+    query, value = torch.rand(2, 1, 70, 16, device=DEVICE)
     for live in (65, 66):
         mask = torch.arange(70)[None] < live
         out = be.apply(cfg, memory, query, value, mask=mask, implementation="triton")[0]

@@ -133,6 +133,7 @@ def _key_vjp(cfg: FwPKMConfig, query: Array, keys: Array, ids: Array, d_scores: 
 def top_k(x: Array, k: int) -> tuple[Array, Array]:
     """The k largest of the last axis, best first, and their positions; ties go to the lower one."""
     # Without the barrier XLA cannot tell a top-k from a sort that is sliced twice, and sorts everything.
+    # One round both would end the process where rows are dealt to several devices.
     return tuple(map(lax.optimization_barrier, lax.top_k(x, k)))
 
 

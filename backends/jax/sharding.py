@@ -43,7 +43,7 @@ def placed(function: Callable[..., Any]) -> Callable[..., Any]:
     """``function``, on a mesh with explicit axes too: the compiler deals out what it makes on its way.
 
     Its results are dealt out as its arguments are: their first axis, where it is as long as that of one whose rows are,
-    and the columns of values. So each result's first axis must be that of rows, or of something else as long as 1.
+    and the columns of values. So a result's first axis must be that of rows or memories, of which there may be one.
     """
 
     @functools.wraps(function)
