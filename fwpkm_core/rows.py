@@ -80,7 +80,8 @@ def check_concat(cfg: FwPKMConfig, states: Any, implementation: Implementation) 
     validation.check_served(cfg, implementation)
     _refuse_shared(cfg, "concat")
     if isinstance(states, State) or not isinstance(states, Sequence) or not states:
-        raise ValueError(f"states must be a list of at least one fwpkm.State. Received: {type(states).__name__}")
+        received = "none" if isinstance(states, Sequence) and not states else type(states).__name__
+        raise ValueError(f"states must be a list of at least one fwpkm.State. Received: {received}")
     for i, state in enumerate(states):
         try:
             validation.check_state(cfg, state, None, implementation)
@@ -104,6 +105,8 @@ def check_put(cfg: FwPKMConfig, state: Any, other: Any, implementation: Implemen
 
 def check_number(received: int, named: int) -> None:
     """Raise unless a ``put`` of ``received`` rows names as many."""
+    if not named:
+        raise ValueError(f"rows must name the {received} rows whose place those of other take. Received: none")
     if received != named:
         raise ValueError(f"other must have a row for each of rows, {named}. Received: a state of {received} rows")
 

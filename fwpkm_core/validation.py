@@ -178,7 +178,8 @@ def check_chunk(cfg: FwPKMConfig, memory: Any, chunk: Tokens, pair: Any, impleme
 def check_flag(name: str, flag: Any) -> None:
     """Raise unless a switch is True or False: "no" would be taken for True, and a traced one is never known."""
     if not isinstance(flag, (bool, np.bool_)):
-        raise ValueError(f"{name} must be True or False. Received: {flag!r}")
+        traced = ". It decides what is traced: name it in static_argnames" if "Tracer" in type(flag).__name__ else ""
+        raise ValueError(f"{name} must be True or False. Received: {flag!r}{traced}")
 
 
 def check_apply(
@@ -204,8 +205,18 @@ def check_apply(
     if isinstance(state, Memory):
         check_memory(cfg, state, 1, implementation)
     else:
-        check_state(cfg, state, batch, implementation)
+        _check_rows(batch, check_state(cfg, state, None, implementation), packed=cu_seqlens is not None)
     return batch
+
+
+def _check_rows(batch: Any, received: Any, packed: bool) -> None:
+    """Raise unless a state has as many rows as what is read; None where a TensorFlow graph does not know yet."""
+    if None not in (batch, received) and batch != received:
+        what = "a row for each sequence of cu_seqlens [B+1]" if packed else "a row for each of query"
+        raise ValueError(
+            f"state must have {what}, B={batch}. Received: a state of B={received} rows. init_state makes a new one, "
+            "select and concat change the rows of this"
+        )
 
 
 def check_packed(name: str, row: Any, cu_seqlens: Any, array_type: ArrayType) -> Any:

@@ -68,7 +68,7 @@ def wrong_packing():
         yield "gate", packed() | {"gate": f32(*shape)}
     yield "value", packed() | {"value": f32(1, T + 1, 3)}
     for batch in (1, 3):
-        yield "state.position", packed() | {"state": _state(batch)}
+        yield "state must have a row for each sequence of cu_seqlens [B+1], B=2", packed() | {"state": _state(batch)}
 
 
 def wrong_positions():
@@ -110,7 +110,7 @@ def wrong_calls():
     for function in ("apply", "flush"):
         for words, state in wrong_states():
             yield function, "state", state, words
-    yield "apply", "state", _state(3), "B"
+    yield "apply", "state", _state(3), "state must have a row for each of query, B=2"
     yield from (("apply", "update", flag, "update must be True or False") for flag in NO_FLAGS)
     yield from (("nbytes", "state", bad, "state must be a fwpkm.State") for bad in (_memory(B), None, "a text"))
     for function in ("lookup", "chunk_update", "init_state"):
@@ -129,7 +129,9 @@ def wrong_calls():
     yield from (("flush", "rows", rows, "rows") for rows in (*beyond, *repeated, *no_rows))
     yield from (("select", "rows", rows, "rows") for rows in (*beyond, *no_rows, [], np.zeros(B, bool)))
     yield from (("put", "rows", rows, "rows") for rows in (*beyond, *repeated, *no_rows))
-    for rows in (None, [], [0, 1], np.ones(B, bool)):
+    for rows in ([], np.zeros(B, bool)):
+        yield "put", "rows", rows, "rows must name the 1 rows"
+    for rows in (None, [0, 1], np.ones(B, bool)):
         yield "put", "rows", rows, "other must have a row for each of rows"
     for function in ("reset", "select", "put", "pending"):
         for words, state in wrong_states():

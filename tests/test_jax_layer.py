@@ -191,6 +191,8 @@ def test_wrong_inputs_are_named():
     ):
         with pytest.raises(ValueError, match=message):
             layer.apply(*arguments)
+    with pytest.raises(ValueError, match="update must be True or False.*static_argnames"):
+        jax.jit(layer.apply)(variables, x, update=True)
     with pytest.raises(ValueError, match="variables must have the form"):
         layer.export_tensors()
 
