@@ -191,7 +191,7 @@ def test_wrong_inputs_are_named():
     ):
         with pytest.raises(ValueError, match=message):
             layer.apply(*arguments)
-    with pytest.raises(ValueError, match="update must be True or False.*static_argnames"):
+    with pytest.raises(ValueError, match=r"update must be True or False.*static_argnames"):
         jax.jit(layer.apply)(variables, x, update=True)
     with pytest.raises(ValueError, match="variables must have the form"):
         layer.export_tensors()
