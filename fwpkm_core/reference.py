@@ -21,7 +21,7 @@ from fwpkm.tokens import TOKEN_FIELDS, Tokens, token_specs
 from fwpkm.validation import Implementation
 
 Array = np.ndarray
-_quiet = np.errstate(over="ignore", invalid="ignore", divide="ignore")  # §5: non-finite numbers are expected
+_quiet = np.errstate(all="ignore")  # §5: non-finite numbers are expected; and no setting of the caller may stop a write
 
 SELF = Implementation.of(
     equations.REFERENCE,
@@ -191,6 +191,7 @@ def chunk_update(
 
 def detach(state: State) -> State:
     """The state itself: NumPy keeps no gradients."""
+    validation.check_is_state(state)
     return state
 
 
@@ -251,6 +252,7 @@ def _check_inplace(inplace: bool, overwritten: Sequence[Array]) -> None:
 def pending(cfg: FwPKMConfig, state: State) -> Array:
     """How many tokens of each row no write has consumed ``[B]`` (§5)."""
     validation.check_state(cfg, state, None, SELF)
+    validation.check_positions(cfg, state.position.tolist())
     return schedule.pending(cfg, state.position)
 
 
@@ -344,6 +346,7 @@ def _state(cfg: FwPKMConfig, memory: Memory, pending: list[Tokens], position: Ar
         return np.pad(x, [(0, 0), (0, cfg.capacity - x.shape[1])] + [(0, 0)] * (x.ndim - 2))
 
     rows = Tokens(*(np.concatenate([padded(x) for x in field]) for field in zip(*pending)))
+    rows = _filled(memory.keys.dtype, rows)  # tables that are wider than what a call computed in stay so until a write
     return State.of(memory, rows, position.astype(np.int32))
 
 

@@ -48,6 +48,11 @@ def check_array(name: str, array: Any, axes: Sequence[Axis], kind: str, array_ty
     if not _fits(shape, axes):
         expected = ", ".join(label if size is None else f"{label}={size}".removeprefix("=") for label, size in axes)
         raise ValueError(f"{name} must have shape [{expected}]. Received: shape {shape}")
+    if not getattr(received.dtype, "isnative", True):
+        raise ValueError(
+            f"{name} must be in this machine's byte order: x.astype(x.dtype.newbyteorder('=')) turns it. "
+            f"Received: dtype {received.dtype.str}"
+        )
     dtype = dtype_name(received)
     families = {"float": "a floating dtype", "int": "an integer dtype"}
     if not (dtype == kind or (kind in families and kind in dtype)):

@@ -39,6 +39,7 @@ def arguments(function):
         "put": {"cfg": CFG, "state": state, "rows": [1], "other": _state(1)},
         "pending": {"cfg": CFG, "state": state},
         "nbytes": {"state": state},
+        "detach": {"state": state},
         "init_memory": {"cfg": CFG, "memories": 1, "seed": 0},
     }[function]
 
@@ -112,7 +113,11 @@ def wrong_calls():
             yield function, "state", state, words
     yield "apply", "state", _state(3), "state must have a row for each of query, B=2"
     yield from (("apply", "update", flag, "update must be True or False") for flag in NO_FLAGS)
-    yield from (("nbytes", "state", bad, "state must be a fwpkm.State") for bad in (_memory(B), None, "a text"))
+    for function in ("nbytes", "detach"):
+        yield from ((function, "state", bad, "state must be a fwpkm.State") for bad in (_memory(B), None, "a text"))
+    yield from (
+        ("init_memory", "seed", bad, "seed must be an integer of at least 0") for bad in (-1, 0.5, "a", None, True)
+    )
     for function in ("lookup", "chunk_update", "init_state"):
         for words, memory in wrong_memories():
             yield function, "memory", memory, words
@@ -240,7 +245,7 @@ def plain(text):
 
 
 CHECKED = ("apply", "flush", "lookup", "chunk_update", "init_state", "init_memory")
-OF_ROWS = ("reset", "select", "concat", "put", "pending", "nbytes")
+OF_ROWS = ("reset", "select", "concat", "put", "pending", "nbytes", "detach")
 
 
 @pytest.mark.parametrize("function", [*CHECKED, *OF_ROWS])
@@ -272,7 +277,7 @@ def test_bad_packing_is_named(be, words, given):
 def test_positions_that_a_scope_forbids(be, words, cfg, positions):
     state = reference.init_state(cfg, _memory(1), B)._replace(position=np.array(positions, np.int32))
     given = {"cfg": cfg, "state": state}
-    for function, others in (("apply", {"query": f32(B, T, 8), "value": f32(B, T, 3)}), ("flush", {})):
+    for function, others in (("apply", {"query": f32(B, T, 8), "value": f32(B, T, 3)}), ("flush", {}), ("pending", {})):
         text = message(be, function, given | others)
         assert words in text.partition("Received: ")[0]
         assert plain(text) == plain(message(reference, function, given | others))

@@ -266,3 +266,25 @@ def test_put_takes_traced_flags():
     flags = jnp.array([True, False, True])
     received = jax.jit(functools.partial(BE.put, DROP))(state, flags, other)
     assert_same_bits(as_numpy(BE, received), as_numpy(BE, BE.put(DROP, state, flags, other)))
+
+
+@pytest.mark.parametrize("call", ["select", "put"])
+def test_traced_rows_may_be_narrow(call):
+    """More rows than an int8 counts, though the ones named fit it."""
+    cfg = FwPKMConfig(2, 1, 1, 2, 1, 1, 0)
+    state = BE.init_state(cfg, BE.init_memory(cfg), 300)._replace(position=jnp.arange(300, dtype=jnp.int32))
+    functions = {
+        "select": lambda rows: BE.select(cfg, state, rows).position,
+        "put": lambda rows: BE.put(cfg, state, rows, BE.init_state(cfg, BE.init_memory(cfg), 1)).position[7:8],
+    }
+    found = jax.jit(functions[call])(jnp.array([7], jnp.int8))
+    assert found.tolist() == ([7] if call == "select" else [0])
+
+
+def test_one_state_joined_is_new_arrays():
+    """So that either may be donated."""
+    cfg = FwPKMConfig(2, 1, 1, 2, 1, 2)
+    state = BE.init_state(cfg, BE.init_memory(cfg), 1)
+    joined = BE.concat(cfg, [state])
+    jax.jit(lambda x: x.map(lambda y: y + 0), donate_argnums=0)(joined)
+    assert np.isfinite(state.memory.values).all()

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from asserting import assert_close
+from drawn import drawn
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -152,3 +153,12 @@ def test_a_query_that_is_not_finite_reads_nan_and_leaves_others_alone(be, case, 
     others[row, token] = False
     for received, expected in zip(look, before):
         np.testing.assert_array_equal(received[others], expected[others])
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e4, 1e7])
+def test_weights_sum_to_one_however_large_the_scores(be, scale):
+    cfg = FwPKMConfig(4, 3, 1, 4, 3, 3, score="dot_product")
+    case = drawn(cfg, 1, 50, dtype="float32")
+    query = case.tokens.query * np.where(np.arange(4) < 2, scale, 1).astype("float32")
+    weights = as_numpy(be, be.lookup(cfg, native(be, case.memory), native(be, query)).weights)
+    np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-6)

@@ -214,6 +214,31 @@ def test_a_memory_in_place_of_a_state_begins_every_sequence(be, case, layout, up
     assert_same_bits((output, trace), (expected, record))
 
 
+@pytest.mark.parametrize("layout", [PADDED, PACKED])
+def test_reading_without_writing_is_that_of_the_reference(be, layout):
+    """§5: every token reads the memory as it stands, also those beyond a chunk."""
+    case = drawn(FwPKMConfig(4, 2, 1, 4, 2, 2), 2, 7, dtype="float32")
+    reads = [apply(each, case.cfg, start(each, case), case.tokens, layout, update=False) for each in (be, reference)]
+    (output, _, trace), (expected, _, record) = reads
+    np.testing.assert_array_equal(trace.slots, record.slots)
+    assert_close(output, expected, case.dtype)
+
+
+def test_wide_tables_take_narrow_tokens_in_pieces(be):
+    """§5 and §6: computed in float32; what is pending has the dtype of the tables, which stay wide until a write."""
+    cfg = FwPKMConfig(4, 2, 1, 4, 2, 4)
+    memory, tokens = drawn(cfg, 1, 6).memory, drawn(cfg, 1, 6, dtype="float32").tokens
+    state = be.init_state(cfg, native(be, memory), 1)
+    expected, whole, _ = apply(be, cfg, state, tokens)
+    outputs = []
+    for t in range(6):
+        output, state, _ = apply(be, cfg, state, tokens.slice(t, t + 1))
+        outputs.append(output)
+        assert as_numpy(be, state.pending.query).dtype == as_numpy(be, state.memory.keys).dtype
+    assert_close(np.concatenate(outputs, 1), expected, "float32")
+    assert_close(as_numpy(be, state.memory.values), as_numpy(be, whole.memory.values), "float32")
+
+
 @given(cases(dtype=FLOATS, memory_scope="sequence"), st.data())
 def test_bytes_and_pending_tokens_are_counted(be, case, data):
     """§5: a table that rows share counts once, and rows that begin alike may share theirs until a write."""
@@ -399,3 +424,19 @@ def test_bfloat16_comes_back_as_float32():
     assert array.dtype == torch.bfloat16
     assert TORCH.to_numpy(array).dtype == np.float32
     assert TORCH.to_numpy(array).tolist() == [1.0, 1.0, -2.5]
+
+
+def test_no_setting_of_numpy_stops_a_write():
+    """A caller's ``np.seterr`` would raise between two tables."""
+    case = drawn(FwPKMConfig(4, 2, 1, 4, 2, 2, temperature=1e-3), 1, 5)
+    with np.errstate(all="raise"):
+        received = apply(reference, case.cfg, start(reference, case), case.tokens, inplace=True)
+    assert_same_bits(received, apply(reference, case.cfg, start(reference, case), case.tokens, inplace=True))
+
+
+def test_arrays_of_another_byte_order_are_refused():
+    """NumPy takes them for another dtype, so a call would be computed in float32."""
+    case = drawn(FwPKMConfig(4, 2, 1, 4, 2, 2), 1, 3)
+    swapped = case.tokens._replace(query=case.tokens.query.astype(case.tokens.query.dtype.newbyteorder("S")))
+    with pytest.raises(ValueError, match="query must be in this machine's byte order"):
+        apply(reference, case.cfg, start(reference, case), swapped)

@@ -135,3 +135,66 @@ def test_masked_rows_of_ever_new_lengths_have_few_plans(monkeypatch: pytest.Monk
         assert not out[:, live:].any()
     assert len(planned) == 2
     assert len(set(planned)) == 1
+
+
+WIDE = FwPKMConfig(key_dim=16, value_dim=16, num_subkeys=4, top_k=2, chunk_size=2)
+
+
+def read(x: torch.Tensor, implementation: str) -> torch.Tensor:
+    memory = Memory(*(table.to(x.device) for table in be.init_memory(WIDE)))
+    return be.apply(WIDE, be.init_state(WIDE, memory, 1), x, x, implementation=implementation)[0]
+
+
+@pytest.mark.parametrize("implementation", ["eager", "triton"])
+@pytest.mark.parametrize("of", ["jvp", "hvp", "hessian", "grad"])
+def test_second_derivatives_are_refused(of: str, implementation: str) -> None:
+    """Where inputs are named torch would leave those of the memory out of the sum without a word."""
+    x = torch.rand(1, 5, 16, device=DEVICE, requires_grad=True)
+
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        return read(x, implementation).square().sum()
+
+    calls = {
+        "jvp": lambda: torch.autograd.functional.jvp(loss, x, x),
+        "hvp": lambda: torch.autograd.functional.hvp(loss, x, x),
+        "hessian": lambda: torch.autograd.functional.hessian(loss, x),
+        "grad": lambda: torch.autograd.grad(loss(x), x, create_graph=True),
+    }
+    with pytest.raises(RuntimeError, match="the memory has first derivatives only"):
+        calls[of]()
+    assert torch.autograd.grad(loss(x), x)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("implementation", ["eager", "triton"])
+def test_a_table_that_a_backward_needs_is_missed_after_a_call_in_place(implementation: str) -> None:
+    """The kernels write behind autograd's back, and must say so."""
+    x = torch.rand(1, 2, 16, device=DEVICE, requires_grad=True)
+    memory = Memory(*(table.to(DEVICE) for table in be.init_memory(WIDE)))
+    state = be.apply(WIDE, be.init_state(WIDE, memory, 1), x, x.detach(), implementation=implementation)[1]
+    loss = state.memory.values.square().sum()
+    be.apply(WIDE, be.detach(state), x.detach(), x.detach(), inplace=True, implementation=implementation)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_decoding_goes_on_from_what_was_made_for_inference() -> None:
+    cfg, x = WIDE, torch.rand(2, 3, 16)
+    expected = be.apply(cfg, be.init_state(cfg, be.init_memory(cfg), 2), x, x)[0][:, 1:]
+    state = be.init_state(cfg, be.init_memory(cfg), 2)
+    with torch.inference_mode():
+        state = be.apply(cfg, state, x[:, :1], x[:, :1])[1]
+    found = [be.decode(cfg, state, x[:, t : t + 1], x[:, t : t + 1]) for t in (1, 2)]
+    assert not any(output.is_inference() for output in found)
+    same_or_close(torch.cat(found, 1), expected)
+    assert state.position.tolist() == [3, 3]
+
+
+@pytest.mark.parametrize("call", ["put", "reset"])
+def test_a_position_made_for_inference_is_not_found_too_late(call: str) -> None:
+    state = half_read()
+    with torch.inference_mode():
+        state = state._replace(position=state.position.clone())
+    before = [x.clone() for x in flatten(state)]
+    with pytest.raises(RuntimeError, match="inference"):
+        CALLS[call](state)
+    assert all(map(torch.equal, flatten(state), before))

@@ -67,7 +67,9 @@ def apply(
         look, trace = _read_only(cfg, state.memory, tokens, cu_seqlens)
         return look.output, state, trace
     output, tables, pending, position, trace = _apply(cfg, writes, state, tokens, cu_seqlens)
-    return output, State.of(state.memory if tables is None else tables, pending, position), trace
+    # Tables that are wider than what a call computed in stay so until a write.
+    memory = state.memory if tables is None else tables
+    return output, State.of(memory, filled(memory.keys.dtype, pending), position), trace
 
 
 def _apply_from(
@@ -143,6 +145,7 @@ def chunk_update(
 
 def detach(state: State) -> State:
     """The state without its gradient history."""
+    validation.check_is_state(state)
     return jax.lax.stop_gradient(state)
 
 

@@ -70,6 +70,8 @@ def put(cfg: FwPKMConfig, state: State, rows: Any, other: State) -> State:
 def pending(cfg: FwPKMConfig, state: State) -> Array:
     """How many tokens of each row no write has consumed ``[B]``."""
     validation.check_state(cfg, state, None, SELF)
+    if not is_traced(state.position):
+        validation.check_positions(cfg, state.position.tolist())
     return schedule.pending(cfg, state.position)
 
 
@@ -92,7 +94,7 @@ def _checked(rows: Array, kind: str, axis: Axis) -> Array:
     """Rows whose values are not known, once their shape and dtype are right."""
     name = "rows as a bool array" if kind == "bool" else "rows"
     validation.check_array(name, rows, [axis], kind, Array)
-    return rows
+    return rows if kind == "bool" else rows.astype(jnp.int32)  # narrow ones may not count all rows
 
 
 def is_traced(x: Any) -> bool:
@@ -117,7 +119,8 @@ def _selected(own: bool, state: State, ids: Any) -> State:
 
 @placed
 def _joined(states: tuple[State, ...]) -> State:
-    return states[0].map(lambda *x: jnp.concatenate(x), *states[1:])
+    # Of one state too the arrays are new: either may be donated.
+    return states[0].map(lambda *x: jnp.concatenate(x) if states[1:] else x[0].copy(), *states[1:])
 
 
 @placed

@@ -151,8 +151,12 @@ def _blank_tokens(x: Array, finite: Array) -> Array:
 
 
 def _softmax(scores: Array) -> Array:
-    """Over the last axis; Keras' own warns of an axis of length 1, which is what k = 1 makes."""
-    return ops.exp(scores - ops.logsumexp(scores, axis=-1, keepdims=True))
+    """Over the last axis; Keras' own warns of an axis of length 1, which is what k = 1 makes.
+
+    Not exp(s - log Σ exp s): large scores leave few digits to a logarithm, and the weights would not sum to 1.
+    """
+    parts = ops.exp(scores - ops.stop_gradient(ops.max(scores, axis=-1, keepdims=True)))
+    return parts / ops.sum(parts, axis=-1, keepdims=True)
 
 
 def _pick(x: Array, index: Array) -> Array:

@@ -30,6 +30,7 @@ from fwpkm.backends.keras.windows import (
     Reads,
     no_losses,
     nothing_read,
+    read_only,
     select_window,
     windows,
     write_chunk,
@@ -70,18 +71,16 @@ def apply(
     losses, writes = no_losses(memory, schedule.max_writes(cfg, shape[1])), ops.zeros_like(memory.keys[:, 0, 0, 0, 0])
     if isinstance(shape[1], int) and shape[1] == 0:
         reads = nothing_read(cfg, tokens)
-    elif update or cu_seqlens is not None:
-        before, position = filled(dtype, state.pending), state.position
-        if not update:  # nothing is pending, and nothing falls due
-            position = ops.zeros_like(position)
-        streams = streams_of(cfg, before, position, tokens, cu_seqlens)
-        streams = streams if update else streams._replace(due=ops.zeros_like(streams.due))
+    elif update:
+        streams = streams_of(cfg, filled(dtype, state.pending), state.position, tokens, cu_seqlens)
         reads, memory, losses = windows(cfg, memory, streams, tokens)
-        if update:
-            rest = streams.cells(streams.due * cfg.chunk_size, cfg.capacity)
-            left = streams.tokens(rest, reads.dead | ~ops.reshape(tokens.mask, (-1,)))
-            state = State.of(memory, left, streams.position(cfg, position))
-            writes = ops.reshape(streams.due, (ops.shape(memory.keys)[0], -1))[:, 0]
+        rest = streams.cells(streams.due * cfg.chunk_size, cfg.capacity)
+        left = streams.tokens(rest, reads.dead | ~ops.reshape(tokens.mask, (-1,)))
+        state = State.of(memory, left, streams.position(cfg, state.position))
+        writes = ops.reshape(streams.due, (ops.shape(memory.keys)[0], -1))[:, 0]
+    elif cu_seqlens is not None:  # as if nothing were pending
+        streams = streams_of(cfg, filled(dtype, state.pending), ops.zeros_like(state.position), tokens, cu_seqlens)
+        reads = read_only(cfg, memory, streams, tokens)
     else:
         found, _ = select_window(cfg, memory, tokens)
         reads = Reads(*(ops.reshape(x, (-1, *x.shape[2:])) for x in found))
@@ -153,6 +152,7 @@ def chunk_update(
 
 def detach(state: State) -> State:
     """The state without its gradient history."""
+    validation.check_is_state(state)
     stop = ops.stop_gradient
     return State.of(Memory(*map(stop, state.memory)), state.pending.map(stop), stop(state.position))
 

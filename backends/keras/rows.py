@@ -91,6 +91,8 @@ def put(cfg: FwPKMConfig, state: State, rows: Any, other: State) -> State:
 def pending(cfg: FwPKMConfig, state: State) -> Array:
     """How many tokens of each row no write has consumed ``[B]``."""
     validation.check_state(cfg, state, None, implementation())
+    if not _is_traced(state.position):
+        validation.check_positions(cfg, ops.convert_to_numpy(state.position).tolist())
     return schedule.pending(cfg, state.position)
 
 
@@ -109,7 +111,7 @@ def mask_of(cfg: FwPKMConfig, rows: Any, state: State) -> Array:
         return ops.convert_to_tensor(row_checks.mask_of(cfg, _on_host(rows), state.position.shape[0]))
     if _is_bool(rows):
         return _checked(rows, "bool", ("B", state.position.shape[0]))
-    at = ops.arange(ops.shape(state.position)[0], dtype=rows.dtype)
+    at = ops.arange(ops.shape(state.position)[0], dtype="int32")
     return ops.any(at[:, None] == _checked(rows, "int", ("n", None))[None], axis=1)
 
 
@@ -117,7 +119,7 @@ def _checked(rows: Array, kind: str, axis: Axis) -> Array:
     """Rows whose values are not known, once their shape and dtype are right."""
     name = "rows as a bool array" if kind == "bool" else "rows"
     validation.check_array(name, rows, [axis], kind, object)
-    return rows
+    return rows if kind == "bool" else ops.cast(rows, "int32")  # tensorflow gathers by few integer dtypes
 
 
 def _is_bool(rows: Array) -> bool:

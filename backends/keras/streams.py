@@ -31,7 +31,7 @@ class Streams(NamedTuple):
     index: Array
     """``[n]`` int32: where it stands in its stream; negative for one that is not there."""
     new_cells: Array
-    """``[n]`` int32: the cells of new tokens, those of a row together and in order."""
+    """``[n + 1]`` int32: the cells of new tokens, those of a row together and in order; the rest have no meaning."""
     first_new: Array
     """``[B]`` int32: where in ``new_cells`` a row begins."""
 
@@ -107,7 +107,7 @@ def streams_of(cfg: FwPKMConfig, pending: Tokens, position: Array, tokens: Token
     # Where the k-th token that is there stands; others are sent past the last.
     spare = ops.zeros((num_new + 1,), "int32")
     sent = ops.where(there, before[:-1], num_new)
-    new_cells = ops.scatter_update(spare, sent[:, None], old + at)[:-1]
+    new_cells = ops.scatter_update(spare, sent[:, None], old + at)
     source = Tokens(*(_cells(x, y) for x, y in zip(pending, tokens)))
     due = schedule.written(cfg, lengths)
     return Streams(source, num_pending, lengths, due, row, ops.where(there, index, -1), new_cells, first_new[:-1])

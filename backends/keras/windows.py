@@ -136,6 +136,24 @@ def windows(cfg: FwPKMConfig, memory: Memory, streams: Streams, tokens: Tokens) 
     return _merge(streams, reads, here, start_of_tail, first), memory, losses
 
 
+def read_only(cfg: FwPKMConfig, memory: Memory, streams: Streams, tokens: Tokens) -> Reads:
+    """What the tokens of a call read ``[n, ...]`` of the memories of their streams, where nothing is written."""
+    length, size = ops.shape(tokens.mask)[1], cfg.chunk_size
+    longest = ops.max(streams.lengths)
+
+    def is_left(window: Array, _: Any) -> Array:
+        return window * size < longest
+
+    def read_one(window: Array, reads: Reads) -> tuple:
+        start = ops.zeros_like(streams.due) + window * size
+        here, _ = select_window(cfg, memory, streams.tokens(streams.cells(start, size), reads.dead))
+        first = (streams.index >= window * size) & (streams.index < (window + 1) * size)
+        return window + 1, _merge(streams, reads, here, start, first)
+
+    start = (ops.zeros((), "int32"), nothing_read(cfg, tokens))
+    return ops.while_loop(is_left, read_one, start, maximum_iterations=-(-length // size))[1]
+
+
 def _read_before(cfg: FwPKMConfig, window: Array) -> Array:
     """How many tokens of a stream were read before a window was."""
     return ops.where(window > 0, window * cfg.chunk_size + schedule.lag(cfg), 0)

@@ -70,12 +70,14 @@ def decode(
         _check_decode(cfg, state, tokens)
     if traced or engine.choose_engine(implementation, cfg, state.memory, query) != "eager":
         return operators.decode(cfg, state, tokens)
-    on_host = state._replace(position=state.position.cpu())
-    output, after, _ = ops.apply(cfg, on_host, **tokens.present(), inplace=True, implementation="eager")
-    for old, new in zip(flatten(state), flatten(after)):
-        if old is not new:
-            old.copy_(new)
-    return output
+    # What was made for inference may be overwritten there alone.
+    with torch.inference_mode(torch.is_inference_mode_enabled() or any(x.is_inference() for x in flatten(state))):
+        on_host = state._replace(position=state.position.cpu())
+        output, after, _ = ops.apply(cfg, on_host, **tokens.present(), inplace=True, implementation="eager")
+        for old, new in zip(flatten(state), flatten(after)):
+            if old is not new:
+                old.copy_(new)
+    return output if torch.is_inference_mode_enabled() or not output.is_inference() else output.clone()
 
 
 def _check_decode(cfg: FwPKMConfig, state: State, tokens: Tokens) -> None:

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fwpkm import schedule
+from fwpkm.backends.torch.derivatives import first_only
 from fwpkm.backends.torch.flat import flat, flatten, unflatten
 from fwpkm.backends.torch.tokens import filled, join, pad, without
 from fwpkm.config import FwPKMConfig
@@ -213,6 +213,9 @@ def forward(
         values = values.contiguous()
     elif not (owned and values.is_contiguous()):
         values = values.clone(memory_format=torch.contiguous_format)
+    else:
+        # Autograd must see what the kernels overwrite, or a backward that kept the table would take the new one.
+        torch.autograd.graph.increment_version(values)
     with on_device_of(values):
         return call.forward(cfg, plan, keys.contiguous(), values, stream, pair, save, dtype, most), values
 
@@ -288,7 +291,7 @@ class _Call(torch.autograd.Function):
         return tuple(results)
 
     @staticmethod
-    @once_differentiable
+    @first_only
     def backward(ctx, *d_results):
         from fwpkm.kernels.runtime import call
         from fwpkm.kernels.runtime.workspace import Workspace

@@ -58,6 +58,7 @@ def apply(
     if update:
         left = rows.left(cfg, done.flags)
         moved = passed() if callable(passed) else passed
+        left = filled(done.memory.keys.dtype, left)
         state = State.of(done.memory, left, schedule.reduced(cfg, state.position) + moved.to(state.position))
     return output, state, trace
 

@@ -134,6 +134,7 @@ def _apply(
     if on_kernels and positions:
         output, memory, left, trace = fast.apply(cfg, state, positions[0], inputs, update, inplace)
         if update:
+            left = filled(memory.keys.dtype, left)
             state = State.of(memory, left, schedule.reduced(cfg, state.position) + inputs.length)
         return output, state, trace
     memory = _as_tables(state.memory, inputs.query)
@@ -143,7 +144,8 @@ def _apply(
     output, written, trace = _run_eagerly(cfg, memory, streams, tokens, inputs.mask, inplace)
     if update:
         memory = state.memory if written is None else written
-        state = State.of(memory, streams.left(), streams.position(state.position))
+        # Tables that are wider than what a call computed in stay so until a write.
+        state = State.of(memory, filled(memory.keys.dtype, streams.left()), streams.position(state.position))
     return output.to(inputs.query.dtype), state, trace
 
 
@@ -268,6 +270,7 @@ def chunk_update(
 
 def detach(state: State) -> State:
     """The state without its gradient history."""
+    validation.check_is_state(state)
     memory = Memory(*(x.detach() for x in state.memory))
     return State.of(memory, state.pending.map(Tensor.detach), state.position.detach())
 

@@ -91,13 +91,15 @@ def _put(state: State, ids: Tensor, other: State, inplace: bool) -> State:
         # In place each row needs a table of its own.
         return x.index_copy_(0, at, y) if inplace and _is_own(x) else x.index_copy(0, at, y)
 
-    check_inplace(inplace, *state.memory, *state.pending.present().values())
+    check_inplace(inplace, *state.memory, *state.pending.present().values(), state.position)
     return state.map(replaced, other)
 
 
 def pending(cfg: FwPKMConfig, state: State) -> Tensor:
     """How many tokens of each row no write has consumed ``[B]``."""
     validation.check_state(cfg, state, None, SELF)
+    if state.position.device.type == "cpu":  # else it would wait for the device
+        validation.check_positions(cfg, state.position.tolist())
     return schedule.pending(cfg, state.position)
 
 

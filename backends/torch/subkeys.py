@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from fwpkm.backends.torch.derivatives import first_only
 from fwpkm.backends.torch.values import Entries
 from fwpkm.tokens import Array
 
@@ -42,7 +42,7 @@ class _SquaredDistance(torch.autograd.Function):
         return distance
 
     @staticmethod
-    @once_differentiable
+    @first_only
     def backward(ctx, gradient):
         residuals = _Residuals(*ctx.saved_tensors)
         entries, vectors = residuals.entries, residuals.differences.flatten(0, 1)
@@ -63,7 +63,7 @@ class _Product(torch.autograd.Function):
         return product
 
     @staticmethod
-    @once_differentiable
+    @first_only
     def backward(ctx, gradient):
         residuals = _Residuals(*ctx.saved_tensors)
         d_query = residuals.entries.read(residuals.keys, gradient) if ctx.needs_input_grad[0] else None
@@ -83,7 +83,7 @@ class _SumOfDifferences(torch.autograd.Function):
         return entries.by_row(differences.flatten(0, 1), weights)
 
     @staticmethod
-    @once_differentiable
+    @first_only
     def backward(ctx, gradient):
         residuals = _Residuals(*ctx.saved_tensors)
         entries, weights = residuals.entries, residuals.weights
@@ -106,7 +106,7 @@ class _SumOfQueries(torch.autograd.Function):
         return entries.scatter_add(query, weights)
 
     @staticmethod
-    @once_differentiable
+    @first_only
     def backward(ctx, gradient):
         residuals = _Residuals(*ctx.saved_tensors)
         d_query = residuals.entries.read(gradient, residuals.weights)

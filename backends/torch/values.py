@@ -15,9 +15,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fwpkm import schedule
+from fwpkm.backends.torch.derivatives import first_only
 from fwpkm.backends.torch.tokens import finite_rows, maybe_any
 from fwpkm.config import FwPKMConfig
 from fwpkm.tokens import Array
@@ -180,7 +180,7 @@ class _Table(torch.autograd.Function):
         return reads, squared, values if writes else None
 
     @staticmethod
-    @once_differentiable
+    @first_only
     def backward(ctx, d_reads, _, d_values):
         if d_reads is None and d_values is None:
             return (None,) * 10

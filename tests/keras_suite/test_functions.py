@@ -80,3 +80,27 @@ if BACKEND == "tensorflow":  # which alone has tf.function
                 keras.tree.flatten(graph(*inputs)), keras.tree.flatten(run(*inputs)), strict=True
             ):
                 assert agreement.relative_error(be.to_numpy(actual), be.to_numpy(expected)) < bound
+
+    def test_a_graph_of_unknown_length_takes_no_tokens(be):
+        import tensorflow
+
+        cfg = FwPKMConfig(4, 3, 1, 4, 2, 2)
+        state = be.init_state(cfg, be.init_memory(cfg), 2)
+        unknown = [tensorflow.TensorSpec((2, None, 4)), tensorflow.TensorSpec((2, None, 3))]
+        graph = tensorflow.function(lambda q, v: be.apply(cfg, state, q, v)[:2], input_signature=unknown)
+        output, after = graph(keras.ops.zeros((2, 0, 4)), keras.ops.zeros((2, 0, 3)))
+        assert output.shape == (2, 0, 3)
+        assert be.to_numpy(after.position).tolist() == [0, 0]
+
+    @pytest.mark.parametrize("dtype", ["uint8", "int16"])
+    def test_traced_rows_are_of_any_integer_type(dtype, be):
+        import tensorflow
+
+        cfg = FwPKMConfig(2, 1, 1, 2, 1, 1, 0)
+        state = be.init_state(cfg, be.init_memory(cfg), 200)
+        state = state._replace(position=keras.ops.arange(200, dtype="int32"))
+        rows = keras.ops.convert_to_tensor([150 if dtype == "int16" else 120, 3], dtype)
+        selected = tensorflow.function(lambda rows: be.select(cfg, state, rows).position)(rows)
+        assert be.to_numpy(selected).tolist() == be.to_numpy(rows).tolist()
+        left = tensorflow.function(lambda rows: be.reset(cfg, state, be.init_memory(cfg), rows).position)(rows)
+        assert np.flatnonzero(be.to_numpy(left) == 0).tolist() == [0, 3, int(rows[0])]
