@@ -132,7 +132,7 @@ def windows(cfg: FwPKMConfig, position: int, length: int, update: bool) -> Itera
 @_quiet
 def flush(cfg: FwPKMConfig, state: State, rows: Any = None, *, inplace: bool = False) -> tuple[State, Trace]:
     """Write the pending chunk of every sequence, or of ``rows``, empty it and restart the count (§5)."""
-    batch, memories = validation.check_state(cfg, state, None, SELF), len(state.memory.keys)
+    batch, memories = validation.check_state(cfg, state, SELF), len(state.memory.keys)
     validation.check_positions(cfg, state.position.tolist())
     _check_inplace(inplace, state.memory)
     chosen = row_checks.mask_of(cfg, rows, batch)
@@ -251,7 +251,7 @@ def _check_inplace(inplace: bool, overwritten: Sequence[Array]) -> None:
 
 def pending(cfg: FwPKMConfig, state: State) -> Array:
     """How many tokens of each row no write has consumed ``[B]`` (§5)."""
-    validation.check_state(cfg, state, None, SELF)
+    validation.check_state(cfg, state, SELF)
     validation.check_positions(cfg, state.position.tolist())
     return schedule.pending(cfg, state.position)
 

@@ -61,7 +61,7 @@ def mask_of(cfg: FwPKMConfig, rows: Any, batch_size: int) -> np.ndarray:
 
 def check_reset(cfg: FwPKMConfig, state: Any, memory: Any, implementation: Implementation) -> int:
     """The rows of a state, which ``memory`` can start anew: with the tables of one row, or of each."""
-    batch = validation.check_state(cfg, state, None, implementation)
+    batch = validation.check_state(cfg, state, implementation)
     validation.check_initial(cfg, memory, batch, implementation)
     _check_same_dtype("memory", memory, state.memory)
     return batch
@@ -69,7 +69,7 @@ def check_reset(cfg: FwPKMConfig, state: Any, memory: Any, implementation: Imple
 
 def check_select(cfg: FwPKMConfig, state: Any, rows: Any, implementation: Implementation) -> np.ndarray:
     """The ids of ``rows``, of which there must be at least one."""
-    ids = ids_of(rows, validation.check_state(cfg, state, None, implementation), repeats=True)
+    ids = ids_of(rows, validation.check_state(cfg, state, implementation), repeats=True)
     if not len(ids):
         raise ValueError(f"rows must name at least one row: a state has B >= 1. Received: {rows!r}")
     return ids
@@ -84,7 +84,7 @@ def check_concat(cfg: FwPKMConfig, states: Any, implementation: Implementation) 
         raise ValueError(f"states must be a list of at least one fwpkm.State. Received: {received}")
     for i, state in enumerate(states):
         try:
-            validation.check_state(cfg, state, None, implementation)
+            validation.check_state(cfg, state, implementation)
         except ValueError as error:
             raise ValueError(f"states[{i}]: {error}") from None
         _check_same_dtype(f"states[{i}]", state.memory, states[0].memory)
@@ -94,9 +94,9 @@ def check_put(cfg: FwPKMConfig, state: Any, other: Any, implementation: Implemen
     """The rows of ``other``, which can take the place of rows of ``state``."""
     validation.check_served(cfg, implementation)
     _refuse_shared(cfg, "put")
-    validation.check_state(cfg, state, None, implementation)
+    validation.check_state(cfg, state, implementation)
     try:
-        received = validation.check_state(cfg, other, None, implementation)
+        received = validation.check_state(cfg, other, implementation)
     except ValueError as error:
         raise ValueError(f"other: {error}") from None
     _check_same_dtype("other", other.memory, state.memory)

@@ -210,7 +210,7 @@ def check_apply(
     if isinstance(state, Memory):
         check_memory(cfg, state, 1, implementation)
     else:
-        _check_rows(batch, check_state(cfg, state, None, implementation), packed=cu_seqlens is not None)
+        _check_rows(batch, check_state(cfg, state, implementation), packed=cu_seqlens is not None)
     return batch
 
 
@@ -251,11 +251,11 @@ def check_is_state(state: Any) -> None:
         raise ValueError(f"state must be a fwpkm.State, as init_state returns. Received: {type(state).__name__}")
 
 
-def check_state(cfg: FwPKMConfig, state: Any, batch_size: int | None, implementation: Implementation) -> int:
-    """Raise unless the state fits ``cfg`` and, where given, the batch size. Returns its rows."""
+def check_state(cfg: FwPKMConfig, state: Any, implementation: Implementation) -> int:
+    """Raise unless the state fits ``cfg``. Returns its rows."""
     check_served(cfg, implementation)
     check_is_state(state)
-    _check_spec("state.position", state.position, state_specs(cfg, batch_size).position, implementation.arrays)
+    _check_spec("state.position", state.position, state_specs(cfg, None).position, implementation.arrays)
     batch = state.position.shape[0]
     check_memory(cfg, state.memory, memories_for(cfg, batch), implementation)
     _check_served_tokens(state.pending, "state.pending_", implementation)

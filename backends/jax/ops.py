@@ -107,7 +107,7 @@ def _most_tokens(cfg: FwPKMConfig, batch: int, tokens: Tokens, ends: np.ndarray 
 
 def flush(cfg: FwPKMConfig, state: State, rows: Any = None) -> tuple[State, Trace]:
     """Write the pending chunk of every row, or of ``rows``, empty it and restart the count (SPEC.md §5)."""
-    batch = validation.check_state(cfg, state, None, SELF)
+    batch = validation.check_state(cfg, state, SELF)
     chosen, positions, writes = mask_of(cfg, rows, batch), _known(state.position), cfg.capacity > 0
     if positions is not None:
         validation.check_positions(cfg, positions.tolist())

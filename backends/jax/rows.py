@@ -43,7 +43,7 @@ def reset(cfg: FwPKMConfig, state: State, memory: Memory, rows: Any = None) -> S
 def select(cfg: FwPKMConfig, state: State, rows: Any) -> State:
     """The state of these rows, in this order."""
     if is_traced(rows):
-        validation.check_state(cfg, state, None, SELF)
+        validation.check_state(cfg, state, SELF)
         ids: Any = _checked(rows, "int", ("n", None))
     else:
         ids = row_checks.check_select(cfg, state, rows, SELF)
@@ -69,7 +69,7 @@ def put(cfg: FwPKMConfig, state: State, rows: Any, other: State) -> State:
 
 def pending(cfg: FwPKMConfig, state: State) -> Array:
     """How many tokens of each row no write has consumed ``[B]``."""
-    validation.check_state(cfg, state, None, SELF)
+    validation.check_state(cfg, state, SELF)
     if not is_traced(state.position):
         validation.check_positions(cfg, state.position.tolist())
     return schedule.pending(cfg, state.position)

@@ -95,7 +95,7 @@ def apply(
 
 def flush(cfg: FwPKMConfig, state: State, rows: Any = None) -> tuple[State, Trace]:
     """Write the pending chunk of every row, or of ``rows``, empty it and restart the count (SPEC.md §5)."""
-    validation.check_state(cfg, state, None, implementation())
+    validation.check_state(cfg, state, implementation())
     _check_values(cfg, state, None, 0)
     dtype, chosen = _dtype(state.memory), mask_of(cfg, rows, state)
     num_pending = schedule.pending(cfg, state.position)

@@ -48,7 +48,7 @@ def reset(cfg: FwPKMConfig, state: State, memory: Memory, rows: Any = None) -> S
 def select(cfg: FwPKMConfig, state: State, rows: Any) -> State:
     """The state of these rows, in this order."""
     if _is_traced(rows):
-        validation.check_state(cfg, state, None, implementation())
+        validation.check_state(cfg, state, implementation())
         ids = _checked(rows, "int", ("n", None))
     else:
         ids = row_checks.check_select(cfg, state, _on_host(rows), implementation())
@@ -90,7 +90,7 @@ def put(cfg: FwPKMConfig, state: State, rows: Any, other: State) -> State:
 
 def pending(cfg: FwPKMConfig, state: State) -> Array:
     """How many tokens of each row no write has consumed ``[B]``."""
-    validation.check_state(cfg, state, None, implementation())
+    validation.check_state(cfg, state, implementation())
     if not _is_traced(state.position):
         validation.check_positions(cfg, ops.convert_to_numpy(state.position).tolist())
     return schedule.pending(cfg, state.position)

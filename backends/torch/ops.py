@@ -178,7 +178,7 @@ def flush(
         ValueError: the state does not fit ``cfg``, or ``rows`` not the state.
         RuntimeError: ``inplace`` on a table that autograd still needs.
     """
-    batch = validation.check_state(cfg, state, None, SELF)
+    batch = validation.check_state(cfg, state, SELF)
     check_device(state.pending_query, **state._asdict())
     validation.check_positions(cfg, state.position.tolist())
     check_inplace(inplace, *state.memory)

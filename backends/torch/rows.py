@@ -97,7 +97,7 @@ def _put(state: State, ids: Tensor, other: State, inplace: bool) -> State:
 
 def pending(cfg: FwPKMConfig, state: State) -> Tensor:
     """How many tokens of each row no write has consumed ``[B]``."""
-    validation.check_state(cfg, state, None, SELF)
+    validation.check_state(cfg, state, SELF)
     if state.position.device.type == "cpu":  # else it would wait for the device
         validation.check_positions(cfg, state.position.tolist())
     return schedule.pending(cfg, state.position)

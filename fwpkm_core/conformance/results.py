@@ -13,7 +13,7 @@ from fwpkm.conformance import running
 from fwpkm.conformance.contestants import FUNCTIONS
 from fwpkm.conformance.drawing import Passage
 from fwpkm.conformance.running import INPUTS, Reading, as_numpy, native, same_bits
-from fwpkm.conformance.strategies import PADDED, Case, floating, unmasked
+from fwpkm.conformance.strategies import PACKED, PADDED, Case, floating, unmasked
 from fwpkm.containers import Lookup, Losses, Memory, State, Trace
 from fwpkm.protocol import Backend, DifferentiableBackend
 from fwpkm.registry import get_backend
@@ -152,7 +152,9 @@ def _calls(be: Any, passage: Passage, middle: State) -> Calls:
     fields = tokens.present()
     written, losses = be.chunk_update(cfg, memory, target=fields.pop("value"), **fields, pair=pair)
     starts = [running.start(be, case), native(be, middle)]
-    streams = [running.stream(be, cfg, state, chunk, update=False) for state in starts]
+    # All tokens, which may be more than a chunk; those of all calls together may be masked between others.
+    layout = PADDED if case.layout == PADDED else PACKED
+    streams = [running.stream(be, cfg, state, case.tokens, layout=layout, update=False) for state in starts]
     same = [same_bits(as_numpy(be, after), as_numpy(be, before)) for before, (_, after) in zip(starts, streams)]
     readings = [reading for reading, _ in streams]
     return Calls(

@@ -266,7 +266,7 @@ def is_untied(case: Case, gap: float = GAP) -> bool:
     """
     case = case.widened()
     memory = case.memory
-    if (deciding_gap(case.cfg, memory, case.tokens.slice(0, case.cfg.chunk_size).query) <= gap).any():
+    if (deciding_gap(case.cfg, memory, case.tokens.query) <= gap).any():
         return False
     first = case.length if case.flush_after is None else case.flush_after
     for start, stop in ((0, first), (first, case.length)):

@@ -1,5 +1,6 @@
 """Wrong modules of a user: a right backend with one function replaced, which the conformance suite must catch."""
 
+import itertools
 from functools import partial
 
 import numpy as np
@@ -194,6 +195,14 @@ def _forgets(output, state, length):
     return output, state.replace_pending(state.pending.map(np.zeros_like))
 
 
+def _packed_reads_a_chunk(cfg, state, query, update=True, cu_seqlens=None, **tokens):
+    output, after, trace = reference.apply(cfg, state, query, update=update, cu_seqlens=cu_seqlens, **tokens)
+    if cu_seqlens is not None and not update:
+        for start, stop in itertools.pairwise(cu_seqlens.tolist()):
+            output[:, start + cfg.chunk_size : stop] = output[:, start : start + 1]
+    return output, after, trace
+
+
 def _flush_keeps_pending(cfg, state, rows=None):
     after, trace = reference.flush(cfg, state, rows)
     return after.replace_pending(state.pending), trace
@@ -270,6 +279,7 @@ FUNCTIONS = [
     _read_only("update=False moves the position", "state", _moves_on),
     _read_only("update=False drops pending tokens", "state", _forgets),
     _read_only("update=False reads wrong", "output", lambda output, state, _: (off(output), state)),
+    _wrong("update=False reads a chunk of packed sequences", "update=False output", apply=_packed_reads_a_chunk),
     _wrong("flush keeps pending tokens", "flush", flush=_flush_keeps_pending),
     _wrong("flush keeps the pending mask", "flush", flush=_flush_keeps_mask),
     _wrong("apply overwrites the tables", "arguments", apply=partial(reference.apply, inplace=True)),
