@@ -10,6 +10,7 @@ from fwpkm import reference
 from fwpkm.config import FwPKMConfig
 from fwpkm.containers import Lookup, Losses, Memory, State, Trace
 from fwpkm.files import load, load_state, save, save_state
+from fwpkm.packing import PackedState
 from fwpkm.registry import backend_names, backend_status, get_backend
 
 __version__ = _version("fwpkm")
@@ -19,6 +20,7 @@ __all__ = [
     "Lookup",
     "Losses",
     "Memory",
+    "PackedState",
     "State",
     "Trace",
     "__version__",

@@ -7,6 +7,7 @@ import numpy as np
 
 from fwpkm.config import FwPKMConfig
 from fwpkm.containers import Lookup, Losses, Memory, State, Trace
+from fwpkm.packing import PackedState
 from fwpkm.tokens import Array
 
 
@@ -220,6 +221,43 @@ class Backend(Protocol):
 
     def nbytes(self, state: State) -> int:
         """The bytes that a state takes, a table that rows share counted once."""
+        ...
+
+    def pack(self, cfg: FwPKMConfig, state: State, memory: Memory, dtype: str | None = None) -> PackedState:
+        """A state as what it holds beyond the initial memory, in NumPy arrays on the host (SPEC.md §5).
+
+        Kept are the rows of the value table that differ from the initial memory's by their bits (-0.0 and 0.0 differ,
+        a NaN and itself do not), all keys, the pending tokens that are there, and the positions: for rows at least ten
+        wide at most 1.1 · 4·Dv bytes a row, keys, tokens and 64 KiB. The state is left as it was, and shares nothing
+        with the result. To pack some rows, :meth:`select` them first.
+
+        Args:
+            cfg: the configuration that the state was made with.
+            state: where the B rows stand; outside of what is compiled or traced.
+            memory: the initial memory that it began from: one row for all, or B rows, of which row r is row r's.
+            dtype: None keeps the rows' bits. "bfloat16" rounds float32 rows of values to nearest, at half the bytes,
+                with a relative error of at most 2⁻⁸ (absolute 2⁻¹³⁴ below 2⁻¹²⁶); keys and tokens keep their bits.
+
+        Raises:
+            ValueError: state or memory do not fit ``cfg`` or each other, another ``dtype``, or arrays that are traced.
+        """
+        ...
+
+    def unpack(self, cfg: FwPKMConfig, packed: PackedState | Sequence[PackedState], memory: Memory) -> State:
+        """The state that was packed, by whichever backend, bit for bit unless it was rounded (SPEC.md §5).
+
+        Args:
+            cfg: the configuration that it was packed with.
+            packed: what :meth:`pack` returned, or a list: then one state of the rows of all, in order ("batch" scope:
+                one only).
+            memory: the initial memory that it was packed beside: one row for all, or as many rows as the result has.
+
+        Returns:
+            a state of this backend's arrays, which shares nothing with ``packed`` or ``memory``.
+
+        Raises:
+            ValueError: another configuration or initial memory, other dtypes, or arrays that do not fit each other.
+        """
         ...
 
     def asarray(self, x: Any, dtype: str) -> Array:

@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from fwpkm import equations, schedule, validation
+from fwpkm import equations, packing, schedule, validation
 from fwpkm import rows as row_checks
 from fwpkm.config import FwPKMConfig
 from fwpkm.containers import Lookup, Losses, Memory, State, Trace, memories_for
 from fwpkm.equations import Selection, ahead
 from fwpkm.initial import initial_arrays
+from fwpkm.packing import PackedState
 from fwpkm.tokens import TOKEN_FIELDS, Tokens, token_specs
 from fwpkm.validation import Implementation
 
@@ -261,6 +262,16 @@ def nbytes(state: State) -> int:
     validation.check_is_state(state)
     arrays = (*state.memory, *state.pending, state.position)
     return sum(x.itemsize * math.prod(n for n, stride in zip(x.shape, x.strides) if stride) for x in arrays if x.size)
+
+
+def pack(cfg: FwPKMConfig, state: State, memory: Memory, dtype: str | None = None) -> PackedState:
+    """What a state holds that the initial ``memory`` does not (§5)."""
+    return packing.pack(cfg, state, memory, dtype, SELF)
+
+
+def unpack(cfg: FwPKMConfig, packed: PackedState | Sequence[PackedState], memory: Memory) -> State:
+    """The state that was packed (§5)."""
+    return packing.unpack(cfg, packing.prepare(cfg, packed, memory, SELF), memory)
 
 
 def asarray(x: Any, dtype: str) -> Array:

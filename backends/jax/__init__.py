@@ -13,6 +13,7 @@ from fwpkm.backends.jax.ops import (
     to_numpy,
     vjp,
 )
+from fwpkm.backends.jax.packing import pack, unpack
 from fwpkm.backends.jax.rows import concat, init_state, nbytes, pending, put, reset, select
 
 __all__ = [
@@ -28,10 +29,12 @@ __all__ = [
     "init_state",
     "lookup",
     "nbytes",
+    "pack",
     "pending",
     "put",
     "reset",
     "select",
     "to_numpy",
+    "unpack",
     "vjp",
 ]

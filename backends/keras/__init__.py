@@ -19,11 +19,13 @@ init_memory = _functions.init_memory
 init_state = _functions.init_state
 lookup = _functions.lookup
 nbytes = _functions.nbytes
+pack = _functions.pack
 pending = _functions.pending
 put = _functions.put
 reset = _functions.reset
 select = _functions.select
 to_numpy = _functions.to_numpy
+unpack = _functions.unpack
 vjp = _functions.vjp
 
 __all__ = [
@@ -40,10 +42,12 @@ __all__ = [
     "init_state",
     "lookup",
     "nbytes",
+    "pack",
     "pending",
     "put",
     "reset",
     "select",
     "to_numpy",
+    "unpack",
     "vjp",
 ]

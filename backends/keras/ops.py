@@ -13,6 +13,7 @@ import numpy as np
 from keras import ops
 
 from fwpkm import schedule, validation
+from fwpkm.backends.keras.packing import pack, unpack  # noqa: F401
 from fwpkm.backends.keras.rows import (  # noqa: F401
     concat,
     implementation,

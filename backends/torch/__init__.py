@@ -14,6 +14,7 @@ from fwpkm.backends.torch.ops import (
     to_numpy,
     vjp,
 )
+from fwpkm.backends.torch.packing import pack, unpack
 from fwpkm.backends.torch.rows import concat, init_state, nbytes, pending, put, reset, select
 
 __all__ = [
@@ -30,11 +31,13 @@ __all__ = [
     "init_state",
     "lookup",
     "nbytes",
+    "pack",
     "pending",
     "put",
     "reset",
     "select",
     "start_decoding",
     "to_numpy",
+    "unpack",
     "vjp",
 ]

@@ -20,7 +20,7 @@ DEFAULT = (*(name for name in backend_names() if name != "keras"), *KERAS)
 
 FUNCTIONS = (
     *("init_memory", "init_state", "apply", "flush", "lookup", "chunk_update"),
-    *("reset", "select", "concat", "put", "pending", "nbytes", "asarray", "to_numpy"),
+    *("reset", "select", "concat", "put", "pending", "nbytes", "pack", "unpack", "asarray", "to_numpy"),
 )
 """What a module must have (SPEC.md §8); ``vjp`` as well, for its gradients to be judged."""
 

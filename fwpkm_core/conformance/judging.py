@@ -22,14 +22,15 @@ QUANTITIES = (
     *("init_memory", "init_state", "lookup output", "lookup slots", "lookup weights"),
     *(f"chunk_update {name}" for name in ("keys", "values", "memorization", "addressing")),
     *(f"update=False {name}" for name in ("output", "slots", "weights", "state")),
-    *("flush", "flush rows", "reset", "select", "concat", "put", "pending, nbytes", "from a memory"),
+    *("flush", "flush rows", "reset", "select", "concat", "put", "pending, nbytes", "pack", "from a memory"),
     *("arguments", "apart"),
 )
 """What is judged, in the order of the table: what sequences gave, the state in mid-sequence (pending tokens, and their
 mask with the position), gradients, each function by itself, and whether states are values, in place too."""
 
 EXACT = frozenset(
-    {"writes", "position", "init_memory", "init_state", "update=False state", "pending, nbytes", "arguments", "apart"}
+    {"writes", "position", "init_memory", "init_state", "update=False state", "pending, nbytes", "pack"}
+    | {"arguments", "apart"}
     | {name for name in QUANTITIES if name.endswith("slots")}
 )
 """Quantities that are equal or not: their error is 0 or infinite."""
@@ -111,6 +112,7 @@ def _row_errors(cfg: FwPKMConfig, actual: Calls, expected: Calls) -> Iterator[tu
         if state is not None:
             yield quantity, _state_error(cfg, getattr(actual, field), state)
     yield "pending, nbytes", _exact_error(actual.counted and np.array_equal(actual.pending, expected.pending))
+    yield "pack", _exact_error(actual.packed)
     if actual.apart is not None:
         yield "apart", _exact_error(actual.apart)
 

@@ -45,6 +45,8 @@ class Calls(NamedTuple):
     """``[B]``: how many tokens each row has pending."""
     counted: bool
     """Whether ``nbytes`` is the sum of the arrays' bytes."""
+    packed: bool
+    """Whether ``pack`` keeps what it should, and ``unpack`` gives the bits back, beside that initial memory only."""
     from_memory: Reading
     """Of half of the first row's tokens by every row, from a memory in place of a state; its tables are those given."""
     read_only: Lookup
@@ -164,6 +166,7 @@ def _calls(be: Any, passage: Passage, middle: State) -> Calls:
         written=as_numpy(be, written),
         losses=as_numpy(be, losses),
         **_row_calls(be, case, middle, rng),
+        packed=_is_packed(be, case, middle),
         from_memory=_from_memory(be, case),
         read_only=Lookup(**{name: getattr(readings[0], name) for name in Lookup._fields}),
         unchanged=all(same) and not any(reading.writes.any() for reading in readings),
@@ -200,6 +203,32 @@ def _row_calls(be: Any, case: Case, middle: State, rng: np.random.Generator) -> 
         "counted": be.nbytes(state) == sum(x.nbytes for x in running.arrays(middle)),
         "apart": apart,
     }
+
+
+def _is_packed(be: Any, case: Case, middle: State) -> bool:
+    """Whether a state in mid-sequence is packed and unpacked by its bits.
+
+    Its first row of values differs from the initial one in a zero's sign alone, its last one is NaN in both.
+    """
+    cfg, initial, state = case.cfg, as_numpy(reference, case.memory), as_numpy(reference, middle)
+    for values, zero in ((initial.values, 0.0), (state.memory.values, -0.0)):
+        values[:, 0], values[:, -1] = 1, np.nan
+        values[:, 0, 0] = zero
+    packed = be.pack(cfg, native(be, state), native(be, initial))
+    rows = zip(state.memory.values.reshape(-1, cfg.value_dim), np.vstack(initial.values))
+    kept = sum(row.tobytes() != other.tobytes() for row, other in rows)
+    tokens = int(reference.pending(cfg, state).sum())
+    twice = cfg.memory_scope == "sequence"
+    memory = native(be, Memory(*(np.concatenate([x, x] if twice else [x]) for x in initial)))
+    unpacked = as_numpy(be, be.unpack(cfg, [packed, packed] if twice else packed, memory))
+    expected = reference.concat(cfg, [state, state]) if twice else state
+    initial.values[0, -1, 0] = 2
+    try:
+        be.unpack(cfg, packed, native(be, initial))
+    except ValueError:
+        right = (len(packed.slots), len(packed.pending.query)) == (kept, tokens)
+        return right and same_bits(unpacked, expected)
+    return False  # another initial memory was not refused
 
 
 def _from_memory(be: Any, case: Case) -> Reading:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 CORE = Path(__file__).parents[2] / "fwpkm_core"
 SOURCES = ("reference.py", "equations.py", "schedule.py")
 OWN_IMPORTS = {
-    "from fwpkm import equations, schedule,": "from {} import equations, schedule\nfrom fwpkm import",
+    "from fwpkm import equations, packing, schedule,": "from {} import equations, schedule\nfrom fwpkm import packing,",
     "from fwpkm.equations import": "from {}.equations import",
 }
 """How the copies import each other."""

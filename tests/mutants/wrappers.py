@@ -1,12 +1,13 @@
 """Wrong modules of a user: a right backend with one function replaced, which the conformance suite must catch."""
 
+import dataclasses
 import itertools
 from functools import partial
 
 import numpy as np
 from mutants.build import Wrapper
 
-from fwpkm import reference
+from fwpkm import packing, reference
 from fwpkm.containers import Memory
 from fwpkm.registry import get_backend
 
@@ -170,6 +171,45 @@ def _in_place_reads_only(cfg, state, inplace=False, **options):
     return reference.apply(cfg, state, **options | ({"update": False} if inplace else {}))
 
 
+# Packed states
+
+
+def _pack_by_value(cfg, state, memory, dtype=None):
+    def changed(values, initial):
+        slots = np.flatnonzero((values != initial).any(-1))
+        return slots, values[slots]
+
+    return packing.pack(cfg, state, memory, dtype, reference.SELF, changed=changed)
+
+
+def _pack_every_row(cfg, state, memory, dtype=None):
+    every = lambda values, initial: (np.arange(len(values)), values)  # noqa: E731
+    return packing.pack(cfg, state, memory, dtype, reference.SELF, changed=every)
+
+
+def _pack_rounds(cfg, state, memory, dtype=None):
+    packed = reference.pack(cfg, state, memory)
+    return dataclasses.replace(packed, values=packed.values.astype(np.float16).astype(packed.values.dtype))
+
+
+def _unpack_without_tokens(cfg, packed, memory):
+    state = reference.unpack(cfg, packed, memory)
+    return state.replace_pending(state.pending.map(np.zeros_like))
+
+
+def _unpack_with_initial_keys(cfg, packed, memory):
+    state = reference.unpack(cfg, packed, memory)
+    keys = np.broadcast_to(memory.keys, state.memory.keys.shape)
+    return state._replace(memory=state.memory._replace(keys=keys))
+
+
+def _unpack_beside_any(cfg, packed, memory):
+    parts = packed if isinstance(packed, list) else [packed]
+    own = np.split(packing.digests(memory), len(parts)) if len(memory.keys) > 1 else [packing.digests(memory)]
+    parts = [dataclasses.replace(one, initial=np.resize(mine, one.initial.shape)) for one, mine in zip(parts, own)]
+    return reference.unpack(cfg, parts, memory)
+
+
 # update=False, and flush
 
 
@@ -270,6 +310,12 @@ FUNCTIONS = [
     _wrong("put of the tables alone", "put", put=_put_tables_alone),
     _wrong("pending tokens of the first row", "pending, nbytes", pending=_pending_of_the_first),
     _wrong("nbytes of the tables alone", "pending, nbytes", nbytes=lambda state: sum(x.nbytes for x in state.memory)),
+    _wrong("pack compares rows by value", "pack", pack=_pack_by_value),
+    _wrong("pack keeps every row", "pack", pack=_pack_every_row),
+    _wrong("pack rounds rows", "pack", pack=_pack_rounds),
+    _wrong("unpack drops pending tokens", "pack", unpack=_unpack_without_tokens),
+    _wrong("unpack takes the initial keys", "pack", unpack=_unpack_with_initial_keys),
+    _wrong("unpack beside any memory", "pack", unpack=_unpack_beside_any),
     _wrong("flush takes no rows", "flush rows", flush=_flush_of_all),
     _wrong("flush of rows counts the writes of all", "flush rows", flush=_flush_counts_all),
     _from_memory("a memory is read without the mask", _unmasked),

@@ -1,0 +1,53 @@
+"""States that cost what they hold (SPEC.md §5): ``fwpkm.packing`` on tensors."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fwpkm import packing
+from fwpkm.backends.torch.ops import to_numpy
+from fwpkm.backends.torch.rows import init_state
+from fwpkm.backends.torch.windows import SELF
+from fwpkm.config import FwPKMConfig
+from fwpkm.containers import Memory, State
+from fwpkm.packing import PackedState
+
+_BITS = {4: torch.int32, 8: torch.int64}
+
+
+@torch.no_grad()
+def pack(cfg: FwPKMConfig, state: State, memory: Memory, dtype: str | None = None) -> PackedState:
+    """What a state holds that the initial ``memory`` does not; of a GPU's tables only rows that differ are copied."""
+    return packing.pack(cfg, state, memory, dtype, SELF, to_numpy, _changed_rows)
+
+
+@torch.no_grad()
+def unpack(cfg: FwPKMConfig, packed: PackedState | Sequence[PackedState], memory: Memory) -> State:
+    """The state that was packed, on the device of ``memory``; its position lies on the CPU."""
+    whole = packing.prepare(cfg, packed, memory, SELF, to_numpy)
+    device = memory.values.device
+
+    def on_device(x: Any) -> Tensor:
+        return torch.tensor(x, device=device)
+
+    values = init_state(cfg, memory, whole.batch_size).memory.values
+    at = packing.memory_ids(whole) * cfg.num_slots + whole.slots
+    values.view(-1, cfg.value_dim).index_copy_(0, on_device(at), on_device(whole.values))
+    pending = packing.unpack_pending(cfg, whole).map(on_device)
+    return State.of(Memory(on_device(whole.keys), values), pending, torch.tensor(whole.position))
+
+
+def _changed_rows(values: Tensor, initial: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """``packing.changed_rows``, found where the tables lie."""
+    if initial.device != values.device:
+        initial = initial.to(values.device)
+    bits = _BITS[values.element_size()]
+    flags = [
+        (values[start:stop].view(bits) != initial[start:stop].view(bits)).any(-1)
+        for start, stop in packing.blocks(*values.shape)
+    ]
+    slots = torch.cat(flags).nonzero()[:, 0]
+    return to_numpy(slots), to_numpy(values[slots])
