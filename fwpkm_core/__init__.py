@@ -9,7 +9,8 @@ from importlib.metadata import version as _version
 from fwpkm import reference
 from fwpkm.config import FwPKMConfig
 from fwpkm.containers import Lookup, Losses, Memory, State, Trace
-from fwpkm.files import load, load_state, save, save_state
+from fwpkm.files import load, load_state, load_states, save, save_state, save_states
+from fwpkm.packed_files import load_packed, save_packed
 from fwpkm.packing import PackedState
 from fwpkm.registry import backend_names, backend_status, get_backend
 
@@ -28,8 +29,12 @@ __all__ = [
     "backend_status",
     "get_backend",
     "load",
+    "load_packed",
     "load_state",
+    "load_states",
     "reference",
     "save",
+    "save_packed",
     "save_state",
+    "save_states",
 ]

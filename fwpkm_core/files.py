@@ -1,40 +1,22 @@
-"""Weights and states as safetensors files (SPEC.md §8): NumPy arrays under canonical names, the same for all backends.
+"""Weights and states as files (SPEC.md §8): NumPy arrays under canonical names, the same for all backends.
 
-A file carries four metadata strings: ``format_version``, ``kind`` ("layer" or "state"), ``config`` (as JSON: a layer's
-``spec()``, or the config of a state) and ``sha256`` (as JSON: for each tensor the hex digest of its bytes in C order,
-little-endian). Reading checks everything before anything is filled: a bad file changes nothing. Writing goes through a
-temporary file beside the target, so that a save that fails or is killed leaves the old file whole; only a killed
-process leaves its ``.fwpkm-*.tmp`` behind.
+What a file is stands in tensor_files.py. Its ``config`` is a layer's ``spec()``, the config of a state, or those of
+several states by their names. Reading checks everything before anything is filled: a bad file changes nothing.
 
 A layer takes part by having the methods of :class:`Layer`.
 """
 
 import dataclasses
-import hashlib
 import json
-import os
-import secrets
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import numpy as np
-import safetensors
-import safetensors.numpy
 
 from fwpkm import registry, validation
 from fwpkm.config import FwPKMConfig
 from fwpkm.containers import Memory, State, state_specs
-
-FORMAT_VERSION = "1"
-
-_PathLike: TypeAlias = str | os.PathLike[str]
-_Tensors: TypeAlias = dict[str, np.ndarray]
-
-_FLOATS = ("float32", "float64")
-_DTYPES = {"F32": "float32", "F64": "float64", "I32": "int32", "BOOL": "bool"}  # safetensors' names, in NumPy's
-_ABSENT = object()
-_DAMAGED = "The file is damaged or was edited: take another copy, or save it again."
+from fwpkm.tensor_files import DAMAGED, FLOATS, Form, Forms, PathLike, Tensors, bad, check_forms, forms_of, read, write
 
 
 class Layer(Protocol):
@@ -63,17 +45,7 @@ def layer_spec(hidden_size: int, gated: bool, value_norm: str | None, config: Fw
     return {"hidden_size": hidden_size, "gated": gated, "value_norm": value_norm, "config": fields}
 
 
-class _Form(NamedTuple):
-    """The shape of a tensor, and its dtype or the dtypes it may have."""
-
-    shape: tuple[int, ...]
-    dtypes: tuple[str, ...]
-
-
-_Forms: TypeAlias = dict[str, _Form]
-
-
-def save(path: _PathLike, layer: Layer, variables: Any = None) -> None:
+def save(path: PathLike, layer: Layer, variables: Any = None) -> None:
     """Write a layer's weights, initial memory included, to ``path`` (SPEC.md §8).
 
     Args:
@@ -88,11 +60,11 @@ def save(path: _PathLike, layer: Layer, variables: Any = None) -> None:
     """
     _check_layer(layer)
     tensors = layer.export_tensors(variables)
-    _check_forms(path, _forms(tensors), _layer_forms(layer), "The layer's export_tensors and tensor_shapes disagree.")
-    _write(path, "layer", layer.spec(), tensors)
+    check_forms(path, forms_of(tensors), _layer_forms(layer), "The layer's export_tensors and tensor_shapes disagree.")
+    write(path, "layer", layer.spec(), tensors)
 
 
-def load(path: _PathLike, layer: Layer) -> Any:
+def load(path: PathLike, layer: Layer) -> Any:
     """Fill ``layer`` from a file of :func:`save`, once every check has passed (SPEC.md §8).
 
     Returns:
@@ -104,10 +76,11 @@ def load(path: _PathLike, layer: Layer) -> Any:
         ValueError: the file is damaged or of another format or kind, or was saved from a layer with another ``spec()``.
     """
     _check_layer(layer)
-    return layer.import_tensors(_read(path, "layer", layer.spec(), lambda _: _layer_forms(layer)))
+    _, tensors = read(path, "layer", lambda _: layer.spec(), lambda *_: _layer_forms(layer))
+    return layer.import_tensors(tensors)
 
 
-def save_state(path: _PathLike, state: State, cfg: FwPKMConfig) -> None:
+def save_state(path: PathLike, state: State, cfg: FwPKMConfig) -> None:
     """Write a state of any backend to ``path``; its dtypes are kept (SPEC.md §5 and §8).
 
     Args:
@@ -120,24 +93,38 @@ def save_state(path: _PathLike, state: State, cfg: FwPKMConfig) -> None:
         IsADirectoryError: ``path`` is a folder.
         ValueError: the state does not fit ``cfg``.
     """
-    validation.check_config(cfg)
-    if not isinstance(state, State):
-        raise ValueError(f"state must be a fwpkm.State. Received: {type(state).__name__}")
-    to_numpy = registry.backend_of(state.memory.values).to_numpy
-    tensors = {name: np.asarray(to_numpy(array)) for name, array in _state_arrays(state).items()}
-    forms = _forms(tensors)
-    _check_forms(path, forms, _state_forms(cfg, forms), "Pass the config that the state was made with.")
-    _check_positions(path, cfg, tensors["position"], "Pass a state as apply or flush returned it.")
-    _write(path, "state", json.loads(cfg.to_json()), tensors)
+    write(path, "state", _fields(cfg), _tensors(path, "state", state, cfg))
 
 
-def load_state(path: _PathLike, cfg: FwPKMConfig, backend: Any) -> State:
+def save_states(path: PathLike, states: Mapping[str, State], cfgs: FwPKMConfig | Mapping[str, FwPKMConfig]) -> None:
+    """Write the states of a whole model to one file, which holds all of them or none.
+
+    Args:
+        path: the file; one that exists is replaced in one step, or stays as it is when anything fails.
+        states: at least one state of any backend by a name of the caller's, such as that of its layer.
+        cfgs: the config that all were made with, or each one's by the same names.
+
+    Raises:
+        FileNotFoundError: the folder of ``path`` does not exist.
+        IsADirectoryError: ``path`` is a folder.
+        ValueError: no state, a state that does not fit its config, or names without a config or without a state.
+    """
+    check_names("states", states)
+    configs = _configs(cfgs, states, "states")
+    tensors = [named(name, _tensors(path, f"states[{name!r}]", x, configs[name])) for name, x in states.items()]
+    merged = {name: tensor for part in tensors for name, tensor in part.items()}
+    write(path, "set of states", {name: _fields(configs[name]) for name in states}, merged)
+
+
+def load_state(path: PathLike, cfg: FwPKMConfig, backend: Any, device: Any = None) -> State:
     """Read a state of :func:`save_state`, written by any backend (SPEC.md §5 and §8).
 
     Args:
         path: the file.
         cfg: must equal the config that the state was saved with.
         backend: the backend to build arrays for: a name that :func:`fwpkm.get_backend` knows, or such a module.
+        device: where the arrays shall lie: a device of torch, where the position stays on the CPU, or a device or
+            sharding of JAX; None leaves them where ``backend.asarray`` makes them.
 
     Returns:
         The state: the saved bits, in the saved dtypes, as the arrays that ``backend.asarray`` makes.
@@ -146,15 +133,138 @@ def load_state(path: _PathLike, cfg: FwPKMConfig, backend: Any) -> State:
         FileNotFoundError: there is no such file.
         ImportError: the backend's framework is not installed.
         IsADirectoryError: ``path`` is a folder.
-        ValueError: the file is damaged or of another format or kind, or was saved with another config.
+        ValueError: the file is damaged or of another format or kind, or was saved with another config; or a device that
+            the backend does not know.
     """
     validation.check_config(cfg)
-    module = registry.get_backend(backend) if isinstance(backend, str) else backend
-    tensors = _read(path, "state", json.loads(cfg.to_json()), lambda forms: _state_forms(cfg, forms))
-    _check_positions(path, cfg, tensors["position"], _DAMAGED)
-    arrays = {name: module.asarray(tensor, tensor.dtype.name) for name, tensor in tensors.items()}
+    module = _backend(backend, device)
+    _, tensors = read(path, "state", lambda _: _fields(cfg), lambda _, forms: _state_forms(cfg, forms))
+    _check_positions(path, "position", cfg, tensors["position"], DAMAGED)
+    return _native(module, tensors, device)
+
+
+def load_states(
+    path: PathLike, cfgs: FwPKMConfig | Mapping[str, FwPKMConfig], backend: Any, device: Any = None
+) -> dict[str, State]:
+    """Read the states of :func:`save_states`, written by any backend, in their order.
+
+    Args:
+        path: the file.
+        cfgs: the config that all were saved with, or each one's by name: then of all names in the file, and no others.
+        backend: the backend to build arrays for: a name that :func:`fwpkm.get_backend` knows, or such a module.
+        device: as of :func:`load_state`.
+
+    Returns:
+        The states by name: the saved bits, in the saved dtypes.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ImportError: the backend's framework is not installed.
+        IsADirectoryError: ``path`` is a folder.
+        ValueError: the file is damaged, of another format or kind, or has other names or configs; or a device that the
+            backend does not know.
+    """
+    module = _backend(backend, device)
+
+    def wanted(saved: dict[str, Any]) -> dict[str, Any]:
+        check_saved_names(path, saved)
+        return {name: _fields(cfg) for name, cfg in _configs(cfgs, saved, f"{path}: the file's states").items()}
+
+    def expected(saved: dict[str, Any], forms: Forms) -> Forms:
+        configs = _configs(cfgs, saved, "")
+        return {
+            key: form
+            for name in saved
+            for key, form in named(name, _state_forms(configs[name], part_of(forms, name))).items()
+        }
+
+    saved, tensors = read(path, "set of states", wanted, expected)
+    configs, parts = _configs(cfgs, saved, ""), {name: part_of(tensors, name) for name in saved}
+    for name, part in parts.items():
+        _check_positions(path, f"{name}.position", configs[name], part["position"], DAMAGED)
+    return {name: _native(module, part, device) for name, part in parts.items()}
+
+
+# --- Several in one file: tensors are named "NAME.FIELD"; fields have other last parts, so no two names meet ---
+
+
+def check_names(argument: str, by_name: Any) -> None:
+    """Raise unless the argument is a dict of at least one thing by texts."""
+    if not isinstance(by_name, Mapping) or not by_name:
+        received = type(by_name).__name__ if not isinstance(by_name, Mapping) else "none"
+        raise ValueError(f"{argument} must be a dict of at least one, by name. Received: {received}")
+    for name in by_name:
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"{argument} must have texts for names, none empty. Received: {name!r}")
+
+
+def check_saved_names(path: PathLike, saved: dict[str, Any]) -> None:
+    """Raise unless what a file says of its states is a config for each name."""
+    if not saved or not all(isinstance(fields, dict) for fields in saved.values()):
+        raise bad(path, "unreadable metadata 'config'", "a config for each name", repr(saved), DAMAGED)
+
+
+def named(name: str, parts: Mapping[str, Any]) -> dict[str, Any]:
+    """What belongs to one name under the keys of a file."""
+    return {f"{name}.{part}": x for part, x in parts.items()}
+
+
+def part_of(found: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The inverse of :func:`named`; of a name that begins another one, with more than its own."""
+    return {key.removeprefix(f"{name}."): x for key, x in found.items() if key.startswith(f"{name}.")}
+
+
+def _configs(cfgs: Any, names: Mapping[str, Any], of: str) -> dict[str, FwPKMConfig]:
+    """A config for each name."""
+    if not isinstance(cfgs, Mapping):
+        validation.check_config(cfgs)
+        return dict.fromkeys(names, cfgs)
+    missing, extra = sorted(names.keys() - cfgs.keys()), sorted(cfgs.keys() - names.keys(), key=str)
+    if missing or extra:
+        raise ValueError(
+            f"cfgs must have a config for each of {of}, and no other. Expected: {list(names)}. "
+            f"Received: {list(cfgs)}, which lack {missing} and have {extra} beside"
+        )
+    for cfg in cfgs.values():
+        validation.check_config(cfg)
+    return {name: cfgs[name] for name in names}
+
+
+# --- States as tensors ---
+
+
+def _fields(cfg: FwPKMConfig) -> dict[str, Any]:
+    fields: dict[str, Any] = json.loads(cfg.to_json())
+    return fields
+
+
+def _tensors(path: PathLike, argument: str, state: Any, cfg: FwPKMConfig) -> Tensors:
+    """The arrays of a state, once they fit its config."""
+    validation.check_config(cfg)
+    if not isinstance(state, State):
+        raise ValueError(f"{argument} must be a fwpkm.State. Received: {type(state).__name__}")
+    to_numpy = registry.backend_of(state.memory.values).to_numpy
+    tensors = {name: np.asarray(to_numpy(array)) for name, array in _state_arrays(state).items()}
+    forms = forms_of(tensors)
+    check_forms(path, forms, _state_forms(cfg, forms), "Pass the config that the state was made with.")
+    _check_positions(path, "position", cfg, tensors["position"], "Pass a state as apply or flush returned it.")
+    return tensors
+
+
+def _native(module: Any, tensors: Tensors, device: Any) -> State:
+    arrays = {name: module.asarray(tensors[name], tensors[name].dtype.name) for name in _STATE_NAMES}
     memory = Memory(arrays.pop("memory.keys"), arrays.pop("memory.values"))
-    return State(memory, **arrays)
+    state = State(memory, **arrays)
+    return state if device is None else module.to_device(state, device)
+
+
+def _backend(backend: Any, device: Any) -> Any:
+    module = registry.get_backend(backend) if isinstance(backend, str) else backend
+    if device is not None and not hasattr(module, "to_device"):
+        raise ValueError(
+            f"device must be None: {getattr(module, '__name__', module)} does not place states. Received: {device!r}"
+        )
+    return module
 
 
 def _state_arrays(state: State) -> dict[str, Any]:
@@ -163,21 +273,20 @@ def _state_arrays(state: State) -> dict[str, Any]:
     return {"memory.keys": memory.keys, "memory.values": memory.values, **fields}
 
 
-def _layer_forms(layer: Layer) -> _Forms:
-    return {name: _Form(tuple(shape), _FLOATS) for name, shape in layer.tensor_shapes().items()}
+_STATE_NAMES = tuple(_state_arrays(state_specs(FwPKMConfig(), None)))
 
 
-def _state_forms(cfg: FwPKMConfig, found: _Forms) -> _Forms:
+def _layer_forms(layer: Layer) -> Forms:
+    return {name: Form(tuple(shape), FLOATS) for name, shape in layer.tensor_shapes().items()}
+
+
+def _state_forms(cfg: FwPKMConfig, found: Forms) -> Forms:
     """What a state must hold; only B is taken from what was found."""
     rows = found["position"].shape if "position" in found else ()
     batch = rows[0] if rows and rows[0] else 1
-    dtypes = {"float": _FLOATS, "bool": ("bool",), "int32": ("int32",)}
+    dtypes = {"float": FLOATS, "bool": ("bool",), "int32": ("int32",)}
     specs = _state_arrays(state_specs(cfg, batch))
-    return {name: _Form(spec.shape, dtypes[spec.kind]) for name, spec in specs.items()}
-
-
-def _forms(tensors: Mapping[str, np.ndarray]) -> _Forms:
-    return {name: _Form(tensor.shape, (tensor.dtype.name,)) for name, tensor in tensors.items()}
+    return {name: Form(spec.shape, dtypes[spec.kind]) for name, spec in specs.items()}
 
 
 def _check_layer(layer: Any) -> None:
@@ -185,136 +294,8 @@ def _check_layer(layer: Any) -> None:
         raise ValueError(f"layer must be an FwPKM layer of one of the backends. Received: {type(layer).__name__}")
 
 
-def _write(path: _PathLike, kind: str, spec: dict[str, Any], tensors: _Tensors) -> None:
-    """Write beside the target and put the file in its place in one step, or leave nothing behind."""
-    if not os.fspath(path) or os.fspath(path).endswith(os.sep):
-        raise ValueError(f"path must name a file. Received: {os.fspath(path)!r}")
-    _refuse_folder(path)
-    target = Path(os.path.realpath(path))  # a link keeps pointing at the file that it names
-    if not target.parent.is_dir():
-        raise FileNotFoundError(f"{path}: the folder {target.parent} does not exist. Create it first.")
-    # safetensors reads the memory behind an array as if it were contiguous, whatever its strides.
-    tensors = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
-    metadata = {
-        "format_version": FORMAT_VERSION,
-        "kind": kind,
-        "config": json.dumps(spec),
-        "sha256": json.dumps({name: _digest(tensor) for name, tensor in tensors.items()}),
-    }
-    temporary = target.with_name(f".fwpkm-{secrets.token_hex(8)}.tmp")
-    try:
-        # Not safetensors' save_file: its files open to their owner alone, and it renames them unsynchronised.
-        _write_bytes(temporary, safetensors.numpy.save(tensors, metadata))
-        os.replace(temporary, target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def _write_bytes(path: Path, data: bytes) -> None:
-    with path.open("xb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())  # or a crash soon after the rename could leave an empty file under the name
-
-
-def _read(path: _PathLike, kind: str, spec: dict[str, Any], expected: Callable[[_Forms], _Forms]) -> _Tensors:
-    """The tensors of a file whose metadata, names, shapes, dtypes and digests are all as they must be."""
-    _refuse_folder(path)
-    try:
-        with safetensors.safe_open(path, "np") as file:
-            digests = _check_metadata(path, file.metadata() or {}, kind, spec)
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-            forms = {name: _Form(tuple(s.get_shape()), (_dtype(s),)) for name, s in slices.items()}
-            _check_forms(path, forms, expected(forms), _DAMAGED)
-            tensors = {name: file.get_tensor(name) for name in forms}
-    except safetensors.SafetensorError as error:
-        raise _bad(path, "not a whole safetensors file", "a file of fwpkm.save", error, _DAMAGED) from error
-    received = {name: _digest(tensor) for name, tensor in tensors.items()}
-    wrong = {name: digests.get(name) for name in received if digests.get(name) != received[name]}
-    if wrong:
-        received = {name: received[name] for name in wrong}
-        raise _bad(path, f"the contents of {', '.join(wrong)} do not match their sha256", wrong, received, _DAMAGED)
-    return tensors
-
-
-def _check_metadata(path: _PathLike, metadata: dict[str, str], kind: str, spec: dict[str, Any]) -> dict[str, Any]:
-    """Check the version, the kind and the spec; return the digests."""
-    version = metadata.get("format_version")
-    if version != FORMAT_VERSION:
-        advice = "Read it with the release of fwpkm that wrote it, or save it again."
-        raise _bad(path, "unknown format_version", repr(FORMAT_VERSION), repr(version), advice)
-    if metadata.get("kind") != kind:
-        advice = "Read layers with fwpkm.load and states with fwpkm.load_state."
-        raise _bad(path, f"not the file of a {kind}", f"kind {kind!r}", f"kind {metadata.get('kind')!r}", advice)
-    saved, wanted = _flat(_json_object(path, metadata, "config")), _flat(json.loads(json.dumps(spec)))
-    differing = [name for name in {**wanted, **saved} if wanted.get(name, _ABSENT) != saved.get(name, _ABSENT)]
-    if differing:
-        received, expected = (
-            ", ".join(f"{name}={fields[name]!r}" if name in fields else f"no {name}" for name in differing)
-            for fields in (saved, wanted)
-        )
-        problem = f"saved with another configuration, which differs in {', '.join(differing)}"
-        raise _bad(path, problem, expected, received, f"Use the file's values for the {kind}, or another file.")
-    return _json_object(path, metadata, "sha256")
-
-
-def _check_forms(path: _PathLike, found: _Forms, expected: _Forms, advice: str) -> None:
-    missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
-    if missing or extra:
-        problem = f"wrong tensors: missing {missing}, unknown {extra}"
-        raise _bad(path, problem, sorted(expected), sorted(found), advice)
-    wrong = [
-        name
-        for name, form in expected.items()
-        if found[name].shape != form.shape or not set(found[name].dtypes) <= set(form.dtypes)
-    ]
-    if wrong:
-        received, wanted = (
-            ", ".join(f"{name} {forms[name].shape} {' or '.join(forms[name].dtypes)}" for name in wrong)
-            for forms in (found, expected)
-        )
-        raise _bad(path, f"wrong shape or dtype of {', '.join(wrong)}", wanted, received, advice)
-
-
-def _check_positions(path: _PathLike, cfg: FwPKMConfig, position: np.ndarray, advice: str) -> None:
+def _check_positions(path: PathLike, name: str, cfg: FwPKMConfig, position: np.ndarray, advice: str) -> None:
     shared = cfg.memory_scope != "sequence"  # one clock
     if position.min() < 0 or (shared and position.min() != position.max()):
         expected = "numbers of at least 0" + ", equal in all rows" * shared
-        raise _bad(path, "bad position", expected, position.tolist(), advice)
-
-
-def _refuse_folder(path: _PathLike) -> None:
-    if os.path.isdir(path):
-        raise IsADirectoryError(f"{path}: is a folder. Expected the path of a file; add a file name.")
-
-
-def _json_object(path: _PathLike, metadata: dict[str, str], key: str) -> dict[str, Any]:
-    try:
-        value = json.loads(metadata.get(key, ""))
-    except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict):
-        raise _bad(path, f"unreadable metadata {key!r}", "a JSON object", repr(metadata.get(key)), _DAMAGED)
-    return value
-
-
-def _flat(spec: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a spec with those of its config beside them, as "config.top_k"."""
-    config = spec.get("config")
-    inner = {f"config.{name}": value for name, value in config.items()} if isinstance(config, dict) else {}
-    return {**{name: value for name, value in spec.items() if not inner or name != "config"}, **inner}
-
-
-def _dtype(piece: Any) -> str:
-    name = piece.get_dtype()
-    return _DTYPES.get(name, name)
-
-
-def _digest(tensor: np.ndarray) -> str:
-    little_endian = np.asarray(tensor, tensor.dtype.newbyteorder("<"), order="C")
-    return hashlib.sha256(little_endian.reshape(-1).view(np.uint8).data).hexdigest()
-
-
-def _bad(path: _PathLike, wrong: str, expected: object, received: object, advice: str) -> ValueError:
-    return ValueError(f"{path}: {wrong}. Expected: {expected}. Received: {received}. {advice}")
+        raise bad(path, f"bad {name}", expected, position.tolist(), advice)

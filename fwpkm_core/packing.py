@@ -72,7 +72,7 @@ def arrays(packed: PackedState) -> dict[str, Any]:
 def from_arrays(cfg: FwPKMConfig, found: dict[str, np.ndarray]) -> PackedState:
     """The inverse of :func:`arrays`."""
     pending = {name: found[f"pending_{name}"] for name in Tokens._fields}
-    others = {name: x for name, x in found.items() if not name.startswith("pending_")}
+    others = {field.name: found[field.name] for field in dataclasses.fields(PackedState) if field.name in found}
     return PackedState(config=cfg, pending=Tokens(**pending), **others)
 
 
@@ -84,7 +84,7 @@ def specs(cfg: FwPKMConfig, batch: int, rows: int, tokens: int) -> dict[str, Arr
     memories, n = memories_for(cfg, batch), ("n", rows)
     pending = token_specs(cfg, tokens, ("time", 1))._asdict()
     return {
-        "initial": ArraySpec((("M", memories), ("32", 32)), "uint8"),
+        "initial": ArraySpec((("M", memories), ("", 32)), "uint8"),
         "keys": memory_specs(cfg, memories).keys,
         "counts": ArraySpec((("M", memories),), "int32"),
         "slots": ArraySpec((n,), "int32"),

@@ -177,8 +177,24 @@ def test_fields_that_only_one_side_has(layer_file: Path) -> None:
         metadata["config"] = json.dumps({**spec, "depth": 2})
 
     edit(layer_file, change)
-    story = "Expected: gated=True, config.score='idw', no depth. Received: no gated, no config.score, depth=2"
-    refused_layer(layer_file, story)
+    refused_layer(layer_file, "Expected: gated=True, no depth. Received: no gated, depth=2")
+
+
+def test_a_field_that_came_later_has_its_default(layer_file: Path, state_file: Path) -> None:
+    """As ``FwPKMConfig.from_json`` says, so that files of earlier versions load."""
+
+    def drop(tensors: Tensors, metadata: Metadata) -> None:
+        spec = json.loads(metadata["config"])
+        del spec.get("config", spec)["score"]
+        metadata["config"] = json.dumps(spec)
+
+    for path in (layer_file, state_file):
+        edit(path, drop)
+    fwpkm.load(layer_file, FakeLayer(1))
+    fwpkm.load_state(state_file, CFG, "numpy")
+    other = dataclasses.replace(CFG, score="dot_product")
+    refused_state(state_file, "Expected: score='dot_product'. Received: score='idw'", cfg=other)
+    refused_layer(layer_file, "Received: config.score='idw'", layer=FakeLayer(1, config=other))
 
 
 def test_missing_and_extra_tensors(layer_file: Path, state_file: Path) -> None:

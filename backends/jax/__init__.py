@@ -14,7 +14,7 @@ from fwpkm.backends.jax.ops import (
     vjp,
 )
 from fwpkm.backends.jax.packing import pack, unpack
-from fwpkm.backends.jax.rows import concat, init_state, nbytes, pending, put, reset, select
+from fwpkm.backends.jax.rows import concat, init_state, nbytes, pending, put, reset, select, to_device
 
 __all__ = [
     "FwPKM",
@@ -34,6 +34,7 @@ __all__ = [
     "put",
     "reset",
     "select",
+    "to_device",
     "to_numpy",
     "unpack",
     "vjp",

@@ -67,6 +67,19 @@ def put(cfg: FwPKMConfig, state: State, rows: Any, other: State) -> State:
     return _put(state, ids, other)
 
 
+def to_device(state: State, device: Any) -> State:
+    """The state with all its arrays on a device of JAX, or dealt out by a sharding.
+
+    Raises:
+        ValueError: neither a ``jax.Device`` nor a ``jax.sharding.Sharding``.
+    """
+    validation.check_is_state(state)
+    if not isinstance(device, (jax.Device, jax.sharding.Sharding)):
+        raise ValueError(f"device must be one of jax.devices() or a jax.sharding.Sharding. Received: {device!r}")
+    moved: State = jax.device_put(state, device)
+    return moved
+
+
 def pending(cfg: FwPKMConfig, state: State) -> Array:
     """How many tokens of each row no write has consumed ``[B]``."""
     validation.check_state(cfg, state, SELF)

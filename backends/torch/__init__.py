@@ -1,5 +1,7 @@
 """The PyTorch backend: the functions of SPEC.md §8, and the layer."""
 
+from torch import serialization
+
 from fwpkm.backends.torch.decoding import decode, start_decoding
 from fwpkm.backends.torch.layer import FwPKM
 from fwpkm.backends.torch.ops import (
@@ -15,7 +17,10 @@ from fwpkm.backends.torch.ops import (
     vjp,
 )
 from fwpkm.backends.torch.packing import pack, unpack
-from fwpkm.backends.torch.rows import concat, init_state, nbytes, pending, put, reset, select
+from fwpkm.backends.torch.rows import concat, init_state, nbytes, pending, put, reset, select, to_device
+from fwpkm.containers import Memory, State
+
+serialization.add_safe_globals([Memory, State])  # so that torch.load(weights_only=True) reads states
 
 __all__ = [
     "FwPKM",
@@ -37,6 +42,7 @@ __all__ = [
     "reset",
     "select",
     "start_decoding",
+    "to_device",
     "to_numpy",
     "unpack",
     "vjp",

@@ -95,6 +95,20 @@ def _put(state: State, ids: Tensor, other: State, inplace: bool) -> State:
     return state.map(replaced, other)
 
 
+def to_device(state: State, device: Any) -> State:
+    """The state with its tables and pending tokens on a device; the position stays where it is (SPEC.md §5).
+
+    Raises:
+        ValueError: torch knows no such device.
+    """
+    validation.check_is_state(state)
+    try:
+        device = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device must be one that torch.device takes. Received: {device!r} ({error})") from None
+    return state.map(lambda x: x.to(device))._replace(position=state.position)
+
+
 def pending(cfg: FwPKMConfig, state: State) -> Tensor:
     """How many tokens of each row no write has consumed ``[B]``."""
     validation.check_state(cfg, state, SELF)
