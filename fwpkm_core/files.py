@@ -93,7 +93,7 @@ def save_state(path: PathLike, state: State, cfg: FwPKMConfig) -> None:
         IsADirectoryError: ``path`` is a folder.
         ValueError: the state does not fit ``cfg``.
     """
-    write(path, "state", _fields(cfg), _tensors(path, "state", state, cfg))
+    write(path, "state", _fields(cfg), _tensors(path, "the state", state, cfg))
 
 
 def save_states(path: PathLike, states: Mapping[str, State], cfgs: FwPKMConfig | Mapping[str, FwPKMConfig]) -> None:
@@ -246,8 +246,8 @@ def _tensors(path: PathLike, argument: str, state: Any, cfg: FwPKMConfig) -> Ten
     to_numpy = registry.backend_of(state.memory.values).to_numpy
     tensors = {name: np.asarray(to_numpy(array)) for name, array in _state_arrays(state).items()}
     forms = forms_of(tensors)
-    check_forms(path, forms, _state_forms(cfg, forms), "Pass the config that the state was made with.")
-    _check_positions(path, "position", cfg, tensors["position"], "Pass a state as apply or flush returned it.")
+    check_forms(path, forms, _state_forms(cfg, forms), f"Pass the config that {argument} was made with.")
+    _check_positions(path, "position", cfg, tensors["position"], f"Pass {argument} as apply or flush returned it.")
     return tensors
 
 

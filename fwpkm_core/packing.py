@@ -204,8 +204,6 @@ def prepare(
         )
     for i, one in enumerate(many):
         name = "packed" if one is packed else f"packed[{i}]"
-        if not isinstance(one, PackedState):
-            raise ValueError(f"{name} must be a fwpkm.PackedState, as pack returns. Received: {type(one).__name__}")
         check(name, one)
         _check_config(name, one.config, cfg)
     whole = _joined(many)
@@ -254,14 +252,15 @@ def unpack_pending(cfg: FwPKMConfig, packed: PackedState) -> Tokens:
 
 
 def check(name: str, packed: PackedState) -> None:
-    """Raise unless the arrays fit each other; ``name`` is what the caller calls it."""
+    """Raise unless it is a packed state whose arrays fit each other; ``name`` is what the caller calls it."""
+    if not isinstance(packed, PackedState):
+        raise ValueError(f"{name} must be a fwpkm.PackedState, as pack returns. Received: {type(packed).__name__}")
     validation.check_config(packed.config)
     found = arrays(packed)
     for field, x in found.items():
         if not isinstance(x, np.ndarray) or x.ndim == 0:
             raise ValueError(f"{name}.{field} must be a NumPy array. Received: {type(x).__name__}")
-    cfg, expected = packed.config, {}
-    expected = specs(cfg, len(packed.position), len(packed.slots), len(packed.pending.query))
+    expected = specs(packed.config, len(packed.position), len(packed.slots), len(packed.pending.query))
     for field, spec in expected.items():
         kind = "uint16" if field == "values" and packed.values.dtype == np.uint16 else spec.kind
         validation.check_array(f"{name}.{field}", found[field], spec.axes, kind, np.ndarray)

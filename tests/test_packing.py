@@ -273,7 +273,7 @@ def test_arguments_that_do_not_fit_are_refused(be: Any) -> None:
             "dtype must be None for tables of float64",
             be.pack,
             CFG,
-            half(be, dtype="float64"),
+            double,
             wide,
             "bfloat16",
         ),
