@@ -33,12 +33,15 @@ def calls(be: Any, cfg: fwpkm.FwPKMConfig, **options: Any) -> dict[str, Any]:
     state = be.init_state(plain, memory, 1)
     query, value = (be.asarray(np.ones((1, 9, 16)), "float32") for _ in range(2))
     pending = be.apply(plain, state, query[:, :3], value[:, :3])[1]
+    packed = be.pack(plain, state, memory)
     rows = {
         "reset": lambda: be.reset(cfg, state, memory),
         "select": lambda: be.select(cfg, state, [0]),
         "concat": lambda: be.concat(cfg, [state]),
         "put": lambda: be.put(cfg, state, [0], state),
         "pending": lambda: be.pending(cfg, state),
+        "pack": lambda: be.pack(cfg, state, memory),
+        "unpack": lambda: be.unpack(cfg, packed, memory),
     }
     return {
         **({} if options else rows),
@@ -53,8 +56,11 @@ def calls(be: Any, cfg: fwpkm.FwPKMConfig, **options: Any) -> dict[str, Any]:
 CONCERNED = {
     "score": ("apply", "flush", "lookup", "chunk_update"),
     "write_scale": ("apply", "flush", "chunk_update"),
-    "boundary": ("apply", "flush", "pending"),
-    "memory_scope": ("init_state", "apply", "flush", "lookup", "chunk_update", "reset", "select", "concat", "put"),
+    "boundary": ("apply", "flush", "pending", "pack", "unpack"),
+    "memory_scope": (
+        *("init_state", "apply", "flush", "lookup", "chunk_update", "reset", "select", "concat", "put"),
+        *("pack", "unpack"),
+    ),
 }
 """The functions whose results a choice may change."""
 

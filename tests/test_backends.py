@@ -15,7 +15,7 @@ from fwpkm.conformance.strategies import Case, cases, draw_memory, draw_tokens, 
 
 OTHERS = ["torch"]
 FUNCTIONS = """
-    init_memory init_state apply flush lookup chunk_update detach reset asarray to_numpy device_name
+    init_memory init_state apply flush lookup chunk_update detach reset pack unpack asarray to_numpy device_name
 """
 
 

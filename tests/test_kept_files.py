@@ -1,7 +1,8 @@
 """Files that earlier versions wrote, kept as they were (tests/data): they load, and reading goes on as it did there.
 
 Each folder was written by the code of its version: ``layer.safetensors`` of a torch layer of 5 features, a state of two
-rows that have read ten tokens, some of them masked, and in ``read_on.npz`` the next six and what the layer made of them.
+rows that have read ten tokens, some of them masked, and in ``read_on.npz`` the next six and what the layer made of
+them.
 """
 
 from pathlib import Path

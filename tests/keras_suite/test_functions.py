@@ -13,12 +13,13 @@ from fwpkm import FwPKMConfig, Memory, agreement
 if BACKEND == "tensorflow":
     from test_errors import *  # noqa: F403
     from test_lookup import *  # noqa: F403
+    from test_packing import *  # noqa: F403
     from test_rows import *  # noqa: F403
     from test_state import *  # noqa: F403
 
 FUNCTIONS = """
-    init_memory init_state apply flush lookup chunk_update reset select concat put pending nbytes detach asarray
-    to_numpy vjp device_name
+    init_memory init_state apply flush lookup chunk_update reset select concat put pending nbytes pack unpack detach
+    asarray to_numpy vjp device_name
 """
 # Elsewhere these are the native functions, which read every vector in their own tests.
 CHOSEN = NAMES if BACKEND == "tensorflow" else ["nonfinite", "wait_mask"]
