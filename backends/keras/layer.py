@@ -10,7 +10,7 @@ from keras import KerasTensor, initializers, ops
 
 from fwpkm import validation
 from fwpkm.backends.keras import native, segments
-from fwpkm.backends.keras.layout import NAMES, by_name, copies_of, specs, unflatten
+from fwpkm.backends.keras.layout import NAMES, by_name, copies_of, fill, specs, unflatten
 from fwpkm.backends.keras.tokens import blank, dtype_of, finite_rows, nan_where
 from fwpkm.backends.keras.windows import SELF
 from fwpkm.config import FwPKMConfig
@@ -42,7 +42,7 @@ class FwPKM(keras.layers.Layer):
         learn_memory: train the initial tables; by default they are non-trainable weights.
         return_state: return ``[y, *state]``, the arrays in the order and shapes of :class:`fwpkm.State`.
         stateful: each call goes on where the last one stopped, until :meth:`reset_state`; every batch must have the
-            size that the layer was built with. The state is a non-trainable weight: a saved model goes on as well.
+            size that the layer was built with. The state is among ``variables``: a saved model goes on as well.
         trainable, dtype, name: as in any Keras layer; dtype may be a policy.
         config_fields: fields of :class:`fwpkm.FwPKMConfig`, such as key_dim or num_subkeys.
 
@@ -278,6 +278,26 @@ class FwPKM(keras.layers.Layer):
         if self.built:
             self._keep(native.functions().detach(self.init_state(self.batch_size)))
 
+    @property
+    def weights(self) -> list[keras.Variable]:
+        """Every weight but the state of a stateful layer, so that they fit a layer with another batch size, or none.
+
+        The state is among ``variables``, and in ``.keras`` and ``.weights.h5`` files.
+        """
+        kept = {id(x) for x in self._state_weights()}
+        return [x for x in super().weights if id(x) not in kept]
+
+    def load_own_variables(self, store: Any) -> None:
+        """Fill the layer from a model's file, which may be that of a stateful layer or not, of any batch size.
+
+        A stateful layer goes on from a state of its own batch size in the file; without one it starts anew.
+
+        Raises:
+            ValueError: the file has another number of weights, or other shapes; nothing is filled.
+        """
+        if not fill(self.weights, self._state_weights(), store) and self.stateful:
+            self.reset_state()
+
     def spec(self) -> dict[str, Any]:
         """What a file of this layer's weights must have been saved from."""
         self._weight("memory.keys")
@@ -321,6 +341,12 @@ class FwPKM(keras.layers.Layer):
                 f"layer.build((None, None, hidden_size)). Received: {self.name}, not built"
             )
         return getattr(self, _attribute(name))
+
+    def _state_weights(self) -> list[keras.Variable]:
+        """The arrays of a stateful layer's state, once it is built."""
+        if not (self.stateful and self.built):
+            return []
+        return [self._weight(f"state.{name}") for name in NAMES]
 
     def _canonical(self) -> dict[str, keras.Variable]:
         """Weights and initial tables by canonical name."""

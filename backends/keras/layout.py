@@ -56,3 +56,30 @@ def copies_of(table: keras.Variable) -> Any:
         return ops.copy(ops.broadcast_to(ops.cast(table, dtype), shape))  # torch would write into a view
 
     return initialize
+
+
+def fill(weights: Sequence[keras.Variable], state: Sequence[keras.Variable], store: Any) -> bool:
+    """Assign what Keras saved of a layer, weights and then perhaps a state; whether that filled ``state`` too.
+
+    Raises:
+        ValueError: neither so many arrays as weights, nor those and a state's; or weights of other shapes.
+    """
+    found = [store[f"{i}"] for i in range(len(store.keys()))]
+    if len(found) not in (len(weights), len(weights) + len(NAMES)):
+        raise ValueError(
+            f"the file must hold the {len(weights)} weights of the layer, with or without the {len(NAMES)} arrays of a "
+            f"state behind them. Received: {len(found)} arrays"
+        )
+    wrong = [(x.name, tuple(x.shape), tuple(y.shape)) for x, y in zip(weights, found) if not _fits(x, y)]
+    if wrong:
+        wanted, received = (", ".join(f"{x[0]} {x[i]}" for x in wrong) for i in (1, 2))
+        raise ValueError(f"the file must hold weights of the layer's shapes: {wanted}. Received: {received}")
+    saved = found[len(weights) :]
+    has_state = bool(state and saved) and all([_fits(x, y) for x, y in zip(state, saved)])
+    for weight, x in zip([*weights, *state] if has_state else weights, found):
+        weight.assign(x)
+    return has_state
+
+
+def _fits(weight: keras.Variable, x: Any) -> bool:
+    return tuple(weight.shape) == tuple(x.shape)
