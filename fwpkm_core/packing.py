@@ -1,4 +1,4 @@
-"""States that cost what they hold: packed beside the initial memory, as NumPy arrays on the host (SPEC.md §5).
+"""States that cost what they hold: packed beside the initial memory, as NumPy arrays on the host (SPEC.md §10).
 
 Most of a state is its value table, and most rows of that are the initial memory's, bit for bit. A :class:`PackedState`
 keeps the others, the keys, and of the pending tokens those that are there. What differs is told by bits: -0.0 differs

@@ -224,7 +224,7 @@ class Backend(Protocol):
         ...
 
     def pack(self, cfg: FwPKMConfig, state: State, memory: Memory, dtype: str | None = None) -> PackedState:
-        """A state as what it holds beyond the initial memory, in NumPy arrays on the host (SPEC.md §5).
+        """A state as what it holds beyond the initial memory, in NumPy arrays on the host (SPEC.md §10).
 
         Kept are the rows of the value table that differ from the initial memory's by their bits (-0.0 and 0.0 differ,
         a NaN and itself do not), all keys, the pending tokens that are there, and the positions: for rows at least ten
@@ -244,7 +244,7 @@ class Backend(Protocol):
         ...
 
     def unpack(self, cfg: FwPKMConfig, packed: PackedState | Sequence[PackedState], memory: Memory) -> State:
-        """The state that was packed, by whichever backend, bit for bit unless it was rounded (SPEC.md §5).
+        """The state that was packed, by whichever backend, bit for bit unless it was rounded (SPEC.md §10).
 
         Args:
             cfg: the configuration that it was packed with.

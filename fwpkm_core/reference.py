@@ -265,12 +265,12 @@ def nbytes(state: State) -> int:
 
 
 def pack(cfg: FwPKMConfig, state: State, memory: Memory, dtype: str | None = None) -> PackedState:
-    """What a state holds that the initial ``memory`` does not (§5)."""
+    """What a state holds that the initial ``memory`` does not (§10)."""
     return packing.pack(cfg, state, memory, dtype, SELF)
 
 
 def unpack(cfg: FwPKMConfig, packed: PackedState | Sequence[PackedState], memory: Memory) -> State:
-    """The state that was packed (§5)."""
+    """The state that was packed (§10)."""
     return packing.unpack(cfg, packing.prepare(cfg, packed, memory, SELF), memory)
 
 

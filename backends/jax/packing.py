@@ -1,4 +1,4 @@
-"""States that cost what they hold (SPEC.md §5): ``fwpkm.packing`` on JAX's arrays, outside of what is traced."""
+"""States that cost what they hold (SPEC.md §10): ``fwpkm.packing`` on JAX's arrays, outside of what is traced."""
 
 from collections.abc import Sequence
 from typing import Any

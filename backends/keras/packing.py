@@ -1,4 +1,4 @@
-"""States that cost what they hold (SPEC.md §5): ``fwpkm.packing`` on tensors of tensorflow, outside of its graphs."""
+"""States that cost what they hold (SPEC.md §10): ``fwpkm.packing`` on tensors of tensorflow, outside of its graphs."""
 
 from collections.abc import Sequence
 from typing import Any

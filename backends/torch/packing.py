@@ -1,4 +1,4 @@
-"""States that cost what they hold (SPEC.md §5): ``fwpkm.packing`` on tensors."""
+"""States that cost what they hold (SPEC.md §10): ``fwpkm.packing`` on tensors."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -295,12 +295,12 @@ def test_a_stateful_layer_goes_on_until_it_is_reset():
     np.testing.assert_array_equal(numpy(layer(x)[0]), numpy(whole))
 
 
-def test_the_state_is_float32_weights_that_no_optimizer_sees():
+def test_the_state_is_float32_variables_that_no_optimizer_sees():
     layer = make(batch=4, stateful=True, dtype="mixed_bfloat16")
-    held = {w.name: w for w in layer.non_trainable_weights if w.name.startswith("state_")}
+    held = {w.name: w for w in layer.non_trainable_variables if w.name.startswith("state_")}
     assert list(held) == [f"state_{name.replace('.', '_')}" for name in NAMES]
     assert [w.dtype for w in held.values()] == [*["float32"] * 5, "bool", "int32"]
-    assert not any(w.name.startswith(("state_", "memory_")) for w in layer.trainable_weights)
+    assert not any(w.name.startswith(("state_", "memory_")) for w in layer.trainable_variables)
 
 
 def test_a_stateful_layer_keeps_no_gradient_between_batches():
