@@ -167,18 +167,16 @@ def test_files_of_another_kind(path: Path, layer_file: Path, state_file: Path) -
 
 
 def test_missing_extra_and_misshapen_tensors(path: Path) -> None:
-    whole = path.read_bytes()
-    for name, tensor in contents(path)[0].items():
+    whole, tensors = path.read_bytes(), contents(path)[0]
+    for name in [name for name in tensors if name.startswith((f"{NAMES[1]}.", "a.values."))]:
+        tensor = tensors[name]
         edit(path, lambda tensors, _, name=name: tensors.pop(name))
         refused(path, "wrong tensors: missing")
         path.write_bytes(whole)
         for wrong in (np.concatenate([tensor, tensor, tensor[:1]]), tensor[..., None], tensor.astype(np.float16)):
-            if wrong.shape == tensor.shape and wrong.dtype == tensor.dtype:
-                continue
-            if tensor.size:
-                edit(path, lambda tensors, _, name=name, wrong=wrong: tensors.update({name: wrong}))
-                refused(path, "wrong shape or dtype")
-                path.write_bytes(whole)
+            edit(path, lambda tensors, _, name=name, wrong=wrong: tensors.update({name: wrong}))
+            refused(path, "wrong shape or dtype")
+            path.write_bytes(whole)
     edit(path, lambda tensors, _: tensors.update(more=np.zeros(1, np.float32)))
     refused(path, "missing [], unknown ['more']")
 
