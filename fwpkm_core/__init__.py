@@ -8,7 +8,8 @@ from importlib.metadata import version as _version
 
 from fwpkm import reference
 from fwpkm.config import FwPKMConfig
-from fwpkm.containers import Lookup, Losses, Memory, State, Trace
+from fwpkm.containers import LayerTrace, Lookup, Losses, Memory, State, Trace
+from fwpkm.diagnostics import Recorder, summarize
 from fwpkm.files import load, load_state, save, save_state
 from fwpkm.registry import backend_names, backend_status, get_backend
 
@@ -16,9 +17,11 @@ __version__ = _version("fwpkm")
 
 __all__ = [
     "FwPKMConfig",
+    "LayerTrace",
     "Lookup",
     "Losses",
     "Memory",
+    "Recorder",
     "State",
     "Trace",
     "__version__",
@@ -30,4 +33,5 @@ __all__ = [
     "reference",
     "save",
     "save_state",
+    "summarize",
 ]
