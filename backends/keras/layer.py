@@ -173,13 +173,15 @@ class FwPKM(keras.layers.Layer):
         there = mask if segment_ids is None else segments.there(segment_ids, mask)
         tokens = self._tokens(ops.cast(x, self.compute_dtype), there)
         read, state, trace = self._read(tokens, segment_ids, initial_state, update)
-        y = self._output(read, tokens)
-        if state is not None and self.stateful and update:
-            self._keep(native.functions().detach(state))
-        outputs = [y, *(by_name(state).values() if self.return_state else ())]
+        outputs = [self._output(read, tokens)]
+        if state is not None:
+            if self.stateful and update:
+                self._keep(native.functions().detach(state))
+            outputs += by_name(state).values() if self.return_state else ()
         if return_trace:
+            assert trace is not None
             outputs.append(self._trace(trace, tokens.gate))
-        return y if len(outputs) == 1 else outputs
+        return outputs[0] if len(outputs) == 1 else outputs
 
     def _tokens(self, x: Array, mask: Array | None) -> Tokens:
         """What the tokens bring to the memory."""

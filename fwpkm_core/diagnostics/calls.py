@@ -16,7 +16,7 @@ class Call(NamedTuple):
     """``[n]`` int32: the row of the state that each token belongs to; packed: its sequence."""
     position: np.ndarray
     """``[n]`` int64: its place on the row's clock."""
-    index: np.ndarray
+    flat_index: np.ndarray
     """``[n]`` int64: its place among the B·T tokens of the call, row after row."""
     slots: np.ndarray
     """``[n, H*k]`` int32: what it read; of a dead token without meaning."""
@@ -49,9 +49,7 @@ def to_numpy(name: str, array: Any) -> np.ndarray:
         ValueError: it belongs to no backend, or is traced.
     """
     if "Tracer" in type(array).__name__:
-        raise ValueError(
-            f"{name} must hold numbers, which inside jax.jit nothing does yet: return it. Received: {array}"
-        )
+        raise ValueError(f"{name} must hold numbers, which nothing does inside jax.jit: return it. Received: {array}")
     try:
         return np.asarray(registry.backend_of(array).to_numpy(array))
     except ValueError as error:

@@ -137,7 +137,7 @@ class _Builder:
             row.gate = None if row.gate is None or call.gate is None else [*row.gate, call.gate[mine]]
 
     def _written(self, number: int, chunk: int) -> dict[str, np.ndarray]:
-        """What the row's tokens of a chunk wrote: a (slot, row, number, weight) for each slot that one with a pair read."""
+        """What the row's tokens of a chunk wrote: slot, row, number, weight for each slot that one with a pair read."""
         cfg, pending = self.cfg, self.rows[number].pending
         position = pending["position"]
         paired = has_pair(cfg, np.zeros_like(position), position, pending["live"])

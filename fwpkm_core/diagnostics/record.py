@@ -91,11 +91,12 @@ class Recorder:
             before: the state that it was given; None for one without a state.
             after: the state that it returned; None where nobody reads on. From its tables come the norms of rows.
             cu_seqlens: ``[B+1]`` as it was given.
-            text: what its tokens stand for, ``text[b][t]`` for each of the B rows (packed: the one row) and T tokens; of
-                masked tokens it is not kept. A row may be one string of T characters.
+            text: what its tokens stand for, ``text[b][t]`` for each of the B rows (packed: the one row) and T tokens;
+                of masked tokens it is not kept. A row may be one string of T characters.
 
         Raises:
-            ValueError: an argument does not fit the config or the others, or the recorder is closed; nothing is written.
+            ValueError: an argument does not fit the config or the others, or the recorder is closed. Nothing is
+                written.
             OSError: the file cannot be written, as on a full disk; it still holds what it held before.
         """
         call = read_call(self.config, trace, before, cu_seqlens)
@@ -106,7 +107,7 @@ class Recorder:
             if call.writes.any() or not self._began:
                 tensors["norms"] = _norms(self.config, after, len(call.writes))
         if text is not None:
-            chosen = _words(text, to_numpy("trace.slots", trace.slots).shape[:2], call.index)
+            chosen = _words(text, to_numpy("trace.slots", trace.slots).shape[:2], call.flat_index)
             tensors["text"] = np.frombuffer(json.dumps(chosen).encode(), np.uint8)
         self._append(_framed(safetensors.numpy.save({name: np.asarray(x, order="C") for name, x in tensors.items()})))
         self._began = True
@@ -227,20 +228,18 @@ def _entry(cfg: FwPKMConfig, path: str, at: int, data: bytes) -> Entry:
         tensors = safetensors.numpy.load(data)
         text = json.loads(tensors.pop("text").tobytes()) if "text" in tensors else None
         end, norms = tensors.pop("end"), tensors.pop("norms", None)
-        call = Call(**{"gate": None, **tensors})
+        fields: dict[str, Any] = {"gate": None, **tensors}
+        call = Call(**fields)
         n, rows, memories = len(call.row), len(call.start), memories_for(cfg, len(call.start))
+        tokens = (call.position, call.weights, call.live, *([] if text is None else [text]))
         fits = (
-            {
-                len(x)
-                for x in (call.position, call.index, call.weights, call.live, *([text] if text is not None else []))
-            }
-            <= {n}
+            all(len(x) == n for x in tokens)
             and call.slots.shape == call.weights.shape == (n, cfg.slots_per_token)
             and call.writes.shape == (memories,)
             and len(call.memorization) == len(call.addressing) == memories
             and end.shape == call.stop.shape == (rows,)
             and (norms is None or norms.shape == (memories, cfg.num_slots))
-            and (not n or (0 <= call.slots.min() <= call.slots.max() < cfg.num_slots and call.row.max() < rows))
+            and (not n or (0 <= call.slots.min() <= call.slots.max() < cfg.num_slots and 0 <= call.row.max() < rows))
         )
     except (safetensors.SafetensorError, TypeError, KeyError, ValueError, AttributeError) as error:
         raise _damaged(path, at, error) from None
@@ -268,7 +267,7 @@ def _norms(cfg: FwPKMConfig, after: State, memories: int) -> np.ndarray:
     return np.stack([np.sqrt(np.einsum("nd,nd->n", table, table)) for table in values]).astype(np.float32)
 
 
-def _words(text: Any, shape: tuple[int, ...], index: np.ndarray) -> list[str]:
+def _words(text: Any, shape: tuple[int, ...], flat_index: np.ndarray) -> list[str]:
     """The text of the tokens that are there."""
     rows, length = shape
     lengths = [len(row) for row in text] if hasattr(text, "__len__") and not isinstance(text, str) else []
@@ -281,4 +280,4 @@ def _words(text: Any, shape: tuple[int, ...], index: np.ndarray) -> list[str]:
     wrong = next((word for word in flat if not isinstance(word, str)), None)
     if wrong is not None:
         raise ValueError(f"text must hold strings. Received: {wrong!r}, of type {type(wrong).__name__}")
-    return [flat[i] for i in index]
+    return [flat[i] for i in flat_index]

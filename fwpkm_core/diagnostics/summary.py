@@ -27,16 +27,16 @@ def summarize(
       read; ``collision_share``: of all (token, slot) reads those whose slot another token of the chunk read too.
     - ``gate_mean``, ``gate_near_0``, ``gate_near_1``: mean of the gate over live tokens, and the fraction of them whose
       gate is at most 0.05 and at least 0.95. Only of a :class:`fwpkm.LayerTrace`.
-    - ``rows_written``: rows of value tables whose bits changed. ``rows_kept``: rows that should have changed, as a token
-      of this call that has a pair (§3) read them and its chunk was written, but kept their bits: the new row would not
-      have been finite (§4), or the step was 0. Only with ``after``.
+    - ``rows_written``: rows of value tables whose bits changed. ``rows_kept``: rows that should have changed, as a
+      token of this call that has a pair (§3) read them and its chunk was written, but kept their bits: the new row
+      would not have been finite (§4), or the step was 0. Only with ``after``.
 
     Means and fractions of nothing are NaN.
 
     Args:
         cfg: the configuration of the memory.
-        trace: the :class:`fwpkm.LayerTrace` of a layer's ``return_trace=True``, or the :class:`fwpkm.Trace` of ``apply``
-            or ``flush``.
+        trace: the :class:`fwpkm.LayerTrace` of a layer's ``return_trace=True``, or the :class:`fwpkm.Trace` of
+            ``apply`` or ``flush``.
         before: the state that the call was given. None for one without a state; with ``after``, then the layer's
             initial memory.
         after: the state that it returned, to count rows: compares whole tables, on the host.
@@ -93,8 +93,8 @@ def _rows(cfg: FwPKMConfig, call: Call, written: np.ndarray, before: Any, after:
     old, new = _tables(cfg, "before", before, call), _tables(cfg, "after", after, call)
     if call.writes.any() and _overwritten(before, after):
         raise ValueError(
-            "before must hold the tables from before the call, which has written. Received: the tables of after; a call "
-            "with inplace=True overwrites them, so copy them before it, or leave after out"
+            "before must hold the tables from before the call, which has written. Received: the tables of after; a "
+            "call with inplace=True overwrites them, so copy them before it, or leave after out"
         )
     if old.dtype != new.dtype:
         raise ValueError(f"before and after must have tables of one dtype. Received: {old.dtype} and {new.dtype}")
