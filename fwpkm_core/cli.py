@@ -26,12 +26,12 @@ Write the reference vectors into a new folder: inputs, and the float64 results a
 as .npz files (docs/conformance.md)."""
 
 DOCTOR = """\
-Report on a saved layer or state: shapes, config, numbers that are not finite, norms of the rows of its tables, positions
-and pending tokens. Exit status: 1 where something is not finite or the file is damaged, 2 where it is no file that can be
-judged."""
+Report on a saved layer or state: shapes, config, numbers that are not finite, norms of the rows of its tables,
+positions and pending tokens. Exit status: 1 where something is not finite or the file is damaged, 2 where it is no file
+that can be judged."""
 INSPECT = """\
-Make one HTML page of a recording (fwpkm.Recorder): the map of slots, who wrote each of them, which are contested, and the
-norms of their rows over time. It needs no network and no other file."""
+Make one HTML page of a recording (fwpkm.Recorder): the map of slots, who wrote each of them, which are contested, and
+the norms of their rows over time. It needs no network and no other file."""
 
 
 class UsageError(Exception):

@@ -26,12 +26,9 @@ class Browser:
         self._folder = tempfile.TemporaryDirectory()
         (down, self._write), (self._read, up) = os.pipe(), os.pipe()
         theirs = [fcntl.fcntl(x, fcntl.F_DUPFD, 10) for x in (down, up)]  # away from 3 and 4, which they become
-        options = ("--headless=new", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe", "--no-first-run")
-        options += (
-            "--disable-dev-shm-usage",
-            "--disable-background-networking",
-            f"--user-data-dir={self._folder.name}",
-        )
+        options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe", "--no-first-run"]
+        options += ["--disable-dev-shm-usage", "--disable-background-networking"]
+        options.append(f"--user-data-dir={self._folder.name}")
         self._process = subprocess.Popen(
             ["bash", "-c", 'exec 3<&"$1" 4>&"$2"; shift 2; exec "$@"', "bash", *map(str, theirs), program, *options],
             pass_fds=theirs, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
