@@ -43,8 +43,8 @@ class Entry(NamedTuple):
 class Recorder:
     """Writes a recording while a layer reads; ``fwpkm inspect`` makes a page of it.
 
-    Each call costs its tokens' slots and weights, 8·H·k + 20 bytes a token, and 4·N bytes for each memory whenever a
-    chunk was written; nothing is held back in memory. Not for several threads at once. ::
+    Each call costs 8·H·k + 25 bytes a token and its text, and 4·N bytes for each memory whenever a chunk was written;
+    nothing is held back in memory. Not for several threads at once. ::
 
         with fwpkm.Recorder("reading.fwpkm", layer.config) as recorder:
             y, after, trace = layer(x, state, return_trace=True)
