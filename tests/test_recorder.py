@@ -129,6 +129,19 @@ def test_what_was_only_read_writes_nothing(tmp_path):
     assert history.rows[0].text is None
 
 
+def test_what_a_row_had_pending_is_not_written_by_another_sequence(tmp_path):
+    """Row 0 is begun anew after 5 tokens, as by ``reset``: of its first chunk those 5 are no writers."""
+    rng = np.random.default_rng(0)
+    fresh = reference.init_state(CFG, reference.init_memory(CFG), 1)
+    with Recorder(tmp_path / "r", CFG) as recorder:
+        for size in (5, 8):
+            query, value = rng.normal(size=(1, size, 16)).astype("f4"), rng.normal(size=(1, size, 4)).astype("f4")
+            _, after, trace = reference.apply(CFG, fresh, query, value)
+            recorder.write(trace, before=fresh, after=after)
+    recent = history_of(tmp_path / "r").memories[0].recent
+    assert {number for found in recent for _, number, _ in found} == set(range(5, 12))
+
+
 # The file
 
 
@@ -304,7 +317,8 @@ def test_a_full_disk_leaves_the_whole_entries(tmp_path):
         with pytest.raises(OSError, match="No space left"):
             recorder.write(steps[1].trace, **steps[1].options)
         recorder._file = file
-        assert sum(1 for _ in open_recording(tmp_path / "r").entries()) == 1
+        found = open_recording(tmp_path / "r")
+        assert (sum(1 for _ in found.entries()), found.cut) == (1, 0)
         recorder.write(steps[1].trace, **steps[1].options)
     assert history_of(tmp_path / "r").calls == 2
 
