@@ -55,7 +55,7 @@ def test_a_sound_state(state_file, tmp_path, capsys):
         expected = np.percentile(norms, [0, 25, 50, 75, 100])
         np.testing.assert_allclose(list(found["norm"].values()), expected, rtol=1e-6)
         assert found["slots_written"] == (values[m] != memory.values[0]).any(1).sum() > 0
-    assert report["rows"] == [{"position": 6, "pending": 2}, {"position": 7, "pending": 3}]
+    assert report["rows"] == [{"of": "", "position": 6, "pending": 2}, {"of": "", "position": 7, "pending": 3}]
     assert report["problems"] == []
 
 

@@ -24,9 +24,11 @@ class DoctorError(ValueError):
     """Nothing that this doctor knows; the message names it."""
 
 
-class Contents(NamedTuple):
-    """What a kind of file holds, for the report."""
+class Part(NamedTuple):
+    """A memory or state that a file holds, for the report; most files hold one."""
 
+    name: str
+    """"" where there is one."""
     config: FwPKMConfig
     shapes: dict[str, tuple[int, ...]]
     """Those that the config asks for, of tensors by name."""
@@ -36,24 +38,23 @@ class Contents(NamedTuple):
     """``[B]``, of a state."""
 
 
-def _layer(spec: Spec, tensors: Tensors) -> Contents:
+def _layer(spec: Spec, tensors: Tensors) -> list[Part]:
     config = FwPKMConfig.from_json(json.dumps(spec["config"]))
-    specs = memory_specs(config, 1)._asdict()
-    return Contents(
-        config, {f"memory.{name}": x.shape[1:] for name, x in specs.items()}, tensors["memory.values"][None]
-    )
+    shapes = {f"memory.{name}": x.shape[1:] for name, x in memory_specs(config, 1)._asdict().items()}
+    return [Part("", config, shapes, tensors["memory.values"][None])]
 
 
-def _state(spec: Spec, tensors: Tensors) -> Contents:
+def _state(spec: Spec, tensors: Tensors, name: str = "") -> list[Part]:
     config = FwPKMConfig.from_json(json.dumps(spec))
-    arrays = state_specs(config, len(tensors["position"]))._asdict()
+    prefix = f"{name}." if name else ""
+    position, values = (tensors[f"{prefix}{field}"] for field in ("position", "memory.values"))
+    arrays = state_specs(config, len(position))._asdict()
     memory: Memory = arrays.pop("memory")
-    arrays |= {f"memory.{name}": x for name, x in memory._asdict().items()}
-    shapes = {name: x.shape for name, x in arrays.items()}
-    return Contents(config, shapes, tensors["memory.values"], tensors["position"])
+    arrays |= {f"memory.{field}": x for field, x in memory._asdict().items()}
+    return [Part(name, config, {f"{prefix}{field}": x.shape for field, x in arrays.items()}, values, position)]
 
 
-KINDS: dict[str, Callable[[Spec, Tensors], Contents]] = {"layer": _layer, "state": _state}
+KINDS: dict[str, Callable[[Spec, Tensors], list[Part]]] = {"layer": _layer, "state": _state}
 """By the kind that a file's metadata name."""
 
 
@@ -65,10 +66,10 @@ def examine(path: str | os.PathLike[str], initial: str | os.PathLike[str] | None
         initial: a file with the memory that it began from, a layer's or a state's, to count the slots written since.
 
     Returns:
-        "path", "kind", "config", "tensors" (shape, dtype, how many numbers are not finite), "memories" (for each the
-        norms of its rows: least, quartiles, largest of those that are finite; rows that are not; slots whose bits
-        differ from ``initial``, or None), "rows" (position and pending tokens of each row of a state), and "problems":
-        what is wrong, in words; none where all is well.
+        "path", "kind", "config", "tensors" (shape, dtype, how many numbers are not finite), "memories" (for each whose
+        it is, "" where the file holds one; the norms of its rows: least, quartiles, largest of those that are finite;
+        rows that are not; slots whose bits differ from ``initial``, or None), "rows" (position and pending tokens of
+        each row of a state), and "problems": what is wrong, in words; none where all is well.
 
     Raises:
         DoctorError: a kind of file that is unknown here, or an ``initial`` that does not fit.
@@ -76,24 +77,23 @@ def examine(path: str | os.PathLike[str], initial: str | os.PathLike[str] | None
     """
     report: dict[str, Any] = {"path": os.fspath(path), "kind": None, "config": None}
     report |= {"tensors": {}, "memories": [], "rows": [], "problems": []}
-    contents = _open(path, report)
-    if contents is None:
-        return report
-    baseline = None if initial is None else _baseline(initial, contents)
-    report["memories"] = [
-        _memory(values, None if baseline is None else baseline[m % len(baseline)])
-        for m, values in enumerate(contents.values)
-    ]
-    if contents.position is not None:
-        report["rows"] = [
-            {"position": int(p), "pending": int(schedule.pending(contents.config, int(p)))} for p in contents.position
-        ]
-        _judge_positions(contents, report["problems"])
+    parts = _open(path, report)
+    for part in parts:
+        initial_values = None if initial is None else _baseline(initial, part)
+        for m, values in enumerate(part.values):
+            baseline = None if initial_values is None else initial_values[m % len(initial_values)]
+            report["memories"].append({"of": part.name, **_memory(values, baseline)})
+        if part.position is not None:
+            pending = [int(schedule.pending(part.config, int(p))) for p in part.position]
+            report["rows"] += [
+                {"of": part.name, "position": int(p), "pending": n} for p, n in zip(part.position, pending)
+            ]
+            _judge_positions(part, report["problems"])
     return report
 
 
-def _open(path: str | os.PathLike[str], report: dict[str, Any]) -> Contents | None:
-    """What a file holds; None, with the reason among the problems, where it is too damaged to tell."""
+def _open(path: str | os.PathLike[str], report: dict[str, Any]) -> list[Part]:
+    """What a file holds; nothing, with the reason among the problems, where it is too damaged to tell."""
     if os.path.isdir(path):
         raise IsADirectoryError(f"{path}: is a folder. Expected a file of fwpkm.save or fwpkm.save_state")
     problems: list[str] = report["problems"]
@@ -104,7 +104,7 @@ def _open(path: str | os.PathLike[str], report: dict[str, Any]) -> Contents | No
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except safetensors.SafetensorError as error:
         problems.append(f"not a whole safetensors file: {error}")
-        return None
+        return []
     report["kind"] = metadata["kind"]
     report["tensors"] = {name: _tensor(x) for name, x in tensors.items()}
     problems += _wrong_digests(metadata, tensors)
@@ -114,16 +114,15 @@ def _open(path: str | os.PathLike[str], report: dict[str, Any]) -> Contents | No
     try:
         spec = json.loads(metadata["config"])
         report["config"] = spec
-        contents = KINDS[metadata["kind"]](spec, tensors)
+        parts = KINDS[metadata["kind"]](spec, tensors)
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         problems.append(f"its config cannot be read, or tensors are missing: {type(error).__name__}: {error}")
-        return None
-    for name, shape in contents.shapes.items():
+        return []
+    for name, shape in (item for part in parts for item in part.shapes.items()):
         received = tensors[name].shape if name in tensors else None
         if received != shape:
             problems.append(f"{name}: expected shape {shape}, received {received or 'no such tensor'}")
-    fits = contents.values.ndim == 3 and contents.values.dtype.kind == "f"
-    return contents if fits else None
+    return [part for part in parts if part.values.ndim == 3 and part.values.dtype.kind == "f"]
 
 
 def _check_kind(path: str | os.PathLike[str], metadata: dict[str, str]) -> None:
@@ -171,13 +170,14 @@ def _memory(values: np.ndarray, initial: np.ndarray | None) -> dict[str, Any]:
     return {"slots": len(values), "norm": norm, "rows_not_finite": int((~finite).sum()), "slots_written": written}
 
 
-def _baseline(path: str | os.PathLike[str], contents: Contents) -> np.ndarray:
-    """``[1 or M, N, Dv]``: the tables that those of a file began from, in their dtype."""
+def _baseline(path: str | os.PathLike[str], part: Part) -> np.ndarray:
+    """``[1 or M, N, Dv]``: the tables that those of a part began from, in their dtype."""
     report: dict[str, Any] = {"problems": []}
     found = _open(path, report)
-    if found is None or report["problems"]:
-        raise DoctorError(f"--memory {'; '.join(report['problems'])}")
-    values, wanted = found.values, contents.values
+    if report["problems"] or len(found) != 1:
+        problems = "; ".join(report["problems"]) or f"expected a file of one memory. Received: {len(found)}"
+        raise DoctorError(f"--memory {path}: {problems}")
+    values, wanted = found[0].values, part.values
     if values.shape[1:] != wanted.shape[1:] or len(values) not in (1, len(wanted)) or values.dtype != wanted.dtype:
         raise DoctorError(
             f"--memory {path}: expected value tables of shape [1 or {len(wanted)}, {wanted.shape[1]}, "
@@ -186,13 +186,14 @@ def _baseline(path: str | os.PathLike[str], contents: Contents) -> np.ndarray:
     return np.ascontiguousarray(values)
 
 
-def _judge_positions(contents: Contents, problems: list[str]) -> None:
-    position = contents.position
+def _judge_positions(part: Part, problems: list[str]) -> None:
+    position = part.position
     assert position is not None
+    name = f"{part.name}.position" if part.name else "position"
     if position.min(initial=0) < 0:
-        problems.append(f"position: expected numbers of at least 0, received {position.tolist()}")
-    elif contents.config.memory_scope == "batch" and len(set(position.tolist())) > 1:
-        problems.append(f"position: expected one for all rows in batch scope, received {position.tolist()}")
+        problems.append(f"{name}: expected numbers of at least 0, received {position.tolist()}")
+    elif part.config.memory_scope == "batch" and len(set(position.tolist())) > 1:
+        problems.append(f"{name}: expected one for all rows in batch scope, received {position.tolist()}")
 
 
 def as_text(report: dict[str, Any]) -> str:
@@ -205,13 +206,14 @@ def as_text(report: dict[str, Any]) -> str:
     tensors = [(name, str(x["shape"]), x["dtype"], x["not_finite"]) for name, x in report["tensors"].items()]
     lines += _table(("tensor", "shape", "dtype", "not finite"), tensors)
     memories = [
-        (m, x["slots"], x["slots_written"], x["rows_not_finite"], *x["norm"].values())
+        (f"{x['of']} {m}".strip(), x["slots"], x["slots_written"], x["rows_not_finite"], *x["norm"].values())
         for m, x in enumerate(report["memories"])
     ]
     heads = ("memory", "slots", "written", "not finite", "least norm", "quartile", "median", "quartile", "largest")
     lines += _table(heads, memories)
     lines += _table(
-        ("row", "position", "pending"), [(i, x["position"], x["pending"]) for i, x in enumerate(report["rows"])]
+        ("row", "position", "pending"),
+        [(f"{x['of']} {i}".strip(), x["position"], x["pending"]) for i, x in enumerate(report["rows"])],
     )
     problems = [f"problem: {problem}" for problem in report["problems"]]
     return "\n".join([*lines, "", *(problems or ["nothing is wrong"])])
