@@ -4,18 +4,22 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: demo test test-quick lint types clean
+.PHONY: demo test test-quick test-page lint types clean
 
 demo: $(VENV)/.demo
 	$(BIN)/fwpkm demo $(ARGS)
 
 test: $(VENV)/.test
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder -m "not browser" $(ARGS)
 
 # The core of every surface, in about two minutes on two cores: while you work. `make test` decides.
 test-quick: $(VENV)/.test
 	HYPOTHESIS_PROFILE=quick OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder -m quick $(ARGS)
 	KERAS_BACKEND=torch $(BIN)/pytest -q tests/keras_suite/test_refusals.py tests/keras_suite/test_functions.py
+
+# The page of `fwpkm inspect` in a browser, which must be installed: apt-get install chromium, or Chrome.
+test-page: $(VENV)/.test
+	$(BIN)/pytest -n 0 -m browser tests/test_page_in_browser.py
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -8,7 +8,8 @@ from importlib.metadata import version as _version
 
 from fwpkm import reference
 from fwpkm.config import FwPKMConfig
-from fwpkm.containers import Lookup, Losses, Memory, State, Trace
+from fwpkm.containers import LayerTrace, Lookup, Losses, Memory, State, Trace
+from fwpkm.diagnostics import Recorder, summarize
 from fwpkm.files import load, load_state, load_states, save, save_state, save_states
 from fwpkm.packed_files import load_packed, save_packed
 from fwpkm.packing import PackedState
@@ -18,10 +19,12 @@ __version__ = _version("fwpkm")
 
 __all__ = [
     "FwPKMConfig",
+    "LayerTrace",
     "Lookup",
     "Losses",
     "Memory",
     "PackedState",
+    "Recorder",
     "State",
     "Trace",
     "__version__",
@@ -37,4 +40,5 @@ __all__ = [
     "save_packed",
     "save_state",
     "save_states",
+    "summarize",
 ]

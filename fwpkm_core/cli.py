@@ -1,7 +1,8 @@
-"""The command ``fwpkm``: ``demo``, ``backends``, ``conform`` and ``vectors``."""
+"""The command ``fwpkm``: ``demo``, ``doctor``, ``inspect``, ``backends``, ``conform`` and ``vectors``."""
 
 import argparse
 import importlib.util
+import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -10,6 +11,7 @@ from typing import Any, NoReturn
 from fwpkm import __version__, backend_names, backend_status, vectors
 from fwpkm.conformance import require_extra
 from fwpkm.demo import DemoError, command, recall
+from fwpkm.diagnostics import doctor, page
 
 DESCRIPTION = "Fast-weight Product Key Memory: a memory layer that is rewritten while a sequence is read."
 DEMO = """\
@@ -22,6 +24,14 @@ they were. Exit status: 1 where a bound is broken, 2 where a backend cannot run.
 VECTORS = """\
 Write the reference vectors into a new folder: inputs, and the float64 results and gradients of the published equations,
 as .npz files (docs/conformance.md)."""
+
+DOCTOR = """\
+Report on a saved layer or state: shapes, config, numbers that are not finite, norms of the rows of its tables,
+positions and pending tokens. Exit status: 1 where something is not finite or the file is damaged, 2 where it is no file
+that can be judged."""
+INSPECT = """\
+Make one HTML page of a recording (fwpkm.Recorder): the map of slots, who wrote each of them, which are contested, and
+the norms of their rows over time. It needs no network and no other file."""
 
 
 class UsageError(Exception):
@@ -87,6 +97,7 @@ def _parser() -> argparse.ArgumentParser:
         "--out", default="fwpkm-demo", metavar="DIR", help="folder for the picture (default: ./%(default)s)"
     )
     demo.set_defaults(run=_demo)
+    _add_diagnostics(commands)
     _add_conform(commands)
     reference = commands.add_parser("vectors", help="write the reference vectors as .npz files", description=VECTORS)
     reference.add_argument("folder", metavar="DIR", help="the folder; one that is there already must be empty")
@@ -94,6 +105,23 @@ def _parser() -> argparse.ArgumentParser:
     listing = "list every backend with version and device, or why it cannot run and what to install"
     commands.add_parser("backends", help=listing, description=f"{listing.capitalize()}.").set_defaults(run=_backends)
     return parser
+
+
+def _add_diagnostics(commands: Any) -> None:
+    judge = commands.add_parser("doctor", help="report on a saved layer or state", description=DOCTOR)
+    judge.add_argument("file", metavar="FILE", help="a file of fwpkm.save or fwpkm.save_state")
+    judge.add_argument(
+        "--memory", metavar="FILE", help="the layer, or state, that it began from: count the slots written since"
+    )
+    judge.add_argument("--json", action="store_true", help="print the report as JSON")
+    judge.set_defaults(run=_doctor)
+    inspect = commands.add_parser("inspect", help="make a page of a recording", description=INSPECT)
+    inspect.add_argument("recording", metavar="RECORD", help="a file of fwpkm.Recorder")
+    inspect.add_argument(
+        "--out", default="fwpkm-inspect", metavar="DIR", help=f"folder for {page.NAME} (default: ./%(default)s)"
+    )
+    inspect.add_argument("--overwrite", action="store_true", help="replace a page that is there already")
+    inspect.set_defaults(run=_inspect)
 
 
 def _add_conform(commands: Any) -> None:
@@ -149,6 +177,26 @@ def _conform(arguments: argparse.Namespace) -> int:
         case=arguments.case,
         markdown=arguments.markdown,
     )
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    try:
+        report = doctor.examine(arguments.file, arguments.memory)
+    except doctor.DoctorError as error:
+        raise UsageError(str(error)) from None
+    print(json.dumps(report, indent=1, allow_nan=False) if arguments.json else doctor.as_text(report))
+    return 1 if report["problems"] else 0
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    try:
+        written = page.write_page(arguments.recording, arguments.out, overwrite=arguments.overwrite)
+    except FileExistsError as error:
+        raise UsageError(f"{error} (--overwrite)") from None
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    print(written)
+    return 0
 
 
 def _vectors(arguments: argparse.Namespace) -> int:

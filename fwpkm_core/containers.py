@@ -87,6 +87,23 @@ class Trace(NamedTuple):
     """``[M]`` int32: how many chunks each memory completed."""
 
 
+class LayerTrace(NamedTuple):
+    """What a layer's call did, of ``return_trace=True``. A record: no gradient passes through it."""
+
+    slots: Array
+    """``[B, T, H*k]`` slot ids that each token read, 0 for a masked token; packed: ``[1, T, H*k]``."""
+    weights: Array
+    """``[B, T, H*k]`` their weights, 0 for a masked token, NaN for one with non-finite input or scores."""
+    memorization: Array
+    """``[M, W]`` loss of each memory's writes in order, W = ceil(T/C); columns past ``writes`` are 0."""
+    addressing: Array
+    """``[M, W]`` addressing loss of each memory's writes in order; columns past ``writes`` are 0."""
+    writes: Array
+    """``[M]`` int32: how many chunks each memory completed."""
+    gate: Array
+    """``[B, T]`` g of each token: 0 for a masked token, NaN for a dead one; 1 for others where a layer has no gate."""
+
+
 def memories_for(cfg: FwPKMConfig, batch_size: int) -> int:
     """M, the tables that a batch of this size reads: B in "sequence" scope, 1 in "batch" scope.
 

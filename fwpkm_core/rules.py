@@ -61,6 +61,12 @@ def step_vjp(xp: Any, cfg: FwPKMConfig, d_new: Array, unclipped: Array | None) -
     return d_rows, d_gradient if unclipped is None else d_gradient * unclipped
 
 
+def traced_gate(xp: Any, gate: Array | None, weights: Array) -> Array:
+    """``[B, T]`` the gate of a trace: like the weights ``[B, T, H*k]`` 0 for a masked token and NaN for a dead one."""
+    total = xp.sum(weights, -1)  # near 1 where a token is live
+    return xp.where(total > 0, 1.0 if gate is None else gate, total)
+
+
 def rms_norm(xp: Any, x: Array, weight: Array) -> Array:
     """x / √(mean of x² + 1e-5) · weight over the last axis (§7); x must be at least float32."""
     return x / xp.sqrt(_mean(xp, xp.square(x)) + RMS_EPS) * weight

@@ -79,7 +79,10 @@ def numbers(printed, label):
     return [float(x) for x in re.search(rf"^{label} +(.*)$", printed, re.MULTILINE)[1].split()]
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/guide.md", "docs/batches.md", "docs/serving.md"])
+PAGES = ("README.md", "docs/guide.md", "docs/batches.md", "docs/diagnostics.md", "docs/serving.md")
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_the_code_of_a_page_runs(tmp_path, page):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
     assert len(blocks) >= 2

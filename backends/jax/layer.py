@@ -14,9 +14,9 @@ from fwpkm.backends.jax import ops
 from fwpkm.backends.jax.rows import begin, init_state
 from fwpkm.backends.jax.tokens import finite_rows
 from fwpkm.config import FwPKMConfig
-from fwpkm.containers import Memory, State
+from fwpkm.containers import LayerTrace, Memory, State
 from fwpkm.files import layer_spec
-from fwpkm.rules import mix, rms_norm, zscore
+from fwpkm.rules import mix, rms_norm, traced_gate, zscore
 
 Variables = dict[str, Any]
 
@@ -113,7 +113,9 @@ class FwPKM:
         cu_seqlens: Array | None = None,
         update: bool = True,
         return_state: bool = True,
-    ) -> tuple[Array, State | None]:
+        *,
+        return_trace: bool = False,
+    ) -> tuple[Any, ...]:
         """Read T tokens, writing every chunk that they complete.
 
         Args:
@@ -122,18 +124,20 @@ class FwPKM:
             state: where the sequences stand; None starts from the initial memory.
             mask: ``[B, T]`` bool, False for tokens that are not there (padding, at any place); None for True.
             cu_seqlens: ``[B+1]`` int32: sequence i is the tokens [cu_i, cu_{i+1}) of the packed row.
-            update: False only reads and leaves the state as it is. Static under ``jax.jit``, as is the next.
+            update: False only reads and leaves the state as it is. Static under ``jax.jit``, as are the next two.
             return_state: False where nobody reads on: without a state nothing is kept that only a later call would
                 read.
+            return_trace: return a third thing, what the call did, as a :class:`fwpkm.LayerTrace`.
 
         Returns:
             y in the shape of x, in the projections' dtype: NaN for tokens that are not finite, 0 for masked ones; and
-            the next state, or None without ``return_state``.
+            the next state, or None without ``return_state``; with ``return_trace`` the trace behind them.
 
         Raises:
             ValueError: an argument does not fit; names it, what was expected and what was received.
         """
         validation.check_flag("return_state", return_state)
+        validation.check_flag("return_trace", return_trace)
         validation.check_array("x", x, [("B", None), ("T", None), ("hidden_size", self.hidden_size)], "float", Array)
         if mask is not None:
             validation.check_array("mask", mask, [("B", x.shape[0]), ("T", x.shape[1])], "bool", Array)
@@ -160,14 +164,18 @@ class FwPKM:
             start = Memory(*(table[None] for table in self._memory(variables)))
         if state is None and return_state:
             start = begin(self.config, start, len(x) if cu_seqlens is None else len(cu_seqlens) - 1, x)
-        read, state, _ = ops.apply(self.config, start, *tokens, cu_seqlens, update)
+        read, state, trace = ops.apply(self.config, start, *tokens, cu_seqlens, update)
         finite = finite_rows(read)
         read, value = (jnp.where(finite[..., None], z, 0) for z in (read, value))
         parts = (z if z is None else _wide(z) for z in (gate, read, value))
         y = _project(params, "output", mix(*parts).astype(dtype))
         y = jnp.where(finite[..., None], y, jnp.nan)
         y = y if there is None else jnp.where(there[..., None], y, 0)
-        return y, state if return_state else None
+        state = state if return_state else None
+        if not return_trace:
+            return y, state
+        gate = None if gate is None else jax.lax.stop_gradient(gate).astype(trace.weights.dtype)
+        return y, state, LayerTrace(*trace, gate=traced_gate(jnp, gate, trace.weights))
 
     def init_state(self, variables: Variables, batch_size: int) -> State:
         """The state that a call without one starts from: the initial memory for each row, at position 0."""

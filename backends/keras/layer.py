@@ -10,13 +10,13 @@ from keras import KerasTensor, initializers, ops
 
 from fwpkm import validation
 from fwpkm.backends.keras import native, segments
-from fwpkm.backends.keras.layout import NAMES, by_name, copies_of, fill, specs, unflatten
+from fwpkm.backends.keras.layout import NAMES, by_name, copies_of, fill, specs, trace_spec, unflatten
 from fwpkm.backends.keras.tokens import blank, dtype_of, finite_rows, nan_where
 from fwpkm.backends.keras.windows import SELF
 from fwpkm.config import FwPKMConfig
-from fwpkm.containers import Memory, State, memory_specs
+from fwpkm.containers import LayerTrace, Memory, State, Trace, memory_specs
 from fwpkm.files import layer_spec
-from fwpkm.rules import mix, rms_norm, zscore
+from fwpkm.rules import mix, rms_norm, traced_gate, zscore
 from fwpkm.tokens import Array, Tokens
 
 
@@ -137,6 +137,7 @@ class FwPKM(keras.layers.Layer):
         training: bool | None = None,
         update: bool = True,
         x_mask: Array | None = None,
+        return_trace: bool = False,
     ) -> Any:
         """Read T tokens, writing every chunk that they complete.
 
@@ -150,16 +151,17 @@ class FwPKM(keras.layers.Layer):
             training: makes no difference; the memory is written in training and at inference.
             update: False only reads and leaves the state as it is.
             x_mask: stands for a mask that is None; Keras fills in the one that x carries.
+            return_trace: return what the call did as well, as a :class:`fwpkm.LayerTrace`; not beside ``segment_ids``.
 
         Returns:
             y ``[B, T, hidden_size]`` in the compute dtype, NaN for tokens that are not finite, 0 for those that are not
-            there; with ``return_state`` ``[y, *state]``.
+            there; with ``return_state`` ``[y, *state]``; with ``return_trace`` a list whose last entry is the trace.
 
         Raises:
             ValueError: an argument does not fit; names it, what was expected and what was received.
         """
         validation.check_flag("update", update)
-        self._check(x, segment_ids, initial_state)
+        self._check(x, segment_ids, initial_state, return_trace)
         mask = x_mask if mask is None else mask  # Keras fills in mask where x is the only array, else x_mask
         if mask is not None:
             mask = ops.convert_to_tensor(mask)
@@ -170,13 +172,16 @@ class FwPKM(keras.layers.Layer):
         x = native.whole_batch(x, self.batch_size) if self.stateful else x
         there = mask if segment_ids is None else segments.there(segment_ids, mask)
         tokens = self._tokens(ops.cast(x, self.compute_dtype), there)
-        read, state = self._read(tokens, segment_ids, initial_state, update)
-        y = self._output(read, tokens)
-        if state is None:
-            return y
-        if self.stateful and update:
-            self._keep(native.functions().detach(state))
-        return [y, *by_name(state).values()] if self.return_state else y
+        read, state, trace = self._read(tokens, segment_ids, initial_state, update)
+        outputs = [self._output(read, tokens)]
+        if state is not None:
+            if self.stateful and update:
+                self._keep(native.functions().detach(state))
+            outputs += by_name(state).values() if self.return_state else ()
+        if return_trace:
+            assert trace is not None
+            outputs.append(self._trace(trace, tokens.gate))
+        return outputs[0] if len(outputs) == 1 else outputs
 
     def _tokens(self, x: Array, mask: Array | None) -> Tokens:
         """What the tokens bring to the memory."""
@@ -191,11 +196,13 @@ class FwPKM(keras.layers.Layer):
         gate = ops.sigmoid(self._project("gate", x)[..., 0]) if self.gated else None
         return Tokens(query, value, gate, mask)
 
-    def _read(self, tokens: Tokens, segment_ids: Any, initial_state: Any, update: bool) -> tuple[Array, State | None]:
-        """What the tokens read, and the state afterwards if somebody reads on."""
+    def _read(
+        self, tokens: Tokens, segment_ids: Any, initial_state: Any, update: bool
+    ) -> tuple[Array, State | None, Trace | None]:
+        """What the tokens read, the state afterwards if somebody reads on, and the trace unless they are packed."""
         cfg = self._config
         if segment_ids is not None:
-            return segments.read(cfg, self._initial_memory(), tokens, segment_ids, update), None
+            return segments.read(cfg, self._initial_memory(), tokens, segment_ids, update), None, None
         if initial_state is not None:
             return native.apply(cfg, unflatten(initial_state), tokens, update)
         if not (self.stateful or self.return_state):
@@ -211,6 +218,11 @@ class FwPKM(keras.layers.Layer):
         y = nan_where(dead, self._project("output", mixed))
         return y if tokens.mask is None else blank(y, ~tokens.mask)
 
+    def _trace(self, trace: Trace, gate: Array | None) -> LayerTrace:
+        """A record of a call: slot ids as int32, which torch has as int64, and no gradient into the gate."""
+        gate = traced_gate(ops, None if gate is None else ops.stop_gradient(gate), trace.weights)
+        return LayerTrace(*trace._replace(slots=ops.cast(trace.slots, "int32")), gate=gate)
+
     def compute_output_spec(
         self,
         x: KerasTensor,
@@ -220,15 +232,18 @@ class FwPKM(keras.layers.Layer):
         training: Any = None,
         update: bool = True,
         x_mask: Any = None,
+        return_trace: bool = False,
     ) -> Any:
         """What ``call`` returns for symbolic inputs; no operation runs."""
-        self._check(x, segment_ids, initial_state)
-        y = KerasTensor(x.shape, dtype=self.compute_dtype)
-        if not self.return_state:
-            return y
+        self._check(x, segment_ids, initial_state, return_trace)
+        outputs: list[Any] = [KerasTensor(x.shape, dtype=self.compute_dtype)]
         dtype = self._table_dtype if initial_state is None else unflatten(initial_state).memory.keys.dtype
-        state = specs(self._config, x.shape[0]).values()
-        return [y, *(KerasTensor(spec.shape, dtype=dtype_of(spec.kind, dtype)) for spec in state)]
+        if self.return_state:
+            state = specs(self._config, x.shape[0]).values()
+            outputs += [KerasTensor(spec.shape, dtype=dtype_of(spec.kind, dtype)) for spec in state]
+        if return_trace:
+            outputs.append(trace_spec(self._config, x.shape, dtype))
+        return outputs[0] if len(outputs) == 1 else outputs
 
     def compute_output_shape(self, input_shape: Sequence[int | None]) -> Any:
         """The shape of y, or of ``[y, *state]``."""
@@ -357,12 +372,18 @@ class FwPKM(keras.layers.Layer):
     def _initial_memory(self) -> Memory:
         return Memory(*(ops.convert_to_tensor(self._weight(f"memory.{name}"))[None] for name in Memory._fields))
 
-    def _check(self, x: Any, segment_ids: Any, initial_state: Any) -> None:
+    def _check(self, x: Any, segment_ids: Any, initial_state: Any, return_trace: Any) -> None:
+        validation.check_flag("return_trace", return_trace)
         axes = [("B", None), ("T", None), ("hidden_size", self.hidden_size)]
         validation.check_array("x", x, axes, "float", object)
         if segment_ids is not None:
             validation.check_array("segment_ids", segment_ids, [("B", x.shape[0]), ("T", x.shape[1])], "int", object)
             self._check_packed(initial_state)
+            if return_trace:
+                raise ValueError(
+                    "return_trace must be False beside segment_ids: the layer does not write sequences that end before "
+                    "they read it. The functions of fwpkm.get_backend('keras') trace all. Received: True"
+                )
         if self.stateful and x.shape[0] not in (None, self.batch_size):
             raise ValueError(
                 f"x must have B={self.batch_size} rows, as the stateful layer was built with: leave out the last, "

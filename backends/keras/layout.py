@@ -4,10 +4,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
-from keras import ops
+from keras import KerasTensor, ops
 
+from fwpkm import schedule
 from fwpkm.config import FwPKMConfig
-from fwpkm.containers import Memory, State, memories_for, memory_specs, state_specs
+from fwpkm.containers import LayerTrace, Memory, State, memories_for, memory_specs, state_specs
 from fwpkm.tokens import Array, ArraySpec
 
 
@@ -47,6 +48,22 @@ def specs(cfg: FwPKMConfig, batch_size: Any) -> dict[str, ArraySpec]:
     """What a state of ``batch_size`` rows, None where unknown, consists of."""
     memory = memory_specs(cfg, memories_for(cfg, batch_size))  # one in batch scope, however many rows
     return by_name(state_specs(cfg, batch_size)._replace(memory=memory))
+
+
+def trace_spec(cfg: FwPKMConfig, shape: Sequence[int | None], dtype: str) -> LayerTrace:
+    """What the trace of a call on x ``[B, T, hidden_size]`` consists of, as KerasTensors; sizes may be unknown."""
+    batch, length = shape[:2]
+    memories: Any = memories_for(cfg, batch)  # type: ignore[arg-type]
+    reads = (batch, length, cfg.slots_per_token)
+    losses = (memories, None if length is None else schedule.max_writes(cfg, length))
+    return LayerTrace(
+        slots=KerasTensor(reads, dtype="int32"),
+        weights=KerasTensor(reads, dtype=dtype),
+        memorization=KerasTensor(losses, dtype=dtype),
+        addressing=KerasTensor(losses, dtype=dtype),
+        writes=KerasTensor((memories,), dtype="int32"),
+        gate=KerasTensor((batch, length), dtype=dtype),
+    )
 
 
 def copies_of(table: keras.Variable) -> Any:

@@ -8,7 +8,7 @@ import keras
 from keras import ops
 
 from fwpkm.config import FwPKMConfig
-from fwpkm.containers import Memory, State
+from fwpkm.containers import Memory, State, Trace
 from fwpkm.tokens import Array, Tokens
 
 _MODULES = {
@@ -41,13 +41,12 @@ def apply(
     *,
     cu_seqlens: Array | None = None,
     owned: bool = False,
-) -> tuple[Array, State | None]:
-    """``apply`` without its trace; torch may overwrite the table of a state that the caller owns."""
+) -> tuple[Array, State | None, Trace]:
+    """``apply``; torch may overwrite the table of a state that the caller owns."""
     options: dict[str, Any] = dict(tokens.present(), cu_seqlens=cu_seqlens, update=update)
     if keras.backend.backend() == "torch" and isinstance(state, State):
         options["inplace"] = owned and not state.memory.values.requires_grad
-    output, after, _ = functions().apply(cfg, state, **options)
-    return output, after
+    return functions().apply(cfg, state, **options)
 
 
 def count(flags: Array, at_most: int | Array) -> int | Array:

@@ -46,13 +46,13 @@ def read(cfg: FwPKMConfig, memory: Memory, tokens: Tokens, segment_ids: Array, u
     """What packed tokens read ``[B, T, Dv]``: each sequence begins from ``memory``, of M = 1."""
     shape = ops.shape(tokens.value)
     packed = tokens.map(lambda x: ops.reshape(x, (1, -1, *x.shape[2:])))
-    output, _ = native.apply(cfg, memory, packed, False)
+    output, _, _ = native.apply(cfg, memory, packed, False)
     per_row = shape[1] // (cfg.chunk_size + schedule.lag(cfg) + 1)
     if update and not (isinstance(per_row, int) and per_row == 0):
         first, writes = _writing(cfg, segment_ids, tokens.mask)
         tables = native.count(first, at_most=shape[0] * per_row)
         if not (isinstance(tables, int) and tables == 0):
-            written, _ = native.apply(
+            written, _, _ = native.apply(
                 cfg, memory, packed._replace(mask=packed.mask & writes), True, cu_seqlens=_ends(first, tables)
             )
             output = ops.where(writes[..., None], written, output)

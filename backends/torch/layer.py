@@ -11,9 +11,9 @@ from fwpkm import rules, validation
 from fwpkm.backends.torch import decoding, ops
 from fwpkm.backends.torch.tokens import finite_rows, maybe_any
 from fwpkm.config import FwPKMConfig
-from fwpkm.containers import Memory, State, memory_specs
+from fwpkm.containers import LayerTrace, Memory, State, memory_specs
 from fwpkm.files import layer_spec
-from fwpkm.rules import mix
+from fwpkm.rules import mix, traced_gate
 from fwpkm.tokens import Tokens
 
 
@@ -161,7 +161,8 @@ class FwPKM(nn.Module):
         return_state: bool = True,
         *,
         inplace: bool = False,
-    ) -> tuple[Tensor, State | None]:
+        return_trace: bool = False,
+    ) -> tuple[Any, ...]:
         """Read T tokens, writing every chunk that they complete.
 
         Args:
@@ -174,26 +175,32 @@ class FwPKM(nn.Module):
                 read.
             inplace: the tables of ``state`` may be overwritten, which saves one copy of them. Of a compiled layer the
                 memory then runs between two graphs.
+            return_trace: return a third thing, what the call did, as a :class:`fwpkm.LayerTrace`.
 
         Returns:
             y in the shape of x, in the projections' dtype: NaN for tokens that are not finite, 0 for masked ones; and
-            the next state, or None without ``return_state``.
+            the next state, or None without ``return_state``; with ``return_trace`` the trace behind them.
 
         Raises:
             ValueError: an argument does not fit; names it, what was expected and what was received.
             RuntimeError: ``inplace`` on a table that autograd still needs.
         """
         validation.check_flag("return_state", return_state)
+        validation.check_flag("return_trace", return_trace)
         tokens, dtype = self._project(x, mask, cu_seqlens)
         if state is None:
             counted = mask if cu_seqlens is None else cu_seqlens
             device = None if counted is None else counted.device
-            read, state, _ = ops.begin(self.config, self.memory(), tokens, cu_seqlens, update, return_state, device)
+            read, state, trace = ops.begin(self.config, self.memory(), tokens, cu_seqlens, update, return_state, device)
         else:
-            read, state, _ = ops.apply(
+            read, state, trace = ops.apply(
                 self.config, state, **tokens.present(), cu_seqlens=cu_seqlens, update=update, inplace=inplace
             )
-        return self._output(read, tokens, dtype), state if return_state else None
+        y, state = self._output(read, tokens, dtype), state if return_state else None
+        if not return_trace:
+            return y, state
+        gate = None if tokens.gate is None else tokens.gate.detach()
+        return y, state, LayerTrace(*trace, gate=traced_gate(torch, gate, trace.weights))
 
     @torch.no_grad()
     def decode(self, x: Tensor, state: State, mask: Tensor | None = None) -> Tensor:

@@ -1,0 +1,232 @@
+"""``fwpkm doctor``: what a saved layer or state holds, and whether it is sound (SPEC.md §8)."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import safetensors
+
+from fwpkm import schedule
+from fwpkm.config import FwPKMConfig
+from fwpkm.containers import Memory, memory_specs, state_specs
+from fwpkm.files import FORMAT_VERSION
+
+QUARTILES = {"least": 0, "quartile_1": 25, "median": 50, "quartile_3": 75, "largest": 100}
+
+Tensors = dict[str, np.ndarray]
+Spec = dict[str, Any]
+
+
+class DoctorError(ValueError):
+    """Nothing that this doctor knows; the message names it."""
+
+
+class Part(NamedTuple):
+    """A memory or state that a file holds, for the report; most files hold one."""
+
+    name: str
+    """"" where there is one."""
+    config: FwPKMConfig
+    shapes: dict[str, tuple[int, ...]]
+    """Those that the config asks for, of tensors by name."""
+    values: np.ndarray
+    """``[M, N, Dv]``"""
+    position: np.ndarray | None = None
+    """``[B]``, of a state."""
+
+
+def _layer(spec: Spec, tensors: Tensors) -> list[Part]:
+    config = FwPKMConfig.from_json(json.dumps(spec["config"]))
+    shapes = {f"memory.{name}": x.shape[1:] for name, x in memory_specs(config, 1)._asdict().items()}
+    return [Part("", config, shapes, tensors["memory.values"][None])]
+
+
+def _state(spec: Spec, tensors: Tensors, name: str = "") -> list[Part]:
+    config = FwPKMConfig.from_json(json.dumps(spec))
+    prefix = f"{name}." if name else ""
+    position, values = (tensors[f"{prefix}{field}"] for field in ("position", "memory.values"))
+    arrays = state_specs(config, len(position))._asdict()
+    memory: Memory = arrays.pop("memory")
+    arrays |= {f"memory.{field}": x for field, x in memory._asdict().items()}
+    return [Part(name, config, {f"{prefix}{field}": x.shape for field, x in arrays.items()}, values, position)]
+
+
+KINDS: dict[str, Callable[[Spec, Tensors], list[Part]]] = {"layer": _layer, "state": _state}
+"""By the kind that a file's metadata name."""
+
+
+def examine(path: str | os.PathLike[str], initial: str | os.PathLike[str] | None = None) -> dict[str, Any]:
+    """A report on a file of ``fwpkm.save`` or ``fwpkm.save_state``, JSON-able.
+
+    Args:
+        path: the file.
+        initial: a file with the memory that it began from, a layer's or a state's, to count the slots written since.
+
+    Returns:
+        "path", "kind", "config", "tensors" (shape, dtype, how many numbers are not finite), "memories" (for each whose
+        it is, "" where the file holds one; the norms of its rows: least, quartiles, largest of those that are finite;
+        rows that are not; slots whose bits differ from ``initial``, or None), "rows" (position and pending tokens of
+        each row of a state), and "problems": what is wrong, in words; none where all is well.
+
+    Raises:
+        DoctorError: a kind of file that is unknown here, or an ``initial`` that does not fit.
+        OSError: a file cannot be read.
+    """
+    report: dict[str, Any] = {"path": os.fspath(path), "kind": None, "config": None}
+    report |= {"tensors": {}, "memories": [], "rows": [], "problems": []}
+    parts = _open(path, report)
+    for part in parts:
+        initial_values = None if initial is None else _baseline(initial, part)
+        for m, values in enumerate(part.values):
+            baseline = None if initial_values is None else initial_values[m % len(initial_values)]
+            report["memories"].append({"of": part.name, **_memory(values, baseline)})
+        if part.position is not None:
+            pending = [int(schedule.pending(part.config, int(p))) for p in part.position]
+            report["rows"] += [
+                {"of": part.name, "position": int(p), "pending": n} for p, n in zip(part.position, pending)
+            ]
+            _judge_positions(part, report["problems"])
+    return report
+
+
+def _open(path: str | os.PathLike[str], report: dict[str, Any]) -> list[Part]:
+    """What a file holds; nothing, with the reason among the problems, where it is too damaged to tell."""
+    if os.path.isdir(path):
+        raise IsADirectoryError(f"{path}: is a folder. Expected a file of fwpkm.save or fwpkm.save_state")
+    problems: list[str] = report["problems"]
+    try:
+        with safetensors.safe_open(path, "np") as file:
+            metadata = file.metadata() or {}
+            _check_kind(path, metadata)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    except safetensors.SafetensorError as error:
+        problems.append(f"not a whole safetensors file: {error}")
+        return []
+    report["kind"] = metadata["kind"]
+    report["tensors"] = {name: _tensor(x) for name, x in tensors.items()}
+    problems += _wrong_digests(metadata, tensors)
+    for name, found in report["tensors"].items():
+        if found["not_finite"]:
+            problems.append(f"{name}: {found['not_finite']} of {tensors[name].size} numbers are not finite")
+    try:
+        spec = json.loads(metadata["config"])
+        report["config"] = spec
+        parts = KINDS[metadata["kind"]](spec, tensors)
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        problems.append(f"its config cannot be read, or tensors are missing: {type(error).__name__}: {error}")
+        return []
+    for name, shape in (item for part in parts for item in part.shapes.items()):
+        received = tensors[name].shape if name in tensors else None
+        if received != shape:
+            problems.append(f"{name}: expected shape {shape}, received {received or 'no such tensor'}")
+    return [part for part in parts if part.values.ndim == 3 and part.values.dtype.kind == "f"]
+
+
+def _check_kind(path: str | os.PathLike[str], metadata: dict[str, str]) -> None:
+    version, kind = metadata.get("format_version"), metadata.get("kind")
+    if version is None or kind is None:
+        raise DoctorError(
+            f"{path}: a safetensors file, but none of this library: it names no format_version and kind. Expected: a "
+            "file of fwpkm.save or fwpkm.save_state"
+        )
+    if version != FORMAT_VERSION:
+        raise DoctorError(f"{path}: unknown format_version. Expected: {FORMAT_VERSION!r}. Received: {version!r}")
+    if kind not in KINDS:
+        raise DoctorError(f"{path}: unknown kind. Expected: one of {', '.join(KINDS)}. Received: {kind!r}")
+
+
+def _tensor(x: np.ndarray) -> dict[str, Any]:
+    not_finite = int((~np.isfinite(x)).sum()) if x.dtype.kind == "f" else 0
+    return {"shape": list(x.shape), "dtype": x.dtype.name, "not_finite": not_finite}
+
+
+def _wrong_digests(metadata: dict[str, str], tensors: Tensors) -> list[str]:
+    try:
+        digests = json.loads(metadata["sha256"])
+        wrong = [name for name, x in tensors.items() if digests.get(name) != _digest(x)]
+    except (KeyError, AttributeError, ValueError, RecursionError):
+        return ["its checksums cannot be read"]
+    return [f"{name}: its contents do not match their sha256: damaged or edited" for name in wrong]
+
+
+def _digest(x: np.ndarray) -> str:
+    little_endian = np.asarray(x, x.dtype.newbyteorder("<"), order="C")
+    return hashlib.sha256(little_endian.reshape(-1).view(np.uint8).data).hexdigest()
+
+
+def _memory(values: np.ndarray, initial: np.ndarray | None) -> dict[str, Any]:
+    """The norms of a table's rows ``[N, Dv]``, and how many of them differ from the initial ones."""
+    finite = np.isfinite(values).all(1)
+    norms = np.linalg.norm(values[finite].astype(np.float64), axis=1)
+    quantiles = np.percentile(norms, list(QUARTILES.values())).tolist() if norms.size else [None] * len(QUARTILES)
+    written = None
+    if initial is not None:
+        bits = f"u{values.dtype.itemsize}"
+        written = int((np.ascontiguousarray(values).view(bits) != initial.view(bits)).any(1).sum())
+    norm = dict(zip(QUARTILES, quantiles))
+    return {"slots": len(values), "norm": norm, "rows_not_finite": int((~finite).sum()), "slots_written": written}
+
+
+def _baseline(path: str | os.PathLike[str], part: Part) -> np.ndarray:
+    """``[1 or M, N, Dv]``: the tables that those of a part began from, in their dtype."""
+    report: dict[str, Any] = {"problems": []}
+    found = _open(path, report)
+    if report["problems"] or len(found) != 1:
+        problems = "; ".join(report["problems"]) or f"expected a file of one memory. Received: {len(found)}"
+        raise DoctorError(f"--memory {path}: {problems}")
+    values, wanted = found[0].values, part.values
+    if values.shape[1:] != wanted.shape[1:] or len(values) not in (1, len(wanted)) or values.dtype != wanted.dtype:
+        raise DoctorError(
+            f"--memory {path}: expected value tables of shape [1 or {len(wanted)}, {wanted.shape[1]}, "
+            f"{wanted.shape[2]}] and dtype {wanted.dtype}. Received: shape {values.shape}, dtype {values.dtype}"
+        )
+    return np.ascontiguousarray(values)
+
+
+def _judge_positions(part: Part, problems: list[str]) -> None:
+    position = part.position
+    assert position is not None
+    name = f"{part.name}.position" if part.name else "position"
+    if position.min(initial=0) < 0:
+        problems.append(f"{name}: expected numbers of at least 0, received {position.tolist()}")
+    elif part.config.memory_scope == "batch" and len(set(position.tolist())) > 1:
+        problems.append(f"{name}: expected one for all rows in batch scope, received {position.tolist()}")
+
+
+def as_text(report: dict[str, Any]) -> str:
+    """A report for people."""
+    lines = [f"{report['path']}: {report['kind'] or 'unreadable'}"]
+    config = report["config"] or {}
+    fields = {**{k: v for k, v in config.items() if k != "config"}, **config.get("config", {})}
+    if fields:
+        lines += ["", "config  " + " ".join(f"{name}={value}" for name, value in fields.items())]
+    tensors = [(name, str(x["shape"]), x["dtype"], x["not_finite"]) for name, x in report["tensors"].items()]
+    lines += _table(("tensor", "shape", "dtype", "not finite"), tensors)
+    memories = [
+        (f"{x['of']} {m}".strip(), x["slots"], x["slots_written"], x["rows_not_finite"], *x["norm"].values())
+        for m, x in enumerate(report["memories"])
+    ]
+    heads = ("memory", "slots", "written", "not finite", "least norm", "quartile", "median", "quartile", "largest")
+    lines += _table(heads, memories)
+    lines += _table(
+        ("row", "position", "pending"),
+        [(f"{x['of']} {i}".strip(), x["position"], x["pending"]) for i, x in enumerate(report["rows"])],
+    )
+    problems = [f"problem: {problem}" for problem in report["problems"]]
+    return "\n".join([*lines, "", *(problems or ["nothing is wrong"])])
+
+
+def _table(heads: tuple[str, ...], rows: list[tuple[Any, ...]]) -> list[str]:
+    """An empty line and aligned columns, or nothing where there are no rows."""
+    if not rows:
+        return []
+    shown = [heads, *(tuple(_cell(x) for x in row) for row in rows)]
+    widths = [max(len(row[i]) for row in shown) for i in range(len(heads))]
+    return ["", *("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in shown)]
+
+
+def _cell(x: Any) -> str:
+    return "-" if x is None else f"{x:.4g}" if isinstance(x, float) else str(x)

@@ -1,0 +1,157 @@
+"""``fwpkm doctor``: sound files pass, everything else is told and decides the exit status."""
+
+import hashlib
+import json
+import re
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from layer_files import CFG, FakeLayer, contents, half_read_state
+
+import fwpkm
+from fwpkm import cli, reference
+
+
+def edit(path, change, *, sign=True):
+    """Rewrite a file with other contents."""
+    tensors, metadata = contents(path)
+    change(tensors, metadata)
+    if sign:
+        metadata["sha256"] = json.dumps({name: hashlib.sha256(x.tobytes()).hexdigest() for name, x in tensors.items()})
+    path.write_bytes(safetensors.numpy.save(tensors, metadata))
+
+
+def doctor(capsys, *arguments):
+    """The exit status and the report."""
+    status = cli.main(["doctor", *map(str, arguments), "--json"])
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    report = json.loads(printed.out)
+    assert status == bool(report["problems"])
+    return report
+
+
+def refused(capsys, *arguments):
+    """The one line of a file that cannot be judged."""
+    assert cli.main(["doctor", *map(str, arguments)]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.count("\n") == 1
+    return printed.err
+
+
+def test_a_sound_state(state_file, tmp_path, capsys):
+    memory = fwpkm.Memory(*reference.init_memory(CFG, 1, seed=3))
+    initial = tmp_path / "initial"
+    fwpkm.save_state(initial, reference.init_state(CFG, memory, 1), CFG)
+    report = doctor(capsys, state_file, "--memory", initial)
+    values = half_read_state().memory.values
+    assert report["kind"] == "state"
+    assert report["config"] == json.loads(CFG.to_json())
+    assert report["tensors"]["memory.values"] == {"shape": [2, 9, 3], "dtype": "float32", "not_finite": 0}
+    for m, found in enumerate(report["memories"]):
+        norms = np.linalg.norm(values[m], axis=1)
+        expected = np.percentile(norms, [0, 25, 50, 75, 100])
+        np.testing.assert_allclose(list(found["norm"].values()), expected, rtol=1e-6)
+        assert found["slots_written"] == (values[m] != memory.values[0]).any(1).sum() > 0
+    assert report["rows"] == [{"of": "", "position": 6, "pending": 2}, {"of": "", "position": 7, "pending": 3}]
+    assert report["problems"] == []
+
+
+def test_a_sound_layer_and_what_people_read(layer_file, capsys):
+    report = doctor(capsys, layer_file)
+    assert report["kind"] == "layer"
+    assert report["config"]["hidden_size"] == 5
+    assert report["memories"][0]["slots"] == 9
+    assert report["memories"][0]["slots_written"] is None
+    assert cli.main(["doctor", str(layer_file)]) == 0
+    printed = capsys.readouterr().out
+    for words in ("layer", "hidden_size=5", "chunk_size=4", "memory.values", "[9, 3]", "largest", "nothing is wrong"):
+        assert words in printed
+
+
+def test_numbers_that_are_not_finite(state_file, capsys):
+    def spoil(tensors, metadata):
+        tensors["memory.values"][1, 4, :2] = np.nan
+        tensors["memory.values"][1, 7, 0] = np.inf
+        tensors["pending_query"][0, 0, 0] = -np.inf
+
+    edit(state_file, spoil)
+    report = doctor(capsys, state_file)
+    assert report["problems"] == [
+        "memory.values: 3 of 54 numbers are not finite",
+        "pending_query: 1 of 64 numbers are not finite",
+    ]
+    assert [found["rows_not_finite"] for found in report["memories"]] == [0, 2]
+    assert None not in report["memories"][1]["norm"].values()
+    assert cli.main(["doctor", str(state_file)]) == 1
+    assert "problem: memory.values: 3 of 54" in capsys.readouterr().out
+
+
+def test_a_table_without_a_finite_row_has_no_norms(layer_file, capsys):
+    edit(layer_file, lambda tensors, _: tensors["memory.values"].fill(np.nan))
+    report = doctor(capsys, layer_file)
+    assert set(report["memories"][0]["norm"].values()) == {None}
+
+
+def test_damage_is_told_by_the_tensor(state_file, capsys):
+    edit(state_file, lambda tensors, _: tensors["memory.keys"].__setitem__((0, 0, 0, 0, 0), 7), sign=False)
+    problems = doctor(capsys, state_file)["problems"]
+    assert problems == ["memory.keys: its contents do not match their sha256: damaged or edited"]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda t, m: m.update(config="{"), "config cannot be read"),
+        (lambda t, m: m.update(config='{"forget": 1}'), "config cannot be read.*forget"),
+        (lambda t, m: t.pop("position"), "tensors are missing: KeyError: 'position'"),
+        (lambda t, m: t.pop("memory.keys"), r"memory.keys: expected shape \(2, 2, 2, 3, 2\), received no such tensor"),
+        (lambda t, m: t.update(pending_gate=t["pending_gate"][:, 1:]), r"pending_gate: expected shape \(2, 4\)"),
+        (lambda t, m: t.update(position=-t["position"]), "position: expected numbers of at least 0"),
+    ],
+)
+def test_what_does_not_fit_is_a_problem(state_file, capsys, change, words):
+    edit(state_file, change)
+    assert any(re.search(words, problem) for problem in doctor(capsys, state_file)["problems"])
+
+
+def test_a_file_without_checksums_is_a_problem(state_file, capsys):
+    edit(state_file, lambda tensors, metadata: metadata.pop("sha256"), sign=False)
+    assert doctor(capsys, state_file)["problems"] == ["its checksums cannot be read"]
+
+
+def test_a_clock_that_runs_apart_is_a_problem(tmp_path, capsys):
+    cfg = fwpkm.FwPKMConfig(**{**json.loads(CFG.to_json()), "memory_scope": "batch"})
+    path = tmp_path / "state"
+    fwpkm.save_state(path, reference.init_state(cfg, reference.init_memory(cfg), 2), cfg)
+    edit(path, lambda tensors, _: tensors.update(position=np.array([0, 1], np.int32)))
+    assert doctor(capsys, path)["problems"] == ["position: expected one for all rows in batch scope, received [0, 1]"]
+
+
+def test_every_cut_is_a_problem(state_file, capsys):
+    whole = state_file.read_bytes()
+    for size in range(0, len(whole), len(whole) // 9):
+        state_file.write_bytes(whole[:size])
+        assert doctor(capsys, state_file)["problems"][0].startswith("not a whole safetensors file")
+
+
+def test_what_cannot_be_judged_is_refused_by_name(layer_file, state_file, tmp_path, capsys):
+    assert "No such file" in refused(capsys, tmp_path / "none")
+    assert "is a folder" in refused(capsys, tmp_path)
+    foreign = tmp_path / "foreign"
+    foreign.write_bytes(safetensors.numpy.save({"x": np.ones(2)}))
+    assert "none of this library" in refused(capsys, foreign)
+    edit(layer_file, lambda _, metadata: metadata.update(kind="dream"))
+    assert "unknown kind. Expected: one of layer, state. Received: 'dream'" in refused(capsys, layer_file)
+    edit(layer_file, lambda _, metadata: metadata.update(format_version="7"))
+    assert "unknown format_version. Expected: '1'. Received: '7'" in refused(capsys, layer_file)
+
+
+def test_a_memory_that_does_not_fit_is_refused(state_file, tmp_path, capsys):
+    other = tmp_path / "other"
+    fwpkm.save(other, FakeLayer(0, dtype="float64"))
+    assert "dtype float32. Received: shape (1, 9, 3), dtype float64" in refused(capsys, state_file, "--memory", other)
+    other.write_bytes(b"")
+    assert "--memory" in refused(capsys, state_file, "--memory", other)
