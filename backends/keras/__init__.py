@@ -23,6 +23,7 @@ pending = _functions.pending
 put = _functions.put
 reset = _functions.reset
 select = _functions.select
+start_decoding = _functions.start_decoding
 to_numpy = _functions.to_numpy
 vjp = _functions.vjp
 
@@ -44,6 +45,7 @@ __all__ = [
     "put",
     "reset",
     "select",
+    "start_decoding",
     "to_numpy",
     "vjp",
 ]
