@@ -4,7 +4,8 @@ Of one row, 64 wide:
 
 - gradient: of Σ y² with respect to the params, y [1, 128, 64], from the initial memory;
 - gradient, carried: the same from a carried state, whose position is traced, so that XLA cannot drop the write;
-- decode step: y [1, 1, 64] and the next state from a carried one, which is donated.
+- decode step: ``layer.decode`` of x [1, 1, 64] from a carried state, which is donated;
+- apply, one token: the same by ``layer.apply``.
 
 A run is a fresh process without a compilation cache. It gives CPU seconds of that process, over all its threads: of
 tracing and lowering to StableHLO, and of XLA's compilation.
@@ -17,7 +18,7 @@ from benchmarks import report
 from benchmarks.measure import summarize
 from benchmarks.worker import Worker
 
-PROGRAMS = {"gradient": 128, "gradient, carried": 128, "decode step": 1}
+PROGRAMS = {"gradient": 128, "gradient, carried": 128, "decode step": 1, "apply, one token": 1}
 """The tokens that each reads."""
 
 
@@ -35,10 +36,16 @@ def cpu_seconds(program: str) -> tuple[float, float, float]:
     def step(params, x, state):
         return layer.apply({**variables, "params": params}, x, state)
 
+    def decode(params, x, state):
+        return layer.decode({**variables, "params": params}, x, state)
+
     def loss(params, x, state):
         return jnp.square(step(params, x, state)[0]).sum()
 
-    function = jax.jit(jax.grad(loss)) if program.startswith("gradient") else jax.jit(step, donate_argnums=2)
+    if program.startswith("gradient"):
+        function = jax.jit(jax.grad(loss))
+    else:
+        function = jax.jit(decode if program == "decode step" else step, donate_argnums=2)
     start = time.process_time()
     lowered = function.lower(variables["params"], x, state)
     between = time.process_time()

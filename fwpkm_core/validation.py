@@ -237,6 +237,14 @@ def check_packed(name: str, row: Any, cu_seqlens: Any, array_type: ArrayType) ->
     return None if size is None else size - 1
 
 
+def check_one_token(name: str, x: Any) -> None:
+    """Raise unless an array ``[B, T, ...]`` of what ``decode`` reads has T = 1."""
+    if x.shape[1] != 1:
+        raise ValueError(
+            f"{name} must have T=1: decode reads one token of each sequence. Received: shape {tuple(x.shape)}"
+        )
+
+
 def check_cu_seqlens(cu_seqlens: list[int], length: int) -> None:
     """Raise unless these numbers are where sequences begin and end among T tokens (SPEC.md §5)."""
     if cu_seqlens[0] != 0 or any(b < a for a, b in itertools.pairwise(cu_seqlens)) or cu_seqlens[-1] > length:

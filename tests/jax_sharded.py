@@ -65,7 +65,21 @@ def decode(variables: Any, x: Any, mask: Any) -> Any:
     return y.swapaxes(0, 1), state
 
 
-FUNCTIONS = {"in pieces": in_pieces, "overlaid": overlaid, "chunk": chunk, "decode": decode}
+def in_place(variables: Any, x: Any, mask: Any) -> Any:
+    """The same by ``decode``, under a mask: rows complete their chunks in different steps."""
+
+    def step(state: Any, token: Any) -> Any:
+        y, state = LAYER.decode(variables, token[0][:, None], state, token[1][:, None])
+        return state, y[:, 0]
+
+    begun = LAYER.apply(variables, x[:, :1], mask=mask[:, :1])[1]
+    state, y = jax.lax.scan(step, begun, (x[:, 1:].swapaxes(0, 1), mask[:, 1:].swapaxes(0, 1)))
+    return y.swapaxes(0, 1), state
+
+
+FUNCTIONS = {
+    "in pieces": in_pieces, "overlaid": overlaid, "chunk": chunk, "decode": decode, "decode in place": in_place,
+}  # fmt: skip
 
 
 def loss(params: Any, x: Any, mask: Any, cotangent: Any) -> Any:
@@ -170,7 +184,11 @@ def cases() -> dict[str, Callable[[], float]]:
     """By name."""
     found: dict[str, Callable[[], float]] = {}
     given = VARIABLES, X, MASK
-    for way, names in ((auto, ["in pieces"]), (explicit, ["in pieces", "decode"]), (mapped, FUNCTIONS)):
+    for way, names in (
+        (auto, ["in pieces"]),
+        (explicit, ["in pieces", "decode", "decode in place"]),
+        (mapped, FUNCTIONS),
+    ):
         for name in names:
             function = FUNCTIONS[name]
             found[f"{way.__name__}, {name}"] = lambda f=function, w=way, g=given: compared(w(f)(*g), f(*g))

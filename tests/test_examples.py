@@ -18,12 +18,15 @@ def run(*arguments, cwd, **variables):
 
 def test_no_example_is_forgotten():
     assert EXAMPLES == [
+        "jax_generate.py",
         "jax_modules.py",
         "jax_recall.py",
+        "keras_generate.py",
         "keras_text.py",
         "numpy_facts.py",
         "portable.py",
         "torch_copy.py",
+        "torch_generate.py",
     ]
 
 
@@ -65,6 +68,19 @@ def test_flax_and_equinox_hold_the_layer(tmp_path):
         before, after = map(float, re.search(rf"{library}: loss (\S+), then (\S+)", printed).groups())
         assert after < before
         assert float(re.search(rf"{library}: decoded .* plain layer (\S+)", printed)[1]) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("example", "backend"),
+    [("torch", ""), ("jax", ""), ("keras", "tensorflow"), ("keras", "jax"), ("keras", "torch")],
+    ids=lambda name: name or "alone",
+)
+def test_text_that_is_generated_is_that_of_one_call(tmp_path, example, backend):
+    """The scripts assert it themselves; here they run, and XLA compiles fast instead of well."""
+    quick = {"XLA_FLAGS": "--xla_backend_optimization_level=0", **({"KERAS_BACKEND": backend} if backend else {})}
+    printed = run(ROOT / f"examples/{example}_generate.py", "--bytes", "20", cwd=tmp_path, **quick)
+    assert "one call over all of it chooses the same 40 bytes" in printed
+    assert example != "jax" or printed.endswith("compiled steps: 1\n")
 
 
 def test_what_torch_began_others_finish(tmp_path):

@@ -24,7 +24,7 @@ def found() -> dict[str, float | str]:
     [
         *("auto, in pieces", "auto, gradient", "auto, columns"),
         *("explicit, in pieces", "explicit, decode", "explicit, gradient", "explicit, columns"),
-        *("explicit, rows", "explicit, plain"),
+        *("explicit, rows", "explicit, plain", "explicit, decode in place", "mapped, decode in place"),
         *("mapped, in pieces", "mapped, overlaid", "mapped, chunk", "mapped, decode", "mapped, gradient"),
     ],
 )

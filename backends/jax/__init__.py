@@ -1,5 +1,6 @@
 """The JAX backend: the functions of SPEC.md §8, and the layer."""
 
+from fwpkm.backends.jax.decoding import decode, start_decoding
 from fwpkm.backends.jax.layer import FwPKM
 from fwpkm.backends.jax.ops import (
     apply,
@@ -22,6 +23,7 @@ __all__ = [
     "asarray",
     "chunk_update",
     "concat",
+    "decode",
     "detach",
     "device_name",
     "flush",
@@ -34,6 +36,7 @@ __all__ = [
     "put",
     "reset",
     "select",
+    "start_decoding",
     "to_device",
     "to_numpy",
     "unpack",

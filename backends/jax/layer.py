@@ -11,12 +11,14 @@ from jax import Array
 
 from fwpkm import validation
 from fwpkm.backends.jax import ops
+from fwpkm.backends.jax.decoding import decode
 from fwpkm.backends.jax.rows import begin, init_state
 from fwpkm.backends.jax.tokens import finite_rows
 from fwpkm.config import FwPKMConfig
 from fwpkm.containers import LayerTrace, Memory, State
 from fwpkm.files import layer_spec
 from fwpkm.rules import mix, rms_norm, traced_gate, zscore
+from fwpkm.tokens import Tokens
 
 Variables = dict[str, Any]
 
@@ -146,36 +148,69 @@ class FwPKM:
             validation.check_packed("x", x, cu_seqlens, Array)
             inside = jnp.arange(x.shape[1]) < cu_seqlens[-1]
             there = inside[None] if mask is None else mask & inside
+        tokens = self._tokens(variables, x, mask, there)
+        start: Any = state
+        if state is None:
+            start = Memory(*(table[None] for table in self._memory(variables)))
+        if state is None and return_state:
+            start = begin(self.config, start, len(x) if cu_seqlens is None else len(cu_seqlens) - 1, tokens.query)
+        read, state, trace = ops.apply(self.config, start, *tokens, cu_seqlens, update)
+        y, state = self._output(variables, read, tokens, there), state if return_state else None
+        if not return_trace:
+            return y, state
+        gate = None if tokens.gate is None else jax.lax.stop_gradient(tokens.gate).astype(trace.weights.dtype)
+        return y, state, LayerTrace(*trace, gate=traced_gate(jnp, gate, trace.weights))
+
+    def decode(self, variables: Variables, x: Array, state: State, mask: Array | None = None) -> tuple[Array, State]:
+        """Read one token of each row, overwriting ``state``, which is donated. No gradient.
+
+        One compilation serves all positions and masks. Under ``jax.jit`` donate the state there too, or its tables are
+        copied in every step.
+
+        Args:
+            variables: as :meth:`init` returns them.
+            x: ``[B, 1, hidden_size]``.
+            state: of ``fwpkm.backends.jax.start_decoding``, or any that nobody needs any more: its arrays are deleted.
+            mask: ``[B, 1]`` bool, False for rows that rest; None for True.
+
+        Returns:
+            y ``[B, 1, hidden_size]``, and the next state, its arrays in the shapes and dtypes of ``state``.
+
+        Raises:
+            ValueError: an argument does not fit; names it, what was expected and what was received.
+            TypeError: a gradient through it is asked for.
+        """
+        validation.check_array("x", x, [("B", None), ("T", 1), ("hidden_size", self.hidden_size)], "float", Array)
+        if mask is not None:
+            validation.check_array("mask", mask, [("B", x.shape[0]), ("T", 1)], "bool", Array)
+        tokens = self._tokens(variables, x, mask, mask)
+        read, state = decode(self.config, state, *tokens)
+        return self._output(variables, read, tokens, mask), state
+
+    def _tokens(self, variables: Variables, x: Array, mask: Array | None, there: Array | None) -> Tokens:
+        """What the tokens bring to the memory; ``there`` is the mask less what no packed sequence holds."""
         params = self._checked(variables)["params"]
-        dtype = params["query_proj"]["weight"].dtype
-        x = x.astype(dtype)
+        x = x.astype(params["query_proj"]["weight"].dtype)
         # A token that is not finite must not reach the projections: their weights' gradients would be 0 · NaN. Nor must
         # one that is not there.
         finite = finite_rows(x)
+        dead = ~finite if there is None else ~finite & there
         x = jnp.where((finite if there is None else finite & there)[..., None], x, 0)
         query, value = (_project(params, name, x) for name in ("query", "value"))
         if self.value_norm == "zscore":
             value = zscore(jnp, _wide(value))
         gate = jax.nn.sigmoid(_project(params, "gate", x)[..., 0]) if self.gated else None
         # The memory must see that a token is dead, as it takes its position.
-        tokens = query, jnp.where(finite[..., None], value, jnp.nan), gate, mask
-        start: Any = state
-        if state is None:
-            start = Memory(*(table[None] for table in self._memory(variables)))
-        if state is None and return_state:
-            start = begin(self.config, start, len(x) if cu_seqlens is None else len(cu_seqlens) - 1, x)
-        read, state, trace = ops.apply(self.config, start, *tokens, cu_seqlens, update)
+        return Tokens(query, jnp.where(dead[..., None], jnp.nan, value), gate, mask)
+
+    def _output(self, variables: Variables, read: Array, tokens: Tokens, there: Array | None) -> Array:
+        """y from v̂: the mixture with the values, normalised and projected; NaN for dead tokens, 0 for masked ones."""
         finite = finite_rows(read)
-        read, value = (jnp.where(finite[..., None], z, 0) for z in (read, value))
-        parts = (z if z is None else _wide(z) for z in (gate, read, value))
-        y = _project(params, "output", mix(*parts).astype(dtype))
+        read, value = (jnp.where(finite[..., None], z, 0) for z in (read, tokens.value))
+        parts = (z if z is None else _wide(z) for z in (tokens.gate, read, value))
+        y = _project(variables["params"], "output", mix(*parts).astype(tokens.query.dtype))
         y = jnp.where(finite[..., None], y, jnp.nan)
-        y = y if there is None else jnp.where(there[..., None], y, 0)
-        state = state if return_state else None
-        if not return_trace:
-            return y, state
-        gate = None if gate is None else jax.lax.stop_gradient(gate).astype(trace.weights.dtype)
-        return y, state, LayerTrace(*trace, gate=traced_gate(jnp, gate, trace.weights))
+        return y if there is None else jnp.where(there[..., None], y, 0)
 
     def init_state(self, variables: Variables, batch_size: int) -> State:
         """The state that a call without one starts from: the initial memory for each row, at position 0."""

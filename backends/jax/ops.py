@@ -139,7 +139,7 @@ def chunk_update(
     chunk = Tokens(query, target, gate, mask)
     validation.check_chunk(cfg, memory, chunk, pair, SELF)
     if chunk.length == 0:
-        return memory, Losses(*jnp.zeros((2, len(memory.keys)), _dtype(memory, query)))
+        return memory, Losses(*jnp.zeros((2, len(memory.keys)), call_dtype(memory, query)))
     return _chunk_update(cfg, memory, chunk, pair)
 
 
@@ -194,13 +194,13 @@ def _known(x: Any) -> np.ndarray | None:
 
 def _empty_trace(cfg: FwPKMConfig, memory: Memory, query: Array) -> Trace:
     """Of a call without tokens."""
-    dtype = _dtype(memory, query)
+    dtype = call_dtype(memory, query)
     entries = jnp.zeros((len(query), 0, cfg.slots_per_token), dtype)
     none = jnp.zeros((len(memory.keys), 0), dtype)
     return Trace(entries.astype(jnp.int32), entries, none, none, jnp.zeros(len(none), jnp.int32))
 
 
-def _dtype(memory: Memory, query: Array) -> jnp.dtype:
+def call_dtype(memory: Memory, query: Array) -> jnp.dtype:
     """float32, or float64 when queries and tables both are (§6)."""
     wide = query.dtype == memory.keys.dtype == jnp.float64
     return jnp.dtype(jnp.float64 if wide else jnp.float32)
@@ -212,11 +212,11 @@ def _apply(
     cfg: FwPKMConfig, writes: bool, state: State, tokens: Tokens, cu_seqlens: Array | None
 ) -> tuple[Array, Memory | None, Tokens, Array, Trace]:
     """``apply``: the output, the tables where a write may be due, pending tokens, the position and the trace."""
-    dtype, batch = _dtype(state.memory, tokens.query), len(state.position)
+    dtype, batch = call_dtype(state.memory, tokens.query), len(state.position)
     plan = plan_apply(cfg, batch, tokens.query[..., 0].size, cu_seqlens is not None, writes)
     streams = streams_of(cfg, plan, schedule.pending(cfg, state.position), tokens.mask, cu_seqlens)
     source = _source(dtype, tokens, state.pending)
-    result = run(cfg, plan, *alike(_tables(state.memory, dtype), source, streams))
+    result = run(cfg, plan, *alike(tables_in(state.memory, dtype), source, streams))
     left = cells_after(cfg, plan, streams)
     weight = gather(result.reads[:, cfg.value_dim], left - plan.first_cell, mode="fill", fill_value=0)
     pending = from_table(cfg, gather(source, jnp.where(jnp.isnan(weight), plan.empty, left)))
@@ -237,13 +237,13 @@ def _apply_shared(
     cu_seqlens: Array | None,
 ) -> tuple[Array, Trace]:
     """``apply`` from a memory, of which at most so many rows need one of their own."""
-    dtype, size, packed = _dtype(memory, tokens.query), tokens.query[..., 0].size, cu_seqlens is not None
+    dtype, size, packed = call_dtype(memory, tokens.query), tokens.query[..., 0].size, cu_seqlens is not None
     plan = plan_apply(cfg, batch, size, packed, True, fresh=True) if update else plan_read(cfg, batch, size, packed)
     plan = plan._replace(is_shared=owners == 0)
     streams = streams_of(cfg, plan, jnp.zeros(batch, jnp.int32), tokens.mask, cu_seqlens)
     is_owner = streams.lengths > cfg.chunk_size + schedule.lag(cfg)
     owned = jnp.where(is_owner, jnp.cumsum(is_owner, dtype=jnp.int32), 0) if owners else jnp.zeros(batch, jnp.int32)
-    tables = Memory(*(jnp.broadcast_to(x, (1 + owners, *x.shape[1:])) for x in _tables(memory, dtype)))
+    tables = Memory(*(jnp.broadcast_to(x, (1 + owners, *x.shape[1:])) for x in tables_in(memory, dtype)))
     result = run(cfg, plan, *alike(tables, _source(dtype, tokens), streams._replace(tables=owned)))
     look, trace = _reading(cfg, result, tokens, streams.due)
     return look.output, trace
@@ -255,10 +255,10 @@ def _read_only(
     cfg: FwPKMConfig, memory: Memory, tokens: Tokens, cu_seqlens: Array | None = None
 ) -> tuple[Lookup, Trace]:
     """``apply`` with ``update=False``."""
-    dtype, batch = _dtype(memory, tokens.query), len(tokens.query) if cu_seqlens is None else len(cu_seqlens) - 1
+    dtype, batch = call_dtype(memory, tokens.query), len(tokens.query) if cu_seqlens is None else len(cu_seqlens) - 1
     plan = plan_read(cfg, batch, tokens.query[..., 0].size, cu_seqlens is not None)
     streams = streams_of(cfg, plan, jnp.zeros(batch, jnp.int32), tokens.mask, cu_seqlens)
-    result = run(cfg, plan, *alike(_tables(memory, dtype), _source(dtype, tokens), streams))
+    result = run(cfg, plan, *alike(tables_in(memory, dtype), _source(dtype, tokens), streams))
     return _reading(cfg, result, tokens, streams.due)
 
 
@@ -284,8 +284,8 @@ def _flush(cfg: FwPKMConfig, writes: bool, state: State, chosen: Array) -> tuple
 @placed
 @partial(jax.jit, static_argnums=(0,))
 def _chunk_update(cfg: FwPKMConfig, memory: Memory, chunk: Tokens, pair: Array | None) -> tuple[Memory, Losses]:
-    dtype = _dtype(memory, chunk.query)
-    memory, chunk = _tables(memory, dtype), filled(dtype, chunk)
+    dtype = call_dtype(memory, chunk.query)
+    memory, chunk = tables_in(memory, dtype), filled(dtype, chunk)
     finite_target = jnp.isfinite(chunk.value).all(-1)  # those that are not finite make no pair, but are read
     table = as_table(chunk._replace(value=jnp.where(finite_target[..., None], chunk.value, 0)))
     chunk = from_table(cfg, live_rows(table, chunk.mask).reshape(*chunk.mask.shape, -1))
@@ -298,7 +298,8 @@ def _chunk_update(cfg: FwPKMConfig, memory: Memory, chunk: Tokens, pair: Array |
     return Memory(computed.keys, values.reshape(memory.values.shape)), losses
 
 
-def _tables(memory: Memory, dtype: jnp.dtype) -> Memory:
+def tables_in(memory: Memory, dtype: jnp.dtype) -> Memory:
+    """The tables in the dtype that a call computes in."""
     return Memory(*(x.astype(dtype) for x in memory))
 
 

@@ -219,9 +219,8 @@ def compute_window(
     if write is None:
         return computed
     # Floats in one sum, as an any of each window's flags would compile for a fifth of a second.
-    flags = jnp.stack([by_memory(x, memories) for x in (write.counted, write.pair)]).astype(keys.dtype)
-    num_counted, num_pairs = flags.sum(-1)
-    counted, has_pair = flags[0] / jnp.maximum(num_counted, 1)[:, None], num_pairs > 0
+    is_counted, is_pair = (by_memory(x, memories).astype(keys.dtype) for x in (write.counted, write.pair))
+    counted, has_pair = is_counted / jnp.maximum(is_counted.sum(-1), 1)[:, None], is_pair.sum(-1) > 0
     active = has_pair & may_write
     keys_move, rows_move = (None, None) if moved is None else (moved.keys, moved.rows)
     keys, keys_move, addressing = write_keys(

@@ -24,6 +24,7 @@ pending = _functions.pending
 put = _functions.put
 reset = _functions.reset
 select = _functions.select
+start_decoding = _functions.start_decoding
 to_numpy = _functions.to_numpy
 unpack = _functions.unpack
 vjp = _functions.vjp
@@ -47,6 +48,7 @@ __all__ = [
     "put",
     "reset",
     "select",
+    "start_decoding",
     "to_numpy",
     "unpack",
     "vjp",

@@ -162,13 +162,7 @@ class FwPKM(keras.layers.Layer):
         """
         validation.check_flag("update", update)
         self._check(x, segment_ids, initial_state, return_trace)
-        mask = x_mask if mask is None else mask  # Keras fills in mask where x is the only array, else x_mask
-        if mask is not None:
-            mask = ops.convert_to_tensor(mask)
-            if "float" in validation.dtype_name(mask):
-                raise ValueError(f"mask must have dtype bool. Received: dtype {validation.dtype_name(mask)}")
-            mask = ops.cast(mask, "bool")
-            validation.check_array("mask", mask, [("B", x.shape[0]), ("T", x.shape[1])], "bool", object)
+        mask = _flags(x, x_mask if mask is None else mask)  # Keras fills in mask where x is the only array, else x_mask
         x = native.whole_batch(x, self.batch_size) if self.stateful else x
         there = mask if segment_ids is None else segments.there(segment_ids, mask)
         tokens = self._tokens(ops.cast(x, self.compute_dtype), there)
@@ -182,6 +176,32 @@ class FwPKM(keras.layers.Layer):
             assert trace is not None
             outputs.append(self._trace(trace, tokens.gate))
         return outputs[0] if len(outputs) == 1 else outputs
+
+    def decode(self, x: Array, state: Any, mask: Array | None = None) -> list[Array]:
+        """Read one token of each row, using up ``state``: where it can be, it is overwritten. No gradient.
+
+        On torch and jax it is the native backend's decode, which writes the tables in place; on jax under ``jax.jit``
+        donate the state, or they are copied. On tensorflow a chunk's end copies the table, and one ``tf.function``
+        around the step of a model serves all positions and masks.
+
+        Args:
+            x: ``[B, 1, hidden_size]``.
+            state: where the sequences stand, as a :class:`fwpkm.State` or the list of its arrays. It is used up: go on
+                from the one that comes back, and keep others by ``start_decoding``, which copies.
+            mask: ``[B, 1]`` bool, False for rows that rest; None for True.
+
+        Returns:
+            ``[y, *state]``: y ``[B, 1, hidden_size]`` in the compute dtype, and where the sequences stand then.
+
+        Raises:
+            ValueError: an argument does not fit; names it, what was expected and what was received.
+        """
+        self._weight("memory.keys")  # which says so where the layer is not built
+        x = ops.convert_to_tensor(x)
+        validation.check_array("x", x, [("B", None), ("T", 1), ("hidden_size", self.hidden_size)], "float", object)
+        tokens = self._tokens(ops.cast(x, self.compute_dtype), _flags(x, mask)).map(ops.stop_gradient)
+        read, after = native.decode(self._config, unflatten(state, "state"), tokens)
+        return [ops.stop_gradient(self._output(read, tokens)), *by_name(after).values()]
 
     def _tokens(self, x: Array, mask: Array | None) -> Tokens:
         """What the tokens bring to the memory."""
@@ -412,6 +432,18 @@ class FwPKM(keras.layers.Layer):
         )
         x = ops.cast(rms_norm(ops, _wide(x), 1.0), self.compute_dtype) * norm
         return ops.einsum("bti,oi->bto", x, weight) + bias  # on torch ops.matmul multiplies float64 in float32
+
+
+def _flags(x: Array, mask: Any) -> Array | None:
+    """The mask ``[B, T]`` of x as a bool tensor."""
+    if mask is None:
+        return None
+    mask = ops.convert_to_tensor(mask)
+    if "float" in validation.dtype_name(mask):
+        raise ValueError(f"mask must have dtype bool. Received: dtype {validation.dtype_name(mask)}")
+    mask = ops.cast(mask, "bool")
+    validation.check_array("mask", mask, [("B", x.shape[0]), ("T", x.shape[1])], "bool", object)
+    return mask
 
 
 def _wide(x: Array) -> Array:

@@ -28,8 +28,8 @@ def from_names(arrays: Mapping[str, Any]) -> State:
     return State(memory, **{name: arrays[name] for name in State._fields if name != "memory"})
 
 
-def unflatten(arrays: Any) -> State:
-    """A state from the list of its arrays; a State is itself.
+def unflatten(arrays: Any, argument: str = "initial_state") -> State:
+    """A state from the list of its arrays; a State is itself. ``argument`` is what the caller passed it as.
 
     Raises:
         ValueError: neither a State nor so many arrays.
@@ -39,7 +39,7 @@ def unflatten(arrays: Any) -> State:
     if not isinstance(arrays, Sequence) or len(arrays) != len(NAMES):
         received = f"{len(arrays)} arrays" if isinstance(arrays, Sequence) else type(arrays).__name__
         raise ValueError(
-            f"initial_state must be a fwpkm.State or the list of its arrays [{', '.join(NAMES)}]. Received: {received}"
+            f"{argument} must be a fwpkm.State or the list of its arrays [{', '.join(NAMES)}]. Received: {received}"
         )
     return from_names(dict(zip(NAMES, arrays)))
 

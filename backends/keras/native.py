@@ -1,6 +1,7 @@
 """Which functions Keras runs on: the native backend's on torch and jax, keras.ops on tensorflow."""
 
 import importlib
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -18,6 +19,7 @@ _MODULES = {
 }
 
 
+@cache
 def functions() -> ModuleType:
     """The module that holds the functions of SPEC.md §8 for the framework that Keras runs on in this process.
 
@@ -47,6 +49,18 @@ def apply(
     if keras.backend.backend() == "torch" and isinstance(state, State):
         options["inplace"] = owned and not state.memory.values.requires_grad
     return functions().apply(cfg, state, **options)
+
+
+def decode(cfg: FwPKMConfig, state: State, tokens: Tokens) -> tuple[Array, State]:
+    """Read one token of each row; jax and torch may overwrite the state."""
+    if keras.backend.backend() == "tensorflow":
+        output, after, _ = functions().apply(cfg, state, **tokens.present())
+        return output, after
+    if keras.backend.backend() == "jax":
+        return functions().decode(cfg, state, **tokens.present())
+    device = state.memory.keys.device
+    state = functions().detach(state).map(lambda x: x.to(device).contiguous())
+    return functions().decode(cfg, state, **tokens.present()), state
 
 
 def count(flags: Array, at_most: int | Array) -> int | Array:

@@ -158,6 +158,12 @@ def detach(state: State) -> State:
     return State.of(Memory(*map(stop, state.memory)), state.pending.map(stop), stop(state.position))
 
 
+def start_decoding(state: State) -> State:
+    """The state itself: ``decode`` of the layer overwrites nothing on tensorflow."""
+    validation.check_is_state(state)
+    return state
+
+
 def asarray(x: Any, dtype: str) -> Array:
     """``x`` as a tensor of the named dtype."""
     return ops.cast(ops.convert_to_tensor(np.asarray(x)), dtype)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fwpkm import schedule
+from fwpkm import schedule, validation
 from fwpkm.backends.torch.derivatives import first_only
 from fwpkm.backends.torch.flat import flat, flatten, unflatten
 from fwpkm.backends.torch.tokens import filled, join, pad, without
@@ -27,10 +27,7 @@ _EVERY_TOKEN = 2**30  # a chunk size that no call reaches
 
 def check_decoding(state: State, query: Tensor) -> None:
     """Raise a ValueError unless one token can be read into a state that may be overwritten."""
-    if query.shape[1] != 1:
-        raise ValueError(
-            f"query must be [B, 1, H*Dk]: decode reads one token of each sequence. Received: {tuple(query.shape)}"
-        )
+    validation.check_one_token("query", query)
     if state.position.device != query.device:
         raise ValueError(
             f"state.position must be on the query's device, {query.device}: decode takes what start_decoding(state) "

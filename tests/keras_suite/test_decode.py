@@ -1,0 +1,85 @@
+"""``layer.decode`` on each framework: token by token what one call gives, traced once (SPEC.md §5)."""
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+from keras_suite.layers import BACKEND, HIDDEN, inputs, make, native, numpy
+
+import fwpkm
+from fwpkm import agreement
+from fwpkm.backends.keras.layout import unflatten
+
+
+def compiled(layer):
+    """A step as users run it, and the list to which each trace of it adds."""
+    traces = []
+
+    def step(x, mask, *state):
+        traces.append(x.shape)
+        return layer.decode(x, list(state), mask)
+
+    if BACKEND == "tensorflow":
+        import tensorflow
+
+        return tensorflow.function(step), traces
+    if BACKEND == "jax":
+        import jax
+
+        return jax.jit(step, donate_argnums=range(2, 9)), traces
+    return step, traces
+
+
+def test_token_by_token_equals_one_call():
+    """From rows at different positions, over chunk ends, with masks and a token that is not finite."""
+    layer = make(dtype="float64", return_state=True, boundary="wait", lookahead=2, write_scale="normalized")
+    x = inputs(length=16, dtype="float64")
+    mask = np.random.default_rng(3).uniform(size=x.shape[:2]) < 0.8
+    mask[:, :4] = np.arange(4) < np.arange(4)[:, None]
+    x[1, 7, 0], mask[1, 7] = np.nan, True
+    expected = numpy(layer(native(x), mask=mask))
+    step, traces = compiled(layer)
+    y, *state = layer(native(x[:, :4]), mask=mask[:, :4])
+    assert numpy(unflatten(state).position).tolist() == [0, 1, 2, 3]
+    outputs = [y]
+    for t in range(4, 16):
+        y, *state = step(native(x[:, t : t + 1]), native(mask[:, t : t + 1]), *state)
+        outputs.append(y)
+    assert len(traces) == (12 if BACKEND == "torch" else 1)
+    received = [np.concatenate(numpy(outputs), axis=1), *numpy(state)]
+    assert np.isnan(received[0][1, 7]).all()
+    for a, b in zip(received, expected, strict=True):
+        assert agreement.relative_error(a.astype("float64"), b.astype("float64")) < agreement.BOUNDS["float64"].forward
+
+
+def test_a_state_is_used_up_and_a_copy_of_it_is_not():
+    """On torch its tables are overwritten, on jax they are gone; on tensorflow they stay as they were."""
+    layer, x = make(return_state=True), ops.convert_to_tensor(inputs(length=4))
+    state = unflatten(layer(x[:, :3])[1:])
+    before, copy = numpy(state), fwpkm.get_backend("keras").start_decoding(state)
+    first = layer.decode(x[:, 3:], copy)
+    for a, b in zip(keras.tree.flatten(numpy(state)), keras.tree.flatten(before), strict=True):
+        np.testing.assert_array_equal(a, b)
+    second = layer.decode(x[:, 3:], state)
+    for a, b in zip(numpy(first), numpy(second), strict=True):
+        np.testing.assert_array_equal(a, b)
+    if BACKEND == "torch":
+        assert second[2].data_ptr() == state.memory.values.data_ptr()
+        assert not second[0].requires_grad
+    elif BACKEND == "jax":
+        assert state.memory.values.is_deleted()
+
+
+def test_what_does_not_fit_is_refused():
+    layer, x = make(return_state=True), inputs(length=3)
+    state = layer(x)[1:]
+    with pytest.raises(ValueError, match=r"x must .* Received: shape \(4, 3, 6\)"):
+        layer.decode(x, state)
+    with pytest.raises(
+        ValueError, match=r"^state must be a fwpkm.State or the list of its arrays .* Received: 3 arrays"
+    ):
+        layer.decode(x[:, :1], state[:3])
+    with pytest.raises(ValueError, match="mask must have dtype bool"):
+        layer.decode(x[:, :1], state, np.ones((4, 1), "float32"))
+    with pytest.raises(ValueError, match="build it first"):
+        type(layer)().decode(np.ones((1, 1, HIDDEN), "float32"), state)
