@@ -1,4 +1,4 @@
-"""Every example runs, and so does every block of code in the README, the guide and the pages on batches."""
+"""Every example runs, and so does every block of code in the README, the guide and the pages on batches and models."""
 
 import re
 
@@ -79,7 +79,9 @@ def numbers(printed, label):
     return [float(x) for x in re.search(rf"^{label} +(.*)$", printed, re.MULTILINE)[1].split()]
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/guide.md", "docs/batches.md", "docs/serving.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/guide.md", "docs/batches.md", "docs/serving.md", "docs/transformers.md"]
+)
 def test_the_code_of_a_page_runs(tmp_path, page):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
     assert len(blocks) >= 2

@@ -29,13 +29,15 @@ from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
+    PreTrainedModel,
     StaticCache,
     T5Config,
     T5ForConditionalGeneration,
 )
 
 from fwpkm import FwPKMConfig
-from fwpkm.integrations.transformers import MemoryCache, insert_memory
+from fwpkm.integrations.transformers import MemoryCache, insert_memory, loading
+from fwpkm.integrations.transformers.cache import with_states
 
 IDS = prompt(30)
 
@@ -136,21 +138,25 @@ def test_importing_the_core_leaves_transformers_alone(tmp_path):
     assert done.stdout == "False\n"
 
 
-def test_without_transformers_the_extra_is_named(tmp_path):
+def test_what_is_missing_is_named(tmp_path):
     code = "import sys; sys.modules['transformers'] = None; import fwpkm.integrations.transformers"
     done = python("-c", code, cwd=tmp_path)
     assert "pip install 'fwpkm[transformers]'" in done.stderr
-
-
-def test_another_release_is_told_by_what_it_lacks(tmp_path):
-    code = """
-from transformers import PreTrainedModel
-del PreTrainedModel._initialize_weights
-import fwpkm.integrations.transformers
-"""
+    code = "from transformers import cache_utils; del cache_utils.LinearAttentionCacheLayerMixin"
+    code += "; import fwpkm.integrations.transformers"
     done = python("-c", code, cwd=tmp_path)
-    assert "ImportError: fwpkm.integrations.transformers needs PreTrainedModel._initialize_weights" in done.stderr
-    assert "5.17 to 5.24" in done.stderr
+    assert "cannot import name 'LinearAttentionCacheLayerMixin'" in done.stderr
+    assert "needs transformers 5.17 to 5.24" in done.stderr
+
+
+def test_another_release_is_told_by_what_it_lacks(monkeypatch):
+    monkeypatch.delattr(PreTrainedModel, "_initialize_weights")
+    with pytest.raises(ImportError, match=r"needs PreTrainedModel._initialize_weights.*5.17 to 5.24.*no such method"):
+        loading.install()
+    monkeypatch.undo()
+    monkeypatch.setattr(PreTrainedModel, "_initialize_weights", lambda self: None)
+    with pytest.raises(ImportError, match=r"_initialize_weights\(self, module, ...\).*has it with self$"):
+        loading.install()
 
 
 # Training
@@ -273,14 +279,10 @@ def test_cropped_tokens_were_never_read(model, sizes, removed):
     _, fresh = read(model, ids[:, : 30 - removed], attention_mask=mask[:, : 30 - removed])
     for kept, expected in zip(cache.states, fresh.states):
         assert kept.columns == expected.columns == 30 - removed
-        assert torch.equal(kept.position, expected.position)
-        kept._own()
-        expected._own()
-        assert_close(kept.tables.values.numpy(), expected.tables.values.numpy(), "float64")
-        assert_close(kept.tables.keys.numpy(), expected.tables.keys.numpy(), "float64")
-        assert torch.equal(kept.pending.mask, expected.pending.mask)
-        for a, b in zip(kept.pending, expected.pending):
-            assert_close(a.double().numpy(), b.double().numpy(), "float64")
+        assert torch.equal(kept.rows.position, expected.rows.position)
+        assert torch.equal(kept.rows.pending.mask, expected.rows.pending.mask)
+        for a, b in zip(arrays(kept), arrays(expected)):
+            assert_close(a, b, "float64")
     again = torch.cat([ids[:, : 30 - removed], torch.cat([prompt(25, 9), prompt(25, 8)])], dim=1)
     mask = torch.nn.functional.pad(mask[:, : 30 - removed], (0, 25), value=1)
     logits, _ = read(model, again[:, 30 - removed :], cache, attention_mask=mask)
@@ -290,8 +292,6 @@ def test_cropped_tokens_were_never_read(model, sizes, removed):
 
 def with_recording(model, cache):
     """As assisted decoding does it: the states are there before the past is recorded."""
-    from fwpkm.integrations.transformers.cache import with_states
-
     cache = with_states(cache, model.base_model)
     cache.activate_past_recording()
     return cache
@@ -310,7 +310,8 @@ def test_a_crop_takes_back_the_very_bits():
 
 
 def arrays(states):
-    return tuple(x.numpy() for x in (*states.tables, *states.pending, states.position))
+    state = states.rows.state()
+    return tuple(x.numpy() for x in (*state.memory, *state.pending, state.position))
 
 
 @pytest.mark.parametrize(("recorded", "undo", "removed"), [(False, None, 7), (True, 1, 15), (True, None, 33)])
@@ -359,9 +360,9 @@ def test_beams_share_a_table_until_a_chunk_is_written(model):
     for step in range(7):
         read(model, torch.cat([prompt(1, seed) for seed in range(4)]), cache)
         cache.reorder_cache(torch.tensor([3, 3, 0, 1]))
-        assert len(states.tables.values) == 1, step
+        assert len(states.rows.tables.values) == 1, step
     read(model, torch.cat([prompt(1, seed) for seed in range(4)]), cache)
-    assert len(states.tables.values) == 4
+    assert len(states.rows.tables.values) == 4
 
 
 def test_a_cache_is_copied_and_pickled(model):

@@ -5,7 +5,7 @@ loads the bare model.
 """
 
 try:
-    import transformers  # noqa: F401
+    import transformers
 except ModuleNotFoundError as error:
     if error.name != "transformers":
         raise
@@ -14,9 +14,17 @@ except ModuleNotFoundError as error:
         name="transformers",
     ) from error
 
-from fwpkm.integrations.transformers import loading
-from fwpkm.integrations.transformers.cache import MemoryCache
-from fwpkm.integrations.transformers.model import MemoryLayer, insert_memory
+try:
+    from fwpkm.integrations.transformers import loading
+    from fwpkm.integrations.transformers.cache import MemoryCache
+    from fwpkm.integrations.transformers.model import MemoryLayer, insert_memory
+except ImportError as error:
+    if not (error.name or "").startswith("transformers."):
+        raise
+    raise ImportError(
+        f"fwpkm.integrations.transformers needs transformers 5.17 to 5.24. Here is {transformers.__version__}: {error}",
+        name=error.name,
+    ) from error
 
 __all__ = ["MemoryCache", "MemoryLayer", "insert_memory"]
 

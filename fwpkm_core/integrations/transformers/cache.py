@@ -2,11 +2,10 @@
 
 from typing import Any
 
-from torch import nn
 from transformers.cache_utils import Cache, DynamicCache
 
 from fwpkm.integrations.transformers.settings import Settings
-from fwpkm.integrations.transformers.states import MemoryStates
+from fwpkm.integrations.transformers.states import MemoryStates, check_negative
 
 
 class MemoryCache(DynamicCache):
@@ -31,13 +30,14 @@ class MemoryCache(DynamicCache):
             ValueError: a positive number.
             RuntimeError: a memory has not recorded that much; nothing was changed.
         """
+        check_negative(tokens_to_remove)
         for states in self.states:
-            if states.tables is not None:
-                states.check_crop(tokens_to_remove)
+            if states.rows is not None:
+                states.rows.check_crop(-tokens_to_remove)
         super().crop(tokens_to_remove)
 
 
-def with_states(cache: Any, decoder: nn.Module) -> MemoryCache:
+def with_states(cache: Any, decoder: Any) -> MemoryCache:
     """The same cache, which holds states of the decoder's memories.
 
     Raises:

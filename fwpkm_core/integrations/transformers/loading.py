@@ -17,7 +17,8 @@ from transformers.generation.utils import GenerationMixin
 from transformers.initialization import guard_torch_init_functions
 
 from fwpkm.integrations.transformers.cache import cache_in, with_states
-from fwpkm.integrations.transformers.model import MemoryLayer, attach, decoder_of, has_memory
+from fwpkm.integrations.transformers.model import MemoryLayer, attach, decoder_of
+from fwpkm.integrations.transformers.settings import has_memory
 from fwpkm.integrations.transformers.states import DRAFT
 
 _WRAPPED = "_fwpkm_wrapped"
@@ -37,9 +38,9 @@ def _post_init(original: Callable[..., Any]) -> Callable[..., Any]:
 def _initialize_weights(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def initialize_weights(self: Any, module: nn.Module, *args: Any, **kwargs: Any) -> None:
-        unloaded = isinstance(module, MemoryLayer) and not getattr(module, "_is_hf_initialized", False)
+        drawn = getattr(module, "_is_hf_initialized", False)
         original(self, module, *args, **kwargs)
-        if unloaded:
+        if isinstance(module, MemoryLayer) and not drawn:
             with guard_torch_init_functions():
                 module.draw_missing()
 

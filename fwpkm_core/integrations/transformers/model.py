@@ -3,6 +3,7 @@
 import copy
 import functools
 import inspect
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from fwpkm import validation
 from fwpkm.backends.torch import FwPKM
 from fwpkm.config import FwPKMConfig
 from fwpkm.integrations.transformers.cache import MemoryCache, cache_in, with_states
-from fwpkm.integrations.transformers.settings import ATTRIBUTE, Settings
+from fwpkm.integrations.transformers.settings import Settings, has_memory
 
 NAME = "fwpkm"
 """The submodule of a decoder layer: weights are ``model.layers.<i>.fwpkm.*``."""
@@ -94,7 +95,7 @@ def insert_memory(
         TypeError: an unknown field.
     """
     decoder = decoder_of(model)
-    if Settings.of(model.config) is not None:
+    if has_memory(model):
         raise ValueError(
             f"model has memories already, before decoder layers {list(Settings.of(model.config).layers)}: "
             "insert_memory can be called once for a model"
@@ -113,15 +114,16 @@ def insert_memory(
     settings.check_layers(len(decoder.layers))
     own = copy.deepcopy(model.config)  # models may share one
     settings.store(own)
-    before = model.config
-    for module in model.modules():
-        if getattr(module, "config", None) is before:
-            module.config = own
+    before: Any = model.config
+    parts: Any = model.modules()
+    for part in parts:
+        if getattr(part, "config", None) is before:
+            part.config = own
     attach(decoder)
     return model
 
 
-def decoder_of(model: Any) -> PreTrainedModel:
+def decoder_of(model: Any) -> Any:
     """The part of a model that holds its decoder layers.
 
     Raises:
@@ -139,7 +141,7 @@ def decoder_of(model: Any) -> PreTrainedModel:
     return decoder
 
 
-def _unfit(model: PreTrainedModel, decoder: Any) -> str:
+def _unfit(model: Any, decoder: Any) -> str:
     """Why memory does not fit, or ""."""
     layers = getattr(decoder, "layers", None)
     if model.config.is_encoder_decoder or not isinstance(layers, nn.ModuleList) or not len(layers):
@@ -154,18 +156,18 @@ def _unfit(model: PreTrainedModel, decoder: Any) -> str:
         if names[:1] != ["hidden_states"] or not _CACHES & set(names):
             return f"its {type(layer).__name__} takes {', '.join(names)}"
     kinds = {parameter.kind for parameter in inspect.signature(decoder.forward).parameters.values()}
-    if not _CACHES & set(_names(type(decoder))) or inspect.Parameter.VAR_KEYWORD not in kinds:
+    if not _CACHES & set(_names(type(decoder).forward)) or inspect.Parameter.VAR_KEYWORD not in kinds:
         return f"its {type(decoder).__name__} does not pass further arguments on to its layers"
     return ""
 
 
 @functools.cache
-def _names(kind: type) -> tuple[str, ...]:
+def _names(forward: Callable[..., Any]) -> tuple[str, ...]:
     """The parameters of a model's forward, without self."""
-    return tuple(inspect.signature(kind.forward).parameters)[1:]
+    return tuple(inspect.signature(forward).parameters)[1:]
 
 
-def attach(decoder: PreTrainedModel) -> None:
+def attach(decoder: Any) -> None:
     """Put the memories that the decoder's config remembers before its layers."""
     settings = Settings.of(decoder.config)
     settings.check_layers(len(decoder.layers))
@@ -190,7 +192,7 @@ def attach(decoder: PreTrainedModel) -> None:
 
 def _before_decoder(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Take the mask, packed sequences and the cache from a call's arguments, for the layers."""
-    names = _names(type(decoder))
+    names = _names(type(decoder).forward)
     inputs = {**dict(zip(names, args)), **kwargs}
     tokens = inputs.get("inputs_embeds")
     tokens = inputs.get("input_ids") if tokens is None else tokens
@@ -295,8 +297,3 @@ def _read(memory: MemoryLayer, hidden: Tensor, call: Call) -> Tensor:
     mask = None if call.mask is None else call.mask.reshape(1, -1)
     y, _ = memory(row, mask=mask, cu_seqlens=call.cu_seqlens, return_state=False)
     return y.reshape(x.shape).to(hidden)
-
-
-def has_memory(model: Any) -> bool:
-    """Whether the config of a model remembers memories."""
-    return getattr(getattr(model, "config", None), ATTRIBUTE, None) is not None

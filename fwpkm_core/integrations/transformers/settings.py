@@ -30,11 +30,9 @@ class Settings:
     undo: int | None = None
 
     @classmethod
-    def of(cls, config: Any) -> Self | None:
-        """Those that a model's config remembers, or None."""
-        saved = getattr(config, ATTRIBUTE, None)
-        if saved is None:
-            return None
+    def of(cls, config: Any) -> Self:
+        """Those that a model's config remembers."""
+        saved = getattr(config, ATTRIBUTE)
         return cls(**{**saved, "layers": tuple(saved["layers"]), "config": FwPKMConfig(**saved["config"])})
 
     def store(self, config: Any) -> None:
@@ -53,3 +51,8 @@ class Settings:
                 f"layers must be distinct integers from 0 to {count - 1}, at least one: before these of the model's "
                 f"{count} decoder layers a memory is put. Received: layers={layers!r}"
             )
+
+
+def has_memory(model: Any) -> bool:
+    """Whether the config of a model remembers memories."""
+    return getattr(model.config, ATTRIBUTE, None) is not None
