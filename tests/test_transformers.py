@@ -373,6 +373,48 @@ def test_a_cache_is_copied_and_pickled(model):
         assert torch.equal(read(model, IDS[:, 20:], twin)[0], expected)
 
 
+@pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning")
+def test_the_argument_has_two_names(model):
+    """Releases before 5.24 know the cache as past_key_values; so may callers."""
+    cache = DynamicCache()
+    with torch.no_grad():
+        model(IDS[:, :20], past_key_values=cache)
+        logits = model.base_model(IDS[:, 20:], past_key_values=cache).last_hidden_state
+    assert cache.states[0].columns == 30
+    assert_close(model.lm_head(logits).detach().numpy(), full_pass(model, IDS)[:, 20:].numpy(), "float64")
+    assert [keys is None for keys, *_ in cache] == [False] * 3 + [True] * 2
+
+
+def test_a_compiled_model_reads_the_same(model):
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        cache = cache_of(compiled(IDS[:, :20], use_cache=True))
+        logits = compiled(IDS[:, 20:], **{cache_name(model): cache}).logits
+        assert_close(logits.numpy(), full_pass(model, IDS)[:, 20:].numpy(), "float64")
+        assert_close(compiled(IDS, use_cache=False).logits.numpy(), full_pass(model, IDS).numpy(), "float64")
+    torch._dynamo.reset()
+
+
+def test_states_made_for_inference_are_read_on_outside(model):
+    with torch.inference_mode():
+        cache = cache_of(model(IDS[:, :20], use_cache=True))
+    with torch.no_grad():
+        logits = model(IDS[:, 20:], **{cache_name(model): cache}).logits
+    assert_close(logits.numpy(), full_pass(model, IDS)[:, 20:].numpy(), "float64")
+
+
+def test_gradients_through_a_cache_are_those_of_one_pass(model):
+    model.zero_grad()
+    first = model(IDS[:, :20], use_cache=True)
+    second = model(IDS[:, 20:], **{cache_name(model): cache_of(first)})
+    (first.logits.square().sum() + second.logits.square().sum()).backward()
+    received = {name: p.grad.clone().numpy() for name, p in model.named_parameters()}
+    model.zero_grad()
+    model(IDS, use_cache=False).logits.square().sum().backward()
+    for name, parameter in model.named_parameters():
+        assert_close(received[name], parameter.grad.numpy(), "float64", "gradient", name)
+
+
 # Refusals
 
 
@@ -390,8 +432,10 @@ def test_caches_that_do_not_fit(model):
         with pytest.raises(ValueError, match=r"must be a DynamicCache.*leave cache_implementation out"):
             model.generate(IDS, cache_implementation=implementation, max_new_tokens=3)
     _, cache = read(model, IDS)
-    with pytest.raises(ValueError, match=r"of the same rows.*are of 1 rows. Received: 2 rows"):
-        model(IDS[:, :2].repeat(2, 1), **{name: copy.deepcopy(cache)})
+    with pytest.raises(ValueError, match=r"Received: a cache of 1 rows, a call of 2"):
+        model(IDS[:, :2].repeat(2, 1), **{name: cache})
+    read(model, IDS[:, :1], cache)  # nothing was half read
+    cache.crop(-1)
     other = copy.deepcopy(cache)
     other.states[0].crop(-1)
     with pytest.raises(ValueError, match="30 tokens of attention and 29 of the memory"):

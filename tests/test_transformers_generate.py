@@ -154,6 +154,21 @@ def test_assisted_equals_unassisted(model, monkeypatch):
     assert min(over_a_chunk, partly, wholly) > 0
 
 
+def test_a_first_draft_that_is_longer_than_most_can_be_rejected(model):
+    """No number of chunks is named anywhere: the assistant's drafts are of 40 tokens, over five chunks."""
+    assistant = noisy(model, 5.0)
+    assistant.generation_config.num_assistant_tokens = 40
+    ids = prompt(13, seed=7)
+    arguments = {"do_sample": False, "max_new_tokens": 45}
+    answer = model.generate(ids, assistant_model=assistant, stopping_criteria=[after(3)], **arguments)
+    assert torch.equal(answer, model.generate(ids, stopping_criteria=[after(3)], **arguments)[:, : answer.shape[1]])
+
+
+def after(new):
+    """Stops once there are so many new tokens of 13."""
+    return lambda ids, scores, **kwargs: torch.full((len(ids),), ids.shape[1] >= 13 + new)
+
+
 def test_prompt_lookup_equals_unassisted(model):
     ids = prompt(7, seed=3).repeat(1, 4)
     expected = generate(model, input_ids=ids)

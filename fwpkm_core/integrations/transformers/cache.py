@@ -37,11 +37,12 @@ class MemoryCache(DynamicCache):
         super().crop(tokens_to_remove)
 
 
-def with_states(cache: Any, decoder: Any) -> MemoryCache:
-    """The same cache, which holds states of the decoder's memories.
+def with_states(cache: Any, decoder: Any, batch: int | None = None) -> MemoryCache:
+    """The same cache, which holds states of the decoder's memories; of so many rows, if told.
 
     Raises:
-        ValueError: another kind of cache, one of another model, or one that has read tokens without memory.
+        ValueError: another kind of cache, one of another model or of other rows, or one that has read tokens without
+            memory.
     """
     settings = Settings.of(decoder.config)
     if not isinstance(cache, MemoryCache):
@@ -54,7 +55,7 @@ def with_states(cache: Any, decoder: Any) -> MemoryCache:
             states.record_past = recording
             cache.layers.append(states)
         cache.__class__ = MemoryCache  # the caller's own object must carry the states
-    _check_fits(cache, settings)
+    _check_fits(cache, settings, batch)
     return cache
 
 
@@ -72,8 +73,8 @@ def _check_empty(cache: Any) -> None:
         )
 
 
-def _check_fits(cache: MemoryCache, settings: Settings) -> None:
-    """Raise unless the states are of such memories and of the tokens that attention holds."""
+def _check_fits(cache: MemoryCache, settings: Settings, batch: int | None) -> None:
+    """Raise unless the states are of such memories, of the tokens that attention holds, and of the call's rows."""
     wanted = [(layer_idx, settings.config) for layer_idx in settings.layers]
     received = [(states.layer_idx, states.config) for states in cache.states]
     if received != wanted:
@@ -88,6 +89,12 @@ def _check_fits(cache: MemoryCache, settings: Settings) -> None:
                 f"cache holds {length} tokens of attention and {states.columns} of the memory before decoder layer "
                 f"{states.layer_idx}: something changed one of them alone, or a call failed midway. Begin with an "
                 "empty cache"
+            )
+        if batch is not None and states.rows is not None and len(states.rows) != batch:
+            raise ValueError(
+                "cache must be of the rows of the call: begin with an empty one, or change its rows by "
+                "batch_select_indices and batch_repeat_interleave. "
+                f"Received: a cache of {len(states.rows)} rows, a call of {batch}"
             )
 
 

@@ -1,8 +1,8 @@
 """What transformers must do otherwise for models with memory, and nothing for others.
 
-Three of its methods are wrapped, once, when the integration is imported: a model whose config remembers memories is
+Four of its methods are wrapped, once, when the integration is imported: a model whose config remembers memories is
 built with them, weights that a checkpoint lacks are drawn rightly, and ``generate`` begins with a cache that holds
-their states. The last two are private; if a release lacks one, the import says so.
+their states and knows how long drafts are. All but the first are private; if a release lacks one, the import says so.
 """
 
 import functools
@@ -19,7 +19,6 @@ from transformers.initialization import guard_torch_init_functions
 from fwpkm.integrations.transformers.cache import cache_in, with_states
 from fwpkm.integrations.transformers.model import MemoryLayer, attach, decoder_of
 from fwpkm.integrations.transformers.settings import has_memory
-from fwpkm.integrations.transformers.states import DRAFT
 
 _WRAPPED = "_fwpkm_wrapped"
 
@@ -49,32 +48,42 @@ def _initialize_weights(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _prepare_cache(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
-    def prepare_cache(
-        self: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> Any:
+    def prepare_cache(self: Any, generation_config: Any, model_kwargs: Any, *args: Any, **kwargs: Any) -> Any:
         result = original(self, generation_config, model_kwargs, *args, **kwargs)
         cache = cache_in(model_kwargs)
         if has_memory(self) and cache is not None:
             cache = with_states(cache, decoder_of(self))
-            drafts = (generation_config.num_assistant_tokens, generation_config.prompt_lookup_num_tokens, DRAFT)
-            for states in cache.states:
-                states.draft = max(int(draft or 0) for draft in drafts)
-            if generation_config.is_assistant:
+            _expect_draft(cache, generation_config.prompt_lookup_num_tokens)
+            if generation_config.is_assistant:  # its answer is a draft, some of which will be taken back
+                _expect_draft(cache, generation_config.max_new_tokens)
                 cache.activate_past_recording()
         return result
 
     return prepare_cache
 
 
+def _candidate_generator(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def candidate_generator(self: Any, *args: Any, **kwargs: Any) -> Any:
+        generator = original(self, *args, **kwargs)
+        if has_memory(self):
+            _expect_draft(cache_in(kwargs["model_kwargs"]), getattr(generator, "num_assistant_tokens", None))
+        return generator
+
+    return candidate_generator
+
+
+def _expect_draft(cache: Any, tokens: Any) -> None:
+    """Let a cache record as much as a draft of so many tokens can have to give back."""
+    for states in cache.states:
+        states.draft = max(states.draft, int(tokens or 0))
+
+
 _WRAPPERS = (
-    (PreTrainedModel, "post_init", ["self"], _post_init),
-    (PreTrainedModel, "_initialize_weights", ["self", "module"], _initialize_weights),
-    (
-        GenerationMixin,
-        "_prepare_cache_for_generation",
-        ["self", "generation_config", "model_kwargs"],
-        _prepare_cache,
-    ),
+    (PreTrainedModel, "post_init", ("self",), _post_init),
+    (PreTrainedModel, "_initialize_weights", ("self", "module"), _initialize_weights),
+    (GenerationMixin, "_prepare_cache_for_generation", ("self", "generation_config", "model_kwargs"), _prepare_cache),
+    (GenerationMixin, "_get_candidate_generator", ("self", "generation_config"), _candidate_generator),
 )
 
 
@@ -87,7 +96,7 @@ def install() -> None:
     for owner, name, arguments, _ in _WRAPPERS:
         method = getattr(owner, name, None)
         received = None if method is None else list(inspect.signature(method).parameters)
-        if received is None or received[: len(arguments)] != arguments:
+        if received is None or tuple(received[: len(arguments)]) != arguments:
             raise ImportError(
                 f"fwpkm.integrations.transformers needs {owner.__name__}.{name}({', '.join(arguments)}, ...), as "
                 f"transformers 5.17 to 5.24 have it. transformers {transformers.__version__} has "

@@ -199,9 +199,9 @@ def _before_decoder(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
     if tokens is None:
         return None  # the model will say so
     batch, length = tokens.shape[:2]
-    cache, mask = cache_in(inputs), inputs.get("attention_mask")
-    cu_seqlens = _cu_seqlens(inputs, batch, length) if cache is None else None
+    cache, mask, cu_seqlens = cache_in(inputs), inputs.get("attention_mask"), None
     if cache is not None:
+        cache = with_states(cache, decoder, batch)
         if inputs.get("cu_seq_lens_q") is not None:
             raise ValueError("packed sequences (cu_seq_lens_q) keep no cache: leave it out, and pass use_cache=False")
         if _checkpoints(decoder):
@@ -209,9 +209,10 @@ def _before_decoder(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
                 "gradient checkpointing reads tokens twice, so it cannot carry a cache: leave the cache out, switch "
                 "checkpointing off, or call model.eval()"
             )
-        cache = with_states(cache, decoder)
-    elif cu_seqlens is None and _uses_cache(decoder, inputs):
-        cache = with_states(DynamicCache(config=decoder.config), decoder)
+    else:
+        cu_seqlens = _cu_seqlens(inputs, batch, length)
+        if cu_seqlens is None and _uses_cache(decoder, inputs):
+            cache = with_states(DynamicCache(config=decoder.config), decoder)
     past = 0 if cache is None else cache.get_seq_length()
     inputs[_CALL] = Call(_mask(mask, batch, length, past, cache is not None), cu_seqlens, cache)
     for name in _CACHES:

@@ -11,7 +11,7 @@ from fwpkm.config import FwPKMConfig
 from fwpkm.integrations.transformers.rows import Rows
 
 DRAFT = 20
-"""Tokens of a draft in assisted decoding, unless the generation config says more."""
+"""Tokens of a draft in assisted decoding, unless ``generate`` expects longer ones."""
 
 
 class MemoryStates(LinearAttentionCacheLayerMixin):
@@ -28,6 +28,7 @@ class MemoryStates(LinearAttentionCacheLayerMixin):
 
     is_compileable = False
     is_croppable = True
+    keys = values = None  # what iterating over a cache asks of every layer
 
     def __init__(self, layer_idx: int, config: FwPKMConfig, undo: int | None = None):
         """States of no sequence yet."""
@@ -46,7 +47,7 @@ class MemoryStates(LinearAttentionCacheLayerMixin):
 
     @torch.compiler.disable
     def read(self, layer: FwPKM, x: Tensor, mask: Tensor | None) -> Tensor:
-        """Read T more tokens of each row.
+        """Read T more tokens of each row; :func:`~fwpkm.integrations.transformers.cache.with_states` checks rows.
 
         Args:
             layer: the memory layer.
@@ -55,18 +56,9 @@ class MemoryStates(LinearAttentionCacheLayerMixin):
 
         Returns:
             What the layer adds to x, in its shape.
-
-        Raises:
-            ValueError: the cache holds another number of rows.
         """
         if self.rows is None:
             self.rows = Rows(layer, x.shape[0])
-        elif len(self.rows) != x.shape[0]:
-            raise ValueError(
-                f"cache must be of the same rows as the call: the memory states before decoder layer {self.layer_idx} "
-                f"are of {len(self.rows)} rows. Received: {x.shape[0]} rows. Begin with an empty cache, or give the "
-                "cache rows by batch_select_indices and batch_repeat_interleave"
-            )
         return self.rows.read(layer, x, mask, self._kept(x.shape[1]) if self.record_past else 0)
 
     def _kept(self, length: int) -> int:
