@@ -1,7 +1,6 @@
 """Memories before decoder layers of a causal language model: how they are put there and what a pass tells them."""
 
 import copy
-import functools
 import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -152,19 +151,18 @@ def _unfit(model: Any, decoder: Any) -> str:
     if not kinds <= _ATTENTION:
         return f"it has layers of {', '.join(sorted(kinds - _ATTENTION))}"
     for layer in layers:
-        names = list(inspect.signature(layer.forward).parameters)
+        names = _names(layer.forward)
         if names[:1] != ["hidden_states"] or not _CACHES & set(names):
             return f"its {type(layer).__name__} takes {', '.join(names)}"
     kinds = {parameter.kind for parameter in inspect.signature(decoder.forward).parameters.values()}
-    if not _CACHES & set(_names(type(decoder).forward)) or inspect.Parameter.VAR_KEYWORD not in kinds:
+    if not _CACHES & set(_names(decoder.forward)) or inspect.Parameter.VAR_KEYWORD not in kinds:
         return f"its {type(decoder).__name__} does not pass further arguments on to its layers"
     return ""
 
 
-@functools.cache
-def _names(forward: Callable[..., Any]) -> tuple[str, ...]:
-    """The parameters of a model's forward, without self."""
-    return tuple(inspect.signature(forward).parameters)[1:]
+def _names(forward: Callable[..., Any]) -> list[str]:
+    """The parameters of a module's forward."""
+    return list(inspect.signature(forward).parameters)
 
 
 def attach(decoder: Any) -> None:
@@ -187,12 +185,13 @@ def attach(decoder: Any) -> None:
             memory.train(layer.training)
             layer.add_module(NAME, memory)
         layer.register_forward_pre_hook(_before_layer, with_kwargs=True)
+    decoder.fwpkm_arguments = _names(decoder.forward)
     decoder.register_forward_pre_hook(_before_decoder, with_kwargs=True)
 
 
 def _before_decoder(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Take the mask, packed sequences and the cache from a call's arguments, for the layers."""
-    names = _names(type(decoder).forward)
+    names = decoder.fwpkm_arguments
     inputs = {**dict(zip(names, args)), **kwargs}
     tokens = inputs.get("inputs_embeds")
     tokens = inputs.get("input_ids") if tokens is None else tokens
