@@ -52,7 +52,7 @@ QUICK = {
 
 LONGEST = (
     *("keras", "operators", "vectors", "kernels", "language_model_commands", "examples", "demo", "conform", "compiled"),
-    *("gpu_benchmark", "portability", "state", "mutants", "jax_rows", "jax", "jax_layer"),
+    *("gpu_benchmark", "portability", "state", "mutants", "jax_rows", "jax", "jax_layer", "transformers_generate"),
 )
 """Files of minutes, in order. They come first, so that no core works on one while the others have nothing left."""
 

@@ -1,4 +1,4 @@
-"""Every example runs, and so does every block of code in the README, the guide and the pages on batches."""
+"""Every example runs, and so does every block of code in the README, the guide and the pages on batches and models."""
 
 import re
 
@@ -95,7 +95,9 @@ def numbers(printed, label):
     return [float(x) for x in re.search(rf"^{label} +(.*)$", printed, re.MULTILINE)[1].split()]
 
 
-PAGES = ("README.md", "docs/guide.md", "docs/batches.md", "docs/diagnostics.md", "docs/serving.md")
+PAGES = (
+    "README.md", "docs/guide.md", "docs/batches.md", "docs/diagnostics.md", "docs/serving.md", "docs/transformers.md",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -12,7 +12,7 @@ from sources import SRC, Source, core, sources
 
 import fwpkm
 
-FRAMEWORKS = {"torch", "jax", "jaxlib", "tensorflow", "keras", "triton"}
+FRAMEWORKS = {"torch", "jax", "jaxlib", "tensorflow", "keras", "transformers", "triton"}
 SHOW = {"matplotlib", "rich"}
 DRAW = {"hypothesis"}
 
@@ -180,12 +180,16 @@ def test_core_imports_only_the_standard_library_numpy_and_safetensors() -> None:
     for name, _, where in found:
         extra = SHOW if where.startswith(("fwpkm/demo/", "fwpkm/cli.py:")) else set()
         extra = DRAW | {"rich"} if where.startswith("fwpkm/conformance/") else extra
+        extra = {"torch", "transformers"} if where.startswith("fwpkm/integrations/transformers/") else extra
         assert name.partition(".")[0] in allowed | extra, (where, name)
 
 
 def test_core_imports_neither_backends_nor_kernels() -> None:
+    """What joins other libraries stands on a backend, and nothing in the core imports it."""
     for name, _, where in imports_of("fwpkm"):
-        assert not is_of(name, "fwpkm.backends", "fwpkm.kernels"), where
+        joins = where.startswith("fwpkm/integrations/")
+        assert joins or not is_of(name, "fwpkm.backends", "fwpkm.integrations"), where
+        assert not is_of(name, "fwpkm.kernels"), where
 
 
 @pytest.mark.parametrize("framework", ["torch", "jax"])

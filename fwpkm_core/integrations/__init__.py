@@ -1,0 +1,1 @@
+"""What makes the memory a part of libraries around it; each is imported only when asked for."""

@@ -1,0 +1,104 @@
+"""A dynamic cache of transformers that also holds the states of memory layers."""
+
+from typing import Any
+
+from transformers.cache_utils import Cache, DynamicCache
+
+from fwpkm.integrations.transformers.settings import Settings
+from fwpkm.integrations.transformers.states import MemoryStates, check_negative
+
+
+class MemoryCache(DynamicCache):
+    """A ``DynamicCache`` whose last layers are the states of the model's memories.
+
+    Models with memory make it themselves, and turn an empty ``DynamicCache`` that they are given into one.
+    """
+
+    @property
+    def states(self) -> list[MemoryStates]:
+        """Those of the memories, in the order of the decoder layers before which they stand."""
+        return [layer for layer in self.layers if isinstance(layer, MemoryStates)]
+
+    def states_of(self, layer_idx: int) -> MemoryStates:
+        """Those of the memory before one decoder layer."""
+        return next(states for states in self.states if states.layer_idx == layer_idx)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take the last ``-tokens_to_remove`` tokens back from attention and memory.
+
+        Raises:
+            ValueError: a positive number.
+            RuntimeError: a memory has not recorded that much; nothing was changed.
+        """
+        check_negative(tokens_to_remove)
+        for states in self.states:
+            if states.rows is not None:
+                states.rows.check_crop(-tokens_to_remove)
+        super().crop(tokens_to_remove)
+
+
+def with_states(cache: Any, decoder: Any, batch: int | None = None) -> MemoryCache:
+    """The same cache, which holds states of the decoder's memories; of so many rows, if told.
+
+    Raises:
+        ValueError: another kind of cache, one of another model or of other rows, or one that has read tokens without
+            memory.
+    """
+    settings = Settings.of(decoder.config)
+    if not isinstance(cache, MemoryCache):
+        _check_empty(cache)
+        while len(cache.layers) < decoder.config.num_hidden_layers:  # made without a config, it would grow by itself
+            cache.layers.append(cache.layer_class_to_replicate())
+        recording = any(getattr(layer, "record_past", False) for layer in cache.layers)
+        for layer_idx in settings.layers:
+            states = MemoryStates(layer_idx, settings.config, settings.undo)
+            states.record_past = recording
+            cache.layers.append(states)
+        cache.__class__ = MemoryCache  # the caller's own object must carry the states
+    _check_fits(cache, settings, batch)
+    return cache
+
+
+def _check_empty(cache: Any) -> None:
+    """Raise unless this is a ``DynamicCache`` that has read nothing."""
+    if type(cache) is not DynamicCache:
+        raise ValueError(
+            "cache must be a DynamicCache: a model with memory serves no static, quantized, paged or encoder-decoder "
+            f"cache (leave cache_implementation out). Received: {type(cache).__name__}"
+        )
+    if cache.get_seq_length() > 0:
+        raise ValueError(
+            f"cache holds {cache.get_seq_length()} tokens that were read without this model's memory, so what they "
+            "wrote is missing. Pass an empty cache, or one that this model has filled"
+        )
+
+
+def _check_fits(cache: MemoryCache, settings: Settings, batch: int | None) -> None:
+    """Raise unless the states are of such memories, of the tokens that attention holds, and of the call's rows."""
+    wanted = [(layer_idx, settings.config) for layer_idx in settings.layers]
+    received = [(states.layer_idx, states.config) for states in cache.states]
+    if received != wanted:
+        raise ValueError(
+            f"cache must hold the states of this model's memories, before decoder layers {list(settings.layers)}. "
+            f"Received: one of another model, with memories before {[layer_idx for layer_idx, _ in received]}"
+        )
+    length = cache.get_seq_length()
+    for states in cache.states:
+        if states.columns != length:
+            raise ValueError(
+                f"cache holds {length} tokens of attention and {states.columns} of the memory before decoder layer "
+                f"{states.layer_idx}: something changed one of them alone, or a call failed midway. Begin with an "
+                "empty cache"
+            )
+        if batch is not None and states.rows is not None and len(states.rows) != batch:
+            raise ValueError(
+                "cache must be of the rows of the call: begin with an empty one, or change its rows by "
+                "batch_select_indices and batch_repeat_interleave. "
+                f"Received: a cache of {len(states.rows)} rows, a call of {batch}"
+            )
+
+
+def cache_in(inputs: dict[str, Any]) -> Cache | None:
+    """The cache among a call's arguments, under its name of today or of before."""
+    cache = inputs.get("cache")
+    return inputs.get("past_key_values") if cache is None else cache

@@ -1,0 +1,110 @@
+"""What transformers must do otherwise for models with memory, and nothing for others.
+
+Four of its methods are wrapped, once, when the integration is imported: a model whose config remembers memories is
+built with them, weights that a checkpoint lacks are drawn rightly, and ``generate`` begins with a cache that holds
+their states and knows how long drafts are. All but the first are private; if a release lacks one, the import says so.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import transformers
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.generation.utils import GenerationMixin
+from transformers.initialization import guard_torch_init_functions
+
+from fwpkm.integrations.transformers.cache import cache_in, with_states
+from fwpkm.integrations.transformers.model import MemoryLayer, attach, decoder_of
+from fwpkm.integrations.transformers.settings import has_memory
+
+_WRAPPED = "_fwpkm_wrapped"
+
+
+def _post_init(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def post_init(self: Any) -> None:
+        if has_memory(self) and isinstance(getattr(self, "layers", None), nn.ModuleList):
+            decoder_of(self)  # a family that does not fit is refused here as in insert_memory
+            attach(self)
+        original(self)
+
+    return post_init
+
+
+def _initialize_weights(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def initialize_weights(self: Any, module: nn.Module, *args: Any, **kwargs: Any) -> None:
+        drawn = getattr(module, "_is_hf_initialized", False)
+        original(self, module, *args, **kwargs)
+        if isinstance(module, MemoryLayer) and not drawn:
+            with guard_torch_init_functions():
+                module.draw_missing()
+
+    return initialize_weights
+
+
+def _prepare_cache(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def prepare_cache(self: Any, generation_config: Any, model_kwargs: Any, *args: Any, **kwargs: Any) -> Any:
+        result = original(self, generation_config, model_kwargs, *args, **kwargs)
+        cache = cache_in(model_kwargs)
+        if has_memory(self) and cache is not None:
+            cache = with_states(cache, decoder_of(self))
+            _expect_draft(cache, generation_config.prompt_lookup_num_tokens)
+            if generation_config.is_assistant:  # its answer is a draft, some of which will be taken back
+                _expect_draft(cache, generation_config.max_new_tokens)
+                cache.activate_past_recording()
+        return result
+
+    return prepare_cache
+
+
+def _candidate_generator(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def candidate_generator(self: Any, *args: Any, **kwargs: Any) -> Any:
+        generator = original(self, *args, **kwargs)
+        if has_memory(self):
+            _expect_draft(cache_in(kwargs["model_kwargs"]), getattr(generator, "num_assistant_tokens", None))
+        return generator
+
+    return candidate_generator
+
+
+def _expect_draft(cache: Any, tokens: Any) -> None:
+    """Let a cache record as much as a draft of so many tokens can have to give back."""
+    for states in cache.states:
+        states.draft = max(states.draft, int(tokens or 0))
+
+
+_WRAPPERS = (
+    (PreTrainedModel, "post_init", ("self",), _post_init),
+    (PreTrainedModel, "_initialize_weights", ("self", "module"), _initialize_weights),
+    (GenerationMixin, "_prepare_cache_for_generation", ("self", "generation_config", "model_kwargs"), _prepare_cache),
+    (GenerationMixin, "_get_candidate_generator", ("self", "generation_config"), _candidate_generator),
+)
+
+
+def install() -> None:
+    """Wrap the methods, once.
+
+    Raises:
+        ImportError: this release of transformers has one of them no longer, or with other arguments.
+    """
+    for owner, name, arguments, _ in _WRAPPERS:
+        method = getattr(owner, name, None)
+        received = None if method is None else list(inspect.signature(method).parameters)
+        if received is None or tuple(received[: len(arguments)]) != arguments:
+            raise ImportError(
+                f"fwpkm.integrations.transformers needs {owner.__name__}.{name}({', '.join(arguments)}, ...), as "
+                f"transformers 5.17 to 5.24 have it. transformers {transformers.__version__} has "
+                f"{'no such method' if received is None else 'it with ' + ', '.join(received)}"
+            )
+    for owner, name, _, wrap in _WRAPPERS:
+        method = getattr(owner, name)
+        if not hasattr(method, _WRAPPED):
+            wrapper = wrap(method)
+            setattr(wrapper, _WRAPPED, True)
+            setattr(owner, name, wrapper)

@@ -1,0 +1,299 @@
+"""Memories before decoder layers of a causal language model: how they are put there and what a pass tells them."""
+
+import copy
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+
+from fwpkm import validation
+from fwpkm.backends.torch import FwPKM
+from fwpkm.config import FwPKMConfig
+from fwpkm.integrations.transformers.cache import MemoryCache, cache_in, with_states
+from fwpkm.integrations.transformers.settings import Settings, has_memory
+
+NAME = "fwpkm"
+"""The submodule of a decoder layer: weights are ``model.layers.<i>.fwpkm.*``."""
+_CALL = "fwpkm_call"
+_CACHES = {"cache", "past_key_values"}
+_ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
+
+
+class MemoryLayer(FwPKM):
+    """A memory before a decoder layer; with its first weights it adds nothing to the hidden states."""
+
+    layer_idx: int
+
+    def reset_parameters(self) -> None:
+        """Draw weights and tables as ``FwPKM`` does, but with ``output_proj`` zero."""
+        super().reset_parameters()
+        nn.init.zeros_(self.output_proj.weight)
+        nn.init.zeros_(self.output_proj.bias)
+
+    def draw_missing(self) -> None:
+        """Draw the weights and tables that transformers has not marked as loaded."""
+        tensors = self.state_dict(keep_vars=True)
+        loaded = {name: x for name, x in tensors.items() if getattr(x, "_is_hf_initialized", False)}
+        if len(loaded) == len(tensors) or any(x.is_meta for x in tensors.values()):
+            return
+        kept = {name: x.detach().clone() for name, x in loaded.items()}
+        self.reset_parameters()
+        with torch.no_grad():
+            for name, x in loaded.items():
+                x.copy_(kept[name])
+
+
+class Call(NamedTuple):
+    """What one pass through the decoder tells the memories."""
+
+    mask: Tensor | None
+    """``[B, T]`` bool, False for padding; None for True. With a cache it lies on the CPU."""
+    cu_seqlens: Tensor | None
+    """``[sequences + 1]`` int32: where the packed sequences of the rows, one after the other, end."""
+    cache: MemoryCache | None
+
+
+def insert_memory(
+    model: PreTrainedModel,
+    layers: tuple[int, ...] = (1, 4),
+    config: FwPKMConfig | None = None,
+    *,
+    gated: bool = True,
+    value_norm: str | None = "zscore",
+    learn_memory: bool = False,
+    undo: int | None = None,
+    **fields: Any,
+) -> PreTrainedModel:
+    """Put a memory, with a residual, before chosen decoder layers of a causal language model.
+
+    The model then computes what it computed before, to the bit, until the memories are trained: their ``output_proj``
+    is zero. Its config, a copy of the one it had, remembers them, so ``save_pretrained`` and ``from_pretrained`` work.
+    ``generate`` keeps their states in its cache, with beams, sampling, left-padded batches and assisted decoding.
+
+    Args:
+        model: a model of transformers whose decoder layers take hidden states, such as of the Llama and Qwen3
+            families; it is changed in place. Weights of the memories are in its dtype, tables in float32, or float64
+            in a float64 model.
+        layers: indices of decoder layers, counted from 0, before each of which a memory is put.
+        config: the memories' configuration, with ``memory_scope="sequence"``; ``fields`` override it or stand alone.
+        gated: as in :class:`fwpkm.backends.torch.FwPKM`.
+        value_norm: as in :class:`fwpkm.backends.torch.FwPKM`.
+        learn_memory: as in :class:`fwpkm.backends.torch.FwPKM`.
+        undo: how many chunks of each sequence assisted decoding can take back; None for ceil((draft + 1) / chunk_size).
+        fields: fields of :class:`fwpkm.FwPKMConfig`.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: the model's family does not fit, it has memories already, ``layers`` are not distinct indices of
+            its decoder layers, or a field breaks its rule.
+        TypeError: an unknown field.
+    """
+    decoder = decoder_of(model)
+    if has_memory(model):
+        raise ValueError(
+            f"model has memories already, before decoder layers {list(Settings.of(model.config).layers)}: "
+            "insert_memory can be called once for a model"
+        )
+    config = validation.layer_config(
+        model.config.hidden_size, config, value_norm, fields, gated=gated, learn_memory=learn_memory
+    )
+    if config.memory_scope != "sequence":
+        raise ValueError(
+            "memory_scope must be 'sequence', so that no row of a batch reads what another wrote. "
+            f"Received: memory_scope={config.memory_scope!r}"
+        )
+    if undo is not None:
+        validation.check_count("undo", undo)
+    settings = Settings(tuple(layers), config, gated, value_norm, learn_memory, undo)
+    settings.check_layers(len(decoder.layers))
+    own = copy.deepcopy(model.config)  # models may share one
+    settings.store(own)
+    before: Any = model.config
+    parts: Any = model.modules()
+    for part in parts:
+        if getattr(part, "config", None) is before:
+            part.config = own
+    attach(decoder)
+    return model
+
+
+def decoder_of(model: Any) -> Any:
+    """The part of a model that holds its decoder layers.
+
+    Raises:
+        ValueError: not a model of transformers, or one whose parts do not fit.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"model must be a PreTrainedModel of transformers. Received: {type(model).__name__}")
+    decoder = model.base_model
+    why = _unfit(model, decoder)
+    if why:
+        raise ValueError(
+            f"memory cannot be put into a {type(model).__name__}: {why}. It fits models of text alone whose decoder "
+            "layers take hidden states and a cache, such as LlamaForCausalLM and Qwen3ForCausalLM"
+        )
+    return decoder
+
+
+def _unfit(model: Any, decoder: Any) -> str:
+    """Why memory does not fit, or ""."""
+    layers = getattr(decoder, "layers", None)
+    if model.config.is_encoder_decoder or not isinstance(layers, nn.ModuleList) or not len(layers):
+        return "it has no list of decoder layers named layers"
+    if decoder.config is not model.config or len(layers) != model.config.num_hidden_layers:
+        return "its decoder is only a part of it"
+    kinds = set(getattr(model.config, "layer_types", None) or _ATTENTION)
+    if not kinds <= _ATTENTION:
+        return f"it has layers of {', '.join(sorted(kinds - _ATTENTION))}"
+    for layer in layers:
+        names = _names(layer.forward)
+        if names[:1] != ["hidden_states"] or not _CACHES & set(names):
+            return f"its {type(layer).__name__} takes {', '.join(names)}"
+    kinds = {parameter.kind for parameter in inspect.signature(decoder.forward).parameters.values()}
+    if not _CACHES & set(_names(decoder.forward)) or inspect.Parameter.VAR_KEYWORD not in kinds:
+        return f"its {type(decoder).__name__} does not pass further arguments on to its layers"
+    return ""
+
+
+def _names(forward: Callable[..., Any]) -> list[str]:
+    """The parameters of a module's forward."""
+    return list(inspect.signature(forward).parameters)
+
+
+def attach(decoder: Any) -> None:
+    """Put the memories that the decoder's config remembers before its layers."""
+    settings = Settings.of(decoder.config)
+    settings.check_layers(len(decoder.layers))
+    for layer_idx, layer in enumerate(decoder.layers):
+        if layer_idx in settings.layers:
+            like = next((p for p in layer.parameters() if p.is_floating_point()), None)
+            memory = MemoryLayer(
+                decoder.config.hidden_size,
+                settings.config,
+                gated=settings.gated,
+                value_norm=settings.value_norm,
+                learn_memory=settings.learn_memory,
+                device=None if like is None else like.device,
+                dtype=None if like is None else like.dtype,
+            )
+            memory.layer_idx = layer_idx
+            memory.train(layer.training)
+            layer.add_module(NAME, memory)
+        layer.register_forward_pre_hook(_before_layer, with_kwargs=True)
+    decoder.fwpkm_arguments = _names(decoder.forward)
+    decoder.register_forward_pre_hook(_before_decoder, with_kwargs=True)
+
+
+def _before_decoder(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Take the mask, packed sequences and the cache from a call's arguments, for the layers."""
+    names = decoder.fwpkm_arguments
+    inputs = {**dict(zip(names, args)), **kwargs}
+    tokens = inputs.get("inputs_embeds")
+    tokens = inputs.get("input_ids") if tokens is None else tokens
+    if tokens is None:
+        return None  # the model will say so
+    batch, length = tokens.shape[:2]
+    cache, mask, cu_seqlens = cache_in(inputs), inputs.get("attention_mask"), None
+    if cache is not None:
+        cache = with_states(cache, decoder, batch)
+        if inputs.get("cu_seq_lens_q") is not None:
+            raise ValueError("packed sequences (cu_seq_lens_q) keep no cache: leave it out, and pass use_cache=False")
+        if _checkpoints(decoder):
+            raise ValueError(
+                "gradient checkpointing reads tokens twice, so it cannot carry a cache: leave the cache out, switch "
+                "checkpointing off, or call model.eval()"
+            )
+    else:
+        cu_seqlens = _cu_seqlens(inputs, batch, length)
+        if cu_seqlens is None and _uses_cache(decoder, inputs):
+            cache = with_states(DynamicCache(config=decoder.config), decoder)
+    past = 0 if cache is None else cache.get_seq_length()
+    inputs[_CALL] = Call(_mask(mask, batch, length, past, cache is not None), cu_seqlens, cache)
+    for name in _CACHES:
+        inputs.pop(name, None)
+    inputs["cache" if "cache" in names else "past_key_values"] = cache
+    return (), inputs
+
+
+def _checkpoints(decoder: Any) -> bool:
+    return bool(getattr(decoder, "gradient_checkpointing", False)) and decoder.training and torch.is_grad_enabled()
+
+
+def _uses_cache(decoder: Any, inputs: dict[str, Any]) -> bool:
+    """Whether the model will make a cache."""
+    use_cache = inputs.get("use_cache")
+    use_cache = getattr(decoder.config, "use_cache", False) if use_cache is None else use_cache
+    return bool(use_cache) and not _checkpoints(decoder)
+
+
+def _mask(mask: Any, batch: int, length: int, past: int, on_host: bool) -> Tensor | None:
+    """``[B, T]`` bool of the call's own tokens; on the host None where all are there."""
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor) or mask.shape != (batch, past + length):
+        received = f"shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(
+            f"attention_mask must be 2-D, [{batch}, {past + length}] with the {past} tokens of the cache, because the "
+            f"memory must know which tokens are padding. Received: {received}"
+        )
+    mask = mask[:, past:].bool()
+    if on_host:
+        mask = mask.cpu()
+        return None if mask.all() else mask
+    return mask
+
+
+def _cu_seqlens(inputs: dict[str, Any], batch: int, length: int) -> Tensor | None:
+    """Where packed sequences end, as told, or as positions that begin anew show it (without a mask)."""
+    told = inputs.get("cu_seq_lens_q")
+    if told is not None:
+        if batch != 1:
+            raise ValueError(f"cu_seq_lens_q packs sequences into one row. Received: {batch} rows")
+        return told.int()
+    positions = inputs.get("position_ids")
+    if positions is None or inputs.get("attention_mask") is not None or positions.ndim != 2:
+        return None
+    begins = positions.diff(dim=1) != 1
+    if positions.shape[1] != length or not begins.any():
+        return None
+    begins = torch.cat([begins.new_ones(len(begins), 1), begins], dim=1).expand(batch, -1)
+    starts = begins.flatten().nonzero().squeeze(1)
+    return torch.cat([starts, starts.new_tensor([batch * length])]).int()
+
+
+def _before_layer(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Add what the memory before this layer reads to the hidden states."""
+    kwargs = dict(kwargs)
+    call = kwargs.pop(_CALL, None)
+    memory = getattr(layer, NAME, None)
+    if memory is None:
+        return args, kwargs
+    if call is None:
+        raise RuntimeError(
+            f"decoder layer {memory.layer_idx} has a memory, which must know the mask and the cache of the call: call "
+            "the model, not the layer. If you did, this family does not pass further arguments on to its layers, and "
+            "memory does not fit it"
+        )
+    hidden = args[0] if args else kwargs["hidden_states"]
+    hidden = hidden + _read(memory, hidden, call)
+    if args:
+        return (hidden, *args[1:]), kwargs
+    return args, {**kwargs, "hidden_states": hidden}
+
+
+def _read(memory: MemoryLayer, hidden: Tensor, call: Call) -> Tensor:
+    """What the memory adds, in the dtype and on the device of the hidden states."""
+    x = hidden.to(memory.query_norm.weight.device)
+    if call.cache is not None:
+        return call.cache.states_of(memory.layer_idx).read(memory, x, call.mask).to(hidden)
+    if call.cu_seqlens is None:
+        return memory(x, mask=call.mask, return_state=False)[0].to(hidden)
+    row = x.reshape(1, -1, x.shape[-1])
+    mask = None if call.mask is None else call.mask.reshape(1, -1)
+    y, _ = memory(row, mask=mask, cu_seqlens=call.cu_seqlens, return_state=False)
+    return y.reshape(x.shape).to(hidden)
