@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from examples.language_model import by_position, corpus, needle, report, training
+from examples.language_model import by_position, capacity, corpus, needle, report, training
 from examples.language_model.settings import Experiment
 
 
@@ -44,12 +44,17 @@ def _parser() -> argparse.ArgumentParser:
 
     ask = commands.add_parser("needle", help="ask for facts in long texts")
     _common(ask)
-    ask.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192, 32768, 131072])
-    ask.add_argument("--samples", type=int, default=200)
-    ask.add_argument("--readings", type=int, default=4)
-    ask.add_argument("--phrasings", nargs="+", default=["seen-0", "unseen-0"])
-    ask.add_argument("--controls", action="store_true", help="also learning rate 0 and another document's memory")
+    ask.add_argument("--kinds", nargs="+", help=f"what is asked, of: {', '.join(needle.KINDS)}")
+    ask.add_argument("--lengths", type=int, nargs="+", help="of contexts, in bytes")
+    ask.add_argument("--contexts", type=int, help="of five facts, for each kind and length")
+    ask.add_argument("--readings", type=int, help="how often a context is read")
     ask.set_defaults(run=_needle)
+
+    hold = commands.add_parser("capacity", help="ask for ever more facts in 128K bytes")
+    _common(hold)
+    hold.add_argument("--length", type=int, default=capacity.LENGTH)
+    hold.add_argument("--facts", type=int, nargs="+", default=capacity.NUMBERS, help="numbers of them")
+    hold.set_defaults(run=_capacity)
 
     position = commands.add_parser("bits", help="bits per byte by position on held-out documents")
     _common(position)
@@ -95,9 +100,14 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _needle(options: argparse.Namespace) -> None:
-    path = needle.measure(
-        options.model, corpus.load(options.corpus), options.out, options.device, lengths=options.lengths,
-        samples=options.samples, readings=options.readings, phrasings=options.phrasings, controls=options.controls,
+    cells = needle.chosen(options.kinds, options.lengths, options.contexts, options.readings)
+    print(needle.measure(options.model, corpus.load(options.corpus), options.out, options.device, cells))
+
+
+def _capacity(options: argparse.Namespace) -> None:
+    path = capacity.measure(
+        options.model, corpus.load(options.corpus), options.out, options.device, length=options.length,
+        numbers=options.facts,
     )  # fmt: skip
     print(path)
 

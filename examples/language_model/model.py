@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from examples.language_model.settings import ModelSettings
 from fwpkm import State
-from fwpkm.backends.torch import FwPKM
+from fwpkm.backends.torch import FwPKM, nbytes
 
 VOCABULARY = 256  # bytes
 
@@ -21,6 +21,15 @@ class Reading(NamedTuple):
     """of each memory"""
     windows: tuple[Tensor, ...]
     """of each layer: ``[2, B, w, width]``, keys and values of the last w tokens, w at most the window less one."""
+
+    def fork(self, number: int) -> "Reading":
+        """Where ``number`` continuations of each sequence stand: they share its memories, which must not be written."""
+        return self._replace(windows=tuple(past.repeat_interleave(number, 1) for past in self.windows))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memories and windows."""
+        return sum(map(nbytes, self.memories)) + sum(past.nbytes for past in self.windows)
 
 
 class Attention(nn.Module):
@@ -153,7 +162,7 @@ class LanguageModel(nn.Module):
 
         Args:
             tokens: ``[B, T]`` integers.
-            reading: where the sequences stand.
+            reading: where the sequences stand; forked, B is a multiple of its memories' rows, and ``update`` is False.
             update: False reads the memories without writing; attention goes on as ever.
             inplace: the tables of ``reading`` may be overwritten, which saves a copy of each.
 
@@ -165,8 +174,11 @@ class LanguageModel(nn.Module):
         after = []
         for i, (block, past) in enumerate(zip(self.blocks, reading.windows)):
             if str(i) in self.memories:
-                read, state = self.memories[str(i)](x, next(states), update=update, inplace=inplace)
-                x = x + read
+                state = next(states)
+                # Frozen, a token reads the table wherever it stands: continuations of a sequence lie end to end.
+                rows = x if len(x) == len(state.position) or update else x.reshape(len(state.position), -1, x.shape[2])
+                read, state = self.memories[str(i)](rows, state, update=update, inplace=inplace)
+                x = x + read.view_as(x)
                 after.append(state)
             x, past = block(x, past)
             windows.append(past)
