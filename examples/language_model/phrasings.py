@@ -70,7 +70,7 @@ KINDS = ("near", "short", "far", "value first")
 _SHARES = (0.65, 0.10, 0.15, 0.10)
 """Of KINDS in training."""
 INVENTED = 0.25
-"""Share of near and far sentences with invented words, so that words never seen before are nothing new."""
+"""Share of the sentences of training with invented words, so that words never seen before are nothing new."""
 QUOTED = 0.3
 """Share of keys, and of values, in quotes."""
 REPHRASED = 0.5
