@@ -97,9 +97,10 @@ def test_the_module_runs(tmp_path):
 
 
 TRAIN = "train {books}/books.toml --corpus {books}/corpus --out {new}/run"
-NEEDLE = "needle --model {books}/run --corpus {books}/corpus --out {new}/o --kinds near --lengths 1300 --contexts 2 --readings 1"
-CAPACITY = "capacity --model {books}/run --corpus {books}/corpus --out {new}/o --length 1500"
-BITS = "bits --model {books}/run --corpus {books}/corpus --out {new}/o --length 1024"
+MEASURE = "--model {books}/run --corpus {books}/corpus --out {new}/o"
+NEEDLE = f"needle {MEASURE} --kinds near --lengths 1300 --contexts 2 --readings 1"
+CAPACITY = f"capacity {MEASURE} --length 1500"
+BITS = f"bits {MEASURE} --length 1024"
 MISTAKES = {
     "prepare nothing": ("prepare {new}/none {new}/corpus", "There is no {new}/none"),
     "prepare an empty folder": ("prepare {new} {new}/corpus", "holds no documents"),

@@ -103,7 +103,7 @@ def test_continuations_of_a_sequence_share_its_memory_and_are_never_written():
     model = small()
     tokens = torch.from_numpy(np.stack([CORPUS.train.document(i)[:300] for i in (0, 2)]))
     reading = needle.read(model, tokens, model.start(2))
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="batch"):
         model(tokens[[0, 0, 1, 1], :20].long(), reading.fork(2))
     with pytest.raises((ValueError, RuntimeError)):
         model(tokens[[0, 0, 1], :19].long(), reading.fork(2), update=False)
@@ -301,7 +301,7 @@ def test_capacity_asks_for_every_fact_of_ever_more(monkeypatch, tmp_path):
     assert (results["state_bytes"], results["corpus"], len(said)) == (77, "5ha", 2)
     assert [(r["facts"], r["answers"], r["exact"]) for r in results["rows"]] == [(2, 4, 1.0), (30, 60, 1.0)]
     assert np.shape(results["rows"][1]["right"]) == (2, 30)
-    with pytest.raises(ValueError, match="length must be at least .* for 3,000 statements"):
+    with pytest.raises(ValueError, match=r"length must be at least .* for 3,000 statements"):
         capacity.measure(tmp_path, CORPUS, tmp_path / "o.json", CPU, length=3000, numbers=(3000,))
 
 
@@ -311,7 +311,7 @@ def test_capacity_asks_about_as_many_questions_whatever_the_number():
 
 def test_what_is_looked_into_lies_beyond_attention_too(monkeypatch, folders, tmp_path):
     monkeypatch.setattr(inside, "LENGTH", 300)
-    with pytest.raises(ValueError, match="clear bytes. Received: 300"):
+    with pytest.raises(ValueError, match=r"clear bytes\. Received: 300"):
         inside.draw(folders / "memory", CORPUS, tmp_path, CPU)
 
 

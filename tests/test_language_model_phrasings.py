@@ -155,5 +155,5 @@ def test_questions_are_sentences_up_to_the_value():
 
 
 def test_an_unknown_novelty_is_refused():
-    with pytest.raises(ValueError, match="held out by one of opening, .*Received: 'verb'"):
+    with pytest.raises(ValueError, match=r"held out by one of opening, .*Received: 'verb'"):
         phrasings.near(np.random.default_rng(0), new="verb")
