@@ -103,7 +103,7 @@ def test_continuations_of_a_sequence_share_its_memory_and_are_never_written():
     model = small()
     tokens = torch.from_numpy(np.stack([CORPUS.train.document(i)[:300] for i in (0, 2)]))
     reading = needle.read(model, tokens, model.start(2))
-    with pytest.raises(ValueError, match="batch"):
+    with pytest.raises(ValueError, match="a row for each"):
         model(tokens[[0, 0, 1, 1], :20].long(), reading.fork(2))
     with pytest.raises((ValueError, RuntimeError)):
         model(tokens[[0, 0, 1], :19].long(), reading.fork(2), update=False)
