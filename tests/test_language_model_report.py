@@ -273,7 +273,11 @@ def test_command(folder, tmp_path, capsys):
     commands.main(["report", str(folder), "--pictures", str(tmp_path / "out")])
     assert capsys.readouterr().out == report.report(folder)
     assert len(list((tmp_path / "out").iterdir())) == 3
-    (folder / "z.bits.json").write_text("{")
-    with pytest.raises(SystemExit):
-        commands.main(["report", str(folder)])
-    assert "z.bits.json is damaged" in capsys.readouterr().err
+    (folder / "z.bits.json").write_bytes(b"\xef\xbb\xbf" + (folder / "z.bits.json").read_bytes())
+    commands.main(["report", str(folder)])
+    assert capsys.readouterr().out == report.report(folder)
+    for text in ("{", 100_000 * "["):
+        (folder / "z.bits.json").write_text(text)
+        with pytest.raises(SystemExit):
+            commands.main(["report", str(folder)])
+        assert "z.bits.json is damaged" in capsys.readouterr().err

@@ -88,9 +88,9 @@ def load(folder: Path) -> list[Run]:
         run = found.setdefault(name, {"rows": [], "bits": {}, "documents": [], "bin": 0, "record": []})
         with _naming(path):
             if kind == "record.jsonl":
-                run["record"] = record(path.read_text())
+                run["record"] = record(path.read_text(encoding="utf-8-sig"))
                 continue
-            data = json.loads(path.read_text())
+            data = json.loads(path.read_text(encoding="utf-8-sig"))
             experiment = Experiment.of(data["experiment"], "experiment")
             agreed = {f"model of {name}": experiment, "corpus": data["corpus"]}
             if experiment.model.memories and experiment.training.facts:
@@ -128,7 +128,7 @@ def _order(run: Run) -> tuple[Any, ...]:
 def _naming(path: Path) -> Iterator[None]:
     try:
         yield
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise ValueError(f"{path} is damaged, or of another version ({error!r}): measure or copy it again") from error
 
 
