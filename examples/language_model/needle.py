@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from examples.language_model import facts
+from examples.language_model.baselines import Carried
 from examples.language_model.checkpoint import load, ready, replace
 from examples.language_model.corpus import Corpus
 from examples.language_model.facts import DIGITS, Haystack
-from examples.language_model.model import LanguageModel, Reading
+from examples.language_model.model import LanguageModel, Reading, mapped
 from examples.language_model.training import autocast, device_name
-from fwpkm import Memory, State
+from fwpkm import State
 
 SEGMENT = 4096  # tokens read by one call
 
@@ -81,8 +82,8 @@ def answer(model: LanguageModel, question: Tensor, reading: Reading) -> Tensor:
 def another(reading: Reading) -> Reading:
     """Each sequence with the memory of the one before it; what attention sees stays its own."""
 
-    def turned(state: State) -> State:
-        return state._replace(memory=Memory(*(x.roll(1, 0) for x in state.memory)))
+    def turned(state: State | Carried) -> State | Carried:
+        return state._replace(memory=mapped(lambda x: x.roll(1, 0), state.memory))
 
     return reading._replace(memories=tuple(map(turned, reading.memories)))
 
@@ -91,7 +92,7 @@ def together(model: LanguageModel, device: torch.device, most: int, sets: int) -
     """How many contexts are read at once: as ``sets`` of tables, a copy of one memory's and activations find room."""
     if device.type != "cuda":
         return min(most, 8)
-    tables = [4 * m.config.num_slots * m.config.value_dim for m in model.memories.values()]
+    tables = [sum(x.nbytes for x in m.memory()) for m in model.memories.values()]
     activations = SEGMENT * model.settings.width * 4 * 64
     free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     room = 0.8 * free / (sets * sum(tables) + max(tables, default=0) + activations)
@@ -157,8 +158,9 @@ def measure(
         )
     ready(out)
     model, experiment = load(folder, device, memory_scope="sequence")
-    has_memory = bool(experiment.model.memories)
-    frozen = load(folder, device, memory_scope="sequence", learning_rate=0.0)[0] if controls and has_memory else None
+    mixes, carries = bool(experiment.model.memories), experiment.model.carries
+    still = controls and experiment.model.writes
+    frozen = load(folder, device, memory_scope="sequence", learning_rate=0.0)[0] if still else None
     # All of them first, so that what does not fit is said before hours of reading.
     haystacks = []
     for name in dict.fromkeys(phrasings):
@@ -177,9 +179,9 @@ def measure(
         )
 
     for name, length, haystack in haystacks:
-        times = readings if has_memory else 1
-        for count, swapped, right in try_out(model, haystack, device, times, swap=controls and has_memory):
-            control = "another document's memory" if swapped else "memory" if has_memory else "no memory"
+        times = readings if carries else 1
+        for count, swapped, right in try_out(model, haystack, device, times, swap=controls and carries):
+            control = "another document's memory" if swapped else "memory" if mixes else "no memory"
             keep(Answers(control, name, length, count, right, haystack.depth))
         if frozen is not None:
             for count, _, right in try_out(frozen, haystack, device, 1):
