@@ -215,7 +215,8 @@ MODEL_RULES = [
     ("width", 0), ("width", 6.0), ("width", True), ("layers", -1), ("layers", "two"), ("heads", 0), ("hidden", None),
     ("window", 0), ("width", 18), ("memories", [3]), ("memories", [-1]), ("memories", [1, 1]), ("memories", 1),
     ("memories", "01"), ("memories", [0.5]), ("memories", [True]), ("memory", 3), ("memory", {"slots": 4}),
-    ("mixer", "mamba"), ("mixer", None), ("mixer", ["delta"]), ("context", 0), ("memory", {"top_k": 0}), ("memory", {"top_k": 9, "num_subkeys": 8}), ("memory", {"boundary": "wait"}),
+    ("mixer", "mamba"), ("mixer", None), ("mixer", ["delta"]), ("context", 0), ("memory", {"top_k": 0}),
+    ("memory", {"top_k": 9, "num_subkeys": 8}), ("memory", {"boundary": "wait"}),
 ]  # fmt: skip
 TRAINING_RULES = [
     ("steps", 0), ("steps", -5), ("steps", 1.5), ("steps", True), ("batch", 0), ("length", 0), ("length", "64"),
