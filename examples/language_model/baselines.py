@@ -4,7 +4,7 @@ Each has about as many active parameters as a memory: all but the tables of whic
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -142,13 +142,38 @@ def gated_delta(
     y, w = torch.linalg.solve_triangular(system, known, upper=False, unitriangular=True).chunk(2, -1)
     later = ((left - passed).exp() * key).mT  # keys as the chunk's end sees them
     step = left.exp() * torch.eye(key.shape[-1], device=key.device) - later @ w
-    added, before = later @ y, []
-    for one, more in zip(step.unbind(2), added.unbind(2)):
-        before.append(state)
-        state = one @ state + more
-    first = torch.stack(before, 2)
+    first, state = scan(step, later @ y, state)
     out = (passed.exp() * query) @ first + (ratio * (query @ key.mT)) @ (y - w @ first)
     return out.movedim(1, 3).flatten(1, 2)[:, :length], state
+
+
+@torch.compiler.disable  # which would list every chunk's product for minutes, and fuse none
+def scan(step: Tensor, added: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """S ← step S + added, chunk by chunk of ``[B, H, n, d, d]``: S before each of them, and after the last."""
+    first, last = _Scan.apply(*(x.flatten(0, 1).transpose(0, 1) for x in (step, added)), state.flatten(0, 1))
+    return first.transpose(0, 1).unflatten(0, state.shape[:2]), last.unflatten(0, state.shape[:2])
+
+
+class _Scan(torch.autograd.Function):
+    """Chunks first: ``[n, B·H, d, d]``. The gradient runs back through the same products; that of step is one more."""
+
+    @staticmethod
+    def forward(ctx: Any, step: Tensor, added: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        first = torch.empty_like(added, memory_format=torch.contiguous_format)
+        for i in range(len(step)):
+            first[i] = state
+            state = torch.baddbmm(added[i], step[i], state)
+        ctx.save_for_backward(step, first)
+        return first, state
+
+    @staticmethod
+    def backward(ctx: Any, of_first: Tensor, of_last: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        step, first = ctx.saved_tensors
+        of_added = torch.empty_like(first)
+        for i in reversed(range(len(step))):
+            of_added[i] = of_last
+            of_last = torch.baddbmm(of_first[i], step[i].mT, of_last)
+        return of_added @ first.mT, of_added, of_last
 
 
 class StaticMemory(nn.Module):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from examples.language_model import by_position, corpus, needle, report, training
+from examples.language_model import by_position, corpus, needle, report, run, side_by_side, training
 from examples.language_model.settings import Experiment
 
 
@@ -41,6 +41,20 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--no-compile", dest="compile", action="store_false", help="without torch.compile")
     train.add_argument("--seconds", type=float, help="stop with a checkpoint after so many")
     train.set_defaults(run=_train)
+
+    everything = commands.add_parser("run", help="train and measure experiments, a process for each seed, on all cards")
+    everything.add_argument("experiments", type=Path, nargs="+", metavar="CONFIG", help="TOML files")
+    everything.add_argument("--seeds", type=int, nargs="+", required=True)
+    everything.add_argument("--corpus", type=Path, required=True, help="a folder made by prepare")
+    everything.add_argument("--out", type=Path, required=True, help="a folder; what is done there is kept")
+    everything.add_argument("--steps", type=int, help="instead of the files'")
+    everything.add_argument("--measures", nargs="*", choices=list(run.MEASURES), default=list(run.MEASURES))
+    everything.add_argument("--lengths", type=int, nargs="+", default=[4096, 32768, 131072])
+    everything.add_argument("--samples", type=int, default=200)
+    everything.add_argument("--readings", type=int, default=4)
+    everything.add_argument("--side-by-side", type=int, default=1, metavar="N", help="processes at once on a card")
+    everything.add_argument("--no-compile", dest="compile", action="store_false", help="without torch.compile")
+    everything.set_defaults(run=_run)
 
     ask = commands.add_parser("needle", help="ask for facts in long texts")
     _common(ask)
@@ -92,6 +106,32 @@ def _train(options: argparse.Namespace) -> None:
         compile=options.compile and options.device.type == "cuda", seconds=options.seconds,
     )  # fmt: skip
     print(path)
+
+
+def _run(options: argparse.Namespace) -> None:
+    if options.side_by_side < 1:
+        raise ValueError(f"--side-by-side must be at least 1. Received: {options.side_by_side}")
+    jobs, texts = run.plan(options.experiments, options.seeds, options.steps), corpus.load(options.corpus)
+    asked = run.Asked(options.lengths, options.samples, options.readings)
+    for job in jobs:  # all of them first, so that nothing is said after hours
+        run.check(job, texts, options.out, options.measures, asked)
+    if len(jobs) > 1:
+        side_by_side.run_all(jobs, options.out, _again(options), options.side_by_side)
+        return
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":
+        torch.cuda.set_per_process_memory_fraction(1 / options.side_by_side)
+    compile = options.compile and device.type == "cuda"
+    run.do(jobs[0], texts, options.out, device, options.measures, asked, compile=compile)
+
+
+def _again(options: argparse.Namespace) -> list[str]:
+    """The arguments of ``run`` for one of its jobs, without config and seed."""
+    arguments = ["--corpus", options.corpus, "--out", options.out, "--side-by-side", options.side_by_side]
+    arguments += [] if options.steps is None else ["--steps", options.steps]
+    arguments += ["--measures", *options.measures, "--lengths", *options.lengths, "--samples", options.samples]
+    arguments += ["--readings", options.readings, *["--no-compile"][: not options.compile]]
+    return list(map(str, arguments))
 
 
 def _needle(options: argparse.Namespace) -> None:

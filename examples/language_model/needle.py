@@ -94,7 +94,9 @@ def together(model: LanguageModel, device: torch.device, most: int, sets: int) -
         return min(most, 8)
     tables = [sum(x.nbytes for x in m.memory()) for m in model.memories.values()]
     activations = SEGMENT * model.settings.width * 4 * 64
-    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free, whole = torch.cuda.mem_get_info(device)
+    allowed = whole * torch.cuda.get_per_process_memory_fraction(device)  # less where processes share a card
+    free = min(free + torch.cuda.memory_reserved(device), allowed) - torch.cuda.memory_allocated(device)
     room = 0.8 * free / (sets * sum(tables) + max(tables, default=0) + activations)
     return max(2, min(most, int(room)))
 
