@@ -136,6 +136,14 @@ def test_the_gradient_of_the_chunks():
     assert torch.autograd.gradcheck(lambda *x: baselines.gated_delta(*x, chunk=2), inputs)
 
 
+@pytest.mark.parametrize("size", [1, 2, 5, 16])
+def test_the_inverse_of_a_triangular_matrix(size):
+    rng = torch.Generator().manual_seed(size)
+    lower = torch.randn(2, 3, size, size, generator=rng, dtype=torch.float64).tril(-1)
+    whole = torch.eye(size) + lower
+    assert_close(baselines.inverse(lower), torch.linalg.inv(whole), "float64")
+
+
 # Training
 
 

@@ -137,14 +137,49 @@ def gated_delta(
     ratio = (passed[..., :, None] - passed[..., None, :]).masked_fill(~lower, -math.inf).exp()  # Gᵢ / Gⱼ
     passed, left = passed[..., None], passed[..., -1:, None]
     system = (rate * ratio * (key @ key.mT)).tril(-1)
-    known = torch.cat([rate * value, rate * passed.exp() * key], -1)
-    # The diagonal of the system is 1.
-    y, w = torch.linalg.solve_triangular(system, known, upper=False, unitriangular=True).chunk(2, -1)
+    y, w = (inverse(system) @ torch.cat([rate * value, rate * passed.exp() * key], -1)).chunk(2, -1)
     later = ((left - passed).exp() * key).mT  # keys as the chunk's end sees them
     step = left.exp() * torch.eye(key.shape[-1], device=key.device) - later @ w
     first, state = scan(step, later @ y, state)
     out = (passed.exp() * query) @ first + (ratio * (query @ key.mT)) @ (y - w @ first)
     return out.movedim(1, 3).flatten(1, 2)[:, :length], state
+
+
+@torch.compiler.disable
+def inverse(lower: Tensor) -> Tensor:
+    """(1 + L)⁻¹ of strictly lower triangular ``[..., c, c]``; only products of small matrices, for a GPU's sake."""
+    return _Inverse.apply(lower)
+
+
+class _Inverse(torch.autograd.Function):
+    """Of two blocks on the diagonal, inverted as A and D, with L below A: −D L A stands below A. So blocks double."""
+
+    @staticmethod
+    def forward(ctx: Any, lower: Tensor) -> Tensor:
+        size = lower.shape[-1]
+        whole = 1 << (size - 1).bit_length()
+        lower = F.pad(lower, (0, whole - size) * 2)
+        result = torch.eye(whole, device=lower.device, dtype=lower.dtype).expand_as(lower).contiguous()
+        half = 1
+        while half < whole:
+            known, below = (_diagonal_blocks(x, 2 * half) for x in (result, lower))
+            corner = known[..., half:, half:] @ below[..., half:, :half] @ known[..., :half, :half]
+            known[..., half:, :half] = -corner
+            half *= 2
+        result = result[..., :size, :size].contiguous()
+        ctx.save_for_backward(result)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (result,) = ctx.saved_tensors
+        return -(result.mT @ gradient @ result.mT)
+
+
+def _diagonal_blocks(x: Tensor, size: int) -> Tensor:
+    """A view of the blocks on the diagonal: ``[..., c, c]`` -> ``[..., c / size, size, size]``."""
+    blocks = x.unflatten(-1, (-1, size)).unflatten(-3, (-1, size))
+    return blocks.diagonal(0, -4, -2).movedim(-1, -3)
 
 
 @torch.compiler.disable  # which would list every chunk's product for minutes, and fuse none
@@ -197,6 +232,8 @@ class StaticMemory(nn.Module):
         """There is none."""
         return Carried()
 
+    # A graph of torch.compile would keep the clock of a state that is made here, which a CUDA graph cannot hold.
+    @torch.compiler.disable
     def forward(self, x: Tensor, state: Carried, *, update: bool, inplace: bool) -> tuple[Tensor, Carried]:
         """``[B, T, width]`` -> the same; no switch changes anything."""
         y, _ = self.layer(x, update=False, return_state=False)
