@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from sources import ROOT
 
-from examples.language_model import checkpoint, results, run, side_by_side, training
+from examples.language_model import checkpoint, needle, results, run, side_by_side, training
 from examples.language_model.commands import main
 from examples.language_model.corpus import Corpus, Texts
 from examples.language_model.settings import Experiment
@@ -32,11 +32,11 @@ memory = { num_subkeys = 8, top_k = 2, chunk_size = 64 }
 [training]
 steps = 3
 batch = 2
-length = 704
+length = 896
 facts = 0.3
 warmup = 2
 """
-FILES = ("bits.json", "needle.json", "record.jsonl", "run.json")
+FILES = ("bits.json", "capacity.json", "needle.json", "record.jsonl", "run.json")
 
 
 def text(seed):
@@ -63,10 +63,10 @@ def books(tmp_path_factory):
     return root
 
 
-def arguments(root, *more, seeds=(0,), out="out", samples=2):
+def arguments(root, *more, seeds=(0,), out="out", contexts=2):
     told = ["--corpus", str(root / "corpus"), "--out", str(root / out), "--seeds", *map(str, seeds)]
-    return ["run", str(root / "small.toml"), *told, "--lengths", "1024", "2048", "--samples", str(samples),
-            "--readings", "1", *more]  # fmt: skip
+    asked = ["--kinds", "near", "--lengths", "1024", "--contexts", str(contexts), "--readings", "1"]
+    return ["run", str(root / "small.toml"), *told, *asked, "--length", "2048", "--facts", "2", *more]
 
 
 def contents(folder):
@@ -82,15 +82,13 @@ def test_a_seed_that_fails_says_why_and_the_others_finish(books):
     assert said["training"]["steps"] == 3
     assert said["training"]["seconds"] == pytest.approx(3 / said["training"]["steps_per_second"], rel=0.02, abs=0.06)
     assert said["versions"]["torch"] == torch.__version__
-    assert said["measured"].keys() == {"bits", "needle"}
-    (found,) = results.load(books / "out")
-    assert found.experiment == Experiment.read(books / "small.toml", seed=0)
-    assert len(found.documents) == 2
-    assert {(r["length"], r["control"]) for r in found.rows} == {
-        (length, control)
-        for length in (1024, 2048)
-        for control in ("memory", "another document's memory", "learning rate 0")
-    }
+    assert said["measured"].keys() == {"bits", "capacity", "needle"}
+    own = Experiment.read(books / "small.toml", seed=0)
+    for kind in ("bits", "capacity", "needle"):
+        measured = json.loads((books / f"out/small-0.{kind}.json").read_text())
+        assert Experiment.of(measured["experiment"], kind) == own
+    assert np.shape(json.loads((books / "out/small-0.bits.json").read_text())["bits"]["reset"]) == (2, 2)
+    assert results.record((books / "out/small-0.record.jsonl").read_text())[-1]["step"] == 3
 
 
 def test_what_is_done_is_kept_and_what_is_missing_is_measured(books, monkeypatch):
@@ -128,7 +126,7 @@ def test_a_run_that_was_stopped_goes_on(books, monkeypatch):
 
 
 def mistakes(books):
-    yield arguments(books, samples=3), "small-0.bits.json was measured otherwise"
+    yield arguments(books, contexts=3), "small-0.bits.json was measured otherwise"
     yield [*arguments(books), "--side-by-side", "0"], "--side-by-side must be at least 1. Received: 0"
     yield arguments(books, seeds=(2, 2)), "experiments and seeds must differ"
     yield arguments(books, seeds=(-1,)), "training.seed must be"
@@ -147,7 +145,7 @@ def test_mistakes_are_said_before_anything_runs(books, capsys):
 
 def test_results_of_another_experiment_or_corpus_are_refused(books):
     (job,) = run.plan([books / "small.toml"], [0], None)
-    asked = run.Asked([1024, 2048], 2, 1)
+    asked = run.Asked(2048, needle.chosen(["near"], [1024], 2, 1), [2])
     corpus = Corpus(None, None, json.loads((books / "out/small-0.run.json").read_text())["corpus"])
     assert run.check(job, corpus, books / "out", ["bits", "needle"], asked) == []
     other = job._replace(experiment=Experiment.read(books / "small.toml", facts=0.1))

@@ -26,6 +26,11 @@ class Carried(NamedTuple):
     window: tuple[Tensor, ...] = ()
     """what is seen of the last tokens of this text"""
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all that it holds."""
+        return sum(x.nbytes for x in (*self.memory, *self.window))
+
 
 class LongAttention(nn.Module):
     """Attention to the last ``context`` tokens behind a norm; no residual inside. It writes no memory.

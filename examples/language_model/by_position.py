@@ -12,7 +12,7 @@ from torch import Tensor
 from examples.language_model.checkpoint import load, ready, replace
 from examples.language_model.corpus import Corpus
 from examples.language_model.model import LanguageModel, Reading
-from examples.language_model.needle import another, parts, read, together
+from examples.language_model.needle import MEMORIES, another, parts, read, together
 from examples.language_model.training import autocast, device_name
 
 BIN = 1024  # bytes whose bits are averaged
@@ -63,7 +63,7 @@ def measure(folder: Path, corpus: Corpus, out: Path, device: torch.device, *, le
         ValueError: as in ``documents``; or ``out`` is a folder.
     """
     ready(out)
-    model, experiment = load(folder, device, memory_scope="sequence")
+    model, experiment = load(folder, device, **MEMORIES)
     tokens, names = documents(corpus, length)
     rows: dict[str, list[np.ndarray]] = {}
     for part in parts(len(tokens), together(model, device, 32, sets=3)):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from examples.language_model import by_position, corpus, needle, report, run, side_by_side, training
+from examples.language_model import by_position, capacity, corpus, needle, report, run, side_by_side, training
 from examples.language_model.settings import Experiment
 
 
@@ -49,21 +49,23 @@ def _parser() -> argparse.ArgumentParser:
     everything.add_argument("--out", type=Path, required=True, help="a folder; what is done there is kept")
     everything.add_argument("--steps", type=int, help="instead of the files'")
     everything.add_argument("--measures", nargs="*", choices=list(run.MEASURES), default=list(run.MEASURES))
-    everything.add_argument("--lengths", type=int, nargs="+", default=[4096, 32768, 131072])
-    everything.add_argument("--samples", type=int, default=200)
-    everything.add_argument("--readings", type=int, default=4)
+    _asked(everything)
+    everything.add_argument("--length", type=int, default=run.Asked().length, help="of texts, for bits and capacity")
+    everything.add_argument("--facts", type=int, nargs="+", default=capacity.NUMBERS, help="numbers, for capacity")
     everything.add_argument("--side-by-side", type=int, default=1, metavar="N", help="processes at once on a card")
     everything.add_argument("--no-compile", dest="compile", action="store_false", help="without torch.compile")
     everything.set_defaults(run=_run)
 
     ask = commands.add_parser("needle", help="ask for facts in long texts")
     _common(ask)
-    ask.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192, 32768, 131072])
-    ask.add_argument("--samples", type=int, default=200)
-    ask.add_argument("--readings", type=int, default=4)
-    ask.add_argument("--phrasings", nargs="+", default=["seen-0", "unseen-0"])
-    ask.add_argument("--controls", action="store_true", help="also learning rate 0 and another document's memory")
+    _asked(ask)
     ask.set_defaults(run=_needle)
+
+    hold = commands.add_parser("capacity", help="ask for ever more facts in 128K bytes")
+    _common(hold)
+    hold.add_argument("--length", type=int, default=capacity.LENGTH)
+    hold.add_argument("--facts", type=int, nargs="+", default=capacity.NUMBERS, help="numbers of them")
+    hold.set_defaults(run=_capacity)
 
     position = commands.add_parser("bits", help="bits per byte by position on held-out documents")
     _common(position)
@@ -79,6 +81,14 @@ def _parser() -> argparse.ArgumentParser:
     tables.add_argument("--pictures", type=Path, metavar="OUT", help="a folder for the pictures")
     tables.set_defaults(run=_report)
     return parser
+
+
+def _asked(parser: argparse.ArgumentParser) -> None:
+    """What needles are asked, where it is not what the results report."""
+    parser.add_argument("--kinds", nargs="+", help=f"what is asked, of: {', '.join(needle.KINDS)}")
+    parser.add_argument("--lengths", type=int, nargs="+", help="of contexts, in bytes")
+    parser.add_argument("--contexts", type=int, help="of five facts, for each kind and length")
+    parser.add_argument("--readings", type=int, help="how often a context is read")
 
 
 def _common(parser: argparse.ArgumentParser, model: bool = True) -> None:
@@ -112,7 +122,8 @@ def _run(options: argparse.Namespace) -> None:
     if options.side_by_side < 1:
         raise ValueError(f"--side-by-side must be at least 1. Received: {options.side_by_side}")
     jobs, texts = run.plan(options.experiments, options.seeds, options.steps), corpus.load(options.corpus)
-    asked = run.Asked(options.lengths, options.samples, options.readings)
+    cells = needle.chosen(options.kinds, options.lengths, options.contexts, options.readings)
+    asked = run.Asked(options.length, cells, options.facts)
     for job in jobs:  # all of them first, so that nothing is said after hours
         run.check(job, texts, options.out, options.measures, asked)
     if len(jobs) > 1:
@@ -127,17 +138,25 @@ def _run(options: argparse.Namespace) -> None:
 
 def _again(options: argparse.Namespace) -> list[str]:
     """The arguments of ``run`` for one of its jobs, without config and seed."""
-    arguments = ["--corpus", options.corpus, "--out", options.out, "--side-by-side", options.side_by_side]
-    arguments += [] if options.steps is None else ["--steps", options.steps]
-    arguments += ["--measures", *options.measures, "--lengths", *options.lengths, "--samples", options.samples]
-    arguments += ["--readings", options.readings, *["--no-compile"][: not options.compile]]
-    return list(map(str, arguments))
+    arguments = ["--no-compile"][: not options.compile]
+    for name in ("steps", "measures", "kinds", "lengths", "contexts", "readings", "length", "facts", "side_by_side"):
+        if (given := getattr(options, name)) is not None:
+            arguments += [
+                f"--{name.replace('_', '-')}",
+                *map(str, given if isinstance(given, (list, tuple)) else [given]),
+            ]
+    return ["--corpus", str(options.corpus), "--out", str(options.out), *arguments]
 
 
 def _needle(options: argparse.Namespace) -> None:
-    path = needle.measure(
-        options.model, corpus.load(options.corpus), options.out, options.device, lengths=options.lengths,
-        samples=options.samples, readings=options.readings, phrasings=options.phrasings, controls=options.controls,
+    cells = needle.chosen(options.kinds, options.lengths, options.contexts, options.readings)
+    print(needle.measure(options.model, corpus.load(options.corpus), options.out, options.device, cells))
+
+
+def _capacity(options: argparse.Namespace) -> None:
+    path = capacity.measure(
+        options.model, corpus.load(options.corpus), options.out, options.device, length=options.length,
+        numbers=options.facts,
     )  # fmt: skip
     print(path)
 

@@ -11,7 +11,7 @@ from examples.language_model import baselines
 from examples.language_model.attention import Attention
 from examples.language_model.settings import ModelSettings
 from fwpkm import FwPKMConfig, State
-from fwpkm.backends.torch import FwPKM
+from fwpkm.backends.torch import FwPKM, nbytes
 
 VOCABULARY = 256  # bytes
 
@@ -23,6 +23,21 @@ class Reading(NamedTuple):
     """of each memory, or of what stands in its place; ``state.memory`` [B, ...] goes on from text to text"""
     windows: tuple[Tensor, ...]
     """of each layer: ``[2, B, w, width]``, keys and values of the last w tokens, w at most the window less one."""
+
+    def fork(self, number: int) -> "Reading":
+        """Where ``number`` continuations of each sequence stand: they share its memories, which must not be written."""
+
+        def forked(state: State | baselines.Carried) -> State | baselines.Carried:
+            return state if isinstance(state, State) else mapped(lambda x: x.repeat_interleave(number, 0), state)
+
+        windows = tuple(past.repeat_interleave(number, 1) for past in self.windows)
+        return Reading(tuple(map(forked, self.memories)), windows)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memories and windows."""
+        memories = sum(nbytes(state) if isinstance(state, State) else state.nbytes for state in self.memories)
+        return memories + sum(past.nbytes for past in self.windows)
 
 
 def mapped(function: Callable[[Tensor], Tensor], part: Any) -> Any:
@@ -109,7 +124,7 @@ class LanguageModel(nn.Module):
 
         Args:
             tokens: ``[B, T]`` integers.
-            reading: where the sequences stand.
+            reading: where the sequences stand; forked, B is a multiple of its memories' rows, and ``update`` is False.
             update: False reads the memories without writing; attention, and a delta rule, go on as ever.
             inplace: the tables of ``reading`` may be overwritten, which saves a copy of each.
 
@@ -121,8 +136,12 @@ class LanguageModel(nn.Module):
         after = []
         for i, (block, past) in enumerate(zip(self.blocks, reading.windows)):
             if str(i) in self.memories:
-                read, state = self.memories[str(i)](x, next(states), update=update, inplace=inplace)
-                x = x + read
+                state = next(states)
+                # Frozen, a token reads the table wherever it stands: continuations of a sequence lie end to end.
+                number = len(state.position) if isinstance(state, State) and not update else len(x)
+                rows = x.reshape(number, -1, x.shape[2])
+                read, state = self.memories[str(i)](rows, state, update=update, inplace=inplace)
+                x = x + read.view_as(x)
                 after.append(state)
             x, past = block(x, past)
             windows.append(past)

@@ -14,7 +14,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator, PercentF
 
 from examples.language_model import results
 from examples.language_model.checkpoint import replace
-from examples.language_model.facts import DIGITS
+from examples.language_model.phrasings import VALUE_LENGTH as DIGITS
 from examples.language_model.report import size
 from examples.language_model.results import Run
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from examples.language_model.facts import DIGITS
+from examples.language_model.phrasings import VALUE_LENGTH as DIGITS
 from examples.language_model.settings import Experiment
 
 FILES = re.compile(r"(.+)\.(needle[^.]*\.json|bits\.json|record\.jsonl)")

@@ -8,13 +8,13 @@ import platform
 import shutil
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from examples.language_model import by_position, checkpoint, needle, results, training
+from examples.language_model import by_position, capacity, checkpoint, needle, results, training
 from examples.language_model.corpus import Corpus
 from examples.language_model.settings import Experiment
 
@@ -22,29 +22,29 @@ from examples.language_model.settings import Experiment
 class Asked(NamedTuple):
     """How much is measured, of every model alike."""
 
-    lengths: list[int]
-    """of contexts, in bytes; bits by position are of the longest"""
-    samples: int
-    """needles of each length"""
-    readings: int
-    """how often a context is read before the last question"""
+    length: int = 131072
+    """of texts, in bytes, for bits by position and for capacity"""
+    cells: Sequence[needle.Cell] = needle.PROTOCOL
+    facts: Sequence[int] = capacity.NUMBERS
+    """numbers of them, for capacity"""
 
 
 Measure = Callable[[Path, Corpus, Path, torch.device, Asked], Any]
 
 
 def _bits(folder: Path, corpus: Corpus, out: Path, device: torch.device, asked: Asked) -> None:
-    by_position.measure(folder, corpus, out, device, length=max(asked.lengths))
+    by_position.measure(folder, corpus, out, device, length=asked.length)
 
 
 def _needle(folder: Path, corpus: Corpus, out: Path, device: torch.device, asked: Asked) -> None:
-    needle.measure(
-        folder, corpus, out, device, lengths=asked.lengths, samples=asked.samples, readings=asked.readings,
-        phrasings=["seen-0"], controls=True,
-    )  # fmt: skip
+    needle.measure(folder, corpus, out, device, asked.cells)
 
 
-MEASURES: dict[str, Measure] = {"bits": _bits, "needle": _needle}
+def _capacity(folder: Path, corpus: Corpus, out: Path, device: torch.device, asked: Asked) -> None:
+    capacity.measure(folder, corpus, out, device, length=asked.length, numbers=asked.facts)
+
+
+MEASURES: dict[str, Measure] = {"bits": _bits, "needle": _needle, "capacity": _capacity}
 """What can be measured of the model of a folder; each writes OUT/NAME.MEASURE.json."""
 
 
@@ -141,7 +141,7 @@ def do(
     for measure in missing:
         began = time.monotonic()
         MEASURES[measure](folder, corpus, out / f"{job.name}.{measure}.json", device, asked)
-        taken = {"digest": _digest(asked), **asked._asdict(), "seconds": round(time.monotonic() - began, 1)}
+        taken = {"digest": _digest(asked), "seconds": round(time.monotonic() - began, 1)}
         said["measured"][measure] = {**taken, "device": training.device_name(device)}
         write()
 

@@ -123,10 +123,12 @@ class TrainingSettings:
         weight_decay: of matrices.
         clip: bound on the norm of the gradient.
         facts: share of the tokens that state facts (facts.py).
-        asked_weight: how often the digits of a fact stated again count in the loss; other bytes count once.
+        asked_weight: how often the digits of a fact that is asked for count in the loss; other bytes count once.
         span: for how many steps a row reads on in one document, with memories of its own that go on from step to step;
             then it begins elsewhere, with the initial memories.
-        gap: bytes from a statement of a fact to the next of the same, at least; with memories more than a chunk.
+        gap: bytes from a statement of a fact to its question, at least; with memories more than a chunk.
+        crowd: how many times as many facts one row in four states.
+        reread: every so many steps, a step reads what the step before it read, its memories going on; 0 for never.
         seed: of weights, tables and data.
     """
 
@@ -142,17 +144,25 @@ class TrainingSettings:
     asked_weight: float = 1.0
     span: int = 32
     gap: int = 520
+    crowd: int = 1
+    reread: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
         """Check every field."""
         require = functools.partial(_require, "training", self)
-        require("steps batch length span", lambda x: _integer(x, 1), "an integer of at least 1")
+        require("steps batch length span crowd", lambda x: _integer(x, 1), "an integer of at least 1")
         require("warmup seed gap", lambda x: _integer(x, 0), "an integer of at least 0")
+        require("reread", lambda x: _integer(x, 0) and x != 1, "0, or an integer of at least 2")
         require("span seed gap", lambda x: x < 2**31, "less than 2^31")
         require("facts decay", lambda x: _number(x) and 0 <= x <= 1, "a share from 0 to 1")
         require("learning_rate clip asked_weight", lambda x: _number(x) and x > 0, "a number above 0")
         require("weight_decay", lambda x: _number(x) and x >= 0, "a number of at least 0")
+
+    def content(self, step: int) -> tuple[int, bool]:
+        """Which batch a step reads, counted from 0, and whether the step before read it already."""
+        again = bool(self.reread) and (step + 1) % self.reread == 0
+        return step - ((step + 1) // self.reread if self.reread else 0), again
 
     def rate(self, step: int) -> float:
         """The learning rate of a step, counted from 0: up, level, and down to 0."""

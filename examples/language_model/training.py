@@ -44,7 +44,7 @@ class Batch(NamedTuple):
     tokens: np.ndarray
     """``[batch, length + 1]`` uint8"""
     asked: np.ndarray
-    """``[batch, length]`` bool: the target is a digit of a fact that is stated again."""
+    """``[batch, length]`` bool: the target is a digit that is asked for."""
     anew: list[bool]
     """which rows begin with the initial memories"""
 
@@ -158,9 +158,12 @@ def batches(corpus: Corpus, settings: TrainingSettings, first: int) -> Iterator[
     seed, batch, length, span = settings.seed, settings.batch, settings.length, settings.span
 
     def make(step: int) -> Batch:
-        read, rng = rows(corpus.train, seed, step, batch, length, span), np.random.default_rng([seed, step])
-        made = training_batch(corpus.train, read, rng, length, settings.facts, settings.gap)
-        return Batch(*made, [row.anew for row in read])
+        content, again = settings.content(step)
+        read, rng = rows(corpus.train, seed, content, batch, length, span), np.random.default_rng([seed, content])
+        made = training_batch(
+            corpus.train, read, rng, length, settings.facts, settings.gap, settings.crowd, again=again
+        )
+        return Batch(*made, [row.anew and not again for row in read])
 
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         ahead = [pool.submit(make, step) for step in range(first, min(first + AHEAD, settings.steps))]
