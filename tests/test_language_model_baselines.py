@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 
 import numpy as np
 import pytest
@@ -10,9 +11,9 @@ import torch.nn.functional as F  # noqa: N812
 from asserting import assert_close
 from sources import ROOT
 
-from examples.language_model import baselines, checkpoint, needle, training
+from examples.language_model import baselines, by_position, checkpoint, needle, training
 from examples.language_model.corpus import Corpus, Texts
-from examples.language_model.model import LanguageModel
+from examples.language_model.model import LanguageModel, Reading, mapped
 from examples.language_model.settings import Experiment, ModelSettings
 
 CPU = torch.device("cpu")
@@ -99,6 +100,50 @@ def test_what_goes_on_from_text_to_text(mixer):
     assert not model.settings.writes
 
 
+# Measuring
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_forked_readings_answer_each_question_as_if_it_were_the_only_one(mixer):
+    model = built(mixer)
+    reading = model(TOKENS, model.start(2))[1]
+    kept = mapped(torch.clone, reading)
+    asked, value = drawn(6, 12, seed=4).view(2, 3, 12), torch.full((2, 3), 4)
+    hidden, _ = model(asked.flatten(0, 1), reading.fork(3), update=False)
+    for row, question in itertools.product(range(2), range(3)):
+        part = mapped(lambda x, row=row: x[row : row + 1], reading.memories)
+        windows = tuple(past[:, row : row + 1] for past in reading.windows)
+        alone, _ = model(asked[row, question][None], Reading(part, windows), update=False)
+        assert_close(hidden[3 * row + question], alone[0], "float32")
+    assert needle.answers(model, asked, value, reading).shape == (2, 3, 6)
+    held = [x for state in kept.memories for x in (*state.memory, *state.window)]
+    assert all(map(torch.equal, held, (x for state in reading.memories for x in (*state.memory, *state.window))))
+    assert reading.nbytes == sum(x.nbytes for x in (*held, *reading.windows))
+
+
+MEASURED = {
+    "attention": ({"reset"}, {("memory", 1)}),
+    "delta": (
+        {"reset", "carried"},
+        {("memory", 1), ("memory", 2), *(("another document's memory", n) for n in (1, 2))},
+    ),
+    "static": ({"reset"}, {("memory", 1)}),
+}
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_only_what_goes_on_is_read_again_carried_and_swapped(mixer, tmp_path):
+    whole = experiment(mixer)
+    training.train(whole, CORPUS, tmp_path / "model", CPU)
+    modes, answered = MEASURED[mixer]
+    by_position.measure(tmp_path / "model", CORPUS, tmp_path / "bits", CPU, length=1024)
+    assert json.loads((tmp_path / "bits").read_text())["bits"].keys() == modes
+    cells = [needle.Cell("near", 1024, contexts=2, readings=2, controls=True)]
+    needle.measure(tmp_path / "model", CORPUS, tmp_path / "needle", CPU, cells, tell=lambda _: None)
+    rows = json.loads((tmp_path / "needle").read_text())["rows"]
+    assert {(row["control"], row["readings"]) for row in rows} == answered
+
+
 # The gated delta rule
 
 
@@ -168,6 +213,10 @@ def test_every_weight_learns_and_the_model_comes_back(mixer, tmp_path):
     model, _ = checkpoint.load(tmp_path, CPU, memory_scope="sequence")
     same = [name for name, p in model.named_parameters() if torch.equal(p, initial[name])]
     assert not same
+    tables = [p for name, p in model.named_parameters() if ".memory." in name]
+    assert [len(p) for p in tables if p.ndim == 2] == [64, 64] * (mixer == "static")
+    kept = [p for group in training.Trainer(trained, CPU).optimizer.param_groups[1:] for p in group["params"]]
+    assert {p.shape for p in tables} <= {p.shape for p in kept}  # which weights do not decay
     training.train(trained, CORPUS, tmp_path, CPU)  # its tables are found to be its own
     assert torch.isfinite(model(TOKENS, model.start(2))[0]).all()
 
