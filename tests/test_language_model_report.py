@@ -277,3 +277,21 @@ def test_command(folder, tmp_path, capsys):
     with pytest.raises(SystemExit):
         commands.main(["report", str(folder)])
     assert "z.bits.json is damaged" in capsys.readouterr().err
+
+
+def test_baselines_are_named_and_stand_beside_the_headline(folder):
+    named = {"attention": "attention", "delta": "gated delta rule", "static": "memory never written"}
+    for mixer in named:
+        settings = experiment([1])
+        settings["model"]["mixer"] = mixer
+        write(folder, mixer, settings, rows=[row("memory", 4096, 1, 9)], bits={"reset": text_bits(0.95)}, speed=11)
+    runs = {run.label: run for run in results.load(folder)}
+    text = report.report(folder)
+    for label in (f"{name}, 100 steps, seed 0" for name in named.values()):
+        assert not runs[label].headline
+        assert results.equal_steps(runs[label], runs.values()).label == "no memory, 100 steps, seed 0"
+        assert section(text, f"Needles, seen in training (seen-0): {label}")[1:] == [
+            ["4K", "45.0% (25.8 to 65.8), 72.5%"]
+        ]
+        assert label not in str(section(text, "Controls"))
+    assert [run.headline for run in runs.values()] == [True, True] + [False] * 6
