@@ -74,7 +74,7 @@ class GatedDelta(nn.Module):
     """
 
     def __init__(self, width: int):
-        """Draw the weights; the heads begin with half-lives of 38 to 2,065 tokens."""
+        """Draw the weights; the heads begin with half-lives of 38 to 2,067 tokens."""
         super().__init__()
         self.heads = max(1, width // HEAD)
         if width % self.heads:
