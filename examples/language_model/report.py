@@ -20,11 +20,11 @@ def report(folder: Path) -> str:
         ValueError: a file is damaged, or does not belong with the others; names it.
     """
     runs = results.load(folder)
-    headline = [r for r in runs if r.headline]
+    asked = [r for r in runs if r.memory and r.experiment.training.facts]
     parts = [
-        *(_needle(run, unseen=False) for run in headline),
+        *(_needle(run, unseen=False) for run in asked),
         _controls(runs),
-        *(_needle(run, unseen=True) for run in headline),
+        *(_needle(run, unseen=True) for run in asked),
         _bits(runs),
         _compared(runs, "at equal steps", results.equal_steps),
         _compared(runs, "at equal time", results.equal_time),
@@ -84,7 +84,7 @@ def _controls(runs: list[Run]) -> str:
     """Each control by length, at whichever number of readings finds most."""
     asked = [(r, c, r.answers(c)) for r in runs if r.headline for c in ("learning rate 0", "another document's memory")]
     asked += [(r, "no memory", r.answers("no memory")) for r in runs if not r.memory]
-    asked += [(r, "trained without facts", r.answers()) for r in runs if r.memory and not r.headline]
+    asked += [(r, "trained without facts", r.answers()) for r in runs if r.memory and not r.experiment.training.facts]
     asked = [(run, control, rows) for run, control, rows in asked if rows]
     lengths = sorted({r["length"] for _, _, rows in asked for r in rows})
 

@@ -23,6 +23,10 @@ ASKED = ("control", "phrasing", "length", "readings")  # what tells rows apart
 _NUMBER = (int, float)
 _LINE = {"step": int, "device": str, **dict.fromkeys(("steps_per_second", "digits_right", "first_right"), _NUMBER)}
 _ROW = {"control": str, "phrasing": str, "length": int, "readings": int, "exact": _NUMBER, "digits": _NUMBER}
+# What models are called, by their mixers.
+KINDS = {
+    "fwpkm": "memory", "attention": "attention", "delta": "gated delta rule", "static": "memory never written",
+}  # fmt: skip
 
 
 class Run(NamedTuple):
@@ -41,13 +45,13 @@ class Run(NamedTuple):
 
     @property
     def memory(self) -> bool:
-        """Whether it has memories."""
+        """Whether it has memories, or what is compared with them."""
         return bool(self.experiment.model.memories)
 
     @property
     def headline(self) -> bool:
-        """Whether it has memories and was trained on facts."""
-        return self.memory and self.experiment.training.facts > 0
+        """Whether it has memories that are written, and was trained on facts."""
+        return self.experiment.model.writes and self.experiment.training.facts > 0
 
     @property
     def speed(self) -> float:
@@ -93,7 +97,7 @@ def load(folder: Path) -> list[Run]:
             data = json.loads(path.read_text(encoding="utf-8-sig"))
             experiment = Experiment.of(data["experiment"], "experiment")
             agreed = {f"model of {name}": experiment, "corpus": data["corpus"]}
-            if experiment.model.memories and experiment.training.facts:
+            if experiment.model.writes and experiment.training.facts:
                 agreed["headline model, but for its seed,"] = _of(experiment, experiment.model)
             if kind == "bits.json":
                 run["bits"] = _bits(data, bool(experiment.model.memories))
@@ -121,7 +125,7 @@ def load(folder: Path) -> list[Run]:
 
 def _order(run: Run) -> tuple[Any, ...]:
     training = run.experiment.training
-    return not run.memory, not run.headline, training.steps, training.seed, run.label
+    return not run.memory, not run.experiment.model.writes, not run.headline, training.steps, training.seed, run.label
 
 
 @contextlib.contextmanager
@@ -184,7 +188,8 @@ def _row(row: dict[str, Any]) -> dict[str, Any]:
 def _label(experiment: Experiment, record: list[dict[str, Any]]) -> str:
     training = experiment.training
     stopped = f"{record[-1]['step']:,} of " if record and record[-1]["step"] < training.steps else ""
-    parts = ["memory" if experiment.model.memories else "no memory", "" if training.facts else "no facts in training"]
+    kind = KINDS[experiment.model.mixer] if experiment.model.memories else "no memory"
+    parts = [kind, "" if training.facts else "no facts in training"]
     return ", ".join(filter(None, [*parts, f"{stopped}{training.steps:,} steps", f"seed {training.seed}"]))
 
 
