@@ -66,7 +66,8 @@ def books(tmp_path_factory):
 def arguments(root, *more, seeds=(0,), out="out", contexts=2):
     told = ["--corpus", str(root / "corpus"), "--out", str(root / out), "--seeds", *map(str, seeds)]
     asked = ["--kinds", "near", "--lengths", "1024", "--contexts", str(contexts), "--readings", "1"]
-    return ["run", str(root / "small.toml"), *told, *asked, "--length", "2048", "--facts", "2", *more]
+    measures = ["--measures", "bits", "needle", "capacity", "--length", "2048", "--facts", "2"]
+    return ["run", str(root / "small.toml"), *told, *asked, *measures, *more]
 
 
 def contents(folder):

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from examples.language_model import by_position, capacity, checkpoint, needle, results, training
+from examples.language_model import by_position, capacity, checkpoint, names, needle, results, training
 from examples.language_model.corpus import Corpus
 from examples.language_model.settings import Experiment
 
@@ -44,7 +44,11 @@ def _capacity(folder: Path, corpus: Corpus, out: Path, device: torch.device, ask
     capacity.measure(folder, corpus, out, device, length=asked.length, numbers=asked.facts)
 
 
-MEASURES: dict[str, Measure] = {"bits": _bits, "needle": _needle, "capacity": _capacity}
+def _names(folder: Path, corpus: Corpus, out: Path, device: torch.device, asked: Asked) -> None:
+    names.measure(folder, corpus, out, device, length=asked.length)
+
+
+MEASURES: dict[str, Measure] = {"bits": _bits, "needle": _needle, "capacity": _capacity, "names": _names}
 """What can be measured of the model of a folder; each writes OUT/NAME.MEASURE.json."""
 
 
