@@ -10,6 +10,8 @@ from typing import Any, Self
 
 from fwpkm import FwPKMConfig
 
+MIXERS = ("fwpkm", "attention", "delta", "static")
+
 
 def _integer(value: Any, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
@@ -35,7 +37,10 @@ class ModelSettings:
         heads: of attention.
         window: how many tokens attention sees, the present one included.
         hidden: width of SwiGLU.
-        memories: before which layers an FwPKM layer stands, counted from 0; empty for none.
+        memories: before which layers a mixer stands, counted from 0; empty for none.
+        mixer: what stands there: "fwpkm", a memory; or, to compare with (baselines.py), "attention" to ``context``
+            tokens, "delta", a gated delta rule, or "static", a memory that is trained and never written.
+        context: how many tokens the mixer "attention" sees, the present one included.
         memory: fields of FwPKMConfig that differ from its defaults; key_dim and value_dim are ``width`` if absent.
     """
 
@@ -45,11 +50,13 @@ class ModelSettings:
     window: int = 256
     hidden: int = 768
     memories: tuple[int, ...] = ()
+    mixer: str = "fwpkm"
+    context: int = 4096
     memory: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Check what the modules would not."""
-        names = "width layers heads window hidden"
+        names = "width layers heads window hidden context"
         _require("model", self, names, lambda x: _integer(x, 1), "an integer of at least 1")
         if self.width % (2 * self.heads):
             raise ValueError(
@@ -64,15 +71,30 @@ class ModelSettings:
         object.__setattr__(self, "memories", tuple(self.memories))
         if len(set(self.memories)) < len(self.memories):
             raise ValueError(f"model.memories must differ. Received: {self.memories}")
+        _require("model", self, "mixer", lambda x: x in MIXERS, f"one of {MIXERS}")
+        if self.mixer != "fwpkm" and not self.memories:
+            raise ValueError(f'model.mixer must be "fwpkm" where model.memories is empty. Received: {self.mixer!r}')
         if not isinstance(self.memory, Mapping):
             raise ValueError(f"model.memory must be a table of FwPKMConfig's fields. Received: {self.memory!r}")
+        if self.mixer in ("attention", "delta") and self.memory:
+            raise ValueError(f'model.memory must be empty with mixer = "{self.mixer}". Received: {self.memory!r}')
         if self.memory_config().boundary != "drop":
             # Under "wait" the last chunk of a step would be pending, and the next step would not write it.
             raise ValueError(f'model.memory.boundary must be "drop". Received: {self.memory["boundary"]!r}')
 
     @property
+    def writes(self) -> bool:
+        """Whether there are memories that are written."""
+        return bool(self.memories) and self.mixer == "fwpkm"
+
+    @property
+    def carries(self) -> bool:
+        """Whether anything goes on from text to text: memories, or a delta rule's state."""
+        return self.writes or self.mixer == "delta"
+
+    @property
     def beyond(self) -> int:
-        """Bytes back from which attention brings nothing, through all layers, and memories have written everything."""
+        """Bytes back from which the layers' windows bring nothing, and memories have written everything."""
         return max(self.layers * (self.window - 1), self.memory_config().chunk_size) + 64
 
     def memory_config(self, **fields: Any) -> FwPKMConfig:
@@ -159,12 +181,12 @@ class Experiment:
     def __post_init__(self) -> None:
         """Chunks end where sequences do, so that no token is pending between steps; and facts are written in time."""
         chunk = self.model.memory_config().chunk_size
-        if self.model.memories and self.training.facts and self.training.gap <= chunk:
+        if self.model.writes and self.training.facts and self.training.gap <= chunk:
             raise ValueError(
                 f"training.gap must be more than model.memory.chunk_size, or a fact would be stated again before it is "
                 f"written. Received: gap={self.training.gap}, chunk_size={chunk}"
             )
-        if self.model.memories and self.training.length % chunk:
+        if self.model.writes and self.training.length % chunk:
             raise ValueError(
                 f"training.length must be a multiple of model.memory.chunk_size. "
                 f"Received: length={self.training.length}, chunk_size={chunk}"
