@@ -258,6 +258,8 @@ def test_a_fact_is_written_before_it_is_stated_again(gap, chunk):
     [
         ("steps = ", "is not TOML"),
         (b"# \xff\n[model]\n", "is not TOML"),
+        ("a = " + 100_000 * "[", "is not TOML"),
+        (b"\xef\xbb\xbf[models]\n", "unknown tables ['models']"),
         ("[training]\nstep = 3\n", "unknown fields ['step'] of [training]"),
         ("[model]\ndepth = 3\n", "unknown fields ['depth'] of [model]"),
         ("[models]\n", "unknown tables ['models']"),

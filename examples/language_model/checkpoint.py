@@ -85,8 +85,8 @@ def settings_of(folder: Path) -> Experiment:
     if not path.exists():
         raise FileNotFoundError(f"{folder} has no {SETTINGS}: train first, with --out {folder}")
     try:
-        tables = json.loads(path.read_text())
-    except ValueError as error:
+        tables = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error}): remove it, or copy it again") from error
     try:
         return Experiment.of(tables, str(path))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from examples.language_model import by_position, capacity, corpus, needle, report, training
+from examples.language_model import by_position, capacity, corpus, names, needle, report, training
 from examples.language_model.settings import Experiment
 
 
@@ -31,7 +31,8 @@ def _parser() -> argparse.ArgumentParser:
     prepare.add_argument("source", type=Path, help="a folder of text files, or of .jsonl or .jsonl.xz files")
     prepare.add_argument("out", type=Path)
     prepare.add_argument("--code", action="store_true", help="the source is a tree of C code")
-    prepare.set_defaults(run=lambda o: corpus.prepare(o.source, o.out, code=o.code))
+    prepare.add_argument("--hold-out", type=int, default=0, metavar="N", help="so many contributors more")
+    prepare.set_defaults(run=lambda o: corpus.prepare(o.source, o.out, code=o.code, hold_out=o.hold_out))
 
     train = commands.add_parser("train", help="train an experiment, or go on from its checkpoint")
     train.add_argument("experiment", type=Path, help="a TOML file, see examples/language_model/configs")
@@ -60,6 +61,11 @@ def _parser() -> argparse.ArgumentParser:
     _common(position)
     position.add_argument("--length", type=int, default=131072)
     position.set_defaults(run=_bits)
+
+    own = commands.add_parser("names", help="ask for names that held-out books hold and training books do not")
+    _common(own)
+    own.add_argument("--length", type=int, default=131072)
+    own.set_defaults(run=_names)
 
     look = commands.add_parser("inside", help="draw what the memories hold, and where their gates open")
     _common(look)
@@ -115,6 +121,11 @@ def _capacity(options: argparse.Namespace) -> None:
 def _bits(options: argparse.Namespace) -> None:
     texts = corpus.load(options.corpus)
     print(by_position.measure(options.model, texts, options.out, options.device, length=options.length))
+
+
+def _names(options: argparse.Namespace) -> None:
+    texts = corpus.load(options.corpus)
+    print(names.measure(options.model, texts, options.out, options.device, length=options.length))
 
 
 def _inside(options: argparse.Namespace) -> None:

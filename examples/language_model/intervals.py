@@ -1,8 +1,8 @@
 """How sure a mean over books is: intervals over writers and over seeds.
 
 Books of one writer resemble each other, so the writer is the unit: a writer's value is the mean of their documents'
-values, and what is reported is the mean over writers with Student's t interval of 95%. Two models are compared writer by
-writer, in pairs, on the same documents. Over seeds the unit is the run, whose value is its mean over writers.
+values, and what is reported is the mean over writers with Student's t interval of 95%. Two models are compared in
+pairs: writer by writer, on the same documents. Over seeds the unit is the run, whose value is its mean over writers.
 """
 
 import json

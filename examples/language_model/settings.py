@@ -229,8 +229,8 @@ class Experiment:
             FileNotFoundError: there is no such file.
         """
         try:
-            tables = tomllib.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:  # not UTF-8 either
+            tables = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        except (ValueError, RecursionError) as error:  # not UTF-8, or nested too deep
             raise ValueError(f"{path} is not TOML: {error}") from error
         if isinstance(given := tables.get("training", {}), Mapping):
             tables["training"] = {**given, **training}
