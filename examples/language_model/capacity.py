@@ -26,7 +26,7 @@ NEARBY = 4  # thousands of statements leave little text between them
 def contexts(facts: int) -> int:
     """How many contexts of so many facts are read."""
     most, least = CONTEXTS
-    return max(least, min(most, ANSWERS // facts))
+    return max(least, min(most, ANSWERS // max(1, facts)))
 
 
 def measure(
@@ -51,7 +51,9 @@ def measure(
     for number, haystack in zip(numbers, drawn):
         ((_, _, right),) = try_out(model, haystack, device, 1)
         rows.append({"facts": number, "length": length} | shares(right) | {"depth": haystack.depth.round(4).tolist()})
-        tell(f"{number} facts in {length} bytes: {100 * rows[-1]['exact']:.1f}% of {right[..., 0].size} answered exactly")
+        tell(
+            f"{number} facts in {length} bytes: {100 * rows[-1]['exact']:.1f}% of {right[..., 0].size} answered exactly"
+        )
     about = {
         "corpus": corpus.sha256, "seed": seed, "device": device_name(device), "experiment": experiment.tables(),
         "trained": folder.name, "state_bytes": model.start(1).nbytes, "rows": rows,

@@ -207,9 +207,7 @@ def _ends(texts: Texts, size: int) -> np.ndarray:
     return ends
 
 
-def _statements(
-    rng: np.random.Generator, row: Row, length: int, share: float, gap: int, again: bool
-) -> list[Planned]:
+def _statements(rng: np.random.Generator, row: Row, length: int, share: float, gap: int, again: bool) -> list[Planned]:
     """The sentences of a row of ``length`` bytes, in their order: as many as ``share`` allows and the row can hold."""
     size = max(row.stated.size, row.asked.size)
     number = int(share * length) // (row.stated.size + row.asked.size + 4)

@@ -4,8 +4,8 @@ A sentence is an opening, a noun, the key, a link and the value, each of the two
 
     By the register, barge wgql holds "148759".
 
-Held-out openings, nouns and links never occur in training; of those that do, an eighth of the pairs of an opening and a
-link never occur together. So a sentence can be new by its opening, noun, link or pair alone, or by all of the first three.
+Held-out openings, nouns and links never occur in training; of those that do, an eighth of the pairs of an opening and
+a link never occur together. So a sentence can be new by its opening, noun, link or pair alone, or by the first three.
 """
 
 import zlib
@@ -48,9 +48,10 @@ HELD_NOUNS = (
     "statue ", "planet ", "theorem ", "the age of ", "clock ", "orchard ", "passport no. ",
 )  # fmt: skip
 LINKS = (
-    " is ", ": ", " = ", " was ", " has ", " reads ", " to ", ", or ", " means ", " gives ", " had ", " got ", " shows ",
-    " bears ", " keeps ", " -> ", " took ", " needs ", " owes ", " lists ", " at ", " with ", " by ", " made ", ", thus ",
-    " costs ", " counts ", " / ", "; ", " being ", " for ", " marks ", " names ", " pays ", " won ", " drew ",
+    " is ", ": ", " = ", " was ", " has ", " reads ", " to ", ", or ", " means ", " gives ", " had ", " got ",
+    " shows ", " bears ", " keeps ", " -> ", " took ", " needs ", " owes ", " lists ", " at ", " with ", " by ",
+    " made ", ", thus ", " costs ", " counts ", " / ", "; ", " being ", " for ", " marks ", " names ", " pays ",
+    " won ", " drew ",
 )  # fmt: skip
 HELD_LINKS = (" holds ", " equals ", " says ", " sold ", " met ", " on ", " lost ", " saw ", " := ", " bore ")
 LONG_LINKS = (
@@ -70,7 +71,7 @@ KINDS = ("near", "short", "far", "value first")
 _SHARES = (0.65, 0.10, 0.15, 0.10)
 """Of KINDS in training."""
 INVENTED = 0.25
-"""Share of near and far sentences with invented words, so that words never seen before are nothing new."""
+"""Share of the sentences of training with invented words, so that words never seen before are nothing new."""
 QUOTED = 0.3
 """Share of keys, and of values, in quotes."""
 REPHRASED = 0.5
@@ -78,7 +79,7 @@ REPHRASED = 0.5
 HELD_OUT = ("opening", "noun", "link", "pair", "all new")
 """By what a held-out sentence is new."""
 
-_SYLLABLES = [c + v for c in "b d f g h k l m n p r s t v w z br cl st tr gr".split() for v in "aeiou"]
+_SYLLABLES = [first + vowel for first in (*"bdfghklmnprstvwz", "br", "cl", "st", "tr", "gr") for vowel in "aeiou"]
 
 
 class Phrasing(NamedTuple):
