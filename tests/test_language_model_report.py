@@ -33,7 +33,20 @@ def row(control, length, readings, right, kind="near"):
     return {"control": control, "kind": kind, "length": length, "readings": readings, **answers(right)}
 
 
-def write(folder, name, settings, *, rows=None, more=None, facts=None, bits=None, speed=None, first=0.1, turned=False):
+def write(
+    folder,
+    name,
+    settings,
+    *,
+    rows=None,
+    more=None,
+    facts=None,
+    names=None,
+    bits=None,
+    speed=None,
+    first=0.1,
+    turned=False,
+):
     about = {"corpus": "c0ffee", "device": "a device", "experiment": settings}
     for kind, found in (("needle", rows), ("needle-more", more)):
         if found is not None:
@@ -42,6 +55,8 @@ def write(folder, name, settings, *, rows=None, more=None, facts=None, bits=None
         found = [{"facts": n, "length": 131072, **answers(right, facts=n)} for n, right in facts.items()]
         data = {**about, "state_bytes": 537_000_000, "rows": found}
         (folder / f"{name}.capacity.json").write_text(json.dumps(data))
+    if names is not None:
+        (folder / f"{name}.names.json").write_text(json.dumps({**about, **names}))
     if bits is not None:
         order = slice(None, None, -1 if turned else 1)
         data = {**about, "documents": DOCUMENTS[order], "writers": WRITERS[order], "bin": 1024}
@@ -55,6 +70,15 @@ def write(folder, name, settings, *, rows=None, more=None, facts=None, bits=None
             for s, f in ((steps // 4, 0.1), (steps // 2, 1), (steps, 1))
         ]
         (folder / f"{name}.record.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+NAMES = ["Wickham", "Étretat", "31,415"]
+
+
+def names_of(**right):
+    """Of documents a, b and d, one question each; how many bytes at the end are right."""
+    questions = [[i, 9000, name, 5000] for i, name in zip((0, 1, 3), NAMES)]
+    return {"length": 8192, "documents": DOCUMENTS, "writers": WRITERS, "questions": questions, "right": right}
 
 
 def text_bits(factor, bins=8):
@@ -75,11 +99,21 @@ def folder(tmp_path):
         write(
             tmp_path, f"x{seed}", experiment(MEMORY, seed=seed), rows=rows, more=more, bits=bits, speed=10,
             first=0.9, facts={5: 20 - seed, 50: 10},
+            names=names_of(carried=[7, 8, 6 - seed], reset=[5, 0, 0], frozen=[0, 0, 0]),
         )  # fmt: skip
     for seed, factor in ((0, 1.0), (1, 1.1)):
         rows = [row("no memory", 4096, 1, seed)]
         bits = {"no memory": text_bits(factor)}
-        write(tmp_path, f"z{seed}", experiment(PLAIN, seed=seed), rows=rows, bits=bits, speed=16, facts={5: 0})
+        write(
+            tmp_path,
+            f"z{seed}",
+            experiment(PLAIN, seed=seed),
+            rows=rows,
+            bits=bits,
+            speed=16,
+            facts={5: 0},
+            names=names_of(**{"no memory": [0, 0, 4]}),
+        )
     longer = {"no memory": text_bits(0.8)}
     write(tmp_path, "long", experiment(PLAIN, steps=160), bits=longer, speed=16, turned=True)
     write(tmp_path, "far", experiment(PLAIN, steps=300), bits={"no memory": text_bits(0.5)}, speed=16)
@@ -172,6 +206,28 @@ def test_capacity(folder):
     assert [r[3].split()[0] for r in rows] == ["50.0%", "50.0%"]
     _, *rows = section(text, "Capacity of other models")
     assert [r[:3] for r in rows] == [[f"no memory, 100 steps, seed {i}", "537 MB", "128K"] for i in (0, 1)]
+
+
+def test_names(folder):
+    text = report.report(folder)
+    head, *rows = section(text, "Names of books")
+    assert head == ["seed", "given", "carried", "reset", "frozen"]
+    # Ann's two are right, and of seed 0 Cy's; after two bytes Wickham needs five. t of one degree is 12.706.
+    assert rows[0][2] == "50.0% (-585.3 to 685.3), seed 4"
+    assert [[cell.split()[0] for cell in r] for r in rows[2:]] == [
+        ["0", "the", "100.0%", "0.0%", "0.0%"], ["0", "2", "100.0%", "25.0%", "0.0%"],
+        ["4", "the", "50.0%", "0.0%", "0.0%"], ["4", "2", "50.0%", "25.0%", "0.0%"],
+    ]  # fmt: skip
+    head, worst, *rows = section(text, "Names of books: what reading adds")
+    assert head[2:] == ["carried less reset", "carried less frozen"]
+    assert [[cell.split()[0] for cell in r[2:]] for r in rows[1:]] == [
+        ["+100.0", "+100.0"], ["+75.0", "+100.0"], ["+50.0", "+50.0"], ["+25.0", "+50.0"],
+    ]  # fmt: skip
+    assert worst[2].endswith("seed 4")
+    _, *rows = section(text, "Names of books, other models")
+    assert [[*r[:2], *(cell.split()[0] for cell in r[2:])] for r in rows] == [
+        [f"no memory, 100 steps, seed {i}", "no memory", "0.0%", "50.0%"] for i in (0, 1)
+    ]
 
 
 def test_bits_are_means_over_writers(folder):
@@ -336,6 +392,10 @@ DAMAGE = {
     "fewer answers": ("x0.needle.json", lambda d: d["rows"][0]["right"][0].pop()),
     "the same twice": ("x0.needle-more.json", lambda d: d["rows"].append(d["rows"][0])),
     "other facts": ("x0.capacity.json", lambda d: changed(d, 6, "rows", 0, "facts")),
+    "a name of no document": ("x0.names.json", lambda d: changed(d, 4, "questions", 0, 0)),
+    "fewer answers to names": ("x0.names.json", lambda d: d["right"]["carried"].pop()),
+    "more bytes than a name has": ("x0.names.json", lambda d: changed(d, 8, "right", "carried", 0)),
+    "fewer writers of names": ("x0.names.json", lambda d: d["writers"].pop()),
     "no state": ("x0.capacity.json", without("state_bytes")),
     "fewer documents": ("z0.bits.json", lambda d: d["bits"]["no memory"].pop()),
     "fewer writers": ("z0.bits.json", lambda d: d["writers"].pop()),

@@ -1,11 +1,11 @@
-"""What was answered, in tables: needles near, in other sentences, controls, and capacity."""
+"""What was answered, in tables: needles near, in other sentences, controls, capacity, and books' own names."""
 
 import functools
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from examples.language_model import comparing
+from examples.language_model import comparing, intervals, names
 from examples.language_model.intervals import Interval
 from examples.language_model.results import MEMORY, Run
 from examples.language_model.tables import (
@@ -104,6 +104,44 @@ def capacity(runs: Sequence[Run]) -> list[str]:
         for name, length in over[1]
     ]
     return [*tables, table("Capacity of other models", note, ["model", "state", over[0], *columns], rows, texts=3)]
+
+
+def own_names(runs: Sequence[Run]) -> list[str]:
+    """Names that books hold and training does not, asked far from where they stood before."""
+    measured = [r for r in runs if r.names]
+    own, others = comparing.memories(measured), [r for r in measured if r.kind != MEMORY]
+    modes = list(dict.fromkeys(mode for r in own for mode in r.names["right"]))
+    over = "given", [(f"{given} bytes" if given else "the left context", given) for given in names.GIVEN]
+    columns: dict[str, Look] = {mode: functools.partial(_named, mode=mode) for mode in modes}
+    more: dict[str, Look] = {
+        f"{modes[0]} less {mode}": functools.partial(_named, mode=modes[0], less=mode) for mode in modes[1:]
+    }
+    counts = sorted({len(r.names["questions"]) for r in measured})
+    note = (
+        f"Of {' or '.join(f'{n:,}' for n in counts)} questions, those answered exactly: means over writers, with the "
+        "95% interval over them. Carried: the book was read from its beginning. Reset: the memory began 4,096 bytes "
+        "before, so it never read the name. Frozen: it was never written."
+    )
+    rows = [
+        [run.label, mode, *(cell(_named(run, given, mode)) for given in names.GIVEN)]
+        for run in others
+        for mode in run.names["right"]
+    ]
+    return [
+        of_seeds("Names of books", note, own, over, columns),
+        of_seeds("Names of books: what reading adds", "Points more, in pairs.", own, over, more, write=difference),
+        table("Names of books, other models", note, ["model", "memory", *(x for x, _ in over[1])], rows, texts=2),
+    ]
+
+
+def _named(run: Run, given: int, mode: str, less: str | None = None) -> Interval | None:
+    """The mean over writers of the share of names that is found in a mode; ``less``: how much more than in another."""
+    if not {mode, less} - {None} <= set(run.names["right"]):
+        return None
+    found = names.shares(run.names, mode, given)
+    if less is None:
+        return intervals.over_writers(found)
+    return intervals.difference(found, names.shares(run.names, less, given))
 
 
 def _held(run: Run, length: int, facts: int) -> Interval | None:

@@ -30,6 +30,7 @@ def report(folder: Path) -> str:
         *needle_tables.other_sentences(own),
         needle_tables.controls(runs),
         *needle_tables.capacity(runs),
+        *needle_tables.own_names(runs),
         *(_baselines(own, others, how) for how, others in pairs),
         *(_compared(own, others, how) for how, others in pairs),
         _bits(runs),

@@ -1,4 +1,4 @@
-"""What was measured, read from a folder of NAME.needle.json, NAME.capacity.json, NAME.bits.json, NAME.record.jsonl."""
+"""What was measured, read from a folder of NAME.KIND.json and NAME.record.jsonl."""
 
 import contextlib
 import dataclasses
@@ -16,7 +16,7 @@ import numpy as np
 from examples.language_model.phrasings import VALUE_LENGTH
 from examples.language_model.settings import Experiment
 
-FILES = re.compile(r"(.+)\.(needle[^.]*\.json|capacity\.json|bits\.json|record\.jsonl)")
+FILES = re.compile(r"(.+)\.(needle[^.]*\.json|capacity\.json|names\.json|bits\.json|record\.jsonl)")
 MEMORY, NO_MEMORY = "memory", "no memory"
 KINDS = {"fwpkm": MEMORY, "attention": "attention", "delta": "gated delta rule", "static": "memory never written"}
 """What models are called, by their mixers."""
@@ -53,6 +53,8 @@ class Run(NamedTuple):
     capacity: Sequence[Answers] = ()
     state_bytes: int = 0
     """of one sequence; 0 where capacity was not measured"""
+    names: Mapping[str, Any] = MappingProxyType({})
+    """as names.py writes them; empty where they were not asked"""
     bits: Mapping[str, np.ndarray] = MappingProxyType({})
     """``[documents, bins]`` by what the memory does, see by_position.py"""
     documents: Sequence[str] = ()
@@ -151,7 +153,7 @@ def load(folder: Path) -> list[Run]:
     experiments = [run["experiment"] for run in found.values() if "experiment" in run]
     if not experiments:
         raise FileNotFoundError(
-            f"{folder} holds no NAME.needle.json, NAME.capacity.json or NAME.bits.json: measure first"
+            f"{folder} holds no NAME.needle.json, NAME.capacity.json, NAME.names.json or NAME.bits.json: measure first"
         )
     runs = [
         Run(name, twin=experiments.count(run["experiment"]) > 1, **run)
@@ -213,6 +215,8 @@ def _take(run: dict[str, Any], kind: str, data: Mapping[str, Any]) -> None:
         run["writers"] = data.get("writers", run["documents"])
         if len(run["writers"]) != len(run["documents"]):
             raise ValueError(f"{len(run['documents'])} documents are by {len(run['writers'])} writers")
+    elif kind == "names.json":
+        run["names"] = _names(data)
     elif kind == "capacity.json":
         _check(data, {"state_bytes": int})
         run["state_bytes"] = data["state_bytes"]
@@ -240,6 +244,17 @@ def _bits(data: Mapping[str, Any], mixes: bool) -> dict[str, np.ndarray]:
     if (NO_MEMORY in bits) == mixes or (mixes and "reset" not in bits):
         raise ValueError(f"bits are of {', '.join(bits)}, which the model's memories do not fit")
     return bits
+
+
+def _names(data: Mapping[str, Any]) -> Mapping[str, Any]:
+    documents, writers, questions = data["documents"], data["writers"], data["questions"]
+    sizes = np.array([len(name.encode()) for _, _, name, _ in questions])
+    rights = [np.array(right, float) for right in data["right"].values()]
+    if len(set(documents)) != len(writers) or not {i for i, *_ in questions} <= set(range(len(documents))):
+        raise ValueError("questions must be of the documents, each of which has a writer")
+    if not len(sizes) or not rights or not all(x.shape == sizes.shape and (x <= sizes).all() for x in rights):
+        raise ValueError(f"there must be answers to {len(sizes)} questions, of no more bytes than the names have")
+    return data
 
 
 def _needle(row: Mapping[str, Any]) -> Answers:
