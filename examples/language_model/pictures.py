@@ -144,18 +144,16 @@ def capacity(runs: Sequence[Run]) -> Figure | None:
             continue
         facts, found = np.array(cells).T
         style = STYLES[run.kind]
-        left.plot(
-            facts, found, label=f"{run.kind}, {_seeds(runs, run.kind)}", **style, **_thin(runs, run.kind), markersize=5
-        )
+        label = f"{run.kind} ({amount(run.state_bytes)}), {_seeds(runs, run.kind)}"
+        left.plot(facts, found, label=label, **style, **_thin(runs, run.kind), markersize=5)
         right.scatter(
             run.state_bytes, max(facts * found), color=style["color"], marker=style["marker"], s=48, alpha=0.8
         )
     ticks = sorted({x.exact.shape[1] for r in runs for x in r.capacity})
-    ticks = sorted({x.exact.shape[1] for r in runs for x in r.capacity})
     left.set_xscale("log")
     left.xaxis.set_major_locator(FixedLocator(ticks))
     left.xaxis.set_major_formatter("{x:,.0f}")
-    left.tick_params(axis="x", labelsize=9)
+    left.tick_params(axis="x", labelsize=10, rotation=35)
     left.set(xlabel=f"facts in {size(length)} bytes", ylim=(-0.02, 1.02), ylabel="found after one reading")
     left.yaxis.set_major_formatter(PercentFormatter(1))
     right.set_xscale("log")
