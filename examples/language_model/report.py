@@ -54,9 +54,10 @@ def _in_short(own: Sequence[Run], pairs: Sequence[tuple[str, Sequence[Run]]]) ->
             worst, run = _worst(measured, base)
             sign, word = (-1, "fewer") if worst.mean < 0 else (1, "more")
             low, high = sorted((sign * worst.low, sign * worst.high))
+            worst_of = f"of seeds {several(measured)} the worst, {run.seed}," if measured[1:] else f"seed {run.seed}"
             lines.append(
                 f"- At {how}: {share(Interval(sign * worst.mean, low, high, worst.units))} {word} bits per byte with "
-                f"the memory than without; of seeds {several(measured)} the worst, {run.seed}, against {base.label}."
+                f"the memory than without; {worst_of} against {base.label}."
             )
     return "\n".join(["### In short", "", *lines]) if lines else ""
 

@@ -29,7 +29,7 @@ def of_seeds(
     title: str, note: str, runs: Sequence[Run], over: tuple[str, Sequence[tuple[str, Any]]], columns: dict[str, Look],
     *, write: Callable[[Interval], str] | None = None, high: bool = False, means: Sequence[Sequence[str]] = (),
 ) -> str:  # fmt: skip
-    """A row for each seed and each of ``over``, below rows of the worst of all seeds, cell by cell.
+    """A row for each seed and each of ``over``, below rows of the worst of several seeds, cell by cell.
 
     Args:
         title: of the table.
@@ -52,7 +52,8 @@ def of_seeds(
             cells = [cell(look(run, value), write) for look in columns.values()]
             if set(cells) - {NOTHING}:
                 rows.append([run.seed, name, *cells])
-    return table(title, note, ["seed", what, *columns], [*worst, *means, *rows] if rows else [], texts=2)
+    above = [*worst, *means] if len(runs) > 1 else []
+    return table(title, note, ["seed", what, *columns], [*above, *rows] if rows else [], texts=2)
 
 
 def _worst(runs: Sequence[Run], cells: Sequence[Interval | None], write: Callable[[Interval], str], high: bool) -> str:
