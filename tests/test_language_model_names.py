@@ -145,10 +145,11 @@ def test_shares_are_of_documents_and_after_given_bytes():
     results = {
         "documents": ["a", "b", "c"], "writers": ["x", "x", "y"],
         "questions": [[0, 9, "Étretat", 5000], [0, 99, "Wickham", 5000], [2, 9, "31415", 5000]],
-        "right": {"carried": [8, 5, 2]},
+        "right": {"carried": [8, 5, 2], "reset": [7, 7, 5]},
     }  # fmt: skip
     assert names.shares(results, "carried", 0).values == {"a": 0.5, "c": 0.0}
     assert names.shares(results, "carried", 2).values == {"a": 1.0, "c": 0.0}
+    assert names.shares(results, "reset", 0).values == {"a": 0.5, "c": 1.0}  # É has two bytes
     assert "of 3 names 25.0% (-292.7 to 342.7)" in next(names.summary(results))
 
 

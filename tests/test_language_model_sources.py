@@ -63,6 +63,14 @@ def test_byte_order_marks_come_off(tmp_path, packed):
     assert documents(read.train) == {"a": "one \ufeff".encode(), "b": b"two"}
 
 
+def test_ids_differ(tmp_path):
+    (tmp_path / "texts").mkdir()
+    write_jsonl(tmp_path / "texts/a.jsonl", {"x": "one"})
+    write_jsonl(tmp_path / "texts/heldout.jsonl", {"x": "two"})
+    with pytest.raises(ValueError, match="two documents have the id 'x'"):
+        corpus.prepare(tmp_path / "texts", tmp_path / "corpus")
+
+
 # Folders
 
 

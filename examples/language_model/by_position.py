@@ -70,14 +70,13 @@ def measure(folder: Path, corpus: Corpus, out: Path, device: torch.device, *, le
         text = torch.from_numpy(tokens[part]).to(device)
         found, after = bits(model, text, model.start(len(part)), update=True)
         rows.setdefault("reset" if model.memories else "no memory", []).append(found)
-        if not model.memories:
-            continue
-        if len(part) > 1:
+        if model.settings.carries and len(part) > 1:
             after = another(after)  # under the old name, so that the tables as they stood are freed
             after = _begun(model.start(len(part)), after)
             rows.setdefault("carried", []).append(bits(model, text, after, update=True)[0])
         del after
-        rows.setdefault("frozen", []).append(bits(model, text, model.start(len(part)), update=False)[0])
+        if model.settings.writes:
+            rows.setdefault("frozen", []).append(bits(model, text, model.start(len(part)), update=False)[0])
     about = {"corpus": corpus.sha256, "device": device_name(device), "experiment": experiment.tables()}
     found = {mode: np.concatenate(x).round(4).tolist() for mode, x in rows.items()}
     writers = [corpus.writer(name) for name in names]

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import torch
 
-from examples.language_model import by_position, capacity, corpus, names, needle, report, training
+from examples.language_model import (
+    by_position, capacity, corpus, names, needle, report, run, side_by_side, training,
+)  # fmt: skip
 from examples.language_model.settings import Experiment
 
 
@@ -43,12 +45,23 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--seconds", type=float, help="stop with a checkpoint after so many")
     train.set_defaults(run=_train)
 
+    everything = commands.add_parser("run", help="train and measure experiments, a process for each seed, on all cards")
+    everything.add_argument("experiments", type=Path, nargs="+", metavar="CONFIG", help="TOML files")
+    everything.add_argument("--seeds", type=int, nargs="+", required=True)
+    everything.add_argument("--corpus", type=Path, required=True, help="a folder made by prepare")
+    everything.add_argument("--out", type=Path, required=True, help="a folder; what is done there is kept")
+    everything.add_argument("--steps", type=int, help="instead of the files'")
+    everything.add_argument("--measures", nargs="*", choices=list(run.MEASURES), default=list(run.MEASURES))
+    _asked(everything)
+    everything.add_argument("--length", type=int, default=run.Asked().length, help="of texts, for bits and capacity")
+    everything.add_argument("--facts", type=int, nargs="+", default=capacity.NUMBERS, help="numbers, for capacity")
+    everything.add_argument("--side-by-side", type=int, default=1, metavar="N", help="processes at once on a card")
+    everything.add_argument("--no-compile", dest="compile", action="store_false", help="without torch.compile")
+    everything.set_defaults(run=_run)
+
     ask = commands.add_parser("needle", help="ask for facts in long texts")
     _common(ask)
-    ask.add_argument("--kinds", nargs="+", help=f"what is asked, of: {', '.join(needle.KINDS)}")
-    ask.add_argument("--lengths", type=int, nargs="+", help="of contexts, in bytes")
-    ask.add_argument("--contexts", type=int, help="of five facts, for each kind and length")
-    ask.add_argument("--readings", type=int, help="how often a context is read")
+    _asked(ask)
     ask.set_defaults(run=_needle)
 
     hold = commands.add_parser("capacity", help="ask for ever more facts in 128K bytes")
@@ -78,6 +91,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _asked(parser: argparse.ArgumentParser) -> None:
+    """What needles are asked, where it is not what the results report."""
+    parser.add_argument("--kinds", nargs="+", help=f"what is asked, of: {', '.join(needle.KINDS)}")
+    parser.add_argument("--lengths", type=int, nargs="+", help="of contexts, in bytes")
+    parser.add_argument("--contexts", type=int, help="of five facts, for each kind and length")
+    parser.add_argument("--readings", type=int, help="how often a context is read")
+
+
 def _common(parser: argparse.ArgumentParser, model: bool = True) -> None:
     if model:
         parser.add_argument("--model", type=Path, required=True, help="the folder of a trained model")
@@ -103,6 +124,36 @@ def _train(options: argparse.Namespace) -> None:
         compile=options.compile and options.device.type == "cuda", seconds=options.seconds,
     )  # fmt: skip
     print(path)
+
+
+def _run(options: argparse.Namespace) -> None:
+    if options.side_by_side < 1:
+        raise ValueError(f"--side-by-side must be at least 1. Received: {options.side_by_side}")
+    jobs, texts = run.plan(options.experiments, options.seeds, options.steps), corpus.load(options.corpus)
+    cells = needle.chosen(options.kinds, options.lengths, options.contexts, options.readings)
+    asked = run.Asked(options.length, cells, options.facts)
+    for job in jobs:  # all of them first, so that nothing is said after hours
+        run.check(job, texts, options.out, options.measures, asked)
+    if len(jobs) > 1:
+        side_by_side.run_all(jobs, options.out, _again(options), options.side_by_side)
+        return
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":
+        torch.cuda.set_per_process_memory_fraction(1 / options.side_by_side)
+    compile = options.compile and device.type == "cuda"
+    run.do(jobs[0], texts, options.out, device, options.measures, asked, compile=compile)
+
+
+def _again(options: argparse.Namespace) -> list[str]:
+    """The arguments of ``run`` for one of its jobs, without config and seed."""
+    arguments = ["--no-compile"][: not options.compile]
+    for name in ("steps", "measures", "kinds", "lengths", "contexts", "readings", "length", "facts", "side_by_side"):
+        if (given := getattr(options, name)) is not None:
+            arguments += [
+                f"--{name.replace('_', '-')}",
+                *map(str, given if isinstance(given, (list, tuple)) else [given]),
+            ]
+    return ["--corpus", str(options.corpus), "--out", str(options.out), *arguments]
 
 
 def _needle(options: argparse.Namespace) -> None:

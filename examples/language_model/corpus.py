@@ -105,8 +105,8 @@ def prepare(
     Raises:
         FileNotFoundError: there is no ``source``.
         FileExistsError: ``out`` is a file, or a folder that holds something else.
-        ValueError: ``source`` holds no documents, a file of it is damaged, or texts are not UTF-8; or no document of a
-            folder of text is held out, or every one; or ``hold_out`` leaves nothing to train on.
+        ValueError: ``source`` holds no documents, a file of it is damaged, texts are not UTF-8, or two documents have
+            one id; or no document of a folder of text is held out, or every one; or ``hold_out`` is too large.
     """
     source, out = Path(source), Path(out)
     _check_target(out)
@@ -150,8 +150,12 @@ def _check_target(out: Path) -> None:
 def _write(folder: Path, documents: Iterable[Document]) -> dict[str, Any]:
     """Write the documents' bytes; returns what ``corpus.json`` says of them."""
     splits: dict[str, Any] = {split: {"ids": [], "starts": [0]} for split in SPLITS}
+    names: set[str] = set()
     with (folder / "train.bin").open("wb") as train, (folder / "heldout.bin").open("wb") as heldout:
         for document in documents:
+            if document.name in names:
+                raise ValueError(f"two documents have the id {document.name!r}: results are told apart by ids")
+            names.add(document.name)
             split = splits[SPLITS[document.heldout]]
             file = heldout if document.heldout else train
             split["ids"].append(document.name)

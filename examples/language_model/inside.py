@@ -92,7 +92,7 @@ def draw(
         ValueError: the model has no memory, or answers none of 20 needles.
     """
     model, experiment = load(folder, device, memory_scope="sequence")
-    if not model.memories:
+    if not experiment.model.writes:
         raise ValueError(f"the model of {folder} has no memory to look into")
     cfg = experiment.model.memory_config()
     chunk = cfg.chunk_size

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from examples.language_model import phrasings
+from examples.language_model.baselines import Carried
 from examples.language_model.checkpoint import load, ready, replace
 from examples.language_model.corpus import Corpus
 from examples.language_model.haystacks import Draw, Haystack, haystacks
-from examples.language_model.model import LanguageModel, Reading
+from examples.language_model.model import LanguageModel, Reading, mapped
 from examples.language_model.phrasings import VALUE_LENGTH
 from examples.language_model.training import autocast, device_name
-from fwpkm import Memory, State
+from fwpkm import State
 
 SEGMENT = 4096  # tokens read by one call
 AT_ONCE = 256  # questions of one context
@@ -115,8 +116,8 @@ def answers(model: LanguageModel, asked: Tensor, value: Tensor, reading: Reading
 def another(reading: Reading) -> Reading:
     """Each sequence with the memory of the one before it; what attention sees stays its own."""
 
-    def turned(state: State) -> State:
-        return state._replace(memory=Memory(*(x.roll(1, 0) for x in state.memory)))
+    def turned(state: State | Carried) -> State | Carried:
+        return state._replace(memory=mapped(lambda x: x.roll(1, 0), state.memory))
 
     return reading._replace(memories=tuple(map(turned, reading.memories)))
 
@@ -125,9 +126,11 @@ def together(model: LanguageModel, device: torch.device, most: int, sets: int) -
     """How many contexts are read at once: as ``sets`` of tables, a copy of one memory's and activations find room."""
     if device.type != "cuda":
         return min(most, 8)
-    tables = [4 * m.config.num_slots * m.config.value_dim for m in model.memories.values()]
+    tables = [sum(x.nbytes for x in m.memory()) for m in model.memories.values()]
     activations = SEGMENT * model.settings.width * 4 * 64
-    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free, whole = torch.cuda.mem_get_info(device)
+    allowed = whole * torch.cuda.get_per_process_memory_fraction(device)  # less where processes share a card
+    free = min(free + torch.cuda.memory_reserved(device), allowed) - torch.cuda.memory_allocated(device)
     room = 0.8 * free / (sets * sum(tables) + max(tables, default=0) + activations)
     return max(2, min(most, int(room)))
 
@@ -207,7 +210,7 @@ def measure(
     check(cells)
     ready(out)
     model, experiment = load(folder, device, **MEMORIES)
-    written = bool(model.memories)
+    written, carried = experiment.model.writes, experiment.model.carries
     # All of them first, so that what does not fit is said before hours of reading.
     contexts = [
         haystacks(
@@ -225,10 +228,10 @@ def measure(
             f"{100 * rows[-1]['digits']:.1f}% of digits"
         )
 
-    own = "memory" if written else "no memory"
+    own = "memory" if model.memories else "no memory"
     for cell, haystack in zip(cells, contexts):
-        swap = cell.controls and written
-        for count, swapped, right in try_out(model, haystack, device, cell.readings if written else 1, swap=swap):
+        swap = cell.controls and carried
+        for count, swapped, right in try_out(model, haystack, device, cell.readings if carried else 1, swap=swap):
             keep("another document's memory" if swapped else own, cell, count, right, haystack.depth)
     if written and any(cell.controls for cell in cells):
         del model  # its tables

@@ -119,7 +119,7 @@ class Source:
                 unreadable.append(f"{name} ({fault})")
             elif not (text := data.removeprefix(BOM)):
                 self.left_out[_printable(name)] = "empty"
-            elif not unreadable:
+            else:
                 yield Document(one_in_ten(name), _printable(name), text)
         if unreadable:
             raise ValueError(
