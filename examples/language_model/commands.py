@@ -7,7 +7,15 @@ from pathlib import Path
 import torch
 
 from examples.language_model import (
-    by_position, capacity, corpus, names, needle, report, run, side_by_side, training,
+    by_position,
+    capacity,
+    corpus,
+    names,
+    needle,
+    report,
+    run,
+    side_by_side,
+    training,
 )  # fmt: skip
 from examples.language_model.settings import Experiment
 
