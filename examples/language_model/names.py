@@ -9,7 +9,7 @@ A name is hard to guess from its left context, so it is also asked after its fir
 
 import json
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -184,7 +184,7 @@ def measure(
     return out
 
 
-def shares(results: dict[str, Any], mode: str, given: int) -> intervals.Measured:
+def shares(results: Mapping[str, Any], mode: str, given: int) -> intervals.Measured:
     """The share of each document's names that were answered exactly after ``given`` bytes of them."""
     by_document: dict[str, list[bool]] = {}
     for (i, _, name, _), right in zip(results["questions"], results["right"][mode]):
