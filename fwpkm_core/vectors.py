@@ -15,7 +15,7 @@ def write(folder: str) -> Path:
     """Write all vectors into a new folder: all of them or, after an error, none.
 
     Args:
-        folder: made here; one that is there already must be empty.
+        folder: made here; one that is there already must be empty, and is filled.
 
     Returns:
         the folder.
@@ -27,17 +27,24 @@ def write(folder: str) -> Path:
     target = Path(folder).absolute()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"DIR must be a new or an empty folder. Received: {folder}, which is there already")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = target.with_name(f".{target.name}.{os.getpid()}")
-    unfinished.mkdir()
+    there = target.exists()
+    # Inside an empty folder: it may be a mount point, which cannot be replaced and is another file system.
+    unfinished = (target if there else target.parent) / f".{target.name}.{os.getpid()}"
+    unfinished.mkdir(parents=True)
     try:
         for name in names():
             (unfinished / name).write_bytes(_shipped().joinpath(name).read_bytes())
-        if target.exists():
-            target.rmdir()
-        unfinished.rename(target)
+        if there:
+            for name in names():
+                (unfinished / name).rename(target / name)
+            unfinished.rmdir()
+        else:
+            unfinished.rename(target)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
+        if there:
+            for name in names():
+                (target / name).unlink(missing_ok=True)
         raise
     return target
 

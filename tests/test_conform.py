@@ -268,9 +268,14 @@ def test_vectors_fill_an_empty_folder_or_leave_it_alone(tmp_path, monkeypatch):
         patch.setattr(vectors, "names", lambda: [*names[:3], "missing.npz"])
         with pytest.raises(FileNotFoundError):
             vectors.write(str(tmp_path / "vectors"))
-    assert list(tmp_path.iterdir()) == []
-    (tmp_path / "vectors").mkdir()
+        assert list(tmp_path.iterdir()) == []
+        (tmp_path / "vectors").mkdir()
+        with pytest.raises(FileNotFoundError):
+            vectors.write(str(tmp_path / "vectors"))
+        assert list((tmp_path / "vectors").iterdir()) == []
+    place = (tmp_path / "vectors").stat().st_ino  # of a mount point, say, which cannot be replaced
     vectors.write(str(tmp_path / "vectors"))
+    assert (tmp_path / "vectors").stat().st_ino == place
     assert len(list((tmp_path / "vectors").iterdir())) == 51
     assert len(list(tmp_path.iterdir())) == 1
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from sources import ROOT
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from examples.language_model import attention
 from examples.language_model import model as decoder
 from examples.language_model.settings import Experiment, ModelSettings, TrainingSettings
 
@@ -172,21 +173,21 @@ def test_banded_is_dense_attention_with_a_mask(data, batch, length, heads, windo
     query, key, value = (torch.randn(batch, n, heads, 6, generator=rng) for n in (length, past + length, past + length))
     # The plain kernel lays its result out in another order than the fused one.
     with sdpa_kernel([SDPBackend.MATH] if plain else [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):
-        found = decoder.banded(query, key, value, window)
+        found = attention.banded(query, key, value, window)
     assert_close(found, dense(query, key, value, window), "float32")
 
 
 def test_positions_turn_pairs_and_only_distances_count():
-    turn = decoder.rotation(50, 8, torch.device("cpu"))
+    turn = attention.rotation(50, 8, torch.device("cpu"))
     x, y = torch.randn(2, 1, 1, 1, 8, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(decoder.rotate(x, turn, 0), x)
+    assert torch.equal(attention.rotate(x, turn, 0), x)
     angles = 3.0 * 10_000.0 ** (-np.arange(4) / 4)
     a, b = x.flatten().double().numpy().reshape(2, 4)
     turned = [a * np.cos(angles) - b * np.sin(angles), a * np.sin(angles) + b * np.cos(angles)]
-    assert_close(decoder.rotate(x, turn, 3).flatten(), np.concatenate(turned), "float32")
-    products = [(decoder.rotate(x, turn, i + 9) * decoder.rotate(y, turn, i)).sum() for i in (0, 1, 30)]
+    assert_close(attention.rotate(x, turn, 3).flatten(), np.concatenate(turned), "float32")
+    products = [(attention.rotate(x, turn, i + 9) * attention.rotate(y, turn, i)).sum() for i in (0, 1, 30)]
     assert_close(torch.stack(products), np.full(3, products[0]), "float32")
-    assert abs((decoder.rotate(x, turn, 8) * y).sum() - products[0]) > 1e-3
+    assert abs((attention.rotate(x, turn, 8) * y).sum() - products[0]) > 1e-3
 
 
 def test_where_a_text_stands_does_not_matter_but_its_order_does():
@@ -214,7 +215,8 @@ MODEL_RULES = [
     ("width", 0), ("width", 6.0), ("width", True), ("layers", -1), ("layers", "two"), ("heads", 0), ("hidden", None),
     ("window", 0), ("width", 18), ("memories", [3]), ("memories", [-1]), ("memories", [1, 1]), ("memories", 1),
     ("memories", "01"), ("memories", [0.5]), ("memories", [True]), ("memory", 3), ("memory", {"slots": 4}),
-    ("memory", {"top_k": 0}), ("memory", {"top_k": 9, "num_subkeys": 8}), ("memory", {"boundary": "wait"}),
+    ("mixer", "mamba"), ("mixer", None), ("mixer", ["delta"]), ("context", 0), ("memory", {"top_k": 0}),
+    ("memory", {"top_k": 9, "num_subkeys": 8}), ("memory", {"boundary": "wait"}),
 ]  # fmt: skip
 TRAINING_RULES = [
     ("steps", 0), ("steps", -5), ("steps", 1.5), ("steps", True), ("batch", 0), ("length", 0), ("length", "64"),
@@ -235,6 +237,18 @@ def test_a_broken_rule_names_file_field_and_value(table, field, value):
         Experiment.of(tables, "some.toml")
     wrong = next(iter(value)) if isinstance(value, dict) else None
     assert wrong in str(error.value) if wrong else repr(value).strip("[]") in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"mixer": "delta"}, "model.mixer must be \"fwpkm\" where model.memories is empty. Received: 'delta'"),
+        ({"mixer": "delta", "memories": [1], "memory": {"top_k": 4}}, "model.memory must be empty with mixer"),
+    ],
+)
+def test_settings_that_would_do_nothing_are_refused(fields, said):
+    with pytest.raises(ValueError, match=re.escape(said)):
+        Experiment.of({"model": fields}, "some.toml")
 
 
 def test_a_sequence_ends_where_a_chunk_does():
@@ -258,6 +272,8 @@ def test_a_fact_is_written_before_it_is_stated_again(gap, chunk):
     [
         ("steps = ", "is not TOML"),
         (b"# \xff\n[model]\n", "is not TOML"),
+        ("a = " + 100_000 * "[", "is not TOML"),
+        (b"\xef\xbb\xbf[models]\n", "unknown tables ['models']"),
         ("[training]\nstep = 3\n", "unknown fields ['step'] of [training]"),
         ("[model]\ndepth = 3\n", "unknown fields ['depth'] of [model]"),
         ("[models]\n", "unknown tables ['models']"),

@@ -91,13 +91,18 @@ def test_one_file_of_lines_may_be_for_one_side(books, tmp_path):
 
 
 def test_a_folder_of_text(tmp_path):
-    files = {f"part {i // 10}/{i}.txt": f"document {i}" for i in range(40)} | {"README.md": "é", "b.txt": b"\xff."}
+    files = {f"part {i // 10}/{i}.txt": f"document {i}" for i in range(40)}
+    files |= {"README.md": "é", "b.TXT": b"\xef\xbb\xbfmarked"}
     write_tree(tmp_path / "texts", files | {"picture.png": b"\x89PNG", "empty.txt": ""})
-    (tmp_path / "texts" / "again.txt").symlink_to("b.txt")
+    (tmp_path / "texts" / "again.txt").symlink_to("b.TXT")
+    (tmp_path / "texts" / "part 9").symlink_to("part 0")
     read = corpus.load(corpus.prepare(tmp_path / "texts", tmp_path / "corpus"))
-    expected = {name: text.encode() if isinstance(text, str) else "\ufffd.".encode() for name, text in files.items()}
+    expected = {name: text.encode() if isinstance(text, str) else b"marked" for name, text in files.items()}
     for side, kept in zip(SIDES, (False, True)):
         assert documents(getattr(read, side)) == {n: t for n, t in expected.items() if held_out(n) == kept}
+    assert json.loads((tmp_path / "corpus/corpus.json").read_bytes())["left_out"] == {
+        "again.txt": "a link", "part 9": "a link", "empty.txt": "empty", "picture.png": "another kind of file",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("kept", [False, True])
@@ -121,6 +126,7 @@ def test_a_tree_of_code(tmp_path):
         f"{train}/B.h": "b" * 10_000,
         f"{train}/huge.c": "h" * 200_001,
         f"{train}/notes.txt": "t" * 20_000,
+        f"{train}/utf16.h": "int".encode("utf-16"),
         f"{small}/s.c": "s" * 15_000,
         f"{aside}/deep/er/o.c": b"\xe9" + b"o" * 200_000,
         f"{aside}/deep/er/p.c": b"\xe9" + b"p" * 199_999,
@@ -139,12 +145,22 @@ def test_a_tree_of_code(tmp_path):
     assert list(kept) == [aside, f"{aside}/deep/er"]
     assert len(kept[aside]) > 12 * 199_990
     assert kept[f"{aside}/deep/er"] == (header.format(f"{aside}/deep/er/p.c") + "\ufffd" + "p" * 199_999).encode()
-    assert json.loads((tmp_path / "corpus/corpus.json").read_bytes())["kind"] == "code"
+    about = json.loads((tmp_path / "corpus/corpus.json").read_bytes())
+    assert about["kind"] == "code"
+    assert about["replaced"] == {f"{aside}/deep/er/p.c": 1}
+    assert about["left_out"] == {f"{train}/utf16.h": "it holds NUL bytes: binary, or UTF-16"}
 
 
 @pytest.mark.parametrize(
     ("line", "found"),
-    [('{"id": "x", "text": 3}', "text"), ('["x"]', "x"), ('{"id": "x", "te', "te"), ("not JSON", "not JSON")],
+    [
+        ('{"id": "x", "text": 3}', "text"),
+        ('["x"]', "x"),
+        ('{"id": "x", "te', "te"),
+        ("not JSON", "not JSON"),
+        ('{"id": "x", "text": ' + 100_000 * "[", "id"),
+        ('{"id": "x", "text": "half \\ud83d"}', "half"),
+    ],
 )
 def test_a_bad_line_is_named_and_nothing_is_written(books, tmp_path, line, found):
     path = books[0] / "more.jsonl"
@@ -172,7 +188,7 @@ def test_a_failed_rename_leaves_the_old_corpus(books, tmp_path, monkeypatch):
     rename = pathlib.Path.rename
 
     def fail(path, target):
-        if path.name.endswith(".tmp"):
+        if path.name == "corpus.json" and "unfinished" in path.parent.name:
             raise OSError("no space")
         return rename(path, target)
 
@@ -213,6 +229,7 @@ SPOILED = {
     "cut texts": (lambda out: (out / "heldout.bin").write_bytes(b"kept"), ValueError),
     "cut json": (lambda out: (out / "corpus.json").write_bytes((out / "corpus.json").read_bytes()[:50]), ValueError),
     "foreign json": (lambda out: (out / "corpus.json").write_text('{"name": "x"}'), ValueError),
+    "deep json": (lambda out: (out / "corpus.json").write_text(100_000 * "["), ValueError),
     "a list": (lambda out: (out / "corpus.json").write_text("[]"), ValueError),
     "a side less": (lambda out: edited(out, lambda about: about.pop("heldout")), ValueError),
     "an id less": (lambda out: edited(out, lambda about: about["train"]["ids"].pop()), ValueError),

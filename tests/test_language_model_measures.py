@@ -10,11 +10,12 @@ import torch
 from asserting import assert_close
 from safetensors.torch import save_file
 
-from examples.language_model import by_position, checkpoint, facts, inside, needle, training
+from examples.language_model import by_position, capacity, checkpoint, inside, needle, phrasings, training
 from examples.language_model.corpus import Corpus, Texts
+from examples.language_model.haystacks import haystacks
 from examples.language_model.model import LanguageModel, Reading
 from examples.language_model.settings import Experiment, ModelSettings
-from fwpkm import Memory, State
+from fwpkm import Memory, State, get_backend
 
 CPU = torch.device("cpu")
 MODEL = {"width": 16, "layers": 2, "heads": 2, "window": 8, "hidden": 16, "memories": [1]}
@@ -63,21 +64,49 @@ def small(**memory):
     return model
 
 
-def test_answers_are_greedy_and_write_nothing():
+def greedy(model, question, reading):
+    """Six bytes, the likeliest each, one call after the other."""
+    said, ask = [], question.long()
+    for _ in range(6):
+        hidden, reading = model(ask, reading, update=False)
+        said.append(ask := model.logits(hidden[:, -1:]).argmax(-1))
+    return torch.cat(said, 1)
+
+
+def test_an_answer_is_right_where_greedy_decoding_writes_it_and_nothing_is_written():
     model = small()
     tokens = torch.from_numpy(np.stack([CORPUS.train.document(i)[:300] for i in (0, 2, 3)]))
     reading = needle.read(model, tokens, model.start(3))
     kept = [x.clone() for x in reading.memories[0].memory]
-    question = tokens[:, :20]
-    said = needle.answer(model, question, reading)
-    asked = question.long()
-    for i in range(6):
-        hidden, _ = model(asked, reading, update=False)
-        best = model.logits(hidden[:, -1]).argmax(-1)
-        assert torch.equal(said[:, i], best)
-        asked = torch.cat([asked, best[:, None]], 1)
-    assert said.shape == (3, 6)
+    asked, value = torch.zeros(3, 2, 40, dtype=torch.uint8), torch.tensor([[20, 9], [33, 20], [20, 34]])
+    for row, (first, second) in enumerate(value.tolist()):
+        for i, size in enumerate((first, second)):
+            asked[row, i, :size] = tokens[(row + i) % 3, 40 : 40 + size]
+    for i, row in np.ndindex(2, 3):
+        alone = Reading(
+            tuple(get_backend("torch").select(model.memories["1"].config, s, [row]) for s in reading.memories),
+            tuple(past[:, row : row + 1] for past in reading.windows),
+        )
+        size = value[row, i]
+        asked[row, i, size : size + 6] = greedy(model, asked[row, i, None, :size], alone)[0]
+    assert needle.answers(model, asked, value, reading).all()
+    wrong = asked.clone()
+    wrong[1, 0, value[1, 0] + 2] ^= 1
+    right = needle.answers(model, wrong, value, reading)
+    assert right.all(2).tolist() == [[True, True], [False, True], [True, True]]
+    assert right[1, 0, :2].all()
+    assert not right[1, 0, 2]
     assert all(map(torch.equal, reading.memories[0].memory, kept))
+
+
+def test_continuations_of_a_sequence_share_its_memory_and_are_never_written():
+    model = small()
+    tokens = torch.from_numpy(np.stack([CORPUS.train.document(i)[:300] for i in (0, 2)]))
+    reading = needle.read(model, tokens, model.start(2))
+    with pytest.raises(ValueError, match="a row for each"):
+        model(tokens[[0, 0, 1, 1], :20].long(), reading.fork(2))
+    with pytest.raises((ValueError, RuntimeError)):
+        model(tokens[[0, 0, 1], :19].long(), reading.fork(2), update=False)
 
 
 def test_another_document_gives_its_memory_and_nothing_else():
@@ -124,116 +153,165 @@ class Finder:
     def start(self, batch):
         empty = torch.zeros(batch, 0, dtype=torch.long)
         state = State(Memory(empty, empty), empty, empty, empty, empty, torch.zeros(batch))
-        return Reading((state,) if self.memories else (), (empty,))
+        return Reading((state,) if self.memories else (), (empty[None],))
 
     def __call__(self, tokens, reading, update=True, inplace=False):
         memories = reading.memories
         if update and self.writes:
             state = memories[0]
             memories = (state._replace(memory=Memory(state.memory.keys, torch.cat([state.memory.values, tokens], 1))),)
-        window = tokens if update else torch.cat([reading.windows[0], tokens], 1)
         hidden = torch.zeros(*tokens.shape, 256)
-        for row in range(len(tokens)) if not update and self.memories else ():
-            remembered, asked = (bytes(x[row].tolist()) for x in (memories[0].memory.values, window))
-            place = remembered.find(asked)
-            hidden[row, -1, 0 if place < 0 else remembered[place + len(asked)]] = 1
-        return hidden, Reading(memories, (window[:, :0] if update else window,))
+        for row, asked in enumerate(tokens.tolist()) if not update and self.memories else ():
+            values = memories[0].memory.values
+            remembered = bytes(values[row * len(values) // len(tokens)].tolist())
+            for end in range(8, len(asked)):
+                begin = remembered.find(bytes(asked[:end]))
+                hidden[row, end - 1, 0 if begin < 0 else remembered[begin + end]] = 1
+        return hidden, Reading(memories, reading.windows)
 
     def logits(self, hidden):
         return hidden
 
 
 def loading(monkeypatch, memory=True):
-    def load(folder, device, memory_scope, learning_rate=1.0):
-        assert memory_scope == "sequence"
+    def load(folder, device, memory_scope, boundary, learning_rate=1.0):
+        assert (memory_scope, boundary) == ("sequence", "wait")
         model = Finder(learning_rate > 0, memory)
         return model, Experiment.of({"model": {**MODEL, "memories": [1] if memory else []}}, "test")
 
     monkeypatch.setattr(needle, "load", load)
 
 
-ASKED = {"lengths": [1400, 2000], "samples": 5, "readings": 2, "phrasings": ["seen-0", "unseen-1"]}
+CELLS = (
+    needle.Cell("near", 1600, 5, 2, True), needle.Cell("near", 2000, 4, 2, True), needle.Cell("held out: link", 1700, 3)
+)  # fmt: skip
 
 
 def test_each_control_takes_from_the_model_what_it_says(monkeypatch, tmp_path):
     loading(monkeypatch)
     said = []
-    out = needle.measure(tmp_path / "run", CORPUS, tmp_path / "new/folder/out.json", CPU, **ASKED, controls=True,
-                         tell=said.append)  # fmt: skip
+    out = needle.measure(tmp_path / "run", CORPUS, tmp_path / "new/folder/out.json", CPU, CELLS, tell=said.append)
     results = json.loads(out.read_text())
     assert [path.name for path in out.parent.iterdir()] == ["out.json"]
     rows = results.pop("rows")
-    assert results["corpus"] == "5ha"
-    assert results["device"] == "CPU"
-    keys = [(r["control"], r["phrasing"], r["length"], r["readings"]) for r in rows]
-    expected = {(c, p, n, r) for c in ("memory", "another document's memory") for p in ASKED["phrasings"]
-                for n in ASKED["lengths"] for r in (1, 2)}  # fmt: skip
-    expected |= {("learning rate 0", p, n, 1) for p in ASKED["phrasings"] for n in ASKED["lengths"]}
-    assert len(keys) == len(set(keys)) == len(said) == 20
+    assert (results["corpus"], results["device"], results["trained"]) == ("5ha", "CPU", "run")
+    keys = [(r["control"], r["kind"], r["length"], r["readings"]) for r in rows]
+    expected = {
+        (c, "near", n, r) for c in ("memory", "another document's memory") for n in (1600, 2000) for r in (1, 2)
+    }
+    expected |= {("learning rate 0", "near", n, 1) for n in (1600, 2000)} | {("memory", "held out: link", 1700, 1)}
+    assert len(keys) == len(set(keys)) == len(said) == 11
     assert set(keys) == expected
+    contexts = {cell.length: cell.contexts for cell in CELLS}
     for row in rows:
-        right = 6 if row["control"] == "memory" else 0
-        assert row["right"] == [right] * 5
-        assert (row["exact"], row["digits"], row["samples"], row["trained"]) == (right / 6, right / 6, 5, "run")
-        assert row["exact_interval"] == list(needle.wilson(5 * right // 6, 5))
-        assert len(row["depth"]) == 5
+        right, number = 6 if row["control"] == "memory" else 0, contexts[row["length"]]
+        assert row["right"] == [[right] * 5] * number
+        assert (row["exact"], row["digits"], row["answers"]) == (right / 6, right / 6, 5 * number)
+        assert row["exact_interval"] == list(needle.wilson(5 * number * right // 6, 5 * number))
+        assert np.shape(row["depth"]) == (number, 5)
 
 
 def test_a_model_without_memory_is_asked_once_and_without_controls(monkeypatch, tmp_path):
     loading(monkeypatch, memory=False)
-    out = needle.measure(tmp_path, CORPUS, tmp_path / "out.json", CPU, **ASKED, controls=True, tell=lambda line: None)
+    out = needle.measure(tmp_path, CORPUS, tmp_path / "out.json", CPU, CELLS, tell=lambda line: None)
     rows = json.loads(out.read_text())["rows"]
-    assert [(r["control"], r["readings"], r["exact"]) for r in rows] == [("no memory", 1, 0)] * 4
+    assert [(r["control"], r["readings"], r["exact"]) for r in rows] == [("no memory", 1, 0)] * 3
 
 
 @pytest.mark.parametrize("at_once", [2, 3, 4])
 def test_batches_of_any_size_ask_the_same(monkeypatch, at_once):
     model, rng = small(), np.random.default_rng(0)
-    haystack = facts.haystacks(CORPUS.heldout, rng, 7, 1400, facts.SEEN[0])
+    haystack = haystacks(CORPUS.heldout, rng, 7, 1600, phrasings.near)
+    logits = []
+    kept = model.logits
+    monkeypatch.setattr(model, "logits", lambda hidden: logits.append(kept(hidden)) or logits[-1])
     said = {}
-    answer = needle.answer
-
-    def told(*arguments):
-        found = answer(*arguments)
-        said[size].append(found)
-        return found
-
-    monkeypatch.setattr(needle, "answer", told)
     for size in (7, at_once):
-        said[size] = []
         monkeypatch.setattr(needle, "together", lambda *a, **k: size)  # noqa: B023  (called in this round)
+        logits.clear()
         found = list(needle.try_out(model, haystack, CPU, 2, swap=True))
         assert [(count, swapped) for count, swapped, _ in found] == [(1, False), (1, True), (2, False), (2, True)]
-        assert all(right.shape == (7, 6) for *_, right in found)
-    for turn in (0, 2):  # own memories; another's differ with the parts
-        parts = [torch.cat(said[size][turn::4]) for size in (7, at_once)]
-        assert torch.equal(*parts)
+        assert all(right.shape == (7, 5, 6) for *_, right in found)
+        said[size] = [torch.cat(logits[turn::4]) for turn in (0, 2)]  # own memories; another's differ with the parts
+    for whole, parted in zip(said[7], said[at_once]):
+        assert_close(parted, whole, "float32")
+
+
+def test_questions_of_a_context_are_asked_in_parts(monkeypatch):
+    model = small()
+    haystack = haystacks(CORPUS.heldout, np.random.default_rng(0), 2, 2000, phrasings.short, facts=7, nearby=4)
+    reading = needle.read(model, torch.from_numpy(haystack.tokens), model.start(2))
+    asked, value = torch.from_numpy(haystack.asked), torch.from_numpy(haystack.value)
+    whole = needle.answers(model, asked, value, reading)
+    assert whole.any()
+    monkeypatch.setattr(needle, "AT_ONCE", 3)
+    assert torch.equal(needle.answers(model, asked, value, reading), whole)
+
+
+def test_the_protocol_asks_a_thousand_needles_a_cell():
+    answers = {(c.kind, c.length): (5 * c.contexts, c.readings, c.controls) for c in needle.PROTOCOL}
+    assert {key: answers[key] for key in answers if key[0] == "near"} == {
+        ("near", n): (1000, 4, True) for n in (4096, 32768, 131072)
+    }
+    held = [key for key in answers if key[0].startswith("held out")]
+    assert len(held) == 10
+    assert sum(answers[key][0] for key in held) == 2000
+    assert set(needle.KINDS) == {kind for kind, _ in answers}
+
+
+def test_cells_of_ones_own():
+    assert needle.chosen(None, None, None, None) == sorted(
+        needle.PROTOCOL, key=lambda cell: list(needle.KINDS).index(cell.kind)
+    )
+    assert needle.chosen(["near"], [2000, 2000], 3, 1) == [needle.Cell("near", 2000, 3, 1, True)]
+    assert [cell.contexts for cell in needle.chosen(["far"], None, 7, None)] == [7, 7]
 
 
 WRONG = {
-    "an unknown phrasing": ({"phrasings": ["seen-0", "seen-120"]}, "a phrasing is seen-0 to .*Received: seen-120"),
-    "a short length": ({"lengths": [1400, 700]}, f"in front of {ModelSettings(**MODEL).beyond} clear .*Received: 700"),
-    "a long length": ({"lengths": [1400, 9000]}, "No document is long enough"),
-    "no samples": ({"samples": 0}, "samples=0"),
-    "no readings": ({"readings": 0}, "readings=0"),
-    "one sample": ({"samples": 1}, "samples=1"),
+    "an unknown kind": (needle.Cell("seen-0", 1400), "what is asked is one of near, far, .*Received: 'seen-0'"),
+    "a short length": (needle.Cell("near", 700), "in front of .* clear bytes. Received: 700"),
+    "a long length": (needle.Cell("near", 9000), "No document is long enough"),
+    "no contexts": (needle.Cell("near", 1600, 0), "contexts=0"),
+    "no readings": (needle.Cell("near", 1600, 2, 0), "readings=0"),
+    "one context": (needle.Cell("near", 1600, 1, controls=True), "contexts=1"),
 }
 
 
-@pytest.mark.parametrize(("changed", "said"), WRONG.values(), ids=WRONG)
-def test_what_does_not_fit_is_said_before_anything_is_read(monkeypatch, tmp_path, changed, said):
+@pytest.mark.parametrize(("cell", "said"), WRONG.values(), ids=WRONG)
+def test_what_does_not_fit_is_said_before_anything_is_read(monkeypatch, tmp_path, cell, said):
     loading(monkeypatch)
     monkeypatch.setattr(needle, "try_out", lambda *a, **k: pytest.fail("has begun"))
     with pytest.raises(ValueError, match=said):
-        needle.measure(tmp_path, CORPUS, tmp_path / "out.json", CPU, **{**ASKED, **changed}, controls=True)
+        needle.measure(tmp_path, CORPUS, tmp_path / "out.json", CPU, (*CELLS, cell))
     with pytest.raises(ValueError, match="is a folder"):
-        needle.measure(tmp_path, CORPUS, tmp_path, CPU, **ASKED, controls=False)
+        needle.measure(tmp_path, CORPUS, tmp_path, CPU, CELLS)
     assert not (tmp_path / "out.json").exists()
+
+
+# Capacity
+
+
+def test_capacity_asks_for_every_fact_of_ever_more(monkeypatch, tmp_path):
+    monkeypatch.setattr(capacity, "load", lambda *a, **k: (Finder(), EXPERIMENT))
+    monkeypatch.setattr(capacity, "CONTEXTS", (2, 2))
+    monkeypatch.setattr(Reading, "nbytes", 77)
+    said = []
+    out = capacity.measure(tmp_path, CORPUS, tmp_path / "o.json", CPU, length=3000, numbers=(2, 30), tell=said.append)
+    results = json.loads(out.read_text())
+    assert (results["state_bytes"], results["corpus"], len(said)) == (77, "5ha", 2)
+    assert [(r["facts"], r["answers"], r["exact"]) for r in results["rows"]] == [(2, 4, 1.0), (30, 60, 1.0)]
+    assert np.shape(results["rows"][1]["right"]) == (2, 30)
+    with pytest.raises(ValueError, match=r"length must be at least .* for 3,000 statements"):
+        capacity.measure(tmp_path, CORPUS, tmp_path / "o.json", CPU, length=3000, numbers=(3000,))
+
+
+def test_capacity_asks_about_as_many_questions_whatever_the_number():
+    assert [capacity.contexts(n) for n in (5, 50, 500, 3000)] == [100, 20, 8, 8]
 
 
 def test_what_is_looked_into_lies_beyond_attention_too(monkeypatch, folders, tmp_path):
     monkeypatch.setattr(inside, "LENGTH", 300)
-    with pytest.raises(ValueError, match=f"in front of {EXPERIMENT.model.beyond} clear bytes. Received: 300"):
+    with pytest.raises(ValueError, match=r"clear bytes\. Received: 300"):
         inside.draw(folders / "memory", CORPUS, tmp_path, CPU)
 
 
@@ -255,7 +333,7 @@ def test_bits_are_cross_entropies_and_modes_differ_in_the_tables_alone(folders, 
     results = json.loads(out.read_text())
     assert (results["documents"], results["bin"], results["trained"]) == (["a", "c", "d"], 1024, "memory")
     assert results["corpus"] == "5ha"
-    model = checkpoint.load(folders / "memory", CPU, memory_scope="sequence")[0]
+    model = checkpoint.load(folders / "memory", CPU, **needle.MEMORIES)[0]
     tokens = torch.from_numpy(np.stack([CORPUS.heldout.document(i)[:5121] for i in (0, 2, 3)]))
     start = model.start(3)
     reset, after = direct(model, tokens, start)

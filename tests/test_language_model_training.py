@@ -153,6 +153,28 @@ def test_batches_follow_from_seed_and_step():
     assert not any(np.array_equal(a.tokens, b.tokens) for a, b in zip(whole, other))
 
 
+def test_a_step_that_reads_again_reads_the_same_and_asks_for_more():
+    settings = experiment(steps=13, length=1024, facts=0.3, gap=100, reread=4, batch=8).training
+    whole = list(training.batches(CORPUS, settings, 0))
+    plain = list(training.batches(CORPUS, dataclasses.replace(settings, reread=0), 0))
+    assert [settings.content(step) for step in range(9)] == [
+        (0, False), (1, False), (2, False), (2, True), (3, False), (4, False), (5, False), (5, True), (6, False)
+    ]  # fmt: skip
+    for step, batch in enumerate(whole):
+        content, again = settings.content(step)
+        assert np.array_equal(batch.tokens, plain[content].tokens)
+        if not again:
+            assert np.array_equal(batch.asked, plain[content].asked)
+            assert batch.anew == plain[content].anew
+            continue
+        assert not any(batch.anew)
+        before = whole[step - 1]
+        assert np.array_equal(batch.tokens, before.tokens)
+        assert batch.asked[before.asked].all()
+        assert batch.asked.sum() > 1.5 * before.asked.sum()
+    assert all(map(np.array_equal, next(training.batches(CORPUS, settings, 7))[:2], whole[7][:2]))
+
+
 def test_rows_that_go_on_begin_with_the_last_byte_of_the_step_before():
     batches = list(training.batches(CORPUS, experiment(steps=40, batch=3, span=5).training, 0))
     assert [batch.anew for batch in batches] == [
@@ -164,8 +186,8 @@ def test_rows_that_go_on_begin_with_the_last_byte_of_the_step_before():
 
 
 def test_facts_of_batches_are_as_the_settings_say():
-    for fields, asks in (({"facts": 0.2, "gap": 100}, True), ({"facts": 0.2, "gap": 600}, False), ({"gap": 0}, False)):
-        settings = experiment(length=640, **fields).training
+    for fields, asks in (({"facts": 0.3, "gap": 100}, True), ({"facts": 0.3, "gap": 1000}, False), ({"gap": 0}, False)):
+        settings = experiment(length=1024, **fields).training
         assert [batch.asked.any() for batch in training.batches(CORPUS, settings, 0)] == [asks] * 6
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from examples.language_model.checkpoint import load, ready, replace
 from examples.language_model.corpus import Corpus
 from examples.language_model.model import LanguageModel, Reading
-from examples.language_model.needle import another, parts, read, together
+from examples.language_model.needle import MEMORIES, another, parts, read, together
 from examples.language_model.training import autocast, device_name
 
 BIN = 1024  # bytes whose bits are averaged
@@ -63,23 +63,23 @@ def measure(folder: Path, corpus: Corpus, out: Path, device: torch.device, *, le
         ValueError: as in ``documents``; or ``out`` is a folder.
     """
     ready(out)
-    model, experiment = load(folder, device, memory_scope="sequence")
+    model, experiment = load(folder, device, **MEMORIES)
     tokens, names = documents(corpus, length)
     rows: dict[str, list[np.ndarray]] = {}
     for part in parts(len(tokens), together(model, device, 32, sets=3)):
         text = torch.from_numpy(tokens[part]).to(device)
         found, after = bits(model, text, model.start(len(part)), update=True)
         rows.setdefault("reset" if model.memories else "no memory", []).append(found)
-        if not model.memories:
-            continue
-        if len(part) > 1:
+        if model.settings.carries and len(part) > 1:
             after = another(after)  # under the old name, so that the tables as they stood are freed
             after = _begun(model.start(len(part)), after)
             rows.setdefault("carried", []).append(bits(model, text, after, update=True)[0])
         del after
-        rows.setdefault("frozen", []).append(bits(model, text, model.start(len(part)), update=False)[0])
+        if model.settings.writes:
+            rows.setdefault("frozen", []).append(bits(model, text, model.start(len(part)), update=False)[0])
     about = {"corpus": corpus.sha256, "device": device_name(device), "experiment": experiment.tables()}
     found = {mode: np.concatenate(x).round(4).tolist() for mode, x in rows.items()}
-    results = {**about, "trained": folder.name, "documents": names, "bin": BIN, "bits": found}
+    writers = [corpus.writer(name) for name in names]
+    results = {**about, "trained": folder.name, "documents": names, "writers": writers, "bin": BIN, "bits": found}
     replace(out, lambda beside: beside.write_text(json.dumps(results)))
     return out

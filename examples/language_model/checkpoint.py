@@ -19,6 +19,9 @@ from examples.language_model.settings import Experiment
 
 WEIGHTS, RECORD, SETTINGS = "checkpoint.safetensors", "record.jsonl", "experiment.json"
 MOMENTS = ("exp_avg", "exp_avg_sq")  # as AdamW calls them
+PIECES = "weights-*.safetensors"
+LARGEST = 16 * 2**20  # bytes of a piece
+HEADER = 2**16  # bytes of a piece that are not weights, at most
 
 
 def replace(path: Path, write: Callable[[Path], Any]) -> None:
@@ -85,8 +88,8 @@ def settings_of(folder: Path) -> Experiment:
     if not path.exists():
         raise FileNotFoundError(f"{folder} has no {SETTINGS}: train first, with --out {folder}")
     try:
-        tables = json.loads(path.read_text())
-    except ValueError as error:
+        tables = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error}): remove it, or copy it again") from error
     try:
         return Experiment.of(tables, str(path))
@@ -104,10 +107,11 @@ def build(experiment: Experiment, device: torch.device, **memory: Any) -> Langua
 
 
 def tables_of(model: LanguageModel) -> str:
-    """A sha256 that tells one seed's initial tables from another's."""
+    """A sha256 that tells one seed's initial tables from another's; those that are trained stand in the file."""
     digest = hashlib.sha256()
-    for layer in model.memories.values():
-        digest.update(layer.memory.keys.cpu().numpy().tobytes())
+    for name, table in model.named_buffers():
+        if name.endswith("memory.keys"):
+            digest.update(table.cpu().numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -129,6 +133,48 @@ def save(folder: Path, model: LanguageModel, optimizer: torch.optim.Optimizer, s
         tensors |= {f"optimizer.{name}.{key}": moments[key].contiguous() for key in MOMENTS if key in moments}
     about = {"step": str(step), "corpus": corpus, "tables": tables_of(model), "weights": digest(tensors)}
     replace(folder / WEIGHTS, lambda path: save_file(tensors, path, about))
+
+
+def split(folder: Path, largest: int = LARGEST) -> list[Path]:
+    """The weights of a folder's checkpoint again, without moments, in files of at most ``largest`` bytes.
+
+    For ways that only small files pass. Tensors are cut along their first axis; a part is called NAME@FIRST_ROW.
+    """
+    tensors, about = _read(folder / WEIGHTS)
+    weights = {name: x for name, x in tensors.items() if name.startswith("model.")}
+    pieces: list[dict[str, Tensor]] = [{}]
+    room = largest - HEADER
+    for name, whole in weights.items():
+        row, at = whole[:1].nbytes, 0
+        while at < len(whole):
+            if pieces[-1] and room < row:
+                pieces.append({})
+                room = largest - HEADER
+            rows = max(1, min(len(whole) - at, room // row))
+            pieces[-1][f"{name}@{at}"] = whole[at : at + rows].contiguous()
+            at, room = at + rows, room - rows * row
+    about |= {"weights": digest(weights), "pieces": str(len(pieces))}
+    paths = [folder / PIECES.replace("*", str(i)) for i in range(len(pieces))]
+    for path, piece in zip(paths, pieces):
+        replace(path, lambda beside, piece=piece: save_file(piece, beside, about))  # type: ignore[misc]
+    return paths
+
+
+def _joined(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """What ``split`` cut, as ``_read`` reads it."""
+    first = folder / PIECES.replace("*", "0")
+    number = _read(first, whole=False)[1].get("pieces", "0")
+    parts: dict[str, dict[int, Tensor]] = {}
+    about: dict[str, str] = {}
+    for i in range(int(number)):
+        piece, about = _read(folder / PIECES.replace("*", str(i)), whole=False)
+        for name, x in piece.items():
+            name, _, at = name.rpartition("@")
+            parts.setdefault(name, {})[int(at)] = x
+    tensors = {name: torch.cat([x for _, x in sorted(found.items())]) for name, found in parts.items()}
+    if digest(tensors) != about.get("weights"):
+        raise ValueError(f"{folder}: the files {PIECES} do not belong together, or are damaged: copy them again")
+    return tensors, about
 
 
 def resume(folder: Path, model: LanguageModel, optimizer: torch.optim.Optimizer, corpus: str) -> int:
@@ -155,14 +201,16 @@ def resume(folder: Path, model: LanguageModel, optimizer: torch.optim.Optimizer,
 
 
 def load(folder: Path, device: torch.device, **memory: Any) -> tuple[LanguageModel, Experiment]:
-    """The trained model of a folder, with ``memory`` overriding the configuration of its memories.
+    """The trained model of a folder, from its checkpoint or from the pieces of its weights.
+
+    ``memory`` overrides the configuration of its memories.
 
     Raises:
         FileNotFoundError: nothing was trained there.
         ValueError: a file is damaged, or of other tables than this version of torch draws.
     """
-    experiment = settings_of(folder)
-    tensors, about = _read(folder / WEIGHTS)
+    experiment, whole = settings_of(folder), folder / WEIGHTS
+    tensors, about = _joined(folder) if not whole.exists() and list(folder.glob(PIECES)) else _read(whole)
     model = build(experiment, device, **memory)
     if about["tables"] != tables_of(model):
         raise ValueError(f"{folder / WEIGHTS} was trained with other tables than seed {experiment.training.seed} gives")
@@ -170,8 +218,8 @@ def load(folder: Path, device: torch.device, **memory: Any) -> tuple[LanguageMod
     return model.requires_grad_(False).eval(), experiment
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a checkpoint."""
+def _read(path: Path, whole: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a checkpoint, whose sha256 is that of ``whole`` checkpoints only."""
     if not path.exists():
         raise FileNotFoundError(f"there is no checkpoint at {path}: train first, with --out {path.parent}")
     try:
@@ -184,7 +232,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise ValueError(f"{path} is no checkpoint of this example: its metadata lacks {sorted(missing)}")
     if not about["step"].isdecimal():
         raise ValueError(f"{path} is damaged (step {about['step']!r}): remove it, or copy it again")
-    if about.get("weights", found := digest(tensors)) != found:  # checkpoints of before have no checksum
+    if whole and about.get("weights", found := digest(tensors)) != found:  # checkpoints of before have no checksum
         raise ValueError(f"{path} is damaged (its tensors do not match their sha256): remove it, or copy it again")
     return tensors, about
 

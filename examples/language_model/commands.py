@@ -6,7 +6,17 @@ from pathlib import Path
 
 import torch
 
-from examples.language_model import by_position, corpus, needle, report, training
+from examples.language_model import (
+    by_position,
+    capacity,
+    corpus,
+    names,
+    needle,
+    report,
+    run,
+    side_by_side,
+    training,
+)  # fmt: skip
 from examples.language_model.settings import Experiment
 
 
@@ -31,7 +41,8 @@ def _parser() -> argparse.ArgumentParser:
     prepare.add_argument("source", type=Path, help="a folder of text files, or of .jsonl or .jsonl.xz files")
     prepare.add_argument("out", type=Path)
     prepare.add_argument("--code", action="store_true", help="the source is a tree of C code")
-    prepare.set_defaults(run=lambda o: corpus.prepare(o.source, o.out, code=o.code))
+    prepare.add_argument("--hold-out", type=int, default=0, metavar="N", help="so many contributors more")
+    prepare.set_defaults(run=lambda o: corpus.prepare(o.source, o.out, code=o.code, hold_out=o.hold_out))
 
     train = commands.add_parser("train", help="train an experiment, or go on from its checkpoint")
     train.add_argument("experiment", type=Path, help="a TOML file, see examples/language_model/configs")
@@ -42,19 +53,40 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--seconds", type=float, help="stop with a checkpoint after so many")
     train.set_defaults(run=_train)
 
+    everything = commands.add_parser("run", help="train and measure experiments, a process for each seed, on all cards")
+    everything.add_argument("experiments", type=Path, nargs="+", metavar="CONFIG", help="TOML files")
+    everything.add_argument("--seeds", type=int, nargs="+", required=True)
+    everything.add_argument("--corpus", type=Path, required=True, help="a folder made by prepare")
+    everything.add_argument("--out", type=Path, required=True, help="a folder; what is done there is kept")
+    everything.add_argument("--steps", type=int, help="instead of the files'")
+    everything.add_argument("--measures", nargs="*", choices=list(run.MEASURES), default=list(run.MEASURES))
+    _asked(everything)
+    everything.add_argument("--length", type=int, default=run.Asked().length, help="of texts, for bits and capacity")
+    everything.add_argument("--facts", type=int, nargs="+", default=capacity.NUMBERS, help="numbers, for capacity")
+    everything.add_argument("--side-by-side", type=int, default=1, metavar="N", help="processes at once on a card")
+    everything.add_argument("--no-compile", dest="compile", action="store_false", help="without torch.compile")
+    everything.set_defaults(run=_run)
+
     ask = commands.add_parser("needle", help="ask for facts in long texts")
     _common(ask)
-    ask.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192, 32768, 131072])
-    ask.add_argument("--samples", type=int, default=200)
-    ask.add_argument("--readings", type=int, default=4)
-    ask.add_argument("--phrasings", nargs="+", default=["seen-0", "unseen-0"])
-    ask.add_argument("--controls", action="store_true", help="also learning rate 0 and another document's memory")
+    _asked(ask)
     ask.set_defaults(run=_needle)
+
+    hold = commands.add_parser("capacity", help="ask for ever more facts in 128K bytes")
+    _common(hold)
+    hold.add_argument("--length", type=int, default=capacity.LENGTH)
+    hold.add_argument("--facts", type=int, nargs="+", default=capacity.NUMBERS, help="numbers of them")
+    hold.set_defaults(run=_capacity)
 
     position = commands.add_parser("bits", help="bits per byte by position on held-out documents")
     _common(position)
     position.add_argument("--length", type=int, default=131072)
     position.set_defaults(run=_bits)
+
+    own = commands.add_parser("names", help="ask for names that held-out books hold and training books do not")
+    _common(own)
+    own.add_argument("--length", type=int, default=131072)
+    own.set_defaults(run=_names)
 
     look = commands.add_parser("inside", help="draw what the memories hold, and where their gates open")
     _common(look)
@@ -65,6 +97,14 @@ def _parser() -> argparse.ArgumentParser:
     tables.add_argument("--pictures", type=Path, metavar="OUT", help="a folder for the pictures")
     tables.set_defaults(run=_report)
     return parser
+
+
+def _asked(parser: argparse.ArgumentParser) -> None:
+    """What needles are asked, where it is not what the results report."""
+    parser.add_argument("--kinds", nargs="+", help=f"what is asked, of: {', '.join(needle.KINDS)}")
+    parser.add_argument("--lengths", type=int, nargs="+", help="of contexts, in bytes")
+    parser.add_argument("--contexts", type=int, help="of five facts, for each kind and length")
+    parser.add_argument("--readings", type=int, help="how often a context is read")
 
 
 def _common(parser: argparse.ArgumentParser, model: bool = True) -> None:
@@ -94,10 +134,45 @@ def _train(options: argparse.Namespace) -> None:
     print(path)
 
 
+def _run(options: argparse.Namespace) -> None:
+    if options.side_by_side < 1:
+        raise ValueError(f"--side-by-side must be at least 1. Received: {options.side_by_side}")
+    jobs, texts = run.plan(options.experiments, options.seeds, options.steps), corpus.load(options.corpus)
+    cells = needle.chosen(options.kinds, options.lengths, options.contexts, options.readings)
+    asked = run.Asked(options.length, cells, options.facts)
+    for job in jobs:  # all of them first, so that nothing is said after hours
+        run.check(job, texts, options.out, options.measures, asked)
+    if len(jobs) > 1:
+        side_by_side.run_all(jobs, options.out, _again(options), options.side_by_side)
+        return
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":
+        torch.cuda.set_per_process_memory_fraction(1 / options.side_by_side)
+    compile = options.compile and device.type == "cuda"
+    run.do(jobs[0], texts, options.out, device, options.measures, asked, compile=compile)
+
+
+def _again(options: argparse.Namespace) -> list[str]:
+    """The arguments of ``run`` for one of its jobs, without config and seed."""
+    arguments = ["--no-compile"][: not options.compile]
+    for name in ("steps", "measures", "kinds", "lengths", "contexts", "readings", "length", "facts", "side_by_side"):
+        if (given := getattr(options, name)) is not None:
+            arguments += [
+                f"--{name.replace('_', '-')}",
+                *map(str, given if isinstance(given, (list, tuple)) else [given]),
+            ]
+    return ["--corpus", str(options.corpus), "--out", str(options.out), *arguments]
+
+
 def _needle(options: argparse.Namespace) -> None:
-    path = needle.measure(
-        options.model, corpus.load(options.corpus), options.out, options.device, lengths=options.lengths,
-        samples=options.samples, readings=options.readings, phrasings=options.phrasings, controls=options.controls,
+    cells = needle.chosen(options.kinds, options.lengths, options.contexts, options.readings)
+    print(needle.measure(options.model, corpus.load(options.corpus), options.out, options.device, cells))
+
+
+def _capacity(options: argparse.Namespace) -> None:
+    path = capacity.measure(
+        options.model, corpus.load(options.corpus), options.out, options.device, length=options.length,
+        numbers=options.facts,
     )  # fmt: skip
     print(path)
 
@@ -105,6 +180,11 @@ def _needle(options: argparse.Namespace) -> None:
 def _bits(options: argparse.Namespace) -> None:
     texts = corpus.load(options.corpus)
     print(by_position.measure(options.model, texts, options.out, options.device, length=options.length))
+
+
+def _names(options: argparse.Namespace) -> None:
+    texts = corpus.load(options.corpus)
+    print(names.measure(options.model, texts, options.out, options.device, length=options.length))
 
 
 def _inside(options: argparse.Namespace) -> None:

@@ -2,33 +2,32 @@
 
 A corpus is a folder of three files. ``train.bin`` and ``heldout.bin`` hold the documents' bytes; ``corpus.json`` holds
 the format, the kind of the source, the SHA-256 of both files together (``cat train.bin heldout.bin | sha256sum``) and,
-for each of them, its size, its SHA-256, and the documents' ids and starts. The same source gives the same bytes.
+for each of them, its size, its SHA-256, and the documents' ids and starts; then the SHA-256 of each file of the source,
+the writers of held-out documents, and what was left out, and why. The same source gives the same bytes.
 """
 
 import hashlib
 import json
-import lzma
 import os
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, TypeAlias
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
+from examples.language_model import holdout
+from examples.language_model.sources import Document, Source, listed
+
 FORMAT = "fwpkm corpus 1"
 SPLITS = ("train", "heldout")
-FILES = frozenset({"train.bin", "heldout.bin", "corpus.json"})
-
-LARGEST_CODE_FILE = 200_000
-"""Bytes. Larger files of code are mostly tables that a program wrote."""
-SMALLEST_CODE_DOCUMENT = 16_000
-"""Characters."""
-LARGEST_CODE_DOCUMENT = 2_000_000
-"""Characters; of training documents only."""
+FILES = ("corpus.json", "train.bin", "heldout.bin")
+NOT_OURS = ("lost+found", ".unfinished-")
+"""Beginnings of names that an empty folder may hold: those of a mount point, and of a run that was killed."""
 
 _PREPARE = "python -m examples.language_model prepare"
 
@@ -59,35 +58,46 @@ class Corpus(NamedTuple):
     train: Texts
     heldout: Texts
     sha256: str
+    writers: Mapping[str, str] = {}
+    """of held-out documents, by id"""
 
-
-class _Document(NamedTuple):
-    heldout: bool
-    name: str
-    text: bytes
-
-
-_Documents: TypeAlias = Iterator[_Document]
+    def writer(self, name: str) -> str:
+        """Who wrote the document of an id: who contributed it, if nothing else is known."""
+        return self.writers.get(name, holdout.contributor(name))
 
 
 # Preparing
 
 
-def prepare(source: Path, out: Path, code: bool = False) -> Path:
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def prepare(
+    source: Path, out: Path, code: bool = False, hold_out: int = 0, tell: Callable[[str], None] = _tell
+) -> Path:
     """Build the corpus of ``source`` in the folder ``out``: all of it, or nothing.
 
     Sources are:
-        - a ``*.jsonl`` or ``*.jsonl.xz`` file or a folder of them, one object with "id" and "text" a line; the
-          documents of files with "heldout" in their names are held out, those of the others are for training;
-        - a folder of ``*.txt`` and ``*.md`` files, nested or not, each one document; those are held out whose relative
-          path has a SHA-256 that is 0 mod 10;
+        - a ``*.jsonl`` or ``*.jsonl.xz`` file, one object with "id" and "text" a line; its documents are held out if
+          "heldout" is in the file's name, else for training;
+        - a folder of such files and of ``*.txt`` and ``*.md`` files, nested or not; each of the latter is one document,
+          held out if its relative path has a SHA-256 that is 0 mod 10. Other files are named and left out, and so are
+          lines of objects that have neither an "id" nor a "text";
         - with ``code``, a tree of C sources, one document for the .c and .h files of each directory; those are held out
           whose directory's first three parts have a SHA-256 that is 0 mod 10.
 
+    Texts are UTF-8; a byte order mark comes off.
+
     Args:
         source: the file or folder.
-        out: the folder to make; one that holds a corpus and nothing else is replaced.
-        code: whether ``source`` is a tree of C sources.
+        out: the folder to make, or to fill if it is empty; a corpus that it holds is replaced.
+        code: whether ``source`` is a tree of C sources. Bytes in it that are not UTF-8 become U+FFFD, and are counted.
+        hold_out: how many contributors (the first part of an id or path) of the training documents to hold out beside
+            those that are: those whose names have the smallest SHA-256, with all their documents. Of each held-out
+            document the writer is looked up (writers.toml); then no writer is on both sides, and no edition is held out
+            twice: ``holdout.hold_out``.
+        tell: receives what was left out or replaced, and what the corpus holds, a line each.
 
     Returns:
         ``out``.
@@ -95,21 +105,32 @@ def prepare(source: Path, out: Path, code: bool = False) -> Path:
     Raises:
         FileNotFoundError: there is no ``source``.
         FileExistsError: ``out`` is a file, or a folder that holds something else.
-        ValueError: ``source`` holds no documents, or a file of it is damaged; or no document of a folder of text is
-            held out, or every one.
+        ValueError: ``source`` holds no documents, a file of it is damaged, texts are not UTF-8, or two documents have
+            one id; or no document of a folder of text is held out, or every one; or ``hold_out`` is too large.
     """
     source, out = Path(source), Path(out)
     _check_target(out)
-    # Beside the target, so that the last step is a rename.
-    unfinished = out.absolute().parent / f".{out.absolute().name}-{secrets.token_hex(4)}.tmp"
+    # Inside the target or beside it, so that the last step is a rename; a mount point is another file system.
+    home = out if out.exists() else out.absolute().parent
+    unfinished = home / f".unfinished-{out.absolute().name}-{secrets.token_hex(4)}"
     try:
+        opened, books = Source(source, code), holdout.Books.read()
         with Progress(console=Console(stderr=True)) as progress:
-            kind, documents = _open(source, code, progress)
             unfinished.mkdir(parents=True)
-            _write(unfinished, kind, documents, source)
+            documents: Iterable[Document] = opened.documents(progress)
+            if hold_out:
+                documents, left_out = holdout.hold_out(list(documents), hold_out, books)
+                opened.left_out |= left_out
+            about = _write(unfinished, documents)
+        _check_both(opened, *(about[split]["documents"] for split in SPLITS))
+        about |= _describe(opened, hold_out, books, about)
+        with (unfinished / "corpus.json").open("wb") as file:
+            file.write((json.dumps(about, ensure_ascii=False) + "\n").encode())
+            _sync(file)
         _move(unfinished, out)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+    _report(about, tell)
     return out
 
 
@@ -118,58 +139,77 @@ def _check_target(out: Path) -> None:
         return
     if not out.is_dir():
         raise FileExistsError(f"{out} is a file. Name a folder that does not exist yet.")
-    found = {path.name for path in out.iterdir()}
-    if found and ("corpus.json" not in found or found - FILES):
+    found = {path.name for path in out.iterdir() if not path.name.startswith(NOT_OURS)}
+    if found and ("corpus.json" not in found or found - set(FILES)):
         raise FileExistsError(
-            f"{out} holds other files than a corpus ({', '.join(sorted(found - FILES)[:3]) or 'no corpus.json'}). "
-            "Name a folder that does not exist yet."
+            f"{out} holds other files than a corpus ({', '.join(sorted(found - set(FILES))[:3]) or 'no corpus.json'}). "
+            "Name a folder that is empty or does not exist yet."
         )
 
 
-def _open(source: Path, code: bool, progress: Progress) -> tuple[str, _Documents]:
-    """The kind of ``source`` and its documents."""
-    if not source.exists():
-        raise FileNotFoundError(f"There is no {source}. Name a folder of text files, or a .jsonl or .jsonl.xz file.")
-    if code:
-        return "code", _code(source, progress)
-    files = sorted(source.iterdir()) if source.is_dir() else [source]
-    lines = [path for path in files if path.name.endswith((".jsonl", ".jsonl.xz"))]
-    if lines:
-        return "jsonl", _jsonl(lines, progress)
-    return "text", _text(source, progress)
-
-
-def _write(folder: Path, kind: str, documents: _Documents, source: Path) -> None:
+def _write(folder: Path, documents: Iterable[Document]) -> dict[str, Any]:
+    """Write the documents' bytes; returns what ``corpus.json`` says of them."""
     splits: dict[str, Any] = {split: {"ids": [], "starts": [0]} for split in SPLITS}
+    names: set[str] = set()
     with (folder / "train.bin").open("wb") as train, (folder / "heldout.bin").open("wb") as heldout:
         for document in documents:
+            if document.name in names:
+                raise ValueError(f"two documents have the id {document.name!r}: results are told apart by ids")
+            names.add(document.name)
             split = splits[SPLITS[document.heldout]]
             file = heldout if document.heldout else train
             split["ids"].append(document.name)
             split["starts"].append(split["starts"][-1] + file.write(document.text))
         for file in (train, heldout):
             _sync(file)
-    _check_both(source, kind, *(len(splits[split]["ids"]) for split in SPLITS))
-    about = {"format": FORMAT, "kind": kind, "sha256": _sha256(folder / f"{split}.bin" for split in SPLITS)}
+    about: dict[str, Any] = {"sha256": _sha256(folder / f"{split}.bin" for split in SPLITS)}
     for split, its in splits.items():
         digest = _sha256([folder / f"{split}.bin"])
         about[split] = {"documents": len(its["ids"]), "bytes": its["starts"][-1], "sha256": digest, **its}
-    with (folder / "corpus.json").open("wb") as file:
-        file.write((json.dumps(about, ensure_ascii=False) + "\n").encode("utf-8", "replace"))
-        _sync(file)
+    return about
 
 
-def _check_both(source: Path, kind: str, train: int, heldout: int) -> None:
+def _describe(source: Source, hold_out: int, books: holdout.Books, about: dict[str, Any]) -> dict[str, Any]:
+    ids = about["heldout"]["ids"]
+    return {
+        "format": FORMAT, "kind": source.kind, "inputs": source.inputs, "hold_out": hold_out,
+        "left_out": source.left_out, "replaced": source.replaced,
+        "writers": {name: ", ".join(books.writers_of(name)) for name in ids},
+        "unlisted": [name for name in ids if name not in books.writers] if hold_out else [],
+    }  # fmt: skip
+
+
+def _report(about: dict[str, Any], tell: Callable[[str], None]) -> None:
+    """What a user should know before training."""
+    if left_out := [f"{name} ({why})" for name, why in about["left_out"].items()]:
+        tell(f"left out: {len(left_out):,}, all named in corpus.json: {listed(left_out, 3)}")
+    if replaced := about["replaced"]:
+        tell(f"not UTF-8, replaced by U+FFFD: {sum(replaced.values()):,} places in {listed(list(replaced))}")
+    if unlisted := about["unlisted"]:
+        tell(f"not in writers.toml, so taken to be by their contributors: {listed(unlisted)}")
+    train, heldout = (about[split] for split in SPLITS)
+    tell(
+        f"{train['documents']:,} documents to train on, {train['bytes'] / 1e6:.1f} MB; {heldout['documents']:,} held "
+        f"out, {heldout['bytes'] / 1e6:.1f} MB, by {len(set(about['writers'].values())):,} writers"
+    )
+
+
+def _check_both(source: Source, train: int, heldout: int) -> None:
     """A file of lines may be meant for one side; a rule that leaves a side empty is never meant."""
     if train + heldout == 0:
-        wanted = {"code": "directories with 16,000 characters or more of .c and .h files", "jsonl": "lines with text"}
-        wanted["text"] = "*.txt, *.md, *.jsonl or *.jsonl.xz files with text in them"
-        raise ValueError(f"{source} holds no documents. Name a folder that has {wanted[kind]}.")
-    if kind != "jsonl" and 0 in (train, heldout):
+        wanted = "*.txt, *.md, *.jsonl or *.jsonl.xz files with text in them"
+        if source.code:
+            wanted = "directories with 16,000 characters or more of .c and .h files"
+        found = listed([f"{name} ({why})" for name, why in source.left_out.items()])
         raise ValueError(
-            f"{source}: of {train + heldout} documents {train} are for training and {heldout} are held out; each side "
-            "needs one. The hash of a document's path decides: add documents (about 1 in 10 is held out), rename some, "
-            "or write two .jsonl files, one with 'heldout' in its name, with an object of 'id' and 'text' on each line."
+            f"{source.path} holds no documents. Name a folder that has {wanted}. Found: {found or 'nothing'}"
+        )
+    if source.kind != "jsonl" and 0 in (train, heldout):
+        raise ValueError(
+            f"{source.path}: of {train + heldout} documents {train} are for training and {heldout} are held out; each "
+            "side needs one. The hash of a document's path decides: add documents (about 1 in 10 is held out), rename "
+            "some, hold contributors out (--hold-out), or write two .jsonl files, one with 'heldout' in its name, with "
+            "an object of 'id' and 'text' on each line."
         )
 
 
@@ -189,103 +229,24 @@ def _sha256(files: Iterable[Path]) -> str:
 
 
 def _move(unfinished: Path, out: Path) -> None:
-    """Put the finished folder in its place; a corpus that lies there gives way, or stays when that fails."""
+    """Put the finished files in their place; those of a corpus that lies there give way, or stay when that fails."""
     if not out.exists():
         unfinished.rename(out)
         return
-    old = unfinished.with_suffix(".old")
-    out.rename(old)
+    old = unfinished / "old"
+    old.mkdir()
+    moves = [(out / name, old / name) for name in FILES if (out / name).exists()]
+    # corpus.json goes first and comes last: a crash in between leaves no corpus, never one of two halves.
+    moves += [(unfinished / name, out / name) for name in reversed(FILES)]
+    done: list[tuple[Path, Path]] = []
     try:
-        unfinished.rename(out)
+        for move in moves:
+            move[0].rename(move[1])
+            done.append(move)
     except OSError:
-        old.rename(out)
+        for there, back in reversed(done):
+            back.rename(there)
         raise
-    shutil.rmtree(old)
-
-
-# Sources
-
-
-def _jsonl(files: list[Path], progress: Progress) -> _Documents:
-    for path in files:
-        with progress.open(path, "rb", description=path.name) as file:
-            for number, line in enumerate(_lines(path, file), 1):
-                name, text = _parse(path, number, line) if line.strip() else ("", b"")
-                if text:
-                    yield _Document("heldout" in path.name.lower(), name, text)
-
-
-def _lines(path: Path, file: BinaryIO) -> Iterator[bytes]:
-    if path.suffix != ".xz":
-        yield from file
-        return
-    try:
-        with lzma.open(file) as unpacked:
-            yield from unpacked
-    except (lzma.LZMAError, EOFError) as error:
-        raise ValueError(f"{path} is damaged or was cut off ({error}). Take another copy.") from error
-
-
-def _parse(path: Path, number: int, line: bytes) -> tuple[str, bytes]:
-    """The id and the text of a line."""
-    try:
-        document = json.loads(line.decode("utf-8", "replace"))
-    except ValueError:
-        document = None
-    fields = document if isinstance(document, dict) else {}
-    name, text = fields.get("id"), fields.get("text")
-    if not isinstance(name, str) or not isinstance(text, str):
-        start = line[:60].decode("utf-8", "replace").strip()
-        raise ValueError(
-            f'{path}, line {number}: every line must be a JSON object with an "id" and a "text", both strings. '
-            f"Received: {start!r}"
-        )
-    return name, text.encode("utf-8", "replace")
-
-
-def _text(folder: Path, progress: Progress) -> _Documents:
-    paths = [path for path in _files(folder) if path.suffix.lower() in (".txt", ".md")]
-    for path in progress.track(paths, description=folder.name):
-        name = path.relative_to(folder).as_posix()
-        text = _utf8(path.read_bytes())
-        if text:
-            yield _Document(_one_in_ten(name), _printable(name), text.encode())
-
-
-def _code(root: Path, progress: Progress) -> _Documents:
-    folders: dict[Path, list[Path]] = {}
-    for path in _files(root):
-        if path.suffix in (".c", ".h") and path.stat().st_size <= LARGEST_CODE_FILE:
-            folders.setdefault(path.parent, []).append(path)
-    for folder, files in progress.track(folders.items(), description=root.name):
-        name = folder.relative_to(root).as_posix()
-        heldout = _one_in_ten("/".join(name.split("/")[:3]))
-        text = "".join(
-            f"/* FILE: {_printable(path.relative_to(root).as_posix())} */\n{_utf8(path.read_bytes())}" for path in files
-        )
-        if len(text) >= SMALLEST_CODE_DOCUMENT:
-            yield _Document(heldout, _printable(name), (text if heldout else text[:LARGEST_CODE_DOCUMENT]).encode())
-
-
-def _files(folder: Path) -> list[Path]:
-    """The files in ``folder`` and below, links aside, directory by directory, both in the order of their bytes."""
-    found = []
-    for parent, _, names in sorted(os.walk(folder), key=lambda entry: os.fsencode(entry[0])):
-        paths = (Path(parent, name) for name in sorted(names, key=os.fsencode))
-        found += [path for path in paths if path.is_file() and not path.is_symlink()]
-    return found
-
-
-def _one_in_ten(name: str) -> bool:
-    return int.from_bytes(hashlib.sha256(os.fsencode(name)).digest(), "big") % 10 == 0
-
-
-def _printable(name: str) -> str:
-    return _utf8(os.fsencode(name))
-
-
-def _utf8(data: bytes) -> str:
-    return data.decode("utf-8", "replace")
 
 
 # Loading
@@ -299,18 +260,18 @@ def load(folder: Path) -> Corpus:
         ValueError: the folder holds another thing than a corpus, or a file that was cut off.
     """
     folder = Path(folder)
-    for name in sorted(FILES):
+    for name in FILES:
         if not (folder / name).is_file():
             raise FileNotFoundError(f"There is no {folder / name}. {_again(folder)}")
     about = _about(folder)
     train, heldout = (_texts(folder, split, about[split]) for split in SPLITS)
-    return Corpus(train, heldout, about["sha256"])
+    return Corpus(train, heldout, about["sha256"], about.get("writers", {}))
 
 
 def _about(folder: Path) -> dict[str, Any]:
     try:
         about = json.loads((folder / "corpus.json").read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{folder / 'corpus.json'} is damaged ({error}). {_again(folder)}") from error
     found = about.get("format") if isinstance(about, dict) else None
     if found != FORMAT:

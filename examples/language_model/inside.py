@@ -11,12 +11,13 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from examples.language_model import facts
 from examples.language_model.checkpoint import load, replace
 from examples.language_model.corpus import Corpus
-from examples.language_model.facts import DIGITS
+from examples.language_model.haystacks import haystacks
 from examples.language_model.model import LanguageModel
 from examples.language_model.needle import read
+from examples.language_model.phrasings import VALUE_LENGTH as DIGITS
+from examples.language_model.phrasings import near
 from examples.language_model.training import autocast
 from fwpkm import FwPKMConfig, get_backend
 from fwpkm.backends.torch import FwPKM
@@ -91,33 +92,32 @@ def draw(
         ValueError: the model has no memory, or answers none of 20 needles.
     """
     model, experiment = load(folder, device, memory_scope="sequence")
-    if not model.memories:
+    if not experiment.model.writes:
         raise ValueError(f"the model of {folder} has no memory to look into")
     cfg = experiment.model.memory_config()
     chunk = cfg.chunk_size
-    haystack = facts.haystacks(
-        corpus.heldout, np.random.default_rng(seed), 20, LENGTH, facts.SEEN[0], clear=experiment.model.beyond
-    )
-    for tokens, question, answer, place in zip(haystack.tokens, haystack.question, haystack.answer, haystack.place):
-        text, asked = (torch.from_numpy(x[None]).to(device) for x in (tokens, np.concatenate([question, answer])))
+    rng = np.random.default_rng(seed)
+    haystack = haystacks(corpus.heldout, rng, 20, LENGTH, near, clear=experiment.model.beyond)
+    for tokens, questions, values, begins in zip(haystack.tokens, haystack.asked, haystack.value, haystack.begin):
+        asks = questions[0, : values[0] + DIGITS]
+        text, asked = (torch.from_numpy(x[None]).to(device) for x in (tokens, asks))
         with watched(model) as seen:
             reading = model.start(1)
-            for begin in range(0, LENGTH, chunk):
-                reading = read(model, text[:, begin : begin + chunk], reading)
+            for first in range(0, LENGTH, chunk):
+                reading = read(model, text[:, first : first + chunk], reading)
             written = {name: joined(looks) for name, looks in seen.items()}
         with watched(model) as seen:
             with autocast(device):
                 hidden, _ = model(asked.long(), reading, update=False)
             said = model.logits(hidden)[0, -DIGITS - 1 : -1].argmax(-1)
         if torch.equal(said, asked[0, -DIGITS:].long()):
-            asks = {name: joined(looks) for name, looks in seen.items()}
-            shares = {name: _shares(written[name], asks[name], cfg) for name in written}
+            shares = {name: _shares(written[name], joined(looks), cfg) for name, looks in seen.items()}
             for line in use(written):
                 tell(line)
             out.mkdir(parents=True, exist_ok=True)
             figures = {
-                "inside.png": _inside(tokens, bytes(question).decode(), bytes(answer).decode(), int(place), shares),
-                "gates.png": _gates(tokens, int(place), written),
+                "inside.png": _inside(tokens, _shown(asks[:-DIGITS]), _shown(asks[-DIGITS:]), int(begins[0]), shares),
+                "gates.png": _gates(tokens, int(begins[0]), written),
             }
             for name, figure in figures.items():
                 FigureCanvasAgg(figure)

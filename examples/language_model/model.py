@@ -1,15 +1,17 @@
 """A decoder whose attention sees one window in each layer; what lies beyond all of them, only the memories bring."""
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
+from examples.language_model import baselines
+from examples.language_model.attention import Attention
 from examples.language_model.settings import ModelSettings
-from fwpkm import State
-from fwpkm.backends.torch import FwPKM
+from fwpkm import FwPKMConfig, State
+from fwpkm.backends.torch import FwPKM, nbytes
 
 VOCABULARY = 256  # bytes
 
@@ -17,82 +19,33 @@ VOCABULARY = 256  # bytes
 class Reading(NamedTuple):
     """Where a batch of sequences stands."""
 
-    memories: tuple[State, ...]
-    """of each memory"""
+    memories: tuple[State | baselines.Carried, ...]
+    """of each memory, or of what stands in its place; ``state.memory`` [B, ...] goes on from text to text"""
     windows: tuple[Tensor, ...]
     """of each layer: ``[2, B, w, width]``, keys and values of the last w tokens, w at most the window less one."""
 
+    def fork(self, number: int) -> "Reading":
+        """Where ``number`` continuations of each sequence stand: they share its memories, which must not be written."""
 
-class Attention(nn.Module):
-    """Attention to the last ``window`` tokens, with rotary positions."""
+        def forked(state: State | baselines.Carried) -> State | baselines.Carried:
+            return state if isinstance(state, State) else mapped(lambda x: x.repeat_interleave(number, 0), state)
 
-    def __init__(self, width: int, heads: int, window: int):
-        """Draw the projections."""
-        super().__init__()
-        self.heads, self.window = heads, window
-        self.project_in = nn.Linear(width, 3 * width, bias=False)
-        self.project_out = nn.Linear(width, width, bias=False)
+        windows = tuple(past.repeat_interleave(number, 1) for past in self.windows)
+        return Reading(tuple(map(forked, self.memories)), windows)
 
-    def forward(self, x: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
-        """``[B, T, width]``, and keys and values before it ``[2, B, w, width]`` -> the same, T tokens later."""
-        query, key, value = self.project_in(x).chunk(3, -1)
-        key, value = (torch.cat([old.to(new.dtype), new], 1) for old, new in zip(past, (key, value)))
-        kept = max(0, key.shape[1] - (self.window - 1))
-        after = torch.stack([key[:, kept:], value[:, kept:]])
-        turn = rotation(key.shape[1], key.shape[2] // self.heads, x.device)
-        query, key, value = (z.unflatten(-1, (self.heads, -1)) for z in (query, key, value))
-        query, key = rotate(query, turn, past.shape[2]), rotate(key, turn, 0)
-        return self.project_out(banded(query, key, value.to(query.dtype), self.window).flatten(2)), after
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memories and windows."""
+        memories = sum(nbytes(state) if isinstance(state, State) else state.nbytes for state in self.memories)
+        return memories + sum(past.nbytes for past in self.windows)
 
 
-def rotation(length: int, width: int, device: torch.device) -> Tensor:
-    """cos and sin of the angles of ``length`` positions ``[2, length, width/2]``."""
-    frequency = 10_000.0 ** (-torch.arange(0, width, 2, device=device) / width)
-    angle = torch.arange(length, device=device)[:, None] * frequency
-    return torch.stack([angle.cos(), angle.sin()])
-
-
-def rotate(x: Tensor, turn: Tensor, start: int) -> Tensor:
-    """Turn the pairs of ``[B, T, heads, d]`` by their positions, counted from ``start``."""
-    cos, sin = turn[:, start : start + x.shape[1], None].to(x.dtype)
-    a, b = x.chunk(2, -1)
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
-
-
-def banded(query: Tensor, key: Tensor, value: Tensor, window: int) -> Tensor:
-    """Attention of ``[B, T, heads, d]`` to the last ``window`` of ``[B, w + T, heads, d]``.
-
-    Whole windows of queries after the first are computed together, each against two windows of keys.
-    """
-    (batch, length), past = query.shape[:2], key.shape[1] - query.shape[1]
-    first = min(length, window)
-    together = (length - first) // window * window
-    out = [_within(query[:, :first], key[:, : past + first], value[:, : past + first], window)]
-    if together:
-        # The queries from `first` on are blocks of `window`; block i sees key blocks i and i + 1.
-        keys, values = (z[:, past + first - window : past + first + together] for z in (key, value))
-        blocks = [_pairs(z.unflatten(1, (-1, window))).flatten(0, 1) for z in (keys, values)]
-        queries = query[:, first : first + together].unflatten(1, (-1, window)).flatten(0, 1)
-        out.append(_within(queries, *blocks, window).reshape(batch, together, *query.shape[2:]))
-    if (start := first + together) < length:
-        before = past + start - window
-        out.append(_within(query[:, start:], key[:, before:], value[:, before:], window))
-    return out[0] if len(out) == 1 else torch.cat(out, 1)
-
-
-def _pairs(blocks: Tensor) -> Tensor:
-    """Each block with the one before it: ``[B, n + 1, w, ...]`` -> ``[B, n, 2w, ...]``."""
-    return torch.cat([blocks[:, :-1], blocks[:, 1:]], 2)
-
-
-def _within(query: Tensor, key: Tensor, value: Tensor, window: int) -> Tensor:
-    """The last queries' attention to all keys that lie in their window; ``[B, n, heads, d]``."""
-    past = key.shape[1] - query.shape[1]
-    place = torch.arange(key.shape[1], device=query.device)
-    distance = place[past:, None] - place
-    seen = (distance >= 0) & (distance < window)
-    query, key, value = (z.transpose(1, 2) for z in (query, key, value))
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=seen).transpose(1, 2)
+def mapped(function: Callable[[Tensor], Tensor], part: Any) -> Any:
+    """A reading or a part of one, with ``function`` of each of its tensors."""
+    if not isinstance(part, tuple):
+        return part if part is None else function(part)
+    parts = [mapped(function, inner) for inner in part]
+    return type(part)(*parts) if hasattr(part, "_fields") else tuple(parts)
 
 
 class Block(nn.Module):
@@ -116,6 +69,24 @@ class Block(nn.Module):
         return x + self.project_out(F.silu(gate) * up), past
 
 
+def mixer(settings: ModelSettings, config: FwPKMConfig) -> nn.Module:
+    """What stands before a layer of ``settings.memories``: a memory, or a baseline in its place.
+
+    Each has FwPKM's call, ``init_state`` and ``memory``.
+    """
+    match settings.mixer:
+        case "fwpkm":
+            return FwPKM(settings.width, config)
+        case "static":
+            return baselines.StaticMemory(settings.width, config)
+        case "delta":
+            return baselines.GatedDelta(settings.width)
+        case "attention":
+            return baselines.LongAttention(settings.width, settings.heads, settings.context)
+        case unknown:
+            raise ValueError(f"no mixer is called {unknown!r}")
+
+
 class LanguageModel(nn.Module):
     """Bytes in, logits of the next byte out.
 
@@ -130,7 +101,7 @@ class LanguageModel(nn.Module):
         self.settings = settings
         self.embedding = nn.Embedding(VOCABULARY, settings.width)
         config = settings.memory_config(**memory)
-        self.memories = nn.ModuleDict({str(i): FwPKM(settings.width, config) for i in sorted(settings.memories)})
+        self.memories = nn.ModuleDict({str(i): mixer(settings, config) for i in sorted(settings.memories)})
         self.blocks = nn.ModuleList(Block(settings) for _ in range(settings.layers))
         self.norm = nn.RMSNorm(settings.width)
         for block in self.blocks:
@@ -153,8 +124,8 @@ class LanguageModel(nn.Module):
 
         Args:
             tokens: ``[B, T]`` integers.
-            reading: where the sequences stand.
-            update: False reads the memories without writing; attention goes on as ever.
+            reading: where the sequences stand; forked, B is a multiple of its memories' rows, and ``update`` is False.
+            update: False reads the memories without writing; attention, and a delta rule, go on as ever.
             inplace: the tables of ``reading`` may be overwritten, which saves a copy of each.
 
         Returns:
@@ -165,8 +136,12 @@ class LanguageModel(nn.Module):
         after = []
         for i, (block, past) in enumerate(zip(self.blocks, reading.windows)):
             if str(i) in self.memories:
-                read, state = self.memories[str(i)](x, next(states), update=update, inplace=inplace)
-                x = x + read
+                state = next(states)
+                # Frozen, a token reads the table wherever it stands: continuations of a sequence lie end to end.
+                number = len(state.position) if isinstance(state, State) and not update else len(x)
+                rows = x.reshape(number, -1, x.shape[2])
+                read, state = self.memories[str(i)](rows, state, update=update, inplace=inplace)
+                x = x + read.view_as(x)
                 after.append(state)
             x, past = block(x, past)
             windows.append(past)

@@ -1,9 +1,10 @@
-"""Needle in a haystack: five facts in a long text; after one or more readings, one of them is asked for."""
+"""Needles in a haystack: five facts in a long text; after every reading, all five are asked for."""
 
+import functools
 import json
 import math
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,39 +12,48 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from examples.language_model import facts
+from examples.language_model import phrasings
+from examples.language_model.baselines import Carried
 from examples.language_model.checkpoint import load, ready, replace
 from examples.language_model.corpus import Corpus
-from examples.language_model.facts import DIGITS, Haystack
-from examples.language_model.model import LanguageModel, Reading
+from examples.language_model.haystacks import Draw, Haystack, haystacks
+from examples.language_model.model import LanguageModel, Reading, mapped
+from examples.language_model.phrasings import VALUE_LENGTH
 from examples.language_model.training import autocast, device_name
-from fwpkm import Memory, State
+from fwpkm import State
 
 SEGMENT = 4096  # tokens read by one call
+AT_ONCE = 256  # questions of one context
+MEMORIES = {"memory_scope": "sequence", "boundary": "wait"}
+"""How memories are measured: each context has its own, and no pair is left out at a chunk's end."""
+
+KINDS: dict[str, Draw] = {
+    "near": phrasings.near,
+    "far": phrasings.far,
+    "value first": phrasings.value_first,
+    "rephrased": phrasings.in_other_words,
+    **{f"held out: {new}": functools.partial(phrasings.near, new=new) for new in phrasings.HELD_OUT},
+}
+"""What is asked, by name."""
 
 
-class Answers(NamedTuple):
-    """Of one model, phrasing, length and number of readings."""
+class Cell(NamedTuple):
+    """One line of what is measured."""
 
-    control: str
-    phrasing: str
+    kind: str
     length: int
-    readings: int
-    right: np.ndarray
-    """``[n, 6]`` bool, by digit"""
-    depth: np.ndarray
-    """``[n]`` from 0, the beginning, to 1"""
+    contexts: int = 200
+    readings: int = 1
+    controls: bool = False
+    """also with learning rate 0 and with another document's memory"""
 
-    def record(self, **about: Any) -> dict[str, Any]:
-        """For JSON: the shares, their intervals, and each sample."""
-        exact = self.right.all(1)
-        fields = {"control": self.control, "phrasing": self.phrasing, "length": self.length, "readings": self.readings}
-        return {
-            **about, **fields, "samples": len(exact),
-            "exact": exact.mean(), "exact_interval": wilson(exact.sum(), len(exact)),
-            "digits": self.right.mean(),
-            "depth": self.depth.round(4).tolist(), "right": self.right.sum(1).tolist(),
-        }  # fmt: skip
+
+PROTOCOL = (
+    *(Cell("near", length, readings=4, controls=True) for length in (4096, 32768, 131072)),
+    *(Cell(kind, length) for kind in ("far", "value first", "rephrased") for length in (4096, 131072)),
+    *(Cell(kind, length, contexts=40) for kind in KINDS if kind.startswith("held out") for length in (4096, 131072)),
+)
+"""What the results report; the same contexts for every model."""
 
 
 def wilson(successes: int, samples: int, z: float = 1.96) -> tuple[float, float]:
@@ -52,6 +62,15 @@ def wilson(successes: int, samples: int, z: float = 1.96) -> tuple[float, float]
     middle = (share + z * z / (2 * samples)) / scale
     half = z / scale * math.sqrt(share * (1 - share) / samples + z * z / (4 * samples**2))
     return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def shares(right: np.ndarray) -> dict[str, Any]:
+    """For JSON, of ``[contexts, facts, digits]`` bool: the shares, and the digits right of each answer."""
+    exact = right.all(2)
+    return {
+        "answers": exact.size, "exact": float(exact.mean()), "exact_interval": wilson(int(exact.sum()), exact.size),
+        "digits": float(right.mean()), "right": right.sum(2).tolist(),
+    }  # fmt: skip
 
 
 def read(
@@ -67,22 +86,38 @@ def read(
     return reading
 
 
-def answer(model: LanguageModel, question: Tensor, reading: Reading) -> Tensor:
-    """The six likeliest bytes in turn after ``question`` [B, q], with frozen memories."""
-    said, ask = [], question.long()
-    for _ in range(DIGITS):
-        with autocast(question.device):
-            hidden, reading = model(ask, reading, update=False)
-            ask = model.logits(hidden[:, -1:]).argmax(-1)
-        said.append(ask)
-    return torch.cat(said, 1)
+def answers(model: LanguageModel, asked: Tensor, value: Tensor, reading: Reading) -> Tensor:
+    """Which digits of each value are the likeliest bytes after those before them; memories stay frozen.
+
+    All six are right just where greedy decoding writes the value.
+
+    Args:
+        model: that has read the contexts.
+        asked: ``[B, Q, a]``, Q questions of each context with their answers, and padding.
+        value: ``[B, Q]``, where the value begins.
+        reading: of the B contexts.
+
+    Returns:
+        ``[B, Q, 6]`` bool.
+    """
+    found = []
+    for these, begins in zip(asked.split(AT_ONCE, 1), value.split(AT_ONCE, 1)):
+        tokens, number = these.flatten(0, 1).long(), these.shape[1]
+        with autocast(asked.device):
+            hidden, _ = model(tokens, reading.fork(number), update=False)
+        digits = begins.flatten()[:, None] + torch.arange(VALUE_LENGTH, device=asked.device)
+        before = (digits - 1)[..., None].expand(-1, -1, hidden.shape[2])
+        with autocast(asked.device):
+            said = model.logits(hidden.gather(1, before)).argmax(-1)
+        found.append((said == tokens.gather(1, digits)).unflatten(0, (-1, number)))
+    return torch.cat(found, 1)
 
 
 def another(reading: Reading) -> Reading:
     """Each sequence with the memory of the one before it; what attention sees stays its own."""
 
-    def turned(state: State) -> State:
-        return state._replace(memory=Memory(*(x.roll(1, 0) for x in state.memory)))
+    def turned(state: State | Carried) -> State | Carried:
+        return state._replace(memory=mapped(lambda x: x.roll(1, 0), state.memory))
 
     return reading._replace(memories=tuple(map(turned, reading.memories)))
 
@@ -91,9 +126,11 @@ def together(model: LanguageModel, device: torch.device, most: int, sets: int) -
     """How many contexts are read at once: as ``sets`` of tables, a copy of one memory's and activations find room."""
     if device.type != "cuda":
         return min(most, 8)
-    tables = [4 * m.config.num_slots * m.config.value_dim for m in model.memories.values()]
+    tables = [sum(x.nbytes for x in m.memory()) for m in model.memories.values()]
     activations = SEGMENT * model.settings.width * 4 * 64
-    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free, whole = torch.cuda.mem_get_info(device)
+    allowed = whole * torch.cuda.get_per_process_memory_fraction(device)  # less where processes share a card
+    free = min(free + torch.cuda.memory_reserved(device), allowed) - torch.cuda.memory_allocated(device)
     room = 0.8 * free / (sets * sum(tables) + max(tables, default=0) + activations)
     return max(2, min(most, int(room)))
 
@@ -110,94 +147,99 @@ def parts(number: int, at_once: int) -> list[np.ndarray]:
 def try_out(
     model: LanguageModel, haystack: Haystack, device: torch.device, readings: int, *, swap: bool = False
 ) -> Iterator[tuple[int, bool, np.ndarray]]:
-    """After each reading: its number, whether the memories were another document's, and what is right ``[n, 6]``."""
+    """After each reading: its number, whether the memories were another document's, what is right ``[n, facts, 6]``."""
     right: dict[tuple[int, bool], list[np.ndarray]] = {}
-    for part in parts(len(haystack.tokens), together(model, device, 64, sets=2)):
-        tokens, question, expected = (
-            torch.from_numpy(x[part]).to(device) for x in (haystack.tokens, haystack.question, haystack.answer)
-        )
-        reading = model.start(len(part))
+    for rows in parts(len(haystack.tokens), together(model, device, 64, sets=2)):
+        part = haystack.part(rows)
+        tokens, asked, value = (torch.from_numpy(x).to(device) for x in (part.tokens, part.asked, part.value))
+        reading = model.start(len(rows))
         for count in range(1, readings + 1):
             reading = read(model, tokens, reading)
-            for swapped in (False, True)[: 1 + (swap and len(part) > 1)]:
-                said = answer(model, question, another(reading) if swapped else reading)
-                right.setdefault((count, swapped), []).append((said == expected).cpu().numpy())
+            for swapped in (False, True)[: 1 + (swap and len(rows) > 1)]:
+                found = answers(model, asked, value, another(reading) if swapped else reading)
+                right.setdefault((count, swapped), []).append(found.cpu().numpy())
     for (count, swapped), found in sorted(right.items()):
         yield count, swapped, np.concatenate(found)
 
 
+def chosen(
+    kinds: Sequence[str] | None, lengths: Sequence[int] | None, contexts: int | None, readings: int | None
+) -> list[Cell]:
+    """The cells of the protocol of some kinds, with lengths, contexts and readings of one's own where given."""
+    known = {kind: [cell for cell in PROTOCOL if cell.kind == kind] for kind in KINDS}
+    cells = []
+    for kind in dict.fromkeys(kinds or KINDS):
+        first, *others = known.get(kind) or [Cell(kind, SEGMENT)]
+        alike = [first._replace(length=n) for n in dict.fromkeys(lengths)] if lengths else [first, *others]
+        given = {"contexts": contexts, "readings": readings}
+        cells += [cell._replace(**{k: v for k, v in given.items() if v is not None}) for cell in alike]
+    return cells
+
+
+def check(cells: Sequence[Cell]) -> None:
+    """Raise a ValueError for a cell that cannot be asked."""
+    for cell in cells:
+        if cell.kind not in KINDS:
+            raise ValueError(f"what is asked is one of {', '.join(KINDS)}. Received: {cell.kind!r}")
+        if min(cell.length, cell.readings) < 1 or cell.contexts < 1 + cell.controls:
+            raise ValueError(
+                "length, readings and contexts must be 1 or more, and contexts with controls 2, since they swap "
+                f"memories. Received: {cell}"
+            )
+
+
 def measure(
-    folder: Path, corpus: Corpus, out: Path, device: torch.device, *,
-    lengths: list[int], samples: int, readings: int, phrasings: list[str], controls: bool, seed: int = 0,
+    folder: Path, corpus: Corpus, out: Path, device: torch.device, cells: Sequence[Cell] = PROTOCOL, *, seed: int = 0,
     tell: Callable[[str], None] = print,
 ) -> Path:  # fmt: skip
     """Ask the model of a folder; saves every answer in ``out``.
 
     Args:
         folder: of a trained model.
-        corpus: its held-out documents make the haystacks.
+        corpus: its held-out documents make the contexts.
         out: a JSON file.
         device: to read on.
-        lengths: of contexts, in bytes.
-        samples: of each length and phrasing.
-        readings: how often a context is read before the last question.
-        phrasings: names of phrasings, see ``named``.
-        controls: also ask with learning rate 0 and with another document's memory.
-        seed: of the haystacks.
+        cells: what is asked.
+        seed: of the contexts.
         tell: receives a line for each result.
 
     Raises:
         FileNotFoundError: nothing was trained in the folder.
-        ValueError: an argument is out of range, or no held-out document is long enough.
+        ValueError: a cell cannot be asked, or no held-out document is long enough.
     """
-    if readings < 1 or min(lengths) < 1 or samples < 1 + controls:
-        raise ValueError(
-            "readings, lengths and samples must be 1 or more, and samples with controls 2, since they swap memories. "
-            f"Received: readings={readings}, lengths={lengths}, samples={samples}"
-        )
+    check(cells)
     ready(out)
-    model, experiment = load(folder, device, memory_scope="sequence")
-    has_memory = bool(experiment.model.memories)
-    frozen = load(folder, device, memory_scope="sequence", learning_rate=0.0)[0] if controls and has_memory else None
+    model, experiment = load(folder, device, **MEMORIES)
+    written, carried = experiment.model.writes, experiment.model.carries
     # All of them first, so that what does not fit is said before hours of reading.
-    haystacks = []
-    for name in dict.fromkeys(phrasings):
-        for length in dict.fromkeys(lengths):
-            rng = np.random.default_rng([seed, length, zlib.crc32(name.encode())])
-            found = facts.haystacks(corpus.heldout, rng, samples, length, named(name), clear=experiment.model.beyond)
-            haystacks.append((name, length, found))
+    contexts = [
+        haystacks(
+            corpus.heldout, np.random.default_rng([seed, cell.length, zlib.crc32(cell.kind.encode())]), cell.contexts,
+            cell.length, KINDS[cell.kind], clear=experiment.model.beyond,
+        ) for cell in cells
+    ]  # fmt: skip
     rows = []
 
-    def keep(answers: Answers) -> None:
-        row = answers.record(trained=folder.name)
-        rows.append(row)
+    def keep(control: str, cell: Cell, count: int, right: np.ndarray, depth: np.ndarray) -> None:
+        about = {"control": control, "kind": cell.kind, "length": cell.length, "readings": count}
+        rows.append(about | shares(right) | {"depth": depth.round(4).tolist()})
         tell(
-            f"{row['control']}, {row['phrasing']}, {row['length']} bytes, {row['readings']} readings: "
-            f"{100 * row['exact']:.1f}% exact, {100 * row['digits']:.1f}% of digits"
+            f"{control}, {cell.kind}, {cell.length} bytes, {count} readings: {100 * rows[-1]['exact']:.1f}% exact, "
+            f"{100 * rows[-1]['digits']:.1f}% of digits"
         )
 
-    for name, length, haystack in haystacks:
-        times = readings if has_memory else 1
-        for count, swapped, right in try_out(model, haystack, device, times, swap=controls and has_memory):
-            control = "another document's memory" if swapped else "memory" if has_memory else "no memory"
-            keep(Answers(control, name, length, count, right, haystack.depth))
-        if frozen is not None:
-            for count, _, right in try_out(frozen, haystack, device, 1):
-                keep(Answers("learning rate 0", name, length, count, right, haystack.depth))
+    own = "memory" if model.memories else "no memory"
+    for cell, haystack in zip(cells, contexts):
+        swap = cell.controls and carried
+        for count, swapped, right in try_out(model, haystack, device, cell.readings if carried else 1, swap=swap):
+            keep("another document's memory" if swapped else own, cell, count, right, haystack.depth)
+    if written and any(cell.controls for cell in cells):
+        del model  # its tables
+        frozen = load(folder, device, **MEMORIES, learning_rate=0.0)[0]
+        for cell, haystack in zip(cells, contexts):
+            if cell.controls:
+                ((count, _, right),) = try_out(frozen, haystack, device, 1)
+                keep("learning rate 0", cell, count, right, haystack.depth)
     about = {"corpus": corpus.sha256, "seed": seed, "device": device_name(device), "experiment": experiment.tables()}
-    replace(out, lambda beside: beside.write_text(json.dumps({**about, "rows": rows})))
+    replace(out, lambda beside: beside.write_text(json.dumps({**about, "trained": folder.name, "rows": rows})))
     return out
-
-
-def named(name: str) -> str:
-    """The phrasing "seen-0", ..., "unseen-0", ...
-
-    Raises:
-        ValueError: there is none of that name.
-    """
-    groups = {"seen": facts.SEEN, "unseen": facts.UNSEEN}
-    known = {f"{group}-{i}": phrasing for group, all_ in groups.items() for i, phrasing in enumerate(all_)}
-    if name not in known:
-        last = len(facts.SEEN) - 1, len(facts.UNSEEN) - 1
-        raise ValueError(f"a phrasing is seen-0 to seen-{last[0]} or unseen-0 to unseen-{last[1]}. Received: {name}")
-    return known[name]

@@ -1,7 +1,8 @@
-"""Pictures of what was measured: needles by depth and length, bits by position, the sudden rise in training."""
+"""Pictures of what was measured: needles of every seed, capacity, bits by position, and the rise in training."""
 
 import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,23 +11,30 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator, PercentFormatter
 
-from examples.language_model import results
+from examples.language_model import comparing, results
 from examples.language_model.checkpoint import replace
-from examples.language_model.facts import DIGITS
-from examples.language_model.report import size
-from examples.language_model.results import Run
+from examples.language_model.results import MEMORY, NO_MEMORY, Run
+from examples.language_model.tables import amount, size
 
-DEPTHS = 10
-FONTS: Any = {"font.size": 12, "axes.titlesize": 12, "axes.titlelocation": "left", "axes.titlepad": 8}
-WRITTEN, FROZEN = {"color": "#08306b", "linewidth": 2.4}, {"color": "#41b6c4", "linewidth": 2.2, "linestyle": "-."}
-PLAIN = {"color": "#d95f02", "linewidth": 2, "linestyle": "--"}
-LONGER = {"color": "#7570b3", "linewidth": 2.2, "linestyle": ":"}
+DEPTHS = 5
+FONTS: Any = {"font.size": 12, "axes.titlesize": 12, "axes.titlelocation": "left", "axes.titlepad": 6}
+# Colours of Okabe and Ito (2008), which those who see fewer tell apart; each kind has marks of its own beside them.
+STYLES: dict[str, dict[str, Any]] = {
+    MEMORY: {"color": "#0072b2", "linestyle": "-", "marker": "o"},
+    "attention": {"color": "#009e73", "linestyle": "--", "marker": "s"},
+    "gated delta rule": {"color": "#cc79a7", "linestyle": "-.", "marker": "^"},
+    "memory never written": {"color": "#e69f00", "linestyle": (0, (4, 1, 1, 1, 1, 1)), "marker": "D"},
+    NO_MEMORY: {"color": "#d55e00", "linestyle": ":", "marker": "v"},
+}
+LONGER = {"color": "#000000", "linestyle": (0, (1, 1)), "marker": ""}
+FROZEN = {"color": "#56b4e9", "linestyle": "-.", "marker": ""}
 
 
 def draw(folder: Path, out: Path) -> list[Path]:
-    """Draw needle.png, bits.png and training.png into ``out``, those that the folder holds results for.
+    """Draw needle.png, capacity.png, bits.png and training.png into ``out``, those that the folder has results for.
 
     Raises:
         FileNotFoundError: the folder holds no results.
@@ -34,7 +42,9 @@ def draw(folder: Path, out: Path) -> list[Path]:
     """
     runs = results.load(folder)
     out.mkdir(parents=True, exist_ok=True)
-    kinds: dict[str, Callable[[list[Run]], Figure | None]] = {"needle": needle, "bits": bits, "training": training}
+    kinds: dict[str, Callable[[list[Run]], Figure | None]] = {
+        "needle": needle, "capacity": capacity, "bits": bits, "training": training,
+    }  # fmt: skip
     drawn = []
     with mpl.rc_context():
         mpl.rcdefaults()  # the user's own matplotlibrc was not made for these pictures
@@ -47,91 +57,162 @@ def draw(folder: Path, out: Path) -> list[Path]:
     return drawn
 
 
-def _figure(height: float, panels: int) -> tuple[Figure, list[Axes]]:
+def _figure(height: float) -> Figure:
     """Nine inches wide, without a window and global state, whatever backend the user has set."""
     figure = Figure(figsize=(9, height), layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, list(figure.subplots(1, panels, squeeze=False)[0])
+    return figure
 
 
-def _finish(figure: Figure, axes: list[Axes]) -> Figure:
+def _finish(figure: Figure, axes: Sequence[Axes]) -> Figure:
     """Open axes with a light grid, and one legend below."""
     for a in axes:
         a.grid(axis="y", alpha=0.3)
         a.spines[["top", "right"]].set_visible(False)
-    lines, labels = axes[0].get_legend_handles_labels()
-    figure.legend(lines, labels, loc="outside lower center", ncols=2 if len(lines) > 3 else 3, frameon=False)
+    lines: dict[Any, Any] = {}
+    for a in axes:
+        lines |= {label: line for line, label in zip(*a.get_legend_handles_labels()) if label not in lines}
+    # One entry for the lines of several seeds.
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=2, frameon=False)
     return figure
 
 
-def needle(runs: list[Run]) -> Figure | None:
-    """Shares answered exactly by length and depth, of all headline models together."""
-    asked = [rows for r in runs if r.headline and (rows := r.answers())]
-    if not asked:
+# Needles
+
+
+def needle(runs: Sequence[Run]) -> Figure | None:
+    """A small map for each seed and reading: what is answered near, by length and depth."""
+    runs = [r for r in comparing.memories(runs) if any(x.kind == "near" for x in r.answers())]
+    if not runs:
         return None
-    counts = set.intersection(*({row["readings"] for row in rows} for rows in asked))
-    if not counts:
-        return None
-    rows = [row for rows in asked for row in rows]
-    lengths = sorted({row["length"] for row in rows})
-    readings = sorted({min(counts), max(counts)})
-    figure, panels = _figure(4.9, len(readings))
-    for axes, count in zip(panels, readings):
-        shares = np.full((DEPTHS, len(lengths)), np.nan)
-        for column, length in enumerate(lengths):
-            these = [row for row in rows if (row["length"], row["readings"]) == (length, count)]
-            exact = np.concatenate([[], *(np.array(row["right"]) == DIGITS for row in these)])
-            depth = np.concatenate([[], *(row["depth"] for row in these)])
-            band = np.minimum((depth * DEPTHS).astype(int), DEPTHS - 1)
-            for i in set(band.tolist()):
-                shares[i, column] = exact[band == i].mean()
+    asked = [x for r in runs for x in r.answers() if x.kind == "near"]
+    lengths, readings = sorted({x.length for x in asked}), sorted({x.readings for x in asked})
+    figure = _figure(0.9 + 1.45 * len(readings))
+    panels = figure.subplots(len(readings), len(runs), squeeze=False, sharex=True, sharey=True)
+    maps = {(i, j): _map(run, lengths, count) for i, count in enumerate(readings) for j, run in enumerate(runs)}
+    least = min(float(np.nanmin(shares)) for shares in maps.values())
+    for (i, j), shares in maps.items():
+        axes = panels[i, j]
         image = axes.imshow(np.ma.masked_invalid(shares), cmap="YlGnBu", vmin=0, vmax=1, aspect="auto")
-        for (i, column), share in np.ndenumerate(shares):
-            if np.isfinite(share):
-                shade = "white" if share > 0.55 else "black"
-                axes.text(column, i, f"{100 * share:.0f}", ha="center", va="center", color=shade, size=11)
-        axes.set_title(f"{count} reading{'s'[: count > 1]}")
-        axes.set(xlabel="length of the context (bytes)", xticks=range(len(lengths)))
-        axes.set_xticklabels(map(size, lengths))
-        axes.set_yticks(np.arange(DEPTHS + 1) - 0.5, [f"{100 * i // DEPTHS}%" for i in range(DEPTHS + 1)])
-    panels[0].set_ylabel("depth of the needle (0%: beginning)")
-    figure.colorbar(image, ax=panels, format=PercentFormatter(1), label="needles answered exactly", pad=0.02)
+        for (y, x), found in np.ndenumerate(shares):
+            if np.isfinite(found):
+                shade = "white" if found > 0.55 else "black"
+                axes.text(x, y, f"{100 * found:.0f}", ha="center", va="center", color=shade, size=9)
+            if found == least:
+                axes.add_patch(
+                    Rectangle((x - 0.46, y - 0.46), 0.92, 0.92, fill=False, edgecolor="#d55e00", linewidth=2.5)
+                )
+        axes.tick_params(length=0, labelsize=9)
+        axes.set_xticks(range(len(lengths)), list(map(size, lengths)))
+        axes.set_yticks(np.arange(0, DEPTHS + 1, DEPTHS) - 0.5, ["begin", "end"])
+        if i == 0:
+            axes.set_title(f"seed {runs[j].seed}")
+        if j == 0:
+            axes.set_ylabel(f"{readings[i]} reading{'s'[: readings[i] > 1]}")
+    figure.supxlabel("length of the context (bytes); from top to bottom, where in it the needle stands", size=11)
+    bar = figure.colorbar(image, ax=panels, format=PercentFormatter(1), pad=0.01, aspect=40)
+    bar.set_label(f"needles answered exactly; framed, the fewest: {100 * least:.0f}%", size=11)
     return figure
 
 
-def bits(runs: list[Run]) -> Figure | None:
-    """Bits per byte by position, and how far they are from the model without memory at equal steps."""
-    models = [r for r in runs if r.headline and r.bits]
-    if not models or (plain := results.equal_steps(models[0], [r for r in runs if r.bits])) is None:
+def _map(run: Run, lengths: Sequence[int], readings: int) -> np.ndarray:
+    """Shares answered exactly ``[DEPTHS, lengths]``."""
+    shares = np.full((DEPTHS, len(lengths)), np.nan)
+    for column, length in enumerate(lengths):
+        if (cell := run.cell("near", length, readings)) is None:
+            continue
+        band = np.minimum((cell.depth * DEPTHS).astype(int), DEPTHS - 1)
+        for i in set(band.flat):
+            shares[i, column] = cell.exact[band == i].mean()
+    return shares
+
+
+# Capacity
+
+
+def capacity(runs: Sequence[Run]) -> Figure | None:
+    """Facts in a context against those found: as a share, and as a number against bytes of state."""
+    runs = [r for r in [*comparing.memories(runs), *comparing.equal_steps(runs)] if r.capacity]
+    if not runs:
         return None
-    longer = results.equal_time(models[0], [r for r in runs if r.bits])
-    lines: dict[str, tuple[list[tuple[Run, str]], dict[str, Any]]] = {
-        "memory": ([(r, "reset") for r in models if "reset" in r.bits], WRITTEN),
-        "memory, never written": ([(r, "frozen") for r in models if "frozen" in r.bits], FROZEN),
-        "no memory, equal steps": ([(plain, "no memory")], PLAIN),
-        "no memory, equal time": ([(longer, "no memory")] if longer else [], LONGER),
-    }
-    figure, (left, right) = _figure(4.6, 2)
-    number = plain.bits["no memory"].shape[1]
-    edges = np.unique(np.round(2 ** (np.arange(0, 2 * np.log2(number) + 1) / 2)).astype(int))  # two to an octave
-    edges = np.unique([0, *edges[edges < number], number])
+    length = max(x.length for r in runs for x in r.capacity)
+    figure = _figure(4.6)
+    left, right = figure.subplots(1, 2)
+    for run in runs:
+        cells = sorted((x.exact.shape[1], float(x.exact.mean())) for x in run.capacity if x.length == length)
+        if not cells:
+            continue
+        facts, found = np.array(cells).T
+        style = STYLES[run.kind]
+        label = f"{run.kind} ({amount(run.state_bytes)}), {_seeds(runs, run.kind)}"
+        left.plot(facts, found, label=label, **style, **_thin(runs, run.kind), markersize=5)
+        right.scatter(
+            run.state_bytes, max(facts * found), color=style["color"], marker=style["marker"], s=48, alpha=0.8
+        )
+    ticks = sorted({x.exact.shape[1] for r in runs for x in r.capacity})
+    left.set_xscale("log")
+    left.xaxis.set_major_locator(FixedLocator(ticks))
+    left.xaxis.set_major_formatter("{x:,.0f}")
+    left.tick_params(axis="x", labelsize=10, rotation=35)
+    left.set(xlabel=f"facts in {size(length)} bytes", ylim=(-0.02, 1.02), ylabel="found after one reading")
+    left.yaxis.set_major_formatter(PercentFormatter(1))
+    right.set_xscale("log")
+    right.set_yscale("symlog", linthresh=1)  # a model may find none
+    right.margins(x=0.15)
+    right.set_ylim(-0.2, 2 * max(1, right.dataLim.y1))
+    right.xaxis.set_major_formatter(FuncFormatter(lambda x, _: amount(round(x))))
+    right.yaxis.set_major_formatter("{x:,.0f}")
+    right.set(xlabel="state of one sequence", ylabel="most facts found in one context")
+    for axis in (left.xaxis, right.xaxis):
+        axis.set_minor_locator(NullLocator())
+    return _finish(figure, [left, right])
+
+
+def _seeds(runs: Iterable[Run], kind: str) -> str:
+    number = sum(r.kind == kind for r in runs)
+    return f"{number} seed{'s'[: number > 1]}"
+
+
+def _thin(runs: Iterable[Run], kind: str) -> dict[str, Any]:
+    """Lines of several seeds are thin, so that all show."""
+    return {"linewidth": 1.3 if sum(r.kind == kind for r in runs) > 1 else 2.2, "alpha": 0.85}
+
+
+# Bits
+
+
+def bits(runs: Sequence[Run]) -> Figure | None:
+    """Bits per byte by position, and how far every seed is from the best model without memory at equal steps."""
+    measured = [r for r in runs if r.bits]
+    own, plain = comparing.memories(measured), comparing.best(comparing.equal_steps(measured))
+    if not own or plain is None:
+        return None
+    longer = comparing.best(comparing.equal_time(measured))
+    seeds = f"{len(own)} seed{'s'[: len(own) > 1]}"
+    lines: list[tuple[str, list[Run], str, dict[str, Any]]] = [
+        (f"memory, {seeds}", own, "reset", STYLES[MEMORY]),
+        (f"memory, frozen, {seeds}", own, "frozen", FROZEN),
+        ("no memory, equal steps", [plain], NO_MEMORY, STYLES[NO_MEMORY]),
+        ("no memory, equal time", [longer] if longer and longer is not plain else [], NO_MEMORY, LONGER),
+    ]
+    figure = _figure(4.6)
+    left, right = figure.subplots(1, 2)
+    edges = _octaves(plain.bits[NO_MEMORY].shape[1])
+    bands = [slice(a, b) for a, b in itertools.pairwise(edges)]
     middle = np.sqrt(np.maximum(edges[:-1], 0.25) * edges[1:]) * plain.bin
-    for label, (parts, style) in lines.items():
-        if not parts:
-            continue
-        pairs = [results.paired(run, mode, plain) for run, mode in parts]
-        own, base = (_binned(np.mean(x, 0), edges) for x in zip(*pairs))  # over seeds
-        left.plot(middle, own.mean(0), label=label, **style)
-        if parts[0][0] is plain:
-            right.axhline(0, **style)
-            continue
-        mean, low, high = 100 * np.array([results.relative(a, b) for a, b in zip(own.T, base.T)]).T
-        right.plot(middle, mean, **style)
-        right.fill_between(middle, low, high, color=style["color"], alpha=0.18, linewidth=0)
+    for label, which, mode, style in lines:
+        style = {**style, "marker": "", "linewidth": 2 if len(which) == 1 else 1.1}
+        for run in (r for r in which if mode in r.bits):
+            left.plot(middle, [comparing.mean_bits(run, mode, band) for band in bands], label=label, **style)
+            found = [comparing.relative(run, mode, plain, band) for band in bands]
+            mean, low, high, _ = 100 * np.array(found).T
+            right.plot(middle, mean, **style)
+            if run is not plain:
+                right.fill_between(middle, low, high, color=style["color"], alpha=0.25 / len(which), linewidth=0)
     for axes in (left, right):
         axes.set_xscale("log", base=2)
-        axes.set(xlabel="position in the document (bytes)", xlim=(0.85 * middle[0], number * plain.bin))
-        ticks = plain.bin * 4 ** np.arange(np.log2(number) // 2 + 1)
+        axes.set(xlabel="position in the document (bytes)", xlim=(0.85 * middle[0], edges[-1] * plain.bin))
+        ticks = plain.bin * 4 ** np.arange(np.log2(edges[-1]) // 2 + 1)
         axes.xaxis.set_major_locator(FixedLocator(ticks.tolist()))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: size(round(x))))
@@ -141,28 +222,33 @@ def bits(runs: list[Run]) -> Figure | None:
     return _finish(figure, [left, right])
 
 
-def _binned(rows: np.ndarray, edges: np.ndarray) -> np.ndarray:
-    """Means ``[documents, groups]`` of the bins between the edges."""
-    return np.add.reduceat(rows, edges[:-1], axis=1) / np.diff(edges)
+def _octaves(bins: int) -> np.ndarray:
+    """Edges of groups of bins, two to an octave."""
+    edges = np.unique(np.round(2 ** (np.arange(0, 2 * np.log2(bins) + 1) / 2)).astype(int))
+    return np.unique([0, *edges[edges < bins], bins])
 
 
-def training(runs: list[Run]) -> Figure | None:
-    """The shares of asked digits that come out in training."""
-    models = [r for r in runs if r.headline and r.record]
-    if not models:
+# Training
+
+
+def training(runs: Sequence[Run]) -> Figure | None:
+    """The shares of asked digits that come out in training, for every seed."""
+    runs = [r for r in [*comparing.memories(runs), *comparing.equal_steps(runs)] if r.record]
+    runs = [r for r in runs if r.experiment.training.facts]
+    if not comparing.memories(runs):
         return None
-    shades = mpl.colormaps["YlGnBu"](np.linspace(0.95, 0.45, len(models)))
-    figure, panels = _figure(4.2, 2)
-    plain = results.equal_steps(models[0], [r for r in runs if r.record])
-    lines = [(f"memory, seed {r.experiment.training.seed}", r, {"color": c}) for r, c in zip(models, shades)]
-    lines += [("no memory", plain, PLAIN)] if plain else []
+    figure = _figure(4.4)
+    panels = figure.subplots(1, 2)
     for axes, field, title in zip(panels, ("digits_right", "first_right"), ("any digit", "the first digit")):
-        for label, run, style in lines:
+        for run in runs:
+            style = {**STYLES[run.kind], **_thin(runs, run.kind), "marker": ""}
             steps = [line["step"] for line in run.record]
-            axes.plot(steps, [line[field] for line in run.record], label=label, **{"linewidth": 2, **style})
+            axes.plot(
+                steps, [line[field] for line in run.record], label=f"{run.kind}, {_seeds(runs, run.kind)}", **style
+            )
         axes.set(xlabel="training step", ylim=(-0.02, 1.02), xlim=(0, None))
         axes.set_title(title)
         axes.yaxis.set_major_formatter(PercentFormatter(1))
         axes.xaxis.set_major_formatter("{x:,.0f}")
     panels[0].set_ylabel("share of asked digits right")
-    return _finish(figure, panels)
+    return _finish(figure, list(panels))

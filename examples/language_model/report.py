@@ -1,15 +1,17 @@
-"""Tables of what was measured, in Markdown."""
+"""Everything that was measured, in Markdown: answers, bits per byte, baselines, training."""
 
+import functools
 import itertools
-from collections.abc import Callable, Iterable
+import statistics
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from examples.language_model import results
-from examples.language_model.results import Run
+from examples.language_model import comparing, intervals, needle_tables, results
+from examples.language_model.intervals import Interval
+from examples.language_model.results import NO_MEMORY, Run
+from examples.language_model.tables import NOTHING, amount, difference, of_seeds, several, share, size, table
 
 ROSE = 0.2  # share of first digits right above which needles are being found
-NOTHING = "-"
 
 
 def report(folder: Path) -> str:
@@ -20,85 +22,86 @@ def report(folder: Path) -> str:
         ValueError: a file is damaged, or does not belong with the others; names it.
     """
     runs = results.load(folder)
-    headline = [r for r in runs if r.headline]
+    own = comparing.memories(runs)
+    pairs = [("equal steps", comparing.equal_steps(runs)), ("equal time", comparing.equal_time(runs))]
     parts = [
-        *(_needle(run, unseen=False) for run in headline),
-        _controls(runs),
-        *(_needle(run, unseen=True) for run in headline),
+        _in_short(own, pairs),
+        *needle_tables.near(own),
+        *needle_tables.other_sentences(own),
+        needle_tables.controls(runs),
+        *needle_tables.capacity(runs),
+        *needle_tables.own_names(runs),
+        *(_baselines(own, others, how) for how, others in pairs),
+        *(_compared(own, others, how) for how, others in pairs),
         _bits(runs),
-        _compared(runs, "at equal steps", results.equal_steps),
-        _compared(runs, "at equal time", results.equal_time),
         _training(runs),
     ]
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
-def size(count: int) -> str:
-    """4096 as 4K."""
-    return f"{count // 1024}K" if count and count % 1024 == 0 else str(count)
+def _in_short(own: Sequence[Run], pairs: Sequence[tuple[str, Sequence[Run]]]) -> str:
+    """The worst seed's answers and bits, in a line each."""
+    lines = []
+    if cells := [(comparing.share(x.exact), x, r) for r in own for x in r.answers() if x.kind == "near"]:
+        fewest, x, run = min(cells, key=lambda found: found[0].mean)
+        lines.append(
+            f"- Needles near: every seed ({several(own)}), at every length, after every reading answers at least "
+            f"{share(fewest)} exactly; the fewest seed {run.seed} in {size(x.length)} after reading {x.readings}."
+        )
+    for how, others in pairs:
+        base, measured = comparing.best(others), [r for r in own if r.bits]
+        if base is not None and measured:
+            worst, run = _worst(measured, base)
+            sign, word = (-1, "fewer") if worst.mean < 0 else (1, "more")
+            low, high = sorted((sign * worst.low, sign * worst.high))
+            worst_of = f"of seeds {several(measured)} the worst, {run.seed}," if measured[1:] else f"seed {run.seed}"
+            lines.append(
+                f"- At {how}: {share(Interval(sign * worst.mean, low, high, worst.units))} {word} bits per byte with "
+                f"the memory than without; {worst_of} against {base.label}."
+            )
+    return "\n".join(["### In short", "", *lines]) if lines else ""
 
 
-def _table(title: str, note: str, head: list[str], rows: list[list[str]], texts: int = 1) -> str:
-    """With a heading and a line on what the cells are; columns after the first ``texts`` stand to the right."""
-    lines = [head, ["---"] * texts + ["---:"] * (len(head) - texts), *rows]
-    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return f"### {title}\n\n{note}\n\n{text}" if rows else ""
+# Other models
 
 
-def _found(row: dict[str, Any] | None) -> str:
-    """The cell of an answer."""
-    if row is None:
-        return NOTHING
-    low, high = (100 * x for x in row["exact_interval"])
-    return f"{100 * row['exact']:.1f}% ({low:.1f} to {high:.1f}), {100 * row['digits']:.1f}%"
+def _baselines(own: Sequence[Run], others: Sequence[Run], how: str) -> str:
+    """The other models beside the memory's: time, answers, bits."""
+    own_time, measured = comparing.time(own), [r for r in own if r.bits]
+    lengths = sorted({x.length for r in [*own, *others] for x in r.answers() if x.kind == "near"})
 
+    def row(run: Run) -> list[str]:
+        taken = f"{run.seconds / own_time:.2f}" if run.record and own_time else NOTHING
+        speed = f"{run.speed:.1f}" if run.record else NOTHING
+        near = [share(comparing.share(x.exact)) if (x := run.cell("near", n)) else NOTHING for n in lengths]
+        facts = max(((x.exact.mean() * x.exact.shape[1], x.exact.shape[1]) for x in run.capacity), default=None)
+        most = f"{facts[0]:,.0f} of {facts[1]:,}" if facts else NOTHING
+        state = amount(run.state_bytes) if run.capacity else NOTHING
+        bits = f"{comparing.mean_bits(run, run.alone):.4f}" if run.bits else NOTHING
+        against = NOTHING
+        if run.bits and measured and run not in own:
+            worst, seed = _worst(measured, run)
+            against = f"{difference(worst)}, seed {seed.seed}"
+        return [f"{run.kind}, {run.steps:,} steps", run.seed, taken, speed, *near, most, state, bits, against]
 
-CELLS = "Needles answered exactly, with the 95% interval, and digits right, of {} needles each."
-
-
-def _samples(rows: Iterable[dict[str, Any]]) -> str:
-    """How many needles the cells are of."""
-    counts = sorted({len(row["right"]) for row in rows})
-    return " to ".join(str(c) for c in dict.fromkeys([counts[0], counts[-1]])) if counts else "no"
-
-
-def _needle(run: Run, *, unseen: bool) -> str:
-    """Lengths by readings."""
-    rows = run.answers(unseen=unseen)
-    cells = {(r["phrasing"], r["length"], r["readings"]): r for r in rows}
-    readings = sorted({r["readings"] for r in rows})
-    names = sorted({r["phrasing"] for r in rows})
-    kind = "never seen in training" if unseen else "seen in training"
-    return _table(
-        f"Needles, {kind} ({', '.join(names)}): {run.label}",
-        CELLS.format(_samples(rows)),
-        ["context (bytes)", *(f"{n} reading{'s'[: n > 1]}" for n in readings)],
-        [
-            [size(length) + f", {name}" * (len(names) > 1), *(_found(cells.get((name, length, n))) for n in readings)]
-            for name, length in sorted({(r["phrasing"], r["length"]) for r in rows})
-        ],
-    )
-
-
-def _controls(runs: list[Run]) -> str:
-    """Each control by length, at whichever number of readings finds most."""
-    asked = [(r, c, r.answers(c)) for r in runs if r.headline for c in ("learning rate 0", "another document's memory")]
-    asked += [(r, "no memory", r.answers("no memory")) for r in runs if not r.memory]
-    asked += [(r, "trained without facts", r.answers()) for r in runs if r.memory and not r.headline]
-    asked = [(run, control, rows) for run, control, rows in asked if rows]
-    lengths = sorted({r["length"] for _, _, rows in asked for r in rows})
-
-    def most(rows: list[dict[str, Any]], length: int) -> dict[str, Any] | None:
-        return max((r for r in rows if r["length"] == length), key=lambda r: (r["exact"], r["digits"]), default=None)
-
-    return _table(
-        "Controls, phrasings seen in training",
-        CELLS.format(_samples(r for _, _, rows in asked for r in rows))
-        + " Of several phrasings and numbers of readings, those that found most.",
-        ["control", "model", *map(size, lengths)],
-        [[control, run.label, *(_found(most(rows, length)) for length in lengths)] for run, control, rows in asked],
+    head = ["model", "seed", "time", "steps/s", *(f"near, {size(n)}" for n in lengths)]
+    return table(
+        f"Other models, {how}",
+        "Time: of training, as a share of the memory's. Near: answered exactly after one reading. Facts: the most "
+        "found in one context. Last, how many per cent more or less bits per byte the memory's worst seed takes than "
+        "this model, with the 95% interval over writers; below 0 the memory is better.",
+        [*head, "facts", "state", "bits per byte", "memory against it"],
+        [row(run) for run in [*own, *others]] if others else [],
         texts=2,
     )
+
+
+def _worst(measured: Sequence[Run], base: Run) -> tuple[Interval, Run]:
+    """How many bits more or less the worst seed of the memory takes, each document by itself."""
+    return max(((comparing.relative(r, r.alone, base), r) for r in measured), key=lambda x: x[0].mean)
+
+
+# Bits per byte
 
 
 def _bands(run: Run) -> dict[str, slice]:
@@ -109,66 +112,85 @@ def _bands(run: Run) -> dict[str, slice]:
     return {"whole": slice(0, bins), **parts}
 
 
-def _bits(runs: list[Run]) -> str:
+MODES = (
+    "Reset: each document begins with the initial memory. Carried: with what another held-out document left. Frozen: "
+    "the initial memory is read and never written."
+)
+
+
+def _bits(runs: Sequence[Run]) -> str:
     """Means over documents, by what the memory does and by bands."""
     measured = [r for r in runs if r.bits]
     bands = _bands(measured[0]) if measured else {}
-    counts = sorted({len(r.documents) for r in measured})
-    return _table(
+    counts = sorted({(len(r.documents), len(set(r.writers))) for r in measured})
+    samples = " or ".join(f"{writers} writers of {documents} held-out documents" for documents, writers in counts)
+    return table(
         "Bits per byte by position",
-        f"Means of {' or '.join(map(str, counts))} held-out documents. Reset: each begins with the initial memory. "
-        "Carried: with what another held-out document left. Frozen: the initial memory is read and never written.",
+        f"Means of {samples}. {MODES}",
         ["model", "memory", *bands],
         [
-            [run.label, mode if run.memory else NOTHING, *(f"{bits[:, band].mean():.4f}" for band in bands.values())]
+            [
+                run.label,
+                NOTHING if mode == NO_MEMORY else mode,
+                *(f"{comparing.mean_bits(run, mode, band):.4f}" for band in bands.values()),
+            ]
             for run in measured
-            for mode, bits in run.bits.items()
+            for mode in run.bits
         ],
         texts=2,
     )
 
 
-def _compared(runs: list[Run], how: str, choose: Callable[[Run, list[Run]], Run | None]) -> str:
-    """Of every model with memories, against one without."""
-    measured = [r for r in runs if r.bits]
-    rows = []
-    for run in measured:
-        if not run.memory or (base := choose(run, measured)) is None:
-            continue
-        time = f" ({base.seconds / run.seconds:.2f} of the time)" if base.record and run.record else ""
-        for mode in run.bits:
-            own, other = results.paired(run, mode, base)
-            parts = (results.relative(own[:, b].mean(1), other[:, b].mean(1)) for b in _bands(run).values())
-            cells = (f"{100 * mean:+.1f}% ({100 * low:+.1f} to {100 * high:+.1f})" for mean, low, high in parts)
-            rows.append([run.label, mode, base.label + time, *cells])
-    return _table(
+def _compared(own: Sequence[Run], others: Sequence[Run], how: str) -> str:
+    """The memory's seeds against the best model without memory."""
+    measured, base = [r for r in own if r.bits], comparing.best(others)
+    if not measured or base is None:
+        return ""
+    modes, bands = list(dict.fromkeys(mode for r in measured for mode in r.bits)), _bands(base)
+
+    def look(run: Run, mode: str, *, band: slice) -> Interval | None:
+        return comparing.relative(run, mode, base, band) if mode in run.bits else None
+
+    means = []
+    for mode in modes:
+        found = [[x for r in measured if (x := look(r, mode, band=band))] for band in bands.values()]
+        if len(found[0]) > 1:
+            means.append([f"mean of {len(found[0])}", mode, *(difference(intervals.over_seeds(x)) for x in found)])
+    own_time, base_time = comparing.time(own), comparing.time([base])
+    time = f" Its training took {base_time / own_time:.2f} of the memory's time." if own_time and base_time else ""
+    return of_seeds(
         f"Bits per byte against no memory, {how}",
-        "Relative difference of the means, with the bootstrap 95% interval over documents; below 0 is better.",
-        ["model", "memory", "against", *(_bands(measured[0]) if measured else {})],
-        rows,
-        texts=3,
-    )
+        f"Per cent more or less than {base.label}, of those without memory the one of the fewest bits.{time} Means "
+        f"over {len(set(base.writers))} writers of {len(base.documents)} documents (one of no known writer is its "
+        "own), with the paired 95% interval over writers; of the mean of seeds, the one over seeds. Below 0 the memory "
+        f"is better. {MODES}",
+        measured, ("memory", [(mode, mode) for mode in modes]),
+        {name: functools.partial(look, band=band) for name, band in bands.items()},
+        write=difference, high=True, means=means,
+    )  # fmt: skip
 
 
-def _training(runs: list[Run]) -> str:
+# Training
+
+
+def _training(runs: Sequence[Run]) -> str:
     """Steps, speeds and what was learned."""
-    trained = [r for r in runs if r.record]
-    first = next((r for r in trained if r.headline), None)
-    plain = results.equal_steps(first, trained) if first else None
+    plain = [r.speed for r in comparing.equal_steps(runs) if r.record and r.kind == NO_MEMORY]
     rows = []
-    for run in trained:
+    for run in runs:
+        if not run.record:
+            continue
         settings, last = run.experiment.training, run.record[-1]
         rose = next((line["step"] for line in run.record if line["first_right"] > ROSE), None)
         tokens = run.speed * settings.batch * settings.length
-        done = f"{last['step']:,}" + f" of {settings.steps:,}" * (last["step"] < settings.steps)
+        done = f"{last['step']:,}" + f" of {run.steps:,}" * (last["step"] < run.steps)
         rows.append([
-            run.label, done, f"{run.speed:.1f}", f"{float(f'{tokens:.3g}'):,.0f}",
-            f"{run.seconds:.0f}", f"{run.speed / plain.speed:.2f}" if plain else NOTHING,
-            f"{rose:,}" if rose else NOTHING, f"{last['digits_right']:.1%}" if settings.facts else NOTHING, run.device,
+            run.kind, run.seed, done, f"{run.speed:.1f}", f"{float(f'{tokens:.3g}'):,.0f}", f"{run.seconds:.0f}",
+            f"{run.speed / statistics.median(plain):.2f}" if plain else NOTHING, f"{rose:,}" if rose else NOTHING,
+            f"{last['digits_right']:.1%}" if settings.facts else NOTHING, run.device,
         ])  # fmt: skip
     head = [
-        "model", "steps", "steps/s (median)", "tokens/s", "seconds (steps / median)", "speed to no memory",
+        "model", "seed", "steps", "steps/s (median)", "tokens/s", "seconds (steps / median)", "speed to no memory",
         f"first digits above {ROSE:.0%} at step", "digits right in the end", "device",
     ]  # fmt: skip
-    against = f" Speeds are relative to: {plain.label}." if plain else ""
-    return _table("Training", f"Asked digits of the training data, stated again there.{against}", head, rows)
+    return table("Training", "Digits: of facts that the training data ask for.", head, rows, texts=2)

@@ -1,4 +1,4 @@
-"""What was measured, read from a folder; a model's part follows from its experiment, not from its name."""
+"""What was measured, read from a folder of NAME.KIND.json and NAME.record.jsonl."""
 
 import contextlib
 import dataclasses
@@ -6,48 +6,91 @@ import json
 import math
 import re
 import statistics
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from examples.language_model.facts import DIGITS
+from examples.language_model.phrasings import VALUE_LENGTH
 from examples.language_model.settings import Experiment
 
-FILES = re.compile(r"(.+)\.(needle[^.]*\.json|bits\.json|record\.jsonl)")
-EQUAL_TIME = 1.25  # trainings whose times differ by no more than this factor are compared
+FILES = re.compile(r"(.+)\.(needle[^.]*\.json|capacity\.json|names\.json|bits\.json|record\.jsonl)")
+MEMORY, NO_MEMORY = "memory", "no memory"
+KINDS = {"fwpkm": MEMORY, "attention": "attention", "delta": "gated delta rule", "static": "memory never written"}
+"""What models are called, by their mixers."""
 
-
-ASKED = ("control", "phrasing", "length", "readings")  # what tells rows apart
 _NUMBER = (int, float)
 _LINE = {"step": int, "device": str, **dict.fromkeys(("steps_per_second", "digits_right", "first_right"), _NUMBER)}
-_ROW = {"control": str, "phrasing": str, "length": int, "readings": int, "exact": _NUMBER, "digits": _NUMBER}
+_ROW = {"control": str, "kind": str, "length": int, "readings": int, "exact": _NUMBER, "digits": _NUMBER}
+_CAPACITY = {"facts": int, "length": int, "exact": _NUMBER, "digits": _NUMBER}
+
+
+class Answers(NamedTuple):
+    """What was answered in one cell of needle.py or capacity.py."""
+
+    control: str
+    kind: str
+    length: int
+    """bytes of a context"""
+    readings: int
+    exact: np.ndarray
+    """``[contexts, facts]`` bool"""
+    depth: np.ndarray
+    """``[contexts, facts]``, 0 at the first byte"""
 
 
 class Run(NamedTuple):
     """All that a folder of results says of one model."""
 
-    label: str
+    name: str
+    """of its files"""
     experiment: Experiment
-    rows: list[dict[str, Any]]
-    """answers of needle.py, of every phrasing, control, length and number of readings"""
-    bits: dict[str, np.ndarray]
+    twin: bool
+    """whether another run of the folder is of the same experiment"""
+    needles: Sequence[Answers] = ()
+    capacity: Sequence[Answers] = ()
+    state_bytes: int = 0
+    """of one sequence; 0 where capacity was not measured"""
+    names: Mapping[str, Any] = MappingProxyType({})
+    """as names.py writes them; empty where they were not asked"""
+    bits: Mapping[str, np.ndarray] = MappingProxyType({})
     """``[documents, bins]`` by what the memory does, see by_position.py"""
-    documents: list[str]
-    bin: int
+    documents: Sequence[str] = ()
+    writers: Sequence[str] = ()
+    """of the documents; each its own where the file does not name them"""
+    bin: int = 0
     """bytes"""
-    record: list[dict[str, Any]]
+    record: Sequence[dict[str, Any]] = ()
 
     @property
-    def memory(self) -> bool:
-        """Whether it has memories."""
-        return bool(self.experiment.model.memories)
+    def kind(self) -> str:
+        """What the model has besides windows of attention."""
+        model = self.experiment.model
+        return KINDS[model.mixer] if model.memories else NO_MEMORY
 
     @property
-    def headline(self) -> bool:
-        """Whether it has memories and was trained on facts."""
-        return self.memory and self.experiment.training.facts > 0
+    def alone(self) -> str:
+        """What its bits are called where it reads each document by itself."""
+        return NO_MEMORY if self.kind == NO_MEMORY else "reset"
+
+    @property
+    def seed(self) -> str:
+        """The seed, with the name of the files where that does not tell it."""
+        return f"{self.experiment.training.seed}" + f" ({self.name})" * self.twin
+
+    @property
+    def steps(self) -> int:
+        """Steps that it was to be trained for."""
+        return self.experiment.training.steps
+
+    @property
+    def label(self) -> str:
+        """Kind, steps and seed."""
+        last = self.record[-1]["step"] if self.record else self.steps
+        stopped = f"{last:,} of " if last < self.steps else ""
+        return f"{self.kind}, {stopped}{self.steps:,} steps, seed {self.seed}"
 
     @property
     def speed(self) -> float:
@@ -64,13 +107,19 @@ class Run(NamedTuple):
         """On what it was trained."""
         return ", ".join(sorted({line["device"] for line in self.record}))
 
-    def answers(self, control: str = "memory", *, unseen: bool = False) -> list[dict[str, Any]]:
-        """The rows of a control, with phrasings of training or others."""
-        return [r for r in self.rows if r["control"] == control and r["phrasing"].startswith("unseen") == unseen]
+    def answers(self, *, control: str | None = None) -> list[Answers]:
+        """The cells of a control; None: of the model as it is."""
+        control = control or (NO_MEMORY if self.kind == NO_MEMORY else MEMORY)
+        return [x for x in self.needles if x.control == control]
+
+    def cell(self, kind: str, length: int, readings: int = 1) -> Answers | None:
+        """The answers of the model as it is."""
+        asked = kind, length, readings
+        return next((x for x in self.answers() if (x.kind, x.length, x.readings) == asked), None)
 
 
 def load(folder: Path) -> list[Run]:
-    """The models of a folder: headline ones, others with memories, and those without.
+    """The models of a folder: those with a memory, then others by kind; by steps and seed.
 
     A record of training alone does not tell which model it is of, and is left out.
 
@@ -79,56 +128,58 @@ def load(folder: Path) -> list[Run]:
         ValueError: a file is damaged, or does not belong with the others; names it.
     """
     found: dict[str, dict[str, Any]] = {}
-    experiments: dict[str, Experiment] = {}
     settled: dict[str, tuple[Path, Any]] = {}  # what the files must agree on, and who said so first
     for path in sorted(folder.glob("*.json*")):
         if (match := FILES.fullmatch(path.name)) is None:
             continue
         name, kind = match.groups()
-        run = found.setdefault(name, {"rows": [], "bits": {}, "documents": [], "bin": 0, "record": []})
+        run = found.setdefault(name, {})
         with _naming(path):
             if kind == "record.jsonl":
-                run["record"] = record(path.read_text())
+                run["record"] = record(path.read_text(encoding="utf-8-sig"))
                 continue
-            data = json.loads(path.read_text())
-            experiment = Experiment.of(data["experiment"], "experiment")
-            agreed = {f"model of {name}": experiment, "corpus": data["corpus"]}
-            if experiment.model.memories and experiment.training.facts:
-                agreed["headline model, but for its seed,"] = _of(experiment, experiment.model)
+            data = json.loads(path.read_text(encoding="utf-8-sig"))
+            run["experiment"] = Experiment.of(data["experiment"], "experiment")
+            agreed = {f"model of {name}": run["experiment"], "corpus": data["corpus"]}
+            if run["experiment"].model.writes:
+                agreed["model with a memory, but for its seed,"] = alike(run["experiment"], seed=0)
+            _take(run, kind, data)
             if kind == "bits.json":
-                run["bits"] = _bits(data, bool(experiment.model.memories))
-                run["documents"], run["bin"] = data["documents"], data["bin"]
-                agreed["size and number of bins"] = data["bin"], len(next(iter(run["bits"].values()))[0])
-            else:
-                run["rows"] += [_row(row) for row in data["rows"]]
-                asked = [tuple(row[key] for key in ASKED) for row in run["rows"]]
-                if len(set(asked)) < len(asked):
-                    raise ValueError("another file of this model has the same answers")
+                agreed["size and number of bins"] = run["bin"], len(next(iter(run["bits"].values()))[0])
         for what, value in agreed.items():
             first, said = settled.setdefault(what, (path, value))
             if said != value:
                 raise ValueError(f"{path} is of another {what} than {first}: keep them in folders of their own")
-        experiments[name] = experiment
+    experiments = [run["experiment"] for run in found.values() if "experiment" in run]
     if not experiments:
-        raise FileNotFoundError(f"{folder} holds no NAME.needle.json and no NAME.bits.json: measure first")
-    labels = [_label(x, found[name]["record"]) for name, x in experiments.items()]
+        raise FileNotFoundError(
+            f"{folder} holds no NAME.needle.json, NAME.capacity.json, NAME.names.json or NAME.bits.json: measure first"
+        )
     runs = [
-        Run(label if labels.count(label) == 1 else f"{label} ({name})", experiment, **found[name])
-        for label, (name, experiment) in zip(labels, experiments.items())
+        Run(name, twin=experiments.count(run["experiment"]) > 1, **run)
+        for name, run in found.items()
+        if "experiment" in run
     ]
     return sorted(runs, key=_order)
 
 
 def _order(run: Run) -> tuple[Any, ...]:
-    training = run.experiment.training
-    return not run.memory, not run.headline, training.steps, training.seed, run.label
+    return [*KINDS.values(), NO_MEMORY].index(run.kind), run.steps, run.experiment.training.seed, run.name
+
+
+def alike(experiment: Experiment, **training: Any) -> Experiment:
+    """An experiment with other fields of training."""
+    return dataclasses.replace(experiment, training=dataclasses.replace(experiment.training, **training))
+
+
+# Files
 
 
 @contextlib.contextmanager
 def _naming(path: Path) -> Iterator[None]:
     try:
         yield
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise ValueError(f"{path} is damaged, or of another version ({error!r}): measure or copy it again") from error
 
 
@@ -156,84 +207,76 @@ def record(text: str) -> list[dict[str, Any]]:
     return lines
 
 
-def _bits(data: dict[str, Any], memory: bool) -> dict[str, np.ndarray]:
+def _take(run: dict[str, Any], kind: str, data: Mapping[str, Any]) -> None:
+    """Add what a file of a kind says to a run."""
+    if kind == "bits.json":
+        run["bits"] = _bits(data, bool(run["experiment"].model.memories))
+        run["documents"], run["bin"] = data["documents"], data["bin"]
+        run["writers"] = data.get("writers", run["documents"])
+        if len(run["writers"]) != len(run["documents"]):
+            raise ValueError(f"{len(run['documents'])} documents are by {len(run['writers'])} writers")
+    elif kind == "names.json":
+        run["names"] = _names(data)
+    elif kind == "capacity.json":
+        _check(data, {"state_bytes": int})
+        run["state_bytes"] = data["state_bytes"]
+        run["capacity"] = [_capacity(row) for row in data["rows"]]
+        _once([(x.length, x.exact.shape[1]) for x in run["capacity"]])
+    else:
+        run["needles"] = [*run.get("needles", []), *map(_needle, data["rows"])]  # several files may share what is asked
+        _once([x[:4] for x in run["needles"]])
+
+
+def _once(asked: Sequence[Any]) -> None:
+    if len(set(asked)) < len(asked):
+        raise ValueError("the same was asked twice, here or in another file of this model")
+
+
+def _bits(data: Mapping[str, Any], mixes: bool) -> dict[str, np.ndarray]:
     bits, documents = {mode: np.array(rows, float) for mode, rows in data["bits"].items()}, set(data["documents"])
     shapes = {rows.shape for rows in bits.values()}
     if len(shapes) != 1 or len(shape := shapes.pop()) != 2 or shape[0] != len(documents) or data["bin"] < 1:
         raise ValueError(f"bits must be of {len(documents)} documents by position, of equally many bins")
+    if len(data["documents"]) != len(documents):
+        raise ValueError("a document is there twice")
     if not all(np.isfinite(rows).all() for rows in bits.values()):
         raise ValueError("bits must be finite")
-    if memory == ("no memory" in bits):
+    if (NO_MEMORY in bits) == mixes or (mixes and "reset" not in bits):
         raise ValueError(f"bits are of {', '.join(bits)}, which the model's memories do not fit")
     return bits
 
 
-def _row(row: dict[str, Any]) -> dict[str, Any]:
+def _names(data: Mapping[str, Any]) -> Mapping[str, Any]:
+    documents, writers, questions = data["documents"], data["writers"], data["questions"]
+    sizes = np.array([len(name.encode()) for _, _, name, _ in questions])
+    rights = [np.array(right, float) for right in data["right"].values()]
+    if len(set(documents)) != len(writers) or not {i for i, *_ in questions} <= set(range(len(documents))):
+        raise ValueError("questions must be of the documents, each of which has a writer")
+    if not len(sizes) or not rights or not all(x.shape == sizes.shape and (x <= sizes).all() for x in rights):
+        raise ValueError(f"there must be answers to {len(sizes)} questions, of no more bytes than the names have")
+    return data
+
+
+def _needle(row: Mapping[str, Any]) -> Answers:
     _check(row, _ROW)
-    low, high = row["exact_interval"]
-    _check({"low": low, "high": high}, {"low": _NUMBER, "high": _NUMBER})
-    for name in ("depth", "right"):
-        for value in row[name]:
-            _check({name: value}, {name: _NUMBER})
-    exact = np.array(row["right"]) == DIGITS
-    if len(exact) != len(row["depth"]) or abs(exact.mean() - row["exact"]) > 1e-3:
-        raise ValueError(f"the samples of {row['length']} bytes do not give the share of them that is right")
-    return {name: row[name] for name in (*ASKED, "exact", "exact_interval", "digits", "depth", "right")}
+    return Answers(row["control"], row["kind"], row["length"], row["readings"], *_samples(row))
 
 
-def _label(experiment: Experiment, record: list[dict[str, Any]]) -> str:
-    training = experiment.training
-    stopped = f"{record[-1]['step']:,} of " if record and record[-1]["step"] < training.steps else ""
-    parts = ["memory" if experiment.model.memories else "no memory", "" if training.facts else "no facts in training"]
-    return ", ".join(filter(None, [*parts, f"{stopped}{training.steps:,} steps", f"seed {training.seed}"]))
+def _capacity(row: Mapping[str, Any]) -> Answers:
+    _check(row, _CAPACITY)
+    exact, depth = _samples(row)
+    if exact.shape[1] != row["facts"]:
+        raise ValueError(f"contexts have {exact.shape[1]} facts instead of {row['facts']}")
+    return Answers(MEMORY, "short", row["length"], 1, exact, depth)
 
 
-def _of(experiment: Experiment, *shared: Any, steps: int | None = None) -> tuple[Any, ...]:
-    """What must be alike, with the training but for seeds and, where given, steps."""
-    steps = experiment.training.steps if steps is None else steps
-    return *shared, dataclasses.replace(experiment.training, seed=0, steps=steps)
-
-
-def _plain(run: Run, runs: Iterable[Run]) -> list[Run]:
-    """The models without memory that were trained alike, but for steps and seed."""
-
-    def kind(r: Run) -> tuple[Any, ...]:
-        model = r.experiment.model
-        return _of(r.experiment, model.width, model.layers, model.heads, model.window, steps=1)
-
-    return [r for r in runs if not r.memory and kind(r) == kind(run)]
-
-
-def equal_steps(run: Run, runs: Iterable[Run]) -> Run | None:
-    """The model without memory that took as many steps, otherwise trained alike; of the same seed if it can."""
-    own = run.experiment.training
-    same = [r for r in _plain(run, runs) if r.experiment.training.steps == own.steps]
-    differs = [r.experiment.training.seed != own.seed for r in same]
-    return same[differs.index(min(differs))] if same else None
-
-
-def equal_time(run: Run, runs: Iterable[Run]) -> Run | None:
-    """The model without memory, trained alike for other steps, whose training took nearest as long."""
-    if not run.record:
-        return None
-    steps = run.experiment.training.steps
-    others = [r for r in _plain(run, runs) if r.record and r.experiment.training.steps != steps]
-    apart = [max(r.seconds / run.seconds, run.seconds / r.seconds) for r in others]
-    return others[apart.index(min(apart))] if apart and min(apart) <= EQUAL_TIME else None
-
-
-def relative(bits: np.ndarray, base: np.ndarray, draws: int = 10_000) -> tuple[float, float, float]:
-    """How much less or more the mean of ``bits`` ``[documents]`` is, as a share, and its bootstrap 95% interval."""
-    chosen = np.random.default_rng(0).integers(len(bits), size=(draws, len(bits)))
-    low, high = np.quantile(bits[chosen].mean(1) / base[chosen].mean(1) - 1, (0.025, 0.975))
-    return float(bits.mean() / base.mean() - 1), float(low), float(high)
-
-
-def paired(run: Run, mode: str, base: Run) -> tuple[np.ndarray, np.ndarray]:
-    """The bits ``[documents, bins]`` of the documents that both were measured on, in one order."""
-    places = {name: i for i, name in enumerate(base.documents)}
-    both = [(i, places[name]) for i, name in enumerate(run.documents) if name in places]
-    if not both:
-        raise ValueError(f"no document was measured with both {run.label} and {base.label}")
-    own, other = np.array(both).T
-    return run.bits[mode][own], base.bits["no memory"][other]
+def _samples(row: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Which answers are exact, and how deep their facts stood; both must be what the row says of them."""
+    right, depth = np.array(row["right"], float), np.array(row["depth"], float)
+    if right.ndim != 2 or not right.size or right.shape != depth.shape or not np.isfinite(depth).all():
+        raise ValueError("right and depth must be numbers of [contexts, facts]")
+    exact = right == VALUE_LENGTH
+    said, found = (row["exact"], row["digits"]), (exact.mean(), right.mean() / VALUE_LENGTH)
+    if np.abs(np.subtract(said, found)).max() > 1e-3 or not ((right >= 0) & (right <= VALUE_LENGTH)).all():
+        raise ValueError(f"the answers in {row['length']} bytes do not give the shares that are said of them")
+    return exact, depth

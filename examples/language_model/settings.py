@@ -10,6 +10,8 @@ from typing import Any, Self
 
 from fwpkm import FwPKMConfig
 
+MIXERS = ("fwpkm", "attention", "delta", "static")
+
 
 def _integer(value: Any, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
@@ -35,7 +37,10 @@ class ModelSettings:
         heads: of attention.
         window: how many tokens attention sees, the present one included.
         hidden: width of SwiGLU.
-        memories: before which layers an FwPKM layer stands, counted from 0; empty for none.
+        memories: before which layers a mixer stands, counted from 0; empty for none.
+        mixer: what stands there: "fwpkm", a memory; or, to compare with (baselines.py), "attention" to ``context``
+            tokens, "delta", a gated delta rule, or "static", a memory that is trained and never written.
+        context: how many tokens the mixer "attention" sees, the present one included.
         memory: fields of FwPKMConfig that differ from its defaults; key_dim and value_dim are ``width`` if absent.
     """
 
@@ -45,11 +50,13 @@ class ModelSettings:
     window: int = 256
     hidden: int = 768
     memories: tuple[int, ...] = ()
+    mixer: str = "fwpkm"
+    context: int = 4096
     memory: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Check what the modules would not."""
-        names = "width layers heads window hidden"
+        names = "width layers heads window hidden context"
         _require("model", self, names, lambda x: _integer(x, 1), "an integer of at least 1")
         if self.width % (2 * self.heads):
             raise ValueError(
@@ -64,15 +71,30 @@ class ModelSettings:
         object.__setattr__(self, "memories", tuple(self.memories))
         if len(set(self.memories)) < len(self.memories):
             raise ValueError(f"model.memories must differ. Received: {self.memories}")
+        _require("model", self, "mixer", lambda x: x in MIXERS, f"one of {MIXERS}")
+        if self.mixer != "fwpkm" and not self.memories:
+            raise ValueError(f'model.mixer must be "fwpkm" where model.memories is empty. Received: {self.mixer!r}')
         if not isinstance(self.memory, Mapping):
             raise ValueError(f"model.memory must be a table of FwPKMConfig's fields. Received: {self.memory!r}")
+        if self.mixer in ("attention", "delta") and self.memory:
+            raise ValueError(f'model.memory must be empty with mixer = "{self.mixer}". Received: {self.memory!r}')
         if self.memory_config().boundary != "drop":
             # Under "wait" the last chunk of a step would be pending, and the next step would not write it.
             raise ValueError(f'model.memory.boundary must be "drop". Received: {self.memory["boundary"]!r}')
 
     @property
+    def writes(self) -> bool:
+        """Whether there are memories that are written."""
+        return bool(self.memories) and self.mixer == "fwpkm"
+
+    @property
+    def carries(self) -> bool:
+        """Whether anything goes on from text to text: memories, or a delta rule's state."""
+        return self.writes or self.mixer == "delta"
+
+    @property
     def beyond(self) -> int:
-        """Bytes back from which attention brings nothing, through all layers, and memories have written everything."""
+        """Bytes back from which the layers' windows bring nothing, and memories have written everything."""
         return max(self.layers * (self.window - 1), self.memory_config().chunk_size) + 64
 
     def memory_config(self, **fields: Any) -> FwPKMConfig:
@@ -101,10 +123,12 @@ class TrainingSettings:
         weight_decay: of matrices.
         clip: bound on the norm of the gradient.
         facts: share of the tokens that state facts (facts.py).
-        asked_weight: how often the digits of a fact stated again count in the loss; other bytes count once.
+        asked_weight: how often the digits of a fact that is asked for count in the loss; other bytes count once.
         span: for how many steps a row reads on in one document, with memories of its own that go on from step to step;
             then it begins elsewhere, with the initial memories.
-        gap: bytes from a statement of a fact to the next of the same, at least; with memories more than a chunk.
+        gap: bytes from a statement of a fact to its question, at least; with memories more than a chunk.
+        crowd: how many times as many facts one row in four states.
+        reread: every so many steps, a step reads what the step before it read, its memories going on; 0 for never.
         seed: of weights, tables and data.
     """
 
@@ -120,17 +144,25 @@ class TrainingSettings:
     asked_weight: float = 1.0
     span: int = 32
     gap: int = 520
+    crowd: int = 1
+    reread: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
         """Check every field."""
         require = functools.partial(_require, "training", self)
-        require("steps batch length span", lambda x: _integer(x, 1), "an integer of at least 1")
+        require("steps batch length span crowd", lambda x: _integer(x, 1), "an integer of at least 1")
         require("warmup seed gap", lambda x: _integer(x, 0), "an integer of at least 0")
+        require("reread", lambda x: _integer(x, 0) and x != 1, "0, or an integer of at least 2")
         require("span seed gap", lambda x: x < 2**31, "less than 2^31")
         require("facts decay", lambda x: _number(x) and 0 <= x <= 1, "a share from 0 to 1")
         require("learning_rate clip asked_weight", lambda x: _number(x) and x > 0, "a number above 0")
         require("weight_decay", lambda x: _number(x) and x >= 0, "a number of at least 0")
+
+    def content(self, step: int) -> tuple[int, bool]:
+        """Which batch a step reads, counted from 0, and whether the step before read it already."""
+        again = bool(self.reread) and (step + 1) % self.reread == 0
+        return step - ((step + 1) // self.reread if self.reread else 0), again
 
     def rate(self, step: int) -> float:
         """The learning rate of a step, counted from 0: up, level, and down to 0."""
@@ -149,12 +181,12 @@ class Experiment:
     def __post_init__(self) -> None:
         """Chunks end where sequences do, so that no token is pending between steps; and facts are written in time."""
         chunk = self.model.memory_config().chunk_size
-        if self.model.memories and self.training.facts and self.training.gap <= chunk:
+        if self.model.writes and self.training.facts and self.training.gap <= chunk:
             raise ValueError(
                 f"training.gap must be more than model.memory.chunk_size, or a fact would be stated again before it is "
                 f"written. Received: gap={self.training.gap}, chunk_size={chunk}"
             )
-        if self.model.memories and self.training.length % chunk:
+        if self.model.writes and self.training.length % chunk:
             raise ValueError(
                 f"training.length must be a multiple of model.memory.chunk_size. "
                 f"Received: length={self.training.length}, chunk_size={chunk}"
@@ -197,8 +229,8 @@ class Experiment:
             FileNotFoundError: there is no such file.
         """
         try:
-            tables = tomllib.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:  # not UTF-8 either
+            tables = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        except (ValueError, RecursionError) as error:  # not UTF-8, or nested too deep
             raise ValueError(f"{path} is not TOML: {error}") from error
         if isinstance(given := tables.get("training", {}), Mapping):
             tables["training"] = {**given, **training}

@@ -20,8 +20,8 @@ from examples.language_model import checkpoint
 from examples.language_model.corpus import Corpus
 from examples.language_model.facts import check_fit, rows, training_batch
 from examples.language_model.interrupt import noted
+from examples.language_model.model import mapped
 from examples.language_model.settings import Experiment, TrainingSettings
-from fwpkm.backends.torch import detach
 
 WARM_UP = 3  # steps before a CUDA graph takes over
 SAVED = 20  # lines of the record from checkpoint to checkpoint
@@ -44,7 +44,7 @@ class Batch(NamedTuple):
     tokens: np.ndarray
     """``[batch, length + 1]`` uint8"""
     asked: np.ndarray
-    """``[batch, length]`` bool: the target is a digit of a fact that is stated again."""
+    """``[batch, length]`` bool: the target is a digit that is asked for."""
     anew: list[bool]
     """which rows begin with the initial memories"""
 
@@ -58,9 +58,13 @@ class Trainer:
         self.model = checkpoint.build(experiment, device, memory_scope="sequence")
         cuda = device.type == "cuda"
         self.rate = torch.tensor(0.0, device=device)
-        decayed = [p for p in self.model.parameters() if p.ndim >= 2]
-        others = [p for p in self.model.parameters() if p.ndim < 2]
-        groups = [{"params": decayed, "weight_decay": self.settings.weight_decay}, {"params": others}]
+        named = list(self.model.named_parameters())
+        # Rows of a table would decay while nobody reads them.
+        decayed = {name for name, p in named if p.ndim >= 2 and ".memory." not in name}
+        groups = [
+            {"params": [p for name, p in named if name in decayed], "weight_decay": self.settings.weight_decay},
+            {"params": [p for name, p in named if name not in decayed]},
+        ]
         self.optimizer = torch.optim.AdamW(
             groups, lr=self.rate, betas=(0.9, 0.95), weight_decay=0.0, fused=cuda, capturable=cuda
         )
@@ -123,7 +127,7 @@ class Trainer:
     def _step(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
         tokens = self.tokens.long()
-        reading = self.reading._replace(memories=tuple(map(detach, self.reading.memories)))
+        reading = self.reading._replace(memories=mapped(Tensor.detach, self.reading.memories))
         with autocast(self.device):
             # The kernels keep what the backward needs of the rows that they overwrite; plain torch would not.
             hidden, after = self.model(tokens[:, :-1], reading, inplace=self.device.type == "cuda")
@@ -154,9 +158,12 @@ def batches(corpus: Corpus, settings: TrainingSettings, first: int) -> Iterator[
     seed, batch, length, span = settings.seed, settings.batch, settings.length, settings.span
 
     def make(step: int) -> Batch:
-        read, rng = rows(corpus.train, seed, step, batch, length, span), np.random.default_rng([seed, step])
-        made = training_batch(corpus.train, read, rng, length, settings.facts, settings.gap)
-        return Batch(*made, [row.anew for row in read])
+        content, again = settings.content(step)
+        read, rng = rows(corpus.train, seed, content, batch, length, span), np.random.default_rng([seed, content])
+        made = training_batch(
+            corpus.train, read, rng, length, settings.facts, settings.gap, settings.crowd, again=again
+        )
+        return Batch(*made, [row.anew and not again for row in read])
 
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         ahead = [pool.submit(make, step) for step in range(first, min(first + AHEAD, settings.steps))]
@@ -233,7 +240,8 @@ def train(
 
 def _check_room(experiment: Experiment, device: torch.device) -> None:
     """Refuse tables that do not fit: a system without memory stops the process, and says nothing."""
-    config, number = experiment.model.memory_config(), experiment.training.batch * len(experiment.model.memories)
+    config, model = experiment.model.memory_config(), experiment.model
+    number = experiment.training.batch * len(model.memories) * model.writes
     if device.type == "cuda":
         copies, room = 1, torch.cuda.get_device_properties(device).total_memory
     else:  # where a step writes copies

@@ -70,7 +70,7 @@ def _read(path: str) -> str:
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         raise DemoError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
     if b"\0" in data:
-        raise DemoError(f"{path}: is a binary file (it holds NUL bytes); the demo reads UTF-8 text")
+        raise DemoError(f"{path}: is a binary file or UTF-16 (it holds NUL bytes); the demo reads UTF-8 text")
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
