@@ -140,6 +140,8 @@ def test_every_cut_is_a_problem(state_file, capsys):
 def test_what_cannot_be_judged_is_refused_by_name(layer_file, state_file, tmp_path, capsys):
     assert "No such file" in refused(capsys, tmp_path / "none")
     assert "is a folder" in refused(capsys, tmp_path)
+    fwpkm.Recorder(tmp_path / "recording", CFG).close()
+    assert "a recording, of which fwpkm inspect makes a page" in refused(capsys, tmp_path / "recording")
     foreign = tmp_path / "foreign"
     foreign.write_bytes(safetensors.numpy.save({"x": np.ones(2)}))
     assert "none of this library" in refused(capsys, foreign)

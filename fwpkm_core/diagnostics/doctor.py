@@ -12,6 +12,7 @@ import safetensors
 from fwpkm import schedule
 from fwpkm.config import FwPKMConfig
 from fwpkm.containers import Memory, memory_specs, state_specs
+from fwpkm.diagnostics.record import MAGIC
 from fwpkm.files import FORMAT_VERSION
 
 QUARTILES = {"least": 0, "quartile_1": 25, "median": 50, "quartile_3": 75, "largest": 100}
@@ -96,6 +97,11 @@ def _open(path: str | os.PathLike[str], report: dict[str, Any]) -> list[Part]:
     """What a file holds; nothing, with the reason among the problems, where it is too damaged to tell."""
     if os.path.isdir(path):
         raise IsADirectoryError(f"{path}: is a folder. Expected a file of fwpkm.save or fwpkm.save_state")
+    with open(path, "rb") as raw:
+        if raw.read(len(MAGIC)) == MAGIC:
+            raise DoctorError(
+                f"{path}: a recording, of which fwpkm inspect makes a page. Expected: a saved layer or state"
+            )
     problems: list[str] = report["problems"]
     try:
         with safetensors.safe_open(path, "np") as file:
