@@ -146,7 +146,10 @@ def test_what_cannot_be_judged_is_refused_by_name(layer_file, state_file, tmp_pa
     foreign.write_bytes(safetensors.numpy.save({"x": np.ones(2)}))
     assert "none of this library" in refused(capsys, foreign)
     edit(layer_file, lambda _, metadata: metadata.update(kind="dream"))
-    assert "unknown kind. Expected: one of layer, state. Received: 'dream'" in refused(capsys, layer_file)
+    assert (
+        "unknown kind. Expected: one of layer, state, set of states, set of packed states. Received: 'dream'"
+        in refused(capsys, layer_file)
+    )
     edit(layer_file, lambda _, metadata: metadata.update(format_version="7"))
     assert "unknown format_version. Expected: '1'. Received: '7'" in refused(capsys, layer_file)
 
@@ -157,3 +160,36 @@ def test_a_memory_that_does_not_fit_is_refused(state_file, tmp_path, capsys):
     assert "dtype float32. Received: shape (1, 9, 3), dtype float64" in refused(capsys, state_file, "--memory", other)
     other.write_bytes(b"")
     assert "--memory" in refused(capsys, state_file, "--memory", other)
+
+
+def test_a_file_of_several_states_names_each(tmp_path, capsys):
+    fwpkm.save_states(tmp_path / "states", {"lower": half_read_state(), "upper": half_read_state()}, CFG)
+    report = doctor(capsys, tmp_path / "states")
+    assert (report["kind"], report["problems"]) == ("set of states", [])
+    assert [x["of"] for x in report["memories"]] == ["lower", "lower", "upper", "upper"]
+    assert [(x["of"], x["position"]) for x in report["rows"]] == [
+        ("lower", 6),
+        ("lower", 7),
+        ("upper", 6),
+        ("upper", 7),
+    ]
+    assert "lower 0" in (cli.main(["doctor", str(tmp_path / "states")]), capsys.readouterr().out)[1]
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_a_packed_state_tells_what_was_written(tmp_path, capsys, dtype):
+    memory, state = fwpkm.Memory(*reference.init_memory(CFG, 1, seed=3)), half_read_state()
+    written = (state.memory.values != memory.values).any(2)
+    packed = reference.pack(CFG, state, memory, dtype=dtype)
+    fwpkm.save_packed(tmp_path / "packed", {"one": packed})
+    report = doctor(capsys, tmp_path / "packed")
+    assert (report["kind"], report["problems"]) == ("set of packed states", [])
+    for m, found in enumerate(report["memories"]):
+        assert (found["slots"], found["slots_written"]) == (CFG.num_slots, written[m].sum())
+        norms = np.linalg.norm(state.memory.values[m][written[m]], axis=1)
+        expected = [norms.min(), np.median(norms), norms.max()]
+        np.testing.assert_allclose([found["norm"][k] for k in ("least", "median", "largest")], expected, rtol=2**-7)
+    edit(tmp_path / "packed", lambda tensors, _: tensors["one.values"].__setitem__((0, 0), 0x7FC0 if dtype else np.nan))
+    assert any("not finite" in problem for problem in doctor(capsys, tmp_path / "packed")["problems"])
+    edit(tmp_path / "packed", lambda tensors, _: tensors.pop("one.counts"))
+    assert "tensors are missing" in doctor(capsys, tmp_path / "packed")["problems"][-1]

@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import safetensors
 
-from fwpkm import schedule
+from fwpkm import packing, schedule
 from fwpkm.config import FwPKMConfig
 from fwpkm.containers import Memory, memory_specs, state_specs
 from fwpkm.diagnostics.record import MAGIC
-from fwpkm.files import FORMAT_VERSION
+from fwpkm.files import named, part_of
+from fwpkm.tensor_files import FORMAT_VERSION
 
 QUARTILES = {"least": 0, "quartile_1": 25, "median": 50, "quartile_3": 75, "largest": 100}
 
@@ -33,10 +34,11 @@ class Part(NamedTuple):
     config: FwPKMConfig
     shapes: dict[str, tuple[int, ...]]
     """Those that the config asks for, of tensors by name."""
-    values: np.ndarray
-    """``[M, N, Dv]``"""
+    values: np.ndarray | list[np.ndarray]
+    """``[M, N, Dv]``; of a packed state only the rows that were written, ``[n, Dv]`` of each memory."""
     position: np.ndarray | None = None
     """``[B]``, of a state."""
+    packed: bool = False
 
 
 def _layer(spec: Spec, tensors: Tensors) -> list[Part]:
@@ -55,12 +57,32 @@ def _state(spec: Spec, tensors: Tensors, name: str = "") -> list[Part]:
     return [Part(name, config, {f"{prefix}{field}": x.shape for field, x in arrays.items()}, values, position)]
 
 
-KINDS: dict[str, Callable[[Spec, Tensors], list[Part]]] = {"layer": _layer, "state": _state}
+def _states(spec: Spec, tensors: Tensors) -> list[Part]:
+    return [part for name, fields in spec.items() for part in _state(fields, tensors, name)]
+
+
+def _packed(spec: Spec, tensors: Tensors) -> list[Part]:
+    parts = []
+    for name, fields in spec.items():
+        config, arrays = FwPKMConfig.from_json(json.dumps(fields)), part_of(tensors, name)
+        rows, position = arrays["values"], arrays["position"]
+        if rows.dtype == np.uint16:  # the upper halves of float32
+            rows = (rows.astype(np.uint32) << 16).view(np.float32)
+        specs = packing.specs(config, len(position), len(rows), len(arrays["pending_query"]))
+        shapes = {key: spec.shape for key, spec in named(name, specs).items()}
+        values = np.split(rows, np.cumsum(arrays["counts"])[:-1])
+        parts.append(Part(name, config, shapes, values, position, packed=True))
+    return parts
+
+
+KINDS: dict[str, Callable[[Spec, Tensors], list[Part]]] = {
+    "layer": _layer, "state": _state, "set of states": _states, "set of packed states": _packed,
+}  # fmt: skip
 """By the kind that a file's metadata name."""
 
 
 def examine(path: str | os.PathLike[str], initial: str | os.PathLike[str] | None = None) -> dict[str, Any]:
-    """A report on a file of ``fwpkm.save`` or ``fwpkm.save_state``, JSON-able.
+    """A report on a file of ``fwpkm.save``, ``save_state``, ``save_states`` or ``save_packed``, JSON-able.
 
     Args:
         path: the file.
@@ -68,8 +90,9 @@ def examine(path: str | os.PathLike[str], initial: str | os.PathLike[str] | None
 
     Returns:
         "path", "kind", "config", "tensors" (shape, dtype, how many numbers are not finite), "memories" (for each whose
-        it is, "" where the file holds one; the norms of its rows: least, quartiles, largest of those that are finite;
-        rows that are not; slots whose bits differ from ``initial``, or None), "rows" (position and pending tokens of
+        it is, "" where the file holds one; the norms of its rows: least, quartiles, largest of those that are finite, of
+        a packed state of those that were written; rows that are not finite; slots whose bits differ from ``initial``,
+        which a packed state tells by itself, or None), "rows" (position and pending tokens of
         each row of a state), and "problems": what is wrong, in words; none where all is well.
 
     Raises:
@@ -80,10 +103,12 @@ def examine(path: str | os.PathLike[str], initial: str | os.PathLike[str] | None
     report |= {"tensors": {}, "memories": [], "rows": [], "problems": []}
     parts = _open(path, report)
     for part in parts:
-        initial_values = None if initial is None else _baseline(initial, part)
+        initial_values = None if initial is None or part.packed else _baseline(initial, part)
         for m, values in enumerate(part.values):
             baseline = None if initial_values is None else initial_values[m % len(initial_values)]
-            report["memories"].append({"of": part.name, **_memory(values, baseline)})
+            report["memories"].append({"of": part.name, **_memory(values, baseline, part)})
+            if part.packed and report["memories"][-1]["rows_not_finite"]:
+                report["problems"].append(f"{part.name}.values: rows of memory {m} hold numbers that are not finite")
         if part.position is not None:
             pending = [int(schedule.pending(part.config, int(p))) for p in part.position]
             report["rows"] += [
@@ -128,7 +153,7 @@ def _open(path: str | os.PathLike[str], report: dict[str, Any]) -> list[Part]:
         received = tensors[name].shape if name in tensors else None
         if received != shape:
             problems.append(f"{name}: expected shape {shape}, received {received or 'no such tensor'}")
-    return [part for part in parts if part.values.ndim == 3 and part.values.dtype.kind == "f"]
+    return [part for part in parts if all(x.ndim == 2 and x.dtype.kind == "f" for x in part.values)]
 
 
 def _check_kind(path: str | os.PathLike[str], metadata: dict[str, str]) -> None:
@@ -163,17 +188,22 @@ def _digest(x: np.ndarray) -> str:
     return hashlib.sha256(little_endian.reshape(-1).view(np.uint8).data).hexdigest()
 
 
-def _memory(values: np.ndarray, initial: np.ndarray | None) -> dict[str, Any]:
+def _memory(values: np.ndarray, initial: np.ndarray | None, part: Part) -> dict[str, Any]:
     """The norms of a table's rows ``[N, Dv]``, and how many of them differ from the initial ones."""
     finite = np.isfinite(values).all(1)
     norms = np.linalg.norm(values[finite].astype(np.float64), axis=1)
     quantiles = np.percentile(norms, list(QUARTILES.values())).tolist() if norms.size else [None] * len(QUARTILES)
-    written = None
+    written = len(values) if part.packed else None
     if initial is not None:
         bits = f"u{values.dtype.itemsize}"
         written = int((np.ascontiguousarray(values).view(bits) != initial.view(bits)).any(1).sum())
     norm = dict(zip(QUARTILES, quantiles))
-    return {"slots": len(values), "norm": norm, "rows_not_finite": int((~finite).sum()), "slots_written": written}
+    return {
+        "slots": part.config.num_slots,
+        "norm": norm,
+        "rows_not_finite": int((~finite).sum()),
+        "slots_written": written,
+    }
 
 
 def _baseline(path: str | os.PathLike[str], part: Part) -> np.ndarray:
@@ -183,7 +213,7 @@ def _baseline(path: str | os.PathLike[str], part: Part) -> np.ndarray:
     if report["problems"] or len(found) != 1:
         problems = "; ".join(report["problems"]) or f"expected a file of one memory. Received: {len(found)}"
         raise DoctorError(f"--memory {path}: {problems}")
-    values, wanted = found[0].values, part.values
+    values, wanted = np.asarray(found[0].values), np.asarray(part.values)
     if values.shape[1:] != wanted.shape[1:] or len(values) not in (1, len(wanted)) or values.dtype != wanted.dtype:
         raise DoctorError(
             f"--memory {path}: expected value tables of shape [1 or {len(wanted)}, {wanted.shape[1]}, "
