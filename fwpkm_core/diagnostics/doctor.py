@@ -90,9 +90,9 @@ def examine(path: str | os.PathLike[str], initial: str | os.PathLike[str] | None
 
     Returns:
         "path", "kind", "config", "tensors" (shape, dtype, how many numbers are not finite), "memories" (for each whose
-        it is, "" where the file holds one; the norms of its rows: least, quartiles, largest of those that are finite, of
-        a packed state of those that were written; rows that are not finite; slots whose bits differ from ``initial``,
-        which a packed state tells by itself, or None), "rows" (position and pending tokens of
+        it is, "" where the file holds one; the norms of its rows, of a packed state of those that were written: least,
+        quartiles, largest of the finite ones; rows that are not finite; slots whose bits differ from ``initial``, which
+        a packed state tells by itself, or None), "rows" (position and pending tokens of
         each row of a state), and "problems": what is wrong, in words; none where all is well.
 
     Raises:
