@@ -156,9 +156,11 @@ def capacity(runs: Sequence[Run]) -> Figure | None:
     left.tick_params(axis="x", labelsize=10, rotation=35)
     left.set(xlabel=f"facts in {size(length)} bytes", ylim=(-0.02, 1.02), ylabel="found after one reading")
     left.yaxis.set_major_formatter(PercentFormatter(1))
-    right.set_xscale("log")
+    right.set_xscale("symlog", linthresh=1000, linscale=0.6)  # a model may have no state
     right.set_yscale("symlog", linthresh=1)  # a model may find none
-    right.margins(x=0.15)
+    right.xaxis.set_major_locator(FixedLocator([0, *(10**i for i in range(3, 12))]))
+    right.set_xlim(-500, 4 * max(1000, right.dataLim.x1))
+    right.tick_params(axis="x", labelsize=10, rotation=35)
     right.set_ylim(-0.2, 2 * max(1, right.dataLim.y1))
     right.xaxis.set_major_formatter(FuncFormatter(lambda x, _: amount(round(x))))
     right.yaxis.set_major_formatter("{x:,.0f}")
