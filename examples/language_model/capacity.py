@@ -11,7 +11,7 @@ from examples.language_model import phrasings
 from examples.language_model.checkpoint import load, ready, replace
 from examples.language_model.corpus import Corpus
 from examples.language_model.haystacks import haystacks
-from examples.language_model.needle import MEMORIES, shares, try_out
+from examples.language_model.needle import MEMORIES, SEGMENT, read, shares, try_out
 from examples.language_model.training import device_name
 
 LENGTH = 131072
@@ -47,6 +47,9 @@ def measure(
             facts=number, clear=experiment.model.beyond, nearby=NEARBY,
         ) for number in numbers
     ]  # fmt: skip
+    with torch.no_grad():  # a state that has read, since attention begins with none
+        begun = torch.from_numpy(drawn[0].tokens[:1, : 2 * SEGMENT]).to(device)
+        state_bytes = read(model, begun, model.start(1)).nbytes
     rows = []
     for number, haystack in zip(numbers, drawn):
         ((_, _, right),) = try_out(model, haystack, device, 1)
@@ -56,7 +59,7 @@ def measure(
         )
     about = {
         "corpus": corpus.sha256, "seed": seed, "device": device_name(device), "experiment": experiment.tables(),
-        "trained": folder.name, "state_bytes": model.start(1).nbytes, "rows": rows,
+        "trained": folder.name, "state_bytes": state_bytes, "rows": rows,
     }  # fmt: skip
     replace(out, lambda beside: beside.write_text(json.dumps(about)))
     return out
