@@ -237,11 +237,11 @@ def check_packed(name: str, row: Any, cu_seqlens: Any, array_type: ArrayType) ->
     return None if size is None else size - 1
 
 
-def check_one_token(name: str, x: Any) -> None:
-    """Raise unless an array ``[B, T, ...]`` of what ``decode`` reads has T = 1."""
-    if x.shape[1] != 1:
+def check_one_token(query: Any) -> None:
+    """Raise unless ``query`` [B, T, H*Dk] is one token of each sequence, as ``decode`` reads."""
+    if query.shape[1] != 1:
         raise ValueError(
-            f"{name} must have T=1: decode reads one token of each sequence. Received: shape {tuple(x.shape)}"
+            f"query must be [B, 1, H*Dk]: decode reads one token of each sequence. Received: {tuple(query.shape)}"
         )
 
 

@@ -172,7 +172,7 @@ def test_a_state_keeps_its_dtypes():
 def test_what_does_not_fit_is_refused():
     cfg = CONFIGS["drop"]
     state, tokens = (native(BE, x) for x in given(cfg))
-    with pytest.raises(ValueError, match=r"query must have T=1: .* Received: shape \(4, 2, 8\)"):
+    with pytest.raises(ValueError, match=r"query must be \[B, 1, H\*Dk\]: .* Received: \(4, 2, 8\)"):
         BE.decode(cfg, state, *tokens.slice(0, 2))
     with pytest.raises(ValueError, match=r"state must be a fwpkm.State"):
         BE.decode(cfg, state.memory, *tokens.slice(0, 1))

@@ -266,9 +266,10 @@ def full_pass_of(model, batch):
 @pytest.mark.parametrize("sizes", [[30], [17, 1, 12], [25, 5]])
 @pytest.mark.parametrize("removed", [0, 3, 6, 7, 15, 21])
 def test_cropped_tokens_were_never_read(model, sizes, removed):
-    """Rows of different lengths; 6 tokens are pending, 15 reach over two chunks' ends."""
+    """Rows of different lengths, with padding in between too; 6 tokens are pending, 15 reach over two chunks' ends."""
     batch = left_padded([prompt(30), prompt(26)])
     ids, mask = batch["input_ids"], batch["attention_mask"]
+    mask[1, 26:29] = 0
     cache = DynamicCache()
     cache = with_recording(model, cache)
     start = 0

@@ -64,7 +64,7 @@ def decode(
     tokens = Tokens(query, value, gate, mask)
     validation.check_is_state(state)
     validation.check_apply(cfg, state, tokens, None, True, SELF)
-    validation.check_one_token("query", query)
+    validation.check_one_token(query)
     if not is_traced(state.position):
         validation.check_positions(cfg, state.position.tolist())
     return _undifferentiated(cfg, state, tokens)

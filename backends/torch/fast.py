@@ -27,7 +27,7 @@ _EVERY_TOKEN = 2**30  # a chunk size that no call reaches
 
 def check_decoding(state: State, query: Tensor) -> None:
     """Raise a ValueError unless one token can be read into a state that may be overwritten."""
-    validation.check_one_token("query", query)
+    validation.check_one_token(query)
     if state.position.device != query.device:
         raise ValueError(
             f"state.position must be on the query's device, {query.device}: decode takes what start_decoding(state) "
