@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from test_language_model_measures import EXPERIMENT, MODEL
+from test_language_model_measures import EXPERIMENT, MEMORY, MODEL
 
-from examples.language_model import checkpoint, corpus, domains, needle, retained, retention, training
+from examples.language_model import checkpoint, corpus, domains, needle, retained, retention, run, training
 from examples.language_model.commands import main
 from examples.language_model.corpus import Texts
 from examples.language_model.domains import Domain, Domains
@@ -285,6 +285,28 @@ def test_r_is_of_the_moments_that_it_names():
     assert retained.retention(model, "episodes", 1) == pytest.approx((0.4,) * 3)
     assert retained.retention(model, "episodes", 2) == pytest.approx((0.1,) * 3)
     assert [retained.needles(model, n).value for n in (0, 1, 2)] == [0, 0.4, 0]
+
+
+def test_run_measures_retention_where_there_are_domains(trained, monkeypatch, tmp_path, capsys):
+    asked = []
+    monkeypatch.setattr(retention, "measure", lambda folder, its, out, device: asked.append(out.write_text("{}")))
+    memory = ", ".join(f"{name} = {value}" for name, value in MEMORY.items())
+    fields = "".join(f"{name} = {value}\n" for name, value in MODEL.items())
+    (tmp_path / "small.toml").write_text(
+        f"[model]\n{fields}memory = {{ {memory} }}\n[training]\nsteps = 1\nbatch = 1\nlength = 96\nfacts = 0.0\n"
+    )
+    line = ["run", str(tmp_path / "small.toml"), "--seeds", "0", "--corpus", str(trained / "corpus"), "--out",
+            str(tmp_path / "out"), "--measures", "retention"]  # fmt: skip
+    with pytest.raises(SystemExit):
+        main(line)
+    assert "to measure retention, name the folder of the domains" in capsys.readouterr().err
+    for _ in range(2):  # what is done is kept
+        main([*line, "--domains", str(trained / "domains")])
+    assert len(asked) == 1
+    assert (tmp_path / "out/small-0.retention.json").exists()
+    plain = Experiment.of({"model": {**MODEL, "memories": []}}, "test")
+    job, its = run.Job("plain-0", tmp_path, plain), corpus.load(trained / "corpus")
+    assert run.check(job, its, tmp_path, ["retention"], run.Asked(domains=trained / "domains")) == []
 
 
 # Files

@@ -203,8 +203,8 @@ def resume(folder: Path, model: LanguageModel, optimizer: torch.optim.Optimizer,
 def load(folder: Path, device: torch.device, **memory: Any) -> tuple[LanguageModel, Experiment]:
     """The trained model of a folder, from its checkpoint or from the pieces of its weights.
 
-    ``memory`` overrides the configuration of its memories; with another ``num_subkeys`` they have other tables than it was
-    trained with.
+    ``memory`` overrides the configuration of its memories; with another ``num_subkeys`` they have other tables than it
+    was trained with.
 
     Raises:
         FileNotFoundError: nothing was trained there.

@@ -196,8 +196,8 @@ def measure(
 
     Raises:
         FileNotFoundError: nothing was trained in the folder.
-        ValueError: the model has no memory that is written, was trained on another corpus than the domains were held against, or a
-            domain is too small.
+        ValueError: the model has no memory that is written, or was trained on another corpus than the domains were held
+            against; or a domain is too small.
     """
     ready(out)
     began, memory = time.monotonic(), dict(memory or {})

@@ -134,6 +134,7 @@ def check(job: Job, corpus: Corpus, out: Path, measures: list[str], asked: Asked
     taken = said.get("measured", {})
     if "retention" in measures:
         retention.check(corpus.sha256, _domains(asked))
+        measures = [name for name in measures if name != "retention" or job.experiment.model.writes]
     missing = []
     for measure in measures:
         path = out / f"{job.name}.{measure}.json"
