@@ -94,6 +94,6 @@ def test_what_does_not_fit_is_said(folder):
 def test_the_page_shows_commands_that_are_taken():
     page = (ROOT / "docs/retention.md").read_text().replace("\\\n", " ")
     lines = re.findall(r"^\$LM (.+)$", page, re.MULTILINE)
-    assert {line.split()[0] for line in lines} >= {"domains", "retention", "retained", "experiments", "choices"}
+    assert {line.split()[0] for line in lines} >= {"domains", "retention", "retained", "run", "choices"}
     for line in lines:
         assert commands._parser().parse_args(shlex.split(line)).run
