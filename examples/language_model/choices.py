@@ -10,34 +10,34 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from examples.language_model import results, retained
+from examples.language_model import intervals, results, retained
+from examples.language_model.intervals import Measured
 from examples.language_model.phrasings import VALUE_LENGTH as DIGITS
-from examples.language_model.retained import Interval, Model
+from examples.language_model.retained import Model
+from examples.language_model.tables import NOTHING, amount, cell, difference, size, table
 
 FILES = re.compile(r"(.+)-(\d+)\.(retention\.json|needle\.json|bits\.json|record\.jsonl)")
 LENGTHS = (4096, 131072)
 """Of the contexts that needles are asked in, near, after one reading."""
-DRAWS = 2000  # of a bootstrap
-NOTHING = "-"
 
 
 class Choice(NamedTuple):
-    """What was measured of a model; what was not is None.
+    """What was measured of a model, of all its seeds; what was not is None.
 
     Attributes:
         label: the files' names, without seeds.
         seeds: of its trainings.
-        retention: of all seeds.
-        needles: by length, share exact of each context, mean over seeds [contexts].
-        bits: per byte of each held-out document, mean over seeds [documents].
-        speed: median steps per second of training, mean over seeds.
+        retention: what it keeps.
+        needles: by length, the share of each context's facts that is answered exactly [contexts].
+        bits: per byte of each held-out document.
+        speed: median steps per second of training.
     """
 
     label: str
     seeds: tuple[int, ...]
     retention: Model | None
     needles: dict[int, np.ndarray]
-    bits: np.ndarray | None
+    bits: Measured | None
     speed: float | None
 
 
@@ -61,66 +61,44 @@ def load(folder: Path) -> list[Choice]:
 
 
 def _choice(name: str, files: dict[str, dict[int, Path]], retention: Model | None) -> Choice:
-    def each(kind: str, read: Callable[[str], Any]) -> list[Any]:
+    def each(kind: str, read: Callable[[Path], Any]) -> list[Any]:
         return [_read(path, read) for path in files.get(kind, {}).values()]
 
     needles = {length: each("needle.json", functools.partial(_needles, length=length)) for length in LENGTHS}
-    bits, speeds = each("bits.json", _bits), each("record.jsonl", _speed)
-    for kind, rows in (("needle.json", needles[LENGTHS[0]]), ("needle.json", needles[LENGTHS[1]]), ("bits.json", bits)):
-        if len({None if row is None else len(row) for row in rows}) > 1:
-            raise ValueError(
-                f"the seeds of {name} were measured otherwise: {', '.join(map(str, files[kind].values()))}"
-            )
+    bits, speeds = each("bits.json", functools.partial(intervals.bits, mode="reset")), each("record.jsonl", _speed)
+    asked = [{None if x is None else len(x) for x in rows} for rows in needles.values()]
+    if max(map(len, asked)) > 1 or len({tuple(x.values) for x in bits}) > 1:
+        raise ValueError(f"the seeds of {name} were measured otherwise, one than the other: measure them again")
+    means = {x: float(np.mean([one.values[x] for one in bits])) for x in (bits[0].values if bits else ())}
     return Choice(
         name,
         tuple(sorted({seed for its in files.values() for seed in its})),
         retention,
         {n: np.mean(rows, 0) for n, rows in needles.items() if rows and rows[0] is not None},
-        np.mean(bits, 0) if bits else None,
+        Measured(means, bits[0].writers) if bits else None,
         statistics.mean(speeds) if speeds else None,
     )
 
 
-def _read(path: Path, read: Callable[[str], Any]) -> Any:
+def _read(path: Path, read: Callable[[Path], Any]) -> Any:
     try:
-        return read(path.read_text(encoding="utf-8"))
+        return read(path)
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise ValueError(f"{path} is damaged, or of another version ({error!r}): measure or copy it again") from error
 
 
-def _needles(text: str, length: int) -> np.ndarray | None:
-    for row in json.loads(text)["rows"]:
+def _needles(path: Path, length: int) -> np.ndarray | None:
+    for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
         if (row["control"], row["kind"], row["length"], row["readings"]) == ("memory", "near", length, 1):
             return (np.array(row["right"]) == DIGITS).mean(1)
     return None
 
 
-def _bits(text: str) -> np.ndarray:
-    return np.array(json.loads(text)["bits"]["reset"], float).mean(1)
-
-
-def _speed(text: str) -> float:
-    return statistics.median(line["steps_per_second"] for line in results.record(text))
+def _speed(path: Path) -> float:
+    return statistics.median(line["steps_per_second"] for line in results.record(path.read_text(encoding="utf-8")))
 
 
 # The table
-
-
-def against(own: np.ndarray, base: np.ndarray, *, relative: bool) -> Interval:
-    """The difference of means, or their ratio less 1, with a bootstrap interval over units, which are paired [n].
-
-    Raises:
-        ValueError: they are of different units.
-    """
-    if own.shape != base.shape:
-        raise ValueError(f"what is compared must be of the same texts. Received: {len(own)} and {len(base)}")
-
-    def apart(a: Any, b: Any) -> Any:
-        return a / b - 1 if relative else a - b
-
-    chosen = np.random.default_rng(0).integers(len(own), size=(DRAWS, len(own)))
-    low, high = np.quantile(apart(own[chosen].mean(1), base[chosen].mean(1)), (0.025, 0.975))
-    return Interval(float(apart(own.mean(), base.mean())), float(low), float(high))
 
 
 def report(choices: Sequence[Choice], base: str) -> str:
@@ -132,40 +110,40 @@ def report(choices: Sequence[Choice], base: str) -> str:
     named = {x.label: x for x in choices}
     if base not in named:
         raise ValueError(f"no model is called {base!r}: there are {', '.join(named)}")
-    head = ["model", "seeds", *(name for name, _ in COLUMNS)]
     ordered = [named[base], *(x for x in choices if x.label != base)]
     rows = [[x.label, ", ".join(map(str, x.seeds)), *(look(x, named[base]) for _, look in COLUMNS)] for x in ordered]
-    kept = [i for i in range(len(head)) if i < 2 or any(row[i] != NOTHING for row in rows)]
-    lines = [head, ["---"] * 2 + ["---:"] * len(COLUMNS), *rows]
-    return "\n".join(f"| {' | '.join(line[i] for i in kept)} |" for line in lines) + "\n"
+    note = (
+        "R after all other domains, its interval over texts. Needles near, after one reading, and bits per byte of "
+        f"held-out documents: then the difference to {base}, in points and in per cent, with the paired 95% interval "
+        "over contexts and over writers. Time of training as a multiple."
+    )
+    return table(f"Against {base}", note, ["model", "seeds", *(name for name, _ in COLUMNS)], rows, texts=2) + "\n"
 
 
 def _retention(x: Choice, base: Choice, kind: str) -> str:
-    r = retained.retention(x.retention, kind, x.retention.most) if x.retention else None
-    return NOTHING if r is None else f"{r.value:.2f} ({r.low:.2f} to {r.high:.2f})"
+    return cell(retained.retention(x.retention, kind, x.retention.most) if x.retention else None, retained.number)
 
 
 def _kept(x: Choice, base: Choice) -> str:
-    return f"{100 * retained.needles(x.retention, x.retention.most).value:.1f}%" if x.retention else NOTHING
+    return f"{100 * retained.needles(x.retention, x.retention.most).mean:.1f}%" if x.retention else NOTHING
 
 
 def _found(x: Choice, base: Choice, length: int) -> str:
     own, other = x.needles.get(length), base.needles.get(length)
     if own is None:
         return NOTHING
-    apart = "" if x is base or other is None else _difference(against(own, other, relative=False))
-    return f"{100 * own.mean():.1f}%{apart}"
+    if x is base or other is None:
+        return f"{100 * own.mean():.1f}%"
+    if own.shape != other.shape:
+        raise ValueError(f"{x.label} was asked in {len(own)} contexts and {base.label} in {len(other)}: ask them alike")
+    return f"{100 * own.mean():.1f}%, {difference(intervals.interval(own - other))}"
 
 
 def _predicted(x: Choice, base: Choice) -> str:
     if x.bits is None:
         return NOTHING
-    apart = "" if x is base or base.bits is None else _difference(against(x.bits, base.bits, relative=True))
-    return f"{x.bits.mean():.4f}{apart}"
-
-
-def _difference(x: Interval) -> str:
-    return f", {100 * x.value:+.1f} ({100 * x.low:+.1f} to {100 * x.high:+.1f})"
+    apart = "" if x is base or base.bits is None else f", {difference(intervals.relative(x.bits, base.bits))}"
+    return f"{intervals.over_writers(x.bits).mean:.4f}{apart}"
 
 
 def _time(x: Choice, base: Choice) -> str:
@@ -173,16 +151,15 @@ def _time(x: Choice, base: Choice) -> str:
 
 
 def _bytes(x: Choice, base: Choice) -> str:
-    return f"{x.retention.state_bytes / 1e6:,.0f} MB" if x.retention else NOTHING
+    return amount(x.retention.state_bytes) if x.retention else NOTHING
 
 
 COLUMNS: tuple[tuple[str, Callable[[Choice, Choice], str]], ...] = (
     ("R, what was read", functools.partial(_retention, kind="episodes")),
     ("R, its domain", functools.partial(_retention, kind="domain")),
     ("needles of the first domain", _kept),
-    *((f"needles, {n // 1024}K", functools.partial(_found, length=n)) for n in LENGTHS),
+    *((f"needles, {size(n)}", functools.partial(_found, length=n)) for n in LENGTHS),
     ("bits per byte", _predicted),
     ("time of training", _time),
     ("state", _bytes),
 )
-"""Retention is after all other domains. Differences are in points, of bits in per cent."""

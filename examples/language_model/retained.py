@@ -2,15 +2,17 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from examples.language_model.needle import wilson
+from examples.language_model import comparing
+from examples.language_model.intervals import Interval
 from examples.language_model.phrasings import VALUE_LENGTH as DIGITS
 from examples.language_model.settings import Experiment
+from examples.language_model.tables import NOTHING, amount, cell, share, table
 
 FILES = re.compile(r"(.+)\.retention\.json")
 KINDS = {"episodes": "the texts that were read", "domain": "other documents of their domain"}
@@ -19,14 +21,6 @@ MEMORIES = ("unread", "filler", "others", "kept")
 LEAST = 0.01
 """Of b: where the first domain brings less than that, there is nothing to retain."""
 DRAWS = 2000  # of a bootstrap
-
-
-class Interval(NamedTuple):
-    """A number and its 95% interval."""
-
-    value: float
-    low: float
-    high: float
 
 
 class Model(NamedTuple):
@@ -142,69 +136,61 @@ def retention(model: Model, kind: str, others: int) -> Interval | None:
     if np.quantile(brought_drawn / its["filler"][:, 0][chosen].mean(1), 0.025) <= LEAST:
         return None
     low, high = np.quantile(kept[chosen].mean(1) / brought_drawn, (0.025, 0.975))
-    return Interval(float(kept.mean() / brought.mean()), float(low), float(high))
+    return Interval(float(kept.mean() / brought.mean()), float(low), float(high), len(kept))
 
 
-def needles(model: Model, others: int, memory: str = "kept") -> Interval:
-    """Share of the facts of the first text that are answered exactly after so many other domains."""
-    exact = model.right[memory][:, :, others - (memory == "others")] == DIGITS
-    return Interval(float(exact.mean()), *wilson(int(exact.sum()), exact.size))
+def needles(model: Model, others: int) -> Interval:
+    """Share of the facts of the first text that are answered exactly after so many other domains, of all seeds."""
+    return comparing.share((model.right["kept"][:, :, others] == DIGITS).reshape(-1, model.right["kept"].shape[-1]))
 
 
 # Tables
+
+INTERVAL = "In brackets the 95% interval over texts. Of all seeds together, then of each."
 
 
 def report(models: Sequence[Model]) -> str:
     """Every table, in Markdown."""
     parts = [
         *(
-            _table(f"R on {what}", models, lambda m, n, k=kind: _cell(retention(m, k, n)))
-            for kind, what in KINDS.items()
+            _by_others(f"R on {what}", f"What is left after so many other domains. {INTERVAL}", models, 1,
+                       lambda m, n, kind=kind: cell(retention(m, kind, n), number)) for kind, what in KINDS.items()
         ),
-        _table("Needles of the first text, answered exactly", models, lambda m, n: _percent(needles(m, n)), start=0),
-        _domains(models),
+        _by_others("Needles of the first text", f"Answered exactly, after so many other domains. {INTERVAL}", models, 0,
+                   lambda m, n: share(needles(m, n))),
+        _by_first(models),
         _bits(models),
-    ]
+    ]  # fmt: skip
     return "\n\n".join(parts) + "\n"
 
 
-def _cell(x: Interval | None) -> str:
-    return "-" if x is None else f"{x.value:.2f} ({x.low:.2f} to {x.high:.2f})"
-
-
-def _percent(x: Interval) -> str:
-    return f"{100 * x.value:.1f}% ({100 * x.low:.1f} to {100 * x.high:.1f})"
-
-
-def _markdown(title: str, head: list[str], rows: list[list[str]], texts: int) -> str:
-    lines = [head, ["---"] * texts + ["---:"] * (len(head) - texts), *rows]
-    return f"### {title}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def number(x: Interval) -> str:
+    """A cell of R."""
+    return f"{x.mean:.2f} ({x.low:.2f} to {x.high:.2f})"
 
 
 def _seeds(model: Model) -> str:
     return ", ".join(map(str, model.seeds))
 
 
-def _table(title: str, models: Sequence[Model], cell: Any, start: int = 1) -> str:
-    """By the number of other domains; of all seeds of a model together, then of each."""
+def _by_others(
+    title: str, note: str, models: Sequence[Model], start: int, look: Callable[[Model, int], str]
+) -> str:  # fmt: skip
     counts = range(start, max(m.most for m in models) + 1)
     parts = [x for m in models for x in (m, *(m.seed(i) for i in range(len(m.seeds)) if len(m.seeds) > 1))]
-    rows = [[m.label, _seeds(m), *(cell(m, n) if n <= m.most else "-" for n in counts)] for m in parts]
-    return _markdown(title, ["model", "seeds", *(f"after {n}" for n in counts)], rows, 2)
+    rows = [[m.label, _seeds(m), *(look(m, n) if n <= m.most else NOTHING for n in counts)] for m in parts]
+    return table(title, note, ["model", "seeds", *(f"after {n}" for n in counts)], rows, texts=2)
 
 
-def _domains(models: Sequence[Model]) -> str:
-    """R on what was read, after all others, by the domain that was read first."""
+def _by_first(models: Sequence[Model]) -> str:
     names = list(dict.fromkeys(name for m in models for name in m.names[:-1]))
     rows = []
     for m in models:
         parts = [m.only(np.flatnonzero(m.first == name)) for name in names]
-        rows.append(
-            [m.label, _seeds(m), *(_cell(retention(p, "episodes", m.most)) if len(p.first) else "-" for p in parts)]
-        )
-    return _markdown(
-        "R on the texts that were read, after all others, by what was read first", ["model", "seeds", *names], rows, 2
-    )
+        found = [retention(part, "episodes", m.most) if len(part.first) else None for part in parts]
+        rows.append([m.label, _seeds(m), *(cell(x, number) for x in found)])
+    note = "On the texts that were read, after all others. In brackets the 95% interval over texts."
+    return table("R by what was read first", note, ["model", "seeds", *names], rows, texts=2)
 
 
 def _bits(models: Sequence[Model]) -> str:
@@ -212,7 +198,7 @@ def _bits(models: Sequence[Model]) -> str:
     for m in models:
         for kind in KINDS:
             its = {name: x.mean((0, 1)) for name, x in m.bits[kind].items()}
-            numbers = its["unread"][0], its["filler"][0], its["kept"][0], its["kept"][-1], its["others"][-1]
-            rows.append([m.label, f"{m.size:,}", KINDS[kind], *(f"{x:.4f}" for x in numbers), f"{m.state_bytes:,}"])
-    head = ["unread", "filler", "first", "first, then others", "others", "bytes of state"]
-    return _markdown("Bits per byte", ["model", "bytes a domain", "of", *head], rows, 3)
+            found = its["unread"][0], its["filler"][0], its["kept"][0], its["kept"][-1], its["others"][-1]
+            rows.append([m.label, KINDS[kind], f"{m.size:,}", *(f"{x:.4f}" for x in found), amount(m.state_bytes)])
+    head = ["model", "of", "bytes a domain", "nothing", "filler", "first", "first, then others", "others", "state"]
+    return table("Bits per byte", "By what the memory has read, and how large it is.", head, rows, texts=2)

@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from examples.language_model.checkpoint import replace
-from examples.language_model.retained import KINDS, Interval, Model, needles, retention
+from examples.language_model.intervals import Interval
+from examples.language_model.retained import KINDS, Model, needles, retention
 
 
 def draw(models: Sequence[Model], out: Path) -> Path:
@@ -36,7 +37,7 @@ def figure(models: Sequence[Model]) -> Figure:
             curve = [retention(model, kind, n) for n in counts]
             _line(axes, counts, curve, color, model.label)
             for one in (model.seed(s) for s in range(len(model.seeds)) if len(model.seeds) > 1):
-                values = [np.nan if (x := retention(one, kind, n)) is None else x.value for n in counts]
+                values = [np.nan if (x := retention(one, kind, n)) is None else x.mean for n in counts]
                 axes.plot(counts, values, color=color, linewidth=0.8, alpha=0.6)
         counts = range(model.most + 1)
         _line(panels[-1], counts, [needles(model, n) for n in counts], color, model.label)
@@ -53,6 +54,6 @@ def figure(models: Sequence[Model]) -> Figure:
 
 
 def _line(axes: mpl.axes.Axes, counts: Sequence[int], curve: Sequence[Interval | None], color: str, label: str) -> None:
-    value, low, high = np.array([(np.nan,) * 3 if x is None else x for x in curve]).T
-    axes.plot(counts, value, color=color, linewidth=2.2, marker="o", label=label)
+    mean, low, high, _ = np.array([(np.nan,) * 4 if x is None else x for x in curve]).T
+    axes.plot(counts, mean, color=color, linewidth=2.2, marker="o", label=label)
     axes.fill_between(counts, low, high, color=color, alpha=0.15, linewidth=0)
