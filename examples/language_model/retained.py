@@ -1,5 +1,6 @@
 """Retention of several models, as tables and a picture, from the files that retention.py saves."""
 
+import functools
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -151,17 +152,21 @@ INTERVAL = "In brackets the 95% interval over texts. Of all seeds together, then
 
 def report(models: Sequence[Model]) -> str:
     """Every table, in Markdown."""
+    left, needle = (
+        f"What is left after so many other domains. {INTERVAL}",
+        f"Answered exactly, after so many. {INTERVAL}",
+    )
     parts = [
-        *(
-            _by_others(f"R on {what}", f"What is left after so many other domains. {INTERVAL}", models, 1,
-                       lambda m, n, kind=kind: cell(retention(m, kind, n), number)) for kind, what in KINDS.items()
-        ),
-        _by_others("Needles of the first text", f"Answered exactly, after so many other domains. {INTERVAL}", models, 0,
-                   lambda m, n: share(needles(m, n))),
+        *(_by_others(f"R on {KINDS[kind]}", left, models, 1, functools.partial(_left, kind=kind)) for kind in KINDS),
+        _by_others("Needles of the first text", needle, models, 0, lambda m, n: share(needles(m, n))),
         _by_first(models),
         _bits(models),
-    ]  # fmt: skip
+    ]
     return "\n\n".join(parts) + "\n"
+
+
+def _left(model: Model, others: int, kind: str) -> str:
+    return cell(retention(model, kind, others), number)
 
 
 def number(x: Interval) -> str:
