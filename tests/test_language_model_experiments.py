@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from examples.language_model import experiments
+from examples.language_model import experiments, inside
 from examples.language_model.commands import main
 from examples.language_model.model import LanguageModel
 from examples.language_model.settings import Experiment, ModelSettings
@@ -78,7 +78,7 @@ def test_every_experiment_of_the_list_is_one_and_differs(group):
     assert {experiment.training.steps for experiment in found.values()} == {2000 if group == "settings" else 9000}
 
 
-def test_memories_without_a_gate():
+def test_memories_without_a_gate(monkeypatch, tmp_path):
     given = {"width": 16, "layers": 2, "heads": 2, "memories": [1], "memory": {"num_subkeys": 8}}
     with pytest.raises(ValueError, match=r"model\.gated must be true or false\. Received: 1"):
         ModelSettings(**given, gated=1)
@@ -90,3 +90,10 @@ def test_memories_without_a_gate():
         f"memories.1.gate_{part}" for part in ("norm.weight", "proj.weight", "proj.bias")
     }
     assert plain(tokens, plain.start(1))[0].isfinite().all()
+    for wrong in ({"gated": False, "mixer": "delta"}, {"gated": False, "mixer": "static"}):
+        with pytest.raises(ValueError, match=r"model\.gated must be true with mixer"):
+            ModelSettings(**{**given, "memory": {}}, **wrong)
+    its = Experiment(ModelSettings(**given, gated=False))
+    monkeypatch.setattr(inside, "load", lambda *a, **k: (plain, its))
+    with pytest.raises(ValueError, match="has no memory with a gate to look into"):
+        inside.draw(tmp_path, None, tmp_path, torch.device("cpu"))
