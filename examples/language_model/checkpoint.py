@@ -203,19 +203,30 @@ def resume(folder: Path, model: LanguageModel, optimizer: torch.optim.Optimizer,
 def load(folder: Path, device: torch.device, **memory: Any) -> tuple[LanguageModel, Experiment]:
     """The trained model of a folder, from its checkpoint or from the pieces of its weights.
 
-    ``memory`` overrides the configuration of its memories.
+    ``memory`` overrides the configuration of its memories; with another ``num_subkeys`` they have other tables than it
+    was trained with.
 
     Raises:
         FileNotFoundError: nothing was trained there.
         ValueError: a file is damaged, or of other tables than this version of torch draws.
     """
-    experiment, whole = settings_of(folder), folder / WEIGHTS
-    tensors, about = _joined(folder) if not whole.exists() and list(folder.glob(PIECES)) else _read(whole)
+    experiment, (tensors, about) = settings_of(folder), _found(folder)
     model = build(experiment, device, **memory)
-    if about["tables"] != tables_of(model):
+    if "num_subkeys" not in memory and about["tables"] != tables_of(model):
         raise ValueError(f"{folder / WEIGHTS} was trained with other tables than seed {experiment.training.seed} gives")
     _fill(model, tensors, folder)
     return model.requires_grad_(False).eval(), experiment
+
+
+def corpus_of(folder: Path) -> str:
+    """The sha256 of the corpus that the model of a folder was trained on. Raises as ``load`` does."""
+    return _found(folder)[1]["corpus"]
+
+
+def _found(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a folder's checkpoint, or of the pieces of its weights."""
+    whole = folder / WEIGHTS
+    return _joined(folder) if not whole.exists() and list(folder.glob(PIECES)) else _read(whole)
 
 
 def _read(path: Path, whole: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:

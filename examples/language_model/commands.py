@@ -13,6 +13,7 @@ from examples.language_model import (
     names,
     needle,
     report,
+    retention_commands,
     run,
     side_by_side,
     training,
@@ -45,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     prepare.set_defaults(run=lambda o: corpus.prepare(o.source, o.out, code=o.code, hold_out=o.hold_out))
 
     train = commands.add_parser("train", help="train an experiment, or go on from its checkpoint")
-    train.add_argument("experiment", type=Path, help="a TOML file, see examples/language_model/configs")
+    train.add_argument("experiment", type=Path, help="a TOML file, or one of a list, see configs and experiments.toml")
     _common(train, model=False)
     for name, kind in (("--steps", int), ("--seed", int), ("--facts", float)):
         train.add_argument(name, type=kind, help="instead of the file's")
@@ -54,12 +55,15 @@ def _parser() -> argparse.ArgumentParser:
     train.set_defaults(run=_train)
 
     everything = commands.add_parser("run", help="train and measure experiments, a process for each seed, on all cards")
-    everything.add_argument("experiments", type=Path, nargs="+", metavar="CONFIG", help="TOML files")
+    everything.add_argument("experiments", type=Path, nargs="+", metavar="CONFIG", help="TOML files, or some of a list")
     everything.add_argument("--seeds", type=int, nargs="+", required=True)
     everything.add_argument("--corpus", type=Path, required=True, help="a folder made by prepare")
     everything.add_argument("--out", type=Path, required=True, help="a folder; what is done there is kept")
     everything.add_argument("--steps", type=int, help="instead of the files'")
-    everything.add_argument("--measures", nargs="*", choices=list(run.MEASURES), default=list(run.MEASURES))
+    everything.add_argument("--measures", nargs="*", choices=list(run.MEASURES), help="all, by default")
+    everything.add_argument(
+        "--domains", type=Path, help="a folder made by domains; without it no retention is measured"
+    )
     _asked(everything)
     everything.add_argument("--length", type=int, default=run.Asked().length, help="of texts, for bits and capacity")
     everything.add_argument("--facts", type=int, nargs="+", default=capacity.NUMBERS, help="numbers, for capacity")
@@ -88,6 +92,8 @@ def _parser() -> argparse.ArgumentParser:
     own.add_argument("--length", type=int, default=131072)
     own.set_defaults(run=_names)
 
+    retention_commands.add(commands, _on_device)
+
     look = commands.add_parser("inside", help="draw what the memories hold, and where their gates open")
     _common(look)
     look.set_defaults(run=_inside)
@@ -112,6 +118,10 @@ def _common(parser: argparse.ArgumentParser, model: bool = True) -> None:
         parser.add_argument("--model", type=Path, required=True, help="the folder of a trained model")
     parser.add_argument("--corpus", type=Path, required=True, help="a folder made by prepare")
     parser.add_argument("--out", type=Path, required=True)
+    _on_device(parser)
+
+
+def _on_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", type=_device, default=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
@@ -139,7 +149,9 @@ def _run(options: argparse.Namespace) -> None:
         raise ValueError(f"--side-by-side must be at least 1. Received: {options.side_by_side}")
     jobs, texts = run.plan(options.experiments, options.seeds, options.steps), corpus.load(options.corpus)
     cells = needle.chosen(options.kinds, options.lengths, options.contexts, options.readings)
-    asked = run.Asked(options.length, cells, options.facts)
+    asked = run.Asked(options.length, cells, options.facts, options.domains)
+    if options.measures is None:
+        options.measures = [name for name in run.MEASURES if name != "retention" or options.domains is not None]
     for job in jobs:  # all of them first, so that nothing is said after hours
         run.check(job, texts, options.out, options.measures, asked)
     if len(jobs) > 1:
@@ -155,7 +167,18 @@ def _run(options: argparse.Namespace) -> None:
 def _again(options: argparse.Namespace) -> list[str]:
     """The arguments of ``run`` for one of its jobs, without config and seed."""
     arguments = ["--no-compile"][: not options.compile]
-    for name in ("steps", "measures", "kinds", "lengths", "contexts", "readings", "length", "facts", "side_by_side"):
+    for name in (
+        "steps",
+        "measures",
+        "kinds",
+        "lengths",
+        "contexts",
+        "readings",
+        "length",
+        "facts",
+        "domains",
+        "side_by_side",
+    ):
         if (given := getattr(options, name)) is not None:
             arguments += [
                 f"--{name.replace('_', '-')}",

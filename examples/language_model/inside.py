@@ -92,8 +92,8 @@ def draw(
         ValueError: the model has no memory, or answers none of 20 needles.
     """
     model, experiment = load(folder, device, memory_scope="sequence")
-    if not experiment.model.writes:
-        raise ValueError(f"the model of {folder} has no memory to look into")
+    if not experiment.model.writes or not experiment.model.gated:
+        raise ValueError(f"the model of {folder} has no memory with a gate to look into")
     cfg = experiment.model.memory_config()
     chunk = cfg.chunk_size
     rng = np.random.default_rng(seed)

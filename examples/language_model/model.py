@@ -76,7 +76,7 @@ def mixer(settings: ModelSettings, config: FwPKMConfig) -> nn.Module:
     """
     match settings.mixer:
         case "fwpkm":
-            return FwPKM(settings.width, config)
+            return FwPKM(settings.width, config, gated=settings.gated)
         case "static":
             return baselines.StaticMemory(settings.width, config)
         case "delta":

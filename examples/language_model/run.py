@@ -14,8 +14,19 @@ from typing import Any, NamedTuple
 
 import torch
 
-from examples.language_model import by_position, capacity, checkpoint, names, needle, results, training
+from examples.language_model import (
+    by_position,
+    capacity,
+    checkpoint,
+    domains,
+    names,
+    needle,
+    results,
+    retention,
+    training,
+)
 from examples.language_model.corpus import Corpus
+from examples.language_model.domains import Domains
 from examples.language_model.settings import Experiment
 
 
@@ -27,6 +38,8 @@ class Asked(NamedTuple):
     cells: Sequence[needle.Cell] = needle.PROTOCOL
     facts: Sequence[int] = capacity.NUMBERS
     """numbers of them, for capacity"""
+    domains: Path | None = None
+    """a folder made by the command domains, for retention"""
 
 
 Measure = Callable[[Path, Corpus, Path, torch.device, Asked], Any]
@@ -48,7 +61,19 @@ def _names(folder: Path, corpus: Corpus, out: Path, device: torch.device, asked:
     names.measure(folder, corpus, out, device, length=asked.length)
 
 
-MEASURES: dict[str, Measure] = {"bits": _bits, "needle": _needle, "capacity": _capacity, "names": _names}
+def _retention(folder: Path, corpus: Corpus, out: Path, device: torch.device, asked: Asked) -> None:
+    retention.measure(folder, _domains(asked), out, device)
+
+
+def _domains(asked: Asked) -> Domains:
+    if asked.domains is None:
+        raise ValueError("to measure retention, name the folder of the domains, --domains")
+    return domains.load(asked.domains)
+
+
+MEASURES: dict[str, Measure] = {
+    "bits": _bits, "needle": _needle, "capacity": _capacity, "names": _names, "retention": _retention,
+}  # fmt: skip
 """What can be measured of the model of a folder; each writes OUT/NAME.MEASURE.json."""
 
 
@@ -107,12 +132,15 @@ def check(job: Job, corpus: Corpus, out: Path, measures: list[str], asked: Asked
     if said and said.get("digest") != _digest(job.experiment.tables(), corpus.sha256):
         raise ValueError(f"{out / job.name}.run.json is of another experiment or corpus. {another}")
     taken = said.get("measured", {})
+    if "retention" in measures:
+        retention.check(corpus.sha256, _domains(asked))
+        measures = [name for name in measures if name != "retention" or job.experiment.model.writes]
     missing = []
     for measure in measures:
         path = out / f"{job.name}.{measure}.json"
         if not path.exists():
             missing.append(measure)
-        elif measure not in taken or taken[measure].get("digest") != _digest(asked):
+        elif measure not in taken or taken[measure].get("digest") != _question(measure, asked):
             raise ValueError(f"{path} was measured otherwise than is asked now. {another}")
     return missing
 
@@ -145,7 +173,7 @@ def do(
     for measure in missing:
         began = time.monotonic()
         MEASURES[measure](folder, corpus, out / f"{job.name}.{measure}.json", device, asked)
-        taken = {"digest": _digest(asked), "seconds": round(time.monotonic() - began, 1)}
+        taken = {"digest": _question(measure, asked), "seconds": round(time.monotonic() - began, 1)}
         said["measured"][measure] = {**taken, "device": training.device_name(device)}
         write()
 
@@ -170,6 +198,13 @@ def _trained(folder: Path) -> dict[str, Any]:
         last = line["step"]
     speed = statistics.median(line["steps_per_second"] for line in lines)
     return {"steps": last, "seconds": round(seconds, 1), "steps_per_second": speed, "device": lines[-1]["device"]}
+
+
+def _question(measure: str, asked: Asked) -> str:
+    """A digest of what a measure asks."""
+    if measure == "retention":
+        return _digest(_domains(asked).sha256)
+    return _digest((asked.length, asked.cells, asked.facts))
 
 
 def _digest(*parts: Any) -> str:

@@ -3,11 +3,11 @@
 import dataclasses
 import functools
 import math
-import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
+from examples.language_model import experiments
 from fwpkm import FwPKMConfig
 
 MIXERS = ("fwpkm", "attention", "delta", "static")
@@ -41,6 +41,7 @@ class ModelSettings:
         mixer: what stands there: "fwpkm", a memory; or, to compare with (baselines.py), "attention" to ``context``
             tokens, "delta", a gated delta rule, or "static", a memory that is trained and never written.
         context: how many tokens the mixer "attention" sees, the present one included.
+        gated: whether memories have a gate.
         memory: fields of FwPKMConfig that differ from its defaults; key_dim and value_dim are ``width`` if absent.
     """
 
@@ -52,6 +53,7 @@ class ModelSettings:
     memories: tuple[int, ...] = ()
     mixer: str = "fwpkm"
     context: int = 4096
+    gated: bool = True
     memory: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -63,6 +65,7 @@ class ModelSettings:
                 f"model.width must be a multiple of 2 * heads, for rotary positions. "
                 f"Received: width={self.width}, heads={self.heads}"
             )
+        _require("model", self, "gated", lambda x: isinstance(x, bool), "true or false")
         listed = isinstance(self.memories, (list, tuple))
         if not listed or not all(_integer(i, 0) and i < self.layers for i in self.memories):
             raise ValueError(
@@ -71,6 +74,8 @@ class ModelSettings:
         object.__setattr__(self, "memories", tuple(self.memories))
         if len(set(self.memories)) < len(self.memories):
             raise ValueError(f"model.memories must differ. Received: {self.memories}")
+        if self.mixer != "fwpkm" and not self.gated:
+            raise ValueError(f'model.gated must be true with mixer = "{self.mixer}". Received: False')
         _require("model", self, "mixer", lambda x: x in MIXERS, f"one of {MIXERS}")
         if self.mixer != "fwpkm" and not self.memories:
             raise ValueError(f'model.mixer must be "fwpkm" where model.memories is empty. Received: {self.mixer!r}')
@@ -222,16 +227,13 @@ class Experiment:
 
     @classmethod
     def read(cls, path: Path, **training: Any) -> Self:
-        """From a TOML file; ``training`` overrides fields of that table.
+        """From a TOML file or a list of experiments (experiments.py); ``training`` overrides fields of that table.
 
         Raises:
-            ValueError: not TOML, or as in ``of``.
+            ValueError: not TOML, not in the list, or as in ``of``.
             FileNotFoundError: there is no such file.
         """
-        try:
-            tables = tomllib.loads(path.read_text(encoding="utf-8-sig"))
-        except (ValueError, RecursionError) as error:  # not UTF-8, or nested too deep
-            raise ValueError(f"{path} is not TOML: {error}") from error
+        tables = experiments.tables(path)
         if isinstance(given := tables.get("training", {}), Mapping):
             tables["training"] = {**given, **training}
         return cls.of(tables, str(path))
