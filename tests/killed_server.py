@@ -32,7 +32,7 @@ def serve(model, folder, seed, pipe):
 
     for number in range(10**6):
         user = rng.choice(engine.users) if engine.users else None
-        what = rng.choice(("join", "read", "write", "fork", "leave", "delete"))
+        what = "delete" if len(engine.users) > 8 else rng.choice(("join", "read", "write", "fork", "leave"))
         if user is None or what in ("join", "fork"):
             new = f"{seed} {number}"
             if user is None or what == "join":
@@ -47,7 +47,7 @@ def serve(model, folder, seed, pipe):
             engine.write(user, 3)
         elif what == "leave":
             engine.leave(user)
-        elif len(engine.users) > 6:
+        else:
             os.write(pipe, json.dumps([user, ""]).encode() + b"\n")  # from here on the user may be there, or not
             engine.delete(user)
             acknowledge(user, None)
@@ -97,11 +97,12 @@ def main():
                 os._exit(1)
         os.close(writing)
         with os.fdopen(reading, "rb") as pipe:
-            first = pipe.readline()  # it has begun
-            time.sleep(random.Random(seed).uniform(0, 0.4))
+            rng = random.Random(seed)
+            first = [pipe.readline() for _ in range(rng.randint(1, 30))]
+            time.sleep(rng.uniform(0, 0.02))
             os.kill(child, signal.SIGKILL)
             killed += os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-            for line in (first, *pipe):
+            for line in (*first, *pipe):
                 user, text = json.loads(line)
                 acknowledged[user] = None if text is None else bytes.fromhex(text)
                 lines += 1

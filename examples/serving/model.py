@@ -55,12 +55,16 @@ class ByteModel(nn.Module):
         last = (ends[1:].long() - 1).clamp(min=0).to(x.device)
         return self.readout(x[0, last]), after
 
-    def choices(self, text: bytes) -> bytes:
-        """The likeliest byte after each of a text that one sequence reads alone, from the beginning, in one call."""
+    def logits_of(self, text: bytes) -> Tensor:
+        """``[T, 256]`` after each byte of a text that one sequence reads alone, from the beginning, in one call."""
         x = self.embedding(torch.tensor([list(text)], device=self.embedding.weight.device))
         for memory in self.memories:
             x = x + memory(x, return_state=False)[0]
-        return bytes(self.readout(x[0]).argmax(-1).tolist())
+        return self.readout(x[0])
+
+    def choices(self, text: bytes) -> bytes:
+        """The likeliest byte after each of a text, read alone."""
+        return bytes(self.logits_of(text).argmax(-1).tolist())
 
     def digest(self) -> str:
         """A SHA-256 of all weights and initial tables: what one model has read another cannot go on from."""
