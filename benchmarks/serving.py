@@ -84,9 +84,7 @@ def measure(args: argparse.Namespace, folder: str) -> Load:
     sizes = list(engine.store.bytes_in_memory().values()), list(engine.store.bytes_on_disk().values())
     read = sum(client.total for client in clients) - written
     checked, wrong = (sum(counts) for counts in zip(*checks))
-    return Load(
-        seconds, read, written, np.array(steps), np.array(turns), engine.tables.nbytes, *sizes, checked, wrong
-    )
+    return Load(seconds, read, written, np.array(steps), np.array(turns), engine.tables.nbytes, *sizes, checked, wrong)
 
 
 class _Client:

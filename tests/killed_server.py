@@ -84,7 +84,9 @@ def main():
     folder, times = sys.argv[1], int(sys.argv[2])
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    model = ByteModel(FwPKMConfig(key_dim=8, value_dim=8, num_subkeys=8, top_k=4, chunk_size=4), width=16, layers=1).double()
+    model = ByteModel(
+        FwPKMConfig(key_dim=8, value_dim=8, num_subkeys=8, top_k=4, chunk_size=4), width=16, layers=1
+    ).double()
     acknowledged, killed, lines = {}, 0, 0
     for seed in range(times):
         reading, writing = os.pipe()

@@ -183,6 +183,18 @@ def test_the_least_recently_used_one_goes_to_memory_then_to_disk(tmp_path):
     assert_alone(engine, "a", range(len(engine.text("a")) - 4, len(engine.text("a"))))
 
 
+def test_who_is_never_done_keeps_nobody_waiting(tmp_path):
+    engine = serving(tmp_path, rows=1, turn=4)
+    for user in "abc":
+        engine.join(user, b"Text.")
+        engine.write(user, 30)
+    answered = [user for _ in range(24) for user in engine.step().written]
+    assert "".join(answered) == "aaaabbbbcccc" * 2
+    assert engine.run() == {}
+    for user in "abc":
+        assert_alone(engine, user, range(5, 35))
+
+
 # Nothing is lost
 
 

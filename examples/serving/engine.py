@@ -2,23 +2,11 @@
 
 import dataclasses
 import os
-from typing import Any, NamedTuple
 
 from examples.serving.model import ByteModel
-from examples.serving.store import MOST, Store
+from examples.serving.requests import REFUSALS, Step, check_new, check_number, check_text, check_user
+from examples.serving.store import Store
 from examples.serving.tables import Tables
-
-REFUSALS = (OSError, ValueError)
-"""What concerns one user: a full disk, a file that is damaged."""
-
-
-class Step(NamedTuple):
-    """What a call did."""
-
-    written: dict[str, bytes]
-    """the byte that each user was answered with"""
-    failed: dict[str, Exception]
-    """users who could not be served or saved, and why; nothing of theirs is lost, and asking again tries again"""
 
 
 @dataclasses.dataclass
@@ -28,8 +16,10 @@ class Seat:
     user: str
     unread: bytearray
     """Text that the row's memory has not read, at least its last byte: that is read when the next one is asked for."""
+    since: int
+    """When it took the row, in calls."""
     used: int
-    """When it last read, in calls."""
+    """When it last read."""
 
 
 class Engine:
@@ -45,15 +35,23 @@ class Engine:
         rows: how many users hold a table at a time.
         in_memory: how many more are kept packed in memory, and not on disk.
         piece: the most bytes of a text that one call reads, so that those who are answered never wait for long.
+        turn: after how many calls a user who is not done gives up the row to one who waits.
     """
 
     def __init__(
-        self, model: ByteModel, folder: str | os.PathLike[str], rows: int = 8, in_memory: int = 64, piece: int = 64
+        self,
+        model: ByteModel,
+        folder: str | os.PathLike[str],
+        rows: int = 8,
+        in_memory: int = 64,
+        piece: int = 64,
+        turn: int = 64,
     ):
         """Open the folder."""
-        for name, number, least in (("rows", rows, 1), ("in_memory", in_memory, 0), ("piece", piece, 1)):
-            _check_number(name, number, least)
-        self.piece = piece
+        for name, number in (("rows", rows), ("piece", piece), ("turn", turn)):
+            check_number(name, number, 1)
+        check_number("in_memory", in_memory, 0)
+        self.piece, self.turn = piece, turn
         self.store = Store(folder, in_memory, model.digest())
         self.tables = Tables(model, rows)
         self._seats: list[Seat | None] = [None] * rows
@@ -66,32 +64,32 @@ class Engine:
 
     def join(self, user: str, text: bytes) -> None:
         """A new user, whose text begins so."""
-        self._check_new(user)
-        _check_text(text)
+        check_new(user, self._lengths)
+        check_text(text)
         self.store.create(user, text)
         self._lengths[user] = len(text)
         self._queue[user] = None
 
     def read(self, user: str, text: bytes) -> None:
         """More text of a user."""
-        self._check(user)
-        _check_text(text)
+        check_user(user, self._lengths)
+        check_text(text)
         self._append(user, text)
         if self._row_of(user) is None:
             self._queue[user] = None
 
     def write(self, user: str, number: int) -> None:
         """Ask for so many bytes in answer to all text so far."""
-        self._check(user)
-        _check_number("number", number, 1)
+        check_user(user, self._lengths)
+        check_number("number", number, 1)
         self._wanted[user] = self._wanted.get(user, 0) + number
         if self._row_of(user) is None:
             self._queue[user] = None
 
     def fork(self, user: str, new: str) -> None:
         """A new user with all that ``user`` has read and written until now, and nothing in common from here on."""
-        self._check(user)
-        self._check_new(new)
+        check_user(user, self._lengths)
+        check_new(new, self._lengths)
         row = self._row_of(user)
         packed = self.store.load(user) if row is None else self.tables.pack(row)
         self.store.create(new, self.store.text(user))
@@ -102,7 +100,7 @@ class Engine:
 
     def leave(self, user: str) -> None:
         """Bring a user to the disk now, who gives up row, place in memory and what was still to write."""
-        self._check(user)
+        check_user(user, self._lengths)
         row = self._row_of(user)
         if row is not None:
             self._vacate(row)
@@ -111,7 +109,7 @@ class Engine:
 
     def delete(self, user: str) -> None:
         """Forget a user everywhere: the row's tables are the initial ones again, and no file has a byte of them."""
-        self._check(user)
+        check_user(user, self._lengths)
         row = self._row_of(user)
         if row is not None:
             self._clear(row)
@@ -121,7 +119,7 @@ class Engine:
 
     def reread(self, user: str) -> None:
         """Forget a user's packed states, as where their file is damaged, and make them again from the text."""
-        self._check(user)
+        check_user(user, self._lengths)
         row = self._row_of(user)
         if row is not None:
             self._clear(row)
@@ -183,7 +181,7 @@ class Engine:
 
     def text(self, user: str) -> bytes:
         """All that a user has been told and answered."""
-        self._check(user)
+        check_user(user, self._lengths)
         return self.store.text(user)
 
     # --- Rows ---
@@ -212,14 +210,22 @@ class Engine:
         return failed | self.store.spill()
 
     def _free_row(self) -> int | None:
-        """A row that nobody holds: if need be that of the one who has nothing to do for the longest time."""
+        """A row that nobody holds: if need be that of the one who has had nothing to do for longest, or whose turn is over.
+
+        None where all are busy.
+        """
         if None in self._seats:
             return self._seats.index(None)
-        idle = [(seat.used, row) for row, seat in enumerate(self._seats) if seat and not self._next_piece(seat)]
-        if not idle:
+        held = [(row, seat) for row, seat in enumerate(self._seats) if seat]
+        idle = [(seat.used, row) for row, seat in held if not self._next_piece(seat)]
+        over = [(seat.since, row) for row, seat in held if self._calls - seat.since >= self.turn]
+        if not idle and not over:
             return None
-        row = min(idle)[1]
+        row = min(idle or over)[1]
+        user, waits = held[row][1].user, not idle
         self._vacate(row)
+        if waits:
+            self._queue[user] = None
         return row
 
     def _seat(self, user: str, row: int) -> None:
@@ -233,7 +239,7 @@ class Engine:
                 f"the text of {user!r} is damaged, or another process has written it. Expected: "
                 f"{self._lengths[user]} bytes, of which {position} were read. Received: {position + len(unread)}"
             )
-        self._seats[row] = Seat(user, bytearray(unread), self._calls)
+        self._seats[row] = Seat(user, bytearray(unread), self._calls, self._calls)
         self.store.release(user)
 
     def _vacate(self, row: int) -> None:
@@ -280,23 +286,3 @@ class Engine:
     def _forget_request(self, user: str) -> None:
         self._wanted.pop(user, None)
         self._queue.pop(user, None)
-
-    def _check(self, user: Any) -> None:
-        if not isinstance(user, str) or user not in self._lengths:
-            raise ValueError(f"user must be one who has joined and was not deleted. Received: {user!r}")
-
-    def _check_new(self, user: Any) -> None:
-        if not isinstance(user, str) or not 0 < len(user.encode(errors="replace")) <= MOST or not user.isprintable():
-            raise ValueError(f"user must be a printable name of 1 to {MOST} bytes in UTF-8. Received: {user!r}")
-        if user in self._lengths:
-            raise ValueError(f"user must be a new name: delete the one who has it first. Received: {user!r}")
-
-
-def _check_text(text: Any) -> None:
-    if not isinstance(text, bytes) or not text:
-        raise ValueError(f"text must be at least one byte, as bytes. Received: {text!r}")
-
-
-def _check_number(name: str, number: Any, least: int) -> None:
-    if not isinstance(number, int) or isinstance(number, bool) or number < least:
-        raise ValueError(f"{name} must be an integer of at least {least}. Received: {number!r}")
