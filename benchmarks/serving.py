@@ -54,7 +54,7 @@ def measure(args: argparse.Namespace, folder: str) -> Load:
     size = {"key_dim": args.width, "value_dim": args.width, "num_subkeys": args.num_subkeys}
     config = FwPKMConfig(**size, chunk_size=args.chunk)
     model = ByteModel(config, args.width, args.layers).to(args.device)
-    engine = Engine(model, folder, args.rows, args.in_memory, args.piece)
+    engine = Engine(model, folder, args.rows, args.in_memory, args.piece, args.turn)
     clients = [_Client(f"user {i}", i, args) for i in range(args.users)]
     by_name = {client.name: client for client in clients}
     steps, turns = [], []
@@ -112,7 +112,7 @@ class _Client:
 
 
 def _check(model: Any, engine: Any, client: _Client) -> tuple[int, int]:
-    """How many bytes were written to a user, and how many of them its text, read alone, would not have made likeliest."""
+    """How many bytes a user was answered with, and how many of them are not the likeliest where its text is read alone."""
     import torch
 
     text = engine.text(client.name)
@@ -149,13 +149,14 @@ def main(argv: list[str] | None = None) -> int:
     """Print the table; 1 where a user was written what it would not have been written alone."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.serving", description=__doc__)
     options = {
-        "users": (32, "how many"),
-        "tokens": (2048, "of each, at least"),
+        "users": (64, "how many"),
+        "tokens": (8192, "of each, at least"),
         "text": (240, "bytes of a text"),
         "answer": (16, "bytes of an answer"),
         "rows": (8, "tables of each memory"),
-        "in-memory": (12, "users packed in memory"),
+        "in-memory": (24, "users packed in memory"),
         "piece": (64, "bytes of a text that a call reads"),
+        "turn": (64, "calls until a user who is not done gives up the row"),
         "width": (64, "Dk, Dv and the model's width"),
         "num-subkeys": (64, "S"),
         "layers": (2, "memories"),

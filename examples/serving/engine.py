@@ -210,7 +210,7 @@ class Engine:
         return failed | self.store.spill()
 
     def _free_row(self) -> int | None:
-        """A row that nobody holds: if need be that of the one who has had nothing to do for longest, or whose turn is over.
+        """A row that nobody holds, if need be that of who has had nothing to do for longest, or whose turn is over.
 
         None where all are busy.
         """

@@ -2,7 +2,7 @@
 
 A user has a file of text, ``NAME.text``, every byte in order, and may have one of packed states, ``NAME.state``, made
 when some of that text was read. The text is the record: what it has beyond the states' position is read again. So a
-process may be killed at any time; what an append has returned from is there, and states are replaced whole or not at all.
+process may be killed at any time: what an append brought is there, and states are replaced whole or not at all.
 """
 
 import contextlib
