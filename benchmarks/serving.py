@@ -112,7 +112,7 @@ class _Client:
 
 
 def _check(model: Any, engine: Any, client: _Client) -> tuple[int, int]:
-    """How many bytes a user was answered with, and how many of them are not the likeliest where its text is read alone."""
+    """How many bytes a user was answered with, and how many are not the likeliest where its text is read alone."""
     import torch
 
     text = engine.text(client.name)

@@ -9,8 +9,10 @@ import torch
 from processes import python
 from sources import ROOT
 
+from benchmarks.serving import main
 from examples.serving.engine import Engine
 from examples.serving.model import ByteModel
+from examples.serving.tables import Tables
 from fwpkm import FwPKMConfig
 from fwpkm.backends.torch import unpack
 
@@ -418,3 +420,21 @@ def test_names_are_files_of_their_own(tmp_path):
     assert sorted(serving(tmp_path).users) == sorted(names)
     assert len(list(tmp_path.iterdir())) == len(names) + 1
     assert all(engine.text(name) == name.encode() for name in names)
+
+
+# The load test
+
+SMALL = (
+    "--users 3 --tokens 60 --text 30 --answer 4 --rows 1 --in-memory 1 --width 16 --num-subkeys 8 --chunk 4 --checked 3"
+)
+
+
+def test_the_load_test_checks_what_it_serves(capsys, monkeypatch):
+    assert main([*SMALL.split(), "--markdown"]) == 0
+    printed = capsys.readouterr().out
+    assert "| tokens read, written | 180, 24 |" in printed
+    assert "| bytes checked alone, of them others | 24, 0 |" in printed
+    assert "(1 users)" in printed.partition("packed in memory")[2]
+    read = Tables.read
+    monkeypatch.setattr(Tables, "read", lambda *args: [byte ^ 1 for byte in read(*args)])
+    assert main(SMALL.split()) == 1

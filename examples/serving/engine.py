@@ -137,8 +137,8 @@ class Engine:
         try:
             chosen = self.tables.read(pieces)
         except BaseException:  # all rows go back to what was packed
-            for seat in [seat for seat in self._seats if seat]:
-                self._return(seat)
+            for held in [seat for seat in self._seats if seat]:
+                self._return(held)
             raise
         self._calls += 1
         written = {}
