@@ -25,6 +25,7 @@ def test_no_example_is_forgotten():
         "keras_text.py",
         "numpy_facts.py",
         "portable.py",
+        "serve.py",
         "torch_copy.py",
         "torch_generate.py",
     ]
@@ -81,6 +82,15 @@ def test_text_that_is_generated_is_that_of_one_call(tmp_path, example, backend):
     printed = run(ROOT / f"examples/{example}_generate.py", "--bytes", "20", cwd=tmp_path, **quick)
     assert "one call over all of it chooses the same 40 bytes" in printed
     assert example != "jax" or printed.endswith("compiled steps: 1\n")
+
+
+def test_users_who_share_rows_are_served_twice(tmp_path):
+    """The second process goes on from the first one's folder; the script asserts that each reads as alone."""
+    for back in (0, 1):
+        printed = run("-m", "examples.serve", "--folder", tmp_path / "users", cwd=ROOT)
+        assert "served 5 users, 0 failed; each reads what it reads alone" in printed
+        assert printed.count("I am back.") == 4 * back  # the fifth user was deleted
+        assert len(re.findall("^(in a row|in memory|on the disk): .", printed, re.MULTILINE)) == 3
 
 
 def test_what_torch_began_others_finish(tmp_path):
