@@ -138,14 +138,14 @@ def kill_saves(kind: str, folder: Path, kills: int) -> str:
 
     while within < kills:
         tries += 1
-        assert tries <= 20 * kills + 20, f"of {tries} kills {within} fell into a save"
+        _must(tries <= 20 * kills + 20, f"of {tries} kills {within} fell into a save")
         _killed(saving, random.uniform(0, 4 * seconds))
         values = load(path)
-        assert (values == values.flat[0]).all(), f"{path} holds parts of two files"
+        _must((values == values.flat[0]).all(), f"{path} holds parts of two files")
         met[float(values.flat[0])] += 1
         within += len(list(folder.iterdir())) > 1
         save(path, 1.0)
-        assert [x.name for x in folder.iterdir()] == [path.name], "the next save left litter"
+        _must([x.name for x in folder.iterdir()] == [path.name], "the next save left litter")
     return (
         f"{tries} killed, {within} of them within a save; {met[1.0]} older and {met[2.0]} newer files, all whole; "
         "the next save removed all litter"
@@ -177,9 +177,14 @@ def kill_recordings(folder: Path, kills: int) -> str:
             continue
         found = open_recording(path)
         entries = sum(1 for _ in found.entries())
-        assert told <= entries <= told + 1, f"{told} calls were written, {entries} are there"
+        _must(told <= entries <= told + 1, f"{told} calls were written, {entries} are there")
         total, cut = total + entries, cut + (found.cut > 0)
     return f"{kills} killed; {total} calls that were told as written are all there; {cut} files end within one"
+
+
+def _must(hold: Any, otherwise: str) -> None:
+    if not hold:
+        raise AssertionError(otherwise)
 
 
 def _killed(forever: Callable[[], None], seconds: float) -> None:
@@ -193,7 +198,7 @@ def _killed(forever: Callable[[], None], seconds: float) -> None:
     time.sleep(seconds)
     os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status), "the child ended by itself: it failed"
+    _must(os.WIFSIGNALED(status), "the child ended by itself: it failed")
 
 
 # --- A long reading in pieces ---
@@ -318,15 +323,15 @@ def soak(backend: str, tokens: int) -> str:
     while (read := int(reading.read.sum())) < tokens:
         reading.step()
         calls += 1
-        assert reading.nbytes == size, f"the states grew from {size} to {reading.nbytes} bytes"
-        if calls % 100 == 0 and read >= tokens / 10:
+        _must(reading.nbytes == size, f"the states grew from {size} to {reading.nbytes} bytes")
+        if calls % 20 == 0 and read >= tokens / 10:
             base = base or _resident()
             most = max(most, _resident() - base)
-            assert most <= GROWTH, f"the process grew by {most} bytes in {read} tokens"
+            _must(most <= GROWTH, f"the process grew by {most} bytes in {read} tokens")
         if calls % 20_000 == 0:
             print(f"{time.monotonic() - began:5.0f} s: {read} tokens, {most / 2**20:.1f} MiB more", flush=True)
     error, bound = reading.error(), BOUNDS["float64"].forward
-    assert error <= bound, f"the pieces differ from one call by {error:.3g}, more than {bound:.3g}"
+    _must(error <= bound, f"the pieces differ from one call by {error:.3g}, more than {bound:.3g}")
     counts = ", ".join(f"{count} {name}" for name, count in reading.calls.items())
     return (
         f"{int(reading.read.sum())} tokens in {backend}; steps: {counts}; states of {size} bytes throughout; the "

@@ -39,7 +39,7 @@ from fwpkm.conformance.running import as_numpy, same_bits
 from fwpkm.conformance.strategies import OPTIONAL, configs, draw_memory, draw_tokens, floating, unmasked
 from fwpkm.tokens import Tokens
 
-MOST_ROWS, MOST_STEPS = 4, 14
+MOST_ROWS, MOST_STEPS = 4, 30
 COMPILED_CONFIGS = 6
 """Of how many configurations the lives are where a backend compiles for each."""
 PLANTED_LIVES = 200
@@ -110,7 +110,7 @@ class Life:
         return True
 
     def _names(self) -> list[str]:
-        reads = ["padded", "padded", "packed", "packed", "read_only", "decode"]
+        reads = ["padded", "packed"] * 4 + ["read_only", "decode"]
         names = [*reads, "flush", "reset", "select", "pack", "save"]
         if self.cfg.memory_scope == "batch":
             return [name for name in names if name != "packed"]
@@ -130,7 +130,7 @@ class Life:
 
     def _lengths(self, count: int) -> list[int]:
         chunk, most = self.cfg.chunk_size, 2 * self.cfg.chunk_size + self.cfg.lookahead + 2
-        drawn = [1, 2 * chunk + 1] if self.compiled else [0, 1, chunk, int(self.rng.integers(most + 1))]
+        drawn = [1, 2 * chunk + 1] if self.compiled else [0, 1, chunk, int(self.rng.integers(most + 1)), most]
         return self.rng.choice(drawn, count).tolist()
 
     def _drawn(self, size: int, length: int) -> Tokens:
