@@ -3,15 +3,18 @@
 A file carries four metadata strings: ``format_version``, ``kind``, ``config`` (as JSON: what the tensors belong to) and
 ``sha256`` (as JSON: for each tensor the hex digest of its bytes in C order, little-endian). Reading checks everything
 before it returns anything. Writing goes through a temporary file beside the target, so that a save that fails or is
-killed leaves the old file whole; only a killed process leaves its ``.fwpkm-*.tmp`` behind.
+killed leaves the old file whole. A killed process leaves its ``.fwpkm-*.tmp`` behind; the next save into that folder
+removes it.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import secrets
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -66,21 +69,70 @@ def write(path: PathLike, kind: str, spec: dict[str, Any], tensors: Tensors) -> 
         "config": json.dumps(spec),
         "sha256": json.dumps({name: _digest(tensor) for name, tensor in tensors.items()}),
     }
-    temporary = target.with_name(f".fwpkm-{secrets.token_hex(8)}.tmp")
-    try:
-        # Not safetensors' save_file: its files open to their owner alone, and it renames them unsynchronised.
-        _write_bytes(temporary, safetensors.numpy.save(tensors, metadata))
+    # Not safetensors' save_file: its files open to their owner alone, and it renames them unsynchronised.
+    data = safetensors.numpy.save(tensors, metadata)
+    _remove_litter(target.parent)
+    with _temporary(target.parent) as temporary:
+        with temporary.open("r+b") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())  # or a crash soon after the rename could leave an empty file under the name
         os.replace(temporary, target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
-def _write_bytes(path: Path, data: bytes) -> None:
-    with path.open("xb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())  # or a crash soon after the rename could leave an empty file under the name
+# --- Temporary files: whoever writes one holds a lock on it, which ends with the process, however that ends ---
+
+
+@contextlib.contextmanager
+def _temporary(folder: Path) -> Iterator[Path]:
+    """A new file, locked in the block; removed where the block fails."""
+    while True:
+        path = folder / f".fwpkm-{secrets.token_hex(8)}.tmp"
+        with contextlib.closing(_Lock(path, os.O_CREAT | os.O_EXCL)) as lock:
+            if lock.held is not False and path.exists():  # else another save took it for litter just now
+                try:
+                    yield path
+                except BaseException:
+                    path.unlink(missing_ok=True)
+                    raise
+                return
+
+
+def _remove_litter(folder: Path) -> None:
+    """Remove what writers that were killed have left; what another save is writing, or another user's, stays."""
+    paths: list[Path] = []
+    with contextlib.suppress(OSError):  # a folder that may be written to, and not listed
+        paths += folder.glob(".fwpkm-*.tmp")
+    for path in paths:
+        with contextlib.suppress(OSError), contextlib.closing(_Lock(path)) as lock:
+            if lock.held:
+                path.unlink(missing_ok=True)
+
+
+class _Lock:
+    """An open file, locked unless another is already: ``held`` is None where there are no locks, as on Windows."""
+
+    def __init__(self, path: Path, flags: int = 0) -> None:
+        self.held: bool | None = None
+        self._descriptor: int | None = os.open(path, os.O_RDWR | flags, 0o666)
+        if sys.platform == "win32":  # nor could a file be renamed while it is open
+            self.close()
+            return
+        import fcntl
+
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.held = True
+        except BlockingIOError:
+            self.held = False
+        except OSError:
+            self.held = None
+
+    def close(self) -> None:
+        """Close it, which unlocks it."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
 
 
 def read(

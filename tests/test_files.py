@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 from layer_files import CFG, FakeLayer, Tensors, arrays, contents, half_read_state, same_bits
-from processes import python
 
 import fwpkm
 from fwpkm import FwPKMConfig, Memory, State
@@ -252,40 +251,3 @@ def test_the_file_is_on_the_disk_before_it_takes_the_name(tmp_path: Path, monkey
     fwpkm.save(path, FakeLayer())
     now = (path.stat().st_ino, path.stat().st_size)
     assert calls == [("fsync", *now), ("replace", *now)]
-
-
-KILLED = """
-import os, random, signal, sys, time
-from pathlib import Path
-import numpy as np
-import fwpkm
-path, cfg = Path(sys.argv[1]), fwpkm.FwPKMConfig(key_dim=4, value_dim=64, num_subkeys=32, chunk_size=8)
-memory = fwpkm.reference.init_memory(cfg, 1, seed=0)
-old, new = (
-    fwpkm.reference.init_state(cfg, fwpkm.Memory(memory.keys, np.full_like(memory.values, x)), 4) for x in (1, 2)
-)
-fwpkm.save_state(path, old, cfg)
-seen = set()
-for _ in range(25):
-    child = os.fork()
-    if not child:
-        while True:
-            fwpkm.save_state(path, new, cfg)
-            fwpkm.save_state(path, old, cfg)
-    time.sleep(random.uniform(0.005, 0.05))
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    values = fwpkm.load_state(path, cfg, "numpy").memory.values
-    assert (values == values.flat[0]).all()
-    seen.add(float(values.flat[0]))
-print(len(seen), len(list(path.parent.glob(".fwpkm-*.tmp"))), len(list(path.parent.iterdir())))
-"""
-
-
-def test_killed_saves_leave_the_old_file_or_the_new_one(tmp_path: Path) -> None:
-    done = python("-c", KILLED, tmp_path / "state", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    outcomes, left, files = map(int, done.stdout.split())
-    assert outcomes == 2, "both files should have been met"
-    assert left > 0, "no kill fell into a save, so nothing was tested"
-    assert files == left + 1
