@@ -1,7 +1,8 @@
 """What every file of this library is: a safetensors file with checksums, written whole or not at all (SPEC.md §8).
 
-A file carries four metadata strings: ``format_version``, ``kind``, ``config`` (as JSON: what the tensors belong to) and
-``sha256`` (as JSON: for each tensor the hex digest of its bytes in C order, little-endian). Reading checks everything
+A file carries five metadata strings: ``format_version``, ``kind``, ``config`` (as JSON: what the tensors belong to),
+``config_sha256`` (its hex digest; files of 0.1 lack it) and ``sha256`` (as JSON: for each tensor the hex digest of its
+bytes in C order, little-endian). Reading checks everything
 before it returns anything. Writing goes through a temporary file beside the target, so that a save that fails or is
 killed leaves the old file whole. A killed process leaves its ``.fwpkm-*.tmp`` behind; the next save into that folder
 removes it.
@@ -63,10 +64,12 @@ def write(path: PathLike, kind: str, spec: dict[str, Any], tensors: Tensors) -> 
         raise FileNotFoundError(f"{path}: the folder {target.parent} does not exist. Create it first.")
     # safetensors reads the memory behind an array as if it were contiguous, whatever its strides.
     tensors = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
+    config = json.dumps(spec)
     metadata = {
         "format_version": FORMAT_VERSION,
         "kind": kind,
-        "config": json.dumps(spec),
+        "config": config,
+        "config_sha256": config_digest(config),
         "sha256": json.dumps({name: _digest(tensor) for name, tensor in tensors.items()}),
     }
     # Not safetensors' save_file: its files open to their owner alone, and it renames them unsynchronised.
@@ -77,6 +80,8 @@ def write(path: PathLike, kind: str, spec: dict[str, Any], tensors: Tensors) -> 
             file.write(data)
             file.flush()
             os.fsync(file.fileno())  # or a crash soon after the rename could leave an empty file under the name
+        with contextlib.suppress(OSError):  # what only its owner may read stays so
+            temporary.chmod(target.stat().st_mode & 0o777)
         os.replace(temporary, target)
 
 
@@ -178,7 +183,10 @@ def _read_spec(path: PathLike, metadata: dict[str, str], kind: str) -> dict[str,
         raise bad(path, "unknown format_version", repr(FORMAT_VERSION), repr(version), advice)
     if metadata.get("kind") != kind:
         raise bad(path, f"not the file of a {kind}", f"kind {kind!r}", f"kind {metadata.get('kind')!r}", _READERS)
-    return _json_object(path, metadata, "config")
+    spec, received = _json_object(path, metadata, "config"), config_digest(metadata["config"])
+    if metadata.get("config_sha256", received) != received:
+        raise bad(path, "the config does not match its sha256", metadata["config_sha256"], received, DAMAGED)
+    return spec
 
 
 def _check_spec(path: PathLike, kind: str, found: dict[str, Any], wanted: dict[str, Any]) -> None:
@@ -241,6 +249,11 @@ def _flat(spec: dict[str, Any]) -> dict[str, Any]:
 def _dtype(piece: Any) -> str:
     name = piece.get_dtype()
     return _DTYPES.get(name, name)
+
+
+def config_digest(config: str) -> str:
+    """The hex digest of a file's config, as it stands there."""
+    return hashlib.sha256(config.encode()).hexdigest()
 
 
 def _digest(tensor: np.ndarray) -> str:

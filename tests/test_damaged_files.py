@@ -13,7 +13,7 @@ import safetensors.numpy
 from layer_files import CFG, FakeLayer, Metadata, Tensors, contents, half_read_state, same_bits
 
 import fwpkm
-from fwpkm import FwPKMConfig
+from fwpkm import FwPKMConfig, reference
 
 
 def edit(path: Path, change: Callable[[Tensors, Metadata], None], *, sign: bool = True) -> None:
@@ -24,6 +24,8 @@ def edit(path: Path, change: Callable[[Tensors, Metadata], None], *, sign: bool 
         digests = {name: hashlib.sha256(np.ascontiguousarray(x).tobytes()).hexdigest() for name, x in tensors.items()}
         metadata.setdefault("sha256", "")
         metadata["sha256"] = json.dumps(digests)
+        if "config" in metadata:
+            metadata["config_sha256"] = hashlib.sha256(metadata["config"].encode()).hexdigest()
     path.write_bytes(safetensors.numpy.save({name: np.asarray(x, order="C") for name, x in tensors.items()}, metadata))
 
 
@@ -267,3 +269,28 @@ def test_bad_positions(tmp_path: Path, scope: str, position: list[int]) -> None:
     with pytest.raises(ValueError, match="position"):
         fwpkm.save_state(tmp_path / "new", state._replace(position=wrong), cfg)
     assert not (tmp_path / "new").exists()
+
+
+def test_a_config_that_was_changed_in_the_file_is_refused(layer_file, state_file, tmp_path):
+    def change(_: Tensors, metadata: Metadata) -> None:
+        metadata["config"] = metadata["config"].replace('"learning_rate": 1.0', '"learning_rate": 3.0')
+
+    fwpkm.save_states(tmp_path / "states", {"one": half_read_state()}, CFG)
+    packed = reference.pack(CFG, half_read_state(), fwpkm.Memory(*reference.init_memory(CFG, 1)))
+    fwpkm.save_packed(tmp_path / "packed", {"one": packed})
+    reads = {
+        layer_file: lambda path: fwpkm.load(path, FakeLayer(1)),
+        state_file: lambda path: fwpkm.load_state(path, CFG, "numpy"),
+        tmp_path / "states": lambda path: fwpkm.load_states(path, CFG, "numpy"),
+        tmp_path / "packed": fwpkm.load_packed,
+    }
+    for path, read in reads.items():
+        edit(path, change, sign=False)
+        with pytest.raises(ValueError, match=r"config does not match its sha256. Expected: .+\. Received: "):
+            read(path)
+
+
+def test_files_of_before_have_no_digest_of_their_config(state_file):
+    edit(state_file, lambda _, metadata: metadata.pop("config_sha256"), sign=False)
+    read, expected = fwpkm.load_state(state_file, CFG, "numpy"), half_read_state()
+    np.testing.assert_array_equal(read.memory.values, expected.memory.values)

@@ -18,6 +18,7 @@ def edit(path, change, *, sign=True):
     tensors, metadata = contents(path)
     change(tensors, metadata)
     if sign:
+        metadata["config_sha256"] = hashlib.sha256(metadata.get("config", "").encode()).hexdigest()
         metadata["sha256"] = json.dumps({name: hashlib.sha256(x.tobytes()).hexdigest() for name, x in tensors.items()})
     path.write_bytes(safetensors.numpy.save(tensors, metadata))
 
@@ -193,3 +194,21 @@ def test_a_packed_state_tells_what_was_written(tmp_path, capsys, dtype):
     assert any("not finite" in problem for problem in doctor(capsys, tmp_path / "packed")["problems"])
     edit(tmp_path / "packed", lambda tensors, _: tensors.pop("one.counts"))
     assert "tensors are missing" in doctor(capsys, tmp_path / "packed")["problems"][-1]
+
+
+def test_a_config_that_was_edited_is_told(state_file, capsys):
+    def change(_, metadata):
+        metadata["config"] = metadata["config"].replace('"learning_rate": 1.0', '"learning_rate": 3.0')
+
+    edit(state_file, change, sign=False)
+    assert doctor(capsys, state_file)["problems"] == ["config: it does not match its sha256: damaged or edited"]
+
+
+def test_an_initial_memory_is_compared_where_it_can_be_the_one(tmp_path, state_file, capsys):
+    memory = fwpkm.Memory(*reference.init_memory(CFG, 1, seed=3))
+    fwpkm.save_states(tmp_path / "states", {"one": half_read_state(), "two": half_read_state()}, CFG)
+    fwpkm.save_packed(tmp_path / "packed", {"one": reference.pack(CFG, half_read_state(), memory)})
+    for name, kind in (("states", "a set of states"), ("packed", "a set of packed states")):
+        said = refused(capsys, tmp_path / name, "--memory", state_file)
+        assert "serves a file of one layer or state" in said
+        assert said.endswith(f"{kind}\n")

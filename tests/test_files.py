@@ -98,7 +98,7 @@ def test_what_a_layer_file_holds(layer_file: Path) -> None:
     tensors, metadata = contents(layer_file)
     layer = FakeLayer(0)
     assert same_bits(tensors, layer.tensors)
-    assert metadata.keys() == {"format_version", "kind", "config", "sha256"}
+    assert metadata.keys() == {"format_version", "kind", "config", "config_sha256", "sha256"}
     assert (metadata["format_version"], metadata["kind"]) == ("1", "layer")
     assert json.loads(metadata["config"]) == layer.spec()
     assert json.loads(metadata["sha256"]) == {name: hashlib.sha256(x).hexdigest() for name, x in layer.tensors.items()}
@@ -108,7 +108,7 @@ def test_what_a_state_file_holds(state_file: Path) -> None:
     tensors, metadata = contents(state_file)
     names = ["pending_query", "pending_value", "pending_gate", "pending_mask", "position"]
     assert set(tensors) == {"memory.keys", "memory.values", *names}
-    assert metadata.keys() == {"format_version", "kind", "config", "sha256"}
+    assert metadata.keys() == {"format_version", "kind", "config", "config_sha256", "sha256"}
     assert (metadata["format_version"], metadata["kind"]) == ("1", "state")
     assert FwPKMConfig.from_json(metadata["config"]) == CFG
     assert json.loads(metadata["sha256"]).keys() == tensors.keys()
@@ -162,6 +162,12 @@ def test_files_get_the_permissions_that_the_umask_leaves(tmp_path: Path) -> None
 
 
 # Saves that fail
+
+
+def test_a_file_that_is_replaced_keeps_its_permissions(state_file: Path) -> None:
+    state_file.chmod(0o600)
+    fwpkm.save_state(state_file, half_read_state(), CFG)
+    assert state_file.stat().st_mode & 0o777 == 0o600
 
 
 def test_a_layer_that_breaks_its_own_word_is_not_written(tmp_path: Path) -> None:

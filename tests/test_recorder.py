@@ -332,3 +332,18 @@ def test_memory_does_not_grow_with_the_recording(tmp_path):
         for _ in range(100):
             recorder.write(step.trace, **step.options)
         assert held == {name: value for name, value in vars(recorder).items() if name != "_size"}
+
+
+def test_a_recording_is_of_one_batch(tmp_path):
+    memory = reference.init_memory(CFG, 1)
+    with Recorder(tmp_path / "recording", CFG) as recorder:
+        for rows in (2, 1):
+            state = reference.init_state(CFG, memory, rows)
+            query, value = np.ones((rows, 3, 16), np.float32), np.ones((rows, 3, 4), np.float32)
+            _, after, trace = reference.apply(CFG, state, query, value)
+            if rows == 2:
+                recorder.write(trace, before=state, after=after)
+                continue
+            with pytest.raises(ValueError, match=r"of the 2 rows of the calls before.*Received: a call of 1 rows"):
+                recorder.write(trace, before=state, after=after)
+    assert len(list(open_recording(tmp_path / "recording").entries())) == 1

@@ -444,6 +444,9 @@ def test_caches_that_do_not_fit(model):
     _, other = read(with_memory("llama", chunk_size=4), IDS)
     with pytest.raises(ValueError, match="Received: one of another model"):
         model(IDS, **{name: other})
+    _, other = read(with_memory("llama"), IDS[:, :20])
+    with pytest.raises(ValueError, match="another model has read"):
+        model(IDS[:, 20:], **{name: other})
     with pytest.raises(ValueError, match="keep no cache"):
         model(IDS, cu_seq_lens_q=torch.tensor([0, 30]), **{name: DynamicCache()})
     with pytest.raises(ValueError, match="negative integer"):

@@ -14,7 +14,7 @@ from fwpkm.config import FwPKMConfig
 from fwpkm.containers import Memory, memory_specs, state_specs
 from fwpkm.diagnostics.record import MAGIC
 from fwpkm.files import named, part_of
-from fwpkm.tensor_files import FORMAT_VERSION
+from fwpkm.tensor_files import FORMAT_VERSION, config_digest
 
 QUARTILES = {"least": 0, "quartile_1": 25, "median": 50, "quartile_3": 75, "largest": 100}
 
@@ -102,8 +102,13 @@ def examine(path: str | os.PathLike[str], initial: str | os.PathLike[str] | None
     report: dict[str, Any] = {"path": os.fspath(path), "kind": None, "config": None}
     report |= {"tensors": {}, "memories": [], "rows": [], "problems": []}
     parts = _open(path, report)
+    if initial is not None and (len(parts) > 1 or any(part.packed for part in parts)):
+        raise DoctorError(
+            f"--memory {initial}: serves a file of one layer or state. Packed states tell what was written themselves, and "
+            f"of a set of states it cannot tell whose it is. Received: {path}, a {report['kind']}"
+        )
     for part in parts:
-        initial_values = None if initial is None or part.packed else _baseline(initial, part)
+        initial_values = None if initial is None else _baseline(initial, part)
         for m, values in enumerate(part.values):
             baseline = None if initial_values is None else initial_values[m % len(initial_values)]
             report["memories"].append({"of": part.name, **_memory(values, baseline, part)})
@@ -139,6 +144,8 @@ def _open(path: str | os.PathLike[str], report: dict[str, Any]) -> list[Part]:
     report["kind"] = metadata["kind"]
     report["tensors"] = {name: _tensor(x) for name, x in tensors.items()}
     problems += _wrong_digests(metadata, tensors)
+    if config_digest(metadata.get("config", "")) != metadata.get("config_sha256", config_digest(metadata["config"])):
+        problems.append("config: it does not match its sha256: damaged or edited")
     for name, found in report["tensors"].items():
         if found["not_finite"]:
             problems.append(f"{name}: {found['not_finite']} of {tensors[name].size} numbers are not finite")

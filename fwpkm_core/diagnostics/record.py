@@ -73,6 +73,7 @@ class Recorder:
                 f"{self.path}: exists already. Pass overwrite=True to replace it, or name another file."
             ) from None
         self._size, self._began = 0, False
+        self._rows: int | None = None
         self._append(MAGIC + _framed(json.dumps({"config": json.loads(cfg.to_json())}).encode()))
 
     def write(
@@ -100,6 +101,11 @@ class Recorder:
             OSError: the file cannot be written, as on a full disk; it still holds what it held before.
         """
         call = read_call(self.config, trace, before, cu_seqlens)
+        if self._rows not in (None, len(call.start)):
+            raise ValueError(
+                f"trace must be of the {self._rows} rows of the calls before, since a recording is of one batch. "
+                f"Received: a call of {len(call.start)} rows"
+            )
         tensors = {name: array for name, array in call._asdict().items() if array is not None}
         tensors["end"] = np.full(len(call.start), _LOST, np.int64)
         if after is not None:
@@ -110,7 +116,7 @@ class Recorder:
             chosen = _words(text, to_numpy("trace.slots", trace.slots).shape[:2], call.flat_index)
             tensors["text"] = np.frombuffer(json.dumps(chosen).encode(), np.uint8)
         self._append(_framed(safetensors.numpy.save({name: np.asarray(x, order="C") for name, x in tensors.items()})))
-        self._began = True
+        self._began, self._rows = True, len(call.start)
 
     def close(self) -> None:
         """Close the file; a second time does nothing."""

@@ -1,5 +1,6 @@
 """The states of one memory layer inside a cache of transformers, beside the keys and values of attention."""
 
+import weakref
 from typing import Any
 
 import torch
@@ -35,6 +36,11 @@ class MemoryStates(LinearAttentionCacheLayerMixin):
         super().__init__()
         self.layer_idx, self.config, self.undo, self.draft = layer_idx, config, undo, DRAFT
         self.rows: Rows | None = None
+        self._layer: weakref.ref[FwPKM] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the layer: a copy or pickle goes on with the one that reads it next."""
+        return {**self.__dict__, "_layer": None}
 
     @property
     def columns(self) -> int:
@@ -43,7 +49,7 @@ class MemoryStates(LinearAttentionCacheLayerMixin):
 
     def reset(self) -> None:
         """Forget every sequence; the next call begins new ones."""
-        self.rows = None
+        self.rows = self._layer = None
 
     @torch.compiler.disable
     def read(self, layer: FwPKM, x: Tensor, mask: Tensor | None) -> Tensor:
@@ -56,7 +62,16 @@ class MemoryStates(LinearAttentionCacheLayerMixin):
 
         Returns:
             What the layer adds to x, in its shape.
+
+        Raises:
+            ValueError: another model's memory has read before.
         """
+        if self._layer is not None and self._layer() is not layer:
+            raise ValueError(
+                "cache must be one that this model has filled, or an empty one. Received: a cache whose memory before "
+                f"decoder layer {self.layer_idx} another model has read"
+            )
+        self._layer = weakref.ref(layer)
         if self.rows is None:
             self.rows = Rows(layer, x.shape[0])
         return self.rows.read(layer, x, mask, self._kept(x.shape[1]) if self.record_past else 0)
