@@ -53,7 +53,7 @@ def measure(args: argparse.Namespace, folder: str) -> Load:
     torch.manual_seed(0)
     size = {"key_dim": args.width, "value_dim": args.width, "num_subkeys": args.num_subkeys}
     config = FwPKMConfig(**size, chunk_size=args.chunk)
-    model = ByteModel(config, args.width, args.layers).to(args.device)
+    model = ByteModel(config, args.width, args.layers).to(args.device, getattr(torch, args.dtype))
     engine = Engine(model, folder, args.rows, args.in_memory, args.piece, args.turn)
     clients = [_Client(f"user {i}", i, args) for i in range(args.users)]
     by_name = {client.name: client for client in clients}
@@ -165,6 +165,7 @@ def main(argv: list[str] | None = None) -> int:
     }
     for name, (default, text) in options.items():
         parser.add_argument(f"--{name}", type=report.count, default=default, help=f"{text} (default: %(default)s)")
+    parser.add_argument("--dtype", choices=("float32", "float64"), default="float32", help="(default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="a torch device (default: %(default)s)")
     parser.add_argument("--folder", help="where users are kept; a new one that is removed if left out")
     parser.add_argument("--markdown", action="store_true", help="print the table in Markdown")

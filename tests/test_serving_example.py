@@ -1,5 +1,6 @@
 """The engine of examples/serve.py: every user as alone, bounded tables, nothing mixed, nothing lost, nothing left."""
 
+import os
 import random
 import resource
 from contextlib import contextmanager
@@ -211,6 +212,27 @@ def test_what_was_acknowledged_outlasts_kills(tmp_path):
     assert users > 3
 
 
+def test_a_text_is_on_the_disk_before_the_states_that_read_it(tmp_path, monkeypatch):
+    """For a loss of power: what is stored must not be ahead of the record. Then the folder has the new name."""
+    engine, calls = serving(tmp_path), []
+    engine.join("a", b"The text of a.")
+    engine.run()
+    fsync, replace = os.fsync, os.replace
+
+    def record_fsync(descriptor):
+        calls.append(os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    def record_replace(*paths):
+        calls.append("replace")
+        replace(*paths)
+
+    monkeypatch.setattr(os, "fsync", record_fsync)
+    monkeypatch.setattr(os, "replace", record_replace)
+    engine.leave("a")
+    assert [call for call in calls if not call.startswith(".")] == ["61.text", "replace", tmp_path.name]
+
+
 def test_a_call_that_fails_sets_nobody_back_for_good(tmp_path, monkeypatch):
     """It may have written one layer's tables and not the other's."""
     engine = serving(tmp_path)
@@ -347,6 +369,7 @@ def test_nothing_is_left_of_a_user_who_is_deleted(tmp_path):
     (tmp_path / "dead.state").write_bytes(secrets["on disk"])  # a kill between the two files of a user
     for user, secret in secrets.items():
         engine.delete(user)
+        assert not [path for path in tmp_path.iterdir() if path.stem == user.encode().hex()]
         assert user not in engine.users
         assert user not in engine.store.bytes_in_memory()
         assert not [path for path in tmp_path.glob("*.text") if secret in path.read_bytes()]
