@@ -453,7 +453,7 @@ SMALL = (
 
 
 def test_the_load_test_checks_what_it_serves(capsys, monkeypatch):
-    assert main([*SMALL.split(), "--markdown"]) == 0
+    assert main([*SMALL.split(), "--markdown", "--dtype", "float64"]) == 0
     printed = capsys.readouterr().out
     assert "| tokens read, written | 180, 24 |" in printed
     assert "| bytes checked alone, of them others | 24, 0 |" in printed
