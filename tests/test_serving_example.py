@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from asserting import assert_close
 from processes import python
 from sources import ROOT
 
@@ -53,8 +54,9 @@ def assert_state_alone(engine, user):
     for i, memory in enumerate(MODEL.memories):
         read, alone = memory(x)
         kept = unpack(MODEL.config, packed[str(i)], memory.memory())
-        for one, other in zip((*kept.memory, *kept.pending.present().values()), (*alone.memory, *alone.pending)):
-            torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
+        pending, expected = kept.pending.present(), alone.pending.present()
+        assert pending.keys() == expected.keys()
+        assert_close((*kept.memory, *pending.values()), (*alone.memory, *expected.values()), "float64")
         x = x + read
 
 
@@ -68,7 +70,7 @@ class Clients:
 
     def act(self):
         """One request of a user."""
-        what = self.rng.choices(list(self.counts), (3, 3, 8, 2, 1, 1, 0.7))[0]
+        what = self.rng.choices(list(self.counts), (3, 3, 8, 2, 1.5, 1, 1.5))[0]
         if not self.given or len(self.given) > 9:
             what = "delete" if self.given else "join"
         user = self.rng.choice(list(self.given)) if self.given else ""
@@ -120,18 +122,18 @@ class Clients:
 def test_users_who_come_and_go_get_what_each_gets_alone(tmp_path, seed, rows, in_memory, piece):
     engine = serving(tmp_path, rows=rows, in_memory=in_memory, piece=piece)
     clients = Clients(engine, seed)
-    for round_ in range(100):
+    for round_ in range(80):
         clients.act()
         for _ in range(clients.rng.randint(0, 4)):
             clients.step()
             assert len(engine.resident) <= rows
             assert len(engine.store.bytes_in_memory()) <= in_memory
-        if round_ in (40, 80):  # a process that begins anew
+        if round_ in (30, 60):  # a process that begins anew
             engine = clients.engine = serving(tmp_path, rows=rows, in_memory=in_memory, piece=piece)
     while engine.busy:
         clients.step()
     assert min(clients.counts.values()) > 0, clients.counts
-    assert sum(map(len, clients.answers.values())) > 40
+    assert sum(map(len, clients.answers.values())) > 30
     assert sorted(engine.users) == sorted(clients.given)
     for user, written in clients.answers.items():
         text = engine.text(user)
@@ -202,13 +204,13 @@ def test_who_is_never_done_keeps_nobody_waiting(tmp_path):
 
 
 def test_what_was_acknowledged_outlasts_kills(tmp_path):
-    """Eight processes that serve, each killed at some moment; the helper checks after each (in one process, to be
+    """Six processes that serve, each killed at some moment; the helper checks after each (in one process, to be
     quick, from which they fork)."""
-    done = python(ROOT / "tests/killed_server.py", tmp_path / "users", "8", cwd=ROOT)
+    done = python(ROOT / "tests/killed_server.py", tmp_path / "users", "6", cwd=ROOT)
     assert done.returncode == 0, done.stderr
     killed, acknowledged, users = map(int, done.stdout.split()[-3:])
-    assert killed == 8
-    assert acknowledged > 100
+    assert killed == 6
+    assert acknowledged >= 6
     assert users > 3
 
 
@@ -421,6 +423,15 @@ def test_what_makes_no_sense_is_refused_and_changes_nothing(tmp_path, call, word
     assert words in str(caught.value)
     assert engine.users == ["a"]
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path):
+    (tmp_path / "my.state").write_bytes(b"of another program")
+    with pytest.raises(
+        ValueError, match=r"must be a new or empty folder, or one of users. Received: one with .'my.state'"
+    ):
+        serving(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["my.state"]
 
 
 def test_two_processes_on_one_folder_do_not_mix(tmp_path):
