@@ -18,7 +18,7 @@ from examples.serving.tables import Tables
 from fwpkm import FwPKMConfig
 from fwpkm.backends.torch import unpack
 
-CONFIG = FwPKMConfig(key_dim=8, value_dim=8, num_subkeys=8, top_k=4, chunk_size=4)
+CONFIG = FwPKMConfig(key_dim=8, value_dim=8, num_subkeys=12, top_k=4, chunk_size=4, learning_rate=0.3)
 
 
 def make_model(seed=0, config=CONFIG):
