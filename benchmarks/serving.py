@@ -2,8 +2,11 @@
 
 Each user sends a text, asks for an answer, and sends the next text once it has that, until it has all its tokens. All
 users send their first text at once, and each its next as soon as it is answered, so that rows never rest; a wait
-includes the queue for a row. The model is untrained: what it costs does not hang on what it says. In the end some
-users' texts are read again, each alone, and every byte that was written must be the likeliest there: nothing is mixed.
+includes the queue for a row. The model is untrained: what it costs does not hang on what it says.
+
+In the end some users' texts are read again, each alone, and the bytes that were written must be the likeliest there. In
+float64 all must. In float32 other batches round otherwise, and now and then that chooses another slot: one in a hundred
+may differ, where users whose memories were mixed would differ in most.
 """
 
 import argparse
@@ -17,7 +20,9 @@ from benchmarks import report
 from fwpkm import FwPKMConfig
 
 TOLERANCE = 1e-3
-"""A byte counts as the likeliest if its logit is at most so far below: float32, in other batches, rounds otherwise."""
+"""A byte counts as the likeliest if its logit is at most so far below the likeliest one's."""
+ALLOWED = {"float32": 0.01, "float64": 0.0}
+"""The fraction of the checked bytes that may differ."""
 MIB = 2**20
 
 
@@ -53,7 +58,7 @@ def measure(args: argparse.Namespace, folder: str) -> Load:
     torch.manual_seed(0)
     size = {"key_dim": args.width, "value_dim": args.width, "num_subkeys": args.num_subkeys}
     config = FwPKMConfig(**size, chunk_size=args.chunk)
-    model = ByteModel(config, args.width, args.layers).to(args.device)
+    model = ByteModel(config, args.width, args.layers).to(args.device, getattr(torch, args.dtype))
     engine = Engine(model, folder, args.rows, args.in_memory, args.piece, args.turn)
     clients = [_Client(f"user {i}", i, args) for i in range(args.users)]
     by_name = {client.name: client for client in clients}
@@ -165,6 +170,7 @@ def main(argv: list[str] | None = None) -> int:
     }
     for name, (default, text) in options.items():
         parser.add_argument(f"--{name}", type=report.count, default=default, help=f"{text} (default: %(default)s)")
+    parser.add_argument("--dtype", choices=("float32", "float64"), default="float32", help="(default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="a torch device (default: %(default)s)")
     parser.add_argument("--folder", help="where users are kept; a new one that is removed if left out")
     parser.add_argument("--markdown", action="store_true", help="print the table in Markdown")
@@ -175,7 +181,7 @@ def main(argv: list[str] | None = None) -> int:
         load = measure(args, args.folder or temporary)
     legend = [", ".join(f"{name} {getattr(args, name.replace('-', '_'))}" for name in options)]
     report.show(legend, [table(load, args.users)], markdown=args.markdown)
-    return int(load.wrong > 0)
+    return int(load.wrong > ALLOWED[args.dtype] * load.checked)
 
 
 if __name__ == "__main__":

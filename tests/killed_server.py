@@ -26,34 +26,38 @@ from fwpkm import FwPKMConfig
 def serve(model, folder, seed, pipe):
     """Requests at random without an end; what was acknowledged goes down the pipe, a line each: a text, or None."""
     rng, engine = random.Random(seed), Engine(model, folder, rows=2, in_memory=1, piece=9)
+    texts = {user: engine.text(user) for user in engine.users}  # as the users know them
 
     def acknowledge(user, text):
-        os.write(pipe, json.dumps([user, text and text.hex()]).encode() + b"\n")
+        texts[user] = text
+        os.write(pipe, json.dumps([user, text.hex()]).encode() + b"\n")
 
     for number in range(10**6):
-        user = rng.choice(engine.users) if engine.users else None
-        what = "delete" if len(engine.users) > 8 else rng.choice(("join", "read", "write", "fork", "leave"))
-        if user is None or what in ("join", "fork"):
-            new = f"{seed} {number}"
-            if user is None or what == "join":
-                engine.join(new, rng.randbytes(rng.randint(1, 40)))
-            else:
-                engine.fork(user, new)
-            acknowledge(new, engine.text(new))
+        user = rng.choice(list(texts)) if texts else None
+        what = "delete" if len(texts) > 8 else rng.choice(("join", "read", "write", "fork", "leave"))
+        if user is None or what == "join":
+            new, text = f"{seed} {number}", rng.randbytes(rng.randint(1, 40))
+            engine.join(new, text)
+            acknowledge(new, text)
+        elif what == "fork":
+            engine.fork(user, f"{seed} {number}")
+            acknowledge(f"{seed} {number}", texts[user])
         elif what == "read":
-            engine.read(user, rng.randbytes(20))
-            acknowledge(user, engine.text(user))
+            more = rng.randbytes(20)
+            engine.read(user, more)
+            acknowledge(user, texts[user] + more)
         elif what == "write":
             engine.write(user, 3)
         elif what == "leave":
             engine.leave(user)
         else:
-            os.write(pipe, json.dumps([user, ""]).encode() + b"\n")  # from here on the user may be there, or not
+            acknowledge(user, b"")  # from here on the user may be there, or not
             engine.delete(user)
-            acknowledge(user, None)
+            del texts[user]
+            os.write(pipe, json.dumps([user, None]).encode() + b"\n")
         for _ in range(rng.choice((0, 0, 1, 2))):
-            for name in engine.step().written:
-                acknowledge(name, engine.text(name))
+            for name, byte in engine.step().written.items():
+                acknowledge(name, texts[name] + byte)
 
 
 def check(model, folder, acknowledged):

@@ -1,11 +1,13 @@
 """The engine of examples/serve.py: every user as alone, bounded tables, nothing mixed, nothing lost, nothing left."""
 
+import os
 import random
 import resource
 from contextlib import contextmanager
 
 import pytest
 import torch
+from asserting import assert_close
 from processes import python
 from sources import ROOT
 
@@ -16,7 +18,7 @@ from examples.serving.tables import Tables
 from fwpkm import FwPKMConfig
 from fwpkm.backends.torch import unpack
 
-CONFIG = FwPKMConfig(key_dim=8, value_dim=8, num_subkeys=8, top_k=4, chunk_size=4)
+CONFIG = FwPKMConfig(key_dim=8, value_dim=8, num_subkeys=12, top_k=4, chunk_size=4, learning_rate=0.3)
 
 
 def make_model(seed=0, config=CONFIG):
@@ -52,8 +54,9 @@ def assert_state_alone(engine, user):
     for i, memory in enumerate(MODEL.memories):
         read, alone = memory(x)
         kept = unpack(MODEL.config, packed[str(i)], memory.memory())
-        for one, other in zip((*kept.memory, *kept.pending.present().values()), (*alone.memory, *alone.pending)):
-            torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
+        pending, expected = kept.pending.present(), alone.pending.present()
+        assert pending.keys() == expected.keys()
+        assert_close((*kept.memory, *pending.values()), (*alone.memory, *expected.values()), "float64")
         x = x + read
 
 
@@ -67,7 +70,7 @@ class Clients:
 
     def act(self):
         """One request of a user."""
-        what = self.rng.choices(list(self.counts), (3, 3, 8, 2, 1, 1, 0.7))[0]
+        what = self.rng.choices(list(self.counts), (3, 3, 8, 2, 1.5, 1, 1.5))[0]
         if not self.given or len(self.given) > 9:
             what = "delete" if self.given else "join"
         user = self.rng.choice(list(self.given)) if self.given else ""
@@ -119,18 +122,18 @@ class Clients:
 def test_users_who_come_and_go_get_what_each_gets_alone(tmp_path, seed, rows, in_memory, piece):
     engine = serving(tmp_path, rows=rows, in_memory=in_memory, piece=piece)
     clients = Clients(engine, seed)
-    for round_ in range(100):
+    for round_ in range(80):
         clients.act()
         for _ in range(clients.rng.randint(0, 4)):
             clients.step()
             assert len(engine.resident) <= rows
             assert len(engine.store.bytes_in_memory()) <= in_memory
-        if round_ in (40, 80):  # a process that begins anew
+        if round_ in (30, 60):  # a process that begins anew
             engine = clients.engine = serving(tmp_path, rows=rows, in_memory=in_memory, piece=piece)
     while engine.busy:
         clients.step()
     assert min(clients.counts.values()) > 0, clients.counts
-    assert sum(map(len, clients.answers.values())) > 40
+    assert sum(map(len, clients.answers.values())) > 30
     assert sorted(engine.users) == sorted(clients.given)
     for user, written in clients.answers.items():
         text = engine.text(user)
@@ -201,14 +204,35 @@ def test_who_is_never_done_keeps_nobody_waiting(tmp_path):
 
 
 def test_what_was_acknowledged_outlasts_kills(tmp_path):
-    """Eight processes that serve, each killed at some moment; the helper checks after each (in one process, to be
+    """Six processes that serve, each killed at some moment; the helper checks after each (in one process, to be
     quick, from which they fork)."""
-    done = python(ROOT / "tests/killed_server.py", tmp_path / "users", "8", cwd=ROOT)
+    done = python(ROOT / "tests/killed_server.py", tmp_path / "users", "6", cwd=ROOT)
     assert done.returncode == 0, done.stderr
     killed, acknowledged, users = map(int, done.stdout.split()[-3:])
-    assert killed == 8
-    assert acknowledged > 100
+    assert killed == 6
+    assert acknowledged >= 6
     assert users > 3
+
+
+def test_a_text_is_on_the_disk_before_the_states_that_read_it(tmp_path, monkeypatch):
+    """For a loss of power: what is stored must not be ahead of the record. Then the folder has the new name."""
+    engine, calls = serving(tmp_path), []
+    engine.join("a", b"The text of a.")
+    engine.run()
+    fsync, replace = os.fsync, os.replace
+
+    def record_fsync(descriptor):
+        calls.append(os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    def record_replace(*paths):
+        calls.append("replace")
+        replace(*paths)
+
+    monkeypatch.setattr(os, "fsync", record_fsync)
+    monkeypatch.setattr(os, "replace", record_replace)
+    engine.leave("a")
+    assert [call for call in calls if not call.startswith(".")] == ["61.text", "replace", tmp_path.name]
 
 
 def test_a_call_that_fails_sets_nobody_back_for_good(tmp_path, monkeypatch):
@@ -347,6 +371,7 @@ def test_nothing_is_left_of_a_user_who_is_deleted(tmp_path):
     (tmp_path / "dead.state").write_bytes(secrets["on disk"])  # a kill between the two files of a user
     for user, secret in secrets.items():
         engine.delete(user)
+        assert not [path for path in tmp_path.iterdir() if path.stem == user.encode().hex()]
         assert user not in engine.users
         assert user not in engine.store.bytes_in_memory()
         assert not [path for path in tmp_path.glob("*.text") if secret in path.read_bytes()]
@@ -400,6 +425,15 @@ def test_what_makes_no_sense_is_refused_and_changes_nothing(tmp_path, call, word
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+def test_a_folder_of_something_else_is_left_alone(tmp_path):
+    (tmp_path / "my.state").write_bytes(b"of another program")
+    with pytest.raises(
+        ValueError, match=r"must be a new or empty folder, or one of users. Received: one with .'my.state'"
+    ):
+        serving(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["my.state"]
+
+
 def test_two_processes_on_one_folder_do_not_mix(tmp_path):
     engine = serving(tmp_path)
     engine.join("a", b"text")
@@ -430,7 +464,7 @@ SMALL = (
 
 
 def test_the_load_test_checks_what_it_serves(capsys, monkeypatch):
-    assert main([*SMALL.split(), "--markdown"]) == 0
+    assert main([*SMALL.split(), "--markdown", "--dtype", "float64"]) == 0
     printed = capsys.readouterr().out
     assert "| tokens read, written | 180, 24 |" in printed
     assert "| bytes checked alone, of them others | 24, 0 |" in printed

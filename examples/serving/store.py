@@ -18,18 +18,20 @@ Packed = dict[str, PackedState]
 """One user's row of each memory, by name."""
 MOST = 100
 """Bytes of a user's name in UTF-8, since files are named by them."""
+LITTER = ".fwpkm-*.tmp"
+"""Half-written files, here as of ``fwpkm.save_packed``."""
 
 
 class Store:
     """Texts and packed memories by user; a folder belongs to one process at a time.
 
     Args:
-        folder: made where it is missing; what a killed process left half-written is removed.
+        folder: new, empty, or of an earlier process, whose half-written files are removed.
         in_memory: how many users' packed states memory holds; those used least recently go to disk.
         model: a digest of the model that reads the texts.
 
     Raises:
-        ValueError: the folder holds what another model read.
+        ValueError: the folder holds something else, or what another model read.
     """
 
     def __init__(self, folder: str | os.PathLike[str], in_memory: int, model: str):
@@ -37,13 +39,21 @@ class Store:
         self.folder, self.in_memory = Path(folder), in_memory
         self._packed: dict[str, Packed] = {}  # in the order of their last use
         self.folder.mkdir(parents=True, exist_ok=True)
-        for litter in self.folder.glob(".*.tmp"):
+        self._check_folder(model)
+        for litter in self.folder.glob(LITTER):
             litter.unlink()
         for state in self.folder.glob("*.state"):
             if not state.with_suffix(".text").exists():  # killed while it deleted this user
                 state.unlink()
+
+    def _check_folder(self, model: str) -> None:
+        """Raise unless the folder is new or this model's; nothing in it has been touched then."""
         mark = self.folder / "model"
         if not mark.exists():
+            if others := sorted({path.name for path in self.folder.iterdir() if not path.match(LITTER)}):
+                raise ValueError(
+                    f"{self.folder} must be a new or empty folder, or one of users. Received: one with {others[:3]}"
+                )
             self._write(mark, model.encode())
         if (found := mark.read_text()) != model:
             raise ValueError(
@@ -177,7 +187,7 @@ class Store:
 
     @contextlib.contextmanager
     def _temporary(self) -> Iterator[Path]:
-        path = self.folder / f".{secrets.token_hex(8)}.tmp"
+        path = self.folder / f".fwpkm-{secrets.token_hex(8)}.tmp"
         try:
             yield path
         finally:
