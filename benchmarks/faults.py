@@ -33,7 +33,7 @@ from fwpkm.files import layer_spec
 from fwpkm.tokens import Tokens
 
 SAVED = FwPKMConfig(key_dim=4, value_dim=64, num_subkeys=32, chunk_size=8)
-READ = FwPKMConfig(key_dim=8, value_dim=8, num_subkeys=16, top_k=4, chunk_size=16, boundary="wait", learning_rate=0.5)
+READ = FwPKMConfig(key_dim=8, value_dim=8, num_subkeys=16, top_k=4, chunk_size=32, boundary="wait", learning_rate=0.5)
 BLOCK = 1024
 """Tokens that are drawn together."""
 GROWTH = 32 * 2**20
@@ -191,6 +191,7 @@ def _killed(forever: Callable[[], None], seconds: float) -> None:
     """Run a function in a child, and kill that after so many seconds."""
     child = os.fork()
     if not child:
+        signal.alarm(60)  # so that it ends even where its parent was killed before it
         try:
             forever()
         finally:
@@ -208,12 +209,17 @@ def _tokens(cfg: FwPKMConfig, row: int, start: int, stop: int) -> Tokens:
     """The tokens of a sequence from ``start`` to ``stop``, float64 ``[1, n, ...]``: the same however they are cut."""
     parts = []
     for block in range(start // BLOCK, -(-stop // BLOCK)):
-        rng = np.random.default_rng([row, block])
-        query, value = rng.uniform(-1, 1, (BLOCK, cfg.num_heads * cfg.key_dim)), rng.normal(size=(BLOCK, cfg.value_dim))
         cut = slice(max(start - block * BLOCK, 0), stop - block * BLOCK)
-        parts.append((query[cut], value[cut], rng.uniform(size=BLOCK)[cut]))
+        parts.append([x[cut] for x in _block(cfg, row, block)])
     query, value, gate = (np.concatenate(x)[None] for x in zip(*parts))
     return Tokens(query, value, gate)
+
+
+@functools.lru_cache(16)
+def _block(cfg: FwPKMConfig, row: int, block: int) -> tuple[np.ndarray, ...]:
+    rng = np.random.default_rng([row, block])
+    shape = (BLOCK, cfg.num_heads * cfg.key_dim)
+    return rng.uniform(-1, 1, shape), rng.normal(size=(BLOCK, cfg.value_dim)), rng.uniform(size=BLOCK)
 
 
 def _resident() -> int:
@@ -240,10 +246,10 @@ class Soak:
         chosen = int(self.rng.integers(len(self.batches)))
         if self.rng.integers(10):
             self._read(chosen)
+        elif len(self.batches) > 1 and self.rng.integers(3):
+            self._join(chosen)
         elif len(self.batches[chosen][0]) > 1:
             self._part(chosen)
-        elif len(self.batches) > 1:
-            self._join(chosen)
 
     def _part(self, chosen: int) -> None:
         rows, state = self.batches.pop(chosen)
@@ -328,7 +334,7 @@ def soak(backend: str, tokens: int) -> str:
             base = base or _resident()
             most = max(most, _resident() - base)
             _must(most <= GROWTH, f"the process grew by {most} bytes in {read} tokens")
-        if calls % 20_000 == 0:
+        if calls % 2_000 == 0:
             print(f"{time.monotonic() - began:5.0f} s: {read} tokens, {most / 2**20:.1f} MiB more", flush=True)
     error, bound = reading.error(), BOUNDS["float64"].forward
     _must(error <= bound, f"the pieces differ from one call by {error:.3g}, more than {bound:.3g}")

@@ -63,20 +63,21 @@ def test_without_locks_nothing_is_taken_for_litter(tmp_path: Path, monkeypatch: 
 def test_a_save_begins_anew_when_another_took_its_file_for_litter(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between a file's making and its lock."""
+    """Between a file's making and its lock: the other still holds the lock, or is done and the file is gone."""
     make, taken = tensor_files._Lock.__init__, []
 
     def taking(self: Any, path: Path, flags: int = 0) -> None:
         make(self, path, flags)
         if len(taken) < 2:
             taken.append(path)
-            path.unlink()
-            self.held = len(taken) == 1  # the other save holds the lock, or has held it
+            self.held = len(taken) == 2
+            if self.held:
+                path.unlink()
 
     monkeypatch.setattr(tensor_files._Lock, "__init__", taking)
     fwpkm.save(tmp_path / "layer", FakeLayer())
     assert len(taken) == 2
-    assert [path.name for path in tmp_path.iterdir()] == ["layer"]
+    assert {path.name for path in tmp_path.iterdir()} == {"layer", taken[0].name}
 
 
 def test_threads_that_save_into_one_folder_do_not_meet(tmp_path: Path) -> None:
@@ -212,8 +213,8 @@ def test_threads_share_a_layer_each_with_its_own_state() -> None:
 @pytest.mark.parametrize("backend", ["numpy", "torch"])
 def test_a_reading_in_pieces_costs_no_more_memory_and_gives_the_table_of_one_call(backend: str) -> None:
     """`python -m benchmarks.faults soak` reads a million tokens so."""
-    line = faults.soak(backend, 2000)
-    assert int(line.partition(" ")[0]) >= 2000
+    line = faults.soak(backend, 5000)
+    assert int(line.partition(" ")[0]) >= 5000
     assert all(f" 0 {name}" not in line for name in ("masked", "packed", "parted", "joined"))
 
 
