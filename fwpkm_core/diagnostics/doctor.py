@@ -104,7 +104,7 @@ def examine(path: str | os.PathLike[str], initial: str | os.PathLike[str] | None
     parts = _open(path, report)
     if initial is not None and (len(parts) > 1 or any(part.packed for part in parts)):
         raise DoctorError(
-            f"--memory {initial}: serves a file of one layer or state. Packed states tell what was written themselves, and "
+            f"--memory {initial}: serves a file of one layer or state. Packed states tell what was written themselves; "
             f"of a set of states it cannot tell whose it is. Received: {path}, a {report['kind']}"
         )
     for part in parts:
