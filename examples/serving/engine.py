@@ -27,7 +27,7 @@ class Engine:
 
     ``join``, ``read``, ``write``, ``fork``, ``leave``, ``delete`` and ``reread`` raise ValueError for a user who is
     unknown, or exists already, and for arguments that make no sense; OSError where the disk fails. Nothing has changed
-    then, except that ``leave``, ``delete`` and ``reread``, which the disk stopped, have given up the row: call them again.
+    then, except that a ``leave``, ``delete`` or ``reread`` that the disk stopped has given up the row: call it again.
     Text is on record once the call that brought it, or the step that wrote it, returns.
 
     Args:
