@@ -26,8 +26,9 @@ class Engine:
     """Continuous batching over a bounded number of tables. Bytes are chosen greedily.
 
     ``join``, ``read``, ``write``, ``fork``, ``leave``, ``delete`` and ``reread`` raise ValueError for a user who is
-    unknown, or exists already, and for arguments that make no sense; OSError where the disk fails. They have done
-    everything then, or nothing. Text is on record once the call that brought it, or the step that wrote it, returns.
+    unknown, or exists already, and for arguments that make no sense; OSError where the disk fails. Nothing has changed
+    then, except that a ``leave``, ``delete`` or ``reread`` that the disk stopped has given up the row: call it again.
+    Text is on record once the call that brought it, or the step that wrote it, returns.
 
     Args:
         model: what reads and writes; its weights must not change.
