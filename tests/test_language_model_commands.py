@@ -74,6 +74,16 @@ def test_from_text_to_capacity(books, tmp_path):
     assert [(r["facts"], r["answers"]) for r in results["rows"]] == [(3, 300), (10, 1000)]
 
 
+def test_from_text_to_packed_conversations(books, tmp_path, capsys):
+    results = measured(books, tmp_path, "conversations", "--number", "2", "--length", "200")
+    for row in results["rows"]:
+        (written,) = row["rows_written"]
+        assert row["tables"] == 4 * 64 * 16
+        assert 0 < written <= 1
+        assert written * row["tables"] < row["packed"] < 1.1 * written * row["tables"] + 64 * 1024
+    assert "2 of 2: packed to" in capsys.readouterr().out
+
+
 def test_from_text_to_bits(books, tmp_path):
     results = measured(books, tmp_path, "bits", "--length", "2048")
     assert {mode: np.shape(x) for mode, x in results["bits"].items()} == dict.fromkeys(
@@ -134,6 +144,8 @@ MISTAKES = {
     "capacity in a folder": (CAPACITY.replace("{new}/o", "{new}"), "is a folder"),
     "capacity for too many facts": (CAPACITY + " --facts 900", "for 900 statements"),
     "capacity for no facts": (CAPACITY + " --facts 0", "facts=0"),
+    "conversations of too few documents": (f"conversations {MEASURE} --number 9", "do. Received: number=9"),
+    "no conversations": (f"conversations {MEASURE} --number 0", "number=0"),
     "answers in a folder": (NEEDLE.replace("{new}/o", "{new}"), "is a folder"),
     "bits for no model": (BITS.replace("{books}/run", "{new}/none"), "{new}/none has no experiment.json"),
     "bits of nothing": (BITS + " --length 0", "length must be a multiple of 1,024"),

@@ -9,6 +9,7 @@ import torch
 from examples.language_model import (
     by_position,
     capacity,
+    conversations,
     corpus,
     names,
     needle,
@@ -81,6 +82,12 @@ def _parser() -> argparse.ArgumentParser:
     hold.add_argument("--length", type=int, default=capacity.LENGTH)
     hold.add_argument("--facts", type=int, nargs="+", default=capacity.NUMBERS, help="numbers of them")
     hold.set_defaults(run=_capacity)
+
+    talk = commands.add_parser("conversations", help="how many bytes packed memories take")
+    _common(talk)
+    talk.add_argument("--number", type=int, default=100, help="of documents")
+    talk.add_argument("--length", type=int, default=4096, help="bytes of each")
+    talk.set_defaults(run=_conversations)
 
     position = commands.add_parser("bits", help="bits per byte by position on held-out documents")
     _common(position)
@@ -196,6 +203,14 @@ def _capacity(options: argparse.Namespace) -> None:
     path = capacity.measure(
         options.model, corpus.load(options.corpus), options.out, options.device, length=options.length,
         numbers=options.facts,
+    )  # fmt: skip
+    print(path)
+
+
+def _conversations(options: argparse.Namespace) -> None:
+    path = conversations.measure(
+        options.model, corpus.load(options.corpus), options.out, options.device, number=options.number,
+        length=options.length,
     )  # fmt: skip
     print(path)
 
