@@ -63,3 +63,10 @@ def cache_of(output):
 def full_pass(model, ids):
     """Logits of every token, in one pass that keeps no cache."""
     return model(ids, use_cache=False).logits
+
+
+def read(model, ids, cache=None, **arguments):
+    """Logits and the cache; no gradient."""
+    with torch.no_grad():
+        output = model(ids, **{cache_name(model): cache}, use_cache=True, **arguments)
+    return output.logits, cache_of(output)

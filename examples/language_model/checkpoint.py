@@ -143,16 +143,16 @@ def split(folder: Path, largest: int = LARGEST) -> list[Path]:
     tensors, about = _read(folder / WEIGHTS)
     weights = {name: x for name, x in tensors.items() if name.startswith("model.")}
     pieces: list[dict[str, Tensor]] = [{}]
-    room = largest - HEADER
+    free = largest - HEADER
     for name, whole in weights.items():
         row, at = whole[:1].nbytes, 0
         while at < len(whole):
-            if pieces[-1] and room < row:
+            if pieces[-1] and free < row:
                 pieces.append({})
-                room = largest - HEADER
-            rows = max(1, min(len(whole) - at, room // row))
+                free = largest - HEADER
+            rows = max(1, min(len(whole) - at, free // row))
             pieces[-1][f"{name}@{at}"] = whole[at : at + rows].contiguous()
-            at, room = at + rows, room - rows * row
+            at, free = at + rows, free - rows * row
     about |= {"weights": digest(weights), "pieces": str(len(pieces))}
     paths = [folder / PIECES.replace("*", str(i)) for i in range(len(pieces))]
     for path, piece in zip(paths, pieces):

@@ -157,7 +157,7 @@ def moments(
     reading = read(model, here(given.filler[text]), reading)
     yield "filler", 0, look(reading)
     for name in ("others", "kept"):
-        del reading  # its tables, so that new ones find room
+        del reading  # its tables, so that new ones fit
         reading = model.start(len(rows))
         if name == "kept":
             reading = read(model, here(stated.tokens), reading)

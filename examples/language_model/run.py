@@ -163,7 +163,7 @@ def do(
 
     if "training" not in said:
         training.train(job.experiment, corpus, folder, device, compile=compile)
-        gc.collect()  # the trainer's tables, so that the measures find room
+        gc.collect()  # the trainer's tables, so that the measures fit
         checkpoint.split(folder)
         shutil.copyfile(folder / checkpoint.RECORD, out / f"{job.name}.{checkpoint.RECORD}")
         tables = job.experiment.tables()
