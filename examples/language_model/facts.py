@@ -119,9 +119,11 @@ def rows(texts: Texts, seed: int, step: int, batch: int, length: int, span: int)
     """The rows of a step, which depend on seed and step alone.
 
     Each reads ``span`` windows of ``length`` bytes on in one document, drawn in proportion to its length of those that
-    hold a window and the byte after, and states all facts in one phrasing, and asks for them in one, so that only their
-    keys tell them apart; then it begins elsewhere, with other phrasings. The rows do so in turn. Where a document holds
-    fewer windows, the row comes round to where it began in it.
+    hold a window and the byte after; then it begins elsewhere. The rows do so in turn. Where a document holds fewer
+    windows, the row comes round to where it began in it.
+
+    In a step a row states all facts in one phrasing, and asks for them in one, so that only their keys tell them apart.
+    The next step draws others, so that memories often meet a sentence for the first time.
 
     Raises:
         ValueError: no document is long enough.
@@ -133,8 +135,10 @@ def rows(texts: Texts, seed: int, step: int, batch: int, length: int, span: int)
         document = np.searchsorted(ends, rng.integers(ends[-1]), side="right")
         whole = min(span, (sizes[document] - 1) // length)  # windows that follow one another
         first = texts.starts[document] + rng.integers(sizes[document] - whole * length)
+        rng = np.random.default_rng([seed, row, number, piece])
+        stated, asked = phrasings.draw(rng)
         crowded = bool(rng.random() < CROWDED)
-        found.append(Row(int(first + piece % whole * length), piece == 0, *phrasings.draw(rng), crowded))
+        found.append(Row(int(first + piece % whole * length), piece == 0, stated, asked, crowded))
     return found
 
 
