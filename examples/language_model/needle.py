@@ -129,7 +129,7 @@ def together(model: LanguageModel, device: torch.device, most: int, sets: int) -
     tables = [sum(x.nbytes for x in m.memory()) for m in model.memories.values()]
     activations = SEGMENT * model.settings.width * 4 * 64
     free, whole = torch.cuda.mem_get_info(device)
-    allowed = whole * torch.cuda.get_per_process_memory_fraction(device)  # less where processes share a card
+    allowed = whole * torch.cuda.get_per_process_memory_fraction()  # less where processes share a card
     free = min(free + torch.cuda.memory_reserved(device), allowed) - torch.cuda.memory_allocated(device)
     room = 0.8 * free / (sets * sum(tables) + max(tables, default=0) + activations)
     return max(2, min(most, int(room)))
