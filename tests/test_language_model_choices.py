@@ -26,7 +26,14 @@ def write(folder, name, *, right=None, bits=None, speed=None):
             )
         )
     if speed is not None:
-        line = {"step": 1, "device": "CPU", "steps_per_second": speed, "digits_right": 0.0, "first_right": 0.0}
+        line = {
+            "step": 1,
+            "device": "CPU",
+            "side_by_side": 1,
+            "steps_per_second": speed,
+            "digits_right": 0.0,
+            "first_right": 0.0,
+        }
         (folder / f"{name}.record.jsonl").write_text(json.dumps(line) + "\n")
 
 

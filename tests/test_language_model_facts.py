@@ -134,6 +134,14 @@ def test_a_row_that_begins_anew_has_another_place_and_phrasing():
     assert len({row.stated for row in rows}) > 90
 
 
+def test_every_step_draws_phrasings_and_crowded_rows_anew():
+    read = [facts.rows(TEXTS, 0, step, 1, 40, 300)[0] for step in range(300)]
+    assert sum(row.anew for row in read) == 1
+    assert len({row.stated for row in read}) > 270
+    assert len({row.asked for row in read}) > 270
+    assert 0.15 < np.mean([row.crowded for row in read]) < 0.35
+
+
 def test_documents_come_by_length_and_every_window_of_theirs():
     texts = texts_of("a" * 3000, "b" * 99, "c" * 1000)
     for span in (1, 4):

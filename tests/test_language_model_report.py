@@ -66,7 +66,7 @@ def write(
         steps = settings["training"]["steps"]
         lines = [
             {"step": s, "digits_right": s / steps / 2, "first_right": first * s / steps, "steps_per_second": speed * f}
-            | {"device": "a device"}
+            | {"device": "a device", "side_by_side": 1}
             for s, f in ((steps // 4, 0.1), (steps // 2, 1), (steps, 1))
         ]
         (folder / f"{name}.record.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -306,10 +306,26 @@ def test_training(folder):
     ]  # fmt: skip
 
 
+def test_times_of_trainings_that_shared_a_device_are_not_compared(folder):
+    path = folder / "x0.record.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(x | {"side_by_side": 2, "steps_per_second": 4.0}) + "\n" for x in lines))
+    text = report.report(folder)
+    _, *rows = section(text, "Other models, equal steps")
+    assert [r[:4] for r in rows[:3]] == [
+        ["memory, 100 steps", "0", "-", "-"], ["memory, 100 steps", "4", "1.00", "10.0"],
+        ["gated delta rule, 100 steps", "0", "2.00", "5.0"],
+    ]  # fmt: skip
+    _, *rows = section(text, "Training")
+    assert [r[6] for r in rows[:2]] == ["-", "0.62"]
+    assert [r[-1] for r in rows[:2]] == ["a device, 2 side by side", "a device"]
+
+
 def test_record_of_a_run_that_went_on(folder):
     path = folder / "x0.record.jsonl"
     first, *_ = path.read_text().splitlines()
     again = {"step": 20, "digits_right": 0.25, "first_right": 0.5, "steps_per_second": 5, "device": "a device"}
+    again["side_by_side"] = 1
     path.write_text(f"{first}\n{json.dumps(again)}\n")  # the line of step 25 was of steps taken again
     _, *rows = section(report.report(folder), "Training")
     assert rows[0][2:8] == ["20 of 100", "5.0", "5,120", "4", "0.31", "20"]

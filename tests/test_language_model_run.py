@@ -79,7 +79,7 @@ def test_a_seed_that_fails_says_why_and_the_others_finish(books):
     assert made == {"small-0", "small-1", *(f"small-0.{kind}" for kind in FILES)}
     assert "holds another experiment" in (books / "out/small-1/log.txt").read_text()
     said = json.loads((books / "out/small-0.run.json").read_text())
-    assert said["training"].keys() == {"steps", "seconds", "steps_per_second", "device"}
+    assert said["training"].keys() == {"steps", "seconds", "steps_per_second", "device", "side_by_side"}
     assert said["training"]["steps"] == 3
     assert said["training"]["seconds"] == pytest.approx(3 / said["training"]["steps_per_second"], rel=0.02, abs=0.06)
     assert said["versions"]["torch"] == torch.__version__

@@ -195,7 +195,16 @@ def test_the_record_has_a_line_for_every_few_steps(tmp_path):
     training.train(experiment(steps=7), CORPUS, tmp_path, CPU, every=3)
     lines = [json.loads(line) for line in (tmp_path / RECORD).read_text().splitlines()]
     assert [line["step"] for line in lines] == [3, 6, 7]
-    fields = {"step", "bits_per_byte", "digits_right", "first_right", "norm", "steps_per_second", "device"}
+    fields = {
+        "step",
+        "bits_per_byte",
+        "digits_right",
+        "first_right",
+        "norm",
+        "steps_per_second",
+        "device",
+        "side_by_side",
+    }
     assert all(line.keys() == fields for line in lines)
     assert 7 < lines[0]["bits_per_byte"] < 9  # 8 bits before anything is learned
     assert lines[2]["bits_per_byte"] < lines[0]["bits_per_byte"]

@@ -30,7 +30,7 @@ class Choice(NamedTuple):
         retention: what it keeps.
         needles: by length, the share of each context's facts that is answered exactly [contexts].
         bits: per byte of each held-out document.
-        speed: median steps per second of training.
+        speed: median steps per second of training, where no other shared its device.
     """
 
     label: str
@@ -76,7 +76,7 @@ def _choice(name: str, files: dict[str, dict[int, Path]], retention: Model | Non
         retention,
         {n: np.mean(rows, 0) for n, rows in needles.items() if rows and rows[0] is not None},
         Measured(means, bits[0].writers) if bits else None,
-        statistics.mean(speeds) if speeds else None,
+        statistics.mean(known) if (known := [x for x in speeds if x is not None]) else None,
     )
 
 
@@ -94,8 +94,9 @@ def _needles(path: Path, length: int) -> np.ndarray | None:
     return None
 
 
-def _speed(path: Path) -> float:
-    return statistics.median(line["steps_per_second"] for line in results.record(path.read_text(encoding="utf-8")))
+def _speed(path: Path) -> float | None:
+    record = results.record(path.read_text(encoding="utf-8"))
+    return results.speed(record) if results.shared(record) == 1 else None
 
 
 # The table

@@ -168,7 +168,9 @@ def _run(options: argparse.Namespace) -> None:
     if device.type == "cuda":
         torch.cuda.set_per_process_memory_fraction(1 / options.side_by_side)
     compile = options.compile and device.type == "cuda"
-    run.do(jobs[0], texts, options.out, device, options.measures, asked, compile=compile)
+    run.do(
+        jobs[0], texts, options.out, device, options.measures, asked, compile=compile, side_by_side=options.side_by_side
+    )  # fmt: skip
 
 
 def _again(options: argparse.Namespace) -> list[str]:

@@ -45,7 +45,7 @@ def equal_time(runs: Sequence[Run]) -> list[Run]:
         return []
     lots: dict[str, dict[int, list[Run]]] = {}
     for run in _peers(runs):
-        if run.record:
+        if run.timed:
             lots.setdefault(run.kind, {}).setdefault(run.steps, []).append(run)
     found = []
     for lot in lots.values():
@@ -56,8 +56,8 @@ def equal_time(runs: Sequence[Run]) -> list[Run]:
 
 
 def time(runs: Iterable[Run]) -> float | None:
-    """The median seconds of training; None where none is known."""
-    return statistics.median(known) if (known := [r.seconds for r in runs if r.record]) else None
+    """The median seconds of trainings that shared no device; None where none is known."""
+    return statistics.median(known) if (known := [r.seconds for r in runs if r.timed]) else None
 
 
 def best(runs: Iterable[Run]) -> Run | None:

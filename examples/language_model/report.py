@@ -71,8 +71,8 @@ def _baselines(own: Sequence[Run], others: Sequence[Run], how: str) -> str:
     lengths = sorted({x.length for r in [*own, *others] for x in r.answers() if x.kind == "near"})
 
     def row(run: Run) -> list[str]:
-        taken = f"{run.seconds / own_time:.2f}" if run.record and own_time else NOTHING
-        speed = f"{run.speed:.1f}" if run.record else NOTHING
+        taken = f"{run.seconds / own_time:.2f}" if run.timed and own_time else NOTHING
+        speed = f"{run.speed:.1f}" if run.timed else NOTHING
         near = [share(comparing.share(x.exact)) if (x := run.cell("near", n)) else NOTHING for n in lengths]
         facts = max(((x.exact.mean() * x.exact.shape[1], x.exact.shape[1]) for x in run.capacity), default=None)
         most = f"{facts[0]:,.0f} of {facts[1]:,}" if facts else NOTHING
@@ -175,7 +175,7 @@ def _compared(own: Sequence[Run], others: Sequence[Run], how: str) -> str:
 
 def _training(runs: Sequence[Run]) -> str:
     """Steps, speeds and what was learned."""
-    plain = [r.speed for r in comparing.equal_steps(runs) if r.record and r.kind == NO_MEMORY]
+    plain = [r.speed for r in comparing.equal_steps(runs) if r.timed and r.kind == NO_MEMORY]
     rows = []
     for run in runs:
         if not run.record:
@@ -184,9 +184,10 @@ def _training(runs: Sequence[Run]) -> str:
         rose = next((line["step"] for line in run.record if line["first_right"] > ROSE), None)
         tokens = run.speed * settings.batch * settings.length
         done = f"{last['step']:,}" + f" of {run.steps:,}" * (last["step"] < run.steps)
+        beside = f"{run.speed / statistics.median(plain):.2f}" if plain and run.timed else NOTHING
         rows.append([
             run.kind, run.seed, done, f"{run.speed:.1f}", f"{float(f'{tokens:.3g}'):,.0f}", f"{run.seconds:.0f}",
-            f"{run.speed / statistics.median(plain):.2f}" if plain else NOTHING, f"{rose:,}" if rose else NOTHING,
+            beside, f"{rose:,}" if rose else NOTHING,
             f"{last['digits_right']:.1%}" if settings.facts else NOTHING, run.device,
         ])  # fmt: skip
     head = [

@@ -22,7 +22,12 @@ KINDS = {"fwpkm": MEMORY, "attention": "attention", "delta": "gated delta rule",
 """What models are called, by their mixers."""
 
 _NUMBER = (int, float)
-_LINE = {"step": int, "device": str, **dict.fromkeys(("steps_per_second", "digits_right", "first_right"), _NUMBER)}
+_LINE = {
+    "step": int,
+    "device": str,
+    "side_by_side": int,
+    **dict.fromkeys(("steps_per_second", "digits_right", "first_right"), _NUMBER),
+}
 _ROW = {"control": str, "kind": str, "length": int, "readings": int, "exact": _NUMBER, "digits": _NUMBER}
 _CAPACITY = {"facts": int, "length": int, "exact": _NUMBER, "digits": _NUMBER}
 
@@ -95,7 +100,7 @@ class Run(NamedTuple):
     @property
     def speed(self) -> float:
         """Median steps per second."""
-        return statistics.median(line["steps_per_second"] for line in self.record)
+        return speed(self.record)
 
     @property
     def seconds(self) -> float:
@@ -103,9 +108,15 @@ class Run(NamedTuple):
         return self.record[-1]["step"] / self.speed
 
     @property
+    def timed(self) -> bool:
+        """Whether speed and seconds are known, of a training that had its device to itself."""
+        return bool(self.record) and shared(self.record) == 1
+
+    @property
     def device(self) -> str:
         """On what it was trained."""
-        return ", ".join(sorted({line["device"] for line in self.record}))
+        n = shared(self.record)
+        return ", ".join(sorted({line["device"] for line in self.record})) + f", {n} side by side" * (n > 1)
 
     def answers(self, *, control: str | None = None) -> list[Answers]:
         """The cells of a control; None: of the model as it is."""
@@ -192,12 +203,22 @@ def _check(data: Mapping[str, Any], kinds: Mapping[str, Any]) -> None:
             raise ValueError(f"{name} is {value!r}")
 
 
+def speed(record: Sequence[dict[str, Any]]) -> float:
+    """Median steps per second of a record of training."""
+    return statistics.median(line["steps_per_second"] for line in record)
+
+
+def shared(record: Sequence[dict[str, Any]]) -> int:
+    """How many trainings shared a device, at most; speeds can be compared where each had it to itself."""
+    return max(line["side_by_side"] for line in record)
+
+
 def record(text: str) -> list[dict[str, Any]]:
     """The lines of a record of training, without those of steps that a later run took again."""
     lines: list[dict[str, float]] = []
     for line in map(json.loads, text.splitlines()):
         _check(line, _LINE)
-        if line["steps_per_second"] <= 0 or line["step"] < 1 or not line["device"]:
+        if line["steps_per_second"] <= 0 or min(line["step"], line["side_by_side"]) < 1 or not line["device"]:
             raise ValueError(f"not a line of a record: {line}")
         while lines and lines[-1]["step"] >= line["step"]:
             lines.pop()

@@ -6,7 +6,6 @@ import importlib.metadata
 import json
 import platform
 import shutil
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -146,7 +145,15 @@ def check(job: Job, corpus: Corpus, out: Path, measures: list[str], asked: Asked
 
 
 def do(
-    job: Job, corpus: Corpus, out: Path, device: torch.device, measures: list[str], asked: Asked, *, compile: bool
+    job: Job,
+    corpus: Corpus,
+    out: Path,
+    device: torch.device,
+    measures: list[str],
+    asked: Asked,
+    *,
+    compile: bool,
+    side_by_side: int = 1,
 ) -> None:
     """Train and measure what is not done yet; writes OUT/NAME.run.json, .record.jsonl and a file for each measure.
 
@@ -162,7 +169,7 @@ def do(
         checkpoint.replace(path, lambda beside: beside.write_text(json.dumps(said, indent=1)))
 
     if "training" not in said:
-        training.train(job.experiment, corpus, folder, device, compile=compile)
+        training.train(job.experiment, corpus, folder, device, compile=compile, side_by_side=side_by_side)
         gc.collect()  # the trainer's tables, so that the measures fit
         checkpoint.split(folder)
         shutil.copyfile(folder / checkpoint.RECORD, out / f"{job.name}.{checkpoint.RECORD}")
@@ -196,8 +203,8 @@ def _trained(folder: Path) -> dict[str, Any]:
     for line in lines:
         seconds += (line["step"] - last) / line["steps_per_second"]
         last = line["step"]
-    speed = statistics.median(line["steps_per_second"] for line in lines)
-    return {"steps": last, "seconds": round(seconds, 1), "steps_per_second": speed, "device": lines[-1]["device"]}
+    about = {"device": lines[-1]["device"], "side_by_side": results.shared(lines)}
+    return {"steps": last, "seconds": round(seconds, 1), "steps_per_second": results.speed(lines), **about}
 
 
 def _question(measure: str, asked: Asked) -> str:

@@ -175,7 +175,7 @@ def batches(corpus: Corpus, settings: TrainingSettings, first: int) -> Iterator[
 
 def train(
     experiment: Experiment, corpus: Corpus, out: Path, device: torch.device, *,
-    compile: bool = False, seconds: float | None = None, every: int = 50,
+    compile: bool = False, seconds: float | None = None, every: int = 50, side_by_side: int = 1,
 ) -> Path:  # fmt: skip
     """Train an experiment to its end, going on from the checkpoint in ``out`` if there is one.
 
@@ -187,6 +187,7 @@ def train(
         compile: use torch.compile.
         seconds: stop with a checkpoint after so many; the same call then goes on, with the initial memories.
         every: steps between lines of the record.
+        side_by_side: trainings that share the device, for the record: its speed is then no model's own.
 
     Returns:
         the checkpoint.
@@ -223,7 +224,7 @@ def train(
             over = interrupted() or (seconds is not None and time.monotonic() - began > seconds)
             if trainer.step % every == 0 or over or trainer.step == settings.steps:
                 line = _line(trainer.step, (sums / count).tolist(), count / (time.monotonic() - clock))
-                record.write(json.dumps({**line, "device": device_name(device)}) + "\n")
+                record.write(json.dumps({**line, "device": device_name(device), "side_by_side": side_by_side}) + "\n")
                 record.flush()
                 if trainer.step % (SAVED * every) == 0:
                     checkpoint.save(out, trainer.model, trainer.optimizer, trainer.step, corpus.sha256)
