@@ -78,7 +78,7 @@ def measure(folder: Path, corpus: Corpus, out: Path, device: torch.device, *, le
         if model.settings.writes:
             rows.setdefault("frozen", []).append(bits(model, text, model.start(len(part)), update=False)[0])
     about = {"corpus": corpus.sha256, "device": device_name(device), "experiment": experiment.tables()}
-    found = {mode: np.concatenate(x).round(4).tolist() for mode, x in rows.items()}
+    found = {mode: np.concatenate(x).astype(np.float64).round(4).tolist() for mode, x in rows.items()}
     writers = [corpus.writer(name) for name in names]
     results = {**about, "trained": folder.name, "documents": names, "writers": writers, "bin": BIN, "bits": found}
     replace(out, lambda beside: beside.write_text(json.dumps(results)))
