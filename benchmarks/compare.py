@@ -20,10 +20,8 @@ import torch
 
 import fwpkm
 from benchmarks import measure, report
-from benchmarks.rounds import interleaved, output_of
-from benchmarks.steps import Decoder, TorchSteps, capture
 from benchmarks.worker import Worker
-from benchmarks.workloads import WORKLOADS, Inputs, Workload, make_inputs
+from benchmarks.workloads import WORKLOADS, Decoder, Inputs, TorchSteps, Workload, capture, make_inputs
 
 _WARM_UP, _SETS = 3, 3
 _LIMIT = 1.05
@@ -33,10 +31,9 @@ _LEGEND = (
     "times are medians; the two commits take turns, each in a process of its own, and their outputs agree",
 )
 
-Run = Callable[[int], Any]
-"""From the number of a sample to its output, or a tuple that begins with it."""
-Ready = tuple[Run, int]
-"""A case that is ready to run in this process, and how many steps a sample has."""
+Ready = tuple[Callable[[int], Any], int]
+"""A case that is ready to run in this process: from the number of a sample to its output, or a tuple that begins with
+it; and how many steps a sample has."""
 
 
 def _stream(workload: Workload, **kind: str) -> tuple[list[Any], int]:
@@ -116,10 +113,10 @@ def _jax_tokens(workload: Workload) -> Ready:
 
 
 def _keras(workload: Workload) -> Ready:
-    from benchmarks.keras_layer import draw, make_calls
+    from benchmarks.frameworks import draw_hidden, keras_calls
 
-    call, _ = make_calls(workload)
-    sets = [draw(workload, number) for number in range(_SETS)]
+    call, _ = keras_calls(workload)
+    sets = [draw_hidden(workload, number) for number in range(_SETS)]
     return lambda number: call(sets[number % _SETS]), 1
 
 
@@ -155,7 +152,7 @@ def main(subject: str, options: argparse.Namespace, workloads: Sequence[str] | N
 
     Args:
         subject: of ``CASES``.
-        options: of :func:`benchmarks.report.add_options`.
+        options: of :func:`benchmarks.report.add_judging`.
         workloads: for every case, instead of its own.
 
     Returns:
@@ -204,7 +201,7 @@ def measure_pairs(
         }
         agree = partial(np.testing.assert_allclose, rtol=_AGREEMENT, equal_nan=False)
         settings: Any = {"warm_up": _WARM_UP, "alternate": True, "timer": lambda run: run(), "agree": agree}
-        samples = interleaved({workload: sides}, pairs, **settings)
+        samples = measure.interleaved({workload: sides}, pairs, **settings)
     return list(zip(samples[workload, "before", case], samples[workload, "now", case]))
 
 
@@ -222,4 +219,4 @@ def prepare(subject: str, case: str, workload: str) -> str:
 def sample(number: int) -> tuple[float, float]:
     """Seconds of a step of the case that is ready, and the norm of its output."""
     seconds, result = _ready["timer"](_ready["run"], number)
-    return seconds / _ready["steps"], float(np.linalg.norm(output_of(result)))
+    return seconds / _ready["steps"], float(np.linalg.norm(measure.output_of(result)))

@@ -11,7 +11,6 @@ A run is a fresh process without a compilation cache. It gives CPU seconds of th
 tracing and lowering to StableHLO, and of XLA's compilation.
 """
 
-import argparse
 import time
 
 from benchmarks import report
@@ -56,9 +55,8 @@ def cpu_seconds(program: str) -> tuple[float, float, float]:
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.compile_time")
-    parser.add_argument("--runs", type=report.count, default=3, help="fresh processes for each program")
-    parser.add_argument("--markdown", action="store_true", help="print the table in Markdown")
+    parser = report.parser("compile_time", __doc__, runs=(3, "fresh processes for each program"))
+    report.add_markdown(parser)
     args = parser.parse_args()
     import jax  # noqa: F401  its version stands above the table
 
@@ -69,8 +67,7 @@ def main() -> None:
             with Worker(JAX_ENABLE_COMPILATION_CACHE="false") as worker:
                 runs.append(worker.run(cpu_seconds, program))
         rows.append((program, *(report.spread(summarize(stage), "{:.1f}") for stage in zip(*runs))))
-    columns = ("program", "trace and lower", "compile", "both")
-    table = report.Table("CPU seconds to compile a layer", columns, rows)
+    table = report.Table("CPU seconds to compile a layer", ("program", "trace and lower", "compile", "both"), rows)
     report.show([f"medians of {args.runs} runs with their quartiles"], [table], markdown=args.markdown)
 
 

@@ -5,7 +5,6 @@ into query, value and gate. Every round draws new inputs and runs every contesta
 tables. Scoring is timed alone, right after its step, and subtracted.
 """
 
-import argparse
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -14,18 +13,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks import baselines, compare, measure, report, rounds
-from benchmarks.internals import select
-from benchmarks.measure import ratio
+from benchmarks import baselines, compare, measure, report
+from benchmarks.measure import Samples, ratio
 from benchmarks.report import Claim
-from benchmarks.rounds import Samples
-from benchmarks.steps import TorchSteps
 from benchmarks.worker import Worker
-from benchmarks.workloads import WORKLOADS, Inputs, Workload, by_size, make_inputs
+from benchmarks.workloads import WORKLOADS, Inputs, TorchSteps, Workload, by_size, make_inputs
+from fwpkm import FwPKMConfig
+from fwpkm.backends.torch import addressing, tokens
 
 _WORKLOADS = ("step-128", "step-256", "step-512", "step-1024")
 _LEGEND = (
-    rounds.LEGEND,
+    report.ROUNDS,
     "scoring (sub-scores and their top-k) is timed alone after each step, and the rest is the difference",
     "extra memory is the rise of the resident pages in one step; tables, inputs and libraries do not count",
 )
@@ -78,7 +76,11 @@ def _static(steps: TorchSteps, inputs: Inputs, train: bool = False) -> tuple[Ten
     return None, output, *torch.autograd.grad(output, (inputs.query, *tables), inputs.cotangent)
 
 
-_dense_select, _torch_select = partial(baselines.select, by_differences=True), partial(select, "torch")
+def _torch_select(cfg: FwPKMConfig, keys: Tensor, query: Tensor) -> Any:
+    return addressing.select_subkeys(cfg, tokens.halves(cfg, query, len(keys)), keys)
+
+
+_dense_select = partial(baselines.select, by_differences=True)
 _copy = partial(TorchSteps.train, inplace=False)
 # In place comes last, so that all the others see the same tables in a round.
 CONTESTANTS = {
@@ -93,8 +95,8 @@ CONTESTANTS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, judge. Returns 1 if ``--check`` was given and a bound does not hold, else 0."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu", description=__doc__.splitlines()[0])
-    report.add_options(parser, _WORKLOADS)
+    parser = report.parser("cpu", __doc__, repeats=(7, "rounds"))
+    report.add_judging(parser, _WORKLOADS)
     options = parser.parse_args(arguments)
     if options.against:
         return compare.main("cpu", options, options.workload)
@@ -105,11 +107,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Claim(f"{part}: {a} / {b}", ratio(samples[focus, a, part], samples[focus, b, part]), **bound)
         for part, a, b, bound in CLAIMS
     ]
-    claims.append(rounds.growth(samples, workloads, "torch", "time without scoring", GROWTH))
+    claims.append(report.growth(samples, workloads, "torch", "time without scoring", GROWTH))
     titles = {name: contestant.what for name, contestant in CONTESTANTS.items()}
-    tables = [rounds.table(workload, samples, titles, COLUMNS) for workload in workloads]
-    report.show(_LEGEND, [*tables, report.claims_table(f"Ratios at {focus}", claims)], markdown=options.markdown)
-    return report.verdict(claims) if options.check else 0
+    tables = [report.workload_table(workload, samples, titles, COLUMNS) for workload in workloads]
+    return report.conclude(_LEGEND, [*tables, report.claims_table(f"Ratios at {focus}", claims)], claims, options)
 
 
 def measure_all(workloads: list[Workload], repeats: int) -> Samples:
@@ -127,8 +128,7 @@ def measure_all(workloads: list[Workload], repeats: int) -> Samples:
         workload: {name: partial(_parts, mine, name, workload == workloads[0].name) for name in CONTESTANTS}
         for workload, mine in steps.items()
     }
-    samples = rounds.interleaved(contestants, repeats, budget=_BUDGET)
-    rounds.subtract_scoring(samples)
+    samples = measure.interleaved(contestants, repeats, budget=_BUDGET)
     samples.update(memory)
     return samples
 

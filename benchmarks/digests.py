@@ -13,14 +13,13 @@ Backends: torch (plain PyTorch), triton (its kernels; on the CPU in Triton's int
 keras on the framework that KERAS_BACKEND names. ``--device cuda`` moves the first two.
 """
 
-import argparse
 import hashlib
-import importlib
 import itertools
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import torch
 
 import fwpkm
 from benchmarks import report
@@ -60,10 +59,8 @@ def cases() -> dict[str, tuple[fwpkm.FwPKMConfig, int]]:
     return found
 
 
-def numbers(
-    be: Any, cfg: fwpkm.FwPKMConfig, seed: int, options: dict[str, Any], move: Callable[[Any], Any]
-) -> dict[str, np.ndarray]:
-    """All that a backend computes in one case, by name; ``move`` brings its arrays to the device."""
+def numbers(be: Any, cfg: fwpkm.FwPKMConfig, seed: int, options: dict[str, Any], move: Callable) -> dict[str, Any]:
+    """All that a backend computes in one case, as NumPy arrays by name; ``move`` brings its arrays to the device."""
     rng = np.random.default_rng(seed)
     query = rng.normal(size=(BATCH, LENGTH, cfg.num_heads * cfg.key_dim)) * 0.3
     value, gate = rng.normal(size=(BATCH, LENGTH, cfg.value_dim)), rng.uniform(size=(BATCH, LENGTH))
@@ -73,7 +70,7 @@ def numbers(
     leaves = [move(x) for x in (*(be.asarray(x, "float32") for x in (query, value, gate)), *tables)]
     found: dict[str, Any] = {}
 
-    def keep(prefix: str, parts: dict[str, Any]) -> None:
+    def keep(prefix: Any, parts: dict[str, Any]) -> None:
         found.update({f"{prefix}.{name}": x for name, x in parts.items() if name != "memory"})
 
     def forward(query: Any, value: Any, gate: Any, *tables: Any) -> tuple[Any, ...]:
@@ -82,14 +79,14 @@ def numbers(
             part = [x[:, at : at + size] for x in (query, value, gate, mask)]
             output, state, trace = be.apply(cfg, state, *part, **options)
             outputs.append(output)
-            keep(f"{number}", trace._asdict() | state._asdict())
+            keep(number, trace._asdict() | state._asdict())
             at += size
         state, trace = be.flush(cfg, state, **options)
         keep("flush", {name: getattr(trace, name) for name in ("memorization", "addressing", "writes")})
         return (*outputs, *state.memory)
 
     results = forward(*leaves)
-    keep("result", {str(i): x for i, x in enumerate(results)})
+    keep("result", dict(enumerate(results)))
     tokens, memory = leaves[:3], fwpkm.Memory(*leaves[3:])
     keep("lookup", be.lookup(cfg, memory, tokens[0], **options)._asdict())
     for part in be.chunk_update(cfg, memory, *tokens, **options):
@@ -114,9 +111,8 @@ def digest(arrays: dict[str, np.ndarray]) -> str:
 def compared(arrays: dict[str, np.ndarray], before: dict[str, np.ndarray]) -> str:
     """ "same bits", or what differs: the largest relative error of an array, or which arrays there are."""
     if arrays.keys() != before.keys():
-        return (
-            f"differs: {len(before)} arrays there, {len(arrays)} here, {len(arrays.keys() & before.keys())} of one name"
-        )
+        sizes = f"{len(before)} arrays there, {len(arrays)} here, {len(arrays.keys() & before.keys())} of one name"
+        return f"differs: {sizes}"
     if digest(arrays) == digest(before):
         return "same bits"
     error, name = max((relative_error(arrays[name], x), name) for name, x in before.items())
@@ -125,10 +121,9 @@ def compared(arrays: dict[str, np.ndarray], before: dict[str, np.ndarray]) -> st
 
 def main() -> int:
     """Print a digest for each case and one for all; the exit status is 1 where ``--against`` found another."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.digests")
+    parser = report.parser("digests", __doc__, every=(1, "each so many-th case alone"))
     parser.add_argument("--backend", choices=("torch", "triton", "jax", "keras"), default="torch")
     parser.add_argument("--device", default="cpu", help="of torch and triton: cpu or cuda")
-    parser.add_argument("--every", type=report.count, default=1, metavar="N", help="each Nth case alone")
     parser.add_argument("--first", type=int, default=0, metavar="K", help="begin with case K")
     parser.add_argument("--save", metavar="FILE", help="an .npz to write")
     parser.add_argument("--against", metavar="FILE", help="an .npz of --save")
@@ -137,7 +132,7 @@ def main() -> int:
     options = {"implementation": implementation} if implementation else {}
     be: Any = fwpkm.get_backend("torch" if implementation else args.backend)
     if args.device == "cuda":  # plain PyTorch adds in any order there unless it is told not to
-        importlib.import_module("torch").use_deterministic_algorithms(True, warn_only=True)
+        torch.use_deterministic_algorithms(True, warn_only=True)
     before = dict(np.load(args.against)) if args.against else {}
     chosen = dict(itertools.islice(cases().items(), max(args.first, 0), None, args.every))
     if args.first < 0 or not chosen:

@@ -20,7 +20,9 @@ import signal
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,8 +36,6 @@ from fwpkm.tokens import Tokens
 
 SAVED = FwPKMConfig(key_dim=4, value_dim=64, num_subkeys=32, chunk_size=8)
 READ = FwPKMConfig(key_dim=8, value_dim=8, num_subkeys=16, top_k=4, chunk_size=32, boundary="wait", learning_rate=0.5)
-BLOCK = 1024
-"""Tokens that are drawn together."""
 GROWTH = 32 * 2**20
 """Bytes by which the process may grow after the first tenth."""
 
@@ -43,38 +43,20 @@ GROWTH = 32 * 2**20
 # --- Kills ---
 
 
-class Weights:
-    """A layer that is its arrays."""
-
-    config = SAVED
-
-    def __init__(self, fill: float) -> None:
-        """All numbers are ``fill``."""
-        self.tensors = {
-            "memory.keys": np.full((1, 2, 32, 2), fill, "f4"),
-            "memory.values": np.full((1024, 256), fill, "f4"),
-        }
-
-    def spec(self) -> dict[str, Any]:
-        """Of a layer whose projections do not matter."""
-        return layer_spec(4, True, None, SAVED)
-
-    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
-        """As its arrays are."""
-        return {name: x.shape for name, x in self.tensors.items()}
-
-    def export_tensors(self, variables: Any = None) -> dict[str, np.ndarray]:
-        """Its arrays."""
-        return self.tensors
-
-    def import_tensors(self, tensors: dict[str, np.ndarray]) -> None:
-        """Take arrays."""
-        self.tensors = tensors
+def _layer(fill: float) -> Any:
+    """A layer of arrays whose numbers are all ``fill``; its projections do not matter."""
+    tensors = {"memory.keys": np.full((1, 2, 32, 2), fill, "f4"), "memory.values": np.full((1024, 256), fill, "f4")}
+    return SimpleNamespace(
+        config=SAVED,
+        tensors=tensors,
+        spec=lambda: layer_spec(4, True, None, SAVED),
+        tensor_shapes=lambda: {name: x.shape for name, x in tensors.items()},
+        export_tensors=lambda variables=None: tensors,
+        import_tensors=tensors.update,
+    )
 
 
-@functools.cache
-def _weights(fill: float) -> Weights:
-    return Weights(fill)
+_saved_layer = functools.cache(_layer)
 
 
 @functools.cache
@@ -89,7 +71,7 @@ def _packed(fill: float) -> PackedState:
 
 
 def _load_layer(path: Path) -> np.ndarray:
-    layer = Weights(0)
+    layer = _layer(0)
     fwpkm.load(path, layer)
     return layer.tensors["memory.values"]
 
@@ -102,7 +84,7 @@ class Kind(NamedTuple):
 
 
 KINDS = {
-    "layer": Kind(lambda path, fill: fwpkm.save(path, _weights(fill)), _load_layer),
+    "layer": Kind(lambda path, fill: fwpkm.save(path, _saved_layer(fill)), _load_layer),
     "state": Kind(
         lambda path, fill: fwpkm.save_state(path, _state(fill), SAVED),
         lambda path: fwpkm.load_state(path, SAVED, "numpy").memory.values,
@@ -158,8 +140,7 @@ def kill_recordings(folder: Path, kills: int) -> str:
     Raises:
         AssertionError: a call is missing that was said to be written.
     """
-    memory, tokens = reference.init_memory(SAVED), _tokens(SAVED, 0, 0, 20)
-    state = reference.init_state(SAVED, memory, 1)
+    state, tokens = reference.init_state(SAVED, reference.init_memory(SAVED), 1), _draw(SAVED, 1, 20)
     _, after, trace = reference.apply(SAVED, state, *(x.astype("f4") for x in (tokens.query, tokens.value)))
     said, path, total, cut = mmap.mmap(-1, 8), folder / "file", 0, 0
 
@@ -205,21 +186,11 @@ def _killed(forever: Callable[[], None], seconds: float) -> None:
 # --- A long reading in pieces ---
 
 
-def _tokens(cfg: FwPKMConfig, row: int, start: int, stop: int) -> Tokens:
-    """The tokens of a sequence from ``start`` to ``stop``, float64 ``[1, n, ...]``: the same however they are cut."""
-    parts = []
-    for block in range(start // BLOCK, -(-stop // BLOCK)):
-        cut = slice(max(start - block * BLOCK, 0), stop - block * BLOCK)
-        parts.append([x[cut] for x in _block(cfg, row, block)])
-    query, value, gate = (np.concatenate(x)[None] for x in zip(*parts))
-    return Tokens(query, value, gate)
-
-
-@functools.lru_cache(16)
-def _block(cfg: FwPKMConfig, row: int, block: int) -> tuple[np.ndarray, ...]:
-    rng = np.random.default_rng([row, block])
-    shape = (BLOCK, cfg.num_heads * cfg.key_dim)
-    return rng.uniform(-1, 1, shape), rng.normal(size=(BLOCK, cfg.value_dim)), rng.uniform(size=BLOCK)
+def _draw(cfg: FwPKMConfig, rows: int, length: int) -> Tokens:
+    """float64 tokens ``[rows, length, ...]``."""
+    rng, shape = np.random.default_rng(0), (rows, length)
+    query = rng.uniform(-1, 1, (*shape, cfg.num_heads * cfg.key_dim))
+    return Tokens(query, rng.normal(size=(*shape, cfg.value_dim)), rng.uniform(size=shape))
 
 
 def _resident() -> int:
@@ -230,16 +201,21 @@ def _resident() -> int:
 class Soak:
     """Sequences that are read in pieces, in batches that change."""
 
-    def __init__(self, backend: str, rows: int = 8, seed: int = 0) -> None:
-        """One batch of all rows."""
+    def __init__(self, backend: str, length: int, rows: int = 8) -> None:
+        """One batch of all rows, whose tokens begin anew after ``length``."""
         self.be: Any = fwpkm.get_backend(backend)
-        self.rng, self.cfg = np.random.default_rng(seed), READ
+        self.rng, self.cfg, self.tokens = np.random.default_rng(0), READ, _draw(READ, rows, length)
         memory = reference.init_memory(self.cfg)
         self.memory = Memory(*(self.be.asarray(x.astype("f8"), "float64") for x in memory))
         self.batches = [(list(range(rows)), self.be.init_state(self.cfg, self.memory, rows))]
         self.read = np.zeros(rows, np.int64)
         self.sums = np.zeros((rows, self.cfg.value_dim))
         self.calls = dict.fromkeys(("masked", "packed", "parted", "joined"), 0)
+
+    def pieces(self, rows: Any, starts: Any, sizes: Any) -> Tokens:
+        """So many tokens of each of some sequences from a place on, packed ``[1, n, ...]``."""
+        at = np.concatenate([start + np.arange(size) for start, size in zip(starts, sizes)])
+        return self.tokens.map(lambda x: x[np.repeat(rows, sizes), at % self.tokens.length][None])
 
     def step(self) -> None:
         """Part or join batches, now and then; else let one read a piece."""
@@ -268,35 +244,27 @@ class Soak:
     def _read(self, chosen: int) -> None:
         rows, state = self.batches[chosen]
         sizes = self.rng.integers(0, 2 * self.cfg.chunk_size, len(rows))
-        parts = [_tokens(self.cfg, row, self.read[row], self.read[row] + n) for row, n in zip(rows, sizes) if n]
-        if not parts:
+        if not sizes.any():
             return
-        query, value, gate = (np.concatenate(x, axis=1) for x in zip(*((p.query, p.value, p.gate) for p in parts)))
-        ends = np.cumsum([0, *sizes]).astype(np.int32)
-        inplace = {"inplace": bool(self.rng.integers(2))}
-        if self.rng.integers(2):
-            arrays = [self.be.asarray(x, "float64") for x in (query, value, gate)]
-            given = self.be.asarray(ends, "int32")
-            output, state, _ = self.be.apply(self.cfg, state, *arrays, cu_seqlens=given, **inplace)
-            outputs = self.be.to_numpy(output)[0]
-            self.calls["packed"] += 1
-        else:
+        tokens, ends = self.pieces(rows, self.read[rows], sizes), np.cumsum([0, *sizes])
+        options: dict[str, Any] = {"inplace": bool(self.rng.integers(2))}
+        masked = not self.rng.integers(2)
+        self.calls["masked" if masked else "packed"] += 1
+        if masked:
             length = int(sizes.max()) + int(self.rng.integers(3))
             mask = np.stack([self.rng.permutation(length) < n for n in sizes])
-            arrays = [self._padded(x[0], mask) for x in (query, value, gate)]
-            given = self.be.asarray(mask, "bool")
-            output, state, _ = self.be.apply(self.cfg, state, *arrays, mask=given, **inplace)
-            outputs = self.be.to_numpy(output)[mask]
-            self.calls["masked"] += 1
+            tokens, options["mask"] = tokens.map(partial(_padded, mask)), self.be.asarray(mask, "bool")
+        else:
+            options["cu_seqlens"] = self.be.asarray(ends.astype(np.int32), "int32")
+        output, state, _ = self.be.apply(self.cfg, state, **self._native(tokens), **options)
+        outputs = self.be.to_numpy(output)[mask if masked else 0]
         for row, start, stop in zip(rows, ends, ends[1:]):
             self.sums[row] += outputs[start:stop].sum(0)
-            self.read[row] += stop - start
+        self.read[rows] += sizes
         self.batches[chosen] = (rows, state)
 
-    def _padded(self, x: np.ndarray, mask: np.ndarray) -> Any:
-        whole = np.full((*mask.shape, *x.shape[1:]), np.nan)
-        whole[mask] = x
-        return self.be.asarray(whole, "float64")
+    def _native(self, tokens: Tokens) -> dict[str, Any]:
+        return tokens.map(lambda x: self.be.asarray(x, "float64")).present()
 
     @property
     def nbytes(self) -> int:
@@ -308,14 +276,20 @@ class Soak:
         worst = 0.0
         for rows, state in self.batches:
             for b, row in enumerate(rows):
-                tokens = _tokens(self.cfg, row, 0, int(self.read[row])).map(lambda x: self.be.asarray(x, "float64"))
-                fresh = self.be.init_state(self.cfg, self.memory, 1)
-                output, once, _ = self.be.apply(self.cfg, fresh, **tokens.present())
+                tokens, fresh = self.pieces([row], [0], self.read[[row]]), self.be.init_state(self.cfg, self.memory, 1)
+                output, once, _ = self.be.apply(self.cfg, fresh, **self._native(tokens))
                 own = self.be.select(self.cfg, state, [b])
                 pairs = [(x, y) for x, y in zip((*own.memory, *own.pending), (*once.memory, *once.pending))]
                 errors = [relative_error(self.be.to_numpy(x), self.be.to_numpy(y)) for x, y in pairs]
                 worst = max(worst, *errors, relative_error(self.sums[row], self.be.to_numpy(output)[0].sum(0)))
         return worst
+
+
+def _padded(mask: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """Tokens ``[1, n, ...]`` where the mask says, and NaN between them."""
+    whole = np.full((*mask.shape, *x.shape[2:]), np.nan)
+    whole[mask] = x[0]
+    return whole
 
 
 def soak(backend: str, tokens: int) -> str:
@@ -324,7 +298,7 @@ def soak(backend: str, tokens: int) -> str:
     Raises:
         AssertionError: memory grew, or the result is not that of one call.
     """
-    reading = Soak(backend)
+    reading = Soak(backend, tokens // 4 + 1)  # a row reads an eighth or so
     size, calls, base, most, began = reading.nbytes, 0, 0, 0, time.monotonic()
     while (read := int(reading.read.sum())) < tokens:
         reading.step()
@@ -351,9 +325,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.faults")
     commands = parser.add_subparsers(dest="command", required=True)
     kill = commands.add_parser("kill", help="kill processes that save")
-    kill.add_argument(
-        "--kills", type=int, default=100, help="within a save of each kind of file (default: %(default)s)"
-    )
+    text = "within a save of each kind of file (default: %(default)s)"
+    kill.add_argument("--kills", type=int, default=100, help=text)
     long = commands.add_parser("soak", help="read many tokens in small pieces")
     long.add_argument("--tokens", type=int, default=1_000_000, help="(default: %(default)s)")
     long.add_argument("--backend", choices=("numpy", "torch"), default="torch")

@@ -1,6 +1,7 @@
 """What a check of agreement found, and how results are compared: to a bound, or to the last bit."""
 
 import contextlib
+import functools
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -11,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.internals import poisoned_workspaces
 from fwpkm.agreement import BOUNDS
 
 _BLOCK = 2**26
@@ -135,20 +135,30 @@ def twice(compute: Callable[[], Any]) -> tuple[Any, Finding]:
 @contextlib.contextmanager
 def poisoned() -> Iterator[None]:
     """Within the block new tensors hold NaN, True, or the largest integer of their dtype, which is no valid index."""
+    from fwpkm.kernels.runtime.workspace import Workspace
+
+    def filled(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def fill(*args: Any, **kwargs: Any) -> Tensor:
+            tensor = allocate(*args, **kwargs)
+            return tensor.detach().fill_(_poison(tensor.dtype)).requires_grad_(tensor.requires_grad)
+
+        return fill
+
+    @functools.wraps(Workspace.empty)
+    def workspace(*args: Any) -> Workspace:
+        made = empty(*args)
+        for name, spec in made.layout.tensors.items():
+            if spec is not None:
+                made[name].fill_(_poison(spec.dtype))
+        return made
+
+    empty = Workspace.empty
     with contextlib.ExitStack() as stack:
         for owner, names in _ALLOCATORS.items():
             for name in names:
-                stack.enter_context(mock.patch.object(owner, name, _filled(getattr(owner, name))))
-        stack.enter_context(poisoned_workspaces(_poison))
+                stack.enter_context(mock.patch.object(owner, name, filled(getattr(owner, name))))
+        stack.enter_context(mock.patch.object(Workspace, "empty", workspace))
         yield
-
-
-def _filled(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def fill(*args: Any, **kwargs: Any) -> Tensor:
-        tensor = allocate(*args, **kwargs)
-        return tensor.detach().fill_(_poison(tensor.dtype)).requires_grad_(tensor.requires_grad)
-
-    return fill
 
 
 def _poison(dtype: torch.dtype) -> Any:

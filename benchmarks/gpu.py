@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import compare, gpu_agreement, gpu_graphs, gpu_report, gpu_rows, gpu_speed, report
+from benchmarks import compare, gpu_agreement, gpu_graphs, gpu_report, gpu_speed, report
 from benchmarks.findings import Report, equal
 from benchmarks.worker import Outcome, Task, run_all
 from benchmarks.workloads import WORKLOADS, Workload
@@ -65,7 +65,7 @@ def checks(seed: int, tiny: bool) -> list[Task]:
 
     def streams(numbers: range, *longest: int) -> Task:
         name = f"ragged streams, against eager: {numbers.start} to {numbers.stop - 1}"
-        return Task("agreement rows", name, gpu_rows.streams, (numbers, *longest))
+        return Task("agreement rows", name, gpu_agreement.streams, (numbers, *longest))
 
     def bits(*arguments: Any) -> list[Task]:
         return [Task("bits", f"bits: process {number}", gpu_graphs.repeatable, arguments) for number in (1, 2)]
@@ -104,8 +104,8 @@ def timings(tiny: bool) -> list[Task]:
 
     def rows(workload: Workload, dtype: str, batch: int, *samples: int) -> list[Task]:
         return [
-            Task("rows", "rows: mask", gpu_rows.masked, (workload, dtype, *samples)),
-            Task("rows", f"rows: {batch}", gpu_rows.ragged, (workload, dtype, batch, *samples)),
+            Task("rows", "rows: mask", gpu_speed.masked, (workload, dtype, *samples)),
+            Task("rows", f"rows: {batch}", gpu_speed.ragged, (workload, dtype, batch, *samples)),
         ]
 
     if tiny:
@@ -159,10 +159,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if tiny:
         os.environ["TRITON_INTERPRET"] = "1"  # read by the processes that import the kernels
     elif not torch.cuda.is_available():
-        _say(
-            f"python -m benchmarks.gpu needs a CUDA device, and torch {torch.__version__} finds none here: "
-            f"torch.cuda.is_available() is False"
-        )
+        finds = f"torch {torch.__version__} finds none here: torch.cuda.is_available() is False"
+        _say(f"python -m benchmarks.gpu needs a CUDA device, and {finds}")
         return 2
     if options.against:
         return compare.main("gpu", options, [TINY.name] if tiny else None)
@@ -179,29 +177,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     claims = [] if tiny else list(gpu_report.targets(found, sections))
     notes = [f"{x.task.name}: {note}" for x in checked if x.result for note in x.result.notes]
     legend = (*_LEGEND, f"seed {seed}; the whole run took {time.perf_counter() - started:.0f} s", *notes)
-    report.show(legend, gpu_report.tables(checked, found, claims), markdown=options.markdown)
+    missed = report.conclude(legend, gpu_report.tables(checked, found, claims), claims, options)
     failed = [f"FAILED: {x.task.name}" for x in (*checked, *timed) if not gpu_report.agrees(x)]
     failed += [f"not timed, since it was not shown to agree: {task.name}" for task in planned if task not in admitted]
-    missed = report.verdict(claims) if options.check else 0
-    for line in failed:
-        _say(line)
+    _say(*failed)
     return int(bool(missed or failed))
 
 
 def _check(tasks: list[Task], workers: int, limit: float) -> list[Outcome]:
     """Run the checks side by side; those that found too little memory beside the others again, alone."""
-    outcomes = _run(tasks, workers, limit)
-    crowded = [outcome for outcome in outcomes if "OutOfMemoryError" in outcome.error]
-    outcomes = [outcome for outcome in outcomes if outcome not in crowded]
-    outcomes += _run([outcome.task for outcome in crowded], 1, limit)
-    order = [task.name for task in tasks]
-    outcomes.sort(key=lambda outcome: order.index(outcome.task.name))
-    digests = [x.result.notes for x in outcomes if x.task.section == "bits" and x.result]
+    outcomes = {outcome.task.name: outcome for outcome in _run(tasks, workers, limit)}
+    crowded = [outcome.task for outcome in outcomes.values() if "OutOfMemoryError" in outcome.error]
+    outcomes |= {outcome.task.name: outcome for outcome in _run(crowded, 1, limit)}
+    ordered = [outcomes[task.name] for task in tasks]
+    digests = [x.result.notes for x in ordered if x.task.section == "bits" and x.result]
     if len(digests) == 2:
         same = Report([equal("sha256 in two processes", digests[0] == digests[1])])
-        outcomes.append(Outcome(Task("bits", "bits: between processes", set), same, "", 0.0))
-        _say(gpu_report.line(outcomes[-1]))
-    return outcomes
+        ordered.append(Outcome(Task("bits", "bits: between processes", set), same, "", 0.0))
+        _say(gpu_report.line(ordered[-1]))
+    return ordered
 
 
 def _run(tasks: list[Task], workers: int, limit: float) -> list[Outcome]:
@@ -209,22 +203,21 @@ def _run(tasks: list[Task], workers: int, limit: float) -> list[Outcome]:
     outcomes = []
     for outcome in run_all(tasks, workers, limit):
         outcomes.append(outcome)
-        _say("\n".join((gpu_report.line(outcome), *outcome.error.splitlines())))
+        _say(gpu_report.line(outcome), *outcome.error.splitlines())
     return outcomes
 
 
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+def _say(*lines: str) -> None:
+    for line in lines:
+        print(line, file=sys.stderr, flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.splitlines()[0])
+    parser = report.parser("gpu", __doc__, workers=(min(12, len(os.sched_getaffinity(0))), "checks side by side"))
     sections = f"of {', '.join(SECTIONS)} (default: all); speed, rows and decode first compare what they time"
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS, metavar="SECTION", help=sections)
     parser.add_argument("--seed", type=int, help="of inputs and tables (default: another one in every run)")
-    workers, text = min(12, len(os.sched_getaffinity(0))), "processes that check side by side (default: %(default)s)"
-    parser.add_argument("--workers", type=int, default=workers, help=text)
-    report.add_options(parser)
+    report.add_judging(parser)
     # For tests, where there is no GPU: a few tiny shapes in Triton's interpreter.
     parser.add_argument("--interpret", action="store_true", help=argparse.SUPPRESS)
     return parser

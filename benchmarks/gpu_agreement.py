@@ -19,15 +19,16 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from benchmarks import internals
 from benchmarks.findings import Finding, Report, compared, differing_rows, equal, twice
 from benchmarks.measure import DEVICE
-from benchmarks.workloads import Inputs, Workload, make_inputs
+from benchmarks.workloads import Inputs, Workload, make_inputs, make_memory
 from fwpkm import FwPKMConfig, Memory, agreement, schedule
 from fwpkm.agreement import GAP
 from fwpkm.backends import torch as be
 from fwpkm.tokens import Tokens
 
+draw_memory = partial(make_memory, device=DEVICE, distinct=True)
+"""Tables by workload and seed."""
 _WIDTH = 16
 """The kernels take value widths that are multiples of this; columns of zeros change nothing."""
 _CLEAR = 2 * GAP
@@ -54,13 +55,15 @@ SHAPES: dict[str, tuple[int, int, bool, tuple[Any, ...], dict[str, Any]]] = {
 
 def vector(name: str) -> Report:
     """A vector in float32: outputs, slots, weights, losses, the flush, final tables and gradients."""
-    tools, be, (cfg, arrays) = internals.conformance(), internals.kernels_backend(), _load(name)
+    from fwpkm.conformance import judging, running, strategies
+
+    be, (cfg, arrays) = _kernels(), _load(name)
     memory, tokens = Memory(arrays["keys"], arrays["values"]), Tokens(*map(arrays.get, Tokens._fields))
     ends, used = arrays.get("cu_seqlens"), arrays["out_writes"].max()
     batch = len(tokens.query) if ends is None else len(ends) - 1
-    case = tools.Case(cfg, 0, "float64", frozenset(), batch, tokens.length, memory, tokens).map(np.float32)
+    case = strategies.Case(cfg, 0, "float64", frozenset(), batch, tokens.length, memory, tokens).map(np.float32)
     cotangents = [np.float32(arrays[f"cot_{field}"]) for field in ("output", "keys", "values")]
-    expected = tools.Reading(
+    expected = running.Reading(
         *(arrays[f"out_{x}"] for x in ("output", "slots", "weights")),
         *(arrays[f"out_{x}"][:, :used] for x in ("memorization", "addressing")),
         arrays["out_writes"],
@@ -68,17 +71,17 @@ def vector(name: str) -> Report:
     )
 
     def compute() -> tuple[Any, Any, dict[str, np.ndarray]]:
-        packed = {} if ends is None else {"cu_seqlens": tools.native(be, ends)}
-        call = tools.native(be, case.tokens).present() | packed
-        output, state, trace = be.apply(cfg, tools.start(be, case), **call)
+        packed = {} if ends is None else {"cu_seqlens": running.native(be, ends)}
+        call = running.native(be, case.tokens).present() | packed
+        output, state, trace = be.apply(cfg, running.start(be, case), **call)
         flushed, last = be.flush(cfg, state)
-        output, trace, last, tables = tools.as_numpy(be, (output, trace, last, flushed.memory))
-        received = tools.gradients(be, case, cotangents, **packed)
-        derived = {field: x for field, x in zip(tools.INPUTS, received) if x is not None}
-        return tools.Reading(output, **tools.joined_traces([trace]), memory=tables), last, derived
+        output, trace, last, tables = running.as_numpy(be, (output, trace, last, flushed.memory))
+        received = running.gradients(be, case, cotangents, **packed)
+        derived = {field: x for field, x in zip(running.INPUTS, received) if x is not None}
+        return running.Reading(output, **running.joined_traces([trace]), memory=tables), last, derived
 
     (reading, last, derived), bits = twice(compute)
-    errors = dict(tools.reading_errors(cfg, reading, expected))
+    errors = dict(judging.reading_errors(cfg, reading, expected))
     if errors["slots"] and agreement.comparable_tokens(cfg, memory, tokens, cu_seqlens=ends) < tokens.length:
         return Report([bits], ["not compared: choices hang on a gap below the rule's, and the kernels' differ"])
     for loss in ("memorization", "addressing"):
@@ -106,23 +109,33 @@ def drawn(name: str, seed: int, numbers: Iterable[int] = (1, 2)) -> Report:
 
     Number 1 takes gradients through two halves with a state between them, number 2 through one call.
     """
-    tools, findings, aside = internals.conformance(), [], 0
+    from fwpkm.conformance import drawing, judging, results
+
+    findings, aside = [], 0
     batch, length, full, sizes, fields = SHAPES[name]
-    shape = tools.Shape(FwPKMConfig(*sizes, **fields), batch, length, () if full else ("gate", "mask"))
+    shape = drawing.Shape(FwPKMConfig(*sizes, **fields), batch, length, () if full else ("gate", "mask"))
     for number in numbers:
         for attempt in itertools.count():
-            passage = tools.draw(tools.passages(number, shape, "float32"), f"{seed}/{name}/{number}/{attempt}")
-            expected = tools.expect_unmoved(passage)
+            passage = drawing.draw(drawing.passages(number, shape, "float32"), f"{seed}/{name}/{number}/{attempt}")
+            expected = judging.expect_unmoved(passage)
             if expected is not None:
                 break
         aside += attempt
-        result, bits = twice(partial(tools.run, internals.kernels_backend(), passage))
-        findings += [bits, *_judged(tools.errors(shape.cfg, result, expected))]
+        result, bits = twice(partial(results.run, _kernels(), passage))
+        findings += [bits, *_judged(judging.errors(shape.cfg, result, expected))]
     return Report(findings, [f"{aside} draws set aside, as rounding would move them by too much"] * bool(aside))
 
 
+def _kernels() -> Any:
+    """The torch backend held to its kernels, with the functions that conformance calls."""
+    from fwpkm.conformance import contestants
+
+    return contestants.load("triton", "float32")
+
+
 def _judged(errors: Iterable[tuple[str, float]]) -> list[Finding]:
-    bound = internals.conformance().bound
+    from fwpkm.conformance.judging import bound
+
     return [Finding(what, size, bound(what, "float32")) for what, size in errors]
 
 
@@ -147,7 +160,7 @@ def untied_inputs(workload: Workload, dtype: str, seed: int) -> Inputs:
     """Inputs whose every choice of slots hangs on a clear gap; drawn for as long as the task may take."""
     # Keys do not depend on values: a table one number wide leads them along the same path.
     cfg = dataclasses.replace(workload.config, value_dim=1)
-    memory = Memory(*(x.double() for x in draw_memory(dataclasses.replace(workload, config=cfg), seed)))
+    memory = Memory(*(x.double() for x in draw_memory(dataclasses.replace(workload, config=cfg), seed=seed)))
     state = be.init_state(cfg, memory, batch_size=workload.batch)
     inputs = make_inputs(workload, seed=seed, device=DEVICE, dtype=dtype)
     query, generator = inputs.query.detach(), torch.Generator(DEVICE).manual_seed(seed + 1)
@@ -160,16 +173,6 @@ def untied_inputs(workload: Workload, dtype: str, seed: int) -> Inputs:
             tokens = part.double(), torch.zeros(*part.shape[:2], 1, dtype=torch.float64, device=DEVICE)
             state = be.apply(cfg, state, *tokens, inplace=True, implementation="eager")[1]
     return inputs
-
-
-def draw_memory(workload: Workload, seed: int) -> Memory:
-    """float32 keys of SPEC.md §7, and values of which no two rows are equal: a read of a wrong row shows."""
-    cfg, bound = workload.config, workload.config.key_dim**-0.5
-    keys = torch.empty(workload.memories, cfg.num_heads, 2, cfg.num_subkeys, cfg.key_dim // 2, device=DEVICE)
-    values = torch.empty(workload.memories, cfg.num_slots, cfg.value_dim, device=DEVICE)
-    of_keys, of_values = (torch.Generator(DEVICE).manual_seed(seed + number) for number in (0, 3))
-    keys.uniform_(-bound, bound, generator=of_keys)
-    return Memory(keys, values.normal_(std=cfg.value_dim**-0.5, generator=of_values))
 
 
 def deciding_gap(cfg: FwPKMConfig, keys: Tensor, query: Tensor) -> Tensor:
@@ -198,7 +201,7 @@ def compute(
     """Read a workload from its drawn tables: outputs, traces, final tables, and gradients as "grad query"."""
     cfg = workload.config
     tokens: Any = [x.detach().requires_grad_(derived) for x in inputs.tokens]
-    memory = draw_memory(workload, seed)
+    memory = draw_memory(workload, seed=seed)
     leaves = [*tokens, *(table.requires_grad_() for table in memory if tables)]
     state = be.init_state(cfg, memory, batch_size=workload.batch)
     del memory  # the state has a copy, and a table can be gigabytes
@@ -233,3 +236,74 @@ def written_rows(workload: Workload, slots: Tensor) -> Tensor:
     """The table rows of all memories that complete chunks touched."""
     whole = workload.length // workload.config.chunk_size * workload.config.chunk_size
     return workload.rows(slots[:, :whole]).unique()
+
+
+# --- Rows that are not alike ---
+
+
+def streams(numbers: range, longest: int = 120) -> Report:
+    """Ragged streams of three calls each, beside eager float32: outputs, traces, states, and gradients through all.
+
+    Every number draws one shape and its inputs, the same in every run: so none has choices that hang on rounding. A row
+    has up to ``longest`` tokens in a call.
+    """
+    findings = []
+    for number in numbers:
+        cfg, memory, calls = _drawn(number, longest)
+        received, bits = twice(partial(_read, cfg, memory, calls, "triton", number))
+        findings += [bits, *compared(received, _read(cfg, memory, calls, "eager", number))]
+    return Report(findings)
+
+
+def _drawn(number: int, longest: int) -> tuple[FwPKMConfig, Memory, list[dict[str, Tensor]]]:
+    """A configuration, its tables, and the arguments of each call; masks and cu_seqlens lie on either device."""
+    draw = torch.Generator().manual_seed(number)
+
+    def integer(low: int, high: int) -> int:
+        return int(torch.randint(low, high + 1, (), generator=draw))
+
+    def choice(*options: Any) -> Any:
+        return options[integer(0, len(options) - 1)]
+
+    cfg = FwPKMConfig(
+        *(32, 32, integer(1, 2), 32, 4, choice(4, 16, 40), integer(0, 2), choice("drop", "wait")),
+        write_scale=choice("slots", "unit", "normalized"),
+    )
+    batch, calls = integer(1, 5), []
+    for _ in range(3):
+        rows, given = batch, {}
+        if choice(True, False):
+            length = integer(1, longest)
+            given["mask"] = (torch.rand(batch, length, generator=draw) < 0.7).to(choice("cpu", DEVICE))
+        else:
+            ends = [*itertools.accumulate((integer(0, longest * 3 // 4) for _ in range(batch)), initial=0)]
+            rows, length = 1, ends[-1] + 2
+            given["cu_seqlens"] = torch.tensor(ends, dtype=torch.int32).to(choice("cpu", DEVICE))
+        shapes = {"query": (rows, length, 32 * cfg.num_heads), "value": (rows, length, 32), "gate": (rows, length)}
+        drawn = {name: torch.rand(shape, generator=draw).to(DEVICE) for name, shape in shapes.items()}
+        calls.append({**drawn, **given, "query": drawn["query"] - 0.5, "value": drawn["value"] - 0.5})
+    return cfg, Memory(*(x.to(DEVICE) for x in be.init_memory(cfg, batch, seed=number))), calls
+
+
+def _read(
+    cfg: FwPKMConfig, memory: Memory, calls: list[dict[str, Tensor]], implementation: str, seed: int
+) -> dict[str, Tensor]:
+    """What the calls give, one after the other, and at last the state, by name."""
+    state, found, leaves = be.init_state(cfg, memory, memory.keys.shape[0]), {}, {}
+    results: list[Tensor] = []
+    for number, call in enumerate(calls):
+        numbers = {name: call[name].clone().requires_grad_() for name in ("query", "value", "gate")}
+        output, state, trace = be.apply(cfg, state, **call | numbers, implementation=implementation)
+        told = {"output": output, **trace._asdict(), "slots": trace.slots.sort(-1).values}  # near ties have no order
+        found |= {f"{name} {number}": x for name, x in told.items()}
+        leaves |= {f"grad {name} {number}": x for name, x in numbers.items()}
+        results.append(output)
+    found |= {**state.memory._asdict(), **state.pending._asdict(), "position": state.position}
+    results += [*state.memory, *(x for x in state.pending if x.is_floating_point())]
+    draw = torch.Generator(DEVICE).manual_seed(seed)
+    cotangents = [torch.randn(x.shape, generator=draw, device=DEVICE) for x in results]
+    live = [(x, c) for x, c in zip(results, cotangents) if x.requires_grad]
+    live_results, of_live = zip(*live)
+    gradients = torch.autograd.grad(live_results, [*leaves.values()], of_live, allow_unused=True)
+    found |= {name: torch.zeros_like(x) if d is None else d for (name, x), d in zip(leaves.items(), gradients)}
+    return {name: x.detach() for name, x in found.items()}

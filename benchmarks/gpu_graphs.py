@@ -10,8 +10,7 @@ from torch import Tensor
 from benchmarks.findings import Report, compared, digest, equal, same_bits
 from benchmarks.gpu_agreement import compute, draw_memory, untied_inputs
 from benchmarks.measure import DEVICE
-from benchmarks.steps import Decoder, capture
-from benchmarks.workloads import Workload, make_inputs
+from benchmarks.workloads import Decoder, Workload, capture, make_inputs
 from fwpkm import FwPKMConfig, Memory
 from fwpkm.agreement import comparable_tokens
 from fwpkm.backends import torch as be
@@ -36,7 +35,7 @@ def training(workload: Workload, dtype: str, seed: int) -> Report:
         RuntimeError: it waited.
     """
     inputs = make_inputs(workload, seed=seed, device=DEVICE, dtype=dtype)
-    state = be.init_state(workload.config, draw_memory(workload, seed), batch_size=workload.batch)
+    state = be.init_state(workload.config, draw_memory(workload, seed=seed), batch_size=workload.batch)
 
     def step() -> tuple[Tensor, ...]:
         output, after, _ = be.apply(workload.config, state, *inputs.tokens, implementation="triton")
@@ -69,7 +68,7 @@ def decoded(workload: Workload, dtype: str, seed: int) -> Report:
     """Every token of a workload by one captured ``decode``, replayed, beside the eager backend token by token."""
     cfg, length = workload.config, workload.length
     tokens = [x.detach() for x in untied_inputs(workload, dtype, seed).tokens]
-    state = be.init_state(cfg, draw_memory(workload, seed), batch_size=workload.batch)
+    state = be.init_state(cfg, draw_memory(workload, seed=seed), batch_size=workload.batch)
     decoder = Decoder(cfg, state, tokens)
     outputs = torch.cat([decoder(t).clone() for t in range(length)], dim=1)
     expected = []

@@ -1,5 +1,6 @@
 """From what was found and measured on a GPU to tables and the stated targets."""
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from itertools import product
 from typing import Any
@@ -117,9 +118,9 @@ def tables(checks: Sequence[Outcome], timings: Timings, claims: Sequence[Claim])
 
 def agreement_table(checks: Sequence[Outcome]) -> Table:
     """What agrees, by group: a task's name up to its colon."""
-    groups: dict[str, list[Outcome]] = {}
+    groups: dict[str, list[Outcome]] = defaultdict(list)
     for outcome in checks:
-        groups.setdefault(outcome.task.name.partition(":")[0], []).append(outcome)
+        groups[outcome.task.name.partition(":")[0]].append(outcome)
     rows = []
     for name, members in groups.items():
         findings = [finding for member in members if not member.error for finding in member.result.findings]
@@ -158,12 +159,13 @@ def workload_tables(timings: Timings) -> list[Table]:
 
 def kernels_table(timings: Timings) -> Table:
     """Where the device's time goes."""
-    columns = [f"kernels: {name}/{step}" for name, step in product(WORKLOADS, STEPS)]
-    columns = [column for column in columns if column in timings]
-    found: dict[str, dict[str, float]] = {}
+    columns = [
+        name for name in (f"kernels: {name}/{step}" for name, step in product(WORKLOADS, STEPS)) if name in timings
+    ]
+    found: dict[str, dict[str, float]] = defaultdict(dict)
     for column, (name, samples) in product(columns, timings.items()):
         if name.startswith(column):
-            found.setdefault(name.removeprefix(column).removeprefix(": ") or "all", {})[column] = 1e6 * sum(samples)
+            found[name.removeprefix(column).removeprefix(": ") or "all"][column] = 1e6 * sum(samples)
     rows = [
         (kernel[:60].replace("|", "/"), *(f"{seconds.get(column, 0):.1f}" for column in columns))
         for kernel, seconds in sorted(found.items(), key=lambda item: -max(item[1].values()))[:_SHOWN_KERNELS]

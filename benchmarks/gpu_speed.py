@@ -5,6 +5,7 @@ written, once. A kernel cannot be faster than these bytes at the speed of a plai
 slots, weights, losses) is left out, and so are second reads of what no cache could hold.
 """
 
+import dataclasses
 import statistics
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -15,10 +16,8 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from benchmarks import measure
-from benchmarks.internals import SCORING_KERNELS
 from benchmarks.measure import DEVICE
-from benchmarks.steps import Decoder, TorchSteps, capture
-from benchmarks.workloads import Inputs, Workload, make_inputs, make_memory
+from benchmarks.workloads import Decoder, Inputs, TorchSteps, Workload, capture, make_inputs, make_memory
 from fwpkm.backends import torch as be
 
 STEPS = {"forward": "forward", "train": "forward + backward"}
@@ -30,6 +29,10 @@ _EAGER_TOO = ("read-32k-512",)
 _SETS = 3
 """Sets of inputs that are read in turn, so that none stays in the cache."""
 _HEADS = 8
+_FEWEST = 100
+"""Tokens of the shortest of the rows that are ragged."""
+SCORING_KERNELS = ("propose_kernel", "rank_kernel", "select_slots_kernel")
+"""The Triton kernels that score."""
 _TABLE_ITEM = 4  # bytes of a float32
 Samples = dict[str, list[float]]
 
@@ -205,3 +208,46 @@ def _extra_bytes(function: Callable[[Inputs], tuple[Tensor, ...]], inputs: Input
     """The peak beyond what was there before, and beyond what is returned; nothing where it cannot be measured."""
     peak, returned = measure.peak_device_bytes(function, inputs)
     return [] if peak is None else [peak - sum(x.numel() * x.element_size() for x in returned)]
+
+
+# --- Rows that are not alike ---
+
+
+def masked(workload: Workload, dtype: str, samples: int = SAMPLES) -> Samples:
+    """Seconds of "masked", where four of five tokens are there, and of "alike", where all are, by step."""
+    mask = torch.rand(workload.batch, workload.length, device=DEVICE) < 0.8
+    inputs = make_inputs(workload, seed=1, device=DEVICE, dtype=dtype)
+    return _in_turn(workload, {"alike": (inputs, {}), "masked": (inputs, {"mask": mask})}, samples)
+
+
+def ragged(workload: Workload, dtype: str, batch: int, samples: int = SAMPLES) -> Samples:
+    """Seconds of ``batch`` rows of 100 tokens up to all, "masked" and "packed", and of "full" rows, by step.
+
+    Each row has a table of its own, as packed ones need.
+    """
+    own = dataclasses.replace(workload.config, memory_scope="sequence")
+    workload = dataclasses.replace(workload, config=own, batch=batch)
+    fewest = min(_FEWEST, workload.length)
+    lengths = torch.linspace(fewest, workload.length, batch, device=DEVICE).long()
+    mask = torch.arange(workload.length, device=DEVICE) < lengths[:, None]
+    inputs = make_inputs(workload, seed=1, device=DEVICE, dtype=dtype)
+    packed = Inputs(*(x.detach()[mask][None].requires_grad_(x.requires_grad) for x in inputs))
+    ends = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).int().cpu()
+    calls = {"full": (inputs, {}), "masked": (inputs, {"mask": mask}), "packed": (packed, {"cu_seqlens": ends})}
+    return _in_turn(workload, calls, samples)
+
+
+def _in_turn(workload: Workload, calls: dict[str, tuple[Inputs, dict[str, Tensor]]], samples: int) -> Samples:
+    """Samples of every call by turns, all of them from one state at position 0 whose tables each rewrites."""
+    steps = TorchSteps(workload, DEVICE)
+    start = steps.state
+
+    def run(step: str, inputs: Inputs, options: dict[str, Tensor]) -> None:
+        steps.state, steps.options = be.detach(start), {"implementation": "triton", **options}
+        getattr(steps, step)(inputs)
+
+    contestants = {
+        name: lambda _, call=call: {step: partial(run, step, *call) for step in STEPS} for name, call in calls.items()
+    }
+    timed = measure.interleaved({"": contestants}, samples, warm_up=2, timer=measure.device_timed)
+    return {f"{name} {step}": found for (_, name, step), found in timed.items()}

@@ -5,10 +5,12 @@ of 8,192 drawn by Zipf's law (the i-th with a probability of about 1/i), each wi
 state is packed beside the initial memory, with all bits and with rows in bfloat16, and unpacked again.
 """
 
-import argparse
 import dataclasses
 from typing import Any
 
+import torch
+
+import fwpkm.backends.torch as be
 from benchmarks import report
 from benchmarks.measure import timed
 from fwpkm import FwPKMConfig
@@ -19,10 +21,6 @@ WORDS, HIDDEN = 8192, 256
 
 def measure(cfg: FwPKMConfig, lengths: list[int]) -> list[tuple[str, ...]]:
     """A row of the table for each number of tokens, of one conversation that goes on."""
-    import torch
-
-    import fwpkm.backends.torch as be
-
     torch.manual_seed(0)
     layer, embeddings = be.FwPKM(HIDDEN, cfg).requires_grad_(False), torch.randn(WORDS, HIDDEN)
     words = torch.multinomial(1 / torch.arange(1, WORDS + 1), max(lengths), replacement=True)
@@ -31,29 +29,26 @@ def measure(cfg: FwPKMConfig, lengths: list[int]) -> list[tuple[str, ...]]:
         _, state = layer(embeddings[words[start:stop]][None], state, inplace=True)
         seconds, packed = timed(be.pack, cfg, state, memory)
         again, unpacked = timed(be.unpack, cfg, packed, memory)
-        if not all(
-            torch.equal(x.view(torch.int32), y.view(torch.int32)) for x, y in zip(state.memory, unpacked.memory)
-        ):
+        tables = zip(state.memory, unpacked.memory)
+        if not all(torch.equal(x.view(torch.int32), y.view(torch.int32)) for x, y in tables):
             raise AssertionError("the tables that were unpacked have other bits")
         rounded, table = be.pack(cfg, state, memory, "bfloat16"), be.nbytes(state)
         fractions = (len(packed.slots) / cfg.num_slots, packed.nbytes / table, rounded.nbytes / table)
-        sizes = (f"{x.nbytes / 2**20:.1f}" for x in (packed, rounded))
-        texts = (f"{table / 2**20:.1f}", *sizes, *(f"{100 * x:.1f}%" for x in fractions))
-        rows.append((f"{stop:,}", *texts, f"{1000 * seconds:.0f}", f"{1000 * again:.0f}"))
+        sizes = (f"{size / 2**20:.1f}" for size in (table, packed.nbytes, rounded.nbytes))
+        rows.append((f"{stop:,}", *sizes, *(f"{100 * x:.1f}%" for x in fractions), _ms(seconds), _ms(again)))
     return rows
+
+
+def _ms(seconds: float) -> str:
+    return f"{1000 * seconds:.0f}"
 
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.packed")
-    parser.add_argument(
-        "--tokens", type=report.count, nargs="+", default=[4096, 20480], help="rising numbers of tokens"
-    )
-    parser.add_argument("--value-dim", type=report.count, default=256, help="Dv")
-    parser.add_argument("--markdown", action="store_true", help="print the table in Markdown")
+    parser = report.parser("packed", __doc__, value_dim=(256, "Dv"))
+    parser.add_argument("--tokens", type=report.count, nargs="+", default=[4096, 20480], help="numbers of tokens")
+    report.add_markdown(parser)
     args = parser.parse_args()
-    import torch  # noqa: F401  its version stands above the table
-
     rows: list[Any] = []
     for name, cfg in CONFIGS.items():
         cfg = dataclasses.replace(cfg, value_dim=args.value_dim)

@@ -1,18 +1,19 @@
-"""Tables, and the judgement of the stated bounds."""
+"""Tables, the judgement of the stated bounds, and the options that the commands share."""
 
 import argparse
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from rich.console import Console
-from rich.table import Column
-from rich.table import Table as RichTable
+from rich.markdown import Markdown
 
 from benchmarks import measure
-from benchmarks.measure import Summary
-from benchmarks.workloads import WORKLOADS
+from benchmarks.measure import Samples, Summary, ratio, summarize
+from benchmarks.workloads import WORKLOADS, Workload
+
+ROUNDS = "medians with their quartiles; rounds are interleaved, and ratios of times are taken within rounds"
 
 
 class Claim(NamedTuple):
@@ -26,13 +27,10 @@ class Claim(NamedTuple):
     @property
     def verdict(self) -> str:
         """ "holds", "FAILS", "not measured", or "" without a bound."""
-        if not self.bound:
-            return ""
-        if self.measured is None:
-            return "not measured"
+        if not self.bound or self.measured is None:
+            return self.bound and "not measured"
         above = self.at_least is None or self.measured.median >= self.at_least
-        below = self.at_most is None or self.measured.median <= self.at_most
-        return "holds" if above and below else "FAILS"
+        return "holds" if above and (self.at_most is None or self.measured.median <= self.at_most) else "FAILS"
 
     @property
     def broken(self) -> bool:
@@ -53,32 +51,19 @@ class Table(NamedTuple):
     columns: tuple[str, ...]
     rows: Sequence[tuple[str, ...]]
 
-    def markdown(self) -> str:
-        """The table in Markdown, the first column aligned left and the others right."""
+    def __str__(self) -> str:
+        """In Markdown, the first column aligned left and the others right."""
         lines = (self.columns, ("---", *("---:" for _ in self.columns[1:])), *self.rows)
         return "\n".join((f"**{self.title}**", "", *(f"| {' | '.join(line)} |" for line in lines)))
 
-    def rich(self) -> RichTable:
-        """The table for a terminal."""
-        sides = ("left", *("right" for _ in self.columns[1:]))
-        columns = (Column(column, justify=side) for column, side in zip(self.columns, sides))
-        grid = RichTable(*columns, title=self.title, title_justify="left")
-        for row in self.rows:
-            grid.add_row(*row)
-        return grid
 
-
-def add_options(parser: argparse.ArgumentParser, default: Sequence[str] = ()) -> None:
-    """What the commands share; with default workloads, also a choice of them and a number of rounds."""
-    add = parser.add_argument
-    if default:
-        text = f"of {', '.join(WORKLOADS)} (default: {' '.join(default)})"
-        add("--workload", nargs="+", choices=WORKLOADS, metavar="NAME", help=text)
-        add("--repeats", type=count, default=7, help="rounds (default: %(default)s)")
-    add("--markdown", action="store_true", help="print the tables in Markdown")
-    add("--check", action="store_true", help="fail where a bound does not hold or was not measured")
-    add("--against", type=tree, metavar="PATH", help="time this tree beside another commit's, and nothing else")
-    add("--pairs", type=count, default=30, help="of --against, for each case (default: %(default)s)")
+def parser(name: str, about: str, **counts: tuple[int | None, str]) -> argparse.ArgumentParser:
+    """Of ``python -m benchmarks.name``, with options that count something: their default and what it is."""
+    made = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=about.partition("\n")[0])
+    for option, (default, text) in counts.items():
+        text += " (default: %(default)s)" * (default is not None)
+        made.add_argument(f"--{option.replace('_', '-')}", type=count, default=default, help=text)
+    return made
 
 
 def count(text: str) -> int:
@@ -86,6 +71,23 @@ def count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a number of at least 1. Received: {text}")
     return int(text)
+
+
+def add_markdown(parser: argparse.ArgumentParser) -> None:
+    """The option of all that print tables."""
+    parser.add_argument("--markdown", action="store_true", help="print the tables in Markdown")
+
+
+def add_judging(parser: argparse.ArgumentParser, default: Sequence[str] = ()) -> None:
+    """The options of what states bounds and can be held against another commit; a choice of workloads with defaults."""
+    add = parser.add_argument
+    if default:
+        text = f"of {', '.join(WORKLOADS)} (default: {' '.join(default)})"
+        add("--workload", nargs="+", choices=WORKLOADS, metavar="NAME", help=text)
+    add_markdown(parser)
+    add("--check", action="store_true", help="fail where a bound does not hold or was not measured")
+    add("--against", type=tree, metavar="PATH", help="time this tree beside another commit's, and nothing else")
+    add("--pairs", type=count, default=30, help="of --against, for each case (default: %(default)s)")
 
 
 def tree(text: str) -> pathlib.Path:
@@ -97,26 +99,22 @@ def tree(text: str) -> pathlib.Path:
     raise argparse.ArgumentTypeError(f"must be a folder that holds src/fwpkm, as a checkout does. Received: {text}")
 
 
-def claims_table(title: str, claims: Sequence[Claim], what: str = "ratio") -> Table:
-    """The ratios, or what else was measured, their bounds and whether they hold."""
-    rows = [(claim.text, spread(claim.measured), claim.bound, claim.verdict) for claim in claims]
-    return Table(title, (what, "measured", "bound", "verdict"), rows)
-
-
 def show(legend: Sequence[str], tables: Sequence[Table], *, markdown: bool) -> None:
     """Print device, versions, the legend and the tables."""
     lines = [*(f"{key}: {text}" for key, text in measure.environment().items()), *legend]
+    text = "\n\n".join(("\n".join(f"- {line}" for line in lines), *map(str, tables)))
     if markdown:
-        print("\n".join(f"- {line}" for line in lines), *(table.markdown() for table in tables), sep="\n\n", flush=True)
-        return
-    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
-    console.print("\n".join(lines), markup=False)
-    console.print(*(table.rich() for table in tables))
+        print(text, flush=True)
+    else:
+        Console(width=None if sys.stdout.isatty() else 160, highlight=False).print(Markdown(text))
 
 
-def verdict(claims: Sequence[Claim]) -> int:
-    """1 where a bound does not hold or was not measured, each named on stderr, else 0."""
-    broken = [claim for claim in claims if claim.broken]
+def conclude(
+    legend: Sequence[str], tables: Sequence[Table], claims: Sequence[Claim], options: argparse.Namespace
+) -> int:
+    """Show all; 1 where ``--check`` was given and a bound does not hold or was not measured, each named on stderr."""
+    show(legend, tables, markdown=options.markdown)
+    broken = [claim for claim in claims if claim.broken and options.check]
     for claim in broken:
         print(f"{claim.verdict}: {claim.text}: {spread(claim.measured)}, bound: {claim.bound}", file=sys.stderr)
     return int(bool(broken))
@@ -126,5 +124,39 @@ def spread(summary: Summary | None, form: str = "{:.3g}") -> str:
     """A median with its quartiles."""
     if summary is None:
         return "-"
-    median, low, high = (form.format(number) for number in (summary.median, summary.low, summary.high))
+    median, low, high = (form.format(number) for number in summary[:3])
     return f"{median} ({low} to {high})" if summary.size > 1 else median
+
+
+# --- From samples ---
+
+
+def claims_table(title: str, claims: Sequence[Claim], what: str = "ratio") -> Table:
+    """The ratios, or what else was measured, their bounds and whether they hold."""
+    rows = [(claim.text, spread(claim.measured), claim.bound, claim.verdict) for claim in claims]
+    return Table(title, (what, "measured", "bound", "verdict"), rows)
+
+
+def growth(samples: Samples, workloads: Sequence[Workload], name: str, part: str, at_most: float) -> Claim:
+    """The ratio of a part at the largest of several tables to the same at the smallest."""
+    ends = (workloads[-1], workloads[0]) if len(workloads) > 1 else ()
+    sizes = " / ".join(f"N={workload.config.num_subkeys}²" for workload in ends)
+    measured = ratio(*(samples[workload.name, name, part] for workload in ends)) if ends else None
+    return Claim(f"{name}, {part}: {sizes}", measured, at_most=at_most)
+
+
+def workload_table(
+    workload: Workload, samples: Samples, rows: Mapping[str, str], columns: Mapping[str, tuple[str, float]]
+) -> Table:
+    """What one workload gave: contestants with their titles, and parts with theirs and the factor to its unit."""
+
+    def cell(name: str, part: str, factor: float) -> str:
+        measured = summarize(samples[workload.name, name, part])
+        return spread(measured and measured.scaled(factor), "{:.1f}")
+
+    first, cells = next(iter(columns)), []
+    for name, text in rows.items():
+        parts = (cell(name, part, factor) for part, (_, factor) in columns.items())
+        cells.append((text, str(len(samples[workload.name, name, first])), *parts))
+    title = f"{workload.name}: {workload}, value table {workload.table_bytes >> 20} MiB"
+    return Table(title, ("", "rounds", *(text for text, _ in columns.values())), cells)

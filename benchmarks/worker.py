@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from multiprocessing.connection import Connection
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 from benchmarks import measure
 
@@ -47,7 +47,7 @@ class Worker:
         self.process = subprocess.Popen(command, cwd=measure.ROOT, env=variables, stdout=2, pass_fds=files)
         theirs.close()  # so that its death ends the pipe
 
-    def __enter__(self) -> "Worker":
+    def __enter__(self) -> Self:
         """Ended where the block ends."""
         return self
 
@@ -89,15 +89,15 @@ def run_all(tasks: Sequence[Task], workers: int, limit: float) -> Iterator[Outco
     idle: queue.SimpleQueue[Worker | None] = queue.SimpleQueue()
 
     def run(task: Task) -> Outcome:
-        started = time.perf_counter()
-        worker, result, error = idle.get() or Worker(), None, ""
+        started, result, error = time.perf_counter(), None, ""
+        worker, kept = idle.get() or Worker(), None
         try:
             result = worker.run(task.function, *task.arguments, limit=limit)
-            idle.put(worker)
+            kept = worker
         except RuntimeError as raised:
             error = str(raised)
             worker.__exit__()  # a CUDA error stays with its process
-            idle.put(None)
+        idle.put(kept)
         return Outcome(task, result, error, time.perf_counter() - started)
 
     for _ in range(workers):

@@ -10,6 +10,7 @@ from asserting import assert_close
 from hypothesis import given
 from hypothesis import strategies as st
 from sources import ROOT
+from tiny_experiments import drawn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from examples.language_model import attention
@@ -28,10 +29,6 @@ def built(seed=0, **fields):
         if parameter.ndim > 1:
             parameter.mul_(10)
     return model
-
-
-def drawn(batch, length, seed=1):
-    return torch.randint(256, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
 def tensors(part):

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from asserting import assert_close
 from sources import ROOT
+from tiny_experiments import CORPUS, drawn
 
 from examples.language_model import baselines, by_position, checkpoint, needle, training
-from examples.language_model.corpus import Corpus, Texts
 from examples.language_model.model import LanguageModel, Reading, mapped
 from examples.language_model.settings import Experiment, ModelSettings
 
@@ -36,10 +36,6 @@ def built(mixer, **fields):
         if p.ndim > 1:
             p.mul_(8)
     return model
-
-
-def drawn(batch, length, seed=1):
-    return torch.randint(256, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
 TOKENS = drawn(2, 150)
@@ -190,14 +186,6 @@ def test_the_inverse_of_a_triangular_matrix(size):
 
 
 # Training
-
-
-def texts(seed):
-    data = np.random.default_rng(seed).integers(97, 123, 5000).astype(np.uint8)
-    return Texts(data, np.array([0, 2000, 5000]), ("a", "b"))
-
-
-CORPUS = Corpus(texts(0), texts(1), "5ha")
 
 
 def experiment(mixer):

@@ -9,28 +9,14 @@ import pytest
 import torch
 from processes import python
 from sources import ROOT
+from tiny_experiments import config
 
 from examples.language_model.checkpoint import build
 from examples.language_model.commands import main
 from examples.language_model.settings import Experiment
 
 README, TINY = ROOT / "README.md", ROOT / "examples/language_model/configs/tiny.toml"
-CONFIG = """
-[model]
-width = 16
-layers = 2
-heads = 2
-window = 8
-hidden = 16
-memories = [1]
-memory = { num_subkeys = 8, top_k = 2, chunk_size = 64 }
-[training]
-steps = 4
-batch = 2
-length = 1024
-facts = 0.3
-warmup = 2
-"""
+CONFIG = config(layers=2, memories=[1], steps=4, length=1024)
 
 
 @pytest.fixture(scope="module")

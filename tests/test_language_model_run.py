@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from sources import ROOT
+from tiny_experiments import config
 
 from examples.language_model import checkpoint, needle, results, run, side_by_side, training
 from examples.language_model.commands import main
@@ -20,22 +21,7 @@ from examples.language_model.corpus import Corpus, Texts
 from examples.language_model.settings import Experiment
 
 CPU = torch.device("cpu")
-CONFIG = """
-[model]
-width = 16
-layers = 1
-heads = 2
-window = 8
-hidden = 16
-memories = [0]
-memory = { num_subkeys = 8, top_k = 2, chunk_size = 64 }
-[training]
-steps = 3
-batch = 2
-length = 896
-facts = 0.3
-warmup = 2
-"""
+CONFIG = config(layers=1, memories=[0], steps=3, length=896)
 FILES = ("bits.json", "capacity.json", "needle.json", "record.jsonl", "run.json")
 
 

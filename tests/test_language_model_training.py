@@ -16,9 +16,9 @@ import torch.nn.functional as F  # noqa: N812
 from asserting import assert_close
 from interpreter import DEVICE
 from safetensors.torch import load_file, save_file
+from tiny_experiments import CORPUS
 
 from examples.language_model import checkpoint, facts, results, training
-from examples.language_model.corpus import Corpus, Texts
 from examples.language_model.settings import Experiment
 from examples.language_model.training import Batch
 from fwpkm.backends.torch import engine
@@ -33,14 +33,6 @@ TRAINING = {"steps": 6, "batch": 2, "length": 64, "warmup": 2, "span": 1, "facts
 def experiment(model=None, **fields):
     tables = {"model": {**MODEL, "memory": MEMORY, **(model or {})}, "training": {**TRAINING, **fields}}
     return Experiment.of(tables, "test")
-
-
-def texts(seed):
-    data = np.random.default_rng(seed).integers(97, 123, 5000).astype(np.uint8)
-    return Texts(data, np.array([0, 2000, 5000]), ("a", "b"))
-
-
-CORPUS = Corpus(texts(0), texts(1), "5ha")
 
 
 def contents(folder):

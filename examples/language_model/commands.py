@@ -2,7 +2,9 @@
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -62,9 +64,8 @@ def _parser() -> argparse.ArgumentParser:
     everything.add_argument("--out", type=Path, required=True, help="a folder; what is done there is kept")
     everything.add_argument("--steps", type=int, help="instead of the files'")
     everything.add_argument("--measures", nargs="*", choices=list(run.MEASURES), help="all, by default")
-    everything.add_argument(
-        "--domains", type=Path, help="a folder made by domains; without it no retention is measured"
-    )
+    about = "a folder made by domains; without it no retention is measured"
+    everything.add_argument("--domains", type=Path, help=about)
     _asked(everything)
     everything.add_argument("--length", type=int, default=run.Asked().length, help="of texts, for bits and capacity")
     everything.add_argument("--facts", type=int, nargs="+", default=capacity.NUMBERS, help="numbers, for capacity")
@@ -77,27 +78,24 @@ def _parser() -> argparse.ArgumentParser:
     _asked(ask)
     ask.set_defaults(run=_needle)
 
-    hold = commands.add_parser("capacity", help="ask for ever more facts in 128K bytes")
-    _common(hold)
+    hold = _measuring(
+        commands, "capacity", "ask for ever more facts in 128K bytes", capacity.measure, "length", "numbers"
+    )
     hold.add_argument("--length", type=int, default=capacity.LENGTH)
-    hold.add_argument("--facts", type=int, nargs="+", default=capacity.NUMBERS, help="numbers of them")
-    hold.set_defaults(run=_capacity)
+    hold.add_argument("--facts", type=int, nargs="+", default=capacity.NUMBERS, dest="numbers", metavar="FACTS")
 
-    talk = commands.add_parser("conversations", help="how many bytes packed memories take")
-    _common(talk)
+    about = "how many bytes packed memories take"
+    talk = _measuring(commands, "conversations", about, conversations.measure, "number", "length")
     talk.add_argument("--number", type=int, default=100, help="of documents")
     talk.add_argument("--length", type=int, default=4096, help="bytes of each")
-    talk.set_defaults(run=_conversations)
 
-    position = commands.add_parser("bits", help="bits per byte by position on held-out documents")
-    _common(position)
+    about = "bits per byte by position on held-out documents"
+    position = _measuring(commands, "bits", about, by_position.measure, "length")
     position.add_argument("--length", type=int, default=131072)
-    position.set_defaults(run=_bits)
 
-    own = commands.add_parser("names", help="ask for names that held-out books hold and training books do not")
-    _common(own)
+    about = "ask for names that held-out books hold and training books do not"
+    own = _measuring(commands, "names", about, names.measure, "length")
     own.add_argument("--length", type=int, default=131072)
-    own.set_defaults(run=_names)
 
     retention_commands.add(commands, _on_device)
 
@@ -109,6 +107,20 @@ def _parser() -> argparse.ArgumentParser:
     tables.add_argument("folder", type=Path, help="holds NAME.needle.json, NAME.bits.json, NAME.record.jsonl")
     tables.add_argument("--pictures", type=Path, metavar="OUT", help="a folder for the pictures")
     tables.set_defaults(run=_report)
+    return parser
+
+
+def _measuring(
+    commands: Any, name: str, about: str, measure: Callable[..., Path], *given: str
+) -> argparse.ArgumentParser:
+    """A command that measures a trained model and prints where the results are; ``given`` options reach ``measure``."""
+
+    def run(o: argparse.Namespace) -> None:
+        print(measure(o.model, corpus.load(o.corpus), o.out, o.device, **{name: getattr(o, name) for name in given}))
+
+    parser = commands.add_parser(name, help=about)
+    _common(parser)
+    parser.set_defaults(run=run)
     return parser
 
 
@@ -176,55 +188,17 @@ def _run(options: argparse.Namespace) -> None:
 def _again(options: argparse.Namespace) -> list[str]:
     """The arguments of ``run`` for one of its jobs, without config and seed."""
     arguments = ["--no-compile"][: not options.compile]
-    for name in (
-        "steps",
-        "measures",
-        "kinds",
-        "lengths",
-        "contexts",
-        "readings",
-        "length",
-        "facts",
-        "domains",
-        "side_by_side",
-    ):
+    repeated = ("steps", "measures", "kinds", "lengths", "contexts", "readings", "length", "facts", "domains")
+    for name in (*repeated, "side_by_side"):
         if (given := getattr(options, name)) is not None:
-            arguments += [
-                f"--{name.replace('_', '-')}",
-                *map(str, given if isinstance(given, (list, tuple)) else [given]),
-            ]
+            values = given if isinstance(given, (list, tuple)) else [given]
+            arguments += [f"--{name.replace('_', '-')}", *map(str, values)]
     return ["--corpus", str(options.corpus), "--out", str(options.out), *arguments]
 
 
 def _needle(options: argparse.Namespace) -> None:
     cells = needle.chosen(options.kinds, options.lengths, options.contexts, options.readings)
     print(needle.measure(options.model, corpus.load(options.corpus), options.out, options.device, cells))
-
-
-def _capacity(options: argparse.Namespace) -> None:
-    path = capacity.measure(
-        options.model, corpus.load(options.corpus), options.out, options.device, length=options.length,
-        numbers=options.facts,
-    )  # fmt: skip
-    print(path)
-
-
-def _conversations(options: argparse.Namespace) -> None:
-    path = conversations.measure(
-        options.model, corpus.load(options.corpus), options.out, options.device, number=options.number,
-        length=options.length,
-    )  # fmt: skip
-    print(path)
-
-
-def _bits(options: argparse.Namespace) -> None:
-    texts = corpus.load(options.corpus)
-    print(by_position.measure(options.model, texts, options.out, options.device, length=options.length))
-
-
-def _names(options: argparse.Namespace) -> None:
-    texts = corpus.load(options.corpus)
-    print(names.measure(options.model, texts, options.out, options.device, length=options.length))
 
 
 def _inside(options: argparse.Namespace) -> None:
