@@ -15,7 +15,6 @@ number, backends and versions give the same life. With jax, which compiles for s
 configurations and lengths.
 """
 
-import argparse
 import secrets
 import sys
 import tempfile
@@ -84,11 +83,9 @@ class Life:
                 if not self._is_judged(step):
                     self.set_aside = True
                     return
-            except LifeError as error:
-                raise LifeError(f"step {number + 1} ({', '.join(self.steps)}): {error}") from None
             except Exception as error:
-                trace = traceback.format_exc()
-                raise LifeError(f"step {number + 1} ({', '.join(self.steps)}): {error!r}\n{trace}") from None
+                said = str(error) if isinstance(error, LifeError) else f"{error!r}\n{traceback.format_exc()}"
+                raise LifeError(f"step {number + 1} ({', '.join(self.steps)}): {said}") from None
 
     def _is_judged(self, step: Step) -> bool:
         """Take a step and judge it; False where a rounding moves what must come out."""
@@ -112,9 +109,8 @@ class Life:
     def _names(self) -> list[str]:
         reads = ["padded", "packed"] * 4 + ["read_only", "decode"]
         names = [*reads, "flush", "reset", "select", "pack", "save"]
-        if self.cfg.memory_scope == "batch":
-            return [name for name in names if name != "packed"]
-        return [*names, "put", "concat"]
+        batch = self.cfg.memory_scope == "batch"
+        return [name for name in names if name != "packed"] if batch else [*names, "put", "concat"]
 
     # The steps, drawn
 
@@ -314,9 +310,8 @@ def fuzz(seed: int, backends: list[str], folder: Path, seconds: float, lives: in
 
 def main(arguments: list[str] | None = None) -> int:
     """Find the planted bugs, then live; the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.fuzz")
+    parser = report.parser("fuzz", __doc__, lives=(None, "so many lives, however long they take"))
     parser.add_argument("--minutes", type=float, default=10.0, help="how long (default: %(default)s)")
-    parser.add_argument("--lives", type=report.count, help="so many lives, however long they take")
     parser.add_argument("--seed", type=int, default=secrets.randbits(31), help="the first life's number (default: any)")
     parser.add_argument("--backends", nargs="+", default=["numpy", "torch"], choices=("numpy", "torch", "jax"))
     args = parser.parse_args(arguments)

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from rich.console import Console
-from rich.markdown import Markdown
+from rich.table import Column
+from rich.table import Table as RichTable
 
 from benchmarks import measure
 from benchmarks.measure import Samples, Summary, ratio, summarize
@@ -51,10 +52,18 @@ class Table(NamedTuple):
     columns: tuple[str, ...]
     rows: Sequence[tuple[str, ...]]
 
-    def __str__(self) -> str:
-        """In Markdown, the first column aligned left and the others right."""
+    def markdown(self) -> str:
+        """The table in Markdown, the first column aligned left and the others right."""
         lines = (self.columns, ("---", *("---:" for _ in self.columns[1:])), *self.rows)
         return "\n".join((f"**{self.title}**", "", *(f"| {' | '.join(line)} |" for line in lines)))
+
+    def rich(self) -> RichTable:
+        """The table for a terminal."""
+        columns = (Column(column, justify="right" if i else "left") for i, column in enumerate(self.columns))
+        grid = RichTable(*columns, title=self.title, title_justify="left")
+        for row in self.rows:
+            grid.add_row(*row)
+        return grid
 
 
 def parser(name: str, about: str, **counts: tuple[int | None, str]) -> argparse.ArgumentParser:
@@ -102,11 +111,12 @@ def tree(text: str) -> pathlib.Path:
 def show(legend: Sequence[str], tables: Sequence[Table], *, markdown: bool) -> None:
     """Print device, versions, the legend and the tables."""
     lines = [*(f"{key}: {text}" for key, text in measure.environment().items()), *legend]
-    text = "\n\n".join(("\n".join(f"- {line}" for line in lines), *map(str, tables)))
     if markdown:
-        print(text, flush=True)
-    else:
-        Console(width=None if sys.stdout.isatty() else 160, highlight=False).print(Markdown(text))
+        print("\n".join(f"- {line}" for line in lines), *(table.markdown() for table in tables), sep="\n\n", flush=True)
+        return
+    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    console.print("\n".join(lines), markup=False)
+    console.print(*(table.rich() for table in tables))
 
 
 def conclude(
