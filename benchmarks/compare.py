@@ -36,6 +36,15 @@ Ready = tuple[Callable[[int], Any], int]
 it; and how many steps a sample has."""
 
 
+_GPU = {"device": measure.DEVICE, "dtype": "float32" if measure.INTERPRETED else "bfloat16"}
+
+
+def _by_turns(make: Callable[[int], Any], run: Callable[[Any], Any]) -> Ready:
+    """Inputs of three seeds, read in turn."""
+    sets = [make(seed) for seed in range(1, _SETS + 1)]
+    return lambda number: run(sets[number % _SETS]), 1
+
+
 def _stream(workload: Workload, **kind: str) -> tuple[list[Any], int]:
     """One chunk's tokens, so that every sample has a write; and their number."""
     length = workload.config.chunk_size
@@ -43,23 +52,20 @@ def _stream(workload: Workload, **kind: str) -> tuple[list[Any], int]:
     return [x.detach() for x in inputs.tokens], length
 
 
-_GPU = {"device": measure.DEVICE, "dtype": "float32" if measure.INTERPRETED else "bfloat16"}
-
-
 def _torch(workload: Workload, step: Callable[..., Any], captured: bool = False, gpu: bool = False) -> Ready:
-    sets = [make_inputs(workload, seed=seed, **(_GPU if gpu else {})) for seed in range(1, _SETS + 1)]
     steps = TorchSteps(workload, measure.DEVICE, implementation="triton") if gpu else TorchSteps(workload)
-    read = []
+    if not captured or measure.DEVICE == "cpu":
+        kind = _GPU if gpu else {}
+        return _by_turns(lambda seed: make_inputs(workload, seed=seed, **kind), partial(step, steps))
+    inputs, read = make_inputs(workload, seed=1, **_GPU), []
 
-    def call(inputs: Inputs) -> Any:
+    def call() -> Any:
         read.append(steps.state)
         return step(steps, inputs)
 
-    if not captured or measure.DEVICE == "cpu":
-        return lambda number: step(steps, sets[number % _SETS]), 1
-    graph, results = capture(partial(call, sets[0]))
+    graph, results = capture(call)
 
-    def run(_: int, read_by_the_graph: Any = (read, sets)) -> Any:  # it knows their addresses alone
+    def run(_: int, read_by_the_graph: Any = (read, inputs)) -> Any:  # it knows their addresses alone
         graph.replay()
         return results
 
@@ -82,24 +88,22 @@ def _torch_layer(workload: Workload) -> Ready:
     from fwpkm.backends.torch import FwPKM
 
     torch.manual_seed(0)
-    layer = FwPKM(workload.config.key_dim, workload.config)
-    drawn = torch.randn(_SETS, workload.batch, workload.length, workload.config.key_dim)
+    layer, shape = FwPKM(workload.config.key_dim, workload.config), (workload.batch, workload.length)
 
-    def run(number: int) -> Any:
+    def run(x: torch.Tensor) -> Any:
         layer.zero_grad()
-        output, _ = layer(drawn[number % _SETS])
+        output, _ = layer(x)
         output.square().sum().backward()
         return output
 
-    return run, 1
+    return _by_turns(lambda _: torch.randn(*shape, workload.config.key_dim), run)
 
 
 def _jax(workload: Workload, part: str) -> Ready:
     from benchmarks.frameworks import JaxSteps
 
     steps = JaxSteps(workload)
-    sets = [steps.prepare(make_inputs(workload, seed=seed)) for seed in range(1, _SETS + 1)]
-    return lambda number: steps.run(part, sets[number % _SETS]), 1
+    return _by_turns(lambda seed: steps.prepare(make_inputs(workload, seed=seed)), partial(steps.run, part))
 
 
 def _jax_tokens(workload: Workload) -> Ready:
@@ -115,9 +119,7 @@ def _jax_tokens(workload: Workload) -> Ready:
 def _keras(workload: Workload) -> Ready:
     from benchmarks.frameworks import draw_hidden, keras_calls
 
-    call, _ = keras_calls(workload)
-    sets = [draw_hidden(workload, number) for number in range(_SETS)]
-    return lambda number: call(sets[number % _SETS]), 1
+    return _by_turns(partial(draw_hidden, workload), keras_calls(workload)[0])
 
 
 CASES: dict[str, dict[str, tuple[str, Callable[[Workload], Ready]]]] = {
