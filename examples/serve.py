@@ -14,7 +14,7 @@ import tempfile
 import torch
 
 from examples.serving.engine import Engine
-from examples.serving.model import ByteModel
+from examples.serving.model import ByteModel, choices
 
 USERS = {
     "Ann": b"The key to the archive hangs behind the third door.",
@@ -51,7 +51,7 @@ def main() -> None:
         for user in engine.users:
             print(f"{user}: {engine.text(user)!r}")
             start = len(engine.text(user)) - 12
-            assert model.choices(engine.text(user))[start - 1 : -1] == engine.text(user)[start:]
+            assert choices(model, engine.text(user))[start - 1 : -1] == engine.text(user)[start:]
     print(f"served {len(USERS)} users, {len(failed)} failed; each reads what it reads alone")
 
 

@@ -9,11 +9,12 @@ import pytest
 import torch
 from asserting import assert_close
 from processes import python
+from serving_clients import Clients
 from sources import ROOT
 
 from benchmarks.serving import main
 from examples.serving.engine import Engine
-from examples.serving.model import ByteModel
+from examples.serving.model import ByteModel, choices
 from examples.serving.tables import Tables
 from fwpkm import FwPKMConfig
 from fwpkm.backends.torch import unpack
@@ -33,14 +34,10 @@ def serving(folder, **sizes):
     return Engine(MODEL, folder, **{"rows": 2, "in_memory": 1, "piece": 5} | sizes)
 
 
-def text_of(rng, most=30):
-    return rng.randbytes(rng.randint(1, most))
-
-
 def assert_alone(engine, user, written):
     """Each byte in these places of a user's text is the one that a model chooses which reads that text alone."""
     text = engine.text(user)
-    chosen = MODEL.choices(text)
+    chosen = choices(MODEL, text)
     assert [text[i] for i in written] == [chosen[i - 1] for i in written]
 
 
@@ -50,69 +47,14 @@ def assert_state_alone(engine, user):
     packed = engine.store.load(user)
     if packed is None:
         return
-    x = MODEL.embedding(torch.tensor([list(engine.text(user)[: int(packed["0"].position[0])])]))
+    x = MODEL.embedding(torch.tensor([list(engine.text(user)[: int(packed.memories["0"].position[0])])]))
     for i, memory in enumerate(MODEL.memories):
         read, alone = memory(x)
-        kept = unpack(MODEL.config, packed[str(i)], memory.memory())
+        kept = unpack(MODEL.config, packed.memories[str(i)], memory.memory())
         pending, expected = kept.pending.present(), alone.pending.present()
         assert pending.keys() == expected.keys()
         assert_close((*kept.memory, *pending.values()), (*alone.memory, *expected.values()), "float64")
         x = x + read
-
-
-class Clients:
-    """Random users of an engine, and what each has given and been given: the places of bytes that were answers."""
-
-    def __init__(self, engine, seed):
-        self.engine, self.rng, self.given, self.answers = engine, random.Random(seed), {}, {}
-        self.counts = dict.fromkeys(("join", "read", "write", "fork", "leave", "delete", "reread"), 0)
-        self.number = 0
-
-    def act(self):
-        """One request of a user."""
-        what = self.rng.choices(list(self.counts), (3, 3, 8, 2, 1.5, 1, 1.5))[0]
-        if not self.given or len(self.given) > 9:
-            what = "delete" if self.given else "join"
-        user = self.rng.choice(list(self.given)) if self.given else ""
-        getattr(self, what)(user)
-        self.counts[what] += 1
-
-    def join(self, _):
-        user, self.number = f"user {self.number % 12}", self.number + 1  # so that names come again
-        if user not in self.given:
-            self.given[user], self.answers[user] = bytearray(text_of(self.rng)), []
-            self.engine.join(user, bytes(self.given[user]))
-
-    def read(self, user):
-        more = text_of(self.rng)
-        self.given[user] += more
-        self.engine.read(user, more)
-
-    def write(self, user):
-        self.engine.write(user, self.rng.randint(1, 12))
-
-    def fork(self, user):
-        new, self.number = f"fork {self.number}", self.number + 1
-        self.engine.fork(user, new)
-        self.given[new], self.answers[new] = bytearray(self.given[user]), list(self.answers[user])
-
-    def leave(self, user):
-        self.engine.leave(user)
-
-    def delete(self, user):
-        self.engine.delete(user)
-        del self.given[user], self.answers[user]
-
-    def reread(self, user):
-        self.engine.reread(user)
-
-    def step(self):
-        done = self.engine.step()
-        assert done.failed == {}
-        for user, byte in done.written.items():
-            text = self.engine.text(user)
-            assert text[-1:] == byte
-            self.answers[user].append(len(text) - 1)
 
 
 # Every user as alone
@@ -146,8 +88,9 @@ def test_answers_hang_on_the_memory():
     """Or the test above would show nothing: other beginnings, and none written, give other bytes behind them."""
     rng = random.Random(0)
     first, second, end = (rng.randbytes(40) for _ in range(3))
-    one, other = (MODEL.choices(beginning + end)[-30:] for beginning in (first, second))
-    frozen = make_model(config=FwPKMConfig(**{**CONFIG.__dict__, "learning_rate": 0.0})).choices(first + end)[-30:]
+    one, other = (choices(MODEL, beginning + end)[-30:] for beginning in (first, second))
+    unwritten = make_model(config=FwPKMConfig(**{**CONFIG.__dict__, "learning_rate": 0.0}))
+    frozen = choices(unwritten, first + end)[-30:]
     assert sum(x != y for x, y in zip(one, other)) > 3
     assert sum(x != y for x, y in zip(one, frozen)) > 3
 
@@ -359,7 +302,7 @@ def test_a_text_that_was_cut_refuses_its_user_alone(tmp_path):
 def test_nothing_is_left_of_a_user_who_is_deleted(tmp_path):
     """In a row, in memory, on the disk, or in the file that a killed process was writing."""
     engine = serving(tmp_path, rows=1, in_memory=1)
-    start = [x.clone() for state in MODEL.start(1) for x in (*state.memory, *state.pending.present().values())]
+    start = [x.clone() for state in MODEL.start(1).memories for x in (*state.memory, *state.pending.present().values())]
     secrets = {user: random.Random(user).randbytes(40) for user in ("on disk", "in memory", "in a row")}
     for user, secret in secrets.items():
         engine.join(user, secret)
@@ -375,7 +318,7 @@ def test_nothing_is_left_of_a_user_who_is_deleted(tmp_path):
         assert user not in engine.users
         assert user not in engine.store.bytes_in_memory()
         assert not [path for path in tmp_path.glob("*.text") if secret in path.read_bytes()]
-    states = engine.tables._states.values()
+    states = engine.tables.rows.memories
     now = [x for state in states for x in (*state.memory, *state.pending.present().values())]
     assert all(torch.equal(x, y) for x, y in zip(now, start, strict=True))
     assert all(state.position.tolist() == [0] for state in states)

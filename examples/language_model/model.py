@@ -64,9 +64,12 @@ class Block(nn.Module):
     def forward(self, x: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
         """Shapes as in ``Attention``."""
         read, past = self.attention(self.attention_norm(x), past)
-        x = x + read
+        return self.mixed(x + read), past
+
+    def mixed(self, x: Tensor) -> Tensor:
+        """SwiGLU behind its norm and beside its residual: ``[..., width]``."""
         gate, up = self.project_in(self.mlp_norm(x)).chunk(2, -1)
-        return x + self.project_out(F.silu(gate) * up), past
+        return x + self.project_out(F.silu(gate) * up)
 
 
 def mixer(settings: ModelSettings, config: FwPKMConfig) -> nn.Module:

@@ -3,7 +3,7 @@
 import dataclasses
 import os
 
-from examples.serving.model import ByteModel
+from examples.serving.model import Model
 from examples.serving.requests import REFUSALS, Step, check_new, check_number, check_text, check_user
 from examples.serving.store import Store
 from examples.serving.tables import Tables
@@ -41,7 +41,7 @@ class Engine:
 
     def __init__(
         self,
-        model: ByteModel,
+        model: Model,
         folder: str | os.PathLike[str],
         rows: int = 8,
         in_memory: int = 64,

@@ -2,20 +2,46 @@
 
 A user has a file of text, ``NAME.text``, every byte in order, and may have one of packed states, ``NAME.state``, made
 when some of that text was read. The text is the record: what it has beyond the states' position is read again. So a
-process may be killed at any time: what an append brought is there, and states are replaced whole or not at all.
+process may be killed at any time: what an append brought is there, and states are replaced whole or not at all. What a
+model needs beside its memories stands in a file of its own, ``NAME.POSITION.beside``, written before the states of that
+position and removed after those of a later one.
 """
 
 import contextlib
+import hashlib
 import os
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import safetensors
+import safetensors.numpy
 
 import fwpkm
 from fwpkm import PackedState
 
-Packed = dict[str, PackedState]
-"""One user's row of each memory, by name."""
+
+class Packed(NamedTuple):
+    """One user's row."""
+
+    memories: dict[str, PackedState]
+    """by name"""
+    beside: dict[str, np.ndarray]
+    """what else the model needs to go on, by name"""
+
+    @property
+    def nbytes(self) -> int:
+        """Of all arrays."""
+        return sum(one.nbytes for one in self.memories.values()) + sum(x.nbytes for x in self.beside.values())
+
+    @property
+    def position(self) -> int:
+        """How many bytes were read."""
+        return int(next(iter(self.memories.values())).position[0])
+
+
 MOST = 100
 """Bytes of a user's name in UTF-8, since files are named by them."""
 LITTER = ".fwpkm-*.tmp"
@@ -42,9 +68,9 @@ class Store:
         self._check_folder(model)
         for litter in self.folder.glob(LITTER):
             litter.unlink()
-        for state in self.folder.glob("*.state"):
-            if not state.with_suffix(".text").exists():  # killed while it deleted this user
-                state.unlink()
+        for kept in (*self.folder.glob("*.state"), *self.folder.glob("*.beside")):
+            if not (self.folder / f"{kept.name.split('.')[0]}.text").exists():  # killed while it deleted this user
+                kept.unlink()
 
     def _check_folder(self, model: str) -> None:
         """Raise unless the folder is new or this model's; nothing in it has been touched then."""
@@ -121,7 +147,24 @@ class Store:
         packed = fwpkm.load_packed(path)
         if wrong := [name for name in packed if not name.startswith(f"{user}/")]:
             raise ValueError(f"{path} holds the memory of another user. Expected: {user!r}. Received: {wrong}")
-        return {name.removeprefix(f"{user}/"): one for name, one in packed.items()}
+        memories = {name.removeprefix(f"{user}/"): one for name, one in packed.items()}
+        return self._with_beside(user, memories)
+
+    def _with_beside(self, user: str, memories: dict[str, PackedState]) -> Packed:
+        """With what was saved beside states of this position, if anything was."""
+        alone = Packed(memories, {})
+        path = self._file(user, f"{alone.position}.beside")
+        if not path.exists():
+            return alone
+        try:
+            with safetensors.safe_open(path, "np") as file:
+                about, names = file.metadata() or {}, file.keys()
+                beside = {name: file.get_tensor(name) for name in names}
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"{path} is damaged: {error}") from error
+        if about.get("sha256") != _digest(user, beside):
+            raise ValueError(f"{path} is damaged, or of another user than {user!r}")
+        return Packed(memories, beside)
 
     def spill(self) -> dict[str, OSError]:
         """Save the users beyond the bound, those used least recently first; who cannot be saved stays, and is named."""
@@ -138,8 +181,14 @@ class Store:
         with self._file(user, "text").open("rb") as file:
             os.fsync(file.fileno())  # before the states: they must never be ahead of the text
         if user in self._packed:
-            named = {f"{user}/{name}": one for name, one in self._packed[user].items()}
-            fwpkm.save_packed(self._file(user, "state"), named)
+            packed = self._packed[user]
+            beside = self._file(user, f"{packed.position}.beside")
+            if packed.beside:
+                self._write(beside, safetensors.numpy.save(packed.beside, {"sha256": _digest(user, packed.beside)}))
+            fwpkm.save_packed(self._file(user, "state"), {f"{user}/{k}": one for k, one in packed.memories.items()})
+            for old in self._beside(user):
+                if old != beside or not packed.beside:
+                    old.unlink()
             del self._packed[user]
         self._sync_folder()
 
@@ -151,6 +200,8 @@ class Store:
         """Forget a user's packed states everywhere; the text stays."""
         self.release(user)
         self._file(user, "state").unlink(missing_ok=True)
+        for path in self._beside(user):
+            path.unlink()
         self._sync_folder()
 
     def delete(self, user: str) -> None:
@@ -163,18 +214,22 @@ class Store:
 
     def bytes_in_memory(self) -> dict[str, int]:
         """Of the packed states of each user in memory."""
-        return {user: sum(one.nbytes for one in packed.values()) for user, packed in self._packed.items()}
+        return {user: packed.nbytes for user, packed in self._packed.items()}
 
     def bytes_on_disk(self) -> dict[str, int]:
-        """Of the file of packed states of each user who has one."""
-        found = sorted(self.folder.glob("*.state"))
-        return {bytes.fromhex(path.stem).decode(): path.stat().st_size for path in found}
+        """Of the files of packed states of each user who has some."""
+        users = [bytes.fromhex(path.stem).decode() for path in sorted(self.folder.glob("*.state"))]
+        files = {user: [self._file(user, "state"), *self._beside(user)] for user in users}
+        return {user: sum(path.stat().st_size for path in its) for user, its in files.items()}
 
     # --- Files ---
 
     def _file(self, user: str, kind: str) -> Path:
         """In hexadecimal: names that differ in case only, or hold a slash, are files of their own everywhere."""
         return self.folder / f"{user.encode().hex()}.{kind}"
+
+    def _beside(self, user: str) -> list[Path]:
+        return list(self.folder.glob(f"{user.encode().hex()}.*.beside"))
 
     def _write(self, path: Path, data: bytes) -> None:
         with self._temporary() as temporary:
@@ -201,3 +256,12 @@ class Store:
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
+
+
+def _digest(user: str, arrays: dict[str, np.ndarray]) -> str:
+    """Of whose arrays these are, and of all of them."""
+    sha = hashlib.sha256(user.encode())
+    for name in sorted(arrays):
+        sha.update(f"{name} {arrays[name].dtype} {arrays[name].shape}".encode())
+        sha.update(np.ascontiguousarray(arrays[name]).data)
+    return sha.hexdigest()
