@@ -2,7 +2,8 @@
 
 Each user sends a text, asks for an answer, and sends the next text once it has that, until it has all its tokens. All
 users send their first text at once, and each its next as soon as it is answered, so that rows never rest; a wait
-includes the queue for a row. The model is untrained: what it costs does not hang on what it says.
+includes the queue for a row. The model is a small untrained one, whose cost does not hang on what it says, or the trained
+language model of a folder.
 
 In the end some users' texts are read again, each alone, and the bytes that were written must be the likeliest there. In
 float64 all must. In float32 other batches round otherwise, and now and then that chooses another slot: one in a hundred
@@ -12,6 +13,7 @@ may differ, where users whose memories were mixed would differ in most.
 import argparse
 import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,8 +21,11 @@ import torch
 from rich.progress import Progress
 
 from benchmarks import report
+from examples.language_model.checkpoint import load
+from examples.language_model.needle import MEMORIES
 from examples.serving.engine import Engine
-from examples.serving.model import ByteModel
+from examples.serving.language_model import Served
+from examples.serving.model import ByteModel, Model
 from fwpkm import FwPKMConfig
 
 TOLERANCE = 1e-3
@@ -37,11 +42,13 @@ OPTIONS: dict[str, tuple[int | None, str]] = {
     "in_memory": (24, "users packed in memory"),
     "piece": (64, "bytes of a text that a call reads"),
     "turn": (64, "calls until a user who is not done gives up the row"),
-    "width": (64, "Dk, Dv and the model's width"),
-    "num_subkeys": (64, "S"),
-    "layers": (2, "memories"),
-    "chunk": (64, "C"),
     "checked": (4, "users read again alone"),
+}
+UNTRAINED: dict[str, tuple[int | None, str]] = {
+    "width": (64, "Dk, Dv and width of the untrained model"),
+    "num_subkeys": (64, "its S"),
+    "layers": (2, "its memories"),
+    "chunk": (64, "its C"),
 }
 
 
@@ -71,10 +78,7 @@ class _Client:
 
 def measure(args: argparse.Namespace, folder: str) -> tuple[report.Table, bool]:
     """Serve all users to the end, then check some: the measurements, and whether too many bytes were others."""
-    torch.manual_seed(0)
-    size = {"key_dim": args.width, "value_dim": args.width, "num_subkeys": args.num_subkeys}
-    config = FwPKMConfig(**size, chunk_size=args.chunk)
-    model = ByteModel(config, args.width, args.layers).to(args.device, getattr(torch, args.dtype))
+    model = _model(args)
     engine = Engine(model, folder, args.rows, args.in_memory, args.piece, args.turn)
     clients = {f"user {i}": _Client(i, args) for i in range(args.users)}
     start = time.perf_counter()
@@ -96,6 +100,16 @@ def measure(args: argparse.Namespace, folder: str) -> tuple[report.Table, bool]:
         ("bytes checked alone, of them others", f"{checked:,}, {wrong}"),
     ]
     return report.Table(f"{args.users} users", ("", "measured"), rows), wrong > ALLOWED[args.dtype] * checked
+
+
+def _model(args: argparse.Namespace) -> Model:
+    if args.language_model is not None:
+        model, _ = load(args.language_model, torch.device(args.device), **MEMORIES)
+        return Served(model.to(getattr(torch, args.dtype)))
+    torch.manual_seed(0)
+    size = {"key_dim": args.width, "value_dim": args.width, "num_subkeys": args.num_subkeys}
+    config = FwPKMConfig(**size, chunk_size=args.chunk)
+    return ByteModel(config, args.width, args.layers).to(args.device, getattr(torch, args.dtype))
 
 
 def _serve(engine: Engine, clients: dict[str, _Client], total: int) -> tuple[list[float], list[float]]:
@@ -123,7 +137,7 @@ def _serve(engine: Engine, clients: dict[str, _Client], total: int) -> tuple[lis
     return steps, turns
 
 
-def _check(model: ByteModel, engine: Engine, client: _Client) -> tuple[int, int]:
+def _check(model: Model, engine: Engine, client: _Client) -> tuple[int, int]:
     """How many bytes a user was answered with, and how many are not the likeliest where its text is read alone."""
     text = engine.text(client.name)
     logits = model.logits_of(text)[torch.tensor(client.answers) - 1]
@@ -142,16 +156,20 @@ def _mean(sizes: dict[Any, int]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Print the table; 1 where a user was written what it would not have been written alone."""
-    parser = report.parser("serving", __doc__, **OPTIONS)
+    parser = report.parser("serving", __doc__, **OPTIONS, **UNTRAINED)
     parser.add_argument("--dtype", choices=("float32", "float64"), default="float32", help="(default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="a torch device (default: %(default)s)")
+    parser.add_argument("--language-model", type=Path, help="a folder of examples/language_model's train or run")
     parser.add_argument("--folder", help="where users are kept; a new one that is removed if left out")
     report.add_markdown(parser)
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as temporary:
         table, mixed = measure(args, args.folder or temporary)
-    legend = ", ".join(f"{name.replace('_', '-')} {getattr(args, name)}" for name in OPTIONS)
-    report.show([legend], [table], markdown=args.markdown)
+    trained = args.language_model is not None
+    names = OPTIONS if trained else OPTIONS | UNTRAINED
+    legend = ", ".join(f"{name.replace('_', '-')} {getattr(args, name)}" for name in names)
+    model = f"the language model of {args.language_model}" if trained else "an untrained model"
+    report.show([model, legend], [table], markdown=args.markdown)
     return int(mixed)
 
 

@@ -1,12 +1,17 @@
 """The language model on the engine of examples/serve.py: every user as alone, windows of attention included."""
 
+import numpy as np
 import pytest
 import torch
 from asserting import assert_close
+from safetensors.torch import save_file
 from serving_clients import Clients
 
+from benchmarks.serving import main
+from examples.language_model import checkpoint, training
+from examples.language_model.corpus import Corpus, Texts
 from examples.language_model.model import LanguageModel
-from examples.language_model.settings import ModelSettings
+from examples.language_model.settings import Experiment, ModelSettings
 from examples.serving.engine import Engine
 from examples.serving.language_model import Served
 from examples.serving.model import choices
@@ -118,3 +123,19 @@ def test_a_damaged_file_of_windows_refuses_its_user_alone(tmp_path, spoil):
 def test_models_that_have_nothing_to_remember_are_refused():
     with pytest.raises(ValueError, match=r"the engine serves models with memories\. Received: "):
         Served(built(memories=()))
+
+
+def test_the_load_test_serves_a_trained_model(tmp_path, capsys):
+    data = np.random.default_rng(0).integers(97, 123, 2000).astype(np.uint8)
+    corpus = Corpus(Texts(data, np.array([0, 2000]), ("a",)), Texts(data, np.array([0, 2000]), ("b",)), "5ha")
+    tables = {"model": SMALL | {"memories": [0, 2]}, "training": {"steps": 1, "batch": 1, "length": 96, "facts": 0.0}}
+    path = training.train(Experiment.of(tables, "test"), corpus, tmp_path / "run", torch.device("cpu"))
+    tensors, about = checkpoint._read(path)
+    grown = {key: 8 * x if x.ndim > 1 else x for key, x in tensors.items()}  # so that memories show
+    save_file(grown, path, {**about, "weights": checkpoint.digest(grown)})
+    users = "--users 3 --tokens 60 --text 30 --answer 4 --rows 1 --in-memory 1 --checked 3 --dtype float64 --markdown"
+    assert main(["--language-model", str(tmp_path / "run"), *users.split()]) == 0
+    printed = capsys.readouterr().out
+    assert "the language model of" in printed
+    assert "num-subkeys" not in printed
+    assert "| bytes checked alone, of them others | 24, 0 |" in printed
