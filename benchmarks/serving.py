@@ -2,8 +2,8 @@
 
 Each user sends a text, asks for an answer, and sends the next text once it has that, until it has all its tokens. All
 users send their first text at once, and each its next as soon as it is answered, so that rows never rest; a wait
-includes the queue for a row. The model is a small untrained one, whose cost does not hang on what it says, or the trained
-language model of a folder.
+includes the queue for a row. The model is a small untrained one, whose cost does not hang on what it says; or the
+language model of a folder, trained.
 
 In the end some users' texts are read again, each alone, and the bytes that were written must be the likeliest there. In
 float64 all must. In float32 other batches round otherwise, and now and then that chooses another slot: one in a hundred
