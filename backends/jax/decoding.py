@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from fwpkm import schedule, validation
+from fwpkm.backends.jax.arguments import takes_numpy
 from fwpkm.backends.jax.indexing import put
 from fwpkm.backends.jax.ops import call_dtype, tables_in
 from fwpkm.backends.jax.rows import is_traced
@@ -23,6 +24,7 @@ from fwpkm.containers import Memory, State
 from fwpkm.tokens import Tokens
 
 
+@takes_numpy
 def start_decoding(state: State) -> State:
     """A copy of a state for :func:`decode` to overwrite.
 
@@ -33,6 +35,7 @@ def start_decoding(state: State) -> State:
     return state.map(jnp.copy)
 
 
+@takes_numpy
 def decode(
     cfg: FwPKMConfig,
     state: State,

@@ -11,9 +11,11 @@ from jax import Array
 
 from fwpkm import validation
 from fwpkm.backends.jax import ops
+from fwpkm.backends.jax.arguments import takes_numpy
 from fwpkm.backends.jax.decoding import decode
 from fwpkm.backends.jax.rows import begin, init_state
 from fwpkm.backends.jax.tokens import finite_rows
+from fwpkm.backends.jax.windows import SELF
 from fwpkm.config import FwPKMConfig
 from fwpkm.containers import LayerTrace, Memory, State
 from fwpkm.files import layer_spec
@@ -106,6 +108,7 @@ class FwPKM:
             return {"params": {**params, "memory": memory}, "buffers": {}}
         return {"params": params, "buffers": {"memory": memory}}
 
+    @takes_numpy
     def apply(
         self,
         variables: Variables,
@@ -140,12 +143,12 @@ class FwPKM:
         """
         validation.check_flag("return_state", return_state)
         validation.check_flag("return_trace", return_trace)
-        validation.check_array("x", x, [("B", None), ("T", None), ("hidden_size", self.hidden_size)], "float", Array)
+        validation.check_array("x", x, [("B", None), ("T", None), ("hidden_size", self.hidden_size)], "float", SELF.arrays)
         if mask is not None:
-            validation.check_array("mask", mask, [("B", x.shape[0]), ("T", x.shape[1])], "bool", Array)
+            validation.check_array("mask", mask, [("B", x.shape[0]), ("T", x.shape[1])], "bool", SELF.arrays)
         there = mask
         if cu_seqlens is not None:
-            validation.check_packed("x", x, cu_seqlens, Array)
+            validation.check_packed("x", x, cu_seqlens, SELF.arrays)
             inside = jnp.arange(x.shape[1]) < cu_seqlens[-1]
             there = inside[None] if mask is None else mask & inside
         tokens = self._tokens(variables, x, mask, there)
@@ -161,6 +164,7 @@ class FwPKM:
         gate = None if tokens.gate is None else jax.lax.stop_gradient(tokens.gate).astype(trace.weights.dtype)
         return y, state, LayerTrace(*trace, gate=traced_gate(jnp, gate, trace.weights))
 
+    @takes_numpy
     def decode(self, variables: Variables, x: Array, state: State, mask: Array | None = None) -> tuple[Array, State]:
         """Read one token of each row, overwriting ``state``, which is donated. No gradient.
 
@@ -180,9 +184,9 @@ class FwPKM:
             ValueError: an argument does not fit; names it, what was expected and what was received.
             TypeError: a gradient through it is asked for.
         """
-        validation.check_array("x", x, [("B", None), ("T", 1), ("hidden_size", self.hidden_size)], "float", Array)
+        validation.check_array("x", x, [("B", None), ("T", 1), ("hidden_size", self.hidden_size)], "float", SELF.arrays)
         if mask is not None:
-            validation.check_array("mask", mask, [("B", x.shape[0]), ("T", 1)], "bool", Array)
+            validation.check_array("mask", mask, [("B", x.shape[0]), ("T", 1)], "bool", SELF.arrays)
         tokens = self._tokens(variables, x, mask, mask)
         read, state = decode(self.config, state, *tokens)
         return self._output(variables, read, tokens, mask), state
@@ -212,6 +216,7 @@ class FwPKM:
         y = jnp.where(finite[..., None], y, jnp.nan)
         return y if there is None else jnp.where(there[..., None], y, 0)
 
+    @takes_numpy
     def init_state(self, variables: Variables, batch_size: int) -> State:
         """The state that a call without one starts from: the initial memory for each row, at position 0."""
         memory = self._memory(self._checked(variables))
@@ -225,6 +230,7 @@ class FwPKM:
         """The canonical names (SPEC.md §8) and their shapes."""
         return {name: tuple(x.shape) for name, x in self._flat(_form(self)).items()}
 
+    @takes_numpy
     def export_tensors(self, variables: Variables | None = None) -> dict[str, np.ndarray]:
         """Weights and initial tables by canonical name; bfloat16 and float16 as float32.
 

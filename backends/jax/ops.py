@@ -14,6 +14,7 @@ import numpy as np
 from jax import Array
 
 from fwpkm import schedule, validation
+from fwpkm.backends.jax.arguments import takes_numpy
 from fwpkm.backends.jax.backward import run
 from fwpkm.backends.jax.indexing import gather
 from fwpkm.backends.jax.rows import begin, is_traced, mask_of
@@ -32,6 +33,7 @@ def init_memory(cfg: FwPKMConfig, memories: int = 1, seed: int = 0) -> Memory:
     return Memory(*map(jnp.asarray, initial_arrays(cfg, memories, seed)))
 
 
+@takes_numpy
 def apply(
     cfg: FwPKMConfig,
     state: State | Memory,
@@ -105,6 +107,7 @@ def _most_tokens(cfg: FwPKMConfig, batch: int, tokens: Tokens, ends: np.ndarray 
     return np.full(batch, tokens.length)
 
 
+@takes_numpy
 def flush(cfg: FwPKMConfig, state: State, rows: Any = None) -> tuple[State, Trace]:
     """Write the pending chunk of every row, or of ``rows``, empty it and restart the count (SPEC.md §5)."""
     batch = validation.check_state(cfg, state, SELF)
@@ -117,6 +120,7 @@ def flush(cfg: FwPKMConfig, state: State, rows: Any = None) -> tuple[State, Trac
     return State.of(state.memory if tables is None else tables, pending, position), trace
 
 
+@takes_numpy
 def lookup(cfg: FwPKMConfig, memory: Memory, query: Array) -> Lookup:
     """Read the tables (SPEC.md §2)."""
     validation.check_lookup(cfg, memory, query, SELF)
@@ -126,6 +130,7 @@ def lookup(cfg: FwPKMConfig, memory: Memory, query: Array) -> Lookup:
     return _read_only(cfg, memory, Tokens(query, jnp.zeros((*query.shape[:2], cfg.value_dim), query.dtype)))[0]
 
 
+@takes_numpy
 def chunk_update(
     cfg: FwPKMConfig,
     memory: Memory,
@@ -143,6 +148,7 @@ def chunk_update(
     return _chunk_update(cfg, memory, chunk, pair)
 
 
+@takes_numpy
 def detach(state: State) -> State:
     """The state without its gradient history."""
     validation.check_is_state(state)
@@ -168,11 +174,12 @@ def to_numpy(x: Array) -> np.ndarray:
     return np.asarray(x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x)
 
 
+@takes_numpy
 def vjp(
     fn: Callable[..., Array | tuple[Array, ...]], args: Sequence[Array], cotangents: Sequence[Array] | Array
 ) -> tuple[Array, ...]:
     """Gradients of Σ output · cotangent with respect to every argument; zeros where one has no influence."""
-    alone = isinstance(cotangents, Array)
+    alone = not isinstance(cotangents, Sequence)
 
     def outputs(*arguments: Array) -> tuple[Array, ...]:
         returned = fn(*arguments)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fwpkm import packing
+from fwpkm.backends.jax.arguments import from_numpy, takes_numpy
 from fwpkm.backends.jax.ops import to_numpy
 from fwpkm.backends.jax.rows import init_state, is_traced
 from fwpkm.backends.jax.windows import SELF
@@ -16,6 +17,7 @@ from fwpkm.containers import Memory, State
 from fwpkm.packing import PackedState
 
 
+@takes_numpy
 def pack(cfg: FwPKMConfig, state: State, memory: Memory, dtype: str | None = None) -> PackedState:
     """What a state holds that the initial ``memory`` does not; its tables are looked at on the host."""
     _refuse_traced("pack", state, memory)
@@ -24,6 +26,7 @@ def pack(cfg: FwPKMConfig, state: State, memory: Memory, dtype: str | None = Non
 
 def unpack(cfg: FwPKMConfig, packed: PackedState | Sequence[PackedState], memory: Memory) -> State:
     """The state that was packed, dealt out as ``init_state`` of ``memory`` deals it."""
+    memory = jax.tree.map(from_numpy, memory)  # of ``packed`` NumPy's arrays are what is wanted
     _refuse_traced("unpack", memory)
     whole = packing.prepare(cfg, packed, memory, SELF, to_numpy)
     fresh = init_state(cfg, memory, whole.batch_size)

@@ -10,6 +10,7 @@ from jax import Array
 
 from fwpkm import rows as row_checks
 from fwpkm import schedule, validation
+from fwpkm.backends.jax.arguments import takes_numpy
 from fwpkm.backends.jax.sharding import alike, placed
 from fwpkm.backends.jax.tokens import no_tokens, outer
 from fwpkm.backends.jax.windows import SELF
@@ -18,6 +19,7 @@ from fwpkm.containers import Memory, State, memories_for
 from fwpkm.tokens import Axis, Tokens
 
 
+@takes_numpy
 def init_state(cfg: FwPKMConfig, memory: Memory, batch_size: int) -> State:
     """A state at position 0 that owns a copy of ``memory``."""
     return begin(cfg, memory, batch_size)
@@ -32,6 +34,7 @@ def begin(cfg: FwPKMConfig, memory: Memory, batch_size: int, like: Array | None 
     return State.of(memory, pending, position)
 
 
+@takes_numpy
 def reset(cfg: FwPKMConfig, state: State, memory: Memory, rows: Any = None) -> State:
     """Make rows what ``init_state`` makes."""
     batch = row_checks.check_reset(cfg, state, memory, SELF)
@@ -40,6 +43,7 @@ def reset(cfg: FwPKMConfig, state: State, memory: Memory, rows: Any = None) -> S
     return _blended(chosen, state, fresh)
 
 
+@takes_numpy
 def select(cfg: FwPKMConfig, state: State, rows: Any) -> State:
     """The state of these rows, in this order."""
     if is_traced(rows):
@@ -50,12 +54,14 @@ def select(cfg: FwPKMConfig, state: State, rows: Any) -> State:
     return _selected(cfg.memory_scope == "sequence", state, ids)
 
 
+@takes_numpy
 def concat(cfg: FwPKMConfig, states: Sequence[State]) -> State:
     """One state of the rows of all, in order."""
     row_checks.check_concat(cfg, states, SELF)
     return _joined(tuple(states))
 
 
+@takes_numpy
 def put(cfg: FwPKMConfig, state: State, rows: Any, other: State) -> State:
     """The state with the i-th row of ``other`` at rows[i]."""
     received = row_checks.check_put(cfg, state, other, SELF)
@@ -67,6 +73,7 @@ def put(cfg: FwPKMConfig, state: State, rows: Any, other: State) -> State:
     return _put(state, ids, other)
 
 
+@takes_numpy
 def to_device(state: State, device: Any) -> State:
     """The state with all its arrays on a device of JAX, or dealt out by a sharding.
 
@@ -80,6 +87,7 @@ def to_device(state: State, device: Any) -> State:
     return moved
 
 
+@takes_numpy
 def pending(cfg: FwPKMConfig, state: State) -> Array:
     """How many tokens of each row no write has consumed ``[B]``."""
     validation.check_state(cfg, state, SELF)
@@ -88,6 +96,7 @@ def pending(cfg: FwPKMConfig, state: State) -> Array:
     return schedule.pending(cfg, state.position)
 
 
+@takes_numpy
 def nbytes(state: State) -> int:
     """The bytes that a state takes."""
     validation.check_is_state(state)

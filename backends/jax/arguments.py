@@ -1,0 +1,41 @@
+"""NumPy's arrays as arguments, wherever JAX's own functions take them."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def takes_numpy(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """``function``, which also takes NumPy arrays, alone or in states and other pytrees, as JAX's own functions do.
+
+    They become copies as ``jnp.array`` makes them, so outside of the 64-bit mode float64 becomes float32. Their values
+    stay known under ``jax.jit`` too.
+    """
+
+    @functools.wraps(function)
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        args, kwargs = jax.tree.map(from_numpy, (args, kwargs))
+        return function(*args, **kwargs)
+
+    return call
+
+
+def from_numpy(x: Any) -> Any:
+    """A NumPy array, or a floating scalar, as an array of JAX; anything else, and what JAX has no dtype for, as it is.
+
+    Integers and bools stay Python's: they are counts and switches.
+    """
+    if not isinstance(x, (np.ndarray, np.floating, float)):
+        return x
+    try:
+        with jax.ensure_compile_time_eval():
+            return jnp.array(x)  # a copy: asarray may share NumPy's, which its owner overwrites
+    except TypeError:  # another byte order, texts, objects: the checks refuse it by its name
+        return x
