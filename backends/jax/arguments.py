@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+AnyArray = jax.Array | np.ndarray
+"""What the layer takes."""
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 

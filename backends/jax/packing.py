@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from fwpkm import packing
 from fwpkm.backends.jax.arguments import from_numpy, takes_numpy
@@ -18,13 +19,13 @@ from fwpkm.packing import PackedState
 
 
 @takes_numpy
-def pack(cfg: FwPKMConfig, state: State, memory: Memory, dtype: str | None = None) -> PackedState:
+def pack(cfg: FwPKMConfig, state: State[Array], memory: Memory[Array], dtype: str | None = None) -> PackedState:
     """What a state holds that the initial ``memory`` does not; its tables are looked at on the host."""
     _refuse_traced("pack", state, memory)
     return packing.pack(cfg, state, memory, dtype, SELF, to_numpy)
 
 
-def unpack(cfg: FwPKMConfig, packed: PackedState | Sequence[PackedState], memory: Memory) -> State:
+def unpack(cfg: FwPKMConfig, packed: PackedState | Sequence[PackedState], memory: Memory[Array]) -> State[Array]:
     """The state that was packed, dealt out as ``init_state`` of ``memory`` deals it."""
     memory = jax.tree.map(from_numpy, memory)  # of ``packed`` NumPy's arrays are what is wanted
     _refuse_traced("unpack", memory)
