@@ -152,18 +152,6 @@ class FwPKM(nn.Module):
                 assert isinstance(module, (nn.RMSNorm, InitialMemory))
                 module.reset_parameters()
 
-    @overload
-    def forward(
-        self, x: Tensor, state: State[Tensor] | None = None, mask: Tensor | None = None,
-        cu_seqlens: Tensor | None = None, update: bool = True, return_state: Literal[True] = True,
-        *, inplace: bool = False, return_trace: Literal[False] = False,
-    ) -> tuple[Tensor, State[Tensor]]: ...  # fmt: skip
-    @overload
-    def forward(
-        self, x: Tensor, state: State[Tensor] | None = None, mask: Tensor | None = None,
-        cu_seqlens: Tensor | None = None, update: bool = True, return_state: bool = True,
-        *, inplace: bool = False, return_trace: bool = False,
-    ) -> tuple[Any, ...]: ...  # fmt: skip
     def forward(
         self,
         x: Tensor,
@@ -215,8 +203,22 @@ class FwPKM(nn.Module):
         gate = None if tokens.gate is None else tokens.gate.detach()
         return y, state, LayerTrace(*trace, gate=traced_gate(torch, gate, trace.weights))
 
-    if TYPE_CHECKING:
-        __call__ = forward
+    if TYPE_CHECKING:  # of a module they know that it can be called with anything
+
+        @overload
+        def __call__(
+            self, x: Tensor, state: State[Tensor] | None = None, mask: Tensor | None = None,
+            cu_seqlens: Tensor | None = None, update: bool = True, return_state: Literal[True] = True,
+            *, inplace: bool = False, return_trace: Literal[False] = False,
+        ) -> tuple[Tensor, State[Tensor]]: ...  # fmt: skip
+        @overload
+        def __call__(
+            self, x: Tensor, state: State[Tensor] | None = None, mask: Tensor | None = None,
+            cu_seqlens: Tensor | None = None, update: bool = True, return_state: bool = True,
+            *, inplace: bool = False, return_trace: bool = False,
+        ) -> tuple[Any, ...]: ...  # fmt: skip
+        def __call__(self, *arguments: Any, **options: Any) -> Any:
+            """``forward``, and the hooks of the module."""
 
     @torch.no_grad()
     def decode(self, x: Tensor, state: State[Tensor], mask: Tensor | None = None) -> Tensor:
