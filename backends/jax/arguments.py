@@ -45,6 +45,6 @@ def from_numpy(x: Any) -> Any:
         return x
     try:
         with jax.ensure_compile_time_eval():
-            return jnp.array(x)  # a copy: asarray may share NumPy's, which its owner overwrites
+            return jnp.array(x)  # a copy: device_put may share NumPy's, which its owner overwrites
     except TypeError:  # another byte order, texts, objects: the checks refuse it by its name
         return x
