@@ -2,10 +2,13 @@
 
 import dataclasses
 import decimal
+import difflib
+import functools
 import json
 import math
 import numbers
 import operator
+from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn, Self
 
 CHOICES = {
@@ -18,6 +21,19 @@ CHOICES = {
 _POSITIVE_INTEGERS = ("key_dim", "value_dim", "num_heads", "num_subkeys", "top_k", "chunk_size")
 _POSITIVE_NUMBERS = ("score_eps", "temperature", "grad_clip")
 _NON_NEGATIVE_NUMBERS = ("learning_rate", "weight_decay", "addressing_weight")
+
+
+def check_arguments(taker: str, received: Iterable[str], known: Sequence[str]) -> None:
+    """Raise unless all of the names are known.
+
+    Raises:
+        TypeError: for the first that is not; names the one that was probably meant, or else all that are known.
+    """
+    for name in received:
+        if name not in known:
+            meant = difflib.get_close_matches(name, known, 1)
+            advice = f"Did you mean {meant[0]}?" if meant else f"It takes {', '.join(known)}."
+            raise TypeError(f"{taker} takes no argument {name!r}. {advice}")
 
 
 class _Text:
@@ -177,8 +193,25 @@ class FwPKMConfig(_Text):
             fields: Any = json.loads(text.removeprefix("\ufeff"))
         except RecursionError:
             raise ValueError("a config must be a JSON object of plain fields. Received: one nested too deep") from None
-        names = [field.name for field in dataclasses.fields(cls)]
-        unknown = sorted(fields.keys() - set(names)) if isinstance(fields, dict) else fields
+        unknown = sorted(fields.keys() - set(FIELDS)) if isinstance(fields, dict) else fields
         if unknown or not isinstance(fields, dict):
-            raise ValueError(f"a config must be a JSON object with fields among {names}. Received: {unknown!r}")
+            raise ValueError(f"a config must be a JSON object with fields among {[*FIELDS]}. Received: {unknown!r}")
         return cls(**fields)
+
+
+FIELDS = tuple(field.name for field in dataclasses.fields(FwPKMConfig))
+"""The names of the fields of a configuration."""
+
+
+def _naming_fields(init: Any) -> Any:
+    """``FwPKMConfig.__init__``, which says of an unknown field which one was probably meant."""
+
+    @functools.wraps(init)
+    def wrapped(self: FwPKMConfig, *values: Any, **fields: Any) -> None:
+        check_arguments("FwPKMConfig", fields, FIELDS)
+        init(self, *values, **fields)
+
+    return wrapped
+
+
+FwPKMConfig.__init__ = _naming_fields(FwPKMConfig.__init__)  # type: ignore[method-assign]

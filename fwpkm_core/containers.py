@@ -1,34 +1,61 @@
-"""The values that pass between a caller and a backend (SPEC.md §5 and §8): NamedTuples of native arrays."""
+"""The values that pass between a caller and a backend (SPEC.md §5 and §8): NamedTuples of native arrays.
+
+To type checkers ``State[torch.Tensor]`` and ``State[jax.Array]`` are states of one framework.
+"""
 
 from collections.abc import Callable
-from typing import NamedTuple, Self
+from types import GenericAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar
 
 from fwpkm.config import FwPKMConfig
 from fwpkm.tokens import TOKEN_FIELDS, Array, ArraySpec, Tokens, token_specs
 
+A = TypeVar("A")
+"""The type of one framework's arrays."""
+if TYPE_CHECKING:
+    from typing import Generic
+else:
 
-class Memory(NamedTuple):
+    class Generic:
+        """typing's, for type checkers alone: to torch 2.6 a NamedTuple with a second base is no pytree."""
+
+        def __class_getitem__(cls, _):  # noqa: D105
+            return cls()
+
+        def __mro_entries__(self, _):  # noqa: D105
+            return ()
+
+
+def _subscriptable(container: Any) -> None:
+    """Let annotations that are evaluated name the type of the arrays."""
+    container.__class_getitem__ = classmethod(GenericAlias)
+
+
+class Memory(NamedTuple, Generic[A]):
     """The tables. float32, or float64 when queries and tables both are."""
 
-    keys: Array
+    keys: A
     """``[M, H, 2, S, Dk/2]``: two codebooks of S sub-keys for each head."""
-    values: Array
+    values: A
     """``[M, N, Dv]``: one row for each of the N = S·S slots."""
 
 
-class State(NamedTuple):
+_subscriptable(Memory)
+
+
+class State(NamedTuple, Generic[A]):
     """B half-read sequences: their tables and pending tokens, P = C + L - 1 at most (SPEC.md §5)."""
 
-    memory: Memory
-    pending_query: Array
+    memory: Memory[A]
+    pending_query: A
     """``[B, P, H*Dk]``"""
-    pending_value: Array
+    pending_value: A
     """``[B, P, Dv]``"""
-    pending_gate: Array
+    pending_gate: A
     """``[B, P]``"""
-    pending_mask: Array
+    pending_mask: A
     """``[B, P]`` bool"""
-    position: Array
+    position: A
     """``[B]`` int32: the tokens that each row has read since it began, was reset or flushed; equal in batch scope."""
 
     @classmethod
@@ -50,6 +77,47 @@ class State(NamedTuple):
         memory = Memory(*map(function, self.memory, *(x.memory for x in others)))
         pending = Tokens(*map(function, self.pending, *(x.pending for x in others)))
         return self.of(memory, pending, function(self.position, *(x.position for x in others)))
+
+    def detach(self) -> Self:
+        """The state without its gradient history: truncated backpropagation between calls."""
+        if hasattr(self.position, "detach"):  # torch's, in what torch.compile can trace
+            return self.map(lambda x: x.detach())
+        return _functions(self).detach(self)
+
+    def clone(self) -> Self:
+        """A copy that shares no memory with the state, on the same devices; gradients pass through it."""
+
+        def copy(x: Any) -> Any:
+            if hasattr(x, "clone"):  # torch's
+                return x.clone()
+            return x.copy() if hasattr(x, "copy") else x  # TensorFlow's cannot be overwritten
+
+        return self.map(copy)
+
+    def to(self, *where: Any, **options: Any) -> Self:
+        """The state on another device, in torch also in another dtype: ``to_device`` of its framework's backend.
+
+        Args:
+            where: torch: a device, a dtype (float32 or float64), or both; JAX: a device or a sharding.
+            options: torch: ``device``, ``dtype`` and ``non_blocking``, as ``Tensor.to`` takes them; JAX: ``device``.
+
+        Raises:
+            ValueError: no such device or dtype, or a framework that places no states.
+        """
+        functions = _functions(self)
+        if not hasattr(functions, "to_device"):
+            raise ValueError(f"a state of {functions.__name__} stays where it is: only torch and JAX place states")
+        return functions.to_device(self, *where, **options)
+
+
+_subscriptable(State)
+
+
+def _functions(state: State) -> Any:
+    """The functions of the framework whose arrays a state holds."""
+    from fwpkm.registry import backend_of  # which knows states
+
+    return backend_of(state.memory.values)
 
 
 class Lookup(NamedTuple):

@@ -21,6 +21,27 @@ from fwpkm.packing import PackedState
 from fwpkm.tokens import TOKEN_FIELDS, Tokens, token_specs
 from fwpkm.validation import Implementation
 
+__all__ = [
+    "apply",
+    "asarray",
+    "chunk_update",
+    "concat",
+    "detach",
+    "device_name",
+    "flush",
+    "init_memory",
+    "init_state",
+    "lookup",
+    "nbytes",
+    "pack",
+    "pending",
+    "put",
+    "reset",
+    "select",
+    "to_numpy",
+    "unpack",
+]
+
 Array = np.ndarray
 _quiet = np.errstate(all="ignore")  # §5: non-finite numbers are expected; and no setting of the caller may stop a write
 
@@ -34,12 +55,16 @@ SELF = Implementation.of(
 )
 
 
-def init_memory(cfg: FwPKMConfig, memories: int = 1, seed: int = 0) -> Memory:
+def __dir__() -> list[str]:
+    return __all__
+
+
+def init_memory(cfg: FwPKMConfig, memories: int = 1, seed: int = 0) -> Memory[Array]:
     """Fresh tables (§7), the same numbers in every backend for one seed."""
     return Memory(*initial_arrays(cfg, memories, seed))
 
 
-def init_state(cfg: FwPKMConfig, memory: Memory, batch_size: int) -> State:
+def init_state(cfg: FwPKMConfig, memory: Memory[Array], batch_size: int) -> State[Array]:
     """A state at position 0 that owns a copy of ``memory``."""
     validation.check_initial(cfg, memory, batch_size, SELF)
     memories = memories_for(cfg, batch_size)
@@ -51,7 +76,7 @@ def init_state(cfg: FwPKMConfig, memory: Memory, batch_size: int) -> State:
 @_quiet
 def apply(
     cfg: FwPKMConfig,
-    state: State | Memory,
+    state: State[Array] | Memory[Array],
     query: Array,
     value: Array,
     gate: Array | None = None,
@@ -131,7 +156,9 @@ def windows(cfg: FwPKMConfig, position: int, length: int, update: bool) -> Itera
 
 
 @_quiet
-def flush(cfg: FwPKMConfig, state: State, rows: Any = None, *, inplace: bool = False) -> tuple[State, Trace]:
+def flush(
+    cfg: FwPKMConfig, state: State[Array], rows: Any = None, *, inplace: bool = False
+) -> tuple[State[Array], Trace]:
     """Write the pending chunk of every sequence, or of ``rows``, empty it and restart the count (§5)."""
     batch, memories = validation.check_state(cfg, state, SELF), len(state.memory.keys)
     validation.check_positions(cfg, state.position.tolist())
@@ -155,7 +182,7 @@ def flush(cfg: FwPKMConfig, state: State, rows: Any = None, *, inplace: bool = F
 
 
 @_quiet
-def lookup(cfg: FwPKMConfig, memory: Memory, query: Array) -> Lookup:
+def lookup(cfg: FwPKMConfig, memory: Memory[Array], query: Array) -> Lookup:
     """Read the tables (§2); a token whose query or selected scores are not finite reads NaN."""
     validation.check_lookup(cfg, memory, query, SELF)
     memory = _as_tables(memory, query)
@@ -167,13 +194,13 @@ def lookup(cfg: FwPKMConfig, memory: Memory, query: Array) -> Lookup:
 @_quiet
 def chunk_update(
     cfg: FwPKMConfig,
-    memory: Memory,
+    memory: Memory[Array],
     query: Array,
     target: Array,
     gate: Array | None = None,
     mask: Array | None = None,
     pair: Array | None = None,
-) -> tuple[Memory, Losses]:
+) -> tuple[Memory[Array], Losses]:
     """Write one chunk (§4) whose targets are already shifted."""
     chunk = Tokens(query, target, gate, mask)
     validation.check_chunk(cfg, memory, chunk, pair, SELF)
@@ -190,13 +217,15 @@ def chunk_update(
     return tables, losses
 
 
-def detach(state: State) -> State:
+def detach(state: State[Array]) -> State[Array]:
     """The state itself: NumPy keeps no gradients."""
     validation.check_is_state(state)
     return state
 
 
-def reset(cfg: FwPKMConfig, state: State, memory: Memory, rows: Any = None, *, inplace: bool = False) -> State:
+def reset(
+    cfg: FwPKMConfig, state: State[Array], memory: Memory[Array], rows: Any = None, *, inplace: bool = False
+) -> State[Array]:
     """Make rows what ``init_state`` makes (§5)."""
     batch = row_checks.check_reset(cfg, state, memory, SELF)
     ids = np.flatnonzero(row_checks.mask_of(cfg, rows, batch))
@@ -207,7 +236,7 @@ def reset(cfg: FwPKMConfig, state: State, memory: Memory, rows: Any = None, *, i
     return _put(state, ids, fresh, inplace)
 
 
-def select(cfg: FwPKMConfig, state: State, rows: Any) -> State:
+def select(cfg: FwPKMConfig, state: State[Array], rows: Any) -> State[Array]:
     """The state of these rows, in this order (§5)."""
     ids = row_checks.check_select(cfg, state, rows, SELF)
     tables = ids if cfg.memory_scope == "sequence" else [0]
@@ -215,13 +244,15 @@ def select(cfg: FwPKMConfig, state: State, rows: Any) -> State:
     return State.of(memory, state.pending.map(lambda x: x[ids]), state.position[ids])
 
 
-def concat(cfg: FwPKMConfig, states: Sequence[State]) -> State:
+def concat(cfg: FwPKMConfig, states: Sequence[State[Array]]) -> State[Array]:
     """One state of the rows of all, in order (§5)."""
     row_checks.check_concat(cfg, states, SELF)
     return states[0].map(lambda *x: np.concatenate(x), *states[1:])
 
 
-def put(cfg: FwPKMConfig, state: State, rows: Any, other: State, *, inplace: bool = False) -> State:
+def put(
+    cfg: FwPKMConfig, state: State[Array], rows: Any, other: State[Array], *, inplace: bool = False
+) -> State[Array]:
     """The state with the i-th row of ``other`` at rows[i] (§5)."""
     received = row_checks.check_put(cfg, state, other, SELF)
     ids = row_checks.ids_of(rows, len(state.position))
@@ -250,26 +281,26 @@ def _check_inplace(inplace: bool, overwritten: Sequence[Array]) -> None:
         )
 
 
-def pending(cfg: FwPKMConfig, state: State) -> Array:
+def pending(cfg: FwPKMConfig, state: State[Array]) -> Array:
     """How many tokens of each row no write has consumed ``[B]`` (§5)."""
     validation.check_state(cfg, state, SELF)
     validation.check_positions(cfg, state.position.tolist())
     return schedule.pending(cfg, state.position)
 
 
-def nbytes(state: State) -> int:
+def nbytes(state: State[Array]) -> int:
     """The bytes that a state takes, those of a table that rows share counted once (§5)."""
     validation.check_is_state(state)
     arrays = (*state.memory, *state.pending, state.position)
     return sum(x.itemsize * math.prod(n for n, stride in zip(x.shape, x.strides) if stride) for x in arrays if x.size)
 
 
-def pack(cfg: FwPKMConfig, state: State, memory: Memory, dtype: str | None = None) -> PackedState:
+def pack(cfg: FwPKMConfig, state: State[Array], memory: Memory[Array], dtype: str | None = None) -> PackedState:
     """What a state holds that the initial ``memory`` does not (§10)."""
     return packing.pack(cfg, state, memory, dtype, SELF)
 
 
-def unpack(cfg: FwPKMConfig, packed: PackedState | Sequence[PackedState], memory: Memory) -> State:
+def unpack(cfg: FwPKMConfig, packed: PackedState | Sequence[PackedState], memory: Memory[Array]) -> State[Array]:
     """The state that was packed (§10)."""
     return packing.unpack(cfg, packing.prepare(cfg, packed, memory, SELF), memory)
 

@@ -2,10 +2,14 @@
 
 import importlib
 import importlib.util
+import sys
 from collections.abc import Iterator
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast, overload
 
 from fwpkm.protocol import DifferentiableBackend
+
+if TYPE_CHECKING:
+    from fwpkm.backends import jax, keras, torch
 
 
 class _Backend(NamedTuple):
@@ -70,6 +74,38 @@ def get_backend(name: str) -> DifferentiableBackend:
         ) from error
 
 
+@overload
+def FwPKM(backend: Literal["torch"], *arguments: Any, **options: Any) -> "torch.FwPKM": ...
+@overload
+def FwPKM(backend: Literal["jax"], *arguments: Any, **options: Any) -> "jax.FwPKM": ...
+@overload
+def FwPKM(backend: Literal["keras"], *arguments: Any, **options: Any) -> "keras.FwPKM": ...
+@overload
+def FwPKM(backend: str, *arguments: Any, **options: Any) -> Any: ...
+def FwPKM(backend: str, *arguments: Any, **options: Any) -> Any:  # noqa: N802
+    """The layer of a framework named by a text: ``FwPKM("torch", 64)`` is ``fwpkm.backends.torch.FwPKM(64)``.
+
+    Args:
+        backend: "torch", "jax" or "keras".
+        arguments: those of that layer.
+        options: those of that layer, such as ``num_subkeys=64``.
+
+    Raises:
+        ValueError: no framework of this name has a layer, or an argument of the layer breaks its rule.
+        ImportError: the framework is not installed; names the extra to install.
+    """
+    layers = [name for name in _BACKENDS if name != "numpy"]
+    if backend not in layers:
+        raise ValueError(
+            f"FwPKM's first argument must name the framework, one of {', '.join(map(repr, layers))}: "
+            "fwpkm.FwPKM('torch', 64) is fwpkm.backends.torch.FwPKM(64). Flax NNX and Equinox have theirs in "
+            "fwpkm.integrations. "
+            f"Received: {backend!r}"
+        )
+    layer: Any = get_backend(backend)
+    return layer.FwPKM(*arguments, **options)
+
+
 def backend_of(array: Any) -> DifferentiableBackend:
     """The backend whose native arrays ``array`` belongs to.
 
@@ -93,6 +129,14 @@ def backend_status() -> Iterator[BackendStatus]:
         else:
             version = importlib.import_module(backend.framework).__version__
             yield BackendStatus(name, version, module.device_name(), "")
+
+
+def is_installed(package: str) -> bool:
+    """Whether a framework could be imported, as far as one can tell without doing so."""
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ValueError:  # it is hidden, or stands in sys.modules without a spec
+        return sys.modules.get(package) is not None
 
 
 def _shipped(backend: _Backend) -> bool:

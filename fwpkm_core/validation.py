@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fwpkm.config import FwPKMConfig
+from fwpkm.config import FIELDS, FwPKMConfig, check_arguments
 from fwpkm.containers import Memory, State, memories_for, memory_specs, state_specs
 from fwpkm.tokens import TOKEN_FIELDS, ArraySpec, Axis, Tokens, token_specs
 
@@ -112,14 +112,13 @@ def layer_config(
 
     Raises:
         ValueError: a field, the width, the norm or one of the ``flags`` of a layer breaks its rule.
+        TypeError: no field has a name; says which one was probably meant.
     """
+    check_arguments("FwPKM", config_fields, (*FIELDS, "value_norm", *flags))
     for name, flag in flags.items():
         check_flag(name, flag)
     config = FwPKMConfig() if config is None else config
     check_config(config)
-    unknown = sorted(config_fields.keys() - {field.name for field in dataclasses.fields(FwPKMConfig)})
-    if unknown:
-        raise TypeError(f"FwPKM takes no argument {unknown[0]!r}; the fields of fwpkm.FwPKMConfig may be given by name")
     config = dataclasses.replace(config, **config_fields)
     check_count("hidden_size", hidden_size)
     if value_norm not in ("zscore", None):

@@ -3,3 +3,7 @@
 from fwpkm.kernels.support import why_unsupported
 
 __all__ = ["why_unsupported"]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -52,7 +52,8 @@ QUICK = {
 
 LONGEST = (
     *("keras", "operators", "vectors", "kernels", "language_model_commands", "examples", "demo", "conform", "compiled"),
-    *("gpu_benchmark", "portability", "state", "mutants", "jax_rows", "jax", "jax_layer", "transformers_generate"),
+    *("gpu_benchmark", "portability", "state", "mutants", "jax_rows", "jax", "jax_layer", "nnx_and_equinox"),
+    "transformers_generate",
 )
 """Files of minutes, in order. They come first, so that no core works on one while the others have nothing left."""
 

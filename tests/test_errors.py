@@ -239,8 +239,8 @@ def message(be, function, given):
 
 
 def plain(text):
-    """A message without the backend's own name of an array."""
-    native_type = r"\b((numpy|torch|tensorflow|jax)\.)?(ndarray|EagerTensor|Tensor|ArrayImpl|Array)\b"
+    """A message without the backend's own names of an array; JAX takes two kinds."""
+    native_type = r"\b(( or )?((numpy|torch|tensorflow|jax)\.)?\b(ndarray|EagerTensor|Tensor|ArrayImpl|Array)\b)+"
     return re.sub(native_type, "ARRAY", text).replace("torch.", "")
 
 

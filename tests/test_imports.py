@@ -12,9 +12,11 @@ from sources import SRC, Source, core, sources
 
 import fwpkm
 
-FRAMEWORKS = {"torch", "jax", "jaxlib", "tensorflow", "keras", "transformers", "triton"}
+FRAMEWORKS = {"torch", "jax", "jaxlib", "flax", "equinox", "tensorflow", "keras", "transformers", "triton"}
 SHOW = {"matplotlib", "rich"}
 DRAW = {"hypothesis"}
+JOINED = {"transformers/": {"torch", "transformers"}, "nnx.py": {"flax", "jax"}, "equinox.py": {"equinox", "jax"}}
+"""What each of the integrations may import."""
 
 # Refuses, and remembers, every attempt to import what must not be imported, installed or not.
 FORBID = f"""
@@ -147,10 +149,16 @@ class Import(NamedTuple):
 
 
 def imports(source: Source) -> Iterator[Import]:
-    """Every import statement of a file, relative ones resolved; ``from a import b`` counts as a.b."""
+    """Every import that a file can run, relative ones resolved; ``from a import b`` counts as a.b."""
     functions = [node for node in ast.walk(source.tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
     inside = {id(node) for function in functions for node in ast.walk(function)}
+    for_types = [
+        node for node in ast.walk(source.tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+    ]
+    never = {id(inner) for node in for_types for inner in ast.walk(node)}
     for node in ast.walk(source.tree):
+        if id(node) in never:
+            continue
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -180,7 +188,7 @@ def test_core_imports_only_the_standard_library_numpy_and_safetensors() -> None:
     for name, _, where in found:
         extra = SHOW if where.startswith(("fwpkm/demo/", "fwpkm/cli.py:")) else set()
         extra = DRAW | {"rich"} if where.startswith("fwpkm/conformance/") else extra
-        extra = {"torch", "transformers"} if where.startswith("fwpkm/integrations/transformers/") else extra
+        extra = next((JOINED[part] for part in JOINED if where.startswith(f"fwpkm/integrations/{part}")), extra)
         assert name.partition(".")[0] in allowed | extra, (where, name)
 
 

@@ -42,3 +42,7 @@ __all__ = [
     "unpack",
     "vjp",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from fwpkm import schedule, validation
+from fwpkm.backends.jax.arguments import takes_numpy
 from fwpkm.backends.jax.indexing import put
 from fwpkm.backends.jax.ops import call_dtype, tables_in
 from fwpkm.backends.jax.rows import is_traced
@@ -23,7 +24,8 @@ from fwpkm.containers import Memory, State
 from fwpkm.tokens import Tokens
 
 
-def start_decoding(state: State) -> State:
+@takes_numpy
+def start_decoding(state: State[Array]) -> State[Array]:
     """A copy of a state for :func:`decode` to overwrite.
 
     Raises:
@@ -33,14 +35,15 @@ def start_decoding(state: State) -> State:
     return state.map(jnp.copy)
 
 
+@takes_numpy
 def decode(
     cfg: FwPKMConfig,
-    state: State,
+    state: State[Array],
     query: Array,
     value: Array,
     gate: Array | None = None,
     mask: Array | None = None,
-) -> tuple[Array, State]:
+) -> tuple[Array, State[Array]]:
     """Read one token of each row and write the chunks that are completed; ``state`` is donated. No gradient.
 
     It compiles once for all positions and masks, and what a step takes does not depend on the number of slots. Under
@@ -108,7 +111,7 @@ def _decode(cfg: FwPKMConfig, state: State, tokens: Tokens) -> tuple[Array, Stat
     step = _write_due(cfg, *alike(begun, new, due))
     output = jnp.where(new.mask[..., None], step.reads, jnp.nan)
     output = output if tokens.mask is None else jnp.where(tokens.mask[..., None], output, 0)
-    after = State.of(step.memory, step.pending, schedule.reduced(cfg, state.position) + there)
+    after: State[Array] = State.of(step.memory, step.pending, schedule.reduced(cfg, state.position) + there)
     return output.astype(tokens.query.dtype), after.map(lambda x, before: x.astype(before.dtype), state)
 
 

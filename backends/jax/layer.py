@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +11,11 @@ from jax import Array
 
 from fwpkm import validation
 from fwpkm.backends.jax import ops
+from fwpkm.backends.jax.arguments import AnyArray, takes_numpy
 from fwpkm.backends.jax.decoding import decode
 from fwpkm.backends.jax.rows import begin, init_state
 from fwpkm.backends.jax.tokens import finite_rows
+from fwpkm.backends.jax.windows import SELF
 from fwpkm.config import FwPKMConfig
 from fwpkm.containers import LayerTrace, Memory, State
 from fwpkm.files import layer_spec
@@ -44,6 +46,7 @@ class FwPKM:
 
     Raises:
         ValueError: a field breaks its rule; names the field, the rule and the value.
+        TypeError: an argument that the layer does not have; says which one was probably meant.
     """
 
     def __init__(
@@ -106,13 +109,26 @@ class FwPKM:
             return {"params": {**params, "memory": memory}, "buffers": {}}
         return {"params": params, "buffers": {"memory": memory}}
 
+    @overload
+    def apply(
+        self, variables: Variables, x: AnyArray, state: State[Array] | None = None, mask: AnyArray | None = None,
+        cu_seqlens: AnyArray | None = None, update: bool = True, return_state: Literal[True] = True,
+        *, return_trace: Literal[False] = False,
+    ) -> tuple[Array, State[Array]]: ...  # fmt: skip
+    @overload
+    def apply(
+        self, variables: Variables, x: AnyArray, state: State[Array] | None = None, mask: AnyArray | None = None,
+        cu_seqlens: AnyArray | None = None, update: bool = True, return_state: bool = True,
+        *, return_trace: bool = False,
+    ) -> tuple[Any, ...]: ...  # fmt: skip
+    @takes_numpy
     def apply(
         self,
         variables: Variables,
-        x: Array,
-        state: State | None = None,
-        mask: Array | None = None,
-        cu_seqlens: Array | None = None,
+        x: AnyArray,
+        state: State[Array] | None = None,
+        mask: AnyArray | None = None,
+        cu_seqlens: AnyArray | None = None,
         update: bool = True,
         return_state: bool = True,
         *,
@@ -140,28 +156,34 @@ class FwPKM:
         """
         validation.check_flag("return_state", return_state)
         validation.check_flag("return_trace", return_trace)
-        validation.check_array("x", x, [("B", None), ("T", None), ("hidden_size", self.hidden_size)], "float", Array)
+        validation.check_array(
+            "x", x, [("B", None), ("T", None), ("hidden_size", self.hidden_size)], "float", SELF.arrays
+        )
         if mask is not None:
-            validation.check_array("mask", mask, [("B", x.shape[0]), ("T", x.shape[1])], "bool", Array)
+            validation.check_array("mask", mask, [("B", x.shape[0]), ("T", x.shape[1])], "bool", SELF.arrays)
         there = mask
         if cu_seqlens is not None:
-            validation.check_packed("x", x, cu_seqlens, Array)
+            validation.check_packed("x", x, cu_seqlens, SELF.arrays)
             inside = jnp.arange(x.shape[1]) < cu_seqlens[-1]
             there = inside[None] if mask is None else mask & inside
         tokens = self._tokens(variables, x, mask, there)
         start: Any = state
+        ends: Any = cu_seqlens
         if state is None:
             start = Memory(*(table[None] for table in self._memory(variables)))
         if state is None and return_state:
             start = begin(self.config, start, len(x) if cu_seqlens is None else len(cu_seqlens) - 1, tokens.query)
-        read, state, trace = ops.apply(self.config, start, *tokens, cu_seqlens, update)
+        read, state, trace = ops.apply(self.config, start, *tokens, ends, update)
         y, state = self._output(variables, read, tokens, there), state if return_state else None
         if not return_trace:
             return y, state
         gate = None if tokens.gate is None else jax.lax.stop_gradient(tokens.gate).astype(trace.weights.dtype)
         return y, state, LayerTrace(*trace, gate=traced_gate(jnp, gate, trace.weights))
 
-    def decode(self, variables: Variables, x: Array, state: State, mask: Array | None = None) -> tuple[Array, State]:
+    @takes_numpy
+    def decode(
+        self, variables: Variables, x: AnyArray, state: State[Array], mask: AnyArray | None = None
+    ) -> tuple[Array, State[Array]]:
         """Read one token of each row, overwriting ``state``, which is donated. No gradient.
 
         One compilation serves all positions and masks. Under ``jax.jit`` donate the state there too, or its tables are
@@ -180,14 +202,14 @@ class FwPKM:
             ValueError: an argument does not fit; names it, what was expected and what was received.
             TypeError: a gradient through it is asked for.
         """
-        validation.check_array("x", x, [("B", None), ("T", 1), ("hidden_size", self.hidden_size)], "float", Array)
+        validation.check_array("x", x, [("B", None), ("T", 1), ("hidden_size", self.hidden_size)], "float", SELF.arrays)
         if mask is not None:
-            validation.check_array("mask", mask, [("B", x.shape[0]), ("T", 1)], "bool", Array)
+            validation.check_array("mask", mask, [("B", x.shape[0]), ("T", 1)], "bool", SELF.arrays)
         tokens = self._tokens(variables, x, mask, mask)
         read, state = decode(self.config, state, *tokens)
         return self._output(variables, read, tokens, mask), state
 
-    def _tokens(self, variables: Variables, x: Array, mask: Array | None, there: Array | None) -> Tokens:
+    def _tokens(self, variables: Variables, x: Any, mask: Any, there: Any) -> Tokens:
         """What the tokens bring to the memory; ``there`` is the mask less what no packed sequence holds."""
         params = self._checked(variables)["params"]
         x = x.astype(params["query_proj"]["weight"].dtype)
@@ -203,7 +225,7 @@ class FwPKM:
         # The memory must see that a token is dead, as it takes its position.
         return Tokens(query, jnp.where(dead[..., None], jnp.nan, value), gate, mask)
 
-    def _output(self, variables: Variables, read: Array, tokens: Tokens, there: Array | None) -> Array:
+    def _output(self, variables: Variables, read: Array, tokens: Tokens, there: Any) -> Array:
         """y from v̂: the mixture with the values, normalised and projected; NaN for dead tokens, 0 for masked ones."""
         finite = finite_rows(read)
         read, value = (jnp.where(finite[..., None], z, 0) for z in (read, tokens.value))
@@ -212,7 +234,8 @@ class FwPKM:
         y = jnp.where(finite[..., None], y, jnp.nan)
         return y if there is None else jnp.where(there[..., None], y, 0)
 
-    def init_state(self, variables: Variables, batch_size: int) -> State:
+    @takes_numpy
+    def init_state(self, variables: Variables, batch_size: int) -> State[Array]:
         """The state that a call without one starts from: the initial memory for each row, at position 0."""
         memory = self._memory(self._checked(variables))
         return init_state(self.config, Memory(*(table[None] for table in memory)), batch_size)
@@ -225,6 +248,7 @@ class FwPKM:
         """The canonical names (SPEC.md §8) and their shapes."""
         return {name: tuple(x.shape) for name, x in self._flat(_form(self)).items()}
 
+    @takes_numpy
     def export_tensors(self, variables: Variables | None = None) -> dict[str, np.ndarray]:
         """Weights and initial tables by canonical name; bfloat16 and float16 as float32.
 

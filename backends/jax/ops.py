@@ -14,6 +14,7 @@ import numpy as np
 from jax import Array
 
 from fwpkm import schedule, validation
+from fwpkm.backends.jax.arguments import takes_numpy
 from fwpkm.backends.jax.backward import run
 from fwpkm.backends.jax.indexing import gather
 from fwpkm.backends.jax.rows import begin, is_traced, mask_of
@@ -27,21 +28,22 @@ from fwpkm.initial import initial_arrays
 from fwpkm.tokens import Tokens
 
 
-def init_memory(cfg: FwPKMConfig, memories: int = 1, seed: int = 0) -> Memory:
+def init_memory(cfg: FwPKMConfig, memories: int = 1, seed: int = 0) -> Memory[Array]:
     """Fresh tables (SPEC.md §7)."""
     return Memory(*map(jnp.asarray, initial_arrays(cfg, memories, seed)))
 
 
+@takes_numpy
 def apply(
     cfg: FwPKMConfig,
-    state: State | Memory,
+    state: State[Array] | Memory[Array],
     query: Array,
     value: Array,
     gate: Array | None = None,
     mask: Array | None = None,
     cu_seqlens: Array | None = None,
     update: bool = True,
-) -> tuple[Array, State | None, Trace]:
+) -> tuple[Array, State[Array] | None, Trace]:
     """Read T tokens and write every chunk that they complete (SPEC.md §5).
 
     ``cfg`` and ``update`` are static under ``jax.jit``; all else may be traced. Positions and ``cu_seqlens`` are
@@ -105,7 +107,8 @@ def _most_tokens(cfg: FwPKMConfig, batch: int, tokens: Tokens, ends: np.ndarray 
     return np.full(batch, tokens.length)
 
 
-def flush(cfg: FwPKMConfig, state: State, rows: Any = None) -> tuple[State, Trace]:
+@takes_numpy
+def flush(cfg: FwPKMConfig, state: State[Array], rows: Any = None) -> tuple[State[Array], Trace]:
     """Write the pending chunk of every row, or of ``rows``, empty it and restart the count (SPEC.md §5)."""
     batch = validation.check_state(cfg, state, SELF)
     chosen, positions, writes = mask_of(cfg, rows, batch), _known(state.position), cfg.capacity > 0
@@ -117,7 +120,8 @@ def flush(cfg: FwPKMConfig, state: State, rows: Any = None) -> tuple[State, Trac
     return State.of(state.memory if tables is None else tables, pending, position), trace
 
 
-def lookup(cfg: FwPKMConfig, memory: Memory, query: Array) -> Lookup:
+@takes_numpy
+def lookup(cfg: FwPKMConfig, memory: Memory[Array], query: Array) -> Lookup:
     """Read the tables (SPEC.md §2)."""
     validation.check_lookup(cfg, memory, query, SELF)
     if query.shape[1] == 0:
@@ -126,15 +130,16 @@ def lookup(cfg: FwPKMConfig, memory: Memory, query: Array) -> Lookup:
     return _read_only(cfg, memory, Tokens(query, jnp.zeros((*query.shape[:2], cfg.value_dim), query.dtype)))[0]
 
 
+@takes_numpy
 def chunk_update(
     cfg: FwPKMConfig,
-    memory: Memory,
+    memory: Memory[Array],
     query: Array,
     target: Array,
     gate: Array | None = None,
     mask: Array | None = None,
     pair: Array | None = None,
-) -> tuple[Memory, Losses]:
+) -> tuple[Memory[Array], Losses]:
     """Write one chunk (SPEC.md §4) whose targets are already shifted."""
     chunk = Tokens(query, target, gate, mask)
     validation.check_chunk(cfg, memory, chunk, pair, SELF)
@@ -143,7 +148,8 @@ def chunk_update(
     return _chunk_update(cfg, memory, chunk, pair)
 
 
-def detach(state: State) -> State:
+@takes_numpy
+def detach(state: State[Array]) -> State[Array]:
     """The state without its gradient history."""
     validation.check_is_state(state)
     return jax.lax.stop_gradient(state)
@@ -168,11 +174,12 @@ def to_numpy(x: Array) -> np.ndarray:
     return np.asarray(x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x)
 
 
+@takes_numpy
 def vjp(
     fn: Callable[..., Array | tuple[Array, ...]], args: Sequence[Array], cotangents: Sequence[Array] | Array
 ) -> tuple[Array, ...]:
     """Gradients of Σ output · cotangent with respect to every argument; zeros where one has no influence."""
-    alone = isinstance(cotangents, Array)
+    alone = not isinstance(cotangents, Sequence)
 
     def outputs(*arguments: Array) -> tuple[Array, ...]:
         returned = fn(*arguments)
@@ -200,7 +207,7 @@ def _empty_trace(cfg: FwPKMConfig, memory: Memory, query: Array) -> Trace:
     return Trace(entries.astype(jnp.int32), entries, none, none, jnp.zeros(len(none), jnp.int32))
 
 
-def call_dtype(memory: Memory, query: Array) -> jnp.dtype:
+def call_dtype(memory: Memory[Array], query: Array) -> jnp.dtype:
     """float32, or float64 when queries and tables both are (§6)."""
     wide = query.dtype == memory.keys.dtype == jnp.float64
     return jnp.dtype(jnp.float64 if wide else jnp.float32)
@@ -298,7 +305,7 @@ def _chunk_update(cfg: FwPKMConfig, memory: Memory, chunk: Tokens, pair: Array |
     return Memory(computed.keys, values.reshape(memory.values.shape)), losses
 
 
-def tables_in(memory: Memory, dtype: jnp.dtype) -> Memory:
+def tables_in(memory: Memory[Array], dtype: jnp.dtype) -> Memory[Array]:
     """The tables in the dtype that a call computes in."""
     return Memory(*(x.astype(dtype) for x in memory))
 

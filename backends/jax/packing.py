@@ -6,8 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from fwpkm import packing
+from fwpkm.backends.jax.arguments import from_numpy, takes_numpy
 from fwpkm.backends.jax.ops import to_numpy
 from fwpkm.backends.jax.rows import init_state, is_traced
 from fwpkm.backends.jax.windows import SELF
@@ -16,14 +18,16 @@ from fwpkm.containers import Memory, State
 from fwpkm.packing import PackedState
 
 
-def pack(cfg: FwPKMConfig, state: State, memory: Memory, dtype: str | None = None) -> PackedState:
+@takes_numpy
+def pack(cfg: FwPKMConfig, state: State[Array], memory: Memory[Array], dtype: str | None = None) -> PackedState:
     """What a state holds that the initial ``memory`` does not; its tables are looked at on the host."""
     _refuse_traced("pack", state, memory)
     return packing.pack(cfg, state, memory, dtype, SELF, to_numpy)
 
 
-def unpack(cfg: FwPKMConfig, packed: PackedState | Sequence[PackedState], memory: Memory) -> State:
+def unpack(cfg: FwPKMConfig, packed: PackedState | Sequence[PackedState], memory: Memory[Array]) -> State[Array]:
     """The state that was packed, dealt out as ``init_state`` of ``memory`` deals it."""
+    memory = jax.tree.map(from_numpy, memory)  # of ``packed`` NumPy's arrays are what is wanted
     _refuse_traced("unpack", memory)
     whole = packing.prepare(cfg, packed, memory, SELF, to_numpy)
     fresh = init_state(cfg, memory, whole.batch_size)

@@ -10,6 +10,7 @@ from jax import Array
 
 from fwpkm import rows as row_checks
 from fwpkm import schedule, validation
+from fwpkm.backends.jax.arguments import takes_numpy
 from fwpkm.backends.jax.sharding import alike, placed
 from fwpkm.backends.jax.tokens import no_tokens, outer
 from fwpkm.backends.jax.windows import SELF
@@ -18,12 +19,13 @@ from fwpkm.containers import Memory, State, memories_for
 from fwpkm.tokens import Axis, Tokens
 
 
-def init_state(cfg: FwPKMConfig, memory: Memory, batch_size: int) -> State:
+@takes_numpy
+def init_state(cfg: FwPKMConfig, memory: Memory[Array], batch_size: int) -> State[Array]:
     """A state at position 0 that owns a copy of ``memory``."""
     return begin(cfg, memory, batch_size)
 
 
-def begin(cfg: FwPKMConfig, memory: Memory, batch_size: int, like: Array | None = None) -> State:
+def begin(cfg: FwPKMConfig, memory: Memory[Array], batch_size: int, like: Array | None = None) -> State[Array]:
     """``init_state``, on the devices that the rows of ``like`` lie on."""
     validation.check_initial(cfg, memory, batch_size, SELF)
     (memory, pending), _ = alike(_initial(cfg, batch_size, memory, like), like)
@@ -32,15 +34,17 @@ def begin(cfg: FwPKMConfig, memory: Memory, batch_size: int, like: Array | None 
     return State.of(memory, pending, position)
 
 
-def reset(cfg: FwPKMConfig, state: State, memory: Memory, rows: Any = None) -> State:
+@takes_numpy
+def reset(cfg: FwPKMConfig, state: State[Array], memory: Memory[Array], rows: Any = None) -> State[Array]:
     """Make rows what ``init_state`` makes."""
     batch = row_checks.check_reset(cfg, state, memory, SELF)
     chosen = mask_of(cfg, rows, batch)
-    fresh = State.of(memory, no_tokens(cfg, 1, memory.keys.dtype), jnp.zeros(1, jnp.int32))
+    fresh: State[Array] = State.of(memory, no_tokens(cfg, 1, memory.keys.dtype), jnp.zeros(1, jnp.int32))
     return _blended(chosen, state, fresh)
 
 
-def select(cfg: FwPKMConfig, state: State, rows: Any) -> State:
+@takes_numpy
+def select(cfg: FwPKMConfig, state: State[Array], rows: Any) -> State[Array]:
     """The state of these rows, in this order."""
     if is_traced(rows):
         validation.check_state(cfg, state, SELF)
@@ -50,13 +54,15 @@ def select(cfg: FwPKMConfig, state: State, rows: Any) -> State:
     return _selected(cfg.memory_scope == "sequence", state, ids)
 
 
-def concat(cfg: FwPKMConfig, states: Sequence[State]) -> State:
+@takes_numpy
+def concat(cfg: FwPKMConfig, states: Sequence[State[Array]]) -> State[Array]:
     """One state of the rows of all, in order."""
     row_checks.check_concat(cfg, states, SELF)
     return _joined(tuple(states))
 
 
-def put(cfg: FwPKMConfig, state: State, rows: Any, other: State) -> State:
+@takes_numpy
+def put(cfg: FwPKMConfig, state: State[Array], rows: Any, other: State[Array]) -> State[Array]:
     """The state with the i-th row of ``other`` at rows[i]."""
     received = row_checks.check_put(cfg, state, other, SELF)
     batch = len(state.position)
@@ -67,7 +73,8 @@ def put(cfg: FwPKMConfig, state: State, rows: Any, other: State) -> State:
     return _put(state, ids, other)
 
 
-def to_device(state: State, device: Any) -> State:
+@takes_numpy
+def to_device(state: State[Array], device: Any) -> State[Array]:
     """The state with all its arrays on a device of JAX, or dealt out by a sharding.
 
     Raises:
@@ -80,7 +87,8 @@ def to_device(state: State, device: Any) -> State:
     return moved
 
 
-def pending(cfg: FwPKMConfig, state: State) -> Array:
+@takes_numpy
+def pending(cfg: FwPKMConfig, state: State[Array]) -> Array:
     """How many tokens of each row no write has consumed ``[B]``."""
     validation.check_state(cfg, state, SELF)
     if not is_traced(state.position):
@@ -88,7 +96,8 @@ def pending(cfg: FwPKMConfig, state: State) -> Array:
     return schedule.pending(cfg, state.position)
 
 
-def nbytes(state: State) -> int:
+@takes_numpy
+def nbytes(state: State[Array]) -> int:
     """The bytes that a state takes."""
     validation.check_is_state(state)
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))

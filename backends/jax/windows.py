@@ -31,7 +31,7 @@ from fwpkm.validation import Implementation
 
 SELF = Implementation.of(
     NAME,
-    Array,
+    (Array, np.ndarray),
     """
     key_dim value_dim num_heads num_subkeys top_k chunk_size lookahead boundary score score_eps temperature
     learning_rate write_scale weight_decay grad_clip addressing_weight memory_scope query value gate mask

@@ -19,6 +19,12 @@ from fwpkm.files import layer_spec
 from fwpkm.rules import mix, rms_norm, traced_gate, zscore
 from fwpkm.tokens import Array, Tokens
 
+_ELSEWHERE = {
+    "hidden_size": "it is taken from the input, whose last axis it is",
+    "config": "give the fields of a configuration by name, as **dataclasses.asdict(config)",
+}
+"""What layers of other frameworks are told, and how this one learns it."""
+
 
 @keras.saving.register_keras_serializable(package="fwpkm")
 class FwPKM(keras.layers.Layer):
@@ -48,6 +54,7 @@ class FwPKM(keras.layers.Layer):
 
     Raises:
         ValueError: a field breaks its rule; names the field, the rule and the value.
+        TypeError: an argument that the layer does not have; says which one was probably meant.
     """
 
     def __init__(
@@ -64,6 +71,9 @@ class FwPKM(keras.layers.Layer):
         **config_fields: Any,
     ):
         """See the class."""
+        for argument, instead in _ELSEWHERE.items():
+            if argument in config_fields:
+                raise TypeError(f"FwPKM takes no argument {argument!r} in Keras: {instead}")
         # autocast would round the tables of a passed state, and of weights that allow it: the layer casts for itself.
         super().__init__(trainable=trainable, dtype=dtype, name=name, autocast=False)
         self._config = validation.layer_config(  # the width comes with build

@@ -68,6 +68,6 @@ def check_inplace(inplace: bool, *overwritten: Tensor) -> None:
         )
     if inplace and torch.is_grad_enabled() and any(x.requires_grad for x in overwritten):
         raise RuntimeError(
-            "inplace=True would overwrite tensors of the state that autograd still needs: pass detach(state), or "
+            "inplace=True would overwrite tensors of the state that autograd still needs: pass state.detach(), or "
             "inplace=False. Received: a state with requires_grad=True"
         )

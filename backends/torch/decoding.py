@@ -12,7 +12,7 @@ from fwpkm.containers import State
 from fwpkm.tokens import Tokens
 
 
-def start_decoding(state: State) -> State:
+def start_decoding(state: State[Tensor]) -> State[Tensor]:
     """A copy of a state for :func:`decode` to overwrite, its position on the tables' device.
 
     float32, or float64 where the tables are. ``state._replace(position=state.position.cpu())`` is an ordinary state
@@ -35,7 +35,7 @@ def start_decoding(state: State) -> State:
 @torch.no_grad()
 def decode(
     cfg: FwPKMConfig,
-    state: State,
+    state: State[Tensor],
     query: Tensor,
     value: Tensor,
     gate: Tensor | None = None,

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -10,6 +10,8 @@ from torch import Tensor
 from fwpkm.config import FwPKMConfig
 from fwpkm.containers import Memory
 
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 Engine = Literal["eager", "triton", "compiled"]
 
 
@@ -44,16 +46,16 @@ def choose_engine(
     return engine if reason is None else "eager"
 
 
-def outside_graphs(fn: Callable) -> Callable:
+def outside_graphs(fn: Callable[_P, _R]) -> Callable[_P, _R]:
     """Let torch.compile run ``fn`` as it is, between its graphs.
 
     The schedule decides in Python how many chunks a call writes, so tracing would compile anew for every position.
     The check comes first because merely naming ``disable`` imports the compiler, which takes seconds.
     """
-    untraced: dict[str, Callable] = {}  # made once: a new object each time would compile anew each time
+    untraced: dict[str, Callable[_P, _R]] = {}  # made once: a new object each time would compile anew each time
 
     @functools.wraps(fn)
-    def call(*args: Any, **kwargs: Any) -> Any:
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         if not torch.compiler.is_compiling():
             return fn(*args, **kwargs)
         if "fn" not in untraced:

@@ -1,7 +1,7 @@
 """The PyTorch module (SPEC.md §7)."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 import torch
@@ -66,7 +66,7 @@ class InitialMemory(nn.Module):
             self.keys.uniform_(-self._bounds[0], self._bounds[0])
             self.values.normal_(std=self._bounds[1])
 
-    def forward(self) -> Memory:
+    def forward(self) -> Memory[Tensor]:
         """The tables with M = 1."""
         return Memory(self.keys[None], self.values[None])
 
@@ -84,7 +84,7 @@ class FwPKM(nn.Module):
     """A fast-weight product-key memory between two projections (SPEC.md §7); no residual inside.
 
     ``y, state = layer(x)`` starts from the layer's initial memory, so nothing leaks between calls;
-    ``y, state = layer(x, state)`` reads on. Training on a carried state needs ``fwpkm.backends.torch.detach(state)``
+    ``y, state = layer(x, state)`` reads on. Training on a carried state needs ``state.detach()``
     between steps, as truncated backpropagation always does.
 
     Args:
@@ -99,6 +99,7 @@ class FwPKM(nn.Module):
 
     Raises:
         ValueError: a field breaks its rule; names the field, the rule and the value.
+        TypeError: an argument that the layer does not have; says which one was probably meant.
     """
 
     query_norm: nn.RMSNorm
@@ -154,7 +155,7 @@ class FwPKM(nn.Module):
     def forward(
         self,
         x: Tensor,
-        state: State | None = None,
+        state: State[Tensor] | None = None,
         mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         update: bool = True,
@@ -202,8 +203,25 @@ class FwPKM(nn.Module):
         gate = None if tokens.gate is None else tokens.gate.detach()
         return y, state, LayerTrace(*trace, gate=traced_gate(torch, gate, trace.weights))
 
+    if TYPE_CHECKING:  # of a module they know that it can be called with anything
+
+        @overload
+        def __call__(
+            self, x: Tensor, state: State[Tensor] | None = None, mask: Tensor | None = None,
+            cu_seqlens: Tensor | None = None, update: bool = True, return_state: Literal[True] = True,
+            *, inplace: bool = False, return_trace: Literal[False] = False,
+        ) -> tuple[Tensor, State[Tensor]]: ...  # fmt: skip
+        @overload
+        def __call__(
+            self, x: Tensor, state: State[Tensor] | None = None, mask: Tensor | None = None,
+            cu_seqlens: Tensor | None = None, update: bool = True, return_state: bool = True,
+            *, inplace: bool = False, return_trace: bool = False,
+        ) -> tuple[Any, ...]: ...  # fmt: skip
+        def __call__(self, *arguments: Any, **options: Any) -> Any:
+            """``forward``, and the hooks of the module."""
+
     @torch.no_grad()
-    def decode(self, x: Tensor, state: State, mask: Tensor | None = None) -> Tensor:
+    def decode(self, x: Tensor, state: State[Tensor], mask: Tensor | None = None) -> Tensor:
         """Read one token of each sequence, overwriting ``state``; on a GPU a CUDA graph can hold a step. No gradient.
 
         Args:
@@ -256,7 +274,7 @@ class FwPKM(nn.Module):
         y = y.masked_fill(dead[..., None], torch.nan) if maybe_any(dead) else y
         return y if tokens.mask is None else y.masked_fill(~tokens.mask.to(y.device)[..., None], 0)
 
-    def init_state(self, batch_size: int, position_device: Any = None) -> State:
+    def init_state(self, batch_size: int, position_device: Any = None) -> State[Tensor]:
         """The state that a call without one starts from: the initial memory for each row, at position 0."""
         return ops.init_state(self.config, self.memory(), batch_size, position_device)
 

@@ -31,14 +31,14 @@ from fwpkm.initial import initial_arrays
 from fwpkm.tokens import Tokens
 
 
-def init_memory(cfg: FwPKMConfig, memories: int = 1, seed: int = 0) -> Memory:
+def init_memory(cfg: FwPKMConfig, memories: int = 1, seed: int = 0) -> Memory[Tensor]:
     """New tables, on the CPU."""
     return Memory(*map(torch.from_numpy, initial_arrays(cfg, memories, seed)))
 
 
 def apply(
     cfg: FwPKMConfig,
-    state: State | Memory,
+    state: State[Tensor] | Memory[Tensor],
     query: Tensor,
     value: Tensor,
     gate: Tensor | None = None,
@@ -48,7 +48,7 @@ def apply(
     *,
     inplace: bool = False,
     implementation: str | None = None,
-) -> tuple[Tensor, State | None, Trace]:
+) -> tuple[Tensor, State[Tensor] | None, Trace]:
     """Read T tokens and write every chunk that they complete.
 
     With ``inplace`` the state's value table may be overwritten, which saves one copy of it; torch.compile then runs the
@@ -72,14 +72,14 @@ def apply(
 
 def begin(
     cfg: FwPKMConfig,
-    memory: Memory,
+    memory: Memory[Tensor],
     inputs: Tokens,
     cu_seqlens: Tensor | None,
     update: bool,
     keep: bool,
     position_device: Any = None,
     implementation: str | None = None,
-) -> tuple[Tensor, State | None, Trace]:
+) -> tuple[Tensor, State[Tensor] | None, Trace]:
     """``apply`` of sequences that begin from a memory of M = 1; without ``keep`` no state is returned."""
     batch = validation.check_apply(cfg, memory, inputs, cu_seqlens, update, SELF)
     compiled = torch.compiler.is_compiling()
@@ -170,8 +170,13 @@ def _run_eagerly(
 
 @engine.outside_graphs
 def flush(
-    cfg: FwPKMConfig, state: State, rows: Any = None, *, inplace: bool = False, implementation: str | None = None
-) -> tuple[State, Trace]:
+    cfg: FwPKMConfig,
+    state: State[Tensor],
+    rows: Any = None,
+    *,
+    inplace: bool = False,
+    implementation: str | None = None,
+) -> tuple[State[Tensor], Trace]:
     """Write the pending chunk and restart the count; ``inplace`` and ``implementation`` are those of ``apply``.
 
     Raises:
@@ -220,7 +225,7 @@ def _write_pending(
 
 
 @engine.outside_graphs
-def lookup(cfg: FwPKMConfig, memory: Memory, query: Tensor, *, implementation: str | None = None) -> Lookup:
+def lookup(cfg: FwPKMConfig, memory: Memory[Tensor], query: Tensor, *, implementation: str | None = None) -> Lookup:
     """Read the tables; ``implementation`` is that of ``apply``."""
     validation.check_lookup(cfg, memory, query, SELF)
     check_device(query, memory=memory)
@@ -243,7 +248,7 @@ def lookup(cfg: FwPKMConfig, memory: Memory, query: Tensor, *, implementation: s
 @engine.outside_graphs
 def chunk_update(
     cfg: FwPKMConfig,
-    memory: Memory,
+    memory: Memory[Tensor],
     query: Tensor,
     target: Tensor,
     gate: Tensor | None = None,
@@ -251,7 +256,7 @@ def chunk_update(
     pair: Tensor | None = None,
     *,
     implementation: str | None = None,
-) -> tuple[Memory, Losses]:
+) -> tuple[Memory[Tensor], Losses]:
     """Write one chunk whose targets are already shifted; ``implementation`` is that of ``apply``."""
     chunk = Tokens(query, target, gate, mask)
     validation.check_chunk(cfg, memory, chunk, pair, SELF)
@@ -268,11 +273,10 @@ def chunk_update(
     return Memory(keys, values), Losses(memorization, window.addressing)
 
 
-def detach(state: State) -> State:
+def detach(state: State[Tensor]) -> State[Tensor]:
     """The state without its gradient history."""
     validation.check_is_state(state)
-    memory = Memory(*(x.detach() for x in state.memory))
-    return State.of(memory, state.pending.map(Tensor.detach), state.position.detach())
+    return state.detach()
 
 
 def asarray(x: Any, dtype: str) -> Tensor:

@@ -19,13 +19,13 @@ _BITS = {4: torch.int32, 8: torch.int64}
 
 
 @torch.no_grad()
-def pack(cfg: FwPKMConfig, state: State, memory: Memory, dtype: str | None = None) -> PackedState:
+def pack(cfg: FwPKMConfig, state: State[Tensor], memory: Memory[Tensor], dtype: str | None = None) -> PackedState:
     """What a state holds that the initial ``memory`` does not; of a GPU's tables only rows that differ are copied."""
     return packing.pack(cfg, state, memory, dtype, SELF, to_numpy, _changed_rows)
 
 
 @torch.no_grad()
-def unpack(cfg: FwPKMConfig, packed: PackedState | Sequence[PackedState], memory: Memory) -> State:
+def unpack(cfg: FwPKMConfig, packed: PackedState | Sequence[PackedState], memory: Memory[Tensor]) -> State[Tensor]:
     """The state that was packed, on the device of ``memory``; its position lies on the CPU."""
     whole = packing.prepare(cfg, packed, memory, SELF, to_numpy)
     device = memory.values.device

@@ -19,7 +19,7 @@ from fwpkm.containers import Memory, State, memories_for
 
 
 @engine.outside_graphs
-def init_state(cfg: FwPKMConfig, memory: Memory, batch_size: int, position_device: Any = None) -> State:
+def init_state(cfg: FwPKMConfig, memory: Memory[Tensor], batch_size: int, position_device: Any = None) -> State[Tensor]:
     """A state at position 0 that owns a copy of ``memory``, on its device; the position is on the CPU unless told."""
     validation.check_initial(cfg, memory, batch_size, SELF)
     memories = memories_for(cfg, batch_size)
@@ -27,14 +27,18 @@ def init_state(cfg: FwPKMConfig, memory: Memory, batch_size: int, position_devic
     return start_state(cfg, Memory(*tables), batch_size, position_device)
 
 
-def start_state(cfg: FwPKMConfig, memory: Memory, batch_size: int, position_device: Any = None) -> State:
+def start_state(
+    cfg: FwPKMConfig, memory: Memory[Tensor], batch_size: int, position_device: Any = None
+) -> State[Tensor]:
     """A state at position 0 of these tables."""
     device = "cpu" if position_device is None else position_device
     position = torch.full((batch_size,), 0, dtype=torch.int32, device=device)
     return State.of(memory, no_tokens(cfg, memory.keys, batch_size), position)
 
 
-def reset(cfg: FwPKMConfig, state: State, memory: Memory, rows: Any = None, *, inplace: bool = False) -> State:
+def reset(
+    cfg: FwPKMConfig, state: State[Tensor], memory: Memory[Tensor], rows: Any = None, *, inplace: bool = False
+) -> State[Tensor]:
     """Make rows what ``init_state`` makes."""
     batch = row_checks.check_reset(cfg, state, memory, SELF)
     ids = torch.from_numpy(np.flatnonzero(row_checks.mask_of(cfg, _on_host(rows), batch)))
@@ -46,7 +50,7 @@ def reset(cfg: FwPKMConfig, state: State, memory: Memory, rows: Any = None, *, i
     return _put(state, ids, fresh, inplace)
 
 
-def select(cfg: FwPKMConfig, state: State, rows: Any) -> State:
+def select(cfg: FwPKMConfig, state: State[Tensor], rows: Any) -> State[Tensor]:
     """The state of these rows, in this order; copies of a state's only row share its table until a write."""
     ids = torch.from_numpy(row_checks.check_select(cfg, state, _on_host(rows), SELF))
     beams = len(ids) > 1 and state.position.shape[0] == 1
@@ -60,7 +64,7 @@ def select(cfg: FwPKMConfig, state: State, rows: Any) -> State:
     return State.of(memory, state.pending.map(lambda x: _rows_of(x, ids)), _rows_of(state.position, ids))
 
 
-def concat(cfg: FwPKMConfig, states: Sequence[State]) -> State:
+def concat(cfg: FwPKMConfig, states: Sequence[State[Tensor]]) -> State[Tensor]:
     """One state of the rows of all, in order."""
     row_checks.check_concat(cfg, states, SELF)
     tables, clock = states[0].memory.keys.device, states[0].position.device
@@ -71,7 +75,9 @@ def concat(cfg: FwPKMConfig, states: Sequence[State]) -> State:
     return moved[0].map(lambda *x: torch.cat(x), *moved[1:])
 
 
-def put(cfg: FwPKMConfig, state: State, rows: Any, other: State, *, inplace: bool = False) -> State:
+def put(
+    cfg: FwPKMConfig, state: State[Tensor], rows: Any, other: State[Tensor], *, inplace: bool = False
+) -> State[Tensor]:
     """The state with the i-th row of ``other`` at rows[i]."""
     received = row_checks.check_put(cfg, state, other, SELF)
     ids = torch.from_numpy(row_checks.ids_of(_on_host(rows), state.position.shape[0]))
@@ -95,21 +101,40 @@ def _put(state: State, ids: Tensor, other: State, inplace: bool) -> State:
     return state.map(replaced, other)
 
 
-def to_device(state: State, device: Any) -> State:
-    """The state with its tables and pending tokens on a device; the position stays where it is (SPEC.md §5).
+def to_device(
+    state: State[Tensor], device: Any = None, dtype: torch.dtype | None = None, non_blocking: bool = False
+) -> State[Tensor]:
+    """The state with its tables and pending tokens on a device, or in a dtype; also ``state.to(device)``.
+
+    A position on the CPU stays there, where it lets calls know what falls due (SPEC.md §5); any other goes along.
+
+    Args:
+        state: where the B rows stand.
+        device: one that ``torch.device`` takes, or None to stay. A dtype may stand here, as in ``Tensor.to``.
+        dtype: ``torch.float32`` or ``torch.float64`` for what is floating, or None to keep it.
+        non_blocking: as of ``Tensor.to``.
 
     Raises:
-        ValueError: torch knows no such device.
+        ValueError: torch knows no such device, or another dtype.
     """
     validation.check_is_state(state)
+    if isinstance(device, torch.dtype):
+        device, dtype = None, device
+    if dtype not in (None, torch.float32, torch.float64):
+        raise ValueError(f"dtype must be float32 or float64: narrower tables would lose digits. Received: {dtype}")
     try:
-        device = torch.device(device)
+        device = None if device is None else torch.device(device)
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"device must be one that torch.device takes. Received: {device!r} ({error})") from None
-    return state.map(lambda x: x.to(device))._replace(position=state.position)
+
+    def moved(x: Tensor) -> Tensor:
+        return x.to(device, dtype if x.is_floating_point() else None, non_blocking=non_blocking)
+
+    position = state.position
+    return state.map(moved)._replace(position=position if position.device.type == "cpu" else moved(position))
 
 
-def pending(cfg: FwPKMConfig, state: State) -> Tensor:
+def pending(cfg: FwPKMConfig, state: State[Tensor]) -> Tensor:
     """How many tokens of each row no write has consumed ``[B]``."""
     validation.check_state(cfg, state, SELF)
     if state.position.device.type == "cpu":  # else it would wait for the device
@@ -117,7 +142,7 @@ def pending(cfg: FwPKMConfig, state: State) -> Tensor:
     return schedule.pending(cfg, state.position)
 
 
-def nbytes(state: State) -> int:
+def nbytes(state: State[Tensor]) -> int:
     """The bytes that a state takes, those of a table that rows share counted once."""
     validation.check_is_state(state)
     arrays = (*state.memory, *state.pending, state.position)

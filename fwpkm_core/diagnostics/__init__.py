@@ -9,3 +9,7 @@ from fwpkm.diagnostics.record import Recorder
 from fwpkm.diagnostics.summary import summarize
 
 __all__ = ["Recorder", "summarize"]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -28,4 +28,9 @@ except ImportError as error:
 
 __all__ = ["MemoryCache", "MemoryLayer", "insert_memory"]
 
+
+def __dir__() -> list[str]:
+    return __all__
+
+
 loading.install()

@@ -153,7 +153,7 @@ class Rows:
             ids = torch.tensor([row for row, own in enumerate(self.owners) if own == owner])
             there = ids.to(x.device)
             table = Memory(*(t[owner : owner + 1].expand(len(ids), *t.shape[1:]) for t in self.tables))
-            state = State.of(table, _rows_of(self.pending, there), self.position[ids])
+            state: State[Tensor] = State.of(table, _rows_of(self.pending, there), self.position[ids])
             y, after = layer(x[there], state, None if mask is None else mask[ids])
             outputs.append(y)
             states.append(after)

@@ -1,0 +1,50 @@
+"""NumPy's arrays as arguments, wherever JAX's own functions take them."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+AnyArray = jax.Array | np.ndarray
+"""What the layer takes."""
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def takes_numpy(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """``function``, which also takes NumPy arrays, alone or in states and other pytrees, as JAX's own functions do.
+
+    They become copies as ``jnp.array`` makes them, so outside of the 64-bit mode float64 becomes float32. Their values
+    stay known under ``jax.jit`` too. ``rows`` are named on the host in any case, and stay what they are.
+    """
+    names = list(inspect.signature(function).parameters)
+
+    def taken(name: str, x: Any) -> Any:
+        return x if name == "rows" else jax.tree.map(from_numpy, x)
+
+    @functools.wraps(function)
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        known: Any = map(taken, names, args)
+        beyond: Any = args[len(names) :]  # which the function refuses
+        named: Any = {name: taken(name, x) for name, x in kwargs.items()}
+        return function(*known, *beyond, **named)
+
+    return call
+
+
+def from_numpy(x: Any) -> Any:
+    """A NumPy array as an array of JAX; anything else, and what JAX has no dtype for, as it is.
+
+    Python's and NumPy's scalars stay what they are: counts and switches, and no array of a call has so few axes.
+    """
+    if not isinstance(x, np.ndarray):
+        return x
+    try:
+        with jax.ensure_compile_time_eval():
+            return jnp.array(x)  # a copy: device_put may share NumPy's, which its owner overwrites
+    except TypeError:  # another byte order, texts, objects: the checks refuse it by its name
+        return x
