@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from fwpkm.backends.torch.column_parallel import is_sharded
 from fwpkm.config import FwPKMConfig
 from fwpkm.containers import Memory
 
@@ -19,7 +20,8 @@ def choose_engine(
     """The engine of a call with these tables and queries; "compiled" only while torch.compile traces it.
 
     What is traced is taken to lie on a device that the kernels know. A graph holds no packed call of many sequences:
-    their lengths are not known, and each would be padded to all tokens.
+    their lengths are not known, and each would be padded to all tokens. Nor does it hold what ranks tell each other about
+    a table in columns.
 
     Raises:
         ValueError: ``implementation`` is unknown, or "triton" and the kernels cannot serve the call.
@@ -34,7 +36,7 @@ def choose_engine(
 
         reason = support.why_unsupported_config(cfg) or support.why_unsupported_tensors(memory, query)
         held = cu_seqlens is None or cu_seqlens.shape[0] - 1 <= support.MOST_PADDING
-        engine = "compiled" if query.shape[1] and held else "eager"
+        engine = "compiled" if query.shape[1] and held and not is_sharded(memory.values) else "eager"
     else:
         from fwpkm import kernels
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from fwpkm import schedule, validation
-from fwpkm.backends.torch import engine, fast, left_aligned
+from fwpkm.backends.torch import engine, fast, left_aligned, ranks
 from fwpkm.backends.torch.checks import check_apply, check_device, check_inplace
+from fwpkm.backends.torch.column_parallel import refuse_columns
 from fwpkm.backends.torch.rows import init_state, mask_of, start_state
 from fwpkm.backends.torch.streams import Streams, pending_of, streams_of, together
 from fwpkm.backends.torch.tokens import filled, maybe_any, without
@@ -81,7 +82,7 @@ def begin(
     implementation: str | None = None,
 ) -> tuple[Tensor, State | None, Trace]:
     """``apply`` of sequences that begin from a memory of M = 1; without ``keep`` no state is returned."""
-    batch = validation.check_apply(cfg, memory, inputs, cu_seqlens, update, SELF)
+    batch = ranks.told(memory, validation.check_apply, cfg, memory, inputs, cu_seqlens, update, SELF)
     compiled = torch.compiler.is_compiling()
     if compiled:
         compiled = engine.choose_engine(implementation, cfg, memory, inputs.query, cu_seqlens) == "compiled"
@@ -113,19 +114,21 @@ def _apply(
     fresh: bool = False,
 ) -> tuple[Tensor, State, Trace]:
     """``fresh``: the state is one at position 0."""
-    check_apply(cfg, state, inputs, cu_seqlens, update)
-    check_inplace(inplace, *state.memory)
-    if cu_seqlens is not None:
-        cu_seqlens = cu_seqlens.cpu()
-        validation.check_cu_seqlens(cu_seqlens.tolist(), inputs.length)
-    if inputs.mask is not None and inputs.mask.device.type == "cpu" and inputs.mask.all():
-        inputs = inputs._replace(mask=None)
-    chosen = engine.choose_engine(implementation, cfg, state.memory, inputs.query, cu_seqlens)
-    on_kernels = chosen == "triton" and inputs.length > 0
-    positions = [0] if fresh else None
-    if not fresh and (state.position.device.type == "cpu" or not on_kernels):
-        positions = state.position.tolist()
-        validation.check_positions(cfg, positions)
+    same = {**inputs._asdict(), "cu_seqlens": cu_seqlens, "position": getattr(state, "position", None)}
+    with ranks.agreed("apply", getattr(state, "memory", None), cfg, update, inplace, implementation, **same):
+        check_apply(cfg, state, inputs, cu_seqlens, update)
+        check_inplace(inplace, *state.memory)
+        if cu_seqlens is not None:
+            cu_seqlens = cu_seqlens.cpu()
+            validation.check_cu_seqlens(cu_seqlens.tolist(), inputs.length)
+        if inputs.mask is not None and inputs.mask.device.type == "cpu" and inputs.mask.all():
+            inputs = inputs._replace(mask=None)
+        chosen = engine.choose_engine(implementation, cfg, state.memory, inputs.query, cu_seqlens)
+        on_kernels = chosen == "triton" and inputs.length > 0
+        positions = [0] if fresh else None
+        if not fresh and (state.position.device.type == "cpu" or not on_kernels):
+            positions = state.position.tolist()
+            validation.check_positions(cfg, positions)
     device = inputs.query.device
     alike = together(cfg, positions, inputs.mask, cu_seqlens)
     if on_kernels and not (alike and positions):
@@ -178,14 +181,16 @@ def flush(
         ValueError: the state does not fit ``cfg``, or ``rows`` not the state.
         RuntimeError: ``inplace`` on a table that autograd still needs.
     """
-    batch = validation.check_state(cfg, state, SELF)
-    check_device(state.pending_query, **state._asdict())
-    validation.check_positions(cfg, state.position.tolist())
-    check_inplace(inplace, *state.memory)
-    chosen = mask_of(cfg, rows, batch)
-    memory = _as_tables(state.memory, state.pending_query)
+    same = {name: getattr(state, name, None) for name in ("position", "pending_query", "pending_value")}
+    with ranks.agreed("flush", getattr(state, "memory", None), cfg, rows, inplace, implementation, **same):
+        batch = validation.check_state(cfg, state, SELF)
+        check_device(state.pending_query, **state._asdict())
+        validation.check_positions(cfg, state.position.tolist())
+        check_inplace(inplace, *state.memory)
+        chosen = mask_of(cfg, rows, batch)
+        memory = _as_tables(state.memory, state.pending_query)
+        chosen_engine = engine.choose_engine(implementation, cfg, memory, state.pending_query)
     memories = memory.keys.shape[0]
-    chosen_engine = engine.choose_engine(implementation, cfg, memory, state.pending_query)
     counts = torch.where(chosen, schedule.pending(cfg, state.position.cpu()), 0)
     of_memory = counts.view(memories, -1)[:, 0]
     trace = empty_trace(cfg, memory, (batch, 0), columns=1)
@@ -222,9 +227,10 @@ def _write_pending(
 @engine.outside_graphs
 def lookup(cfg: FwPKMConfig, memory: Memory, query: Tensor, *, implementation: str | None = None) -> Lookup:
     """Read the tables; ``implementation`` is that of ``apply``."""
-    validation.check_lookup(cfg, memory, query, SELF)
-    check_device(query, memory=memory)
-    chosen = engine.choose_engine(implementation, cfg, memory, query)
+    with ranks.agreed("lookup", memory, cfg, implementation, query=query):
+        validation.check_lookup(cfg, memory, query, SELF)
+        check_device(query, memory=memory)
+        chosen = engine.choose_engine(implementation, cfg, memory, query)
     memory = _as_tables(memory, query)
     if query.shape[1] == 0:
         entries = memory.keys.new_zeros(query.shape[0], 0, cfg.slots_per_token)
@@ -254,9 +260,10 @@ def chunk_update(
 ) -> tuple[Memory, Losses]:
     """Write one chunk whose targets are already shifted; ``implementation`` is that of ``apply``."""
     chunk = Tokens(query, target, gate, mask)
-    validation.check_chunk(cfg, memory, chunk, pair, SELF)
-    check_device(query, memory=memory, target=target, gate=gate, mask=mask, pair=pair)
-    chosen = engine.choose_engine(implementation, cfg, memory, query)
+    with ranks.agreed("chunk_update", memory, cfg, implementation, **chunk._asdict(), pair=pair):
+        validation.check_chunk(cfg, memory, chunk, pair, SELF)
+        check_device(query, memory=memory, target=target, gate=gate, mask=mask, pair=pair)
+        chosen = engine.choose_engine(implementation, cfg, memory, query)
     tables = _as_tables(memory, query)
     if chunk.length == 0:
         return memory, Losses(*tables.keys.new_zeros(2, tables.keys.shape[0]))
@@ -281,7 +288,12 @@ def asarray(x: Any, dtype: str) -> Tensor:
 
 
 def to_numpy(x: Tensor) -> np.ndarray:
-    """The numbers of a tensor; bfloat16, which NumPy lacks, as float32."""
+    """The numbers of a tensor; bfloat16, which NumPy lacks, as float32.
+
+    Raises:
+        ValueError: a table in columns, which may be larger than one card or host.
+    """
+    refuse_columns(x)
     x = x.detach().cpu()
     return (x.float() if x.dtype == torch.bfloat16 else x).numpy()
 

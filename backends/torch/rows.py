@@ -12,6 +12,7 @@ from fwpkm import rows as row_checks
 from fwpkm import schedule, validation
 from fwpkm.backends.torch import engine
 from fwpkm.backends.torch.checks import check_inplace
+from fwpkm.backends.torch.column_parallel import by_columns, is_sharded
 from fwpkm.backends.torch.tokens import no_tokens
 from fwpkm.backends.torch.windows import SELF
 from fwpkm.config import FwPKMConfig
@@ -51,6 +52,7 @@ def select(cfg: FwPKMConfig, state: State, rows: Any) -> State:
     ids = torch.from_numpy(row_checks.check_select(cfg, state, _on_host(rows), SELF))
     beams = len(ids) > 1 and state.position.shape[0] == 1
 
+    @by_columns
     def tables(x: Tensor) -> Tensor:
         if cfg.memory_scope != "sequence":
             return x.clone()  # or a call in place on one of the states would write the other
@@ -68,7 +70,7 @@ def concat(cfg: FwPKMConfig, states: Sequence[State]) -> State:
         if state.memory.keys.device != tables:
             raise ValueError(f"states[{i}] must lie on {tables}. Received: one on {state.memory.keys.device}")
     moved = [state._replace(position=state.position.to(clock)) for state in states]
-    return moved[0].map(lambda *x: torch.cat(x), *moved[1:])
+    return moved[0].map(by_columns(lambda *x: torch.cat(x)), *moved[1:])
 
 
 def put(cfg: FwPKMConfig, state: State, rows: Any, other: State, *, inplace: bool = False) -> State:
@@ -83,6 +85,7 @@ def _put(state: State, ids: Tensor, other: State, inplace: bool) -> State:
     """``put``; in batch scope ``ids`` are all rows, and the one memory is that of ``other``."""
     batch = state.position.shape[0]
 
+    @by_columns
     def replaced(x: Tensor, y: Tensor) -> Tensor:
         at = (ids if x.shape[0] == batch else torch.arange(len(x))).to(x.device)
         y = y.to(x)
@@ -102,6 +105,11 @@ def to_device(state: State, device: Any) -> State:
         ValueError: torch knows no such device.
     """
     validation.check_is_state(state)
+    if is_sharded(state.memory.values):
+        raise ValueError(
+            "state must lie whole: the device of a table in columns is that of its mesh. Received: a state in columns, "
+            f"on {state.memory.values.device_mesh}"
+        )
     try:
         device = torch.device(device)
     except (RuntimeError, TypeError) as error:
@@ -118,9 +126,10 @@ def pending(cfg: FwPKMConfig, state: State) -> Tensor:
 
 
 def nbytes(state: State) -> int:
-    """The bytes that a state takes, those of a table that rows share counted once."""
+    """The bytes that a state takes here, those of a table that rows share counted once, of columns those of this rank."""
     validation.check_is_state(state)
-    arrays = (*state.memory, *state.pending, state.position)
+    tables = (x.to_local() if is_sharded(x) else x for x in state.memory)
+    arrays = (*tables, *state.pending, state.position)
     return sum(x.element_size() * math.prod(n for n, by in zip(x.shape, x.stride()) if by) for x in arrays if x.numel())
 
 
@@ -133,6 +142,7 @@ def _on_host(rows: Any) -> Any:
     return rows.detach().cpu().numpy() if isinstance(rows, Tensor) else rows
 
 
+@by_columns
 def _rows_of(x: Tensor, ids: Tensor) -> Tensor:
     return x.index_select(0, ids.to(x.device))
 
