@@ -268,6 +268,7 @@ def _backend(backend: Any, device: Any) -> Any:
 
 
 def state_arrays(state: State) -> dict[str, Any]:
+    """The arrays of a state by the names that they have in files."""
     fields = state._asdict()
     memory = fields.pop("memory")
     return {"memory.keys": memory.keys, "memory.values": memory.values, **fields}
@@ -295,6 +296,7 @@ def _check_layer(layer: Any) -> None:
 
 
 def check_positions(path: PathLike, name: str, cfg: FwPKMConfig, position: np.ndarray, advice: str) -> None:
+    """Raise unless rows can stand at the positions that a file holds."""
     shared = cfg.memory_scope != "sequence"  # one clock
     if position.min() < 0 or (shared and position.min() != position.max()):
         expected = "numbers of at least 0" + ", equal in all rows" * shared

@@ -4,6 +4,7 @@ Each case does with tables in columns over n ranks (gloo) what one process does 
 """
 
 import contextlib
+import functools
 import json
 import os
 import sys
@@ -13,7 +14,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -25,6 +25,7 @@ from fwpkm.agreement import relative_error
 from fwpkm.backends import torch as be
 from fwpkm.backends.torch import FwPKM, columns
 from fwpkm.containers import Memory, State
+from fwpkm.files import state_arrays
 
 RANK, RANKS, FOLDER = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
 SMALL = {"key_dim": 8, "value_dim": 8, "num_subkeys": 6, "top_k": 3, "chunk_size": 4}
@@ -74,26 +75,26 @@ def tables(cfg: FwPKMConfig, deal: Callable[[Any], Any], dtype: Any = torch.floa
 
 def reading(cfg: FwPKMConfig, deal: Callable[[Any], Any], engine: str, dtype: Any, holes: bool) -> list[Tensor]:
     """Everything that a sequence gives, read in pieces, and the gradients of all of it."""
-    cuts, shapes = [2, 9, 10], ((2, 10, cfg.num_heads * cfg.key_dim), (2, 10, cfg.value_dim), (2, 10))
+    cuts = [2, 9, 10] if engine == "eager" else [2, 7]  # the interpreter is slow
+    length = cuts[-1]
+    shapes = (2, length, cfg.num_heads * cfg.key_dim), (2, length, cfg.value_dim), (2, length)
     query, value, gate = (draw(*shape, seed=i, dtype=dtype) for i, shape in enumerate(shapes))
-    mask = draw(2, 10, seed=3) > -0.3 if holes else None
+    mask = draw(2, length, seed=3) > -0.3 if holes else None
     if holes:
-        query[0, 4, 1], value[1, 8, 0], value[0, 6, -1] = torch.inf, torch.nan, torch.nan
+        query[0, 4, 1], value[1, 5, 0], value[0, 6, -1] = torch.inf, torch.nan, torch.nan
     inputs = [x.requires_grad_() for x in (query, value, gate + 0.5)]
     memory, outputs, traces, start = tables(cfg, deal, dtype), [], [], 0
     state = be.init_state(cfg, memory, batch_size=2)
     for stop in cuts:
         masked = None if mask is None else mask[:, start:stop]
-        output, state, trace = be.apply(
-            cfg, state, *(x[:, start:stop] for x in inputs), masked, implementation=engine
-        )
+        output, state, trace = be.apply(cfg, state, *(x[:, start:stop] for x in inputs), masked, implementation=engine)
         outputs.append(output)
         traces.append(trace)
         start = stop
     read, _, _ = be.apply(cfg, state, *inputs, update=False, implementation=engine)
     state, trace = be.flush(cfg, state, implementation=engine)
     seen = be.lookup(cfg, state.memory, inputs[0], implementation=engine)
-    pair = draw(2, 10, seed=5) > -0.2
+    pair = draw(2, length, seed=5) > -0.2
     after, losses = be.chunk_update(cfg, state.memory, *inputs, pair=pair, implementation=engine)
     live = [torch.cat(outputs, 1), read, *leaves(state.memory), seen.output, seen.weights, *leaves(after)]
     cotangents = [draw(*x.shape, seed=i, dtype=dtype) for i, x in enumerate(live)]
@@ -107,11 +108,10 @@ def reads(engine: str, dtype: Any, changes: dict[str, Any], holes: bool) -> floa
     return both(lambda deal: reading(cfg, deal, engine, dtype, holes))
 
 
-for name, changes in CONFIGS.items():
-    CASES[f"eager, {name}"] = lambda changes=changes: reads("eager", torch.float64, changes, name != "plain")
-    CASES[f"kernels, {name}"] = lambda changes=changes: reads(
-        "triton", torch.float32, {"key_dim": 16, "value_dim": 16 * RANKS, **changes}, True
-    )
+for _name, _changes in CONFIGS.items():
+    _wide = {"key_dim": 16, "value_dim": 16 * RANKS, **_changes}
+    CASES[f"eager, {_name}"] = functools.partial(reads, "eager", torch.float64, _changes, holes=bool(_changes))
+    CASES[f"kernels, {_name}"] = functools.partial(reads, "triton", torch.float32, _wide, holes=True)
 
 
 @case
@@ -159,7 +159,9 @@ def a_row_that_overflows_in_one_column_keeps_its_bits_in_all() -> float:
     def run(deal: Callable[[Any], Any]) -> list[Tensor]:
         memory, value = tables(cfg, deal), draw(1, 8, 8, seed=1)
         value[0, 2, 1] = 1.7e308
-        output, state, _ = be.apply(cfg, be.init_state(cfg, memory, 1), draw(1, 8, 8), value, torch.full((1, 8), 50.0).double())
+        output, state, _ = be.apply(
+            cfg, be.init_state(cfg, memory, 1), draw(1, 8, 8), value, torch.full((1, 8), 50.0).double()
+        )
         assert (whole(state.memory.values)[0] == whole(memory.values)[0]).all(1).sum() > 0
         return [x.detach() for x in leaves(output, state.memory)]
 
@@ -352,7 +354,7 @@ def save() -> float:
         columns.save_state(FOLDER / "state", state, cfg)
         columns.save(FOLDER / "layer", layer)
     assert len(list((FOLDER / "state").iterdir())) == RANKS + 1
-    checkpoint.save({"layer": layer.state_dict(), "state": state._asdict()}, checkpoint_id=FOLDER / "dcp")
+    checkpoint.save({"layer": layer.state_dict(), "state": state_arrays(state)}, checkpoint_id=FOLDER / f"dcp-{RANKS}")
     if RANK == 0:
         columns.join(FOLDER / "state", FOLDER / "state.safetensors")
         columns.join(FOLDER / "layer", FOLDER / "layer.safetensors")
@@ -373,10 +375,9 @@ def load() -> float:
         layer = columns.shard(FwPKM(8, **SMALL, learn_memory=True, dtype=torch.float64), MESH)
         if source == "dcp":
             fresh = columns.shard(be.init_state(cfg, be.init_memory(cfg), 2), MESH)
-            held = {"layer": layer.state_dict(), "state": fresh._asdict()}
-            checkpoint.load(held, checkpoint_id=FOLDER / "dcp")
-            layer.load_state_dict(held["layer"])
-            errors.append(worst(leaves(State(**held["state"])), leaves(expected)))
+            held = {"layer": layer.state_dict(), "state": state_arrays(fresh)}
+            checkpoint.load(held, checkpoint_id=FOLDER / f"dcp-{6 - RANKS}")  # two load what four saved, and four that
+            errors.append(worst(leaves(fresh), leaves(expected)))
         else:
             (columns.load if source == "layer" else fwpkm.load)(FOLDER / source, layer)
         errors.append(worst(leaves(list(layer.state_dict().values())), list(layer_of().state_dict().values())))

@@ -50,7 +50,9 @@ def save_state(folder: PathLike, state: State, cfg: FwPKMConfig) -> None:
         RuntimeError: another rank could not.
     """
     validation.check_is_state(state)
-    _save(folder, "state", _columns_of(state.memory.values), lambda: json.loads(cfg.to_json()), files.state_arrays(state))
+    _save(
+        folder, "state", _columns_of(state.memory.values), lambda: json.loads(cfg.to_json()), files.state_arrays(state)
+    )
 
 
 def save(folder: PathLike, layer: Any) -> None:
@@ -88,7 +90,9 @@ def load_state(folder: PathLike, cfg: FwPKMConfig, mesh: Any) -> State:
 
     validation.check_config(cfg)
     check_divides(cfg.value_dim, mesh.size())
-    empty = DTensor.from_local(torch.empty(1, 1, cfg.value_dim // mesh.size(), device=mesh.device_type), mesh, [Shard(2)])
+    empty = DTensor.from_local(
+        torch.empty(1, 1, cfg.value_dim // mesh.size(), device=mesh.device_type), mesh, [Shard(2)]
+    )
     columns = _columns_of(empty)
     with ranks.together("load_state", columns):
         tensors = _read_own(folder, "state", columns, json.loads(cfg.to_json()), lambda x: files.state_forms(cfg, x))
@@ -147,7 +151,8 @@ def _columns_of(values: Tensor) -> Columns:
     columns = Columns.of(values.detach())
     if columns is None:
         raise ValueError(
-            "the value table must lie in columns: fwpkm.save and save_state write one that lies whole. Received: a tensor"
+            "the value table must lie in columns: fwpkm.save and save_state write one that lies whole. Received: a "
+            "tensor that is no DTensor"
         )
     return columns
 
@@ -201,11 +206,17 @@ def _read_index(folder: PathLike) -> _Index:
     try:
         found = json.loads(path.read_text())
         index = _Index(*(found[name] for name in _Index._fields))
-        whole = (found["format_version"], type(index.parts), type(index.save)) == (tensor_files.FORMAT_VERSION, int, str)
+        whole = (found["format_version"], type(index.parts), type(index.save)) == (
+            tensor_files.FORMAT_VERSION,
+            int,
+            str,
+        )
     except (ValueError, KeyError, TypeError):
         whole = False
     if not whole or index.parts < 1:
-        raise bad(path, "not an index of tables in columns", "what columns.save writes", path.read_text()[:200], DAMAGED)
+        raise bad(
+            path, "not an index of tables in columns", "what columns.save writes", path.read_text()[:200], DAMAGED
+        )
     return index
 
 
@@ -242,20 +253,14 @@ def _read_own(
         raise bad(Path(folder) / INDEX, "other columns", f"parts that divide {width} columns", index.parts, DAMAGED)
     each, own = width // index.parts, width // columns.size
     first, end = columns.rank * own, (columns.rank + 1) * own
-    tensors: Tensors = {}
-    found = []
-    for part in range(index.parts):
-        if part and not (part * each < end and first < (part + 1) * each):
-            continue
 
-        def expected(forms: Forms, part: int = part) -> Forms:
-            whole = whole_forms(forms if part == 0 else forms | shapes)
-            table = whole[_TABLE]._replace(shape=(*whole[_TABLE].shape[:-1], each))
-            return {**whole, _TABLE: table} if part == 0 else {_TABLE: table}
+    def of_first(found: Forms) -> Forms:
+        whole = whole_forms(found)
+        return {**whole, _TABLE: whole[_TABLE]._replace(shape=(*whole[_TABLE].shape[:-1], each))}
 
-        _, read = _read_part(folder, index, part, lambda _: spec, expected)
-        if part == 0:
-            tensors, shapes = read, tensor_files.forms_of(read)
-        columns_here = slice(max(first - part * each, 0), max(end - part * each, 0))
-        found.append(read[_TABLE][..., columns_here])
-    return {**tensors, _TABLE: np.concatenate(found, -1)}
+    _, tensors = _read_part(folder, index, 0, lambda _: spec, of_first)
+    table, others = [], {_TABLE: tensor_files.forms_of(tensors)[_TABLE]}
+    for part in range(first // each, -(-end // each)):
+        read = tensors if part == 0 else _read_part(folder, index, part, lambda _: spec, lambda _: others)[1]
+        table.append(read[_TABLE][..., max(first - part * each, 0) : end - part * each])
+    return {**tensors, _TABLE: np.concatenate(table, -1)}

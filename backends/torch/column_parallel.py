@@ -13,14 +13,15 @@ without the others, so that the ranks need no more of each other than this, for 
                 (queries, keys, gates) gets its whole gradient on every rank
                 the gradient of the targets ``[T, Dv]`` is gathered
 
-All else is elementwise in the columns (the step, its clip and decay) or whole on every rank (pending tokens, the layer's
-norms and projections). A backward of a whole output takes its own columns: every rank computes the same loss.
+All else is elementwise in the columns (the step, its clip and decay) or whole on every rank (pending tokens, the
+layer's norms and projections). The gradient of a whole output is the same on every rank, which takes its own columns.
+The kernels, which address and write in one call, take no numbers of the first rank and do not compare rows (fast.py).
 """
 
 import dataclasses
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, distributed
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 _ROWS_DRAWN = 4096
 
 
-def is_sharded(x: Any) -> bool:
+def is_sharded(x: Any) -> "TypeGuard[DTensor]":
     """Whether a tensor is a DTensor. Nobody has one who has not imported their module, which takes a second."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(x, module.DTensor)
@@ -59,7 +60,7 @@ class Columns(NamedTuple):
     """n"""
 
     @classmethod
-    def of(cls, values: Tensor) -> "Columns | None":
+    def of(cls, values: Any) -> "Columns | None":
         """Those of a table that lies in columns; None of one that lies whole.
 
         Raises:
@@ -137,14 +138,13 @@ def check_placements(name: str, values: "DTensor") -> int:
     """
     from torch.distributed.tensor import Replicate, Shard
 
-    columns, wanted = values.ndim - 1, f"Shard({values.ndim - 1}), that of the value dimension,"
-    placements = values.placements
+    last, placements = values.ndim - 1, values.placements
     dealt = [i for i, x in enumerate(placements) if not isinstance(x, Replicate)]
-    if len(dealt) != 1 or type(placements[dealt[0]]) is not Shard or placements[dealt[0]].dim % values.ndim != columns:
+    if len(dealt) != 1 or type(placements[dealt[0]]) is not Shard or placements[dealt[0]] != Shard(last):
         raise ValueError(
-            f"{name} must be placed by {wanted} over one dimension of its mesh, and replicated over others: in rows "
-            "(Shard(0)), a rank would drop every write to a row that it does not hold. Received: placements "
-            f"{tuple(placements)} of a table of shape {tuple(values.shape)}"
+            f"{name} must be placed by Shard({last}), that of the value dimension, over one dimension of its mesh, and "
+            "replicated over others: in rows (Shard(0)), a rank would drop every write to a row that it does not hold. "
+            f"Received: placements {tuple(placements)} of a table of shape {tuple(values.shape)}"
         )
     check_divides(values.shape[-1], values.device_mesh.size(dealt[0]))
     return dealt[0]
@@ -174,9 +174,7 @@ def like(whole: "DTensor", columns: Tensor) -> "DTensor":
 
     shape = torch.Size((*columns.shape[:-1], whole.shape[-1]))
     stride = torch.empty(shape, device="meta").stride()
-    return DTensor.from_local(
-        columns, whole.device_mesh, whole.placements, run_check=False, shape=shape, stride=stride
-    )
+    return DTensor.from_local(columns, whole.device_mesh, whole.placements, run_check=False, shape=shape, stride=stride)
 
 
 def by_columns(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -194,7 +192,7 @@ def by_columns(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
                     f"Received: one of {whole.placements} on {whole.device_mesh}, and {received}"
                 )
         check_placements("values", whole)
-        local = [x.to_local() for x in tensors]
+        local = [x.to_local() for x in tensors if is_sharded(x)]
         result = function(*local)
         overwritten = [x for x, own in zip(tensors, local) if own is result]
         return overwritten[0] if overwritten else like(whole, result)
@@ -212,7 +210,7 @@ def fill(table: Tensor, whole: Tensor) -> None:
 
 
 def fill_normal(table: Tensor, std: float) -> None:
-    """Draw a table anew; of one in columns every rank draws all, some rows at a time, and so is where the others are."""
+    """Draw a table anew; of one in columns every rank draws all, some rows at a time: generators stay alike."""
     columns = Columns.of(table)
     if columns is None:
         table.normal_(std=std)

@@ -3,15 +3,15 @@
     mesh = torch.distributed.init_device_mesh("cuda", (n,))
     layer = columns.shard(layer, mesh)      # or a State, or a Memory
 
-The table is then a DTensor placed by ``Shard`` on its value dimension, and every function of this backend takes it as it
-takes one that lies whole. All ranks make the same calls with the same tokens, and get the same outputs, gradients and
+The table is then a DTensor placed by ``Shard`` on its value dimension, and every function of this backend takes it as
+one that lies whole. All ranks make the same calls with the same tokens, and get the same outputs, gradients and
 states; the rest of a model is the same on each. What the ranks tell each other stands in column_parallel.py.
 """
 
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from fwpkm.backends.torch.column_files import join, load, load_state, save, save_state
 from fwpkm.backends.torch.column_parallel import Columns, check_divides, is_sharded

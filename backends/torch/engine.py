@@ -20,8 +20,8 @@ def choose_engine(
     """The engine of a call with these tables and queries; "compiled" only while torch.compile traces it.
 
     What is traced is taken to lie on a device that the kernels know. A graph holds no packed call of many sequences:
-    their lengths are not known, and each would be padded to all tokens. Nor does it hold what ranks tell each other about
-    a table in columns.
+    their lengths are not known, and each would be padded to all tokens; and none with a table in columns, about which
+    ranks tell each other what the host must know.
 
     Raises:
         ValueError: ``implementation`` is unknown, or "triton" and the kernels cannot serve the call.

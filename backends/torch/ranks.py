@@ -69,8 +69,8 @@ def together(call: str, columns: Columns) -> Iterator[tuple[list[float], list[li
     refused = [rank for rank, numbers in enumerate(heard) if numbers[_REFUSED]]
     if refused:
         raise RuntimeError(
-            f"{call} was given up on every rank, since it failed on one, whose own message says why. Received: failures "
-            f"of ranks {refused} of the {columns.size} that hold the table's columns"
+            f"{call} was given up on every rank, since it failed on one, whose own message says why. Received: "
+            f"failures of ranks {refused} of the {columns.size} that hold the table's columns"
         )
 
 
@@ -104,9 +104,9 @@ def _gathered(columns: Columns, own: list[float]) -> list[list[float]]:
         heard = columns.of_each(message)
     except RuntimeError as error:
         raise RuntimeError(
-            f"rank {columns.rank} of the {columns.size} that hold a table's columns did not hear from all others within "
-            "the process group's timeout (timeout= of init_process_group): each must make every call. Look for the "
-            f"first error among the ranks. Received: {error}"
+            f"rank {columns.rank} of the {columns.size} that hold a table's columns did not hear from all others "
+            "within the process group's timeout (timeout= of init_process_group): each must make every call. Look for "
+            f"the first error among the ranks. Received: {error}"
         ) from error
     return torch.stack(heard).tolist()
 

@@ -126,7 +126,7 @@ def pending(cfg: FwPKMConfig, state: State) -> Tensor:
 
 
 def nbytes(state: State) -> int:
-    """The bytes that a state takes here, those of a table that rows share counted once, of columns those of this rank."""
+    """The bytes that a state takes on this rank, those of a table that rows share counted once."""
     validation.check_is_state(state)
     tables = (x.to_local() if is_sharded(x) else x for x in state.memory)
     arrays = (*tables, *state.pending, state.position)

@@ -231,8 +231,14 @@ def value_gradient(entries: Entries, error: Tensor, coefficient: Tensor, inverse
 
 
 def _write(
-    cfg: FwPKMConfig, entries: Entries, before: Tensor, error: Tensor, coefficient: Tensor, count: Tensor,
-    moves: Tensor, columns: Columns | None,
+    cfg: FwPKMConfig,
+    entries: Entries,
+    before: Tensor,
+    error: Tensor,
+    coefficient: Tensor,
+    count: Tensor,
+    moves: Tensor,
+    columns: Columns | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """The rows after a write ``[P, Dv]``, then error, rate and unclipped of ``_Residuals``.
 
