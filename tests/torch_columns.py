@@ -212,6 +212,27 @@ def the_layer() -> float:
 
 
 @case
+def beside_data_parallel() -> float:
+    """Two pairs of ranks, each pair with a batch of its own and with columns of one table."""
+    mesh = init_device_mesh("cpu", (2, RANKS // 2), mesh_dim_names=("rows", "columns"))
+    batches, mine = draw(4, 9, 8).split(2), mesh["rows"].get_local_rank()
+    layer, whole_layer = columns.shard(layer_of(learn=False), mesh["columns"]), layer_of(learn=False)
+    ddp = nn.parallel.DistributedDataParallel
+    ddp._set_params_and_buffers_to_ignore_for_model(layer, ["memory.keys", "memory.values"])
+    parallel = ddp(layer, process_group=mesh["rows"].get_group())
+    y, state = parallel(batches[mine])
+    y.square().mean().backward()
+    outputs, end = whole_layer(torch.cat(batches))
+    outputs.square().mean().backward()
+    expected = [outputs.split(2)[mine], whole(end.memory.values).split(2)[mine]]
+    received = [y, whole(state.memory.values)]
+    for x, wanted in zip(layer.parameters(), whole_layer.parameters(), strict=True):
+        received.append(x.grad)
+        expected.append(wanted.grad)
+    return worst([x.detach() for x in received], [x.detach() for x in expected])
+
+
+@case
 def compiled() -> float:
     def run(deal: Callable[[Any], Any]) -> list[Tensor]:
         layer = deal(layer_of(learn=False))
