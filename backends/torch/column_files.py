@@ -20,6 +20,7 @@ from fwpkm import files, tensor_files, validation
 from fwpkm.backends.torch import ranks
 from fwpkm.backends.torch.column_parallel import Columns, check_divides, like
 from fwpkm.backends.torch.ops import asarray, to_numpy
+from fwpkm.backends.torch.windows import SELF
 from fwpkm.config import FwPKMConfig
 from fwpkm.containers import Memory, State
 from fwpkm.tensor_files import DAMAGED, Forms, PathLike, Tensors, bad
@@ -50,9 +51,13 @@ def save_state(folder: PathLike, state: State, cfg: FwPKMConfig) -> None:
         RuntimeError: another rank could not.
     """
     validation.check_is_state(state)
-    _save(
-        folder, "state", _columns_of(state.memory.values), lambda: json.loads(cfg.to_json()), files.state_arrays(state)
-    )
+
+    def checked_spec() -> dict[str, Any]:
+        validation.check_state(cfg, state, SELF)
+        validation.check_positions(cfg, state.position.tolist())
+        return json.loads(cfg.to_json())
+
+    _save(folder, "state", _columns_of(state.memory.values), checked_spec, files.state_arrays(state))
 
 
 def save(folder: PathLike, layer: Any) -> None:

@@ -104,9 +104,9 @@ def _gathered(columns: Columns, own: list[float]) -> list[list[float]]:
         heard = columns.of_each(message)
     except RuntimeError as error:
         raise RuntimeError(
-            f"rank {columns.rank} of the {columns.size} that hold a table's columns did not hear from all others "
-            "within the process group's timeout (timeout= of init_process_group): each must make every call. Look for "
-            f"the first error among the ranks. Received: {error}"
+            f"rank {columns.rank} of the {columns.size} that hold a table's columns did not hear from all others: one "
+            "is gone, or did not make this call within the process group's timeout (timeout= of init_process_group). "
+            f"Look for the first error among the ranks. Received: {error}"
         ) from error
     return torch.stack(heard).tolist()
 
