@@ -85,6 +85,7 @@ REFUSALS = {
     "replicated": r"ValueError: values must be placed by Shard\(2\).*Received: placements \(Replicate\(\),\)",
     "odd": r"ValueError: value_dim must be a multiple of the ranks .* Received: value_dim=7 on \d ranks",
     "odd, by torch": r"ValueError: value_dim must be a multiple of the ranks .* Received: value_dim=7 on \d ranks",
+    "few columns for kernels": r'ValueError: implementation="triton" cannot .* value_dim must be a multiple of 16',
     "mesh": r"ValueError: mesh must be a DeviceMesh of one dimension",
     "other tokens": r"ValueError: value must be the same on all ranks.* Received: value on ranks \[1",
     "other shape": r"ValueError: every rank must make the same call .* Received: another call on ranks \[",

@@ -305,7 +305,7 @@ def refusals() -> list[str]:
     """Each on every rank, and the ranks go on together."""
     found: list[str] = []
     cfg = FwPKMConfig(**SMALL)
-    memory = be.init_memory(cfg)
+    memory, wide = be.init_memory(cfg), FwPKMConfig(**SMALL | {"key_dim": 16, "value_dim": 16})
     dealt = columns.shard(memory, MESH)
     state = be.init_state(cfg, dealt, 1)
     odd = be.init_memory(FwPKMConfig(**SMALL | {"value_dim": 7}))
@@ -318,6 +318,9 @@ def refusals() -> list[str]:
             FwPKMConfig(**SMALL | {"value_dim": 7}),
             odd._replace(values=distribute_tensor(odd.values, MESH, [Shard(2)])),
             draw(1, 2, 8, dtype=torch.float32),
+        ),
+        "few columns for kernels": lambda: be.lookup(
+            wide, columns.shard(be.init_memory(wide), MESH), draw(1, 2, 16).float(), implementation="triton"
         ),
         "mesh": lambda: columns.shard(memory, init_device_mesh("cpu", (1, RANKS))),
         "other tokens": lambda: call(value=draw(2, 5, 8, seed=RANK, dtype=torch.float32)),

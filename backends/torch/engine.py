@@ -1,5 +1,6 @@
 """What runs a call: plain PyTorch, the Triton kernels, or the kernels as an operator that torch.compile keeps."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, Literal
@@ -30,6 +31,8 @@ def choose_engine(
         raise ValueError(f'implementation must be None, "triton" or "eager". Received: {implementation!r}')
     if implementation == "eager" or (implementation is None and query.device.type != "cuda"):
         return "eager"
+    if is_sharded(memory.values):  # the kernels see the columns of one rank
+        cfg = dataclasses.replace(cfg, value_dim=memory.values.to_local().shape[-1])
     engine: Engine
     if torch.compiler.is_compiling():
         from fwpkm.kernels import support
