@@ -16,10 +16,10 @@ from fwpkm.agreement import BOUNDS
 SCRIPT = ROOT / "tests" / "torch_columns.py"
 CONFIGS = ("plain", "wait, one table", "dot product, clipped", "normalized")
 EAGER = [f"eager, {name}" for name in CONFIGS]
-KERNELS = ["kernels, wait, one table", "overflow on the kernels gives nan"]
+KERNELS = ["kernels, wait, one table", "in place on the kernels", "overflow on the kernels gives nan"]
 OTHERS = [
     *("packed rows", "overlaid", "a row that overflows in one column keeps its bits in all", "the layer", "compiled"),
-    *("by distribute tensor", "drawn in columns"),
+    *("by distribute tensor", "drawn in columns", "through a state that was made for the call"),
 ]
 
 
@@ -52,7 +52,7 @@ def of_two(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def of_four(folder: Path, of_two: Any) -> list[dict[str, Any]]:
-    return run(4, folder, "load", EAGER[2], "packed rows", "the layer", "refusals", "save")
+    return run(4, folder, "load", EAGER[2], "packed rows", "the layer", "beside data parallel", "refusals", "save")
 
 
 def check(found: list[dict[str, Any]], case: str) -> None:
@@ -66,7 +66,7 @@ def test_two_ranks_agree_with_one(of_two: list[dict[str, Any]], case: str) -> No
     check(of_two, case)
 
 
-@pytest.mark.parametrize("case", [EAGER[2], "packed rows", "the layer", "load"])
+@pytest.mark.parametrize("case", [EAGER[2], "packed rows", "the layer", "beside data parallel", "load"])
 def test_four_ranks_agree_with_one(of_four: list[dict[str, Any]], case: str) -> None:
     """``load`` reads what two ranks have saved."""
     check(of_four, case)

@@ -170,6 +170,21 @@ def a_row_that_overflows_in_one_column_keeps_its_bits_in_all() -> float:
 
 
 @case
+def in_place_on_the_kernels() -> float:
+    """Gradients pass through the table that a call has overwritten."""
+    cfg = FwPKMConfig(**SMALL | {"key_dim": 16, "value_dim": 16 * RANKS})
+
+    def run(deal: Callable[[Any], Any]) -> list[Tensor]:
+        state = be.init_state(cfg, deal(be.init_memory(cfg)), 1)
+        query, value = draw(1, 4, 16).float().requires_grad_(), draw(1, 4, 16 * RANKS).float().requires_grad_()
+        output, state, _ = be.apply(cfg, state, query, value, inplace=True, implementation="triton")
+        gradients = torch.autograd.grad(whole(state.memory.values).square().sum() + output.sum(), [query, value])
+        return [x.detach() for x in leaves(output, state, gradients)]
+
+    return both(run)
+
+
+@case
 def overflow_on_the_kernels_gives_nan() -> bool:
     """They do not ask each other between launches, and say so."""
     cfg = FwPKMConfig(**SMALL | {"key_dim": 16, "value_dim": 16 * RANKS})
@@ -208,6 +223,22 @@ def the_layer() -> float:
         found += [layer.decode(x[:, i : i + 1], state) for i in range(6)]
         assert state.memory.values is table
         return [x.detach() for x in leaves(found, state, list(layer.parameters()))]
+
+    return both(run)
+
+
+@case
+def through_a_state_that_was_made_for_the_call() -> float:
+    """A fixed initial memory is copied and overwritten; gradients pass through its writes into the first piece."""
+
+    def run(deal: Callable[[Any], Any]) -> list[Tensor]:
+        layer, x = deal(layer_of(learn=False)), draw(2, 14, 8).requires_grad_()
+        y, state = layer(x[:, :7])
+        y, state = layer(x[:, 7:], state)
+        (y.square().mean() + whole(state.memory.values).square().sum()).backward()
+        with torch.inference_mode():
+            read, after = layer(x, be.select(layer.config, be.detach(state), [1, 1]))
+        return [z.detach() for z in leaves(y, x.grad, [p.grad for p in layer.parameters()], read, after)]
 
     return both(run)
 

@@ -18,7 +18,8 @@ from torch import Tensor, distributed
 
 from fwpkm import files, tensor_files, validation
 from fwpkm.backends.torch import ranks
-from fwpkm.backends.torch.column_parallel import Columns, check_divides, like
+from fwpkm.backends.torch.column_parallel import Columns, check_divides, check_mesh, like
+from fwpkm.backends.torch.layer import FwPKM
 from fwpkm.backends.torch.ops import asarray, to_numpy
 from fwpkm.backends.torch.windows import SELF
 from fwpkm.config import FwPKMConfig
@@ -72,7 +73,7 @@ def save(folder: PathLike, layer: Any) -> None:
         OSError: this rank could not write.
         RuntimeError: another rank could not.
     """
-    _save(folder, "layer", _columns_of(layer.memory.values), layer.spec, layer.state_dict())
+    _save(folder, "layer", _columns_of_layer(layer), layer.spec, layer.state_dict())
 
 
 def load_state(folder: PathLike, cfg: FwPKMConfig, mesh: Any) -> State:
@@ -94,6 +95,7 @@ def load_state(folder: PathLike, cfg: FwPKMConfig, mesh: Any) -> State:
     from torch.distributed.tensor import DTensor, Shard
 
     validation.check_config(cfg)
+    check_mesh(mesh)
     check_divides(cfg.value_dim, mesh.size())
     empty = DTensor.from_local(
         torch.empty(1, 1, cfg.value_dim // mesh.size(), device=mesh.device_type), mesh, [Shard(2)]
@@ -121,7 +123,7 @@ def load(folder: PathLike, layer: Any) -> None:
         ValueError: a file is damaged or of another save or kind, or of a layer with another ``spec()``.
         RuntimeError: another rank could not read its part.
     """
-    columns = _columns_of(layer.memory.values)
+    columns = _columns_of_layer(layer)
     own = layer.state_dict(keep_vars=True)
     shapes = {name: tensor_files.Form(tuple(x.shape), tensor_files.FLOATS) for name, x in own.items()}
     with ranks.together("load", columns):
@@ -150,6 +152,15 @@ def join(folder: PathLike, path: PathLike) -> None:
     for i in range(1, index.parts):
         parts.append(_read_part(folder, index, i, lambda _: spec, lambda forms: forms)[1][_TABLE])
     tensor_files.write(path, index.kind, spec, {**tensors, _TABLE: np.concatenate(parts, -1)})
+
+
+def _columns_of_layer(layer: Any) -> Columns:
+    if not isinstance(layer, FwPKM):
+        raise ValueError(
+            "layer must be an FwPKM of fwpkm.backends.torch; torch.distributed.checkpoint saves whole models. "
+            f"Received: {type(layer).__name__}"
+        )
+    return _columns_of(layer.memory.values)
 
 
 def _columns_of(values: Tensor) -> Columns:

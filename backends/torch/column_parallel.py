@@ -70,8 +70,9 @@ class Columns(NamedTuple):
             return None
         mesh_dim = check_placements("values", values)
         group = values.device_mesh.get_group(mesh_dim)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and values.requires_grad):
-            table = values.to_local()  # without a gradient itself, not a view of it, so that it may be overwritten
+        table = values.to_local()
+        if not values.requires_grad:
+            table = table.detach()  # no view, which autograd would not let a function overwrite that gives more
         return cls(values, table, group, distributed.get_rank(group), distributed.get_world_size(group))
 
     def enter(self, slots: Tensor, weights: Tensor, strength: Tensor, target: Tensor) -> tuple[Tensor, ...]:
@@ -124,8 +125,14 @@ class Columns(NamedTuple):
         return parts
 
     def after(self, written: Tensor) -> Tensor:
-        """The table ``[M, N, Dv]`` whose columns here are these; the same object where they lie where they did."""
-        if written.untyped_storage().data_ptr() == self.table.untyped_storage().data_ptr():
+        """The table ``[M, N, Dv]`` whose columns here are these; the same object where these were overwritten.
+
+        With a gradient it is another object: a DTensor would not know of it.
+        """
+        if (
+            not written.requires_grad
+            and written.untyped_storage().data_ptr() == self.table.untyped_storage().data_ptr()
+        ):
             return self.whole
         return like(self.whole, written)
 
@@ -150,6 +157,17 @@ def check_placements(name: str, values: "DTensor") -> int:
     return dealt[0]
 
 
+def check_mesh(mesh: Any) -> None:
+    """Raise a ValueError unless columns can be dealt over a mesh."""
+    from torch.distributed.device_mesh import DeviceMesh
+
+    if not isinstance(mesh, DeviceMesh) or mesh.ndim != 1:
+        raise ValueError(
+            "mesh must be a DeviceMesh of one dimension: mesh['name'] is one of several. Received: "
+            f"{mesh if isinstance(mesh, DeviceMesh) else type(mesh).__name__}"
+        )
+
+
 def check_divides(width: int, size: int) -> None:
     """Raise a ValueError unless so many columns can be dealt to so many ranks."""
     if width % size:
@@ -169,16 +187,20 @@ def refuse_columns(x: Tensor) -> None:
 
 
 def like(whole: "DTensor", columns: Tensor) -> "DTensor":
-    """A DTensor placed as ``whole``, whose columns here are these ``[..., Dv/n]``; a gradient passes."""
-    from torch.distributed.tensor import DTensor
+    """A DTensor over the mesh of ``whole``, whose columns here are these ``[..., Dv/n]``; a gradient passes."""
+    from torch.distributed.tensor import DTensor, Replicate, Shard
 
     shape = torch.Size((*columns.shape[:-1], whole.shape[-1]))
     stride = torch.empty(shape, device="meta").stride()
-    return DTensor.from_local(columns, whole.device_mesh, whole.placements, run_check=False, shape=shape, stride=stride)
+    placements = [x if isinstance(x, Replicate) else Shard(columns.ndim - 1) for x in whole.placements]
+    return DTensor.from_local(columns, whole.device_mesh, placements, run_check=False, shape=shape, stride=stride)
 
 
 def by_columns(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """``function`` of tensors that treats all columns alike, of tables in columns too: the columns here."""
+    """``function`` of tensors that treats all columns alike, for tables in columns too: of those of this rank.
+
+    DTensors have most such functions themselves, but not under ``torch.inference_mode``.
+    """
 
     def call(*tensors: Tensor) -> Tensor:
         whole = next(filter(is_sharded, tensors), None)

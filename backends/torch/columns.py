@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fwpkm.backends.torch.column_files import join, load, load_state, save, save_state
-from fwpkm.backends.torch.column_parallel import Columns, check_divides, is_sharded
+from fwpkm.backends.torch.column_parallel import Columns, check_divides, check_mesh, is_sharded
 from fwpkm.backends.torch.layer import InitialMemory
 from fwpkm.containers import Memory, State
 
@@ -36,13 +36,7 @@ def shard(what: What, mesh: Any) -> What:
         ValueError: value_dim is no multiple of the mesh's size, the mesh is none of one dimension, or there is nothing
             to deal out, on every rank.
     """
-    from torch.distributed.device_mesh import DeviceMesh
-
-    if not isinstance(mesh, DeviceMesh) or mesh.ndim != 1:
-        raise ValueError(
-            "mesh must be a DeviceMesh of one dimension: mesh['name'] is one of several. Received: "
-            f"{mesh if isinstance(mesh, DeviceMesh) else type(mesh).__name__}"
-        )
+    check_mesh(mesh)
 
     def deal(values: Tensor) -> Tensor:
         from torch.distributed.tensor import DTensor, Shard

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from fwpkm import validation
 from fwpkm.backends.torch import engine, fast, operators, ops, ranks
-from fwpkm.backends.torch.column_parallel import is_sharded
+from fwpkm.backends.torch.column_parallel import by_columns, is_sharded
 from fwpkm.backends.torch.flat import flatten, unflatten
 from fwpkm.backends.torch.windows import SELF
 from fwpkm.config import FwPKMConfig
@@ -26,6 +26,7 @@ def start_decoding(state: State) -> State:
     dtype = torch.float64 if state.memory.keys.dtype == torch.float64 else torch.float32
     device = state.memory.keys.device
 
+    @by_columns
     def copy(x: Tensor) -> Tensor:
         x = x.detach().clone(memory_format=torch.contiguous_format).to(device)
         return x.to(dtype) if x.is_floating_point() else x

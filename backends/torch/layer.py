@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fwpkm import rules, validation
 from fwpkm.backends.torch import decoding, ops, ranks
-from fwpkm.backends.torch.column_parallel import fill, fill_normal
+from fwpkm.backends.torch.column_parallel import by_columns, fill, fill_normal
 from fwpkm.backends.torch.tokens import finite_rows, maybe_any
 from fwpkm.config import FwPKMConfig
 from fwpkm.containers import LayerTrace, Memory, State, memory_specs
@@ -69,7 +69,7 @@ class InitialMemory(nn.Module):
 
     def forward(self) -> Memory:
         """The tables with M = 1."""
-        return Memory(self.keys[None], self.values[None])
+        return Memory(*map(by_columns(lambda x: x[None]), (self.keys, self.values)))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "InitialMemory":
         def keep_precision(table: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from fwpkm import schedule, validation
 from fwpkm.backends.torch import engine, fast, left_aligned, ranks
 from fwpkm.backends.torch.checks import check_apply, check_device, check_inplace
-from fwpkm.backends.torch.column_parallel import refuse_columns
+from fwpkm.backends.torch.column_parallel import by_columns, refuse_columns
 from fwpkm.backends.torch.rows import init_state, mask_of, start_state
 from fwpkm.backends.torch.streams import Streams, pending_of, streams_of, together
 from fwpkm.backends.torch.tokens import filled, maybe_any, without
@@ -93,7 +93,7 @@ def begin(
         state = init_state(cfg, memory, batch, position_device)
     else:  # what writes makes the copy
         memories = memories_for(cfg, batch)
-        shared = Memory(*(x.expand(memories, *x.shape[1:]) for x in memory))
+        shared = Memory(*map(by_columns(lambda x: x.expand(memories, *x.shape[1:])), memory))
         state = start_state(cfg, shared, batch, position_device)
     if compiled:
         output, state, trace = left_aligned.apply(cfg, state, inputs, cu_seqlens, update, False, True)
@@ -278,7 +278,7 @@ def chunk_update(
 def detach(state: State) -> State:
     """The state without its gradient history."""
     validation.check_is_state(state)
-    memory = Memory(*(x.detach() for x in state.memory))
+    memory = Memory(*map(by_columns(Tensor.detach), state.memory))
     return State.of(memory, state.pending.map(Tensor.detach), state.position.detach())
 
 
@@ -331,4 +331,4 @@ def _as_tables(memory: Memory, query: Tensor) -> Memory:
     """float32, or float64 when queries and tables both are (§6)."""
     wide = query.dtype == memory.keys.dtype == torch.float64
     dtype = torch.float64 if wide else torch.float32
-    return Memory(memory.keys.to(dtype), memory.values.to(dtype))
+    return Memory(*map(by_columns(lambda x: x.to(dtype)), memory))

@@ -24,8 +24,12 @@ def init_state(cfg: FwPKMConfig, memory: Memory, batch_size: int, position_devic
     """A state at position 0 that owns a copy of ``memory``, on its device; the position is on the CPU unless told."""
     validation.check_initial(cfg, memory, batch_size, SELF)
     memories = memories_for(cfg, batch_size)
-    tables = (x.expand(memories, *x.shape[1:]).clone(memory_format=torch.contiguous_format) for x in memory)
-    return start_state(cfg, Memory(*tables), batch_size, position_device)
+
+    @by_columns
+    def copies(x: Tensor) -> Tensor:
+        return x.expand(memories, *x.shape[1:]).clone(memory_format=torch.contiguous_format)
+
+    return start_state(cfg, Memory(*map(copies, memory)), batch_size, position_device)
 
 
 def start_state(cfg: FwPKMConfig, memory: Memory, batch_size: int, position_device: Any = None) -> State:

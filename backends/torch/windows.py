@@ -161,7 +161,7 @@ def apply_values(
         if span.writes
     ]
     parts = zip(spans, shapes)
-    if written is not table:
+    if any(span.writes for span in spans):
         values = written if columns is None else columns.after(written)
     return [reads[span.start : span.stop].view(*shape, width) for span, shape in parts], values, losses
 
