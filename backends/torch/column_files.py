@@ -203,14 +203,15 @@ def _place(index: _Index, part: int) -> dict[str, Any]:
 
 
 def _write_index(folder: PathLike, index: _Index) -> None:
-    """Put the index in its place, and remove the parts that it does not name."""
+    """Put the index in its place, and remove what it does not name."""
     temporary = Path(folder) / f".{INDEX}-{index.save}.tmp"
     with temporary.open("w") as file:
         json.dump({"format_version": tensor_files.FORMAT_VERSION, **index._asdict()}, file)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, Path(folder) / INDEX)
-    for path in Path(folder).glob("columns-*-of-*.safetensors"):
+    left = [*Path(folder).glob(f".{INDEX}-*.tmp"), *Path(folder).glob("columns-*-of-*.safetensors")]
+    for path in left:
         if not path.name.startswith(f"columns-{index.save}-"):
             path.unlink(missing_ok=True)
 
@@ -222,14 +223,11 @@ def _read_index(folder: PathLike) -> _Index:
     try:
         found = json.loads(path.read_text())
         index = _Index(*(found[name] for name in _Index._fields))
-        whole = (found["format_version"], type(index.parts), type(index.save)) == (
-            tensor_files.FORMAT_VERSION,
-            int,
-            str,
-        )
+        whole = found["format_version"] == tensor_files.FORMAT_VERSION
+        whole = whole and isinstance(index.parts, int) and isinstance(index.save, str) and index.parts >= 1
     except (ValueError, KeyError, TypeError):
         whole = False
-    if not whole or index.parts < 1:
+    if not whole:
         raise bad(
             path, "not an index of tables in columns", "what columns.save writes", path.read_text()[:200], DAMAGED
         )

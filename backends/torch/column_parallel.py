@@ -24,7 +24,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 
 from fwpkm.backends.torch.derivatives import first_only
 from fwpkm.backends.torch.tokens import finite_rows
@@ -41,6 +41,8 @@ _ROWS_DRAWN = 4096
 
 def is_sharded(x: Any) -> "TypeGuard[DTensor]":
     """Whether a tensor is a DTensor. Nobody has one who has not imported their module, which takes a second."""
+    if type(x) is Tensor or type(x) is nn.Parameter:  # which compilers follow
+        return False
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(x, module.DTensor)
 

@@ -138,10 +138,10 @@ def _refuse_other_calls(call: str, columns: Columns, heard: list[list[float]], d
 
 
 def _refuse_other_tokens(name: str, numbers: list[float]) -> None:
-    if max(numbers) - min(numbers) > _ALIKE:
-        differing = [rank for rank, number in enumerate(numbers) if abs(number - numbers[0]) > _ALIKE]
+    differing = [rank for rank, number in enumerate(numbers) if abs(number - numbers[0]) > _ALIKE]
+    if differing:
         raise ValueError(
             f"{name} must be the same on all ranks that hold columns of a table: each reads all tokens, and a part of "
             "every row. Deal a batch to ranks by another dimension of the mesh, and begin layers from one seed. "
-            f"Received: {name} on ranks {differing or 'between'} unlike that on rank 0"
+            f"Received: {name} on ranks {differing} unlike that on rank 0"
         )
