@@ -31,7 +31,7 @@ def run(ranks: int, folder: Path, *cases: str) -> list[dict[str, Any]]:
     pipe = subprocess.PIPE
     started = [subprocess.Popen([*map(str, x)], stdout=pipe, stderr=pipe, text=True, env=environment) for x in lines]
     try:
-        ended = [process.communicate(timeout=400) for process in started]
+        ended = [process.communicate(timeout=550) for process in started]
     finally:
         for process in started:
             process.kill()
