@@ -89,8 +89,9 @@ def test_a_table_in_columns_trains_as_a_whole_one(tmp_path):
     """The script asserts that losses and what is read on from the files are those of one process."""
     torchrun = "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"
     printed = run(*torchrun, ROOT / "examples/torch_columns.py", "--folder", tmp_path / "state", cwd=tmp_path)
-    assert len(re.findall(r"rank \d of 2: .* columns torch.Size\(\[2, 4096, 32\]\)", printed)) == 2
-    assert re.search(r"^losses .*, those of one process within \d", printed, re.MULTILINE)
+    # Lines of two processes may share one.
+    assert len(re.findall(r"rank \d of 2: .*? columns torch.Size\(\[2, 4096, 32\]\)", printed)) == 2
+    assert re.search(r"losses .*, those of one process within \d", printed)
 
 
 def test_users_who_share_rows_are_served_twice(tmp_path):
