@@ -138,8 +138,8 @@ def load_state(path: PathLike, cfg: FwPKMConfig, backend: Any, device: Any = Non
     """
     validation.check_config(cfg)
     module = _backend(backend, device)
-    _, tensors = read(path, "state", lambda _: _fields(cfg), lambda _, forms: _state_forms(cfg, forms))
-    _check_positions(path, "position", cfg, tensors["position"], DAMAGED)
+    _, tensors = read(path, "state", lambda _: _fields(cfg), lambda _, forms: state_forms(cfg, forms))
+    check_positions(path, "position", cfg, tensors["position"], DAMAGED)
     return _native(module, tensors, device)
 
 
@@ -175,13 +175,13 @@ def load_states(
         return {
             key: form
             for name in saved
-            for key, form in named(name, _state_forms(configs[name], part_of(forms, name))).items()
+            for key, form in named(name, state_forms(configs[name], part_of(forms, name))).items()
         }
 
     saved, tensors = read(path, "set of states", wanted, expected)
     configs, parts = _configs(cfgs, saved, ""), {name: part_of(tensors, name) for name in saved}
     for name, part in parts.items():
-        _check_positions(path, f"{name}.position", configs[name], part["position"], DAMAGED)
+        check_positions(path, f"{name}.position", configs[name], part["position"], DAMAGED)
     return {name: _native(module, part, device) for name, part in parts.items()}
 
 
@@ -244,10 +244,10 @@ def _tensors(path: PathLike, argument: str, state: Any, cfg: FwPKMConfig) -> Ten
     if not isinstance(state, State):
         raise ValueError(f"{argument} must be a fwpkm.State. Received: {type(state).__name__}")
     to_numpy = registry.backend_of(state.memory.values).to_numpy
-    tensors = {name: np.asarray(to_numpy(array)) for name, array in _state_arrays(state).items()}
+    tensors = {name: np.asarray(to_numpy(array)) for name, array in state_arrays(state).items()}
     forms = forms_of(tensors)
-    check_forms(path, forms, _state_forms(cfg, forms), f"Pass the config that {argument} was made with.")
-    _check_positions(path, "position", cfg, tensors["position"], f"Pass {argument} as apply or flush returned it.")
+    check_forms(path, forms, state_forms(cfg, forms), f"Pass the config that {argument} was made with.")
+    check_positions(path, "position", cfg, tensors["position"], f"Pass {argument} as apply or flush returned it.")
     return tensors
 
 
@@ -267,25 +267,26 @@ def _backend(backend: Any, device: Any) -> Any:
     return module
 
 
-def _state_arrays(state: State) -> dict[str, Any]:
+def state_arrays(state: State) -> dict[str, Any]:
+    """The arrays of a state by the names that they have in files."""
     fields = state._asdict()
     memory = fields.pop("memory")
     return {"memory.keys": memory.keys, "memory.values": memory.values, **fields}
 
 
-_STATE_NAMES = tuple(_state_arrays(state_specs(FwPKMConfig(), None)))
+_STATE_NAMES = tuple(state_arrays(state_specs(FwPKMConfig(), None)))
 
 
 def _layer_forms(layer: Layer) -> Forms:
     return {name: Form(tuple(shape), FLOATS) for name, shape in layer.tensor_shapes().items()}
 
 
-def _state_forms(cfg: FwPKMConfig, found: Forms) -> Forms:
+def state_forms(cfg: FwPKMConfig, found: Forms) -> Forms:
     """What a state must hold; only B is taken from what was found."""
     rows = found["position"].shape if "position" in found else ()
     batch = rows[0] if rows and rows[0] else 1
     dtypes = {"float": FLOATS, "bool": ("bool",), "int32": ("int32",)}
-    specs = _state_arrays(state_specs(cfg, batch))
+    specs = state_arrays(state_specs(cfg, batch))
     return {name: Form(spec.shape, dtypes[spec.kind]) for name, spec in specs.items()}
 
 
@@ -294,7 +295,8 @@ def _check_layer(layer: Any) -> None:
         raise ValueError(f"layer must be an FwPKM layer of one of the backends. Received: {type(layer).__name__}")
 
 
-def _check_positions(path: PathLike, name: str, cfg: FwPKMConfig, position: np.ndarray, advice: str) -> None:
+def check_positions(path: PathLike, name: str, cfg: FwPKMConfig, position: np.ndarray, advice: str) -> None:
+    """Raise unless rows can stand at the positions that a file holds."""
     shared = cfg.memory_scope != "sequence"  # one clock
     if position.min() < 0 or (shared and position.min() != position.max()):
         expected = "numbers of at least 0" + ", equal in all rows" * shared

@@ -25,6 +25,7 @@ def test_no_example_is_forgotten():
         "numpy_facts.py",
         "portable.py",
         "serve.py",
+        "torch_columns.py",
         "torch_copy.py",
         "torch_generate.py",
     ]
@@ -75,6 +76,15 @@ def test_text_that_is_generated_is_that_of_one_call(tmp_path, example, backend):
     assert example != "jax" or printed.endswith("compiled steps: 1\n")
 
 
+def test_a_table_in_columns_trains_as_a_whole_one(tmp_path):
+    """The script asserts that losses and what is read on from the files are those of one process."""
+    torchrun = "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"
+    printed = run(*torchrun, ROOT / "examples/torch_columns.py", "--folder", tmp_path / "state", cwd=tmp_path)
+    # Lines of two processes may share one.
+    assert len(re.findall(r"rank \d of 2: .*? columns torch.Size\(\[2, 4096, 32\]\)", printed)) == 2
+    assert re.search(r"losses .*, those of one process within \d", printed)
+
+
 def test_users_who_share_rows_are_served_twice(tmp_path):
     """The second process goes on from the first one's folder; the script asserts that each reads as alone."""
     for back in (0, 1):
@@ -98,7 +108,7 @@ def numbers(printed, label):
 
 PAGES = (
     "README.md", "docs/guide.md", "docs/batches.md", "docs/diagnostics.md", "docs/serving.md", "docs/transformers.md",
-    "docs/lifecycle.md", "docs/flax.md",
+    "docs/lifecycle.md", "docs/flax.md", "docs/distributed.md",
 )  # fmt: skip
 
 

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from fwpkm import validation
-from fwpkm.backends.torch import engine, fast, operators, ops
+from fwpkm.backends.torch import engine, fast, operators, ops, ranks
+from fwpkm.backends.torch.column_parallel import by_columns, is_sharded
 from fwpkm.backends.torch.flat import flatten, unflatten
 from fwpkm.backends.torch.windows import SELF
 from fwpkm.config import FwPKMConfig
@@ -25,6 +26,7 @@ def start_decoding(state: State[Tensor]) -> State[Tensor]:
     dtype = torch.float64 if state.memory.keys.dtype == torch.float64 else torch.float32
     device = state.memory.keys.device
 
+    @by_columns
     def copy(x: Tensor) -> Tensor:
         x = x.detach().clone(memory_format=torch.contiguous_format).to(device)
         return x.to(dtype) if x.is_floating_point() else x
@@ -46,7 +48,7 @@ def decode(
     """Read one token of each sequence and write the chunk that it completes; ``state`` is overwritten. No gradient.
 
     Where the kernels serve, nothing depends on the host: a CUDA graph, or torch.compile, can hold a step and repeat it
-    over any number of chunks. Elsewhere it is :func:`fwpkm.backends.torch.apply`.
+    over any number of chunks. Elsewhere, and with tables in columns, it is :func:`fwpkm.backends.torch.apply`.
 
     Args:
         cfg: the configuration.
@@ -67,13 +69,15 @@ def decode(
     traced = torch.compiler.is_compiling()
     traced = traced and engine.choose_engine(implementation, cfg, state.memory, query) == "compiled"
     if not traced:
-        _check_decode(cfg, state, tokens)
-    if traced or engine.choose_engine(implementation, cfg, state.memory, query) != "eager":
+        ranks.told(state, _check_decode, cfg, state, tokens)
+    in_columns = isinstance(state, State) and is_sharded(state.memory.values)
+    if traced or not (in_columns or engine.choose_engine(implementation, cfg, state.memory, query) == "eager"):
         return operators.decode(cfg, state, tokens)
     # What was made for inference may be overwritten there alone.
     with torch.inference_mode(torch.is_inference_mode_enabled() or any(x.is_inference() for x in flatten(state))):
         on_host = state._replace(position=state.position.cpu())
-        output, after, _ = ops.apply(cfg, on_host, **tokens.present(), inplace=True, implementation="eager")
+        engine_of = implementation if in_columns else "eager"
+        output, after, _ = ops.apply(cfg, on_host, **tokens.present(), inplace=True, implementation=engine_of)
         for old, new in zip(flatten(state), flatten(after)):
             if old is not new:
                 old.copy_(new)

@@ -1,5 +1,6 @@
 """What runs a call: plain PyTorch, the Triton kernels, or the kernels as an operator that torch.compile keeps."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Literal, ParamSpec, TypeVar
@@ -7,6 +8,7 @@ from typing import Literal, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from fwpkm.backends.torch.column_parallel import is_sharded
 from fwpkm.config import FwPKMConfig
 from fwpkm.containers import Memory
 
@@ -21,7 +23,8 @@ def choose_engine(
     """The engine of a call with these tables and queries; "compiled" only while torch.compile traces it.
 
     What is traced is taken to lie on a device that the kernels know. A graph holds no packed call of many sequences:
-    their lengths are not known, and each would be padded to all tokens.
+    their lengths are not known, and each would be padded to all tokens; and none with a table in columns, about which
+    ranks tell each other what the host must know.
 
     Raises:
         ValueError: ``implementation`` is unknown, or "triton" and the kernels cannot serve the call.
@@ -30,13 +33,15 @@ def choose_engine(
         raise ValueError(f'implementation must be None, "triton" or "eager". Received: {implementation!r}')
     if implementation == "eager" or (implementation is None and query.device.type != "cuda"):
         return "eager"
+    if is_sharded(memory.values):  # the kernels see the columns of one rank
+        cfg = dataclasses.replace(cfg, value_dim=memory.values.to_local().shape[-1])
     engine: Engine
     if torch.compiler.is_compiling():
         from fwpkm.kernels import support
 
         reason = support.why_unsupported_config(cfg) or support.why_unsupported_tensors(memory, query)
         held = cu_seqlens is None or cu_seqlens.shape[0] - 1 <= support.MOST_PADDING
-        engine = "compiled" if query.shape[1] and held else "eager"
+        engine = "compiled" if query.shape[1] and held and not is_sharded(memory.values) else "eager"
     else:
         from fwpkm import kernels
 

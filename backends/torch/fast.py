@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fwpkm import schedule, validation
+from fwpkm.backends.torch.column_parallel import Columns
 from fwpkm.backends.torch.derivatives import first_only
 from fwpkm.backends.torch.flat import flat, flatten, unflatten
 from fwpkm.backends.torch.tokens import filled, join, pad, without
@@ -161,6 +162,8 @@ class Settings(NamedTuple):
     """The value table may be overwritten."""
     dtype: torch.dtype
     """Of the output."""
+    dealt: Columns | None = None
+    """Of which columns the table is, where it does not lie whole."""
 
 
 def run(
@@ -168,16 +171,33 @@ def run(
     dtype: torch.dtype,
 ) -> Done:  # fmt: skip
     """One call: output in ``dtype``, and a trace of so many columns."""
+    dealt, whole = Columns.of(memory.values), memory
+    if dealt is not None:
+        cfg, memory, stream = dealt.narrowed(cfg, memory, stream)
     keys, values = as_tables(memory)
     if not plan.num_writes and keys.stride(0) == values.stride(0) == 0:  # rows that share a table read it where it is
         keys, values = keys[:1], values[:1]
-    stream, pair, settings = stream.map(plain), plain(pair), Settings(cfg, plan, owned, dtype)
+    stream, pair, settings = stream.map(plain), plain(pair), Settings(cfg, plan, owned, dtype, dealt)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (keys, values, *stream)):
         flat_inputs = (keys, values, pair, *flatten(stream))
         results = unflatten(Results, _Call.apply(settings, *flat_inputs))
     else:
         results = results_of(*forward(settings, keys, values, stream, pair, False))
-    return done_with(results, memory, columns)
+    if dealt is not None:
+        results = _of_all_columns(dealt, results)
+    return done_with(results, whole, columns)
+
+
+def _of_all_columns(dealt: Columns, results: "Results") -> "Results":
+    """What all ranks gave; outputs are NaN where a loss overflowed.
+
+    Ranks do not ask each other between launches whether a row is finite in all columns (§4). It is, unless an error
+    was so large that its square is not.
+    """
+    output, memorization = dealt.leave(results.output, results.memorization)
+    output = output.masked_fill(~memorization.isfinite().all(), torch.nan)
+    values = None if results.values is None else dealt.after(results.values)
+    return results._replace(output=output, memorization=memorization, values=values)
 
 
 def as_tables(memory: Memory) -> Memory:
@@ -205,7 +225,7 @@ def forward(
     """The result, and the table that was written: that of the caller if it is ``owned``, else a copy."""
     from fwpkm.kernels.runtime import call
 
-    cfg, plan, owned, dtype = settings
+    cfg, plan, owned, dtype, _ = settings
     if not plan.num_writes:
         values = values.contiguous()
     elif not (owned and values.is_contiguous()):
@@ -303,9 +323,11 @@ class _Call(torch.autograd.Function):
             None if x is None or x.numel() == 0 else plain(x) for x in (d.output, d.keys, d.values)
         )
         table = ctx.shape if unflatten(_Inputs, ctx.needs_input_grad).values else None
+        dealt = ctx.settings.dealt
         with on_device_of(tokens.query):
             gradients = call.backward(
-                ctx.settings.cfg, plan, tokens, residuals, d_output, d_keys, d_values, table, d_weights
-            )
+                ctx.settings.cfg, plan, tokens, residuals, d_output, d_keys, d_values, table, d_weights,
+                None if dealt is None else dealt.summed,
+            )  # fmt: skip
         of_tokens = gradients.tokens._replace(query=gradients.tokens.query.to(tokens.query.dtype))
         return tuple(flatten(_Inputs(None, gradients.keys, gradients.values, None, of_tokens)))

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from fwpkm import rules, validation
-from fwpkm.backends.torch import decoding, ops
+from fwpkm.backends.torch import decoding, ops, ranks
+from fwpkm.backends.torch.column_parallel import by_columns, fill, fill_normal
 from fwpkm.backends.torch.tokens import finite_rows, maybe_any
 from fwpkm.config import FwPKMConfig
 from fwpkm.containers import LayerTrace, Memory, State, memory_specs
@@ -64,11 +65,11 @@ class InitialMemory(nn.Module):
         """Draw new tables from torch's generator."""
         with torch.no_grad():
             self.keys.uniform_(-self._bounds[0], self._bounds[0])
-            self.values.normal_(std=self._bounds[1])
+            fill_normal(self.values, self._bounds[1])
 
     def forward(self) -> Memory[Tensor]:
         """The tables with M = 1."""
-        return Memory(self.keys[None], self.values[None])
+        return Memory(*map(by_columns(lambda x: x[None]), (self.keys, self.values)))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "InitialMemory":
         def keep_precision(table: Tensor) -> Tensor:
@@ -188,7 +189,7 @@ class FwPKM(nn.Module):
         """
         validation.check_flag("return_state", return_state)
         validation.check_flag("return_trace", return_trace)
-        tokens, dtype = self._project(x, mask, cu_seqlens)
+        tokens, dtype = ranks.told(self.memory if state is None else state, self._project, x, mask, cu_seqlens)
         if state is None:
             counted = mask if cu_seqlens is None else cu_seqlens
             device = None if counted is None else counted.device
@@ -235,8 +236,7 @@ class FwPKM(nn.Module):
         Raises:
             ValueError: an argument does not fit; names it, what was expected and what was received.
         """
-        validation.check_array("x", x, [("B", None), ("T", 1), ("hidden_size", self.hidden_size)], "float", Tensor)
-        tokens, dtype = self._project(x, mask)
+        tokens, dtype = ranks.told(state, self._project_one, x, mask)
         return self._output(decoding.decode(self.config, state, **tokens.present()), tokens, dtype)
 
     def _project(self, x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None = None) -> tuple[Tokens, torch.dtype]:
@@ -264,6 +264,10 @@ class FwPKM(nn.Module):
             value = value.masked_fill(dead[..., None], torch.nan)
         gate = self.gate_proj(rms_norm(self.gate_norm, x)).squeeze(-1).sigmoid() if self.gated else None
         return Tokens(query, value, gate, mask), x.dtype
+
+    def _project_one(self, x: Tensor, mask: Tensor | None) -> tuple[Tokens, torch.dtype]:
+        validation.check_array("x", x, [("B", None), ("T", 1), ("hidden_size", self.hidden_size)], "float", Tensor)
+        return self._project(x, mask)
 
     def _output(self, read: Tensor, tokens: Tokens, dtype: torch.dtype) -> Tensor:
         """y from v̂: the mixture with the values, normalised and projected; NaN for dead tokens, 0 for masked ones."""
@@ -309,4 +313,4 @@ class FwPKM(nn.Module):
             raise ValueError("layer must hold memory before it is filled: call layer.to_empty(device=...) first")
         with torch.no_grad():
             for name, x in own.items():
-                x.copy_(torch.from_numpy(tensors[name]))
+                fill(x, torch.from_numpy(tensors[name]))

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from fwpkm import schedule, validation
-from fwpkm.backends.torch import engine, fast, left_aligned
+from fwpkm.backends.torch import engine, fast, left_aligned, ranks
 from fwpkm.backends.torch.checks import check_apply, check_device, check_inplace
+from fwpkm.backends.torch.column_parallel import by_columns, refuse_columns
 from fwpkm.backends.torch.rows import init_state, mask_of, start_state
 from fwpkm.backends.torch.streams import Streams, pending_of, streams_of, together
 from fwpkm.backends.torch.tokens import filled, maybe_any, without
@@ -81,7 +82,7 @@ def begin(
     implementation: str | None = None,
 ) -> tuple[Tensor, State[Tensor] | None, Trace]:
     """``apply`` of sequences that begin from a memory of M = 1; without ``keep`` no state is returned."""
-    batch = validation.check_apply(cfg, memory, inputs, cu_seqlens, update, SELF)
+    batch = ranks.told(memory, validation.check_apply, cfg, memory, inputs, cu_seqlens, update, SELF)
     compiled = torch.compiler.is_compiling()
     if compiled:
         compiled = engine.choose_engine(implementation, cfg, memory, inputs.query, cu_seqlens) == "compiled"
@@ -92,7 +93,7 @@ def begin(
         state = init_state(cfg, memory, batch, position_device)
     else:  # what writes makes the copy
         memories = memories_for(cfg, batch)
-        shared = Memory(*(x.expand(memories, *x.shape[1:]) for x in memory))
+        shared = Memory(*map(by_columns(lambda x: x.expand(memories, *x.shape[1:])), memory))
         state = start_state(cfg, shared, batch, position_device)
     if compiled:
         output, state, trace = left_aligned.apply(cfg, state, inputs, cu_seqlens, update, False, True)
@@ -113,19 +114,21 @@ def _apply(
     fresh: bool = False,
 ) -> tuple[Tensor, State, Trace]:
     """``fresh``: the state is one at position 0."""
-    check_apply(cfg, state, inputs, cu_seqlens, update)
-    check_inplace(inplace, *state.memory)
-    if cu_seqlens is not None:
-        cu_seqlens = cu_seqlens.cpu()
-        validation.check_cu_seqlens(cu_seqlens.tolist(), inputs.length)
-    if inputs.mask is not None and inputs.mask.device.type == "cpu" and inputs.mask.all():
-        inputs = inputs._replace(mask=None)
-    chosen = engine.choose_engine(implementation, cfg, state.memory, inputs.query, cu_seqlens)
-    on_kernels = chosen == "triton" and inputs.length > 0
-    positions = [0] if fresh else None
-    if not fresh and (state.position.device.type == "cpu" or not on_kernels):
-        positions = state.position.tolist()
-        validation.check_positions(cfg, positions)
+    same = {**inputs._asdict(), "cu_seqlens": cu_seqlens, "position": getattr(state, "position", None)}
+    with ranks.agreed("apply", getattr(state, "memory", None), cfg, update, inplace, implementation, **same):
+        check_apply(cfg, state, inputs, cu_seqlens, update)
+        check_inplace(inplace, *state.memory)
+        if cu_seqlens is not None:
+            cu_seqlens = cu_seqlens.cpu()
+            validation.check_cu_seqlens(cu_seqlens.tolist(), inputs.length)
+        if inputs.mask is not None and inputs.mask.device.type == "cpu" and inputs.mask.all():
+            inputs = inputs._replace(mask=None)
+        chosen = engine.choose_engine(implementation, cfg, state.memory, inputs.query, cu_seqlens)
+        on_kernels = chosen == "triton" and inputs.length > 0
+        positions = [0] if fresh else None
+        if not fresh and (state.position.device.type == "cpu" or not on_kernels):
+            positions = state.position.tolist()
+            validation.check_positions(cfg, positions)
     device = inputs.query.device
     alike = together(cfg, positions, inputs.mask, cu_seqlens)
     if on_kernels and not (alike and positions):
@@ -183,14 +186,16 @@ def flush(
         ValueError: the state does not fit ``cfg``, or ``rows`` not the state.
         RuntimeError: ``inplace`` on a table that autograd still needs.
     """
-    batch = validation.check_state(cfg, state, SELF)
-    check_device(state.pending_query, **state._asdict())
-    validation.check_positions(cfg, state.position.tolist())
-    check_inplace(inplace, *state.memory)
-    chosen = mask_of(cfg, rows, batch)
-    memory = _as_tables(state.memory, state.pending_query)
+    same = {name: getattr(state, name, None) for name in ("position", "pending_query", "pending_value")}
+    with ranks.agreed("flush", getattr(state, "memory", None), cfg, rows, inplace, implementation, **same):
+        batch = validation.check_state(cfg, state, SELF)
+        check_device(state.pending_query, **state._asdict())
+        validation.check_positions(cfg, state.position.tolist())
+        check_inplace(inplace, *state.memory)
+        chosen = mask_of(cfg, rows, batch)
+        memory = _as_tables(state.memory, state.pending_query)
+        chosen_engine = engine.choose_engine(implementation, cfg, memory, state.pending_query)
     memories = memory.keys.shape[0]
-    chosen_engine = engine.choose_engine(implementation, cfg, memory, state.pending_query)
     counts = torch.where(chosen, schedule.pending(cfg, state.position.cpu()), 0)
     of_memory = counts.view(memories, -1)[:, 0]
     trace = empty_trace(cfg, memory, (batch, 0), columns=1)
@@ -227,9 +232,10 @@ def _write_pending(
 @engine.outside_graphs
 def lookup(cfg: FwPKMConfig, memory: Memory[Tensor], query: Tensor, *, implementation: str | None = None) -> Lookup:
     """Read the tables; ``implementation`` is that of ``apply``."""
-    validation.check_lookup(cfg, memory, query, SELF)
-    check_device(query, memory=memory)
-    chosen = engine.choose_engine(implementation, cfg, memory, query)
+    with ranks.agreed("lookup", memory, cfg, implementation, query=query):
+        validation.check_lookup(cfg, memory, query, SELF)
+        check_device(query, memory=memory)
+        chosen = engine.choose_engine(implementation, cfg, memory, query)
     memory = _as_tables(memory, query)
     if query.shape[1] == 0:
         entries = memory.keys.new_zeros(query.shape[0], 0, cfg.slots_per_token)
@@ -259,9 +265,10 @@ def chunk_update(
 ) -> tuple[Memory[Tensor], Losses]:
     """Write one chunk whose targets are already shifted; ``implementation`` is that of ``apply``."""
     chunk = Tokens(query, target, gate, mask)
-    validation.check_chunk(cfg, memory, chunk, pair, SELF)
-    check_device(query, memory=memory, target=target, gate=gate, mask=mask, pair=pair)
-    chosen = engine.choose_engine(implementation, cfg, memory, query)
+    with ranks.agreed("chunk_update", memory, cfg, implementation, **chunk._asdict(), pair=pair):
+        validation.check_chunk(cfg, memory, chunk, pair, SELF)
+        check_device(query, memory=memory, target=target, gate=gate, mask=mask, pair=pair)
+        chosen = engine.choose_engine(implementation, cfg, memory, query)
     tables = _as_tables(memory, query)
     if chunk.length == 0:
         return memory, Losses(*tables.keys.new_zeros(2, tables.keys.shape[0]))
@@ -276,7 +283,8 @@ def chunk_update(
 def detach(state: State[Tensor]) -> State[Tensor]:
     """The state without its gradient history."""
     validation.check_is_state(state)
-    return state.detach()
+    memory = Memory(*map(by_columns(Tensor.detach), state.memory))
+    return State.of(memory, state.pending.map(Tensor.detach), state.position.detach())
 
 
 def asarray(x: Any, dtype: str) -> Tensor:
@@ -285,7 +293,12 @@ def asarray(x: Any, dtype: str) -> Tensor:
 
 
 def to_numpy(x: Tensor) -> np.ndarray:
-    """The numbers of a tensor; bfloat16, which NumPy lacks, as float32."""
+    """The numbers of a tensor; bfloat16, which NumPy lacks, as float32.
+
+    Raises:
+        ValueError: a table in columns, which may be larger than one card or host.
+    """
+    refuse_columns(x)
     x = x.detach().cpu()
     return (x.float() if x.dtype == torch.bfloat16 else x).numpy()
 
@@ -323,4 +336,4 @@ def _as_tables(memory: Memory, query: Tensor) -> Memory:
     """float32, or float64 when queries and tables both are (§6)."""
     wide = query.dtype == memory.keys.dtype == torch.float64
     dtype = torch.float64 if wide else torch.float32
-    return Memory(memory.keys.to(dtype), memory.values.to(dtype))
+    return Memory(*map(by_columns(lambda x: x.to(dtype)), memory))

@@ -12,6 +12,7 @@ from fwpkm import rows as row_checks
 from fwpkm import schedule, validation
 from fwpkm.backends.torch import engine
 from fwpkm.backends.torch.checks import check_inplace
+from fwpkm.backends.torch.column_parallel import by_columns, is_sharded
 from fwpkm.backends.torch.tokens import no_tokens
 from fwpkm.backends.torch.windows import SELF
 from fwpkm.config import FwPKMConfig
@@ -23,8 +24,12 @@ def init_state(cfg: FwPKMConfig, memory: Memory[Tensor], batch_size: int, positi
     """A state at position 0 that owns a copy of ``memory``, on its device; the position is on the CPU unless told."""
     validation.check_initial(cfg, memory, batch_size, SELF)
     memories = memories_for(cfg, batch_size)
-    tables = (x.expand(memories, *x.shape[1:]).clone(memory_format=torch.contiguous_format) for x in memory)
-    return start_state(cfg, Memory(*tables), batch_size, position_device)
+
+    @by_columns
+    def copies(x: Tensor) -> Tensor:
+        return x.expand(memories, *x.shape[1:]).clone(memory_format=torch.contiguous_format)
+
+    return start_state(cfg, Memory(*map(copies, memory)), batch_size, position_device)
 
 
 def start_state(
@@ -55,6 +60,7 @@ def select(cfg: FwPKMConfig, state: State[Tensor], rows: Any) -> State[Tensor]:
     ids = torch.from_numpy(row_checks.check_select(cfg, state, _on_host(rows), SELF))
     beams = len(ids) > 1 and state.position.shape[0] == 1
 
+    @by_columns
     def tables(x: Tensor) -> Tensor:
         if cfg.memory_scope != "sequence":
             return x.clone()  # or a call in place on one of the states would write the other
@@ -72,7 +78,7 @@ def concat(cfg: FwPKMConfig, states: Sequence[State[Tensor]]) -> State[Tensor]:
         if state.memory.keys.device != tables:
             raise ValueError(f"states[{i}] must lie on {tables}. Received: one on {state.memory.keys.device}")
     moved = [state._replace(position=state.position.to(clock)) for state in states]
-    return moved[0].map(lambda *x: torch.cat(x), *moved[1:])
+    return moved[0].map(by_columns(lambda *x: torch.cat(x)), *moved[1:])
 
 
 def put(
@@ -89,6 +95,7 @@ def _put(state: State, ids: Tensor, other: State, inplace: bool) -> State:
     """``put``; in batch scope ``ids`` are all rows, and the one memory is that of ``other``."""
     batch = state.position.shape[0]
 
+    @by_columns
     def replaced(x: Tensor, y: Tensor) -> Tensor:
         at = (ids if x.shape[0] == batch else torch.arange(len(x))).to(x.device)
         y = y.to(x)
@@ -118,6 +125,11 @@ def to_device(
         ValueError: torch knows no such device, or another dtype.
     """
     validation.check_is_state(state)
+    if is_sharded(state.memory.values):
+        raise ValueError(
+            "state must lie whole: the device of a table in columns is that of its mesh. Received: a state in columns, "
+            f"on {state.memory.values.device_mesh}"
+        )
     if isinstance(device, torch.dtype):
         device, dtype = None, device
     if dtype not in (None, torch.float32, torch.float64):
@@ -143,9 +155,10 @@ def pending(cfg: FwPKMConfig, state: State[Tensor]) -> Tensor:
 
 
 def nbytes(state: State[Tensor]) -> int:
-    """The bytes that a state takes, those of a table that rows share counted once."""
+    """The bytes that a state takes on this rank, those of a table that rows share counted once."""
     validation.check_is_state(state)
-    arrays = (*state.memory, *state.pending, state.position)
+    tables = (x.to_local() if is_sharded(x) else x for x in state.memory)
+    arrays = (*tables, *state.pending, state.position)
     return sum(x.element_size() * math.prod(n for n, by in zip(x.shape, x.stride()) if by) for x in arrays if x.numel())
 
 
@@ -158,6 +171,7 @@ def _on_host(rows: Any) -> Any:
     return rows.detach().cpu().numpy() if isinstance(rows, Tensor) else rows
 
 
+@by_columns
 def _rows_of(x: Tensor, ids: Tensor) -> Tensor:
     return x.index_select(0, ids.to(x.device))
 

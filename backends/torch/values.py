@@ -17,6 +17,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from fwpkm import schedule
+from fwpkm.backends.torch.column_parallel import Columns
 from fwpkm.backends.torch.derivatives import first_only
 from fwpkm.backends.torch.tokens import finite_rows, maybe_any
 from fwpkm.config import FwPKMConfig
@@ -97,6 +98,7 @@ def read_and_write(
     counted: Tensor,
     active: Tensor,
     owned: bool,
+    columns: Columns | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Read every window and write those that end a chunk, in order.
 
@@ -111,12 +113,15 @@ def read_and_write(
         counted: ``[T]`` bool: the tokens whose reads count in N_i.
         active: ``[len(spans), M]`` bool: the memories in which a window's chunk has a pair.
         owned: the table may be overwritten.
+        columns: of which these are one rank's, where the table does not lie whole.
 
     Returns:
         reads ``[T, Dv]``, the table afterwards (``values`` itself where nothing is written), and ‖u - v̂‖² ``[T]`` of
         the written windows, without gradient.
     """
-    reads, squared, written = _Table.apply(cfg, spans, values, weights, strength, target, slots, counted, active, owned)
+    reads, squared, written = _Table.apply(
+        cfg, spans, values, weights, strength, target, slots, counted, active, owned, columns
+    )
     return reads, values if written is None else written, squared
 
 
@@ -147,7 +152,7 @@ class _Table(torch.autograd.Function):
     """``read_and_write``; its gradients are those of values, weights, strength and target."""
 
     @staticmethod
-    def forward(ctx, cfg, spans, values, weights, strength, target, slots, counted, active, owned):
+    def forward(ctx, cfg, spans, values, weights, strength, target, slots, counted, active, owned, columns):
         _, num_slots, width = values.shape
         writes = any(span.writes for span in spans)
         if writes and owned and values.is_contiguous():
@@ -169,7 +174,9 @@ class _Table(torch.autograd.Function):
                 squared[start:stop] = error.square().sum(-1)
                 count = entries.count(n)
                 moves = active[i].index_select(0, rows // num_slots) & (count > 0)
-                after, error, rate, unclipped = _write(cfg, entries, before, error, c[:, None] * w, count, moves)
+                after, error, rate, unclipped = _write(
+                    cfg, entries, before, error, c[:, None] * w, count, moves, columns
+                )
                 table.index_copy_(0, rows, after)
             if keep:
                 residuals.append(_Residuals(rows, before, *entries, error=error, rate=rate, unclipped=unclipped))
@@ -183,7 +190,7 @@ class _Table(torch.autograd.Function):
     @first_only
     def backward(ctx, d_reads, _, d_values):
         if d_reads is None and d_values is None:
-            return (None,) * 10
+            return (None,) * 11
         weights, strength, *saved = ctx.saved_tensors
         residuals = [_Residuals(*fields) for fields in zip(*[iter(saved)] * len(_Residuals._fields))]
         dense = ctx.needs_input_grad[2]
@@ -208,7 +215,7 @@ class _Table(torch.autograd.Function):
                     _add(gradient, at, window.entries.scatter_add(d_read, w), decay, dense)
             d_weights[start:stop] = d_w
         d_table = gradient.view(ctx.shape) if ctx.needs_input_grad[2] else None
-        return None, None, d_table, d_weights, d_strength, d_target, None, None, None, None
+        return None, None, d_table, d_weights, d_strength, d_target, None, None, None, None, None
 
 
 def value_gradient(entries: Entries, error: Tensor, coefficient: Tensor, inverse_count: Tensor) -> Tensor:
@@ -224,7 +231,14 @@ def value_gradient(entries: Entries, error: Tensor, coefficient: Tensor, inverse
 
 
 def _write(
-    cfg: FwPKMConfig, entries: Entries, before: Tensor, error: Tensor, coefficient: Tensor, count: Tensor, moves: Tensor
+    cfg: FwPKMConfig,
+    entries: Entries,
+    before: Tensor,
+    error: Tensor,
+    coefficient: Tensor,
+    count: Tensor,
+    moves: Tensor,
+    columns: Columns | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """The rows after a write ``[P, Dv]``, then error, rate and unclipped of ``_Residuals``.
 
@@ -235,7 +249,8 @@ def _write(
     gradient = value_gradient(entries, error, coefficient, inverse_count)
     unclipped = None if cfg.grad_clip is None else gradient.abs() <= cfg.grad_clip
     after = _step_in_place(cfg, before, gradient)
-    moves = moves & finite_rows(after)
+    finite = finite_rows(after)
+    moves = moves & (finite if columns is None else columns.on_all(finite))
     if not moves.is_meta and maybe_any(~moves):
         after[~moves] = before[~moves]
     nonfinite = ~finite_rows(error)

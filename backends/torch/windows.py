@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fwpkm import schedule
 from fwpkm.backends.torch.addressing import Selection, select_slots, write_keys
+from fwpkm.backends.torch.column_parallel import Columns
 from fwpkm.backends.torch.streams import Streams
 from fwpkm.backends.torch.tokens import NAME, ahead, by_memory, finite, finite_rows, halves, without
 from fwpkm.backends.torch.values import read_and_write
@@ -121,7 +122,7 @@ def apply_values(
 
     Args:
         cfg: the configuration.
-        values: ``[M, N, Dv]``.
+        values: ``[M, N, Dv]``, whole or in columns.
         walked: the windows in order.
         owned: the table may be overwritten.
 
@@ -130,32 +131,38 @@ def apply_values(
     """
     memories, num_slots, width = values.shape
     first_row = num_slots * torch.arange(memories, device=values.device)
-    table = values
-    if values.stride(0) == 0 and not any(w.addressing is not None for w in walked):  # rows that share it read it there
-        table, first_row = values[:1], torch.zeros_like(first_row)
+    columns = Columns.of(values)
+    own = table = values if columns is None else columns.table
+    if own.stride(0) == 0 and not any(w.addressing is not None for w in walked):  # rows that share it read it there
+        table, first_row = own[:1], torch.zeros_like(first_row)
     spans, shapes, entries, active, start = [], [], [], [], 0
     for w in walked:
         shape = w.dead.shape
         spans.append(schedule.Window(start, start + shape.numel(), w.addressing is not None))
         start = spans[-1].stop
         shapes.append(shape)
-        own = first_row.expand(shape[0]) if w.rows is None else first_row[w.rows]
+        first = first_row.expand(shape[0]) if w.rows is None else first_row[w.rows]
         strength = torch.where(w.pair, write_scale(torch, cfg, w.weights) * w.tokens.gate, 0)
-        entries.append((w.slots + own[:, None, None], w.weights, strength, w.target, w.counted))
+        entries.append((w.slots + first[:, None, None], w.weights, strength, w.target, w.counted))
         active.append(w.active if w.rows is None else w.active.new_zeros(memories).index_copy(0, w.rows, w.active))
     slots, weights, strength, target, counted = (
         torch.cat([x.flatten(0, 1) for x in of_all]) for of_all in zip(*entries)
     )
+    if columns is not None:
+        slots, weights, strength, target = columns.enter(slots, weights, strength, target)
     reads, written, squared = read_and_write(
-        cfg, table, spans, slots, weights, strength, target, counted, torch.stack(active), owned
+        cfg, table, spans, slots, weights, strength, target, counted, torch.stack(active), owned, columns
     )
+    if columns is not None:
+        reads, squared = columns.leave(reads, squared)
     losses = [
         memorization_loss(squared[span.start : span.stop].view(shape), w.tokens.gate, w.pair, len(w.active))
         for w, span, shape in zip(walked, spans, shapes)
         if span.writes
     ]
     parts = zip(spans, shapes)
-    values = values if written is table else written
+    if any(span.writes for span in spans):
+        values = written if columns is None else columns.after(written)
     return [reads[span.start : span.stop].view(*shape, width) for span, shape in parts], values, losses
 
 

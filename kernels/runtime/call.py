@@ -6,6 +6,7 @@ backward takes the windows in reverse, first through the values, then through th
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -154,6 +155,7 @@ def backward(
     d_values: Tensor | None,
     table: torch.Size | None,
     d_weights: Tensor | None = None,
+    summed: Callable[[Tensor], Tensor] | None = None,
 ) -> Gradients:
     """Gradients of a call from those of its output, final keys and final values (None: zero).
 
@@ -167,6 +169,7 @@ def backward(
         d_values: ``[M, N, Dv]`` float32, contiguous.
         table: the shape of the value table, if its own gradient is asked for.
         d_weights: ``[w, H*k]`` float32, of the weights themselves.
+        summed: makes the sum over all columns of the values, in place, where the table holds some of them.
     """
     query, memories = tokens.query, residuals.layout.spec("counts").shape[1]
     new = functools.partial(torch.empty, dtype=torch.float32, device=query.device)
@@ -188,6 +191,10 @@ def backward(
     launches = _backward_launches(call, overlap, residuals.layout)
     workspace = Workspace.empty(launches.workspace, query)
     launches.through_values.run(inputs, residuals, workspace)
+    if summed is not None:
+        for x in (workspace["d_weights"], d_tokens.gate):
+            if x is not None:
+                summed(x)
     if d_weights is not None:
         workspace["d_weights"].add_(d_weights)
     launches.through_keys.run(inputs, residuals, workspace)
