@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -36,6 +37,10 @@ from fwpkm.agreement import BOUNDS, relative_error
 from fwpkm.backends.torch import FwPKM, concat, detach, init_memory, init_state, select
 from fwpkm.containers import Memory
 from fwpkm.integrations.distributed import ShardedStates, share_initial_memory
+
+sys.path.append(str(Path(__file__).parents[1]))  # behind everything, since it holds folders of common names
+from examples.language_model.settings import Experiment  # noqa: E402
+from examples.language_model.training import Batch, Trainer  # noqa: E402
 
 ROWS, PIECE, STEPS, WORDS, WIDTH = 8, 9, 3, 16, 8
 SETTINGS = {"key_dim": 8, "value_dim": 8, "num_subkeys": 6, "top_k": 2, "chunk_size": 4}
@@ -344,6 +349,28 @@ def killed(rank: int, ranks: int) -> float:
     return 0.0
 
 
+def trained(device: str = "cpu") -> dict[str, Tensor]:
+    """The language model of examples/ after three steps, its memories going on; alone, or on all ranks under DDP."""
+    model = {"width": 16, "layers": 2, "heads": 2, "window": 8, "hidden": 16, "memories": [1]}
+    tables = {
+        "model": {**model, "memory": {"num_subkeys": 16, "top_k": 2, "chunk_size": 16}},
+        "training": {"steps": 3, "batch": 4, "length": 32, "warmup": 2, "facts": 0.0, "learning_rate": 0.01},
+    }
+    trainer, rng = Trainer(Experiment.of(tables, "test"), torch.device(device)), np.random.default_rng(0)
+    for _ in range(3):
+        tokens = rng.integers(97, 123, (4, 33)).astype(np.uint8)
+        trainer.take(Batch(tokens, np.zeros((4, 32), bool), [False, False, True, False]))
+    (state,) = trainer.reading.memories
+    return {"table": state.memory.values, **{name: p.detach() for name, p in trainer.model.named_parameters()}}
+
+
+def language_model(rank: int, ranks: int) -> float:
+    """Its Trainer takes the rows of this rank, and trains what one process trains."""
+    found, rows = trained(), slice(rank * 4 // ranks, (rank + 1) * 4 // ranks)
+    expected = {**ALONE, "table": ALONE["table"][rows]}
+    return max(relative_error(found[name], x) for name, x in expected.items()) / BOUNDS["float32"].gradient
+
+
 def refused(attempt: Callable[[], Any], *words: str) -> None:
     """The attempt raises on this rank, and says these words."""
     with pytest.raises((ValueError, dcp.api.CheckpointException)) as caught:
@@ -357,7 +384,8 @@ def bad_input(rank: int, ranks: int) -> float:
     cfg, state = model.memory.config, model.memory.init_state(2)
     other = Model(learn_memory=rank == 1)
     refused(lambda: share_initial_memory(other), "memory is", "on rank 0", "learn_memory=True on rank 1")
-    refused(lambda: share_initial_memory(nn.Linear(2, 2)), "must hold an FwPKM layer", "Received: Linear")
+    other = Model() if rank == 0 else nn.Linear(2, 2)
+    refused(lambda: share_initial_memory(other), "memory is {'hidden_size'", "no layer on rank 1")
     unfilled = Model().to("meta") if rank == 1 else Model()
     refused(lambda: share_initial_memory(unfilled), "rank 1: model must hold memory", "to_empty")
     share_initial_memory(model)
@@ -404,6 +432,7 @@ CASES: dict[str, Callable[[int, int], float]] = {
     "fsdp, meta": fsdp_meta,
     "to fewer": lambda rank, ranks: checkpoints(rank, ranks, ranks, ranks // 2),
     "to more": lambda rank, ranks: checkpoints(rank, ranks, ranks // 2, ranks),
+    "language model": language_model,
     "bad input": bad_input,
     "ddp, compiled": lambda *of: ddp(*of, compiled=True),
     "fsdp, compiled": lambda *of: fsdp(*of, compiled=True, learn=True, carry=False),
@@ -442,6 +471,7 @@ def start(ranks: int, cases: list[str]) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    ALONE = trained()
     chosen = sys.argv[1:] or list(CASES)
     with tempfile.TemporaryDirectory() as FOLDER:
         start(2, chosen)

@@ -11,9 +11,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.stateful import Stateful
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from fwpkm import validation
@@ -38,8 +35,8 @@ def share_initial_memory(model: nn.Module, group: dist.ProcessGroup | None = Non
         group: the ranks; None for all.
 
     Raises:
-        ValueError: on every rank, if one has other layers, none, or tables on the meta device; or if ``model`` is
-            wrapped by DDP already.
+        ValueError: on every rank, if one has other layers, or tables on the meta device; or if ``model`` is wrapped by
+            DDP already.
     """
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, FwPKM)}
     specs = {name: f"{layer.spec()}, learn_memory={layer.learn_memory}" for name, layer in layers.items()}
@@ -63,8 +60,6 @@ def share_initial_memory(model: nn.Module, group: dist.ProcessGroup | None = Non
 def _problem_of(model: nn.Module, layers: Mapping[str, FwPKM]) -> str | None:
     if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
         return "model must not be wrapped by DistributedDataParallel yet. Received: one that is"
-    if not layers:
-        return f"model must hold an FwPKM layer. Received: {type(model).__name__} without one"
     unfilled = [name for name, layer in layers.items() if layer.memory.keys.is_meta]
     if unfilled:
         return (
@@ -74,7 +69,7 @@ def _problem_of(model: nn.Module, layers: Mapping[str, FwPKM]) -> str | None:
     return None
 
 
-class ShardedStates(Stateful):
+class ShardedStates:
     """The states of all ranks as one item of a ``torch.distributed.checkpoint``: their rows, one rank after the other.
 
     ``dcp.save({"states": ShardedStates(states, cfg)}, checkpoint_id=folder)`` saves what each rank holds, and
@@ -100,6 +95,8 @@ class ShardedStates(Stateful):
         group: dist.ProcessGroup | None = None,
     ):
         """Look at the states of all ranks."""
+        from torch.distributed.device_mesh import DeviceMesh  # seconds that sharing tables need not wait
+
         self.states = dict(states)
         cfgs = dict.fromkeys(states, cfg) if isinstance(cfg, FwPKMConfig) else dict(cfg)
         problem = _problem_of_states(self.states, cfgs)
@@ -140,7 +137,9 @@ class ShardedStates(Stateful):
             found |= {f"{name}.{field}": x for field, x in fields.items()}
         return found
 
-    def _sharded(self, x: Tensor) -> DTensor:
+    def _sharded(self, x: Tensor) -> Tensor:
+        from torch.distributed.tensor import DTensor, Shard
+
         shape = torch.Size((self._rows, *x.shape[1:]))
         stride = torch.empty(shape, device="meta").stride()
         return DTensor.from_local(x.to(self._device), self._mesh, [Shard(0)], shape=shape, stride=stride)
