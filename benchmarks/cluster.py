@@ -86,7 +86,10 @@ def sent(step: Step) -> Sent:
         step()
     events = [e for e in profiler.events() if e.name.startswith(("gloo:", "nccl:"))]
     sizes = [
-        math.prod(shape) * _BYTES[dtype] for e in events for shape, dtype in zip(e.input_shapes, e.input_dtypes) if dtype
+        math.prod(shape) * _BYTES[dtype]
+        for e in events
+        for shape, dtype in zip(e.input_shapes, e.input_dtypes)
+        if dtype
     ]
     return Sent(len(events), sum(sizes))
 

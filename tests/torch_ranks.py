@@ -39,8 +39,8 @@ from fwpkm.containers import Memory
 from fwpkm.integrations.distributed import ShardedStates, share_initial_memory
 
 sys.path.append(str(Path(__file__).parents[1]))  # behind everything, since it holds folders of common names
-from examples.language_model.settings import Experiment  # noqa: E402
-from examples.language_model.training import Batch, Trainer  # noqa: E402
+from examples.language_model.settings import Experiment
+from examples.language_model.training import Batch, Trainer
 
 ROWS, PIECE, STEPS, WORDS, WIDTH = 8, 9, 3, 16, 8
 SETTINGS = {"key_dim": 8, "value_dim": 8, "num_subkeys": 6, "top_k": 2, "chunk_size": 4}
