@@ -17,7 +17,7 @@ SCRIPT = ROOT / "tests" / "torch_ranks.py"
 CASES = (
     *("ddp", "ddp, learned", "ddp, learned, carried", "ddp, traffic"),
     *("fsdp", "fsdp, learned", "fsdp, learned, carried", "fsdp, bfloat16", "fsdp, bfloat16, learned", "fsdp, meta"),
-    *("to fewer", "to more", "language model", "bad input"),
+    *("to fewer", "to more", "language model", "bad input", "columns"),
 )
 ONLY_TWO = ("ddp, no_sync", "ddp, compiled", "fsdp, one group", "fsdp, compiled", "killed")
 

@@ -28,7 +28,7 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 
@@ -185,6 +185,23 @@ def ddp_traffic(rank: int, ranks: int) -> float:
     tables = sum(b.numel() for b in model.buffers())
     assert sent(share=False) == [("all_reduce", weights), ("broadcast", tables)], sent(share=False)
     assert sent(share=True) == [("all_reduce", weights)], sent(share=True)
+    return 0.0
+
+
+def columns(rank: int, ranks: int) -> float:
+    """Tables in columns over pairs of ranks: those with the same columns share them, and others are refused."""
+    mesh, layer = init_device_mesh("cpu", (ranks // 2, 2), mesh_dim_names=("rows", "columns")), Model(seed=rank).memory
+    first = Model(seed=rank % 2).memory.memory.values.chunk(2, 1)[rank % 2]
+    local = layer.memory.values.chunk(2, 1)[rank % 2].contiguous()
+    layer.memory.values = DTensor.from_local(local, mesh["columns"], [Shard(1)])
+    refused(lambda: share_initial_memory(layer), "rank 1: group must be", "ranks [0, 1], which hold other columns")
+    share_initial_memory(layer, mesh["rows"].get_group())
+    assert torch.equal(local, first)
+    state = FwPKM(WIDTH, **SETTINGS).init_state(2)
+    state = state._replace(
+        memory=state.memory._replace(values=DTensor.from_local(state.memory.values, mesh["columns"]))
+    )
+    refused(lambda: ShardedStates({"a": state}, layer.config), "must hold whole tables")
     return 0.0
 
 
@@ -403,6 +420,8 @@ def bad_input(rank: int, ranks: int) -> float:
     refused(lambda: states(narrow if rank == 0 else state), "rank 0: states['memory']: ")
     refused(lambda: states(state, name=f"layer{min(rank, 1)}"), "one set of names", "on rank 1")
     refused(lambda: ShardedStates({}, cfg), "must hold one at least")
+    refused(lambda: ShardedStates(state if rank else {"a": state}, cfg), "rank 1: states must be given by the names")
+    refused(lambda: ShardedStates({"a": state}, None), "cfg must be given by the names", "NoneType")
     refused(lambda: ShardedStates({"a": state}, {"b": cfg}), "must name the states ['a']")
     learned = FwPKM(WIDTH, learn_memory=True, **SETTINGS).init_state(2)
     refused(lambda: states(learned), "detach(state)")
@@ -434,6 +453,7 @@ CASES: dict[str, Callable[[int, int], float]] = {
     "to more": lambda rank, ranks: checkpoints(rank, ranks, ranks // 2, ranks),
     "language model": language_model,
     "bad input": bad_input,
+    "columns": columns,
     "ddp, compiled": lambda *of: ddp(*of, compiled=True),
     "fsdp, compiled": lambda *of: fsdp(*of, compiled=True, learn=True, carry=False),
     "killed": killed,

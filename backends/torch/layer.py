@@ -313,10 +313,11 @@ class FwPKM(nn.Module):
 
     def _refuse_sharded(self) -> None:
         """Files of a layer hold whole tensors, and gathering them would hang unless every rank took part."""
-        sharded = [name for name, x in self.state_dict(keep_vars=True).items() if hasattr(x, "full_tensor")]
+        placed = {name: getattr(x, "placements", ()) for name, x in self.state_dict(keep_vars=True).items()}
+        sharded = [name for name, where in placed.items() if any(placement.is_shard(0) for placement in where)]
         if sharded:
             raise ValueError(
                 "layer must hold whole tensors: take them on every rank with torch.distributed.checkpoint.state_dict."
                 "get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)), and load_state_dict them "
-                f"into a layer that is not sharded. Received: {', '.join(sharded)} as DTensor"
+                f"into a layer that is not sharded. Received: {', '.join(sharded)} in shards"
             )

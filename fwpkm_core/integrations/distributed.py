@@ -32,15 +32,15 @@ def share_initial_memory(model: nn.Module, group: dist.ProcessGroup | None = Non
 
     Args:
         model: holds ``fwpkm.backends.torch.FwPKM`` layers, the same on every rank.
-        group: the ranks; None for all.
+        group: the ranks; None for all. Where tables lie in columns, those that hold the same columns.
 
     Raises:
-        ValueError: on every rank, if one has other layers, or tables on the meta device; or if ``model`` is wrapped by
-            DDP already.
+        ValueError: on every rank, if one has other layers, other columns, or tables on the meta device; or if ``model``
+            is wrapped by DDP already.
     """
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, FwPKM)}
     specs = {name: f"{layer.spec()}, learn_memory={layer.learn_memory}" for name, layer in layers.items()}
-    everyone = _agreed(group, _problem_of(model, layers), specs)
+    everyone = _agreed(group, _problem_of(model, layers, group), specs)
     for rank, other in enumerate(everyone):
         if other != everyone[0]:
             name = next(name for name in {**other, **everyone[0]} if other.get(name) != everyone[0].get(name))
@@ -51,13 +51,14 @@ def share_initial_memory(model: nn.Module, group: dist.ProcessGroup | None = Non
     ignored = set(getattr(model, "_ddp_params_and_buffers_to_ignore", ()))
     for name, layer in layers.items():
         for field, table in layer.memory.named_buffers():
-            dist.broadcast(table, group=group, group_src=0)
+            own = table.to_local() if hasattr(table, "to_local") else table  # of tables in columns, this rank's
+            dist.broadcast(own, group=group, group_src=0)
             ignored.add(f"{name}.memory.{field}" if name else f"memory.{field}")
     # What DDP asks a model before it wraps it; its own switch would also leave out the buffers of other modules.
     model._ddp_params_and_buffers_to_ignore = sorted(ignored)  # type: ignore[assignment]
 
 
-def _problem_of(model: nn.Module, layers: Mapping[str, FwPKM]) -> str | None:
+def _problem_of(model: nn.Module, layers: Mapping[str, FwPKM], group: dist.ProcessGroup | None) -> str | None:
     if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
         return "model must not be wrapped by DistributedDataParallel yet. Received: one that is"
     unfilled = [name for name, layer in layers.items() if layer.memory.keys.is_meta]
@@ -66,6 +67,14 @@ def _problem_of(model: nn.Module, layers: Mapping[str, FwPKM]) -> str | None:
             "model must hold memory: call model.to_empty(device=...), then reset_parameters() of each module. "
             f"Received: {', '.join(name or 'the model' for name in unfilled)} on the meta device"
         )
+    ranks = set(dist.get_process_group_ranks(group))
+    for name, layer in layers.items():
+        mesh = getattr(layer.memory.values, "device_mesh", None)
+        if mesh is not None and len(together := sorted(ranks & set(mesh.mesh.flatten().tolist()))) > 1:
+            return (
+                "group must be that of ranks which hold the same columns, such as mesh['rows'].get_group(). "
+                f"Received: one with ranks {together}, which hold other columns of {name or 'the model'}"
+            )
     return None
 
 
@@ -97,11 +106,11 @@ class ShardedStates:
         """Look at the states of all ranks."""
         from torch.distributed.device_mesh import DeviceMesh  # seconds that sharing tables need not wait
 
-        self.states = dict(states)
-        cfgs = dict.fromkeys(states, cfg) if isinstance(cfg, FwPKMConfig) else dict(cfg)
-        problem = _problem_of_states(self.states, cfgs)
-        forms = None if problem else {name: _form(state, cfgs[name]) for name, state in self.states.items()}
+        cfgs = dict.fromkeys(states, cfg) if isinstance(cfg, FwPKMConfig) and isinstance(states, Mapping) else cfg
+        problem = _problem_of_states(states, cfgs)
+        forms = None if problem else {name: _form(state, cfgs[name]) for name, state in states.items()}
         everyone = _agreed(group, problem, forms)
+        self.states = dict(states)
         self._rows = _dealt(everyone)
         self._configs = {name: cfgs[name].to_json() for name in self.states}
         self._device = next(iter(self.states.values())).memory.values.device
@@ -145,7 +154,10 @@ class ShardedStates:
         return DTensor.from_local(x.to(self._device), self._mesh, [Shard(0)], shape=shape, stride=stride)
 
 
-def _problem_of_states(states: dict[str, State], cfgs: dict[str, FwPKMConfig]) -> str | None:
+def _problem_of_states(states: Any, cfgs: Any) -> str | None:
+    for argument, given in (("states", states), ("cfg", cfgs)):
+        if not isinstance(given, Mapping):
+            return f"{argument} must be given by the names of the states. Received: {type(given).__name__}"
     if not states:
         return "states must hold one at least. Received: {}"
     if states.keys() != cfgs.keys():
@@ -155,6 +167,10 @@ def _problem_of_states(states: dict[str, State], cfgs: dict[str, FwPKMConfig]) -
             validation.check_state(cfgs[name], state, SELF)
         except ValueError as error:
             return f"states[{name!r}]: {error}"
+        if hasattr(states[name].memory.values, "to_local"):
+            return (
+                f"states[{name!r}] must hold whole tables. Received: tables in columns, of which each rank has a part"
+            )
         if any(x.requires_grad for x in (*state.memory, *state.pending)):
             return f"states[{name!r}] must have no history: pass fwpkm.backends.torch.detach(state). Received: one with"
         if cfgs[name].memory_scope != "sequence":
