@@ -28,13 +28,13 @@ from benchmarks.measure import ratio, summarize, timed
 from benchmarks.report import Claim, Table, spread
 from benchmarks.workloads import WORKLOADS
 from examples.language_model.settings import Experiment
-from examples.language_model.training import Batch, Trainer
+from examples.language_model.training import WARM_UP, Batch, Trainer
 from fwpkm.backends.torch import FwPKM
 from fwpkm.integrations.distributed import share_initial_memory
 
 _PARTS = ("alone", "weak", "strong")
 _TIMEOUT = datetime.timedelta(minutes=5)
-_WARM_UP = 2
+_ROUNDS_BEFORE = 2
 _BOUND = 1.85
 """Of two cards over one, weak, on GPUs: the language model."""
 _LEGEND = "medians with their quartiles; rounds are interleaved, and ratios are taken within rounds"
@@ -108,7 +108,13 @@ def measure_rank(rank: int, options: argparse.Namespace, folder: str) -> None:
             Experiment.read(options.experiment, batch=rows), device, options.compile
         ),
     }
-    steps = {(name, "alone"): make(options.rows, False) for name, make in build.items()}
+    # Before there is a process group: a Trainer would share its rows, and capture its CUDA graph beside NCCL.
+    steps: dict[tuple[str, str], Step | None] = {
+        (name, "alone"): make(options.rows, False) if rank == 0 else None for name, make in build.items()
+    }
+    for step in filter(None, steps.values()):
+        for _ in range(WARM_UP + 1):
+            step()
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, f"file://{folder}/store", rank=rank, world_size=ranks, timeout=_TIMEOUT)
     for name, make in build.items():
@@ -116,13 +122,13 @@ def measure_rank(rank: int, options: argparse.Namespace, folder: str) -> None:
         steps |= {(name, "weak"): make(options.rows * each, True)}
         steps |= {(name, "strong"): make(options.rows // ranks * each, True)}
     samples: dict[str, list[float]] = {}
-    for number in range(_WARM_UP + options.repeats):
+    for number in range(_ROUNDS_BEFORE + options.repeats):
         for (name, part), step in steps.items():
             dist.barrier()
-            seconds = _timed(step, device) if part != "alone" or rank == 0 else 0.0
-            if number >= _WARM_UP:
+            seconds = 0.0 if step is None else _timed(step, device)
+            if number >= _ROUNDS_BEFORE:
                 samples.setdefault(f"{name}, {part}", []).append(seconds)
-    counted = {name: sent(steps[name, "weak"]) for name in build}
+    counted = {name: sent(step) for (name, part), step in steps.items() if step is not None and part == "weak"}
     if rank == 0:
         Path(folder, "found.json").write_text(json.dumps({"samples": samples, "sent": counted}))
     dist.barrier()

@@ -218,6 +218,7 @@ def sharded(model: Model, policy: MixedPrecisionPolicy | None = None) -> Model:
 def fsdp(rank: int, ranks: int, learn: bool = False, carry: bool = True, compiled: bool = False) -> float:
     """FSDP2: weights in shards, the tables of a fixed initial memory whole, those of a learned one in shards too."""
     single, rows, model = Model(learn_memory=learn), dealt(rank, ranks), sharded(Model(learn_memory=learn))
+    share_initial_memory(model)
     call: Callable = torch.compile(model, backend="aot_eager") if compiled else model
     found = train(call, optimizer_of(model), rows, carry=carry)
     return over_bounds(found, alone(single, carry=carry), rows, model, single, "float64")

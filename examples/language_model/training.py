@@ -220,11 +220,17 @@ def train(
         the checkpoint.
 
     Raises:
-        ValueError: ``out`` holds another experiment, or a damaged checkpoint; or facts, tables or sequences do not fit.
+        ValueError: ``out`` holds another experiment, or a damaged checkpoint; facts, tables or sequences do not fit; or
+            torchrun started more than one process.
         FloatingPointError: the loss or its gradient is not finite; the last checkpoint stays.
         KeyboardInterrupt: Ctrl-C; after the first a step is taken to its end and saved, the same call then goes on.
     """
     began, settings = time.monotonic(), experiment.training
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise ValueError(
+            "one process trains one experiment: several would write the same folder. For several at once there is run. "
+            f"Received: WORLD_SIZE={os.environ['WORLD_SIZE']}"
+        )
     # What does not fit is said before the folder is claimed.
     check_fit(settings.length, settings.facts, settings.gap)
     rows(corpus.train, 0, 0, 1, settings.length, settings.span)

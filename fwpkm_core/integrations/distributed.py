@@ -69,7 +69,8 @@ def _problem_of(model: nn.Module, layers: Mapping[str, FwPKM], group: dist.Proce
         )
     ranks = set(dist.get_process_group_ranks(group))
     for name, layer in layers.items():
-        mesh = getattr(layer.memory.values, "device_mesh", None)
+        # Trained tables are in shards under FSDP2, which looks after them.
+        mesh = None if layer.learn_memory else getattr(layer.memory.values, "device_mesh", None)
         if mesh is not None and len(together := sorted(ranks & set(mesh.mesh.flatten().tolist()))) > 1:
             return (
                 "group must be that of ranks which hold the same columns, such as mesh['rows'].get_group(). "
