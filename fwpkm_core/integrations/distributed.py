@@ -31,7 +31,8 @@ def share_initial_memory(model: nn.Module, group: dist.ProcessGroup | None = Non
     parameters, which DDP and FSDP2 look after, so they stay as they are.
 
     Args:
-        model: holds ``fwpkm.backends.torch.FwPKM`` layers, the same on every rank.
+        model: holds ``fwpkm.backends.torch.FwPKM`` layers, the same on every rank; for DDP the very module that it
+            wraps, compiled or not.
         group: the ranks; None for all. Where tables lie in columns, those that hold the same columns.
 
     Raises:
