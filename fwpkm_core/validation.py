@@ -145,7 +145,8 @@ def check_memory(cfg: FwPKMConfig, memory: Any, memories: int | None, implementa
         raise ValueError(
             "memory.keys and memory.values must be float32 or float64; narrower ones have lost digits. Something "
             "rounded them on the way, such as FSDP2's mixed precision, which casts every tensor that goes into a "
-            f"module (cast_forward_inputs=False leaves them). Received: {dtype_name(memory.keys)}"
+            "module (cast_forward_inputs=False leaves them) and trained tables too (fully_shard(layer.memory) before, "
+            f"without a policy, leaves those). Received: {dtype_name(memory.keys)}"
         )
 
 

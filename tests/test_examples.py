@@ -1,6 +1,7 @@
 """Every example runs, and so does every block of code in the README, the guide and the pages beside it."""
 
 import re
+import shutil
 
 import pytest
 from processes import python
@@ -18,6 +19,7 @@ def run(*arguments, cwd, **variables):
 
 def test_no_example_is_forgotten():
     assert EXAMPLES == [
+        "distributed_torch.py",
         "jax_generate.py",
         "jax_recall.py",
         "keras_generate.py",
@@ -92,6 +94,27 @@ def test_users_who_share_rows_are_served_twice(tmp_path):
         assert "served 5 users, 0 failed; each reads what it reads alone" in printed
         assert printed.count("I am back.") == 4 * back  # the fifth user was deleted
         assert len(re.findall("^(in a row|in memory|on the disk): .", printed, re.MULTILINE)) == 3
+
+
+def test_any_number_of_ranks_trains_the_same_and_goes_on_from_the_others(tmp_path):
+    """The text of a checkpoint's last whole folder is half read: its memories must come along, dealt anew."""
+
+    def steps(ranks, how, folder):
+        launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks)
+        script = (ROOT / "examples/distributed_torch.py", "--how", how, "--folder", folder)
+        printed = run(*launch, *script, cwd=tmp_path, OMP_NUM_THREADS="1")
+        return {int(step): float(loss) for step, loss in re.findall(r"^step (\d+): (\S+) nats", printed, re.MULTILINE)}
+
+    sharded = steps(2, "fsdp", "sharded")
+    assert sharded.keys() == set(range(1, 9))
+    for name in ("step-8", "step-4"):
+        shutil.rmtree(tmp_path / "sharded" / name)
+    (tmp_path / "sharded" / "step-6" / ".metadata").rename(tmp_path / "metadata")  # as a killed save leaves it
+    again = steps(4, "fsdp", "sharded")
+    assert again.keys() == set(range(3, 9))
+    replicated = steps(2, "ddp", "replicated")
+    assert again == pytest.approx({step: sharded[step] for step in again}, abs=2e-4)
+    assert replicated == pytest.approx(sharded, abs=2e-4)
 
 
 def test_what_torch_began_others_finish(tmp_path):

@@ -15,7 +15,10 @@ import fwpkm
 FRAMEWORKS = {"torch", "jax", "jaxlib", "flax", "equinox", "tensorflow", "keras", "transformers", "triton"}
 SHOW = {"matplotlib", "rich"}
 DRAW = {"hypothesis"}
-JOINED = {"transformers/": {"torch", "transformers"}, "nnx.py": {"flax", "jax"}, "equinox.py": {"equinox", "jax"}}
+JOINED = {
+    "transformers/": {"torch", "transformers"}, "nnx.py": {"flax", "jax"}, "equinox.py": {"equinox", "jax"},
+    "distributed.py": {"torch"},
+}  # fmt: skip
 """What each of the integrations may import."""
 
 # Refuses, and remembers, every attempt to import what must not be imported, installed or not.

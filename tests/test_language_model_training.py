@@ -480,3 +480,10 @@ def test_there_is_never_half_a_file(tmp_path):
     assert path.read_text() == "old"
     checkpoint.replace(path, lambda beside: beside.write_text("new"))
     assert contents(tmp_path) == {"file": b"new"}
+
+
+def test_processes_of_torchrun_do_not_write_one_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"several would write the same folder.* Received: WORLD_SIZE=2"):
+        training.train(experiment(), CORPUS, tmp_path / "out", CPU)
+    assert not (tmp_path / "out").exists()

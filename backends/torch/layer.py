@@ -68,8 +68,20 @@ class InitialMemory(nn.Module):
             fill_normal(self.values, self._bounds[1])
 
     def forward(self) -> Memory[Tensor]:
-        """The tables with M = 1."""
-        return Memory(*map(by_columns(lambda x: x[None]), (self.keys, self.values)))
+        """The tables with M = 1.
+
+        Raises:
+            RuntimeError: the tables are trained and sharded, and this is outside of what gathers them.
+        """
+        if any(placement.is_shard() for placement in getattr(self.keys, "placements", ())):
+            raise RuntimeError(
+                "the initial memory is sharded by FSDP2, which gathers it only while the module that it sharded runs: "
+                "fully_shard(layer.memory) as a group of its own, or begin with a call without a state. "
+                f"Received: keys with placements {self.keys.placements}"  # type: ignore[attr-defined]
+            )
+        memory = Memory(*map(by_columns(lambda x: x[None]), (self.keys, self.values)))
+        # FSDP2 frees what it gathered as soon as this returns.
+        return Memory(*map(torch.clone, memory)) if hasattr(self, "reshard") else memory
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "InitialMemory":
         def keep_precision(table: Tensor) -> Tensor:
@@ -298,7 +310,12 @@ class FwPKM(nn.Module):
         return {name: tuple(x.shape) for name, x in self.state_dict(keep_vars=True).items()}
 
     def export_tensors(self, variables: None = None) -> dict[str, np.ndarray]:
-        """Weights and initial tables by canonical name; bfloat16 and float16 as float32."""
+        """Weights and initial tables by canonical name; bfloat16 and float16 as float32.
+
+        Raises:
+            ValueError: weights are sharded, so that this rank has only a part of them.
+        """
+        self._refuse_sharded()
         tensors = {name: ops.to_numpy(x) for name, x in self.state_dict().items()}
         return {name: x.astype(np.float32) if x.dtype == np.float16 else x for name, x in tensors.items()}
 
@@ -306,11 +323,23 @@ class FwPKM(nn.Module):
         """Fill weights and initial tables; names and shapes are those of :meth:`tensor_shapes`.
 
         Raises:
-            ValueError: the layer is on the meta device, where nothing can be stored.
+            ValueError: the layer is on the meta device, where nothing can be stored, or its weights are sharded.
         """
+        self._refuse_sharded()
         own = self.state_dict(keep_vars=True)
         if any(x.is_meta for x in own.values()):
             raise ValueError("layer must hold memory before it is filled: call layer.to_empty(device=...) first")
         with torch.no_grad():
             for name, x in own.items():
                 fill(x, torch.from_numpy(tensors[name]))
+
+    def _refuse_sharded(self) -> None:
+        """Files of a layer hold whole tensors, and gathering them would hang unless every rank took part."""
+        placed = {name: getattr(x, "placements", ()) for name, x in self.state_dict(keep_vars=True).items()}
+        sharded = [name for name, where in placed.items() if any(placement.is_shard(0) for placement in where)]
+        if sharded:
+            raise ValueError(
+                "layer must hold whole tensors: take them on every rank with torch.distributed.checkpoint.state_dict."
+                "get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)), and load_state_dict them "
+                f"into a layer that is not sharded. Received: {', '.join(sharded)} in shards"
+            )

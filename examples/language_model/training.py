@@ -12,16 +12,19 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F  # noqa: N812
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from examples.language_model import checkpoint
 from examples.language_model.corpus import Corpus
 from examples.language_model.facts import check_fit, rows, training_batch
 from examples.language_model.interrupt import noted
-from examples.language_model.model import mapped
+from examples.language_model.model import Reading, mapped
 from examples.language_model.settings import Experiment, TrainingSettings
+from fwpkm.integrations.distributed import share_initial_memory
 
 WARM_UP = 3  # steps before a CUDA graph takes over
 SAVED = 20  # lines of the record from checkpoint to checkpoint
@@ -31,6 +34,18 @@ AHEAD = 8  # batches made before they are used
 def autocast(device: torch.device) -> contextlib.AbstractContextManager:
     """bfloat16 products on a GPU; float32 elsewhere."""
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
+def own_rows(batch: int) -> slice:
+    """The rows of a batch that this rank takes; all where there is no process group.
+
+    Raises:
+        ValueError: they cannot be shared equally.
+    """
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if batch % ranks:
+        raise ValueError(f"training.batch must be a multiple of the {ranks} ranks. Received: {batch}")
+    return slice(rank * batch // ranks, (rank + 1) * batch // ranks)
 
 
 def device_name(device: torch.device) -> str:
@@ -50,11 +65,19 @@ class Batch(NamedTuple):
 
 
 class Trainer:
-    """A model, its optimizer, and for each row of the batch memories that go on from step to step."""
+    """A model, its optimizer, and for each row of the batch memories that go on from step to step.
+
+    Where a process group of torch.distributed stands, each of its ranks takes part of the rows, under DDP.
+    """
 
     def __init__(self, experiment: Experiment, device: torch.device):
-        """Build everything; nothing is trained yet."""
+        """Build everything; nothing is trained yet.
+
+        Raises:
+            ValueError: the ranks cannot share the rows of a batch equally.
+        """
         self.settings, self.device, self.step = experiment.training, device, 0
+        self.rows = own_rows(self.settings.batch)
         self.model = checkpoint.build(experiment, device, memory_scope="sequence")
         cuda = device.type == "cuda"
         self.rate = torch.tensor(0.0, device=device)
@@ -68,11 +91,15 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(
             groups, lr=self.rate, betas=(0.9, 0.95), weight_decay=0.0, fused=cuda, capturable=cuda
         )
-        batch, length = self.settings.batch, self.settings.length
+        batch, length = self.rows.stop - self.rows.start, self.settings.length
         self.tokens = torch.zeros(batch, length + 1, dtype=torch.uint8, device=device)
         self.asked = torch.zeros(batch, length, dtype=torch.bool, device=device)
         self.reading = self.model.start(batch)
         self.measured = torch.zeros(4, device=device)
+        self._read: Callable[..., tuple[Tensor, Reading]] = self.model
+        if dist.is_initialized():
+            share_initial_memory(self.model)
+            self._read = DistributedDataParallel(self.model)
         self._loss: Callable[..., tuple[Tensor, ...]] = self._losses
         self._graph: torch.cuda.CUDAGraph | None = None
         self._warmed = 0
@@ -84,20 +111,20 @@ class Trainer:
         self._loss = torch.compile(self._losses)
 
     def take(self, batch: Batch) -> Tensor:
-        """One step.
+        """One step; of ``batch``, which is whole on every rank, each takes its rows.
 
         Returns:
             ``[4]``, overwritten by the next step: the loss in nats, the shares of all asked digits and of the first
             ones that came out right, and the gradient's norm.
         """
         for buffer, given in zip((self.tokens, self.asked), batch):
-            buffer.copy_(torch.from_numpy(given))
+            buffer.copy_(torch.from_numpy(given[self.rows]))
         self.rate.fill_(self.settings.rate(self.step))
-        self._begin(batch.anew)
+        self._begin(batch.anew[self.rows])
         if self._graph is not None:
             self._graph.replay()
-        elif self.device.type != "cuda":
-            self._step()
+        elif self.device.type != "cuda" or self._read is not self.model:
+            self._step()  # a graph of DDP would need another warm-up, and NCCL in it
         elif self._warmed < WARM_UP:
             self._step_aside()
         else:
@@ -130,7 +157,7 @@ class Trainer:
         reading = self.reading._replace(memories=mapped(Tensor.detach, self.reading.memories))
         with autocast(self.device):
             # The kernels keep what the backward needs of the rows that they overwrite; plain torch would not.
-            hidden, after = self.model(tokens[:, :-1], reading, inplace=self.device.type == "cuda")
+            hidden, after = self._read(tokens[:, :-1], reading, inplace=self.device.type == "cuda")
             objective, *measured = self._loss(hidden, tokens[:, 1:], self.asked)
         objective.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
@@ -193,11 +220,17 @@ def train(
         the checkpoint.
 
     Raises:
-        ValueError: ``out`` holds another experiment, or a damaged checkpoint; or facts, tables or sequences do not fit.
+        ValueError: ``out`` holds another experiment, or a damaged checkpoint; facts, tables or sequences do not fit; or
+            torchrun started more than one process.
         FloatingPointError: the loss or its gradient is not finite; the last checkpoint stays.
         KeyboardInterrupt: Ctrl-C; after the first a step is taken to its end and saved, the same call then goes on.
     """
     began, settings = time.monotonic(), experiment.training
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise ValueError(
+            "one process trains one experiment: several would write the same folder. For several at once there is run. "
+            f"Received: WORLD_SIZE={os.environ['WORLD_SIZE']}"
+        )
     # What does not fit is said before the folder is claimed.
     check_fit(settings.length, settings.facts, settings.gap)
     rows(corpus.train, 0, 0, 1, settings.length, settings.span)
