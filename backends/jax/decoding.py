@@ -116,7 +116,7 @@ def _decode(cfg: FwPKMConfig, state: State, tokens: Tokens) -> tuple[Array, Stat
 def _stored(pending: Tokens, new: Tokens, at: Array) -> Tokens:
     """The pending tokens with the new one of each row ``at`` [B] its place; none where that is P."""
     batch, capacity = pending.mask.shape
-    cell = jnp.where(at < capacity, jnp.arange(batch) * capacity + at, batch * capacity)
+    cell = jnp.where(at < capacity, jnp.arange(batch, dtype=jnp.int32) * capacity + at, batch * capacity)
 
     def put_one(x: Array, y: Array) -> Array:
         flat = x.reshape(batch * capacity, *x.shape[2:])

@@ -146,7 +146,7 @@ class FwPKM:
         there = mask
         if cu_seqlens is not None:
             validation.check_packed("x", x, cu_seqlens, Array)
-            inside = (jnp.arange(x.shape[1]) < cu_seqlens[-1])[None]
+            inside = (jnp.arange(x.shape[1], dtype=jnp.int32) < cu_seqlens[-1])[None]
             there = inside if mask is None else mask & inside
         tokens = self._tokens(variables, x, mask, there)
         start: Any = state

@@ -100,7 +100,7 @@ def mask_of(cfg: FwPKMConfig, rows: Any, batch_size: int) -> Any:
         return row_checks.mask_of(cfg, rows, batch_size)
     if rows.dtype == bool:
         return _checked(rows, "bool", ("B", batch_size))
-    return (jnp.arange(batch_size)[:, None] == _checked(rows, "int", ("n", None))[None]).any(1)
+    return (jnp.arange(batch_size, dtype=jnp.int32)[:, None] == _checked(rows, "int", ("n", None))[None]).any(1)
 
 
 def _checked(rows: Array, kind: str, axis: Axis) -> Array:

@@ -66,11 +66,13 @@ def placed(function: Callable[..., Any]) -> Callable[..., Any]:
     and the columns of values. So a result's first axis must be that of rows or memories, of which there may be one.
 
     Raises:
-        ValueError: tables that are known to be dealt out by slots or sub-keys, or arrays of two meshes.
+        ValueError: tables that are known to be dealt out by slots or sub-keys, arrays of two meshes, or a shard_map
+            over some axes of its mesh.
     """
 
     @functools.wraps(function)
     def call(*args: Any) -> Any:
+        _check_mapped()
         if any(map(_is_dealt, jax.tree.leaves(args))):
             _check_dealt(args)
         on_mesh = _explicit_mesh(args)
@@ -108,6 +110,20 @@ def placed(function: Callable[..., Any]) -> Callable[..., Any]:
             return jax.sharding.auto_axes(inside, out_sharding=specs)(*arrays.values())
 
     return call
+
+
+def _check_mapped() -> None:
+    """Raise inside a shard_map that leaves axes to the compiler: their collectives would stand in loops whose lengths
+    differ from device to device, and wait for each other for ever."""
+    mesh = jax.sharding.get_abstract_mesh()
+    mapped = getattr(mesh, "manual_axes", ())
+    rest = [name for name, size in mesh.shape.items() if name not in mapped and size > 1] if mapped else []
+    if rest:
+        raise ValueError(
+            "jax.shard_map must map every axis of the mesh around a memory, whose loops are as long as each device's "
+            "data say: leave axis_names out, or map the others by a jax.shard_map inside. "
+            f"Received: mapped {tuple(mapped)}, not mapped {tuple(rest)}"
+        )
 
 
 def _is_dealt(x: Any) -> bool:
