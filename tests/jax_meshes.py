@@ -100,6 +100,25 @@ def one_memory(kind: AxisType) -> float:
         return compared(jax.jit(SHARED.apply)(variables, x), SHARED.apply(VARIABLES, X))
 
 
+def one_memory_mapped() -> float:
+    """A memory for the rows of each device."""
+    alone = [SHARED.apply(VARIABLES, X[i : i + 1]) for i in range(B)]
+    mapped = jax.shard_map(SHARED.apply, mesh=mesh_of(AxisType.Auto), in_specs=(P(), ROWS), out_specs=ROWS)
+    return compared(jax.jit(mapped)(VARIABLES, X), jax.tree.map(lambda *x: jnp.concatenate(x), *alone))
+
+
+def mapped_twice() -> float:
+    """A shard_map over the rows, and one inside it over what is left."""
+    mesh = mesh_of(AxisType.Auto, 4, "rows", "columns")
+
+    def rows(variables: Any, x: Any) -> Any:
+        inner = jax.shard_map(LAYER.apply, in_specs=(P(), P()), out_specs=P(), axis_names={"columns"})
+        return inner(variables, x)
+
+    call = jax.shard_map(rows, mesh=mesh, in_specs=(P(), ROWS), out_specs=ROWS, axis_names={"rows"})
+    return compared(jax.jit(call)(VARIABLES, X), LAYER.apply(VARIABLES, X))
+
+
 def restored() -> float:
     """Weights and a state that four devices saved, on two devices that go on."""
     four, two = (mesh_of(AxisType.Auto, n) for n in (4, 2))
@@ -170,6 +189,7 @@ def indivisible(spec: P) -> Any:
 def cases() -> dict[str, Callable[[], Any]]:
     """By name."""
     found: dict[str, Callable[[], Any]] = {"packed, mapped": packed_mapped, "restored": restored}
+    found |= {"one memory, mapped": one_memory_mapped, "mapped twice": mapped_twice}
     for name, kind in KINDS.items():
         found[f"rows and columns, {name}"] = lambda k=kind: rows_and_columns(k)
         found[f"packed, {name}"] = lambda k=kind: packed(k)

@@ -18,9 +18,11 @@ def run(*arguments, cwd, **variables):
 
 def test_no_example_is_forgotten():
     assert EXAMPLES == [
+        "jax_devices.py",
         "jax_generate.py",
         "jax_modules.py",
         "jax_recall.py",
+        "keras_devices.py",
         "keras_generate.py",
         "keras_text.py",
         "numpy_facts.py",
@@ -84,6 +86,16 @@ def test_text_that_is_generated_is_that_of_one_call(tmp_path, example, backend):
     assert example != "jax" or printed.endswith("compiled steps: 1\n")
 
 
+@pytest.mark.parametrize("framework", ["jax", "keras"])
+def test_four_devices_give_what_one_gives(tmp_path, framework):
+    flags = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
+    printed = run(ROOT / f"examples/{framework}_devices.py", cwd=tmp_path, XLA_FLAGS=flags, KERAS_BACKEND="jax")
+    differences = [float(x) for x in re.findall(r"\d\.\de[+-]\d\d", printed)]
+    assert len(differences) == {"jax": 2, "keras": 4}[framework]
+    assert max(differences) < 1e-4
+    assert framework == "keras" or "on each of 4 devices (2, 256, 16)" in printed
+
+
 def test_users_who_share_rows_are_served_twice(tmp_path):
     """The second process goes on from the first one's folder; the script asserts that each reads as alone."""
     for back in (0, 1):
@@ -107,7 +119,7 @@ def numbers(printed, label):
 
 PAGES = (
     "README.md", "docs/guide.md", "docs/batches.md", "docs/diagnostics.md", "docs/serving.md", "docs/transformers.md",
-    "docs/lifecycle.md",
+    "docs/lifecycle.md", "docs/distributed.md",
 )  # fmt: skip
 
 

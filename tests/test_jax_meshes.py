@@ -32,7 +32,14 @@ def found() -> dict[str, float | str]:
     "case",
     [
         *("rows and columns, auto", "rows and columns, explicit", "packed, auto", "packed, explicit"),
-        *("packed, mapped", "one memory, auto", "one memory, explicit", "restored"),
+        *(
+            "packed, mapped",
+            "one memory, auto",
+            "one memory, explicit",
+            "one memory, mapped",
+            "mapped twice",
+            "restored",
+        ),
     ],
 )
 def test_meshes_agree_with_one_device(found: dict[str, float | str], case: str) -> None:
