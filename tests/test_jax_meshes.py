@@ -1,4 +1,4 @@
-"""JAX on meshes: rows and columns at once, packed rows, checkpoints on another mesh; what is refused, and in what words.
+"""JAX on meshes: rows and columns at once, packed rows, checkpoints on another mesh; and what is refused.
 
 Also, of many configurations, that no dtype or rank is promoted unasked: by tracing alone, which takes no compiler.
 """

@@ -75,8 +75,8 @@ def check_distribution(variables: Sequence[keras.Variable]) -> None:
         return
     if keras.backend.backend() != "jax":
         raise ValueError(
-            "keras.distribution must be left out on tensorflow and torch, where Keras deals nothing out to devices: set "
-            "KERAS_BACKEND to jax, or call keras.distribution.set_distribution(None). "
+            "keras.distribution must be left out on tensorflow and torch, where Keras deals nothing out to devices: "
+            "set KERAS_BACKEND to jax, or call keras.distribution.set_distribution(None). "
             f"Received: {distribution} on {keras.backend.backend()}"
         )
     for variable in variables:

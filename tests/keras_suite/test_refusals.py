@@ -25,7 +25,7 @@ def test_a_distribution_is_refused_where_keras_deals_nothing_out():
         if keras.backend.backend() == "jax":
             layer.build((None, None, 4))
             return
-        with pytest.raises(ValueError, match="keras.distribution must be left out on tensorflow and torch") as caught:
+        with pytest.raises(ValueError, match=r"keras\.distribution must be left out on tensorflow and torch") as caught:
             layer.build((None, None, 4))
         assert str(caught.value).endswith(f"on {keras.backend.backend()}")
     finally:
