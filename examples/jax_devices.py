@@ -68,9 +68,8 @@ def main():
     rows = NamedSharding(mesh, P("rows"))
     trained, state, _ = train_step(dealt, jax.device_put(x, rows), jax.device_put(target, rows))
     values = state.memory.values
-    print(
-        f"a table of {values.shape}, on each of {len(mesh.devices.flat)} devices {values.sharding.shard_shape(values.shape)}"
-    )
+    part = values.sharding.shard_shape(values.shape)
+    print(f"tables of {values.shape}, on each of {len(mesh.devices.flat)} devices {part}")
     print(f"a training step: worst difference {worst((trained, state), alone[:2]):.1e}")
 
     half = jax.make_mesh((1, 2), ("rows", "columns"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:2])

@@ -1,7 +1,7 @@
 """Several devices in Keras on JAX: DataParallel, and ModelParallel with the table's columns dealt out.
 
-A small model is trained on one device and on all, by rows, and by rows and columns; it is evaluated, saved, and loaded on
-one device. All of it gives what one device gives.
+A small model is trained on one device and on all, by rows, and by rows and columns; it is evaluated, saved, and loaded
+on one device. All of it gives what one device gives.
 
 On a machine with one CPU: XLA_FLAGS=--xla_force_host_platform_device_count=4 python examples/keras_devices.py
 """

@@ -45,7 +45,7 @@ def of_two_axes(**layouts: Any) -> Any:
     mesh = ways.DeviceMesh((2, 2), ("batch", "columns"), ways.list_devices())
     layout_map = ways.LayoutMap(mesh)
     for name, layout in layouts.items():
-        layout_map[f"memory/{name}$"] = layout
+        layout_map[f"memory/{name}"] = layout
     return ways.ModelParallel(layout_map=layout_map, batch_dim_name="batch")
 
 
@@ -120,7 +120,7 @@ def indivisible() -> None:
     """Eight columns for three devices."""
     mesh = ways.DeviceMesh((1, 3), ("batch", "columns"), ways.list_devices()[:3])
     layout_map = ways.LayoutMap(mesh)
-    layout_map["memory_values"] = (None, "columns")
+    layout_map["memory/memory_values"] = (None, "columns")
     ways.set_distribution(ways.ModelParallel(layout_map=layout_map, batch_dim_name="batch"))
     model()
 

@@ -32,7 +32,10 @@ def test_devices_agree_with_one(found: dict[str, float | str], case: str) -> Non
     [
         ("slots", "memory/memory_values must not be dealt out to devices by slots"),
         ("slots of a state", "memory/state_memory_values must not be dealt out to devices by slots"),
-        ("columns that do not divide", "dimension size is 8"),
+        (
+            "columns that do not divide",
+            "memory/memory_values must have a multiple of 3 at axis 1, which its layout deals out to as many devices",
+        ),
     ],
 )
 def test_refusals_say_what_was_wrong(found: dict[str, float | str], case: str, words: str) -> None:

@@ -80,16 +80,27 @@ def check_distribution(variables: Sequence[keras.Variable]) -> None:
             f"Received: {distribution} on {keras.backend.backend()}"
         )
     for variable in variables:
-        if not variable.name.endswith(("memory_keys", "memory_values")):
-            continue
-        axes = getattr(distribution.get_variable_layout(variable), "axes", ())
-        rows, columns = variable.name.startswith("state_"), variable.name.endswith("values")
-        allowed = [0] * rows + [len(variable.shape) - 1] * columns
-        if any(axis is not None for i, axis in enumerate(axes) if i not in allowed):
+        layout = distribution.get_variable_layout(variable)
+        if layout is not None and variable.name.endswith(("memory_keys", "memory_values")):
+            _check_layout(variable, layout)
+
+
+def _check_layout(variable: keras.Variable, layout: Any) -> None:
+    """Raise where a layout splits a table by slots or sub-keys, or rows or columns into unequal parts."""
+    rows, columns = variable.name.startswith("state_"), variable.name.endswith("values")
+    allowed = [0] * rows + [len(variable.shape) - 1] * columns
+    sizes = dict(zip(layout.device_mesh.axis_names, layout.device_mesh.shape))
+    for i, axis in enumerate(layout.axes):
+        if axis is not None and i not in allowed:
             raise ValueError(
                 f"{variable.path} must not be dealt out to devices by slots: a token may write any of them. A layout "
                 "may name the last axis of values, the columns, and the first axis of a state, its rows. "
-                f"Received: {tuple(axes)}"
+                f"Received: {tuple(layout.axes)}"
+            )
+        if axis is not None and variable.shape[i] % sizes[axis]:
+            raise ValueError(
+                f"{variable.path} must have a multiple of {sizes[axis]} at axis {i}, which its layout deals out to as "
+                f"many devices. Received: shape {tuple(variable.shape)}"
             )
 
 
