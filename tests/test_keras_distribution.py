@@ -34,7 +34,7 @@ def test_devices_agree_with_one(found: dict[str, float | str], case: str) -> Non
         ("slots of a state", "memory/state_memory_values must not be dealt out to devices by slots"),
         (
             "columns that do not divide",
-            "memory/memory_values must have a multiple of 3 at axis 1, which its layout deals out to as many devices",
+            "array axis 1 is partitioned 3 times, but the dimension size is 8",
         ),
     ],
 )

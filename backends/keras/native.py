@@ -86,22 +86,15 @@ def check_distribution(variables: Sequence[keras.Variable]) -> None:
 
 
 def _check_layout(variable: keras.Variable, layout: Any) -> None:
-    """Raise where a layout splits a table by slots or sub-keys, or rows or columns into unequal parts."""
+    """Raise where a layout splits a table by slots or sub-keys. That axes divide what they split JAX has seen to."""
     rows, columns = variable.name.startswith("state_"), variable.name.endswith("values")
     allowed = [0] * rows + [len(variable.shape) - 1] * columns
-    sizes = dict(zip(layout.device_mesh.axis_names, layout.device_mesh.shape))
-    for i, axis in enumerate(layout.axes):
-        if axis is not None and i not in allowed:
-            raise ValueError(
-                f"{variable.path} must not be dealt out to devices by slots: a token may write any of them. A layout "
-                "may name the last axis of values, the columns, and the first axis of a state, its rows. "
-                f"Received: {tuple(layout.axes)}"
-            )
-        if axis is not None and variable.shape[i] % sizes[axis]:
-            raise ValueError(
-                f"{variable.path} must have a multiple of {sizes[axis]} at axis {i}, which its layout deals out to as "
-                f"many devices. Received: shape {tuple(variable.shape)}"
-            )
+    if any(axis is not None for i, axis in enumerate(layout.axes) if i not in allowed):
+        raise ValueError(
+            f"{variable.path} must not be dealt out to devices by slots: a token may write any of them. A layout may "
+            "name the last axis of values, the columns, and the first axis of a state, its rows. "
+            f"Received: {tuple(layout.axes)}"
+        )
 
 
 def count(flags: Array, at_most: int | Array) -> int | Array:
