@@ -15,6 +15,7 @@ from jax_sharded import CFG, COTANGENT, KEYS, LAYER, ROWS, VARIABLES, WIDTH, B, 
 
 from fwpkm.backends import jax as be
 from fwpkm.backends.jax import FwPKM
+from fwpkm.backends.jax.sharding import placed
 from fwpkm.containers import Memory
 
 SHAPE = {"key_dim": 8, "value_dim": 8, "num_subkeys": 8, "top_k": 2, "chunk_size": 4}
@@ -180,6 +181,16 @@ def columns_mapped() -> Any:
     return jax.jit(jax.shard_map(LAYER.apply, mesh=mesh, in_specs=(specs, P()), out_specs=P()))(VARIABLES, X)
 
 
+def no_mesh_is_left() -> float:
+    """A call that raises on explicit axes sets no mesh for those after it."""
+    x = jax.device_put(X, NamedSharding(mesh_of(AxisType.Explicit), ROWS))
+    try:
+        placed(lambda x: x.no_such_attribute)(x)
+    except AttributeError:
+        return float(not jax.sharding.get_abstract_mesh().empty)
+    return 1.0
+
+
 def indivisible(spec: P) -> Any:
     """Four rows, or eight columns, on three devices."""
     mesh = mesh_of(AxisType.Auto, 3)
@@ -189,6 +200,7 @@ def indivisible(spec: P) -> Any:
 def cases() -> dict[str, Callable[[], Any]]:
     """By name."""
     found: dict[str, Callable[[], Any]] = {"packed, mapped": packed_mapped, "restored": restored}
+    found["no mesh is left"] = no_mesh_is_left
     found |= {"one memory, mapped": one_memory_mapped, "mapped twice": mapped_twice}
     for name, kind in KINDS.items():
         found[f"rows and columns, {name}"] = lambda k=kind: rows_and_columns(k)

@@ -106,7 +106,7 @@ def placed(function: Callable[..., Any]) -> Callable[..., Any]:
         with jax.sharding.use_abstract_mesh(mesh.update(axis_types=(AxisType.Auto,) * len(mesh.axis_names))):
             shapes = jax.eval_shape(inside, *plain)
         specs = jax.tree_util.tree_map_with_path(spec_of, shapes)
-        with context:
+        with context():
             return jax.sharding.auto_axes(inside, out_sharding=specs)(*arrays.values())
 
     return call
@@ -162,15 +162,18 @@ def _check_dealt(args: Any) -> None:
 
 
 def _explicit_mesh(args: Any) -> Any:
-    """The mesh with explicit axes that the caller has set, or arrays lie on, and what sets it; None without one."""
+    """The mesh with explicit axes that the caller has set, or arrays lie on, and what sets it; None without one.
+
+    ``jax.set_mesh`` sets it when it is called, and not when it is entered.
+    """
     if _is_explicit(mesh := jax.sharding.get_abstract_mesh()):
-        return mesh, contextlib.nullcontext()
+        return mesh, contextlib.nullcontext
     for x in jax.tree.leaves(args):
         if isinstance(x, jax.Array) and _is_explicit(mesh := jax.typeof(x).sharding.mesh):
             # A mesh with its devices, where they are known: a call may use none of the arrays that tell them.
             if not isinstance(x, jax.core.Tracer) and isinstance(x.sharding, NamedSharding):
-                return mesh, jax.set_mesh(x.sharding.mesh)  # type: ignore[arg-type]
-            return mesh, jax.sharding.use_abstract_mesh(mesh)
+                return mesh, functools.partial(jax.set_mesh, x.sharding.mesh)
+            return mesh, functools.partial(jax.sharding.use_abstract_mesh, mesh)
     return None
 
 
