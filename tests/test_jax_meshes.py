@@ -36,6 +36,7 @@ def found() -> dict[str, float | str]:
             "packed, mapped",
             "one memory, auto",
             "one memory, explicit",
+            "no mesh is left",
             "one memory, mapped",
             "mapped twice",
             "restored",

@@ -172,7 +172,7 @@ def _explicit_mesh(args: Any) -> Any:
         if isinstance(x, jax.Array) and _is_explicit(mesh := jax.typeof(x).sharding.mesh):
             # A mesh with its devices, where they are known: a call may use none of the arrays that tell them.
             if not isinstance(x, jax.core.Tracer) and isinstance(x.sharding, NamedSharding):
-                return mesh, functools.partial(jax.set_mesh, x.sharding.mesh)
+                return mesh, functools.partial(jax.set_mesh, x.sharding.mesh)  # type: ignore[arg-type]
             return mesh, functools.partial(jax.sharding.use_abstract_mesh, mesh)
     return None
 
