@@ -1,6 +1,7 @@
 """Run by test_jax_sharding.py in a process with four devices: prints, by case, the largest relative error or a refusal.
 
-Each case computes on a mesh of four what one device computes: outputs, states and gradients.
+Each case computes on a mesh of four what one device computes: outputs, states and gradients. No dtype and no rank is
+promoted unasked.
 """
 
 import json
@@ -23,6 +24,8 @@ from fwpkm.backends.jax import FwPKM
 from fwpkm.containers import Memory
 
 jax.config.update("jax_enable_x64", True)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
 
 B, T, WIDTH = 4, 9, 8
 LAYER = FwPKM(WIDTH, key_dim=8, value_dim=8, num_subkeys=8, top_k=2, chunk_size=4)
@@ -94,7 +97,10 @@ def auto(function: Callable[..., Any]) -> Callable[..., Any]:
 
     def run(weights: Any, *arrays: Any) -> Any:
         arrays = tuple(jax.device_put(x, NamedSharding(mesh, ROWS)) for x in arrays)
-        return jax.jit(function)(weights, *arrays)
+        result = jax.jit(function)(weights, *arrays)
+        if function is in_pieces:  # so that no device holds the tables of other rows
+            assert all(x.sharding.spec[0] == "rows" for x in jax.tree.leaves(result))
+        return result
 
     return run
 
@@ -180,6 +186,17 @@ def compared(found: Any, expected: Any) -> float:
     return max(relative_error(np.asarray(x, "float64"), np.asarray(y, "float64")) for x, y in pairs if y.size)
 
 
+def report(cases: dict[str, Callable[[], Any]]) -> None:
+    """Print what each case gives, or what it raises; those whose name holds the first argument."""
+    for name, case in cases.items():
+        if len(sys.argv) > 1 and sys.argv[1] not in name:
+            continue
+        try:
+            print(json.dumps([name, case()]), flush=True)
+        except Exception as error:
+            print(json.dumps([name, f"{type(error).__name__}: {error}"[:2000]]), flush=True)
+
+
 def cases() -> dict[str, Callable[[], float]]:
     """By name."""
     found: dict[str, Callable[[], float]] = {}
@@ -205,10 +222,4 @@ def cases() -> dict[str, Callable[[], float]]:
 
 
 if __name__ == "__main__":
-    for name, case in cases().items():
-        if len(sys.argv) > 1 and sys.argv[1] not in name:
-            continue
-        try:
-            print(json.dumps([name, case()]), flush=True)
-        except Exception as error:
-            print(json.dumps([name, f"{type(error).__name__}: {error}"[:2000]]), flush=True)
+    report(cases())

@@ -20,8 +20,10 @@ def run(*arguments, cwd, **variables):
 def test_no_example_is_forgotten():
     assert EXAMPLES == [
         "distributed_torch.py",
+        "jax_devices.py",
         "jax_generate.py",
         "jax_recall.py",
+        "keras_devices.py",
         "keras_generate.py",
         "keras_text.py",
         "numpy_facts.py",
@@ -85,6 +87,16 @@ def test_a_table_in_columns_trains_as_a_whole_one(tmp_path):
     # Lines of two processes may share one.
     assert len(re.findall(r"rank \d of 2: .*? columns torch.Size\(\[2, 4096, 32\]\)", printed)) == 2
     assert re.search(r"losses .*, those of one process within \d", printed)
+
+
+@pytest.mark.parametrize("framework", ["jax", "keras"])
+def test_four_devices_give_what_one_gives(tmp_path, framework):
+    flags = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
+    printed = run(ROOT / f"examples/{framework}_devices.py", cwd=tmp_path, XLA_FLAGS=flags, KERAS_BACKEND="jax")
+    differences = [float(x) for x in re.findall(r"\d\.\de[+-]\d\d", printed)]
+    assert len(differences) == {"jax": 2, "keras": 4}[framework]
+    assert max(differences) < 1e-4
+    assert framework == "keras" or "tables of (4, 256, 32), on each of 4 devices (2, 256, 16)" in printed
 
 
 def test_users_who_share_rows_are_served_twice(tmp_path):

@@ -14,7 +14,7 @@ SCRIPT = ROOT / "tests" / "jax_sharded.py"
 @pytest.fixture(scope="module")
 def found() -> dict[str, float | str]:
     """By case, the largest relative error, or what was raised."""
-    done = python(SCRIPT, PYTHONPATH=str(SCRIPT.parent), timeout=600)
+    done = python(SCRIPT, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
     return dict(map(json.loads, done.stdout.splitlines()))
 

@@ -106,19 +106,20 @@ def _decode(cfg: FwPKMConfig, state: State, tokens: Tokens) -> tuple[Array, Stat
     counts = tokens.mask is not None and cfg.memory_scope == "sequence"
     there = tokens.mask[:, 0] if counts else jnp.ones_like(state.position, bool)
     num_pending = schedule.pending(cfg, state.position)
-    due = schedule.written(cfg, num_pending + there) > 0
+    ticks = there.astype(jnp.int32)
+    due = schedule.written(cfg, num_pending + ticks) > 0
     begun = _Step(memory, _stored(pending, new, jnp.where(there & ~due, num_pending, cfg.capacity)), reads)
     step = _write_due(cfg, *alike(begun, new, due))
     output = jnp.where(new.mask[..., None], step.reads, jnp.nan)
     output = output if tokens.mask is None else jnp.where(tokens.mask[..., None], output, 0)
-    after: State[Array] = State.of(step.memory, step.pending, schedule.reduced(cfg, state.position) + there)
+    after: State[Array] = State.of(step.memory, step.pending, schedule.reduced(cfg, state.position) + ticks)
     return output.astype(tokens.query.dtype), after.map(lambda x, before: x.astype(before.dtype), state)
 
 
 def _stored(pending: Tokens, new: Tokens, at: Array) -> Tokens:
     """The pending tokens with the new one of each row ``at`` [B] its place; none where that is P."""
     batch, capacity = pending.mask.shape
-    cell = jnp.where(at < capacity, jnp.arange(batch) * capacity + at, batch * capacity)
+    cell = jnp.where(at < capacity, jnp.arange(batch, dtype=jnp.int32) * capacity + at, batch * capacity)
 
     def put_one(x: Array, y: Array) -> Array:
         flat = x.reshape(batch * capacity, *x.shape[2:])

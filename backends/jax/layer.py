@@ -164,8 +164,8 @@ class FwPKM:
         there = mask
         if cu_seqlens is not None:
             validation.check_packed("x", x, cu_seqlens, SELF.arrays)
-            inside = jnp.arange(x.shape[1]) < cu_seqlens[-1]
-            there = inside[None] if mask is None else mask & inside
+            inside = (jnp.arange(x.shape[1], dtype=jnp.int32) < cu_seqlens[-1])[None]
+            there = inside if mask is None else mask & inside
         tokens = self._tokens(variables, x, mask, there)
         start: Any = state
         ends: Any = cu_seqlens
@@ -309,8 +309,9 @@ def _form(layer: FwPKM) -> Any:
 
 def _project(params: Variables, name: str, x: Array) -> Array:
     """W·RMSNorm(x) + b."""
-    normed = rms_norm(jnp, _wide(x), _wide(params[f"{name}_norm"]["weight"])).astype(x.dtype)
-    return normed @ params[f"{name}_proj"]["weight"].T + params[f"{name}_proj"]["bias"]
+    norm, proj = params[f"{name}_norm"], params[f"{name}_proj"]
+    normed = rms_norm(jnp, _wide(x), _wide(norm["weight"])[None, None]).astype(x.dtype)
+    return normed @ proj["weight"].T + proj["bias"][None, None]
 
 
 def _wide(x: Array) -> Array:

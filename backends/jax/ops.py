@@ -18,7 +18,7 @@ from fwpkm.backends.jax.arguments import takes_numpy
 from fwpkm.backends.jax.backward import run
 from fwpkm.backends.jax.indexing import gather
 from fwpkm.backends.jax.rows import begin, is_traced, mask_of
-from fwpkm.backends.jax.sharding import alike, placed
+from fwpkm.backends.jax.sharding import alike, dealt_as, placed
 from fwpkm.backends.jax.streams import cells_after, plan_apply, plan_flush, plan_read, streams_of
 from fwpkm.backends.jax.tokens import as_table, filled, from_table, live_rows, without
 from fwpkm.backends.jax.windows import SELF, Result, Write, compute_window, select_window
@@ -229,7 +229,9 @@ def _apply(
     pending = from_table(cfg, gather(source, jnp.where(jnp.isnan(weight), plan.empty, left)))
     position = schedule.reduced(cfg, state.position) + streams.lengths - streams.num_pending
     look, trace = _reading(cfg, result, tokens, streams.due)
-    return look.output, Memory(result.keys, result.values) if writes else None, pending, position, trace
+    tables = Memory(result.keys, result.values) if writes else None
+    like = tokens.query if cu_seqlens is None else state.pending.query
+    return look.output, *dealt_as(like, (tables, pending, position)), trace
 
 
 @placed

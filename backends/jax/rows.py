@@ -11,7 +11,7 @@ from jax import Array
 from fwpkm import rows as row_checks
 from fwpkm import schedule, validation
 from fwpkm.backends.jax.arguments import takes_numpy
-from fwpkm.backends.jax.sharding import alike, placed
+from fwpkm.backends.jax.sharding import alike, dealt_as, placed
 from fwpkm.backends.jax.tokens import no_tokens, outer
 from fwpkm.backends.jax.windows import SELF
 from fwpkm.config import FwPKMConfig
@@ -109,7 +109,7 @@ def mask_of(cfg: FwPKMConfig, rows: Any, batch_size: int) -> Any:
         return row_checks.mask_of(cfg, rows, batch_size)
     if rows.dtype == bool:
         return _checked(rows, "bool", ("B", batch_size))
-    return (jnp.arange(batch_size)[:, None] == _checked(rows, "int", ("n", None))[None]).any(1)
+    return (jnp.arange(batch_size, dtype=jnp.int32)[:, None] == _checked(rows, "int", ("n", None))[None]).any(1)
 
 
 def _checked(rows: Array, kind: str, axis: Axis) -> Array:
@@ -129,7 +129,8 @@ def is_traced(x: Any) -> bool:
 def _initial(cfg: FwPKMConfig, batch_size: int, memory: Memory, like: Array | None) -> tuple[Memory, Tokens]:
     memories = memories_for(cfg, batch_size)
     tables = Memory(*(jnp.broadcast_to(x, (memories, *x.shape[1:])) for x in memory))
-    return tables, no_tokens(cfg, batch_size, memory.keys.dtype)
+    begun = tables, no_tokens(cfg, batch_size, memory.keys.dtype)
+    return begun if like is None or len(like) != batch_size else dealt_as(like, begun)
 
 
 @placed

@@ -6,8 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax import lax
+from jax import Array, lax
+from jax.experimental.shard_alike import shard_alike
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from fwpkm.containers import Memory
 
 
 def alike(*trees: Any) -> tuple[Any, ...]:
@@ -35,6 +38,23 @@ def _cast(x: Any, axes: tuple[str, ...]) -> Any:
     return lax.pcast(x, axes, to="varying") if hasattr(lax, "pcast") else lax.pvary(x, axes)  # type: ignore[attr-defined]
 
 
+def dealt_as(like: Array, tree: Any) -> Any:
+    """Arrays ``[B, ...]``, or ``[1, ...]`` for one memory, whose rows the compiler shall deal out as those of ``like``.
+
+    For automatic axes, whose compiler would keep what it makes by itself on every device. It costs nothing.
+    """
+    if like.size == 0:
+        return tree
+    first = like.reshape(len(like), -1)[:, 0]
+
+    def placed_by_rows(x: Array) -> Array:
+        if len(x) != len(like):
+            return x
+        return shard_alike(x, lax.broadcast_in_dim(first, x.shape, (0,)))[0]
+
+    return jax.tree.map(placed_by_rows, tree)
+
+
 _COLUMNS = ("value", "values", "output")
 """Fields whose last axis is the columns of the value table."""
 
@@ -44,10 +64,17 @@ def placed(function: Callable[..., Any]) -> Callable[..., Any]:
 
     Its results are dealt out as its arguments are: their first axis, where it is as long as that of one whose rows are,
     and the columns of values. So a result's first axis must be that of rows or memories, of which there may be one.
+
+    Raises:
+        ValueError: tables that are known to be dealt out by slots or sub-keys, arrays of two meshes, or a shard_map
+            over some axes of its mesh.
     """
 
     @functools.wraps(function)
     def call(*args: Any) -> Any:
+        _check_mapped()
+        if any(map(_is_dealt, jax.tree.leaves(args))):
+            _check_dealt(args)
         on_mesh = _explicit_mesh(args)
         if on_mesh is None:
             return function(*args)
@@ -79,22 +106,74 @@ def placed(function: Callable[..., Any]) -> Callable[..., Any]:
         with jax.sharding.use_abstract_mesh(mesh.update(axis_types=(AxisType.Auto,) * len(mesh.axis_names))):
             shapes = jax.eval_shape(inside, *plain)
         specs = jax.tree_util.tree_map_with_path(spec_of, shapes)
-        with context:
+        with context():
             return jax.sharding.auto_axes(inside, out_sharding=specs)(*arrays.values())
 
     return call
 
 
+def _check_mapped() -> None:
+    """Raise inside a shard_map that leaves axes to the compiler: their collectives would stand in loops whose lengths
+    differ from device to device, and wait for each other for ever."""
+    mesh = jax.sharding.get_abstract_mesh()
+    mapped = getattr(mesh, "manual_axes", ())
+    rest = [name for name, size in mesh.shape.items() if name not in mapped and size > 1] if mapped else []
+    if rest:
+        raise ValueError(
+            "jax.shard_map must map every axis of the mesh around a memory, whose loops are as long as each device's "
+            "data say: leave axis_names out, or map the others by a jax.shard_map inside. "
+            f"Received: mapped {tuple(mapped)}, not mapped {tuple(rest)}"
+        )
+
+
+def _is_dealt(x: Any) -> bool:
+    """Whether it is known that an array lies on a mesh of several devices."""
+    return isinstance(x, jax.Array) and getattr(_sharding_of(x), "num_devices", 1) > 1
+
+
+def _sharding_of(x: Array) -> Any:
+    """How an array is dealt out; of a traced one what its type tells, which is nothing on automatic axes."""
+    return jax.typeof(x).sharding if isinstance(x, jax.core.Tracer) else x.sharding
+
+
+def _check_dealt(args: Any) -> None:
+    """Raise for tables that a write could not leave where they lie, and for arrays of two meshes."""
+    meshes: dict[tuple[Any, ...], str] = {}
+    for path, x in jax.tree_util.tree_flatten_with_path(args)[0]:
+        sharding, name = _sharding_of(x) if _is_dealt(x) else None, _name(path)
+        if not isinstance(sharding, NamedSharding):
+            continue
+        if name in Memory._fields:
+            allowed = (0, x.ndim - 1) if name == "values" else (0,)
+            if any(axis is not None for i, axis in enumerate(sharding.spec) if i not in allowed):
+                raise ValueError(
+                    f"memory.{name} must not be dealt out to devices by slots: a token may write any of them. Deal it "
+                    "out by its first axis, a memory a row, or values by their last, the columns. "
+                    f"Received: shape {x.shape}, {sharding.spec}"
+                )
+        if not isinstance(x, jax.core.Tracer):
+            meshes.setdefault(tuple(device.id for device in sharding.mesh.devices.flat), name or "an array")
+    if len(meshes) > 1:
+        received = " and ".join(f"{name} on devices {list(ids)}" for ids, name in meshes.items())
+        raise ValueError(
+            "the arrays of a call must lie on the devices of one mesh: to_device(state, sharding) moves a state. "
+            f"Received: {received}"
+        )
+
+
 def _explicit_mesh(args: Any) -> Any:
-    """The mesh with explicit axes that the caller has set, or arrays lie on, and what sets it; None without one."""
+    """The mesh with explicit axes that the caller has set, or arrays lie on, and what sets it; None without one.
+
+    ``jax.set_mesh`` sets it when it is called, and not when it is entered.
+    """
     if _is_explicit(mesh := jax.sharding.get_abstract_mesh()):
-        return mesh, contextlib.nullcontext()
+        return mesh, contextlib.nullcontext
     for x in jax.tree.leaves(args):
         if isinstance(x, jax.Array) and _is_explicit(mesh := jax.typeof(x).sharding.mesh):
             # A mesh with its devices, where they are known: a call may use none of the arrays that tell them.
             if not isinstance(x, jax.core.Tracer) and isinstance(x.sharding, NamedSharding):
-                return mesh, jax.set_mesh(x.sharding.mesh)  # type: ignore[arg-type]
-            return mesh, jax.sharding.use_abstract_mesh(mesh)
+                return mesh, functools.partial(jax.set_mesh, x.sharding.mesh)  # type: ignore[arg-type]
+            return mesh, functools.partial(jax.sharding.use_abstract_mesh, mesh)
     return None
 
 

@@ -237,7 +237,7 @@ def read_round(plan: Plan, streams: Streams, index: Array) -> Round:
 
 def cells_of(plan: Plan, streams: Streams, rows: Array | None, start: Array, length: int) -> tuple[Array, Array]:
     """Cells ``[R, length]`` of tokens of some rows' streams from ``start`` [R] on, and where in these they stand."""
-    at = start[:, None] + jnp.arange(length, dtype=jnp.int32)
+    at = start[:, None] + jnp.arange(length, dtype=jnp.int32)[None]
     row = jnp.arange(plan.batch, dtype=jnp.int32) if rows is None else rows
     num_pending, lengths, first_new = (
         of_rows(x, rows)[:, None] for x in (streams.num_pending, streams.lengths, streams.first_new)

@@ -176,7 +176,7 @@ def select_window(
 
 def chunk_of(cfg: FwPKMConfig, window: Tokens, may_write: Array | bool = True) -> Write:
     """The first C tokens of a window, in rows that ``may_write`` [B]; those after serve only as targets (§5)."""
-    counted = window.mask & (jnp.arange(window.length) < cfg.chunk_size)
+    counted = window.mask & (jnp.arange(window.length)[None] < cfg.chunk_size)
     pair = pairs(cfg, counted, window.mask) & outer(jnp.asarray(may_write), counted)
     return Write(ahead(window.value, cfg.lookahead), pair, counted)
 

@@ -99,7 +99,8 @@ class FwPKM(keras.layers.Layer):
         """Make the weights for inputs ``[B, T, hidden_size]``; B may be None unless the layer is stateful.
 
         Raises:
-            ValueError: another rank, an unknown hidden_size, or an unknown B where the layer is stateful.
+            ValueError: another rank, an unknown hidden_size, an unknown B where the layer is stateful, or a
+                ``keras.distribution`` that Keras does not carry out or that deals slots out to devices.
         """
         if len(input_shape) != 3 or input_shape[2] is None:
             raise ValueError(
@@ -129,6 +130,7 @@ class FwPKM(keras.layers.Layer):
             initial = copies_of(tables[name]) if name in tables else initializers.Zeros()
             options = {"dtype": dtype_of(spec.kind, dtype), "trainable": False, "autocast": False}
             self._add(f"state.{name}", spec.shape, initial, **options)
+        native.check_distribution(self.variables)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """``call``, with ``segment_ids`` as they are before Keras makes tensors of them, which may cut them."""

@@ -1,6 +1,7 @@
 """Which functions Keras runs on: the native backend's on torch and jax, keras.ops on tensorflow."""
 
 import importlib
+from collections.abc import Sequence
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -61,6 +62,39 @@ def decode(cfg: FwPKMConfig, state: State, tokens: Tokens) -> tuple[Array, State
     device = state.memory.keys.device
     state = functions().detach(state).map(lambda x: x.to(device).contiguous())
     return functions().decode(cfg, state, **tokens.present()), state
+
+
+def check_distribution(variables: Sequence[keras.Variable]) -> None:
+    """Raise where a layer's variables are not dealt out as ``keras.distribution`` says, or tables would be by slots.
+
+    Raises:
+        ValueError: a distribution that Keras carries out on jax alone, or a layout of a table by slots or sub-keys.
+    """
+    distribution = keras.distribution.distribution()
+    if distribution is None:
+        return
+    if keras.backend.backend() != "jax":
+        raise ValueError(
+            "keras.distribution must be left out on tensorflow and torch, where Keras deals nothing out to devices: "
+            "set KERAS_BACKEND to jax, or call keras.distribution.set_distribution(None). "
+            f"Received: {distribution} on {keras.backend.backend()}"
+        )
+    for variable in variables:
+        layout = distribution.get_variable_layout(variable)
+        if layout is not None and variable.name.endswith(("memory_keys", "memory_values")):
+            _check_layout(variable, layout)
+
+
+def _check_layout(variable: keras.Variable, layout: Any) -> None:
+    """Raise where a layout splits a table by slots or sub-keys. That axes divide what they split JAX has seen to."""
+    rows, columns = variable.name.startswith("state_"), variable.name.endswith("values")
+    allowed = [0] * rows + [len(variable.shape) - 1] * columns
+    if any(axis is not None for i, axis in enumerate(layout.axes) if i not in allowed):
+        raise ValueError(
+            f"{variable.path} must not be dealt out to devices by slots: a token may write any of them. A layout may "
+            "name the last axis of values, the columns, and the first axis of a state, its rows. "
+            f"Received: {tuple(layout.axes)}"
+        )
 
 
 def count(flags: Array, at_most: int | Array) -> int | Array:
