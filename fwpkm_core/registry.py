@@ -2,7 +2,6 @@
 
 import importlib
 import importlib.util
-from collections.abc import Iterator
 from typing import Any, NamedTuple, cast
 
 from fwpkm.protocol import DifferentiableBackend
@@ -22,17 +21,6 @@ _BACKENDS = {
     "jax": _Backend("fwpkm.backends.jax", "jax", "jax", ("jax", "jaxlib")),
     "keras": _Backend("fwpkm.backends.keras", "keras", "keras", ("keras", "tensorflow")),
 }
-
-
-class BackendStatus(NamedTuple):
-    """One line of ``fwpkm backends``."""
-
-    name: str
-    version: str
-    """The framework's version, or "" where it cannot run."""
-    device: str
-    reason: str
-    """Why it cannot run and what to do, or ""."""
 
 
 def backend_names() -> tuple[str, ...]:
@@ -81,18 +69,6 @@ def backend_of(array: Any) -> DifferentiableBackend:
         if package in backend.arrays:
             return get_backend(name)
     raise ValueError(f"expected an array of one of {', '.join(_BACKENDS)}. Received: {type(array)!r}")
-
-
-def backend_status() -> Iterator[BackendStatus]:
-    """What each backend would run on here, or why it cannot run."""
-    for name, backend in _BACKENDS.items():
-        try:
-            module = get_backend(name)
-        except ImportError as error:
-            yield BackendStatus(name, "", "", str(error))
-        else:
-            version = importlib.import_module(backend.framework).__version__
-            yield BackendStatus(name, version, module.device_name(), "")
 
 
 def _shipped(backend: _Backend) -> bool:
