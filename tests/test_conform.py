@@ -22,7 +22,7 @@ from fwpkm.conformance.running import same_bits
 
 def conform(folder, *arguments):
     """The command, run in a folder."""
-    return python("-m", "fwpkm.cli", "conform", *arguments, cwd=folder)
+    return python("-m", "fwpkm", "conform", *arguments, cwd=folder)
 
 
 def rows(printed):

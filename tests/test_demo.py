@@ -1,6 +1,7 @@
 """The demo: what it reads, what it measures, what it prints and draws."""
 
 import hashlib
+import json
 import re
 from importlib import resources
 from pathlib import Path
@@ -12,9 +13,13 @@ from matplotlib.image import imread
 
 import fwpkm
 from fwpkm import cli
-from fwpkm.demo import DemoError, contexts, picture, recall, report, text
+from fwpkm.demo import DemoError, contexts, dictionary, picture, recall, report, text
 
-ROW = re.compile(r"^ +(\d+) +(\d\.\d{4}) +(\d\.\d{4}) +(\d\.\d{4})  \| +([\d,]+) +([\d.]+%) +([\d,]+)$", re.MULTILINE)
+FIGURE = r" +(\d\.\d{4})"
+ROW = re.compile(rf"^ +(\d+){4 * FIGURE} \| +([\d,]+) +([\d.]+%) +([\d,]+)$", re.MULTILINE)
+ASKED = re.compile(rf"^(the text as it was|one token in twenty replaced){3 * FIGURE}$", re.MULTILINE)
+HALF = recall.Asked(0.5, 0.5, 0.5)
+MEMORIES = ("memory", "frozen", "shuffled")
 SMALL = ["--num-subkeys", "64", "--chunk-size", "50", "--passes", "2"]
 
 
@@ -35,8 +40,8 @@ def small_file(story, tmp_path) -> Path:
     return path
 
 
-def rows(printed: str) -> list[tuple[float, float, float]]:
-    return [tuple(map(float, row[1:4])) for row in ROW.findall(printed)]
+def rows(printed: str) -> list[tuple[float, ...]]:
+    return [tuple(map(float, row[1:5])) for row in ROW.findall(printed)]
 
 
 def read(be, source: text.Text, passes: int = 2, **config) -> list[recall.Round]:
@@ -134,6 +139,56 @@ def test_nearest_code_is_the_euclidean_one(made):
     np.testing.assert_array_equal(made.nearest(output), distance.argmin(1))
 
 
+# The baseline
+
+
+def test_dictionary_has_what_followed_the_last_eight_tokens():
+    read = text.tokenize("", "a b c d e f g h a b c d e f g h")
+    ids, next_ids, known = read.ids, read.next_ids, dictionary.Dictionary(len(read.vocabulary))
+    first = known.read(ids, next_ids)
+    assert first.tolist() == [-1] * 15 + [0]  # the last eight stood there once before, and a followed
+    assert known.ask(ids).tolist() == [*next_ids[:7], 8, *next_ids[8:]]  # after "h" the text ended, the last time
+    second = known.read(ids, next_ids)
+    assert second[:7].tolist() == next_ids[:7].tolist()
+    assert (second[7], second[15]) == (8, 0)  # each tells what followed the last time
+
+
+def test_dictionary_falls_back_on_fewer_tokens_and_notes_nothing_when_asked():
+    read = text.tokenize("", "a b c d e f g h i j k l")
+    known = dictionary.Dictionary(len(read.vocabulary))
+    known.read(read.ids, read.next_ids)
+    other = read.ids.copy()
+    other[3] = 0  # "d" reads "a"
+    for _ in range(2):
+        assert known.ask(other).tolist() == [1, 2, 3, *[-1] * 8, 12]
+        assert known.ask(other, fall_back=True).tolist() == [1, 2, 3, 1, 5, 6, 7, 8, 9, 10, 11, 12]
+
+
+@pytest.mark.parametrize(("length", "count"), [(2, 1), (39, 1), (40, 2), (1000, 50)])
+def test_one_token_in_twenty_is_replaced_by_another(length, count):
+    ids = np.arange(length) % 7
+    replaced = dictionary.replace_some(ids, 7, 0)
+    assert (replaced != ids).sum() == count
+    assert ((replaced >= 0) & (replaced < 7)).all()
+    assert ids.tolist() == [t % 7 for t in range(length)]
+
+
+@pytest.mark.eager
+def test_asking_once_more_writes_nothing(be, small):
+    trial, told = recall.Trial(be, recall.config(64, 50), small), []
+    for _ in range(2):
+        trial.read(lambda tokens: None)
+    plain, other, again = (trial.ask(told.append, replaced=replaced) for replaced in (False, True, True))
+    assert other == again
+    assert sum(told) == 3 * len(small.ids)
+    assert plain.memory > 0.95
+    assert plain.dictionary == plain.falling_back > 0.99
+    whole = 0.95**8
+    assert abs(other.dictionary - whole) < 0.1  # which knows contexts that are whole, and no other
+    assert other.falling_back > other.dictionary
+    assert other.memory < plain.memory
+
+
 # Passes
 
 
@@ -155,7 +210,7 @@ def test_reads_come_before_the_write_of_their_chunk(be, small):
 
 def test_recall_agrees_across_backends(small):
     numpy, torch = (read(fwpkm.get_backend(name), small) for name in ("numpy", "torch"))
-    for name in recall.Round._fields:
+    for name in MEMORIES:
         for a, b in zip(numpy, torch):
             assert abs(getattr(a, name).recall - getattr(b, name).recall) <= 0.002
 
@@ -163,7 +218,7 @@ def test_recall_agrees_across_backends(small):
 def test_a_run_repeats_itself(be, small):
     one, other = (read(be, small) for _ in range(2))
     for a, b in zip(one, other):
-        for name in recall.Round._fields:
+        for name in MEMORIES:
             np.testing.assert_array_equal(getattr(a, name).hits, getattr(b, name).hits)
             np.testing.assert_array_equal(getattr(a, name).reads, getattr(b, name).reads)
 
@@ -206,9 +261,14 @@ def test_demo_prints_its_passes_and_saves_a_picture(backend, small_file, tmp_pat
     out = tmp_path / "new" / "out"
     assert cli.main(["demo", str(small_file), "--backend", backend, *SMALL, "--out", str(out)]) == 0
     printed, errors = capsys.readouterr()
-    (_, *controls), (second, *_) = rows(printed)
-    assert second > 0.9
+    _, (second, *controls, exact) = rows(printed)
+    assert min(second, exact) > 0.9
     assert max(controls) < 0.10
+    asked = {label: list(map(float, found)) for label, *found in ASKED.findall(printed)}
+    assert min(asked["the text as it was"]) > 0.9
+    assert asked["one token in twenty replaced"][1] < 0.8
+    assert "Beside the baseline: of the text as it was the memory gives" in printed
+    assert max(map(len, printed.splitlines())) <= 80 or str(tmp_path) in printed
     assert f"{backend} on cpu" in printed
     for part in (str(small_file), "64 x 64 = 4,096 slots", "every 50 tokens", str(out / picture.NAME)):
         assert part in printed
@@ -226,6 +286,25 @@ def test_demo_prints_the_same_in_both_backends(small_file, tmp_path, capsys):
         printed.append(rows(capsys.readouterr().out))
     np.testing.assert_allclose(*printed, atol=0.002)
     assert len(printed[0]) == 2
+
+
+def test_demo_as_json(small_file, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert cli.main(["demo", str(small_file), "--backend", "numpy", *SMALL, "--json", "--out", str(out)]) == 0
+    printed, errors = capsys.readouterr()
+    found = json.loads(printed)
+    assert errors == ""
+    assert list(found) == [
+        *("fwpkm", "text", "backend", "device", "num_subkeys", "chunk_size", "passes", "asked_once_more", "picture"),
+    ]
+    assert (found["backend"], found["num_subkeys"], found["chunk_size"]) == ("numpy", 64, 50)
+    assert [one["memory"] > 0.9 for one in found["passes"]] == [False, True]
+    assert list(found["passes"][0]) == [
+        *("memory", "frozen", "shuffled", "dictionary", "slots_used", "collisions", "tokens_per_second", "seconds"),
+    ]
+    assert list(found["asked_once_more"]) == ["as_it_was", "one_in_twenty_replaced"]
+    assert list(found["asked_once_more"]["as_it_was"]) == ["memory", "dictionary", "falling_back"]
+    assert_drawn(Path(found["picture"]))
 
 
 def assert_drawn(path: Path) -> None:
@@ -256,10 +335,10 @@ def test_old_picture_stays_until_the_new_one_is_complete(small, tmp_path, monkey
     with monkeypatch.context() as patch:
         patch.setattr(Figure, "savefig", fail)
         with pytest.raises(OSError, match="No space"):
-            picture.save(tmp_path, "title", rounds)
+            picture.save(tmp_path, "title", rounds, HALF, HALF)
     assert old.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [old]
-    picture.save(tmp_path, "title", rounds)
+    picture.save(tmp_path, "title", rounds, HALF, HALF)
     assert_drawn(old)
 
 
@@ -277,6 +356,18 @@ def test_conclusion_names_the_figures_and_a_larger_table(small):
     assert rounds[1].memory.recall < 0.9
     assert "--num-subkeys 64" in report.larger_table(small, cfg, rounds)
     assert report.larger_table(small, recall.config(64, 50), rounds) == ""
+
+
+def test_conclusion_names_the_baseline_where_it_wins_too(small):
+    rounds = read(fwpkm.reference, small, passes=1, num_subkeys=16)
+    plain, other = recall.Asked(0.98, 0.99, 0.99), recall.Asked(0.81, 0.66, 0.88)
+    said = " ".join(report.beside_the_dictionary(rounds, plain, other).split())
+    assert "gives 98.00%, less than the dictionary's 99.00%" in said
+    assert "gives 81.00%, more than the dictionary's 66.00%" in said
+    assert "less than the 88.00% of one that falls back" in said
+    assert "gives 50.00%, as much as the dictionary's 50.00%" in report.beside_the_dictionary(
+        rounds, HALF, HALF
+    ).replace("\n", " ")
 
 
 def test_chance_is_the_commonest_successor():

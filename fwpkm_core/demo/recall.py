@@ -176,7 +176,7 @@ class Trial:
     """
 
     def __init__(self, be: Backend, cfg: FwPKMConfig, text: Text) -> None:
-        """Draw the contexts and start all three from the same memory."""
+        """Draw the contexts and start the memory and its controls alike."""
         # A chunk longer than the text is written whole at the end of the pass, and so is one of its length.
         cfg = dataclasses.replace(cfg, chunk_size=min(cfg.chunk_size, len(text.ids)))
         contexts = Contexts(text.ids, len(text.vocabulary), cfg.key_dim, cfg.value_dim)
@@ -191,11 +191,11 @@ class Trial:
 
     def read(self, advance: Callable[[int], None]) -> Round:
         """Read the text once more with all; ``advance`` is told of 3·T tokens in all."""
-        passes = [reader.read(advance) for reader in self._readers]
+        memory, frozen, shuffled = (reader.read(advance) for reader in self._readers)
         begin = time.perf_counter()
         found = self._dictionary.read(self._text.ids, self._text.next_ids)
         lookups = Lookups(self._hits(found), time.perf_counter() - begin)
-        return Round(*passes, lookups)
+        return Round(memory, frozen, shuffled, lookups)
 
     def ask(self, advance: Callable[[int], None], *, replaced: bool) -> Asked:
         """Look every context up and write nothing; ``advance`` is told of T tokens.

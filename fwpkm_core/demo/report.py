@@ -96,10 +96,10 @@ class Report:
         self.line(LEGEND.format(chance=chance, top_k=cfg.top_k, context=CONTEXT, shorter=CONTEXT - 1))
         self.line()
         self.line(f"picture  {picture}")
-        for paragraph in (meaning(rounds), beside_the_dictionary(rounds, plain, other), larger_table(text, cfg, rounds)):
-            if paragraph:
-                self.line()
-                self.line(paragraph)
+        said = meaning(rounds), beside_the_dictionary(rounds, plain, other), larger_table(text, cfg, rounds)
+        for paragraph in filter(None, said):
+            self.line()
+            self.line(paragraph)
 
 
 def commonest_share(text: Text) -> float:

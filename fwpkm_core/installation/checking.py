@@ -1,7 +1,7 @@
 """``fwpkm backends --check``: import each part in a process of its own and let it compute one call.
 
-``python -m fwpkm.installation.checking NAME`` is that process. It writes one JSON object to standard output; what frameworks print
-goes to standard error, which the command throws away, but for the last line where a process ends without an answer.
+``python -m fwpkm.installation.checking NAME`` is that process. It writes one JSON object to standard output; what
+frameworks print goes to standard error, of which the command shows the last line where a process ends without an answer.
 """
 
 import importlib
@@ -46,7 +46,8 @@ def check(name: str, patience: float = PATIENCE) -> Answer:
         patience: seconds after which a process that says nothing is ended.
     """
     begin = time.perf_counter()
-    line = [sys.executable, "-P", "-m", "fwpkm.installation.checking", name]  # -P: no folder of the user's stands for a framework
+    # With -P no file in the user's current folder is taken for a framework.
+    line = [sys.executable, "-P", "-m", "fwpkm.installation.checking", name]
     try:
         done = subprocess.run(
             line, capture_output=True, stdin=subprocess.DEVNULL, timeout=patience, env=os.environ | _QUIET
@@ -58,8 +59,8 @@ def check(name: str, patience: float = PATIENCE) -> Answer:
         found = json.loads(done.stdout)
         return Answer(found["device"], found["error"], seconds)
     except ValueError:
-        said = done.stderr.decode(errors="replace").strip().splitlines()
-        return Answer("", f"its process ended by {_ending(done.returncode)}: {said[-1] if said else 'no word'}", seconds)
+        said = done.stderr.decode(errors="replace").strip().splitlines() or ["it printed nothing"]
+        return Answer("", f"its process ended by {_ending(done.returncode)}: {said[-1]}", seconds)
 
 
 def _ending(status: int) -> str:

@@ -131,8 +131,8 @@ def version_of(package: str) -> str:
 
 @functools.cache
 def _ranges() -> dict[str, str]:
-    """By package, the versions that this one's metadata asks for, such as ">=2.8"; the widest of several stands."""
-    found = {}
+    """By package, the versions that this one's metadata asks for, such as ">=2.8"."""
+    found: dict[str, str] = {}
     for line in metadata.requires("fwpkm") or ():
         name, wanted = re.match(r"([\w.-]+)(?:\[[^]]*\])?\s*([^;\s]*)", line).groups()  # type: ignore[union-attr]
         if wanted:
