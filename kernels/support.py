@@ -113,6 +113,8 @@ def _why_here(query: Tensor) -> str | None:
             f"query must be on a CUDA device; to try the kernels without one, set TRITON_INTERPRET=1 before triton is "
             f"imported. Received: query on {query.device}"
         )
+    if torch.version.hip:
+        return "the kernels serve NVIDIA GPUs, and this torch is built for AMD's (ROCm); the eager backend serves both"
     capability = _capability(query.device)
     if capability < (8, 0):
         return f"the GPU's compute capability must be at least 8.0. Received: {'.'.join(map(str, capability))}"

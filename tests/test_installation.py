@@ -16,18 +16,7 @@ from fwpkm.installation import checking, found, listing
 from fwpkm.installation.checking import Answer
 from fwpkm.installation.found import Status
 
-FRAMEWORKS = (
-    "torch",
-    "jax",
-    "jaxlib",
-    "keras",
-    "tensorflow",
-    "triton",
-    "transformers",
-    "matplotlib",
-    "rich",
-    "hypothesis",
-)
+FRAMEWORKS = ("torch", "jax", "keras", "tensorflow", "triton", "transformers", "matplotlib", "rich", "hypothesis")
 
 
 @pytest.fixture(autouse=True)

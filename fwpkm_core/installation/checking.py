@@ -1,7 +1,7 @@
 """``fwpkm backends --check``: import each part in a process of its own and let it compute one call.
 
 ``python -m fwpkm.installation.checking NAME`` is that process. It writes one JSON object to standard output; what
-frameworks print goes to standard error, of which the command shows the last line where a process ends without an answer.
+frameworks print goes to standard error, of which the command shows the last line where a process gave no answer.
 """
 
 import importlib
