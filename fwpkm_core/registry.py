@@ -15,17 +15,18 @@ class _Backend(NamedTuple):
     """The packages that the types of its arrays belong to."""
 
 
-_BACKENDS = {
+BACKENDS = {
     "numpy": _Backend("fwpkm.reference", "numpy", None, ("numpy",)),
     "torch": _Backend("fwpkm.backends.torch", "torch", "torch", ("torch",)),
     "jax": _Backend("fwpkm.backends.jax", "jax", "jax", ("jax", "jaxlib")),
     "keras": _Backend("fwpkm.backends.keras", "keras", "keras", ("keras", "tensorflow")),
 }
+"""By name. ``fwpkm backends`` reads the frameworks and their extras here too."""
 
 
 def backend_names() -> tuple[str, ...]:
     """The names that :func:`get_backend` knows, whether or not their frameworks are installed."""
-    return tuple(_BACKENDS)
+    return tuple(BACKENDS)
 
 
 def get_backend(name: str) -> DifferentiableBackend:
@@ -37,13 +38,13 @@ def get_backend(name: str) -> DifferentiableBackend:
         ValueError: no backend has this name.
         ImportError: its framework is not installed (names the extra to install), or it is not in this release.
     """
-    if not isinstance(name, str) or name not in _BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(map(repr, _BACKENDS))}. Received: {name!r}")
-    backend = _BACKENDS[name]
+    if not isinstance(name, str) or name not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}. Received: {name!r}")
+    backend = BACKENDS[name]
     if not _shipped(backend):
         raise ImportError(
             f"the {name!r} backend is not part of this release of fwpkm; its extra, fwpkm[{backend.extra}], "
-            f"installs the framework alone. Available: {', '.join(n for n, b in _BACKENDS.items() if _shipped(b))}"
+            f"installs the framework alone. Available: {', '.join(n for n, b in BACKENDS.items() if _shipped(b))}"
         )
     try:
         return cast(DifferentiableBackend, importlib.import_module(backend.module))
@@ -65,10 +66,10 @@ def backend_of(array: Any) -> DifferentiableBackend:
         ValueError: an array of no known framework.
     """
     package = type(array).__module__.partition(".")[0]
-    for name, backend in _BACKENDS.items():
+    for name, backend in BACKENDS.items():
         if package in backend.arrays:
             return get_backend(name)
-    raise ValueError(f"expected an array of one of {', '.join(_BACKENDS)}. Received: {type(array)!r}")
+    raise ValueError(f"expected an array of one of {', '.join(BACKENDS)}. Received: {type(array)!r}")
 
 
 def _shipped(backend: _Backend) -> bool:

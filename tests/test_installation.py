@@ -54,7 +54,7 @@ def test_every_part_is_listed_with_its_versions(capsys):
     others = ["triton", "jax-triton", "transformers", "demo", "conform"]
     assert list(named)[1:] == [*fwpkm.backend_names(), *others]
     assert named["fwpkm"].startswith(f"fwpkm {fwpkm.__version__}, Python {sys.version.split()[0]} on ")
-    for line, package in (("torch", "torch"), ("jax", "jaxlib"), ("demo", "rich"), ("triton", "triton")):
+    for line, package in (("torch", "torch"), ("jax", "jax"), ("demo", "rich"), ("triton", "triton")):
         assert f"{package} {metadata.version(package)}" in named[line]
     assert "tensorflow 2." in named["keras"] or "KERAS_BACKEND" in named["keras"]  # installed as tensorflow-cpu
     assert "--check" in printed.splitlines()[-1]
@@ -137,7 +137,7 @@ def test_keras_framework_is_what_keras_would_take(variable, content, expected, t
 )
 def test_keras_without_its_framework_says_what_to_do(framework, expected, monkeypatch):
     monkeypatch.setenv("KERAS_BACKEND", framework)
-    monkeypatch.setattr(found, "version_of", lambda name: "" if name in ("jax", "jaxlib") else "9.9")
+    monkeypatch.setattr(found, "version_of", lambda name: "" if name == "jax" else "9.9")
     status = next(status for status in found.backend_status() if status.name == "keras")
     assert status.reason.startswith(expected)
     assert bool(status.reason) == bool(expected)

@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+from fwpkm.registry import BACKENDS
+
 SERVED_BY_KERAS = ("tensorflow", "jax", "torch")
 UNKNOWN = "of unknown version"
 
@@ -31,12 +33,6 @@ class _Part(NamedTuple):
     extra: str
 
 
-_BACKENDS = {
-    "numpy": _Part(("numpy",), ""),
-    "torch": _Part(("torch",), "torch"),
-    "jax": _Part(("jax", "jaxlib"), "jax"),
-    "keras": _Part(("keras",), "keras"),
-}
 _OTHERS = {
     "triton": _Part(("triton", "torch"), "triton"),
     "transformers": _Part(("transformers", "torch"), "transformers"),
@@ -50,7 +46,8 @@ def backend_status() -> tuple[Status, ...]:
 
     Whether a framework that is installed can also be imported, ``fwpkm backends --check`` tries.
     """
-    return tuple(_keras(part) if name == "keras" else _status(name, part) for name, part in _BACKENDS.items())
+    parts = {name: _Part((backend.framework,), backend.extra or "") for name, backend in BACKENDS.items()}
+    return tuple(_keras(part) if name == "keras" else _status(name, part) for name, part in parts.items())
 
 
 def other_status() -> tuple[Status, ...]:
