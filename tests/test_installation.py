@@ -1,5 +1,6 @@
 """``fwpkm backends``: what metadata tells at once, and what --check finds by running one call of each part."""
 
+import io
 import json
 import os
 import resource
@@ -196,10 +197,11 @@ def test_wrong_numbers_are_an_error():
 
 
 def test_each_line_is_printed_when_its_part_has_answered(monkeypatch, capsys):
-    asked = []
+    asked, raw = [], io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BufferedWriter(raw), encoding="utf-8"))
 
     def check(name):
-        printed = capsys.readouterr().out
+        printed = raw.getvalue().decode()  # what has left the process's buffers
         assert not asked or asked[-1] in printed
         asked.append(name)
         return Answer("", "it broke", 1.0) if name == "torch" else Answer("cpu", "", 1.0)
@@ -208,7 +210,8 @@ def test_each_line_is_printed_when_its_part_has_answered(monkeypatch, capsys):
     monkeypatch.setattr(listing, "other_status", lambda: (Status("demo", {}, "rich not installed: pip", ""),))
     assert cli.main(["backends", "--check"]) == 1
     assert [name for name in asked if name != "keras"] == ["numpy", "torch", "jax"]  # what is missing is not tried
-    assert capsys.readouterr().out.splitlines()[-1] == "demo          rich not installed: pip"
+    assert raw.getvalue().decode().splitlines()[-1] == "demo          rich not installed: pip"
+    monkeypatch.undo()
     monkeypatch.setattr(listing, "check", lambda name: Answer("cpu", "", 1.25))
     assert cli.main(["backends", "--check"]) == 0
     assert f"torch         ok on cpu (1.2 s; torch {metadata.version('torch')})" in capsys.readouterr().out
