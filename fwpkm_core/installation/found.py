@@ -14,6 +14,8 @@ from fwpkm.registry import BACKENDS
 
 SERVED_BY_KERAS = ("tensorflow", "jax", "torch")
 UNKNOWN = "of unknown version"
+_DISTRIBUTIONS = {"tensorflow": ("tensorflow-cpu", "tensorflow")}
+"""Where it differs, what brings a package, the likeliest first; the search through all that is installed is slow."""
 
 
 class Status(NamedTuple):
@@ -119,11 +121,13 @@ def version_of(package: str) -> str:
         spec = None
     if spec is None or spec.origin is None:  # no origin: a mere folder of this name
         return ""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        names = metadata.packages_distributions().get(package, ())  # as tensorflow-cpu brings tensorflow
-        return metadata.version(names[0]) if names else UNKNOWN
+    for name in _DISTRIBUTIONS.get(package, (package,)):
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    names = metadata.packages_distributions().get(package, ())
+    return metadata.version(names[0]) if names else UNKNOWN
 
 
 @functools.cache
