@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: demo test test-quick test-page lint types clean
+.PHONY: demo test test-quick test-oldest test-page lint types clean
 
 demo: $(VENV)/.demo
 	$(BIN)/fwpkm demo $(ARGS)
@@ -16,6 +16,22 @@ test: $(VENV)/.test
 test-quick: $(VENV)/.test
 	HYPOTHESIS_PROFILE=quick OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder -m quick $(ARGS)
 	KERAS_BACKEND=torch $(BIN)/pytest -q tests/keras_suite/test_refusals.py tests/keras_suite/test_functions.py
+
+# The quick tests with the oldest version of every package (constraints-oldest.txt), then transformers' oldest, which needs a
+# newer safetensors. Old packages beside new ones warn of deprecations that are theirs.
+OLD := .venv-oldest
+test-oldest: $(OLD)/.done
+	HYPOTHESIS_PROFILE=quick OMP_NUM_THREADS=1 $(OLD)/bin/pytest -n auto --dist loadfile -m quick \
+		-W ignore::DeprecationWarning --ignore-glob='tests/test_transformers*' $(ARGS)
+	$(OLD)/bin/pip install --quiet transformers==5.17.0
+	OMP_NUM_THREADS=1 $(OLD)/bin/pytest -n auto -W ignore::DeprecationWarning tests/test_transformers_cache.py
+	rm $(OLD)/.done
+
+$(OLD)/.done: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv --clear $(OLD)
+	$(OLD)/bin/pip install --quiet --constraint constraints-oldest.txt --editable '.[torch,jax,keras,triton,demo,conform]' \
+		equinox flax optax orbax-checkpoint pytest pytest-timeout pytest-xdist tensorflow-cpu
+	touch $@
 
 # The page of `fwpkm inspect` in a browser, which must be installed: apt-get install chromium, or Chrome.
 test-page: $(VENV)/.test
@@ -29,7 +45,7 @@ types: $(VENV)/.test
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info src/*.egg-info
+	rm -rf $(VENV) $(OLD) build dist *.egg-info src/*.egg-info
 
 $(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[torch,demo]'

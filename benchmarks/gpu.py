@@ -139,7 +139,7 @@ def conform(*arguments: str) -> Report:
     Raises:
         RuntimeError: it failed; with what it printed.
     """
-    command = [sys.executable, "-m", "fwpkm.cli", "conform", "--backends", "triton", *arguments]
+    command = [sys.executable, "-m", "fwpkm", "conform", "--backends", "triton", *arguments]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command[1:])} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}")

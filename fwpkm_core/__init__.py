@@ -14,9 +14,10 @@ from fwpkm.config import FwPKMConfig
 from fwpkm.containers import LayerTrace, Lookup, Losses, Memory, State, Trace
 from fwpkm.diagnostics import Recorder, summarize
 from fwpkm.files import load, load_state, load_states, save, save_state, save_states
+from fwpkm.installation.found import backend_status
 from fwpkm.packed_files import load_packed, save_packed
 from fwpkm.packing import PackedState
-from fwpkm.registry import FwPKM, backend_names, backend_status, get_backend
+from fwpkm.registry import FwPKM, backend_names, get_backend
 
 if TYPE_CHECKING:
     from fwpkm import backends as backends

@@ -8,15 +8,17 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from fwpkm import __version__, backend_names, backend_status, vectors
+from fwpkm import __version__, backend_names, vectors
 from fwpkm.conformance import require_extra
 from fwpkm.demo import DemoError, command, recall
 from fwpkm.diagnostics import doctor, page
+from fwpkm.installation import listing
 
 DESCRIPTION = "Fast-weight Product Key Memory: a memory layer that is rewritten while a sequence is read."
 DEMO = """\
 Stream a text through an untrained memory, several times, and count how often it recalls the next token; beside it
-run two controls, one that never writes and one whose targets are shuffled. Prints a table and saves a picture."""
+run two controls, one that never writes and one whose targets are shuffled, and a dictionary of the last 8 tokens; ask
+both once more with one token in twenty replaced. Prints tables and saves a picture."""
 CONFORM = """\
 Judge backends by the NumPy reference (SPEC.md §6) on drawn cases: outputs, slots, weights, losses, tables, the state in
 mid-sequence, gradients, which are held to torch's in float64, each function by itself, and whether arguments stay as
@@ -29,6 +31,11 @@ DOCTOR = """\
 Report on a saved layer or state: shapes, config, numbers that are not finite, norms of the rows of its tables,
 positions and pending tokens. Exit status: 1 where something is not finite or the file is damaged, 2 where it is no file
 that can be judged."""
+BACKENDS = """\
+List every backend, and the other parts of the package, with the versions of what they need, Keras's framework, or what
+to install. From metadata: nothing is imported. With --check each part that is installed is imported in a process of its
+own and computes one call; exit status 1 where one of them gives no right answer."""
+JSON = "print one JSON object instead; docs/commands.md has its keys"
 INSPECT = """\
 Make one HTML page of a recording (fwpkm.Recorder): the map of slots, who wrote each of them, which are contested, and
 the norms of their rows over time. It needs no network and no other file."""
@@ -96,15 +103,23 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--out", default="fwpkm-demo", metavar="DIR", help="folder for the picture (default: ./%(default)s)"
     )
+    demo.add_argument("--json", action="store_true", help=JSON)
     demo.set_defaults(run=_demo)
     _add_diagnostics(commands)
     _add_conform(commands)
     reference = commands.add_parser("vectors", help="write the reference vectors as .npz files", description=VECTORS)
     reference.add_argument("folder", metavar="DIR", help="the folder; one that is there already must be empty")
     reference.set_defaults(run=_vectors)
-    listing = "list every backend with version and device, or why it cannot run and what to install"
-    commands.add_parser("backends", help=listing, description=f"{listing.capitalize()}.").set_defaults(run=_backends)
+    _add_backends(commands)
     return parser
+
+
+def _add_backends(commands: Any) -> None:
+    short = "list every backend with its versions, or what to install"
+    backends = commands.add_parser("backends", help=short, description=BACKENDS)
+    backends.add_argument("--check", action="store_true", help="import each part that is installed and run one call")
+    backends.add_argument("--json", action="store_true", help=JSON)
+    backends.set_defaults(run=_backends)
 
 
 def _add_diagnostics(commands: Any) -> None:
@@ -143,6 +158,7 @@ def _add_conform(commands: Any) -> None:
         conform.add_argument(name, type=_integer(lowest, None), default=default, metavar="N", help=text)
     conform.add_argument("--dtype", choices=("float32", "float64"), default="float32", help="(default: %(default)s)")
     conform.add_argument("--markdown", action="store_true", help="print the table alone, as Markdown")
+    conform.add_argument("--json", action="store_true", help=JSON)
     conform.set_defaults(run=_conform)
 
 
@@ -161,11 +177,14 @@ def _demo(arguments: argparse.Namespace) -> int:
         num_subkeys=arguments.num_subkeys,
         chunk_size=arguments.chunk_size,
         out=arguments.out,
+        as_json=arguments.json,
     )
     return 0
 
 
 def _conform(arguments: argparse.Namespace) -> int:
+    if arguments.markdown and arguments.json:
+        raise UsageError("--markdown and --json exclude each other (see fwpkm conform --help)")
     require_extra()
     from fwpkm.conformance.command import run  # only now: it imports hypothesis, rich and torch
 
@@ -176,6 +195,7 @@ def _conform(arguments: argparse.Namespace) -> int:
         dtype=arguments.dtype,
         case=arguments.case,
         markdown=arguments.markdown,
+        as_json=arguments.json,
     )
 
 
@@ -206,10 +226,7 @@ def _vectors(arguments: argparse.Namespace) -> int:
 
 
 def _backends(arguments: argparse.Namespace) -> int:
-    for backend in backend_status():
-        state = backend.reason or f"{backend.version:<14} {backend.device}"
-        print(f"{backend.name:<7} {'cannot run: ' if backend.reason else ''}{state}")
-    return 0
+    return listing.run(checked=arguments.check, as_json=arguments.json)
 
 
 def _integer(lowest: int, highest: int | None) -> Callable[[str], int]:

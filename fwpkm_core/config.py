@@ -11,6 +11,8 @@ import operator
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn, Self
 
+import numpy as np
+
 CHOICES = {
     "boundary": ("drop", "wait"),
     "score": ("idw", "dot_product"),
@@ -131,7 +133,7 @@ class FwPKMConfig(_Text):
             number = operator.index(value)
         except TypeError:
             number = None
-        if number is None or isinstance(value, bool) or number < minimum:
+        if number is None or isinstance(value, (bool, np.bool_)) or number < minimum:
             raise ValueError(f"{name} must be an integer of at least {minimum}. Received: {name}={value!r}")
         object.__setattr__(self, name, number)
 

@@ -3,7 +3,6 @@
 import importlib
 import importlib.util
 import sys
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast, overload
 
 from fwpkm.protocol import DifferentiableBackend
@@ -20,28 +19,18 @@ class _Backend(NamedTuple):
     """The packages that the types of its arrays belong to."""
 
 
-_BACKENDS = {
+BACKENDS = {
     "numpy": _Backend("fwpkm.reference", "numpy", None, ("numpy",)),
     "torch": _Backend("fwpkm.backends.torch", "torch", "torch", ("torch",)),
     "jax": _Backend("fwpkm.backends.jax", "jax", "jax", ("jax", "jaxlib")),
     "keras": _Backend("fwpkm.backends.keras", "keras", "keras", ("keras", "tensorflow")),
 }
-
-
-class BackendStatus(NamedTuple):
-    """One line of ``fwpkm backends``."""
-
-    name: str
-    version: str
-    """The framework's version, or "" where it cannot run."""
-    device: str
-    reason: str
-    """Why it cannot run and what to do, or ""."""
+"""By name. ``fwpkm backends`` reads the frameworks and their extras here too."""
 
 
 def backend_names() -> tuple[str, ...]:
     """The names that :func:`get_backend` knows, whether or not their frameworks are installed."""
-    return tuple(_BACKENDS)
+    return tuple(BACKENDS)
 
 
 def get_backend(name: str) -> DifferentiableBackend:
@@ -53,13 +42,13 @@ def get_backend(name: str) -> DifferentiableBackend:
         ValueError: no backend has this name.
         ImportError: its framework is not installed (names the extra to install), or it is not in this release.
     """
-    if not isinstance(name, str) or name not in _BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(map(repr, _BACKENDS))}. Received: {name!r}")
-    backend = _BACKENDS[name]
+    if not isinstance(name, str) or name not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}. Received: {name!r}")
+    backend = BACKENDS[name]
     if not _shipped(backend):
         raise ImportError(
             f"the {name!r} backend is not part of this release of fwpkm; its extra, fwpkm[{backend.extra}], "
-            f"installs the framework alone. Available: {', '.join(n for n, b in _BACKENDS.items() if _shipped(b))}"
+            f"installs the framework alone. Available: {', '.join(n for n, b in BACKENDS.items() if _shipped(b))}"
         )
     try:
         return cast(DifferentiableBackend, importlib.import_module(backend.module))
@@ -94,7 +83,7 @@ def FwPKM(backend: str, *arguments: Any, **options: Any) -> Any:  # noqa: N802
         ValueError: no framework of this name has a layer, or an argument of the layer breaks its rule.
         ImportError: the framework is not installed; names the extra to install.
     """
-    layers = [name for name in _BACKENDS if name != "numpy"]
+    layers = [name for name in BACKENDS if name != "numpy"]
     if backend not in layers:
         raise ValueError(
             f"FwPKM's first argument must name the framework, one of {', '.join(map(repr, layers))}: "
@@ -113,22 +102,10 @@ def backend_of(array: Any) -> DifferentiableBackend:
         ValueError: an array of no known framework.
     """
     package = type(array).__module__.partition(".")[0]
-    for name, backend in _BACKENDS.items():
+    for name, backend in BACKENDS.items():
         if package in backend.arrays:
             return get_backend(name)
-    raise ValueError(f"expected an array of one of {', '.join(_BACKENDS)}. Received: {type(array)!r}")
-
-
-def backend_status() -> Iterator[BackendStatus]:
-    """What each backend would run on here, or why it cannot run."""
-    for name, backend in _BACKENDS.items():
-        try:
-            module = get_backend(name)
-        except ImportError as error:
-            yield BackendStatus(name, "", "", str(error))
-        else:
-            version = importlib.import_module(backend.framework).__version__
-            yield BackendStatus(name, version, module.device_name(), "")
+    raise ValueError(f"expected an array of one of {', '.join(BACKENDS)}. Received: {type(array)!r}")
 
 
 def is_installed(package: str) -> bool:

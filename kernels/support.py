@@ -71,7 +71,9 @@ _of_config = functools.lru_cache(why_unsupported_config)
 
 
 def why_unsupported_tensors(memory: Memory, query: Tensor) -> str | None:
-    """The reason that lies in dtypes; can be traced."""
+    """The reason that lies in dtypes, or in a device that no kernel was tried on; can be traced."""
+    if torch.version.hip and query.device.type == "cuda":  # so torch names AMD's GPUs too
+        return "the kernels serve NVIDIA GPUs, and this torch is built for AMD's (ROCm)"
     if query.dtype not in _DTYPES:
         return f"query must be float32, bfloat16 or float16. Received: {query.dtype}"
     if any(table.dtype not in _DTYPES for table in memory):

@@ -37,7 +37,8 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default")
 
 QUICK = {
     **dict.fromkeys(("house", "rules", "config", "schedule", "refusals", "engine", "agreement", "files", "cli"), ""),
-    **dict.fromkeys(("summary", "doctor", "page"), ""),
+    **dict.fromkeys(("summary", "doctor", "page", "release"), ""),
+    "installation": "backends|listed|keras|versions|folder|line_is_printed",
     "imports": "core|shares|kernels|backend_imports|shipped",
     "vectors": r"forward\[(base|wait_mask)-(numpy|torch)-float64-one call\]|forward\[wait_mask-jax-float64-one call\]|"
     r"gradients\[torch-float64-one call-(base|wait_mask|dot_heads)\]|gradients\[jax-float64-one call-base\]",

@@ -46,6 +46,12 @@ def test_version_is_that_of_the_package(capsys):
     assert capsys.readouterr().out == f"fwpkm {fwpkm.__version__}\n"
 
 
+def test_python_m_is_the_command(tmp_path):
+    done = python("-m", "fwpkm", "demo", "--speed", "9", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "fwpkm: error: unrecognized arguments: --speed (see fwpkm --help)\n"
+
+
 # Mistakes
 
 
@@ -64,6 +70,8 @@ def test_version_is_that_of_the_package(capsys):
         (["demo", "--chunk-size", "1"], "--chunk-size: must be an integer of at least 2. Received: '1'"),
         (["demo", "--backend", "tinygrad"], "--backend: must be one of numpy, torch, jax, keras. Received: 'tinygrad'"),
         (["demo", "--backend", ""], "--backend: must be one of"),
+        (["backends", "torch"], "unrecognized arguments: torch"),
+        (["conform", "--json", "--markdown"], "--markdown and --json exclude each other"),
     ],
 )
 def test_wrong_arguments_are_named(arguments, expected, capsys):
@@ -130,33 +138,12 @@ def test_interruption_is_one_line(novel, tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().err == "fwpkm: error: interrupted\n"
 
 
-# Backends
-
-
-def test_backends_lists_all_with_version_and_device(capsys):
-    assert cli.main(["backends"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == list(fwpkm.backend_names())
-    for line, status in zip(lines, fwpkm.backend_status()):
-        if status.reason:
-            assert "cannot run" in line
-            assert f"fwpkm[{status.name}]" in line
-        else:
-            assert status.version in line
-            assert status.device in line
+# Where a framework is missing, or a terminal poor
 
 
 def without_torch(tmp_path, *arguments: str):
     code = f"import sys; sys.modules['torch'] = None; from fwpkm.cli import main; sys.exit(main({arguments}))"
     return python("-c", code, cwd=tmp_path)
-
-
-def test_hidden_framework_is_listed_with_what_to_install(tmp_path):
-    done = without_torch(tmp_path, "backends")
-    assert done.returncode == 0, done.stderr
-    line = next(line for line in done.stdout.splitlines() if line.startswith("torch"))
-    assert "cannot run" in line
-    assert "pip install 'fwpkm[torch]'" in line
 
 
 def test_hidden_framework_is_one_line_in_the_demo(novel, tmp_path):
@@ -176,14 +163,14 @@ def test_default_backend_is_numpy_where_torch_is_missing(novel, tmp_path):
 
 
 def test_a_reader_that_leaves_the_pipe_is_no_error(tmp_path):
-    line = f"{sys.executable} -u -m fwpkm.cli backends | true"
+    line = f"{sys.executable} -u -m fwpkm backends | true"
     done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=120, cwd=tmp_path)
     assert done.stderr == ""
 
 
 def test_letters_that_the_terminal_lacks_are_escaped(tmp_path):
     (tmp_path / "文.txt").write_text("one two one two")
-    line = [sys.executable, "-m", "fwpkm.cli", "demo", "文.txt", "--backend", "numpy", "--num-subkeys", "16"]
+    line = [sys.executable, "-m", "fwpkm", "demo", "文.txt", "--backend", "numpy", "--num-subkeys", "16"]
     ascii_only = {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "HOME": str(tmp_path), "MPLCONFIGDIR": str(tmp_path)}
     done = subprocess.run(line, capture_output=True, timeout=120, cwd=tmp_path, env=ascii_only)
     assert done.returncode == 0, done.stderr

@@ -1,6 +1,8 @@
 """fwpkm conform and fwpkm vectors: what they print, their exit status, and that a case can be repeated."""
 
 import importlib.util
+import json
+import math
 import pickle
 import re
 import shlex
@@ -17,12 +19,13 @@ from processes import python
 from fwpkm import cli, vectors
 from fwpkm.conformance import command, contestants, judging, results
 from fwpkm.conformance.drawing import draw, drawer, shapes
+from fwpkm.conformance.processes import Verdict, Worst
 from fwpkm.conformance.running import same_bits
 
 
 def conform(folder, *arguments):
     """The command, run in a folder."""
-    return python("-m", "fwpkm.cli", "conform", *arguments, cwd=folder)
+    return python("-m", "fwpkm", "conform", *arguments, cwd=folder)
 
 
 def rows(printed):
@@ -145,6 +148,29 @@ def test_markdown_is_the_table_alone(tmp_path):
     assert len(lines) == 2 + len(judging.QUANTITIES)
     assert rows(done.stdout)["output"] == ["1e-10", "0.0e+00"]
     assert "0 of 2 set aside" in done.stderr
+
+
+def test_json_is_one_object(tmp_path):
+    done = conform(tmp_path, "--backends", "numpy", "nosuch", "--cases", "1", "--json")
+    found = json.loads(done.stdout)
+    assert done.returncode == found["exit_status"] == 2
+    assert list(found) == ["fwpkm", "dtype", "seed", "judged", "set_aside", "exit_status", "backends"]
+    numpy, other = found["backends"]
+    assert list(numpy) == ["name", "cannot_run", "raised", "worst"]
+    assert numpy["worst"]["slots"] == {"error": 0.0, "bound": 0.0, "holds": True, "case": 0}
+    assert 0 < numpy["worst"]["output"]["error"] < numpy["worst"]["output"]["bound"] == 1e-5
+    assert "nosuch" in other["cannot_run"]
+    assert other["worst"] == {}
+
+
+def test_json_has_no_infinity_and_tells_what_raised():
+    worst = {"output": Worst(math.inf, 3), "keys": Worst(math.nan, 4), "values": Worst(2e-5, 5)}
+    verdict = Verdict("mine", "", worst, {7: "ValueError: no"}, "")
+    (found,) = command.as_object([verdict], {"dtype": "float32"})["backends"]
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+    assert [found["worst"][name]["error"] for name in worst] == [None, None, 2e-5]
+    assert not any(found["worst"][name]["holds"] for name in worst)
+    assert found["raised"] == {"7": "ValueError: no"}
 
 
 def test_a_missing_extra_is_named(tmp_path):

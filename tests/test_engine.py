@@ -1,6 +1,7 @@
 """Which engine runs a call of the torch backend: one question, and a reason where the answer is no."""
 
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -41,6 +42,18 @@ def test_triton_says_why_it_cannot(monkeypatch, traced, changed, reason):
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: traced)
     with pytest.raises(ValueError, match=f'implementation="triton" cannot serve this call: {reason}'):
         choose("triton", **changed)
+
+
+@pytest.mark.parametrize("traced", [False, True])
+def test_gpus_of_amd_are_served_eagerly(monkeypatch, traced):
+    """Torch built for ROCm calls them "cuda" too, and no kernel was ever tried on one."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: traced)
+    query = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32, shape=(1, 1, 16))
+    assert choose_engine(None, SERVED, be.init_memory(SERVED), query) != "eager"
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert choose_engine(None, SERVED, be.init_memory(SERVED), query) == "eager"
+    with pytest.raises(ValueError, match=r"serve NVIDIA GPUs, and this torch is built for AMD's \(ROCm\)"):
+        choose_engine("triton", SERVED, be.init_memory(SERVED), query)
 
 
 CALLS = {

@@ -143,7 +143,7 @@ def numbers(printed, label):
 
 PAGES = (
     "README.md", "docs/guide.md", "docs/batches.md", "docs/diagnostics.md", "docs/serving.md", "docs/transformers.md",
-    "docs/lifecycle.md", "docs/flax.md", "docs/distributed.md",
+    "docs/lifecycle.md", "docs/flax.md", "docs/distributed.md", "docs/moving.md",
 )  # fmt: skip
 
 

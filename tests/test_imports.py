@@ -95,8 +95,8 @@ except ImportError as error:
     print(error)
 fwpkm.get_backend("numpy").init_memory(fwpkm.FwPKMConfig(num_subkeys=8, top_k=2))
 status = {s.name: s for s in fwpkm.backend_status()}
-assert status["numpy"].version and not status["numpy"].reason
-assert not status["torch"].version and "fwpkm[torch]" in status["torch"].reason
+assert status["numpy"].packages and not status["numpy"].reason
+assert not status["torch"].packages and "fwpkm[torch]" in status["torch"].reason
 """
     text = run(code, tmp_path)
     assert "the 'torch' backend needs torch" in text

@@ -1,13 +1,16 @@
 """``fwpkm conform``: draw cases, ask the reference, run the backends, print the table and what to look at again."""
 
 import itertools
+import json
 import math
 import sys
 import tempfile
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -44,6 +47,7 @@ def run(
     dtype: str = "float32",
     case: int | None = None,
     markdown: bool = False,
+    as_json: bool = False,
 ) -> int:
     """Judge backends and print what came out.
 
@@ -54,6 +58,7 @@ def run(
         dtype: "float32" or "float64".
         case: the number of one case to run alone, whatever ``cases``.
         markdown: print the table alone, as Markdown; all else goes to standard error.
+        as_json: print one JSON object alone; docs/commands.md has its keys.
 
     Returns:
         the exit status: 1 where a bound is broken, a case raised or too many cases were set aside; else 2 where a
@@ -77,12 +82,30 @@ def run(
     summary = f"{len(judged)} cases, {sum(passage.with_gradients for passage in judged)} of them with gradients"
     summary += f"; {aside} of {len(numbers)} set aside, as rounding their inputs would move them by too much"
     summary += f": more than one in {SET_ASIDE}" * too_many
-    _print(verdicts, summary, dtype, seed, markdown)
+    failed = too_many or any(verdict.raised or verdict.broken(dtype) for verdict in verdicts)
+    status = 1 if failed else 2 if any(verdict.cannot_run for verdict in verdicts) else 0
+    if as_json:
+        about = {"dtype": dtype, "seed": seed, "judged": len(judged), "set_aside": aside, "exit_status": status}
+        print(json.dumps(as_object(verdicts, about), indent=1, allow_nan=False))
+    else:
+        _print(verdicts, summary, dtype, seed, markdown)
     if case is not None:
         sys.stderr.write("".join(verdict.log for verdict in verdicts))
-    if too_many or any(verdict.raised or verdict.broken(dtype) for verdict in verdicts):
-        return 1
-    return 2 if any(verdict.cannot_run for verdict in verdicts) else 0
+    return status
+
+
+def as_object(verdicts: Sequence[Verdict], about: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``--json`` prints (docs/commands.md); an error that is no finite number is null there, and never holds."""
+    backends = []
+    for verdict in verdicts:
+        worst = {}
+        for name, (error, number) in verdict.worst.items():
+            bound = judging.bound(name, about["dtype"])
+            shown = float(error) if math.isfinite(error) else None
+            worst[name] = {"error": shown, "bound": bound, "holds": bool(error <= bound), "case": number}
+        raised = {str(number): error for number, error in verdict.raised.items()}
+        backends.append({"name": verdict.name, "cannot_run": verdict.cannot_run, "raised": raised, "worst": worst})
+    return {"fwpkm": version("fwpkm"), **about, "backends": backends}
 
 
 def _judge(

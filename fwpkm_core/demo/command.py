@@ -1,17 +1,27 @@
 """``fwpkm demo``: everything that can fail is tried before the long work begins."""
 
 import importlib
+import json
 import tempfile
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from fwpkm.demo import DemoError, text
-from fwpkm.demo.recall import Trial, config
+from fwpkm.demo.recall import Asked, Round, Trial, config
 from fwpkm.registry import get_backend
 
 
 def run(
-    files: Sequence[str], backend: str, *, passes: int = 3, num_subkeys: int = 256, chunk_size: int = 512, out: str
+    files: Sequence[str],
+    backend: str,
+    *,
+    passes: int = 3,
+    num_subkeys: int = 256,
+    chunk_size: int = 512,
+    out: str,
+    as_json: bool = False,
 ) -> Path:
     """Read the files, print what was recalled, and save the picture.
 
@@ -22,6 +32,7 @@ def run(
         num_subkeys: S; the memory has S·S slots.
         chunk_size: tokens a write, at least 2.
         out: folder for the picture, made where it is missing.
+        as_json: print one JSON object at the end instead of the tables; docs/commands.md has its keys.
 
     Returns:
         the path of the picture.
@@ -40,19 +51,44 @@ def run(
     from fwpkm.demo import picture
     from fwpkm.demo.report import Report
 
-    trial, report, rounds = Trial(be, cfg, read), Report(), []
+    trial, report, rounds = Trial(be, cfg, read), Report(quiet=as_json), []
     report.introduce(read, cfg, backend, trial.device)
     report.header()
-    with report.progress(3 * passes * len(read.ids)) as advance:
+    with report.progress((3 * passes + 2) * len(read.ids)) as advance:
         for number in range(1, passes + 1):
             rounds.append(trial.read(advance))
             report.row(number, rounds[-1])
+        plain, other = (trial.ask(advance, replaced=replaced) for replaced in (False, True))
     try:
-        path = picture.save(folder, read.title, rounds)
+        path = picture.save(folder, read.title, rounds, plain, other)
     except OSError as error:
         raise DemoError(f"--out {out}: the picture cannot be written ({error.strerror or error})") from None
-    report.conclude(read, cfg, rounds, str(path))
+    report.conclude(read, cfg, rounds, plain, other, str(path))
+    if as_json:
+        about = {"backend": backend, "device": trial.device, "num_subkeys": num_subkeys, "chunk_size": chunk_size}
+        print(json.dumps(as_object(read, about, rounds, plain, other, str(path)), indent=1))
     return path
+
+
+def as_object(
+    read: text.Text, about: dict[str, Any], rounds: Sequence[Round], plain: Asked, other: Asked, picture: str
+) -> dict[str, Any]:
+    """What ``--json`` prints (docs/commands.md)."""
+    tokens = len(read.ids)
+    passes = []
+    for round_ in rounds:
+        memory = round_.memory
+        found: dict[str, Any] = {name: getattr(round_, name).recall for name in Round._fields}
+        found |= {"slots_used": memory.slots_used, "collisions": memory.collisions}
+        passes.append(found | {"tokens_per_second": tokens / memory.seconds, "seconds": memory.seconds})
+    return {
+        "fwpkm": version("fwpkm"),
+        "text": {"title": read.title, "tokens": tokens, "different": len(read.vocabulary)},
+        **about,
+        "passes": passes,
+        "asked_once_more": {"as_it_was": plain._asdict(), "one_in_twenty_replaced": other._asdict()},
+        "picture": picture,
+    }
 
 
 def require_extra() -> None:

@@ -15,16 +15,23 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font
 from matplotlib.ticker import LogFormatter, MaxNLocator
 
-from fwpkm.demo.recall import Round
+from fwpkm.demo.recall import Asked, Round
 
 NAME = "recall.png"
 MAX_BINS = 60
-CONTROLS = {"frozen": ("learning rate 0", "#d95f02", "--"), "shuffled": ("shuffled targets", "#7570b3", ":")}
+BESIDE = {
+    "frozen": ("learning rate 0", "#d95f02", "--"),
+    "shuffled": ("shuffled targets", "#7570b3", ":"),
+    "dictionary": ("dictionary of 8 tokens", "#666666", "-."),
+}
+"""What stands beside the memory: two controls and the baseline."""
+BARS = {"memory": "#225ea8", "dictionary": "#666666", "falling_back": "#bbbbbb"}
+LABELS = ("memory", "dictionary", "falling\nback")
 FONTS: Any = {"font.size": 11, "axes.titlesize": 12, "axes.titlelocation": "left", "axes.titlepad": 10}
 
 
-def save(folder: Path, title: str, rounds: Sequence[Round]) -> Path:
-    """Draw ``rounds`` into ``folder``; a picture that is there already is replaced once the new one is complete.
+def save(folder: Path, title: str, rounds: Sequence[Round], plain: Asked, other: Asked) -> Path:
+    """Draw what was found into ``folder``; a picture that is there already is replaced once the new one is complete.
 
     Raises:
         OSError: the folder cannot be written.
@@ -32,7 +39,7 @@ def save(folder: Path, title: str, rounds: Sequence[Round]) -> Path:
     with mpl.rc_context():
         mpl.rcdefaults()  # the user's own matplotlibrc was not made for this picture
         mpl.rcParams.update(FONTS)
-        figure = draw(title, rounds)
+        figure = draw(title, rounds, plain, other)
         target = folder / NAME
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".recall-", suffix=".png", delete=False) as file:
             try:
@@ -47,15 +54,16 @@ def save(folder: Path, title: str, rounds: Sequence[Round]) -> Path:
     return target
 
 
-def draw(title: str, rounds: Sequence[Round]) -> Figure:
-    """The whole figure, 13 × 6 inches."""
-    figure = Figure(figsize=(13, 6), layout="constrained")
+def draw(title: str, rounds: Sequence[Round], plain: Asked, other: Asked) -> Figure:
+    """The whole figure, 16 × 6 inches."""
+    figure = Figure(figsize=(16, 6), layout="constrained")
     FigureCanvasAgg(figure)  # no window and no global state, whatever backend the user has set
-    left, right = figure.subplots(1, 2, width_ratios=[1.45, 1])
+    left, middle, right = figure.subplots(1, 3, width_ratios=[1.45, 0.75, 1])
     figure.suptitle(f"An untrained fast-weight memory rereads a text: {shorten(title)}", x=0.01, ha="left", size=13)
     _recall_by_position(left, rounds)
     lines, labels = left.get_legend_handles_labels()
     figure.legend(lines, labels, loc="outside lower left", ncols=(len(lines) + 1) // 2, frameon=False)
+    _asked_once_more(middle, plain, other)
     _slot_use(figure, right, rounds[-1].memory.reads, len(rounds))
     return figure
 
@@ -77,7 +85,7 @@ def _recall_by_position(axes: Axes, rounds: Sequence[Round]) -> None:
     for number, (round_, shade) in enumerate(zip(rounds, shades)):
         label = f"memory, pass {number + 1}: {round_.memory.recall:.3f}" if number in labelled else None
         _steps(axes, edges, round_.memory.hits, color=shade, linewidth=2.2, label=label)
-    for name, (label, colour, style) in CONTROLS.items():
+    for name, (label, colour, style) in BESIDE.items():
         last = getattr(rounds[-1], name)
         text = f"{label}, pass {len(rounds)}: {last.recall:.3f}"
         _steps(axes, edges, last.hits, color=colour, linestyle=style, linewidth=1.8, label=text)
@@ -94,6 +102,19 @@ def _steps(axes: Axes, edges: np.ndarray, hits: np.ndarray, **style: Any) -> Non
     """The mean of ``hits`` between the edges, each drawn across its width."""
     means = np.add.reduceat(hits, edges[:-1], dtype=float) / np.diff(edges)
     axes.stairs(means, edges, baseline=None, **style)
+
+
+def _asked_once_more(axes: Axes, plain: Asked, other: Asked) -> None:
+    """Bars of the memory and the dictionaries, on the text as it was and with some of its tokens replaced."""
+    for start, asked in ((0, plain), (4, other)):
+        bars = axes.bar(range(start, start + 3), asked, color=list(BARS.values()), width=0.85)
+        axes.bar_label(bars, [f"{fraction:.2f}" for fraction in asked], padding=2)
+    axes.set_xticks([0, 1, 2, 4, 5, 6], LABELS * 2, rotation=90, size=9)
+    for centre, text in ((1, "as it was"), (5, "1 token in 20\nreplaced")):
+        axes.text(centre, 1.2, text, ha="center", va="top")
+    axes.set(ylim=(0, 1.22), yticks=[0, 0.25, 0.5, 0.75, 1])
+    axes.set_title("Asked once more, nothing written")
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _slot_use(figure: Figure, axes: Axes, reads: np.ndarray, number: int) -> None:

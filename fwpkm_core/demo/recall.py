@@ -10,6 +10,7 @@ import numpy as np
 
 from fwpkm.config import FwPKMConfig
 from fwpkm.demo.contexts import SEED, Contexts
+from fwpkm.demo.dictionary import Dictionary, replace_some
 from fwpkm.demo.text import Text
 from fwpkm.protocol import Backend
 
@@ -107,6 +108,19 @@ class Reader:
         seconds += time.perf_counter() - begin
         return Pass(np.concatenate(nearest)[:-1] == next_ids[:-1], use.reads_by_sub_keys(), use.collisions(), seconds)
 
+    def ask(self, ids: np.ndarray, advance: Callable[[int], None]) -> np.ndarray:
+        """``[T]`` ids: the codes nearest to what the contexts of another text [T] read; nothing is written."""
+        contexts = Contexts(ids, len(self._text.vocabulary), self._cfg.key_dim, self._cfg.value_dim)
+        nearest = []
+        for start in range(0, len(ids), TOKENS_PER_CALL):
+            stop = min(len(ids), start + TOKENS_PER_CALL)
+            arrays = contexts.queries(start, stop), contexts.values(start, stop)
+            query, value = (self._be.asarray(x[None], "float32") for x in arrays)
+            output, _, _ = self._be.apply(self._cfg, self._state, query, value, update=False)
+            nearest.append(contexts.nearest(self._be.to_numpy(output)[0]))
+            advance(stop - start)
+        return np.concatenate(nearest)
+
     def _step(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, float]:
         """Outputs [n, Dv] and slots [n, k] of tokens start to stop, and the seconds they took."""
         arrays = self._contexts.queries(start, stop), self._contexts.values(start, stop, self._shuffled)
@@ -117,18 +131,43 @@ class Reader:
         return *read, time.perf_counter() - begin
 
 
+class Lookups(NamedTuple):
+    """What one reading of the dictionary found."""
+
+    hits: np.ndarray
+    """``[T-1]`` bool: what it has for the last eight tokens, before token t is noted, is token t + 1."""
+    seconds: float
+    """Time of the reading."""
+
+    @property
+    def recall(self) -> float:
+        """Fraction of hits."""
+        return float(self.hits.mean())
+
+
 class Round(NamedTuple):
-    """One pass of the memory and of its two controls."""
+    """One pass of the memory, of its two controls and of the dictionary."""
 
     memory: Pass
     frozen: Pass
     """learning_rate 0: nothing is written."""
     shuffled: Pass
     """Written with targets that do not follow their contexts."""
+    dictionary: Lookups
+    """The baseline: an exact dictionary of the last eight tokens."""
+
+
+class Asked(NamedTuple):
+    """Fractions of the tokens whose true successor is found when contexts are looked up and nothing is written."""
+
+    memory: float
+    dictionary: float
+    falling_back: float
+    """The dictionary, which looks up fewer tokens where it does not know all eight."""
 
 
 class Trial:
-    """A memory and its two controls, reading one text side by side.
+    """A memory, its two controls and a dictionary, reading one text side by side.
 
     Args:
         be: a backend of SPEC.md §8.
@@ -137,7 +176,7 @@ class Trial:
     """
 
     def __init__(self, be: Backend, cfg: FwPKMConfig, text: Text) -> None:
-        """Draw the contexts and start all three from the same memory."""
+        """Draw the contexts and start the memory and its controls alike."""
         # A chunk longer than the text is written whole at the end of the pass, and so is one of its length.
         cfg = dataclasses.replace(cfg, chunk_size=min(cfg.chunk_size, len(text.ids)))
         contexts = Contexts(text.ids, len(text.vocabulary), cfg.key_dim, cfg.value_dim)
@@ -147,11 +186,29 @@ class Trial:
             Reader(be, frozen, text, contexts),
             Reader(be, cfg, text, contexts, shuffled=True),
         )
+        self._text, self._dictionary = text, Dictionary(len(text.vocabulary))
         self.device = self._readers[0].device
 
     def read(self, advance: Callable[[int], None]) -> Round:
-        """Read the text once more with all three; ``advance`` is told of 3·T tokens in all."""
-        return Round(*(reader.read(advance) for reader in self._readers))
+        """Read the text once more with all; ``advance`` is told of 3·T tokens in all."""
+        memory, frozen, shuffled = (reader.read(advance) for reader in self._readers)
+        begin = time.perf_counter()
+        found = self._dictionary.read(self._text.ids, self._text.next_ids)
+        lookups = Lookups(self._hits(found), time.perf_counter() - begin)
+        return Round(memory, frozen, shuffled, lookups)
+
+    def ask(self, advance: Callable[[int], None], *, replaced: bool) -> Asked:
+        """Look every context up and write nothing; ``advance`` is told of T tokens.
+
+        With ``replaced`` one token in twenty is another one; what is judged is still the true successor.
+        """
+        ids = self._text.ids
+        ids = replace_some(ids, len(self._text.vocabulary), SEED) if replaced else ids
+        found = self._readers[0].ask(ids, advance), *(self._dictionary.ask(ids, fall_back=far) for far in (False, True))
+        return Asked(*(float(self._hits(ids).mean()) for ids in found))
+
+    def _hits(self, found: np.ndarray) -> np.ndarray:
+        return (found == self._text.next_ids)[:-1]
 
 
 class _SlotUse:

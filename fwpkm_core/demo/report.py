@@ -1,6 +1,7 @@
 """What the demo prints: plain ASCII, at most 80 columns, with a progress bar where a terminal can show one."""
 
 import math
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -10,20 +11,27 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fwpkm.config import FwPKMConfig
 from fwpkm.demo.contexts import CONTEXT
-from fwpkm.demo.recall import MAX_SUBKEYS, Round
+from fwpkm.demo.recall import MAX_SUBKEYS, Asked, Round
 from fwpkm.demo.text import Text
 
 HEADER = """\
           next-token recall
-pass   memory   rate 0  shuffled  |  slots used  collisions  tokens/s"""
+pass  memory  rate 0  shuffled  dictionary | slots used  collisions  tokens/s"""
 ROW = (
-    "{number:>4}   {memory:.4f}   {frozen:.4f}    {shuffled:.4f}  |  {slots:>10,}  {collisions:>10.1%}  {speed:>8,.0f}"
+    "{number:>4}  {memory:.4f}  {frozen:.4f}    {shuffled:.4f}      {dictionary:.4f} "
+    "| {slots:>10,}  {collisions:>10.1%}  {speed:>8,.0f}"
 )
+ASKED = """\
+asked once more, nothing written   memory  dictionary  falling back
+the text as it was                 {plain.memory:.4f}      {plain.dictionary:.4f}        {plain.falling_back:.4f}
+one token in twenty replaced       {other.memory:.4f}      {other.dictionary:.4f}        {other.falling_back:.4f}"""
 LEGEND = """\
 memory      fraction of tokens whose successor is the nearest code to what was
             read, before the write; always guessing the commonest: {chance:.4f}
 rate 0      the same memory with learning_rate 0: nothing is written
 shuffled    written with targets in shuffled order, judged by the true ones
+dictionary  the baseline, a dictionary from the last {context} tokens to the next;
+            falling back: on the last {shorter} ... 1, where it does not know all {context}
 collisions  fraction of reads of slots that contexts with another next token
             read too; each context reads {top_k} slots, so the rest outvote them"""
 
@@ -31,9 +39,9 @@ collisions  fraction of reads of slots that contexts with another next token
 class Report:
     """Prints to standard output as the demo goes on."""
 
-    def __init__(self) -> None:
-        """Look whether standard output is a terminal."""
-        self._console = Console(highlight=False, markup=False, emoji=False)
+    def __init__(self, *, quiet: bool = False) -> None:
+        """Look whether standard output is a terminal; with ``quiet`` nothing is printed."""
+        self._console = Console(highlight=False, markup=False, emoji=False, quiet=quiet)
 
     def line(self, text: str = "") -> None:
         """Print ``text`` as it is, above the progress bar if there is one."""
@@ -59,7 +67,7 @@ class Report:
             TextColumn("tokens"),
             TimeRemainingColumn(),
         )
-        hidden = not self._console.is_terminal
+        hidden = self._console.quiet or not self._console.is_terminal
         with Progress(*columns, console=self._console, transient=True, disable=hidden) as bar:
             task = bar.add_task("reading", total=tokens)
             yield lambda count: bar.advance(task, count)
@@ -77,17 +85,21 @@ class Report:
             ROW.format(number=number, **recalls, slots=memory.slots_used, collisions=memory.collisions, speed=speed)
         )
 
-    def conclude(self, text: Text, cfg: FwPKMConfig, rounds: Sequence[Round], picture: str) -> None:
-        """Explain the columns, name the picture, and say what it all means."""
+    def conclude(
+        self, text: Text, cfg: FwPKMConfig, rounds: Sequence[Round], plain: Asked, other: Asked, picture: str
+    ) -> None:
+        """Show what was asked once more, explain the columns, name the picture, and say what it all means."""
         self.line()
-        self.line(LEGEND.format(chance=commonest_share(text), top_k=cfg.top_k))
+        self.line(ASKED.format(plain=plain, other=other))
+        self.line()
+        chance = commonest_share(text)
+        self.line(LEGEND.format(chance=chance, top_k=cfg.top_k, context=CONTEXT, shorter=CONTEXT - 1))
         self.line()
         self.line(f"picture  {picture}")
-        self.line()
-        self.line(meaning(rounds))
-        advice = larger_table(text, cfg, rounds)
-        if advice:
-            self.line(advice)
+        said = meaning(rounds), beside_the_dictionary(rounds, plain, other), larger_table(text, cfg, rounds)
+        for paragraph in filter(None, said):
+            self.line()
+            self.line(paragraph)
 
 
 def commonest_share(text: Text) -> float:
@@ -108,6 +120,25 @@ def meaning(rounds: Sequence[Round]) -> str:
         f"Having read the text {before}, with no training, the memory gave the right next\n"
         f"token for {last.memory.recall:.2%} of its contexts; without writing it gave {last.frozen.recall:.2%}, "
         f"with\nshuffled targets {last.shuffled.recall:.2%}: what it recalls is what its writes stored."
+    )
+
+
+def beside_the_dictionary(rounds: Sequence[Round], plain: Asked, other: Asked) -> str:
+    """What the baseline does better and worse, in figures of this run."""
+    last = rounds[-1]
+
+    def than(mine: float, theirs: float) -> str:
+        return "as much as" if mine == theirs else "more than" if mine > theirs else "less than"
+
+    return textwrap.fill(
+        f"Beside the baseline: of the text as it was the memory gives {plain.memory:.2%}, {than(*plain[:2])} the "
+        f"dictionary's {plain.dictionary:.2%}, which is exact, and read the text in {last.dictionary.seconds:.2f} s "
+        f"where the memory took {last.memory.seconds:.2f} s. With one token in twenty replaced the memory gives "
+        f"{other.memory:.2%}, {than(*other[:2])} the dictionary's {other.dictionary:.2%}, which knows only contexts "
+        f"that are whole, and {than(other.memory, other.falling_back)} the {other.falling_back:.2%} of one that falls "
+        f"back on fewer tokens. A text is a dictionary's home: its keys come again exactly. The memory needs no equal "
+        f"key, holds any vector, and has a table of one size however much it reads.",
+        80,
     )
 
 

@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime import JITFunction
 
+from fwpkm.kernels.runtime.interpreting import keep_truths
 from fwpkm.kernels.runtime.workspace import Layout, TensorSpec, Workspace
 
 _COMPILED: dict[tuple, Any] = {}
@@ -25,6 +26,8 @@ def _nothing():
 
 INTERPRETED = not any(isinstance(kernel, JITFunction) for kernel in (_nothing, tl.cdiv))
 """Whether Triton's interpreter runs the kernels; tl.cdiv is one of its own, for which it was decided earlier."""
+if INTERPRETED:
+    keep_truths()
 
 
 class Bound(NamedTuple):

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from fwpkm.integrations.transformers.settings import Settings
 from fwpkm.integrations.transformers.states import MemoryStates, check_negative
@@ -22,6 +22,14 @@ class MemoryCache(DynamicCache):
     def states_of(self, layer_idx: int) -> MemoryStates:
         """Those of the memory before one decoder layer."""
         return next(states for states in self.states if states.layer_idx == layer_idx)
+
+    def reset(self) -> None:
+        """Forget every sequence, of attention and of the memories; the next call begins new ones."""
+        for layer in self.layers:
+            if isinstance(layer, DynamicLayer):  # older transformers fill them with zeros, which later calls attend to
+                layer.keys = layer.values = None
+                layer.is_initialized = False
+        super().reset()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take the last ``-tokens_to_remove`` tokens back from attention and memory.
