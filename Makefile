@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: demo test test-quick test-page lint types clean
+.PHONY: demo test test-quick test-page docs lint types clean
 
 demo: $(VENV)/.demo
 	$(BIN)/fwpkm demo $(ARGS)
@@ -17,9 +17,13 @@ test-quick: $(VENV)/.test
 	HYPOTHESIS_PROFILE=quick OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder -m quick $(ARGS)
 	KERAS_BACKEND=torch $(BIN)/pytest -q tests/keras_suite/test_refusals.py tests/keras_suite/test_functions.py
 
-# The page of `fwpkm inspect` in a browser, which must be installed: apt-get install chromium, or Chrome.
-test-page: $(VENV)/.test
-	$(BIN)/pytest -n 0 -m browser tests/test_page_in_browser.py
+# The page of `fwpkm inspect` and the site in a browser, which must be installed: apt-get install chromium, or Chrome.
+test-page: $(VENV)/.test docs
+	$(BIN)/pytest -n 0 -m browser tests/test_page_in_browser.py tests/test_site.py
+
+# The documentation site, in site/: open site/index.html. Nothing comes from the net; every warning is an error.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -29,7 +33,7 @@ types: $(VENV)/.test
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info src/*.egg-info
+	rm -rf $(VENV) build dist site *.egg-info src/*.egg-info
 
 $(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[torch,demo]'
@@ -37,6 +41,10 @@ $(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/.test: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	touch $@
+
+$(VENV)/.docs: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	touch $@
 
 $(BIN)/python:

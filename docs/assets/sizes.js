@@ -14,26 +14,30 @@ const fwpkmSizes = {
     tokens: ["T, tokens of each in a call", 4096],
   },
 
-  // All rows: Dk = Dv = 512, H = 1, k = 8, C = 512. Milliseconds; null where the page has no such number.
+  // All rows: Dk = Dv = 512, H = 1, k = 8, C = 512. Milliseconds; from the tables of these sections.
   measured: [
-    {"device": "H200, Triton kernels", "page": "kernels.md", "below": "B=8 T=4096 | forward", "row": "N=256², one table", "rows": 8, "tokens": 4096, "subkeys": 256, "forward": 1.40, "train": 3.28},
-    {"device": "H200, Triton kernels", "page": "kernels.md", "below": "B=8 T=4096 | forward", "row": "N=512², one table", "rows": 8, "tokens": 4096, "subkeys": 512, "forward": 1.65, "train": 3.44},
-    {"device": "H200, Triton kernels", "page": "kernels.md", "below": "B=8 T=4096 | forward", "row": "N=512², eight tables", "rows": 8, "tokens": 4096, "subkeys": 512, "forward": 1.60, "train": 3.26},
-    {"device": "H200, Triton kernels", "page": "kernels.md", "below": "B=8 T=4096 | forward", "row": "N=1024², one table", "rows": 8, "tokens": 4096, "subkeys": 1024, "forward": 1.76, "train": 3.41},
-    {"device": "H200, Triton kernels", "page": "kernels.md", "below": "B=8 T=4096 | forward", "row": "N=2048², one table", "rows": 8, "tokens": 4096, "subkeys": 2048, "forward": 2.25, "train": 4.00},
-    {"device": "H200, Triton kernels", "page": "kernels.md", "below": "B=1 | forward", "row": "T=4096 N=512²", "rows": 1, "tokens": 4096, "subkeys": 512, "forward": 1.14, "train": 2.40},
-    {"device": "H200, Triton kernels", "page": "kernels.md", "below": "B=1 | forward", "row": "T=32768 N=512²", "rows": 1, "tokens": 32768, "subkeys": 512, "forward": 4.74, "train": 10.0},
-    {"device": "H200, Triton kernels", "page": "kernels.md", "below": "B=1 | forward", "row": "T=131072 N=512²", "rows": 1, "tokens": 131072, "subkeys": 512, "forward": 18.2, "train": 37.5},
-    {"device": "H200, Triton kernels", "page": "kernels.md", "below": "B=1 | forward", "row": "T=131072 N=2048²", "rows": 1, "tokens": 131072, "subkeys": 2048, "forward": 23.6, "train": 41.9},
-    {"device": "H200, JAX without kernels", "page": "benchmarks.md", "below": "### On a GPU", "row": "jax", "rows": 1, "tokens": 2048, "subkeys": 512, "forward": 1.9, "train": 2.7},
-    {"device": "H200, JAX without kernels", "page": "benchmarks.md", "below": "**shared-512:", "row": "jax", "rows": 8, "tokens": 4096, "subkeys": 512, "forward": 7.6, "train": 11.5},
-    {"device": "2 CPU cores, PyTorch", "page": "benchmarks.md", "below": "**step-256:", "row": "torch backend, inplace=True", "rows": 1, "tokens": 2048, "subkeys": 256, "forward": null, "train": 177.8},
-    {"device": "2 CPU cores, PyTorch", "page": "benchmarks.md", "below": "### On the CPU", "row": "torch", "rows": 1, "tokens": 2048, "subkeys": 128, "forward": 106.0, "train": 212.5},
-    {"device": "2 CPU cores, PyTorch", "page": "benchmarks.md", "below": "512 MiB**\n\n|  | forward", "row": "torch", "rows": 1, "tokens": 2048, "subkeys": 512, "forward": 129.5, "train": 215.0},
-    {"device": "2 CPU cores, PyTorch", "page": "benchmarks.md", "below": "2048 MiB**\n\n|  | forward", "row": "torch", "rows": 1, "tokens": 2048, "subkeys": 1024, "forward": 146.5, "train": 236.3},
-    {"device": "2 CPU cores, JAX", "page": "benchmarks.md", "below": "### On the CPU", "row": "jax", "rows": 1, "tokens": 2048, "subkeys": 128, "forward": 149.4, "train": 315.3},
-    {"device": "2 CPU cores, JAX", "page": "benchmarks.md", "below": "512 MiB**\n\n|  | forward", "row": "jax", "rows": 1, "tokens": 2048, "subkeys": 512, "forward": 154.7, "train": 347.6},
-    {"device": "2 CPU cores, JAX", "page": "benchmarks.md", "below": "2048 MiB**\n\n|  | forward", "row": "jax", "rows": 1, "tokens": 2048, "subkeys": 1024, "forward": 187.4, "train": 353.5}
+    { device: "H200, Triton kernels", page: "kernels.md", section: "On a GPU", table: "B=8 T=4096", row: "N=256², one table", rows: 8, tokens: 4096, subkeys: 256, forward: 1.40, train: 3.28 },
+    { device: "H200, Triton kernels", page: "kernels.md", section: "On a GPU", table: "B=8 T=4096", row: "N=512², one table", rows: 8, tokens: 4096, subkeys: 512, forward: 1.65, train: 3.44 },
+    { device: "H200, Triton kernels", page: "kernels.md", section: "On a GPU", table: "B=8 T=4096", row: "N=512², eight tables", rows: 8, tokens: 4096, subkeys: 512, forward: 1.60, train: 3.26 },
+    { device: "H200, Triton kernels", page: "kernels.md", section: "On a GPU", table: "B=8 T=4096", row: "N=1024², one table", rows: 8, tokens: 4096, subkeys: 1024, forward: 1.76, train: 3.41 },
+    { device: "H200, Triton kernels", page: "kernels.md", section: "On a GPU", table: "B=8 T=4096", row: "N=2048², one table", rows: 8, tokens: 4096, subkeys: 2048, forward: 2.25, train: 4.00 },
+    { device: "H200, Triton kernels", page: "kernels.md", section: "On a GPU", table: "B=1", row: "T=4096 N=256²", rows: 1, tokens: 4096, subkeys: 256, forward: 1.19, train: 2.65 },
+    { device: "H200, Triton kernels", page: "kernels.md", section: "On a GPU", table: "B=1", row: "T=4096 N=512²", rows: 1, tokens: 4096, subkeys: 512, forward: 1.14, train: 2.40 },
+    { device: "H200, Triton kernels", page: "kernels.md", section: "On a GPU", table: "B=1", row: "T=4096 N=1024²", rows: 1, tokens: 4096, subkeys: 1024, forward: 1.08, train: 3.12 },
+    { device: "H200, Triton kernels", page: "kernels.md", section: "On a GPU", table: "B=1", row: "T=4096 N=2048²", rows: 1, tokens: 4096, subkeys: 2048, forward: 1.83, train: 2.81 },
+    { device: "H200, Triton kernels", page: "kernels.md", section: "On a GPU", table: "B=1", row: "T=32768 N=512²", rows: 1, tokens: 32768, subkeys: 512, forward: 4.74, train: 10.0 },
+    { device: "H200, Triton kernels", page: "kernels.md", section: "On a GPU", table: "B=1", row: "T=32768 N=2048²", rows: 1, tokens: 32768, subkeys: 2048, forward: 6.53, train: 10.3 },
+    { device: "H200, Triton kernels", page: "kernels.md", section: "On a GPU", table: "B=1", row: "T=131072 N=512²", rows: 1, tokens: 131072, subkeys: 512, forward: 18.2, train: 37.5 },
+    { device: "H200, Triton kernels", page: "kernels.md", section: "On a GPU", table: "B=1", row: "T=131072 N=2048²", rows: 1, tokens: 131072, subkeys: 2048, forward: 23.6, train: 41.9 },
+    { device: "H200, JAX without kernels", page: "benchmarks.md", section: "On a GPU", table: "step-512", row: "jax", rows: 1, tokens: 2048, subkeys: 512, forward: 1.9, train: 2.7 },
+    { device: "H200, JAX without kernels", page: "benchmarks.md", section: "On a GPU", table: "shared-512", row: "jax", rows: 8, tokens: 4096, subkeys: 512, forward: 7.6, train: 11.5 },
+    { device: "H200, JAX without kernels", page: "benchmarks.md", section: "On a GPU", table: "train-512", row: "jax", rows: 8, tokens: 4096, subkeys: 512, forward: 7.9, train: 12.3 },
+    { device: "2 CPU cores, PyTorch", page: "benchmarks.md", section: "On the CPU", table: "step-128", row: "torch", rows: 1, tokens: 2048, subkeys: 128, forward: 106.0, train: 212.5 },
+    { device: "2 CPU cores, PyTorch", page: "benchmarks.md", section: "On the CPU", table: "step-512", row: "torch", rows: 1, tokens: 2048, subkeys: 512, forward: 129.5, train: 215.0 },
+    { device: "2 CPU cores, PyTorch", page: "benchmarks.md", section: "On the CPU", table: "step-1024", row: "torch", rows: 1, tokens: 2048, subkeys: 1024, forward: 146.5, train: 236.3 },
+    { device: "2 CPU cores, JAX", page: "benchmarks.md", section: "On the CPU", table: "step-128", row: "jax", rows: 1, tokens: 2048, subkeys: 128, forward: 149.4, train: 315.3 },
+    { device: "2 CPU cores, JAX", page: "benchmarks.md", section: "On the CPU", table: "step-512", row: "jax", rows: 1, tokens: 2048, subkeys: 512, forward: 154.7, train: 347.6 },
+    { device: "2 CPU cores, JAX", page: "benchmarks.md", section: "On the CPU", table: "step-1024", row: "jax", rows: 1, tokens: 2048, subkeys: 1024, forward: 187.4, train: 353.5 },
   ],
 
   // Bytes of float32 tables and states; `packed` is the most that a row can take after `tokens` tokens.
@@ -116,7 +120,7 @@ function showCalculator(place) {
     line(bytes, ["kept for the backward of the call", text(size.backward)]);
     line(bytes, ["trained parameters of the layer", size.parameters.toLocaleString("en")]);
     const times = table(["measured, nearest first", "forward, µs a token", "training step, µs a token"]);
-    const each = (row, ms) => ms === null ? "not measured" : String(+(1000 * ms / row.rows / row.tokens).toPrecision(3));
+    const each = (row, ms) => String(+(1000 * ms / row.rows / row.tokens).toPrecision(3));
     for (const row of fwpkmSizes.nearest(device.value, chosen).slice(0, 3)) {
       line(times, [`S=${row.subkeys}, B=${row.rows}, T=${row.tokens} (${row.page})`, each(row, row.forward), each(row, row.train)]);
     }
@@ -128,5 +132,5 @@ function showCalculator(place) {
   update();
 }
 
-const calculatorPlace = document.getElementById("calculator");
+const calculatorPlace = document.getElementById("sizes-calculator");
 if (calculatorPlace) showCalculator(calculatorPlace);
