@@ -70,9 +70,7 @@ def complete(backend: Any, name: str, stated: Function) -> None:
 
 def copied(parameter: Parameter) -> Parameter:
     """A parameter that another function may own."""
-    return Parameter(
-        parameter.name, annotation=parameter.annotation, kind=parameter.kind, default=parameter.default
-    )
+    return Parameter(parameter.name, annotation=parameter.annotation, kind=parameter.kind, default=parameter.default)
 
 
 def link(parent: Object, seen: set[int]) -> None:

@@ -1,7 +1,7 @@
 """What mkdocs.yml calls while it builds the site: the pages of docs/ read the same on a code host and on the site.
 
-A link of a page may lead out of docs/, to a script, a folder or CONTRIBUTING.md. On a code host it does; the site gets a
-page for what such a link names, below source/.
+A link of a page may lead out of docs/, to a script, a folder or CONTRIBUTING.md. On a code host it does; the site gets
+a page for what such a link names, below source/.
 """
 
 import re

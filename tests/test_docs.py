@@ -43,7 +43,7 @@ def test_the_pages_are_known():
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])
 def test_the_code_of_a_page_runs(tmp_path, page):
-    """Each block in a process of its own, in one folder; one that begins with a file's name is that file for the next."""
+    """Each block in a process of its own, all in one folder; one that begins with a file's name becomes that file."""
     quick = {"OMP_WAIT_POLICY": "PASSIVE", "TF_CPP_MIN_LOG_LEVEL": "3", "OMP_NUM_THREADS": "1"}
     if page.startswith("docs/start/"):  # they train: compile fast instead of well
         quick |= {"XLA_FLAGS": "--xla_backend_optimization_level=0", "KERAS_BACKEND": "torch"}

@@ -82,9 +82,8 @@ def test_every_link_leads_somewhere(pages):
                 continue
             path, anchor = target
             seen += 1
-            if not path.exists():
-                broken.append((name, link))
-            elif anchor and path.suffix == ".html" and anchor not in pages[path.relative_to(SITE).as_posix()].ids:
+            ids = pages[path.relative_to(SITE).as_posix()].ids if path.suffix == ".html" and path.exists() else set()
+            if not path.exists() or (anchor and anchor not in ids):
                 broken.append((name, link))
     assert broken == []
     assert seen > 1000
@@ -98,16 +97,20 @@ def test_nothing_is_loaded_from_the_net(pages):
 
 
 def exported(module):
-    """``__all__`` of a module, as it stands in its source: frameworks need not be there."""
-    tree = ast.parse((SRC / module.replace(".", "/") / "__init__.py").read_text(encoding="utf-8"))
-    (names,) = (ast.literal_eval(x.value) for x in tree.body if isinstance(x, ast.Assign) and "__all__" in ast.dump(x))
-    return names
+    """The public names of a module, as they stand in its source: frameworks need not be there."""
+    path = SRC / module.replace(".", "/")
+    source = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    tree = ast.parse(source.read_text(encoding="utf-8"))
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and [getattr(x, "id", "") for x in node.targets] == ["__all__"]:
+            return ast.literal_eval(node.value)
+    defined = [node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+    return [name for name in defined if not name.startswith("_")]
 
 
 def packages():
     """Those whose names are public: the package, its backends, its integrations, its kernels."""
-    integrations = (SRC / "fwpkm/integrations").iterdir()
-    names = sorted(x.name for x in integrations if (x / "__init__.py").exists() and not x.name.startswith("_"))
+    names = sorted(x.stem for x in (SRC / "fwpkm/integrations").iterdir() if not x.name.startswith("_"))
     backends = [f"fwpkm.backends.{name}" for name in ("torch", "jax", "keras")]
     return ["fwpkm", *backends, *(f"fwpkm.integrations.{name}" for name in names), "fwpkm.kernels"]
 
@@ -150,7 +153,8 @@ def open_page(browser):
 
 def quiet(browser):
     """What the page said, and what it took from elsewhere than its own files."""
-    sent = [event["params"]["request"]["url"] for event in browser.events if event["method"] == "Network.requestWillBeSent"]
+    requests = [event["params"] for event in browser.events if event["method"] == "Network.requestWillBeSent"]
+    sent = [request["request"]["url"] for request in requests]
     said = [event["params"] for event in browser.events if event["method"] in LOUD]
     return said, [url for url in sent if not url.startswith((SITE.as_uri(), "data:", "blob:", "about:"))]
 
