@@ -50,22 +50,35 @@ class Docstrings(Extension):
         link(pkg, set())
 
 
+def parts(text: str) -> dict[str, str]:
+    """A docstring by section; what stands before the first is ""."""
+    intro, *rest = re.split(r"^(Args|Returns|Raises):\n", text, flags=re.MULTILINE)
+    return {"": intro.strip(), **dict(zip(rest[::2], (body.rstrip() for body in rest[1::2])))}
+
+
+def merged(own: str, stated: str) -> str:
+    """What a backend's function says, then what holds everywhere, section by section."""
+    ours, theirs = parts(own), parts(stated)
+    intro = [ours[""], theirs[""]] if ours[""].rstrip(".") not in theirs[""] else [theirs[""]]
+    text = "\n\n".join(filter(None, intro))
+    for section in ("Args", "Returns", "Raises"):
+        bodies = [theirs.get(section), ours.get(section) if section == "Raises" or section not in theirs else None]
+        if any(bodies):
+            text += f"\n\n{section}:\n" + "\n".join(filter(None, bodies))
+    return text
+
+
 def complete(backend: Any, name: str, stated: Function) -> None:
     """Give a backend's function what the Protocol states; where it has none of its own, a copy of that."""
     own = backend[name]
     own = own.final_target if own.is_alias else own
-    text = stated.docstring.value if stated.docstring else ""
     if own.kind is not Kind.FUNCTION:  # Keras takes the functions of the framework that it runs on
         parameters = [p for p in stated.parameters if p.name != "self"]
         own = Function(name, parameters=Parameters(*map(copied, parameters)), returns=stated.returns, parent=backend)
         backend.set_member(name, own)
-    elif own.docstring and "Args:" not in own.docstring.value:
-        summary, _, rest = text.partition("\n\n")
-        said = own.docstring.value if own.docstring.value.rstrip(".") not in summary else ""
-        text = "\n\n".join(x for x in (said, summary, rest) if x)
-    else:
-        return
-    own.docstring = Docstring(text, parent=own, parser="google")
+    said = own.docstring.value if own.docstring else ""
+    if "Args:" not in said:
+        own.docstring = Docstring(merged(said, stated.docstring.value), parent=own, parser="google")
 
 
 def copied(parameter: Parameter) -> Parameter:

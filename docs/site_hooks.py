@@ -17,6 +17,8 @@ FENCE = re.compile(r"(^ *```.*?^ *```$)", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)\s#]+)")
 LEAD = re.compile(r"^(?![-|#>\s]|\d+\. |<)(.+)\n(?=(?:- |\| |\d+\. ))", re.MULTILINE)
 """A line of a paragraph right above a list or a table, which Markdown on the site wants apart."""
+MARKED = re.compile(r"(?<=[\u0300-\u036f])_")
+"""An underscore behind a letter with a mark, as in p̄_i, which the site would take for emphasis."""
 LANGUAGES = {".py": "python", ".toml": "toml", ".json": "json", ".md": "markdown", ".yml": "yaml"}
 
 
@@ -90,4 +92,4 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
         path = normpath(f"{Path(origin(here)).parent.as_posix()}/{match[0]}")
         return relpath(place(path), Path(here).parent.as_posix()) if (ROOT / path).exists() else match[0]
 
-    return prose(markdown, lambda text: LEAD.sub(r"\1\n\n", LINK.sub(moved, text)))
+    return prose(markdown, lambda text: MARKED.sub(r"\\_", LEAD.sub(r"\1\n\n", LINK.sub(moved, text))))
