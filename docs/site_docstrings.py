@@ -78,7 +78,8 @@ def complete(backend: Any, name: str, stated: Function) -> None:
         backend.set_member(name, own)
     said = own.docstring.value if own.docstring else ""
     if "Args:" not in said:
-        own.docstring = Docstring(merged(said, stated.docstring.value), parent=own, parser="google")
+        text, like = merged(said, stated.docstring.value), stated.docstring
+        own.docstring = Docstring(text, parent=own, parser=like.parser, parser_options=like.parser_options)
 
 
 def copied(parameter: Parameter) -> Parameter:
