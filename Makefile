@@ -21,9 +21,10 @@ test-quick: $(VENV)/.test
 test-page: $(VENV)/.test docs
 	$(BIN)/pytest -n 0 -m browser tests/test_page_in_browser.py tests/test_site.py
 
-# The documentation site, in site/: open site/index.html. Nothing comes from the net; every warning is an error.
+# The documentation site, in site/: open site/index.html. Nothing comes from the net; every warning is an error (which
+# --quiet would hide before it is counted).
 docs: $(VENV)/.docs
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
