@@ -33,7 +33,7 @@ def links(text: str) -> Iterator[str]:
         yield from LINK.findall(part)
 
 
-def place(path: str) -> str:
+def address(path: str) -> str:
     """Where the site has a path of the repository."""
     if path == "README.md":
         return "index.md"
@@ -75,7 +75,7 @@ def on_files(files: Files, config: Any) -> Files:
             continue  # mkdocs says so where the link stands
         inside = path.startswith("docs/") and not (ROOT / path).is_dir()
         if not inside and path != "README.md":
-            files.append(File.generated(config, place(path), content=contents(path)))
+            files.append(File.generated(config, address(path), content=contents(path)))
         if path.endswith(".md") and path != "README.md":
             text = (ROOT / path).read_text(encoding="utf-8")
             found = {normpath(f"{Path(path).parent.as_posix()}/{link}") for link in links(text)}
@@ -90,6 +90,6 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
 
     def moved(match: re.Match[str]) -> str:
         path = normpath(f"{Path(origin(here)).parent.as_posix()}/{match[0]}")
-        return relpath(place(path), Path(here).parent.as_posix()) if (ROOT / path).exists() else match[0]
+        return relpath(address(path), Path(here).parent.as_posix()) if (ROOT / path).exists() else match[0]
 
     return prose(markdown, lambda text: MARKED.sub(r"\\_", LEAD.sub(r"\1\n\n", LINK.sub(moved, text))))

@@ -81,10 +81,10 @@ const fwpkmSizes = {
 };
 window.fwpkmSizes = fwpkmSizes;
 
-function showCalculator(place) {
+function showCalculator(element) {
   const made = (tag, parent, properties = {}) => parent.appendChild(Object.assign(document.createElement(tag), properties));
-  place.replaceChildren();
-  const form = made("form", place, { className: "sizes-form", onsubmit: () => false });
+  element.replaceChildren();
+  const form = made("form", element, { className: "sizes-form", onsubmit: () => false });
   const inputs = {};
   for (const [name, [label, value]] of Object.entries(fwpkmSizes.fields)) {
     const box = made("label", form);
@@ -97,7 +97,7 @@ function showCalculator(place) {
   made("small", box, { textContent: "of the times" });
   const device = made("select", box, { name: "device" });
   for (const name of new Set(fwpkmSizes.measured.map((row) => row.device))) made("option", device, { textContent: name });
-  const output = made("div", place, { className: "sizes-output" });
+  const output = made("div", element, { className: "sizes-output" });
   output.setAttribute("aria-live", "polite");
 
   const line = (body, cells) => cells.reduce((row, text) => (made("td", row, { textContent: text }), row), made("tr", body));
@@ -132,5 +132,5 @@ function showCalculator(place) {
   update();
 }
 
-const calculatorPlace = document.getElementById("sizes-calculator");
-if (calculatorPlace) showCalculator(calculatorPlace);
+const calculator = document.getElementById("sizes-calculator");
+if (calculator) showCalculator(calculator);
