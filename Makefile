@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: demo test test-quick test-oldest test-page lint types clean
+.PHONY: demo test test-quick test-oldest test-page docs lint types clean
 
 demo: $(VENV)/.demo
 	$(BIN)/fwpkm demo $(ARGS)
@@ -33,9 +33,14 @@ $(OLD)/.done: pyproject.toml constraints-oldest.txt
 		equinox flax optax orbax-checkpoint pytest pytest-timeout pytest-xdist tensorflow-cpu
 	touch $@
 
-# The page of `fwpkm inspect` in a browser, which must be installed: apt-get install chromium, or Chrome.
-test-page: $(VENV)/.test
-	$(BIN)/pytest -n 0 -m browser tests/test_page_in_browser.py
+# The page of `fwpkm inspect` and the site in a browser, which must be installed: apt-get install chromium, or Chrome.
+test-page: $(VENV)/.test docs
+	$(BIN)/pytest -n 0 -m browser tests/test_page_in_browser.py tests/test_site.py
+
+# The documentation site, in site/: open site/index.html. Nothing comes from the net; every warning is an error (which
+# --quiet would hide before it is counted).
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -45,7 +50,7 @@ types: $(VENV)/.test
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) $(OLD) build dist *.egg-info src/*.egg-info
+	rm -rf $(VENV) $(OLD) build dist site *.egg-info src/*.egg-info
 
 $(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[torch,demo]'
@@ -53,6 +58,10 @@ $(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/.test: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	touch $@
+
+$(VENV)/.docs: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	touch $@
 
 $(BIN)/python:

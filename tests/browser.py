@@ -23,7 +23,7 @@ class Browser:
         if program is None:
             raise FileNotFoundError(f"no browser: one of {', '.join(NAMES)} must be on the PATH (CONTRIBUTING.md)")
         self.events: list[dict[str, Any]] = []
-        self._folder = tempfile.TemporaryDirectory()
+        self._folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)  # its helpers may still write there
         (down, self._write), (self._read, up) = os.pipe(), os.pipe()
         theirs = [fcntl.fcntl(x, fcntl.F_DUPFD, 10) for x in (down, up)]  # away from 3 and 4, which they become
         options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe", "--no-first-run"]

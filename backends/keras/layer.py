@@ -49,7 +49,9 @@ class FwPKM(keras.layers.Layer):
         return_state: return ``[y, *state]``, the arrays in the order and shapes of :class:`fwpkm.State`.
         stateful: each call goes on where the last one stopped, until :meth:`reset_state`; every batch must have the
             size that the layer was built with. The state is among ``variables``: a saved model goes on as well.
-        trainable, dtype, name: as in any Keras layer; dtype may be a policy.
+        trainable: as in any Keras layer.
+        dtype: as in any Keras layer; it may be a policy.
+        name: as in any Keras layer.
         config_fields: fields of :class:`fwpkm.FwPKMConfig`, such as key_dim or num_subkeys.
 
     Raises:
