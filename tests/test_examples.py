@@ -107,7 +107,7 @@ def numbers(printed, label):
 
 PAGES = (
     "README.md", "docs/guide.md", "docs/batches.md", "docs/diagnostics.md", "docs/serving.md", "docs/transformers.md",
-    "docs/lifecycle.md",
+    "docs/lifecycle.md", "docs/tools.md",
 )  # fmt: skip
 
 

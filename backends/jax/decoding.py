@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from fwpkm import schedule, validation
+from fwpkm.backends.jax.checks import check_alive
 from fwpkm.backends.jax.indexing import put
 from fwpkm.backends.jax.ops import call_dtype, tables_in
 from fwpkm.backends.jax.rows import is_traced
@@ -30,6 +31,7 @@ def start_decoding(state: State) -> State:
         ValueError: not a state.
     """
     validation.check_is_state(state)
+    check_alive(state)
     return state.map(jnp.copy)
 
 
@@ -65,6 +67,7 @@ def decode(
     validation.check_is_state(state)
     validation.check_apply(cfg, state, tokens, None, True, SELF)
     validation.check_one_token(query)
+    check_alive(state)
     if not is_traced(state.position):
         validation.check_positions(cfg, state.position.tolist())
     return _undifferentiated(cfg, state, tokens)

@@ -10,6 +10,7 @@ from jax import Array
 
 from fwpkm import rows as row_checks
 from fwpkm import schedule, validation
+from fwpkm.backends.jax.checks import check_alive
 from fwpkm.backends.jax.sharding import alike, placed
 from fwpkm.backends.jax.tokens import no_tokens, outer
 from fwpkm.backends.jax.windows import SELF
@@ -83,6 +84,7 @@ def to_device(state: State, device: Any) -> State:
 def pending(cfg: FwPKMConfig, state: State) -> Array:
     """How many tokens of each row no write has consumed ``[B]``."""
     validation.check_state(cfg, state, SELF)
+    check_alive(state)
     if not is_traced(state.position):
         validation.check_positions(cfg, state.position.tolist())
     return schedule.pending(cfg, state.position)

@@ -9,6 +9,8 @@ import jax
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from fwpkm.backends.jax.checks import check_alive
+
 
 def alike(*trees: Any) -> tuple[Any, ...]:
     """The same arrays, each of them varying over every mapped axis over which one of them does.
@@ -48,6 +50,7 @@ def placed(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def call(*args: Any) -> Any:
+        check_alive(args)
         on_mesh = _explicit_mesh(args)
         if on_mesh is None:
             return function(*args)

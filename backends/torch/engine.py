@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from fwpkm.backends.torch.context import check_transforms
 from fwpkm.config import FwPKMConfig
 from fwpkm.containers import Memory
 
@@ -55,6 +56,7 @@ def outside_graphs(fn: Callable) -> Callable:
     @functools.wraps(fn)
     def call(*args: Any, **kwargs: Any) -> Any:
         if not torch.compiler.is_compiling():
+            check_transforms()
             return fn(*args, **kwargs)
         if "fn" not in untraced:
             untraced["fn"] = torch.compiler.disable(fn)

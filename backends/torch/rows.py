@@ -11,7 +11,7 @@ from torch import Tensor
 from fwpkm import rows as row_checks
 from fwpkm import schedule, validation
 from fwpkm.backends.torch import engine
-from fwpkm.backends.torch.checks import check_inplace
+from fwpkm.backends.torch.checks import check_inplace, check_present
 from fwpkm.backends.torch.tokens import no_tokens
 from fwpkm.backends.torch.windows import SELF
 from fwpkm.config import FwPKMConfig
@@ -106,6 +106,7 @@ def to_device(state: State, device: Any) -> State:
         device = torch.device(device)
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"device must be one that torch.device takes. Received: {device!r} ({error})") from None
+    check_present(device)
     return state.map(lambda x: x.to(device))._replace(position=state.position)
 
 
