@@ -32,6 +32,9 @@ class Layer(Protocol):
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """The canonical names and shapes that the layer exports and expects."""
 
+    def table_dtype(self) -> str:
+        """ "float32" or "float64": the widest dtype that the layer's tables can hold."""
+
     def export_tensors(self, variables: Any = None) -> dict[str, np.ndarray]:
         """Canonical names to float32 or float64 arrays; ``variables`` holds them where the layer itself does not."""
 
@@ -73,10 +76,12 @@ def load(path: PathLike, layer: Layer) -> Any:
     Raises:
         FileNotFoundError: there is no such file.
         IsADirectoryError: ``path`` is a folder.
-        ValueError: the file is damaged or of another format or kind, or was saved from a layer with another ``spec()``.
+        ValueError: the file is damaged or of another format or kind, or was saved from a layer with another
+            ``spec()``; or it holds float64, and the layer's tables are float32.
     """
     _check_layer(layer)
     _, tensors = read(path, "layer", lambda _: layer.spec(), lambda *_: _layer_forms(layer))
+    _check_width(path, layer, tensors)
     return layer.import_tensors(tensors)
 
 
@@ -290,8 +295,24 @@ def state_forms(cfg: FwPKMConfig, found: Forms) -> Forms:
     return {name: Form(spec.shape, dtypes[spec.kind]) for name, spec in specs.items()}
 
 
+_METHODS = ("spec", "tensor_shapes", "table_dtype", "export_tensors", "import_tensors")
+
+
+def _check_width(path: PathLike, layer: Layer, tensors: Tensors) -> None:
+    """Raise where the layer would round what the file holds."""
+    wide = [name for name, tensor in tensors.items() if tensor.dtype == np.float64]
+    if wide and layer.table_dtype() != "float64":
+        raise bad(
+            path,
+            f"{', '.join(wide)} would lose digits",
+            "float32, as the layer holds",
+            "float64",
+            "Make the layer in float64 (torch and Keras: dtype, JAX: jax_enable_x64), or save it from one in float32.",
+        )
+
+
 def _check_layer(layer: Any) -> None:
-    if not all(hasattr(layer, name) for name in ("spec", "tensor_shapes", "export_tensors", "import_tensors")):
+    if not all(hasattr(layer, name) for name in _METHODS):
         raise ValueError(f"layer must be an FwPKM layer of one of the backends. Received: {type(layer).__name__}")
 
 

@@ -35,6 +35,9 @@ class FakeLayer:
             "memory.values": (9, 3),
         }
 
+    def table_dtype(self) -> str:
+        return "float64"
+
     def export_tensors(self, variables: Tensors | None = None) -> Tensors:
         return self.tensors if variables is None else variables
 

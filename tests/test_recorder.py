@@ -142,6 +142,40 @@ def test_what_a_row_had_pending_is_not_written_by_another_sequence(tmp_path):
     assert {number for found in recent for _, number, _ in found} == set(range(5, 12))
 
 
+@pytest.mark.parametrize("order", [[0, 2], [0, 1, 1]], ids=["left out", "repeated"])
+def test_calls_that_do_not_follow_on_are_refused(tmp_path, order):
+    steps = list(reading())
+    with Recorder(tmp_path / "r", CFG) as recorder:
+        *before, last = [(steps[i].trace, steps[i].options) for i in order]
+        for trace, options in before:
+            recorder.write(trace, **options)
+        size = (tmp_path / "r").stat().st_size
+        with pytest.raises(ValueError, match=r"before must stand where the last call .* row 0, at \d+, or at 0"):
+            recorder.write(last[0], **last[1])
+        assert (tmp_path / "r").stat().st_size == size
+
+
+def test_two_layers_in_one_recording_are_refused(tmp_path):
+    """Both read the same tokens: the second stands where the first began, and then where it ended before."""
+    with Recorder(tmp_path / "r", CFG) as recorder:
+        first, second = reading(), reading()
+        for step in (next(first), next(second), next(first)):
+            recorder.write(step.trace, **step.options)
+        step = next(second)
+        with pytest.raises(
+            ValueError, match=r"other layers or batches in recordings of their own. Received: row 0 at 5"
+        ):
+            recorder.write(step.trace, **step.options)
+
+
+def test_a_state_that_was_not_recorded_is_refused(tmp_path):
+    steps = list(reading())
+    with Recorder(tmp_path / "r", CFG) as recorder:
+        recorder.write(steps[0].trace)
+        with pytest.raises(ValueError, match=r"row 0, without a state .pass after="):
+            recorder.write(steps[1].trace, **steps[1].options)
+
+
 # The file
 
 

@@ -199,12 +199,26 @@ def test_packed_sequences_equal_separate_ones(model, told):
         assert_close(received[name], gradient, "float64", "gradient", name)
 
 
-def test_told_ends_reach_the_memory(model):
-    """Attention sees one sequence here; the memory goes by cu_seq_lens_q alone."""
-    whole = model(IDS, use_cache=False).logits
-    told = model(IDS, use_cache=False, cu_seq_lens_q=torch.tensor([0, 13, 30])).logits
-    assert torch.equal(told[:, :13], whole[:, :13])
-    assert not torch.equal(told[:, 20:], whole[:, 20:])
+@pytest.mark.parametrize("positions", [None, [range(30)], [[*range(12), *range(18)]]], ids=["none", "go on", "other"])
+def test_packed_sequences_need_positions_that_begin_anew_with_them(model, positions):
+    """Attention goes by the positions, and would look from one sequence into the one before."""
+    positions = None if positions is None else torch.tensor([list(row) for row in positions])
+    with pytest.raises(ValueError, match=r"position_ids must begin anew .*, at \[0, 13\]"):
+        model(IDS, position_ids=positions, cu_seq_lens_q=torch.tensor([0, 13, 30]), use_cache=False)
+
+
+@pytest.mark.parametrize("use_cache", [None, True])
+def test_packed_sequences_stay_apart_whatever_use_cache_says(model, use_cache):
+    """With a cache transformers' attention looks across them."""
+    positions = torch.cat([torch.arange(13), torch.arange(17)])[None]
+    alone = model(IDS[:, 13:], use_cache=False).logits
+    packed = model(IDS, position_ids=positions, use_cache=use_cache).logits[:, 13:]
+    assert_close(packed.detach().numpy(), alone.detach().numpy(), "float64")
+
+
+def test_continuous_batching_is_refused(model):
+    with pytest.raises(ValueError, match=r"continuous batching .* call generate on a left-padded batch"):
+        model.generate_batch([[1, 2, 3]])
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

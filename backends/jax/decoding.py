@@ -13,6 +13,7 @@ from jax import Array, lax
 
 from fwpkm import schedule, validation
 from fwpkm.backends.jax.arguments import takes_numpy
+from fwpkm.backends.jax.checks import check_alive
 from fwpkm.backends.jax.indexing import put
 from fwpkm.backends.jax.ops import call_dtype, tables_in
 from fwpkm.backends.jax.rows import is_traced
@@ -32,6 +33,7 @@ def start_decoding(state: State[Array]) -> State[Array]:
         ValueError: not a state.
     """
     validation.check_is_state(state)
+    check_alive(state)
     return state.map(jnp.copy)
 
 
@@ -68,6 +70,7 @@ def decode(
     validation.check_is_state(state)
     validation.check_apply(cfg, state, tokens, None, True, SELF)
     validation.check_one_token(query)
+    check_alive(state)
     if not is_traced(state.position):
         validation.check_positions(cfg, state.position.tolist())
     return _undifferentiated(cfg, state, tokens)

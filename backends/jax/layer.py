@@ -12,6 +12,7 @@ from jax import Array
 from fwpkm import validation
 from fwpkm.backends.jax import ops
 from fwpkm.backends.jax.arguments import AnyArray, takes_numpy
+from fwpkm.backends.jax.checks import check_dtype, check_sizes, in_64_bits
 from fwpkm.backends.jax.decoding import decode
 from fwpkm.backends.jax.rows import begin, init_state
 from fwpkm.backends.jax.tokens import finite_rows
@@ -90,7 +91,11 @@ class FwPKM:
             ``{"params": ..., "buffers": {"memory": Memory}}``, or with ``learn_memory`` the memory among the params and
             no buffers. The params are a dict by the first part of the canonical names: ``params["query_proj"]`` holds
             "weight" ``[out, in]`` and "bias" ``[out]``, ``params["query_norm"]`` "weight" ``[in]``.
+
+        Raises:
+            ValueError: float64 while JAX is not in 64-bit mode.
         """
+        check_dtype(dtype)
         params: Variables = {}
         wide = jnp.float64 if jnp.dtype(dtype) == jnp.float64 else jnp.float32
         *keys, first, second = jax.random.split(key, 6)
@@ -156,6 +161,7 @@ class FwPKM:
         """
         validation.check_flag("return_state", return_state)
         validation.check_flag("return_trace", return_trace)
+        check_sizes("x", x)
         validation.check_array(
             "x", x, [("B", None), ("T", None), ("hidden_size", self.hidden_size)], "float", SELF.arrays
         )
@@ -247,6 +253,10 @@ class FwPKM:
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """The canonical names (SPEC.md §8) and their shapes."""
         return {name: tuple(x.shape) for name, x in self._flat(_form(self)).items()}
+
+    def table_dtype(self) -> str:
+        """The widest that initial tables can have here: "float64" in JAX's 64-bit mode, else "float32"."""
+        return "float64" if in_64_bits() else "float32"
 
     @takes_numpy
     def export_tensors(self, variables: Variables | None = None) -> dict[str, np.ndarray]:

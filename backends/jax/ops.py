@@ -16,6 +16,7 @@ from jax import Array
 from fwpkm import schedule, validation
 from fwpkm.backends.jax.arguments import takes_numpy
 from fwpkm.backends.jax.backward import run
+from fwpkm.backends.jax.checks import check_alive, check_sizes, in_64_bits
 from fwpkm.backends.jax.indexing import gather
 from fwpkm.backends.jax.rows import begin, is_traced, mask_of
 from fwpkm.backends.jax.sharding import alike, dealt_as, placed
@@ -51,6 +52,7 @@ def apply(
     arrays.
     """
     tokens = Tokens(query, value, gate, mask)
+    check_sizes("query", query)
     batch = validation.check_apply(cfg, state, tokens, cu_seqlens, update, SELF)
     ends = _known(cu_seqlens)
     if ends is not None:
@@ -161,7 +163,7 @@ def asarray(x: Any, dtype: str) -> Array:
     Raises:
         ValueError: a 64-bit dtype while JAX is confined to 32 bits, which would lose digits.
     """
-    if jnp.dtype(dtype).itemsize == 8 and not jax.config.read("jax_enable_x64"):
+    if jnp.dtype(dtype).itemsize == 8 and not in_64_bits():
         raise ValueError(
             f"dtype {dtype!r} needs JAX's 64-bit mode: call jax.config.update('jax_enable_x64', True) first, "
             f"or convert to 32 bits. Received: dtype={dtype!r} with jax_enable_x64=False"
@@ -171,6 +173,7 @@ def asarray(x: Any, dtype: str) -> Array:
 
 def to_numpy(x: Array) -> np.ndarray:
     """The numbers of an array; bfloat16, which NumPy lacks, as float32."""
+    check_alive(x)
     return np.asarray(x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x)
 
 
@@ -196,6 +199,7 @@ def device_name() -> str:
 
 def _known(x: Any) -> np.ndarray | None:
     """The numbers of an array; None where it is None or traced."""
+    check_alive(x)
     return None if x is None or is_traced(x) else np.asarray(x)
 
 

@@ -11,6 +11,7 @@ from jax import Array
 from fwpkm import rows as row_checks
 from fwpkm import schedule, validation
 from fwpkm.backends.jax.arguments import takes_numpy
+from fwpkm.backends.jax.checks import check_alive
 from fwpkm.backends.jax.sharding import alike, dealt_as, placed
 from fwpkm.backends.jax.tokens import no_tokens, outer
 from fwpkm.backends.jax.windows import SELF
@@ -91,6 +92,7 @@ def to_device(state: State[Array], device: Any) -> State[Array]:
 def pending(cfg: FwPKMConfig, state: State[Array]) -> Array:
     """How many tokens of each row no write has consumed ``[B]``."""
     validation.check_state(cfg, state, SELF)
+    check_alive(state)
     if not is_traced(state.position):
         validation.check_positions(cfg, state.position.tolist())
     return schedule.pending(cfg, state.position)

@@ -10,6 +10,7 @@ from jax import Array, lax
 from jax.experimental.shard_alike import shard_alike
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from fwpkm.backends.jax.checks import check_alive
 from fwpkm.containers import Memory
 
 
@@ -72,6 +73,7 @@ def placed(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def call(*args: Any) -> Any:
+        check_alive(args)
         _check_mapped()
         if any(map(_is_dealt, jax.tree.leaves(args))):
             _check_dealt(args)

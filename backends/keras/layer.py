@@ -101,8 +101,9 @@ class FwPKM(keras.layers.Layer):
         """Make the weights for inputs ``[B, T, hidden_size]``; B may be None unless the layer is stateful.
 
         Raises:
-            ValueError: another rank, an unknown hidden_size, an unknown B where the layer is stateful, or a
-                ``keras.distribution`` that Keras does not carry out or that deals slots out to devices.
+            ValueError: another rank, an unknown hidden_size, an unknown B where the layer is stateful, a
+                ``keras.distribution`` that Keras does not carry out or that deals slots out to devices, or float64 on a
+                JAX that is not in 64-bit mode.
         """
         if len(input_shape) != 3 or input_shape[2] is None:
             raise ValueError(
@@ -113,6 +114,7 @@ class FwPKM(keras.layers.Layer):
                 "a stateful layer must know its batch size when it is built: use keras.Input(batch_shape=...), or call "
                 f"the layer on a batch first. Received: shape {tuple(input_shape)}"
             )
+        native.check_dtype(self.variable_dtype)
         cfg, hidden = self._config, input_shape[2]
         self.hidden_size, self.batch_size = hidden, input_shape[0]
         # Weights have the names and shapes of SPEC.md §8, "." written as "_".
@@ -141,6 +143,16 @@ class FwPKM(keras.layers.Layer):
         if "segment_ids" in kwargs:
             kwargs["segment_ids"] = segments.as_ids(kwargs["segment_ids"])
         return super().__call__(*args, **kwargs)
+
+    def rematerialized_call(self, layer_call: Any, *args: Any, **kwargs: Any) -> Any:
+        """What Keras calls instead of ``call`` inside ``keras.RematScope``: a backward then computes it anew.
+
+        Raises:
+            ValueError: the layer is stateful, and would read every token twice; or on tensorflow an initial state,
+                whose gradient would be lost.
+        """
+        call = super().rematerialized_call(native.without_names(self, layer_call, args, kwargs))
+        return lambda *_, **__: call(args[0])
 
     def call(
         self,
@@ -356,6 +368,10 @@ class FwPKM(keras.layers.Layer):
         """The canonical names (SPEC.md §8) and their shapes."""
         return {name: tuple(weight.shape) for name, weight in self._canonical().items()}
 
+    def table_dtype(self) -> str:
+        """Of the initial tables: "float32" or "float64"."""
+        return keras.backend.standardize_dtype(self._weight("memory.values").dtype)
+
     def export_tensors(self, variables: None = None) -> dict[str, np.ndarray]:
         """Weights and initial tables by canonical name; bfloat16 and float16 as float32."""
         to_numpy = native.functions().to_numpy
@@ -418,6 +434,11 @@ class FwPKM(keras.layers.Layer):
                     "return_trace must be False beside segment_ids: the layer does not write sequences that end before "
                     "they read it. The functions of fwpkm.get_backend('keras') trace all. Received: True"
                 )
+        if self.stateful and native.is_exporting():
+            raise ValueError(
+                "stateful must be False in a program of torch.export, which keeps nothing between its calls: export a "
+                "layer with return_state=True and pass initial_state. Received: stateful=True"
+            )
         if self.stateful and x.shape[0] not in (None, self.batch_size):
             raise ValueError(
                 f"x must have B={self.batch_size} rows, as the stateful layer was built with: leave out the last, "

@@ -1,7 +1,9 @@
 """Which functions Keras runs on: the native backend's on torch and jax, keras.ops on tensorflow."""
 
+import functools
 import importlib
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -111,3 +113,35 @@ def whole_batch(x: Array, batch_size: int) -> Array:
 
         return tensorflow.ensure_shape(x, (batch_size, *x.shape[1:]), name=f"stateful_layer_needs_{batch_size}_rows")
     return x
+
+
+def without_names(layer: Any, layer_call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[Array], Any]:
+    """``layer_call`` as a function of x alone, which TensorFlow can compute anew inside a graph.
+
+    Raises:
+        ValueError: the layer is stateful, or on tensorflow there is an initial state.
+    """
+    names = list(inspect.signature(layer_call).parameters)
+    given = dict(zip(names, args)) | kwargs
+    state = given.get("initial_state")
+    if layer.stateful or (state is not None and keras.backend.backend() == "tensorflow"):
+        raise ValueError(
+            "keras.RematScope computes a layer twice, which one that keeps a state, or on tensorflow is given one, "
+            "cannot be: make this layer outside of the scope. Received: "
+            f"{'stateful=True' if layer.stateful else 'initial_state given'}"
+        )
+    given.pop(names[0])
+    return functools.partial(layer_call, **given)
+
+
+def check_dtype(dtype: str) -> None:
+    """Raise a ValueError for float64 on JAX that is confined to 32 bits."""
+    if keras.backend.backend() == "jax":
+        importlib.import_module(f"{_MODULES['jax']}.checks").check_dtype(dtype)
+
+
+def is_exporting() -> bool:
+    """Whether torch.export traces the call."""
+    if keras.backend.backend() != "torch":
+        return False
+    return bool(importlib.import_module(f"{_MODULES['torch']}.exporting").is_exporting())

@@ -71,3 +71,13 @@ def check_inplace(inplace: bool, *overwritten: Tensor) -> None:
             "inplace=True would overwrite tensors of the state that autograd still needs: pass state.detach(), or "
             "inplace=False. Received: a state with requires_grad=True"
         )
+
+
+def check_present(device: Any) -> None:
+    """Raise a ValueError where a device of CUDA is asked for, and there is none."""
+    cuda = isinstance(device, int) or str(device).startswith("cuda")  # a number is that of a CUDA device
+    if cuda and not torch.cuda.is_available():
+        raise ValueError(
+            "device must be one that torch finds here, and it finds no CUDA device: install a build of torch with CUDA "
+            f"and its driver, or leave device out for the CPU. Received: {str(device)!r}"
+        )

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fwpkm.backends.torch.column_files import join, load, load_state, save, save_state
 from fwpkm.backends.torch.column_parallel import Columns, check_divides, check_mesh, is_sharded
-from fwpkm.backends.torch.layer import InitialMemory
+from fwpkm.backends.torch.parts import InitialMemory
 from fwpkm.containers import Memory, State
 
 __all__ = ["gather", "join", "load", "load_state", "save", "save_state", "shard"]

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from fwpkm import validation
-from fwpkm.backends.torch import engine, fast, operators, ops, ranks
+from fwpkm.backends.torch import engine, exporting, fast, operators, ops, ranks
 from fwpkm.backends.torch.column_parallel import by_columns, is_sharded
 from fwpkm.backends.torch.flat import flatten, unflatten
 from fwpkm.backends.torch.windows import SELF
@@ -64,7 +64,12 @@ def decode(
 
     Raises:
         ValueError: an argument does not fit; names it, what was expected and what was received.
+        RuntimeError: inside of torch.export.
     """
+    if exporting.is_exporting():
+        raise RuntimeError(
+            "decode overwrites its state, which torch.export does not keep: export calls with T=1 instead"
+        )
     tokens = Tokens(query, value, gate, mask)
     traced = torch.compiler.is_compiling()
     traced = traced and engine.choose_engine(implementation, cfg, state.memory, query) == "compiled"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fwpkm.backends.torch.column_parallel import is_sharded
+from fwpkm.backends.torch.context import check_transforms
 from fwpkm.config import FwPKMConfig
 from fwpkm.containers import Memory
 
@@ -62,6 +63,7 @@ def outside_graphs(fn: Callable[_P, _R]) -> Callable[_P, _R]:
     @functools.wraps(fn)
     def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         if not torch.compiler.is_compiling():
+            check_transforms()
             return fn(*args, **kwargs)
         if "fn" not in untraced:
             untraced["fn"] = torch.compiler.disable(fn)

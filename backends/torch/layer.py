@@ -1,6 +1,6 @@
 """The PyTorch module (SPEC.md §7)."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
@@ -8,11 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from fwpkm import rules, validation
-from fwpkm.backends.torch import decoding, ops, ranks
-from fwpkm.backends.torch.column_parallel import by_columns, fill, fill_normal
+from fwpkm.backends.torch import decoding, ops, parts, ranks
+from fwpkm.backends.torch.checks import check_present
+from fwpkm.backends.torch.column_parallel import fill
+from fwpkm.backends.torch.context import check_transforms
+from fwpkm.backends.torch.parts import InitialMemory, Projection
 from fwpkm.backends.torch.tokens import finite_rows, maybe_any
 from fwpkm.config import FwPKMConfig
-from fwpkm.containers import LayerTrace, Memory, State, memory_specs
+from fwpkm.containers import LayerTrace, State, memory_specs
 from fwpkm.files import layer_spec
 from fwpkm.rules import mix, traced_gate
 from fwpkm.tokens import Tokens
@@ -36,61 +39,6 @@ def _without_tail(x: Tensor, mask: Tensor | None, cu_seqlens: Tensor) -> Tensor 
         return there if maybe_any(~there) else None
     device = mask.device if mask.device == there.device else x.device
     return mask.to(device) & there.to(device)
-
-
-class InitialMemory(nn.Module):
-    """The tables that a new sequence starts from; float32 or float64, whatever the rest of a model is cast to.
-
-    Attributes:
-        keys: ``[H, 2, S, Dk/2]``, uniform in ±1/√Dk.
-        values: ``[N, Dv]``, normal with std 1/√Dv.
-    """
-
-    keys: Tensor
-    values: Tensor
-
-    def __init__(self, config: FwPKMConfig, *, learn: bool, device: Any = None, dtype: Any = None):
-        """Parameters if ``learn``, else buffers."""
-        super().__init__()
-        dtype = torch.float64 if dtype == torch.float64 else torch.float32
-        for name, spec in memory_specs(config, None)._asdict().items():
-            table = torch.empty(spec.shape[1:], device=device, dtype=dtype)
-            if learn:
-                self.register_parameter(name, nn.Parameter(table))
-            else:
-                self.register_buffer(name, table)
-        self._bounds = config.key_dim**-0.5, config.value_dim**-0.5
-
-    def reset_parameters(self) -> None:
-        """Draw new tables from torch's generator."""
-        with torch.no_grad():
-            self.keys.uniform_(-self._bounds[0], self._bounds[0])
-            fill_normal(self.values, self._bounds[1])
-
-    def forward(self) -> Memory[Tensor]:
-        """The tables with M = 1.
-
-        Raises:
-            RuntimeError: the tables are trained and sharded, and this is outside of what gathers them.
-        """
-        if any(placement.is_shard() for placement in getattr(self.keys, "placements", ())):
-            raise RuntimeError(
-                "the initial memory is sharded by FSDP2, which gathers it only while the module that it sharded runs: "
-                "fully_shard(layer.memory) as a group of its own, or begin with a call without a state. "
-                f"Received: keys with placements {self.keys.placements}"  # type: ignore[attr-defined]
-            )
-        memory = Memory(*map(by_columns(lambda x: x[None]), (self.keys, self.values)))
-        # FSDP2 frees what it gathered as soon as this returns.
-        return Memory(*map(torch.clone, memory)) if hasattr(self, "reshard") else memory
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "InitialMemory":
-        def keep_precision(table: Tensor) -> Tensor:
-            moved = fn(table)
-            if moved.is_floating_point() and moved.element_size() < 4:
-                return table.to(moved.device, torch.float32)
-            return moved
-
-        return super()._apply(keep_precision, recurse)
 
 
 class FwPKM(nn.Module):
@@ -121,7 +69,10 @@ class FwPKM(nn.Module):
     value_proj: nn.Linear
     gate_norm: nn.RMSNorm
     gate_proj: nn.Linear
+    output_norm: nn.RMSNorm
+    output_proj: nn.Linear
     memory: InitialMemory
+    _output_std = 0.02
 
     def __init__(
         self,
@@ -143,27 +94,22 @@ class FwPKM(nn.Module):
         self.hidden_size, self.config, self.gated = hidden_size, config, gated
         self.value_normalization = value_norm
         self.learn_memory = learn_memory
+        check_present(device)
         factory = {"device": device, "dtype": dtype}
-        outputs = {"query": config.num_heads * config.key_dim, "value": config.value_dim}
-        if gated:
-            outputs["gate"] = 1
-        for name, width in outputs.items():
-            self.add_module(f"{name}_norm", nn.RMSNorm(hidden_size, eps=rules.RMS_EPS, **factory))
-            self.add_module(f"{name}_proj", nn.Linear(hidden_size, width, **factory))
-        self.output_norm = nn.RMSNorm(config.value_dim, eps=rules.RMS_EPS, **factory)
-        self.output_proj = nn.Linear(config.value_dim, hidden_size, **factory)
+        for name, (width, size) in self._projections().items():
+            std = {"std": self._output_std} if name == "output" else {}
+            self.add_module(f"{name}_norm", nn.RMSNorm(width, eps=rules.RMS_EPS, **factory))
+            self.add_module(f"{name}_proj", Projection(width, size, **std, **factory))
         self.memory = InitialMemory(config, learn=learn_memory, **factory)
-        self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw weights (normal, std 0.02; biases 0, norms 1) and initial tables from torch's generator."""
-        for module in self.children():
-            if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
-            else:
-                assert isinstance(module, (nn.RMSNorm, InitialMemory))
-                module.reset_parameters()
+        """Draw weights (normal, std 0.02; biases 0, norms 1) and initial tables from torch's generator.
+
+        What calls ``reset_parameters`` of each part instead, in their order, draws the same.
+        """
+        parts_in_order: Any = self.children()
+        for part in parts_in_order:
+            part.reset_parameters()
 
     def forward(
         self,
@@ -253,6 +199,7 @@ class FwPKM(nn.Module):
 
     def _project(self, x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None = None) -> tuple[Tokens, torch.dtype]:
         """What the tokens bring to the memory, and the projections' dtype."""
+        check_transforms()
         validation.check_array("x", x, [("B", None), ("T", None), ("hidden_size", self.hidden_size)], "float", Tensor)
         if mask is not None:
             validation.check_array("mask", mask, [("B", x.shape[0]), ("T", x.shape[1])], "bool", Tensor)
@@ -307,28 +254,40 @@ class FwPKM(nn.Module):
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """The canonical names (SPEC.md §8) and their shapes."""
-        return {name: tuple(x.shape) for name, x in self.state_dict(keep_vars=True).items()}
+        shapes: dict[str, tuple[int, ...]] = {}
+        for name, (width, size) in self._projections().items():
+            shapes |= {
+                f"{name}_norm.weight": (width,),
+                f"{name}_proj.weight": (size, width),
+                f"{name}_proj.bias": (size,),
+            }
+        specs = memory_specs(self.config, None)._asdict()
+        return shapes | {f"memory.{name}": tuple(spec.shape[1:]) for name, spec in specs.items()}
+
+    def table_dtype(self) -> str:
+        """Of the initial tables: "float32" or "float64"."""
+        return validation.dtype_name(self.memory.values)
 
     def export_tensors(self, variables: None = None) -> dict[str, np.ndarray]:
         """Weights and initial tables by canonical name; bfloat16 and float16 as float32.
 
         Raises:
-            ValueError: weights are sharded, so that this rank has only a part of them.
+            ValueError: weights are sharded, so that this rank has only a part of them; or a part was replaced or
+                wrapped, so that its weights do not say what it computes.
         """
         self._refuse_sharded()
-        tensors = {name: ops.to_numpy(x) for name, x in self.state_dict().items()}
+        tensors = {name: ops.to_numpy(parts.weight_of(self, name)) for name in self.tensor_shapes()}
         return {name: x.astype(np.float32) if x.dtype == np.float16 else x for name, x in tensors.items()}
 
     def import_tensors(self, tensors: Mapping[str, np.ndarray]) -> None:
         """Fill weights and initial tables; names and shapes are those of :meth:`tensor_shapes`.
 
         Raises:
-            ValueError: the layer is on the meta device, where nothing can be stored, or its weights are sharded.
+            ValueError: the layer is on the meta device, where nothing can be stored, its weights are sharded, or a part
+                was replaced, wrapped or parametrized; nothing is filled.
         """
         self._refuse_sharded()
-        own = self.state_dict(keep_vars=True)
-        if any(x.is_meta for x in own.values()):
-            raise ValueError("layer must hold memory before it is filled: call layer.to_empty(device=...) first")
+        own = {name: parts.plain_weight_of(self, name) for name in self.tensor_shapes()}
         with torch.no_grad():
             for name, x in own.items():
                 fill(x, torch.from_numpy(tensors[name]))
@@ -343,3 +302,10 @@ class FwPKM(nn.Module):
                 "get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)), and load_state_dict them "
                 f"into a layer that is not sharded. Received: {', '.join(sharded)} in shards"
             )
+
+    def _projections(self) -> dict[str, tuple[int, int]]:
+        """Widths in and out of each projection."""
+        cfg, width = self.config, self.hidden_size
+        gate = {"gate": (width, 1)} if self.gated else {}
+        query, value = (width, cfg.num_heads * cfg.key_dim), (width, cfg.value_dim)
+        return {"query": query, "value": value, **gate, "output": (cfg.value_dim, width)}

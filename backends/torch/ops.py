@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from fwpkm import schedule, validation
-from fwpkm.backends.torch import engine, fast, left_aligned, ranks
+from fwpkm.backends.torch import engine, exporting, fast, left_aligned, ranks
 from fwpkm.backends.torch.checks import check_apply, check_device, check_inplace
 from fwpkm.backends.torch.column_parallel import by_columns, refuse_columns
+from fwpkm.backends.torch.context import through_checkpoints
 from fwpkm.backends.torch.rows import init_state, mask_of, start_state
 from fwpkm.backends.torch.streams import Streams, pending_of, streams_of, together
 from fwpkm.backends.torch.tokens import filled, maybe_any, without
@@ -37,6 +38,7 @@ def init_memory(cfg: FwPKMConfig, memories: int = 1, seed: int = 0) -> Memory[Te
     return Memory(*map(torch.from_numpy, initial_arrays(cfg, memories, seed)))
 
 
+@through_checkpoints
 def apply(
     cfg: FwPKMConfig,
     state: State[Tensor] | Memory[Tensor],
@@ -63,6 +65,9 @@ def apply(
     inputs = Tokens(query, value, gate, mask)
     if isinstance(state, Memory):
         return begin(cfg, state, inputs, cu_seqlens, update, False, implementation=implementation)
+    if exporting.is_exporting():
+        validation.check_apply(cfg, state, inputs, cu_seqlens, update, SELF)
+        return exporting.apply(cfg, state, inputs, cu_seqlens, update)
     # The operator is functional, as autograd demands: a call that overwrites stays out of the graph.
     if torch.compiler.is_compiling() and not inplace:
         validation.check_apply(cfg, state, inputs, cu_seqlens, update, SELF)
@@ -71,6 +76,7 @@ def apply(
     return _apply(cfg, state, inputs, cu_seqlens, update, inplace, implementation)
 
 
+@through_checkpoints
 def begin(
     cfg: FwPKMConfig,
     memory: Memory[Tensor],
@@ -83,19 +89,22 @@ def begin(
 ) -> tuple[Tensor, State[Tensor] | None, Trace]:
     """``apply`` of sequences that begin from a memory of M = 1; without ``keep`` no state is returned."""
     batch = ranks.told(memory, validation.check_apply, cfg, memory, inputs, cu_seqlens, update, SELF)
-    compiled = torch.compiler.is_compiling()
+    exported = exporting.is_exporting()
+    compiled = torch.compiler.is_compiling() and not exported
     if compiled:
         compiled = engine.choose_engine(implementation, cfg, memory, inputs.query, cu_seqlens) == "compiled"
-    elif cu_seqlens is not None:
+    elif cu_seqlens is not None and not exported:
         cu_seqlens = cu_seqlens.cpu()  # before the copies of the tables, behind which it would wait
     owned = keep and not (compiled or memory.values.requires_grad)
-    if keep and not compiled:
+    if keep and not (compiled or exported):
         state = init_state(cfg, memory, batch, position_device)
     else:  # what writes makes the copy
         memories = memories_for(cfg, batch)
         shared = Memory(*map(by_columns(lambda x: x.expand(memories, *x.shape[1:])), memory))
         state = start_state(cfg, shared, batch, position_device)
-    if compiled:
+    if exported:
+        output, state, trace = exporting.apply(cfg, state, inputs, cu_seqlens, update)
+    elif compiled:
         output, state, trace = left_aligned.apply(cfg, state, inputs, cu_seqlens, update, False, True)
     else:
         output, state, trace = _apply(cfg, state, inputs, cu_seqlens, update, owned, implementation, True)

@@ -11,7 +11,7 @@ from torch import Tensor
 from fwpkm import rows as row_checks
 from fwpkm import schedule, validation
 from fwpkm.backends.torch import engine
-from fwpkm.backends.torch.checks import check_inplace
+from fwpkm.backends.torch.checks import check_inplace, check_present
 from fwpkm.backends.torch.column_parallel import by_columns, is_sharded
 from fwpkm.backends.torch.tokens import no_tokens
 from fwpkm.backends.torch.windows import SELF
@@ -138,6 +138,8 @@ def to_device(
         device = None if device is None else torch.device(device)
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"device must be one that torch.device takes. Received: {device!r} ({error})") from None
+    if device is not None:
+        check_present(device)
 
     def moved(x: Tensor) -> Tensor:
         return x.to(device, dtype if x.is_floating_point() else None, non_blocking=non_blocking)

@@ -44,7 +44,8 @@ class Recorder:
     """Writes a recording while a layer reads; ``fwpkm inspect`` makes a page of it.
 
     Each call costs 8·H·k + 25 bytes a token and its text, and 4·N bytes for each memory whenever a chunk was written;
-    nothing is held back in memory. Not for several threads at once. ::
+    nothing is held back in memory. A recording is of one layer and one batch: a call that does not go on where the last
+    one stopped, or begin at position 0, is refused. Not for several threads at once. ::
 
         with fwpkm.Recorder("reading.fwpkm", layer.config) as recorder:
             y, after, trace = layer(x, state, return_trace=True)
@@ -73,7 +74,7 @@ class Recorder:
                 f"{self.path}: exists already. Pass overwrite=True to replace it, or name another file."
             ) from None
         self._size, self._began = 0, False
-        self._rows: int | None = None
+        self._stands: list[int] | None = None  # where each row stands after the calls so far
         self._append(MAGIC + _framed(json.dumps({"config": json.loads(cfg.to_json())}).encode()))
 
     def write(
@@ -96,16 +97,12 @@ class Recorder:
                 of masked tokens it is not kept. A row may be one string of T characters.
 
         Raises:
-            ValueError: an argument does not fit the config or the others, or the recorder is closed. Nothing is
-                written.
+            ValueError: an argument does not fit the config or the others, the call does not follow on the one before,
+                or the recorder is closed. Nothing is written.
             OSError: the file cannot be written, as on a full disk; it still holds what it held before.
         """
         call = read_call(self.config, trace, before, cu_seqlens)
-        if self._rows not in (None, len(call.start)):
-            raise ValueError(
-                f"trace must be of the {self._rows} rows of the calls before, since a recording is of one batch. "
-                f"Received: a call of {len(call.start)} rows"
-            )
+        self._check_follows(call)
         tensors = {name: array for name, array in call._asdict().items() if array is not None}
         tensors["end"] = np.full(len(call.start), _LOST, np.int64)
         if after is not None:
@@ -116,7 +113,25 @@ class Recorder:
             chosen = _words(text, to_numpy("trace.slots", trace.slots).shape[:2], call.flat_index)
             tensors["text"] = np.frombuffer(json.dumps(chosen).encode(), np.uint8)
         self._append(_framed(safetensors.numpy.save({name: np.asarray(x, order="C") for name, x in tensors.items()})))
-        self._began, self._rows = True, len(call.start)
+        self._began, self._stands = True, tensors["end"].tolist()
+
+    def _check_follows(self, call: Call) -> None:
+        """Raise unless each row of a call goes on where the last one left it, or begins at position 0."""
+        if self._stands is None:
+            return
+        if len(self._stands) != len(call.start):
+            raise ValueError(
+                f"trace must be of the {len(self._stands)} rows of the calls before, since a recording is of one "
+                f"batch. Received: a call of {len(call.start)} rows"
+            )
+        for row, (start, left) in enumerate(zip(call.start.tolist(), self._stands)):
+            if start not in (left, 0):
+                where = "without a state (pass after= where somebody reads on)" if left == _LOST else f"at {left}"
+                raise ValueError(
+                    f"before must stand where the last call of this recording left row {row}, {where}, or at 0 where a "
+                    "sequence begins: record every call of one layer, once and in order, and other layers or batches "
+                    f"in recordings of their own. Received: row {row} at {start}"
+                )
 
     def close(self) -> None:
         """Close the file; a second time does nothing."""

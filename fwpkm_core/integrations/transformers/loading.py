@@ -1,8 +1,9 @@
 """What transformers must do otherwise for models with memory, and nothing for others.
 
-Four of its methods are wrapped, once, when the integration is imported: a model whose config remembers memories is
+Five of its methods are wrapped, once, when the integration is imported: a model whose config remembers memories is
 built with them, weights that a checkpoint lacks are drawn rightly, and ``generate`` begins with a cache that holds
-their states and knows how long drafts are. All but the first are private; if a release lacks one, the import says so.
+their states and knows how long drafts are, and continuous batching is refused. All but the first and the last are
+private; if a release lacks one, the import says so.
 """
 
 import functools
@@ -73,6 +74,19 @@ def _candidate_generator(original: Callable[..., Any]) -> Callable[..., Any]:
     return candidate_generator
 
 
+def _continuous_batching(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def init_continuous_batching(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if has_memory(self):
+            raise ValueError(
+                "continuous batching (generate_batch) keeps a paged cache, which holds no states of memories: call "
+                "generate on a left-padded batch, or serve as examples/serve.py does"
+            )
+        return original(self, *args, **kwargs)
+
+    return init_continuous_batching
+
+
 def _expect_draft(cache: Any, tokens: Any) -> None:
     """Let a cache record as much as a draft of so many tokens can have to give back."""
     for states in cache.states:
@@ -83,6 +97,7 @@ _WRAPPERS = (
     (PreTrainedModel, "post_init", ("self",), _post_init),
     (PreTrainedModel, "_initialize_weights", ("self", "module"), _initialize_weights),
     (GenerationMixin, "_prepare_cache_for_generation", ("self", "generation_config", "model_kwargs"), _prepare_cache),
+    (GenerationMixin, "init_continuous_batching", ("self", "generation_config"), _continuous_batching),
     (GenerationMixin, "_get_candidate_generator", ("self", "generation_config"), _candidate_generator),
 )
 

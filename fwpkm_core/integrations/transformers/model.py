@@ -27,11 +27,7 @@ class MemoryLayer(FwPKM):
 
     layer_idx: int
 
-    def reset_parameters(self) -> None:
-        """Draw weights and tables as ``FwPKM`` does, but with ``output_proj`` zero."""
-        super().reset_parameters()
-        nn.init.zeros_(self.output_proj.weight)
-        nn.init.zeros_(self.output_proj.bias)
+    _output_std = 0.0
 
     def draw_missing(self) -> None:
         """Draw the weights and tables that transformers has not marked as loaded."""
@@ -212,6 +208,8 @@ def _before_decoder(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
         cu_seqlens = _cu_seqlens(inputs, batch, length)
         if cu_seqlens is None and _uses_cache(decoder, inputs):
             cache = with_states(DynamicCache(config=decoder.config), decoder)
+        if cu_seqlens is not None:  # with a cache attention would look across the sequences
+            inputs["use_cache"] = False
     past = 0 if cache is None else cache.get_seq_length()
     inputs[_CALL] = Call(_mask(mask, batch, length, past, cache is not None), cu_seqlens, cache)
     for name in _CACHES:
@@ -250,12 +248,12 @@ def _mask(mask: Any, batch: int, length: int, past: int, on_host: bool) -> Tenso
 
 def _cu_seqlens(inputs: dict[str, Any], batch: int, length: int) -> Tensor | None:
     """Where packed sequences end, as told, or as positions that begin anew show it (without a mask)."""
-    told = inputs.get("cu_seq_lens_q")
+    told, positions = inputs.get("cu_seq_lens_q"), inputs.get("position_ids")
     if told is not None:
         if batch != 1:
             raise ValueError(f"cu_seq_lens_q packs sequences into one row. Received: {batch} rows")
+        _check_positions(told, positions, length)
         return told.int()
-    positions = inputs.get("position_ids")
     if positions is None or inputs.get("attention_mask") is not None or positions.ndim != 2:
         return None
     begins = positions.diff(dim=1) != 1
@@ -264,6 +262,20 @@ def _cu_seqlens(inputs: dict[str, Any], batch: int, length: int) -> Tensor | Non
     begins = torch.cat([begins.new_ones(len(begins), 1), begins], dim=1).expand(batch, -1)
     starts = begins.flatten().nonzero().squeeze(1)
     return torch.cat([starts, starts.new_tensor([batch * length])]).int()
+
+
+def _check_positions(ends: Tensor, positions: Any, length: int) -> None:
+    """Raise unless positions begin anew with each packed sequence: most of transformers' attention goes by them."""
+    starts = ends[ends < length].unique().tolist()
+    begins = [0]
+    if positions is not None and positions.ndim == 2:
+        begins += ((positions.expand(1, length)[0].diff() != 1).nonzero().squeeze(1) + 1).tolist()
+    if starts != begins:
+        raise ValueError(
+            f"position_ids must begin anew at each sequence of cu_seq_lens_q, at {starts}, or attention looks from one "
+            "sequence into another: pass both, as DataCollatorWithFlattening(return_flash_attn_kwargs=True) makes "
+            f"them. Received: {'none' if positions is None else f'positions that begin anew at {begins}'}"
+        )
 
 
 def _before_layer(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -1,0 +1,432 @@
+"""What PyTorch's tools do to a layer: each is served with the right numbers, or refused in words (docs/tools.md)."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from asserting import assert_close
+from torch import nn
+from torch.func import functional_call, stack_module_state, vmap
+from torch.nn.utils import parametrizations, prune, weight_norm
+from torch.utils.checkpoint import checkpoint
+
+import fwpkm
+from fwpkm.backends.torch import FwPKM, detach
+from fwpkm.backends.torch.exporting import _Read, _read
+from fwpkm.backends.torch.flat import flatten
+
+HIDDEN = 6
+SMALL = {"key_dim": 4, "value_dim": 3, "num_heads": 2, "num_subkeys": 4, "top_k": 2, "chunk_size": 4}
+X = torch.randn(2, 11, HIDDEN, generator=torch.Generator().manual_seed(2))
+
+
+def make(seed=0, **options):
+    """A layer whose weights are large enough that every term matters."""
+    torch.manual_seed(seed)
+    layer = FwPKM(HIDDEN, **SMALL | {"learning_rate": 0.1} | options)
+    with torch.no_grad():
+        for weight in layer.parameters():
+            weight += 0.5 * torch.randn_like(weight)
+    return layer
+
+
+def same(layer, other, x=X):
+    return torch.equal(layer(x)[0], other(x)[0])
+
+
+# Dtypes
+
+
+@pytest.mark.parametrize(
+    ("default", "tables"), [("float64", "float64"), ("bfloat16", "float32"), ("float16", "float32")]
+)
+def test_a_default_dtype_is_that_of_the_weights_and_tables_never_narrow(default, tables):
+    torch.set_default_dtype(getattr(torch, default))
+    try:
+        layer = FwPKM(HIDDEN, **SMALL)
+        y, state = layer(torch.randn(2, 11, HIDDEN))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert y.dtype == layer.query_proj.weight.dtype == getattr(torch, default)
+    found = {layer.memory.keys.dtype, layer.memory.values.dtype, state.memory.values.dtype, state.pending_gate.dtype}
+    assert found == {getattr(torch, tables)}
+
+
+def test_a_default_dtype_does_not_change_a_layer_that_is_there():
+    layer = make()
+    expected, state = layer(X)
+    further, _ = layer(X, state)
+    torch.set_default_dtype(torch.float64)
+    try:
+        y, state = layer(X)
+        assert torch.equal(y, expected)
+        assert torch.equal(layer(X, state)[0], further)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("learn", [False, True])
+@pytest.mark.parametrize("cast", [nn.Module.half, nn.Module.bfloat16, lambda x: x.type(torch.float16)], ids=str)
+def test_casts_leave_the_tables_their_bits(cast, learn):
+    layer = make(learn_memory=learn)
+    before = layer.memory.values.detach().clone()
+    cast(nn.ModuleDict({"inside": layer}))
+    assert layer.query_proj.weight.element_size() == 2
+    assert torch.equal(layer.memory.values.detach(), before)
+    assert isinstance(layer.memory.values, nn.Parameter) == learn
+    assert layer(X.to(layer.query_proj.weight.dtype))[1].memory.values.dtype == torch.float32
+
+
+def test_a_file_in_float64_is_not_rounded_into_float32(tmp_path):
+    wide, narrow = make(dtype=torch.float64), make(1)
+    before = copy.deepcopy(narrow.state_dict())
+    fwpkm.save(tmp_path / "wide", wide)
+    with pytest.raises(ValueError, match=r"memory.keys.* would lose digits. Expected: float32, as the layer holds"):
+        fwpkm.load(tmp_path / "wide", narrow)
+    assert all(torch.equal(x, before[name]) for name, x in narrow.state_dict().items())
+    fwpkm.save(tmp_path / "narrow", narrow)
+    fwpkm.load(tmp_path / "narrow", wide)
+    assert torch.equal(wide.memory.values.float(), narrow.memory.values)
+
+
+# Initialisation
+
+
+def by_each_part(layer):
+    for part in layer.modules():
+        if part is not layer and hasattr(part, "reset_parameters"):
+            part.reset_parameters()
+
+
+@pytest.mark.parametrize("draw", [FwPKM.reset_parameters, by_each_part])
+def test_what_is_made_on_the_meta_device_is_drawn_as_the_constructor_draws(draw):
+    torch.manual_seed(3)
+    expected = FwPKM(HIDDEN, **SMALL).state_dict()
+    layer = FwPKM(HIDDEN, **SMALL, device="meta").to_empty(device="cpu")
+    torch.manual_seed(3)
+    draw(layer)
+    assert all(torch.equal(x, expected[name]) for name, x in layer.state_dict().items())
+
+
+def test_a_walk_over_all_modules_draws_the_distributions_of_the_specification():
+    layer = FwPKM(64, key_dim=64, value_dim=48, num_subkeys=32, device="meta").to_empty(device="cpu")
+    layer.apply(lambda module: module.reset_parameters() if hasattr(module, "reset_parameters") else None)
+    for name in ("query_proj", "value_proj", "output_proj"):
+        assert getattr(layer, name).weight.std().item() == pytest.approx(0.02, rel=0.1)
+        assert not getattr(layer, name).bias.any()
+    assert layer.memory.values.std().item() == pytest.approx(48**-0.5, rel=0.1)
+
+
+def test_a_device_that_is_not_there_is_named():
+    state = make()(X)[1]
+    for call in (
+        lambda: FwPKM(HIDDEN, **SMALL, device="cuda"),
+        lambda: fwpkm.get_backend("torch").to_device(state, "cuda"),
+    ):
+        if not torch.cuda.is_available():
+            with pytest.raises(ValueError, match=r"device must be one that torch finds here.* Received: 'cuda'"):
+                call()
+
+
+# Checkpointing
+
+
+def twice(layer, x, cut, reentrant=None):
+    """Σ y² of two calls, of which the second reads on; the first is checkpointed if told."""
+    y, state = layer(x) if reentrant is None else checkpoint(layer, x, use_reentrant=reentrant)
+    return y.square().sum() + layer(x, detach(state) if cut else state)[0].square().sum()
+
+
+@pytest.mark.parametrize(("reentrant", "cut"), [(False, False), (False, True), (True, True)])
+def test_checkpointed_calls_have_the_same_gradients(reentrant, cut):
+    layer = make(dtype=torch.float64)
+    expected, x = X.double().requires_grad_(), X.double().requires_grad_()
+    twice(layer, expected, cut).backward()
+    weights = [weight.grad.clone() for weight in layer.parameters()]
+    layer.zero_grad()
+    twice(layer, x, cut, reentrant).backward()
+    for weight, gradient in zip(layer.parameters(), weights):
+        assert_close(weight.grad.numpy(), gradient.numpy(), "float64", "gradient", "weight")
+    assert_close(x.grad.numpy(), expected.grad.numpy(), "float64", "gradient", "x")
+
+
+def test_a_reentrant_checkpoint_that_would_lose_a_gradient_is_refused():
+    layer, x = make(), X.clone().requires_grad_()
+    refused = pytest.raises(RuntimeError, match="passes no gradient through a state: call it with use_reentrant=False")
+    with refused:
+        twice(layer, x, cut=False, reentrant=True)
+    _, state = layer(x)
+    with refused:
+        checkpoint(layer, x, state, use_reentrant=True)
+    _, state = checkpoint(layer, x, use_reentrant=True)
+    with torch.no_grad():
+        assert torch.equal(layer(x, state)[0], layer(x, layer(x)[1])[0])  # where nobody wants one, it is served
+
+
+# Adapters and parametrizations
+
+
+class Adapter(nn.Module):
+    """As of LoRA: a projection, and a product of two thin ones beside it."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.down, self.up = base, nn.Linear(HIDDEN, 1), nn.Linear(1, base.out_features)
+
+    def forward(self, x):
+        return self.base(x) + self.up(self.down(x))
+
+
+@pytest.mark.parametrize(
+    "put_on", [parametrizations.weight_norm, parametrizations.orthogonal, parametrizations.spectral_norm]
+)
+def test_a_file_holds_what_a_parametrized_part_computes_with(tmp_path, put_on):
+    layer, other = make().eval(), make(1)
+    put_on(layer.value_proj)
+    fwpkm.save(tmp_path / "file", layer)
+    fwpkm.load(tmp_path / "file", other)
+    assert not torch.equal(make().value_proj.weight, make(1).value_proj.weight)
+    assert_close(other(X)[0].detach().numpy(), layer(X)[0].detach().numpy(), "float32")
+    before = layer.query_proj.weight.clone()
+    with pytest.raises(ValueError, match=r"value_proj.weight has a parametrization.*: load first and parametrize then"):
+        fwpkm.load(tmp_path / "file", layer)
+    assert torch.equal(layer.query_proj.weight, before)
+
+
+def replaced(part, module):
+    return lambda layer: setattr(layer, part, module(getattr(layer, part)))
+
+
+def patched(layer):
+    layer.value_proj.forward = lambda x: 2 * nn.functional.linear(x, layer.value_proj.weight, layer.value_proj.bias)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (replaced("query_proj", Adapter), "query_proj must be a Linear, .* Received: a Adapter"),
+        (replaced("value_norm", lambda _: nn.LayerNorm(HIDDEN)), "value_norm must be a RMSNorm, .* a LayerNorm"),
+        (patched, "value_proj must be a Linear.* whose forward was replaced"),
+        (lambda layer: prune.random_unstructured(layer.value_proj, "weight", 0.5), "value_proj.weight is computed"),
+        pytest.param(
+            lambda layer: weight_norm(layer.query_proj), "query_proj.weight is computed by a hook",
+            marks=pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning"),
+        ),
+    ],
+)  # fmt: skip
+def test_what_a_file_could_not_hold_is_neither_saved_nor_filled(tmp_path, change, message):
+    layer = make()
+    fwpkm.save(tmp_path / "plain", layer)
+    change(layer)
+    layer(X)
+    with pytest.raises(ValueError, match=message):
+        fwpkm.save(tmp_path / "file", layer)
+    assert not (tmp_path / "file").exists()
+    with pytest.raises(ValueError, match=message):
+        fwpkm.load(tmp_path / "plain", layer)
+
+
+def test_adapters_train_and_merge_into_a_file(tmp_path):
+    layer, other = make(), make(1)
+    adapter = Adapter(layer.query_proj)
+    layer.query_proj = adapter
+    layer(X)[0].square().sum().backward()
+    assert adapter.up.weight.grad.any()
+    expected = layer(X)[0]
+    with torch.no_grad():
+        adapter.base.weight += adapter.up.weight @ adapter.down.weight
+        adapter.base.bias += adapter.up(adapter.down.bias)
+    layer.query_proj = adapter.base
+    fwpkm.save(tmp_path / "file", layer)
+    fwpkm.load(tmp_path / "file", other)
+    assert_close(other(X)[0].detach().numpy(), expected.detach().numpy(), "float32")
+
+
+# Exporting
+
+B, T = torch.export.Dim("b"), torch.export.Dim("t")
+LONGER = torch.randn(3, 23, HIDDEN, generator=torch.Generator().manual_seed(4))
+
+
+class ReadOn(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x, state, mask):
+        return self.layer(x, state, mask, return_trace=True)
+
+
+@pytest.mark.parametrize(("dtype", "strict"), [("float32", True), ("float64", False), ("bfloat16", False)])
+def test_an_exported_layer_is_the_layer_at_any_batch_size_and_length(dtype, strict):
+    layer = make(dtype=getattr(torch, dtype))
+    wide = layer.memory.keys.dtype
+    program = torch.export.export(layer, (X.to(wide),), dynamic_shapes={"x": {0: B, 1: T}}, strict=strict).module()
+    for x in (X.to(wide), LONGER.to(wide)):
+        (y, state), (expected, after) = program(x), layer(x)
+        assert torch.equal(y, expected)
+        assert torch.equal(state.memory.values, after.memory.values)
+        assert torch.equal(state.position, after.position)
+
+
+def test_an_exported_program_reads_on_from_a_state_under_a_mask_and_from_a_file(tmp_path):
+    layer, mask = make(), torch.ones(2, 11, dtype=torch.bool)
+    state = detach(layer(X)[1])
+    shapes = {"x": {0: B, 1: T}, "state": state.map(lambda _: {0: B}), "mask": {0: B, 1: T}}
+    program = torch.export.export(ReadOn(layer), (X, state, mask), dynamic_shapes=shapes)
+    torch.export.save(program, tmp_path / "layer.pt2")
+    program = torch.export.load(tmp_path / "layer.pt2").module()
+    longer = torch.ones(3, 23, dtype=torch.bool)
+    longer[1, 2:9] = False
+    before = detach(layer(LONGER[:, :5])[1])
+    kept = before.memory.values.clone()
+    (y, after, trace), (expected, wanted, record) = (call(LONGER, before, longer) for call in (program, ReadOn(layer)))
+    assert torch.equal(y, expected)
+    assert all(torch.equal(a, b) for a, b in zip(flatten((after, trace)), flatten((wanted, record)), strict=True))
+    assert torch.equal(before.memory.values, kept)
+
+
+def test_exported_packed_sequences():
+    layer, ends = make(), torch.tensor([0, 4, 11], dtype=torch.int32)
+    shapes = {"x": {1: T}, "cu_seqlens": {0: torch.export.Dim("ends", min=3)}}
+    program = torch.export.export(layer, (X[:1],), {"cu_seqlens": ends}, dynamic_shapes=shapes).module()
+    ends = torch.tensor([0, 9, 11, 23], dtype=torch.int32)
+    assert torch.equal(program(LONGER[:1], cu_seqlens=ends)[0], layer(LONGER[:1], cu_seqlens=ends)[0])
+
+
+def test_an_exported_program_has_no_gradient_and_says_so():
+    program = torch.export.export(make(), (X,)).module()
+    with pytest.raises(RuntimeError, match=r"fwpkm.read"):
+        program(X)[0].sum().backward()
+
+
+def test_decode_is_not_exported():
+    class Decoding(ReadOn):
+        def forward(self, x, state):
+            return self.layer.decode(x, state)
+
+    layer = make()
+    with pytest.raises(RuntimeError, match=r"decode overwrites its state.*: export calls with T=1 instead"):
+        torch.export.export(Decoding(layer), (X[:, :1], layer.init_state(2)))
+
+
+def test_the_operator_keeps_torchs_rules():
+    layer = make()
+    tokens, _ = layer._project(X, None)
+    arguments = _Read(layer.config.to_json(), detach(layer(X)[1]), tokens.map(torch.Tensor.detach), None, True)
+    torch.library.opcheck(_read, tuple(flatten(arguments)))
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit:DeprecationWarning")
+def test_other_transforms_are_refused():
+    layer = make()
+    weights = {name: x.detach() for name, x in layer.named_parameters()}
+
+    def loss(weights):
+        return functional_call(layer, weights, (X,))[0].square().sum()
+
+    be, stacked = fwpkm.get_backend("torch"), stack_module_state([make(), make(1)])
+    calls = [
+        lambda: torch.func.grad(loss)(weights),
+        lambda: torch.func.jvp(lambda x: layer(x)[0], (X,), (X,)),
+        lambda: vmap(lambda x: layer(x)[0])(X[None]),
+        lambda: vmap(lambda weights, buffers: functional_call(layer, (weights, buffers), (X,))[0])(*stacked),
+        lambda: vmap(lambda query: be.lookup(layer.config, layer.memory(), query))(torch.ones(2, 1, 3, 8)),
+    ]
+    for call in calls:
+        with pytest.raises(RuntimeError, match=r"cannot run inside torch.func's transforms"):
+            call()
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match="or forward-mode autograd"):
+        layer(torch.autograd.forward_ad.make_dual(X, X))
+    with torch.no_grad(), pytest.raises(RuntimeError, match=r"torch.jit.trace.*: use torch.export"):
+        torch.jit.trace(layer, X)
+
+
+def test_functional_call_and_data_parallel_are_served():
+    layer, other = make(), make(1)
+    assert torch.equal(functional_call(layer, other.state_dict(), (X,))[0], other(X)[0])
+    assert torch.equal(nn.DataParallel(layer)(X)[0], layer(X)[0])
+
+
+@pytest.mark.filterwarnings("ignore:.*quant.*:DeprecationWarning", "ignore:.*quant.*:UserWarning")
+def test_dynamic_quantization_leaves_the_layer_as_it_is():
+    """It looks for nn.Linear itself, and the projections are of a class of their own."""
+    layer = make()
+    model = nn.Sequential(nn.Linear(HIDDEN, HIDDEN), layer)
+    quantized = torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
+    assert type(quantized[0]) is not nn.Linear
+    assert same(quantized[1], layer)
+
+
+# Copies
+
+
+def saved(layer):
+    file = io.BytesIO()
+    torch.save(layer, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x)), saved], ids=["deepcopy", "pickle", "save"]
+)
+def test_copies_are_equal_and_share_nothing(copied):
+    layer = make()
+    other = copied(layer)
+    assert same(other, layer)
+    own = {x.data_ptr() for x in layer.state_dict().values()}
+    assert own.isdisjoint(x.data_ptr() for x in other.state_dict().values())
+    state = detach(layer(X)[1])
+    again = copied(state)
+    assert isinstance(again, fwpkm.State)
+    assert again.memory.values.data_ptr() != state.memory.values.data_ptr()
+    assert torch.equal(layer(X, again)[0], layer(X, state)[0])
+
+
+@pytest.mark.parametrize("learn", [False, True])
+def test_an_average_of_weights_is_a_layer(tmp_path, learn):
+    layer = make(learn_memory=learn)
+    average = torch.optim.swa_utils.AveragedModel(layer, use_buffers=True)
+    average.update_parameters(layer)
+    first = copy.deepcopy(layer.state_dict())
+    with torch.no_grad():
+        for x in layer.state_dict().values():
+            x += 1
+    average.update_parameters(layer)
+    for name, x in average.module.state_dict().items():
+        torch.testing.assert_close(x, first[name] + 0.5)
+    fwpkm.save(tmp_path / "average", average.module)
+    with pytest.raises(
+        ValueError, match=r"layer must be an FwPKM layer of one of the backends. Received: AveragedModel"
+    ):
+        fwpkm.save(tmp_path / "average", average)
+
+
+def test_a_call_in_place_leaves_the_initial_memory_alone():
+    layer = make()
+    before = layer.memory.values.clone()
+    with torch.no_grad():
+        state = layer.init_state(2)
+        layer(X, state, inplace=True)
+        one = layer.init_state(1)
+        for token in X[:1].split(1, dim=1):
+            layer.decode(token, one)
+    assert torch.equal(layer.memory.values, before)
+    assert not torch.equal(state.memory.values[0], before)
+
+
+def test_a_state_from_before_a_call_without_a_write_shares_its_tables():
+    """Which is why ``inplace`` needs a copy of what is kept: SPEC.md §5."""
+    layer = make()
+    with torch.no_grad():
+        _, kept = layer(X[:, :1])
+        _, state = layer(X[:, :1], kept)
+        assert state.memory.values is kept.memory.values
+        copied = kept.map(torch.clone)
+        layer(X, state, inplace=True)
+        fresh = layer(X, layer(X[:, :1])[1])[0]
+        assert torch.equal(layer(X, copied)[0], fresh)
+        assert not torch.equal(layer(X, kept)[0], fresh)
