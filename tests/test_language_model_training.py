@@ -200,7 +200,7 @@ def test_the_record_has_a_line_for_every_few_steps(tmp_path):
     assert all(line.keys() == fields for line in lines)
     assert 7 < lines[0]["bits_per_byte"] < 9  # 8 bits before anything is learned
     assert lines[2]["bits_per_byte"] < lines[0]["bits_per_byte"]
-    line = {"steps_per_second": 2.0, "digits_right": 0.0, "first_right": 0.0, "device": "CPU"}
+    line = {"steps_per_second": 2.0, "digits_right": 0.0, "first_right": 0.0, "device": "CPU", "side_by_side": 1}
     retaken = [{"step": step, "run": run, **line} for run, step in ((0, 3), (0, 6), (1, 4), (1, 7))]
     (tmp_path / RECORD).write_text("".join(json.dumps(line) + "\n" for line in retaken))
     kept = results.record((tmp_path / RECORD).read_text())

@@ -68,7 +68,9 @@ def test_a_default_dtype_does_not_change_a_layer_that_is_there():
 
 
 @pytest.mark.parametrize("learn", [False, True])
-@pytest.mark.parametrize("cast", [nn.Module.half, nn.Module.bfloat16, lambda x: x.type(torch.float16)], ids=str)
+@pytest.mark.parametrize(
+    "cast", [nn.Module.half, nn.Module.bfloat16, lambda x: x.type(torch.float16)], ids=["half", "bfloat16", "type"]
+)
 def test_casts_leave_the_tables_their_bits(cast, learn):
     layer = make(learn_memory=learn)
     before = layer.memory.values.detach().clone()

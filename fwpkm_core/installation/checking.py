@@ -4,6 +4,7 @@
 frameworks print goes to standard error, of which the command shows the last line where a process gave no answer.
 """
 
+import functools
 import importlib
 import json
 import os
@@ -42,7 +43,7 @@ def check(name: str, patience: float = PATIENCE) -> Answer:
     """Let the part of this name compute one call in a process of its own, and hold what it gives to the reference.
 
     Args:
-        name: a backend's name, "triton", "transformers", "demo" or "conform".
+        name: a backend's name, "triton", "nnx", "equinox", "transformers", "demo" or "conform".
         patience: seconds after which a process that says nothing is ended.
     """
     begin = time.perf_counter()
@@ -88,7 +89,8 @@ def main(name: str) -> int:
 
 
 def _others() -> dict[str, Any]:
-    return {"triton": _triton, "transformers": _transformers, "demo": _demo, "conform": _conform}
+    jax_modules = {name: functools.partial(_jax_module, name) for name in ("nnx", "equinox")}
+    return {"triton": _triton, **jax_modules, "transformers": _transformers, "demo": _demo, "conform": _conform}
 
 
 def _backend(name: str, be: Any, **options: Any) -> str:
@@ -110,6 +112,18 @@ def _backend(name: str, be: Any, **options: Any) -> str:
     if not error <= BOUNDS["float32"].forward:
         raise ArithmeticError(f"the outputs of {name} are {error:.1e} off the reference's, in relative error")
     return be.device_name()
+
+
+def _jax_module(name: str) -> str:
+    """Let a module of Flax NNX or Equinox read a few tokens; raises ArithmeticError where what it gives is not finite."""
+    jax = importlib.import_module("jax")
+    layer = importlib.import_module(f"fwpkm.integrations.{name}").FwPKM
+    key = jax.random.key(0)
+    drawn = {"rngs": importlib.import_module("flax.nnx").Rngs(key)} if name == "nnx" else {"key": key}
+    y, _ = layer(8, _CONFIG, **drawn)(np.random.default_rng(0).standard_normal((2, 9, 8)).astype(np.float32))
+    if not np.isfinite(np.asarray(y)).all():
+        raise ArithmeticError(f"the outputs of {name} are not finite")
+    return get_backend("jax").device_name()
 
 
 def _triton() -> str:

@@ -37,6 +37,8 @@ class _Part(NamedTuple):
 
 _OTHERS = {
     "triton": _Part(("triton", "torch"), "triton"),
+    "nnx": _Part(("flax", "jax"), "nnx"),
+    "equinox": _Part(("equinox", "jax"), "equinox"),
     "transformers": _Part(("transformers", "torch"), "transformers"),
     "demo": _Part(("matplotlib", "rich"), "demo"),
     "conform": _Part(("hypothesis", "rich", "torch"), "conform"),
