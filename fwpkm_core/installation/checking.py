@@ -115,7 +115,7 @@ def _backend(name: str, be: Any, **options: Any) -> str:
 
 
 def _jax_module(name: str) -> str:
-    """Let a module of Flax NNX or Equinox read a few tokens; raises ArithmeticError where what it gives is not finite."""
+    """Let a module of Flax NNX or Equinox read a few tokens; raises ArithmeticError unless what it gives is finite."""
     jax = importlib.import_module("jax")
     layer = importlib.import_module(f"fwpkm.integrations.{name}").FwPKM
     key = jax.random.key(0)
