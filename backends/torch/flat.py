@@ -1,7 +1,7 @@
 """NamedTuples of tensors as the flat lists that autograd functions and operators of torch pass, and back."""
 
 from collections.abc import Iterable, Iterator
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_origin, get_type_hints
 
 import torch
 
@@ -16,7 +16,8 @@ _TYPES = {str: "str", bool: "bool", torch.dtype: "ScalarType"}
 
 def flat(kind: type[T]) -> type[T]:
     """Let ``unflatten`` make a NamedTuple, and those that its fields are annotated with."""
-    hints = get_type_hints(kind)
+    # Not Memory[A] but Memory: graphs look a class up, and no alias of one.
+    hints = {name: get_origin(hint) or hint for name, hint in get_type_hints(kind).items()}
     _NESTED[kind] = {name: hint if hasattr(hint, "_fields") else None for name, hint in hints.items()}
     for nested in _NESTED[kind].values():
         if nested is not None:
