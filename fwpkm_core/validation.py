@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fwpkm.config import FIELDS, FwPKMConfig, check_arguments
+from fwpkm.config import FwPKMConfig, check_arguments
 from fwpkm.containers import Memory, State, memories_for, memory_specs, state_specs
 from fwpkm.tokens import TOKEN_FIELDS, ArraySpec, Axis, Tokens, token_specs
 
@@ -114,7 +114,8 @@ def layer_config(
         ValueError: a field, the width, the norm or one of the ``flags`` of a layer breaks its rule.
         TypeError: no field has a name; says which one was probably meant.
     """
-    check_arguments("FwPKM", config_fields, (*FIELDS, "value_norm", *flags))
+    known = (field.name for field in dataclasses.fields(FwPKMConfig))
+    check_arguments("FwPKM", config_fields, (*known, "value_norm", *flags))
     for name, flag in flags.items():
         check_flag(name, flag)
     config = FwPKMConfig() if config is None else config
