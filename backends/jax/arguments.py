@@ -24,7 +24,10 @@ def takes_numpy(function: Callable[_P, _R]) -> Callable[_P, _R]:
     names = list(inspect.signature(function).parameters)
 
     def taken(name: str, x: Any) -> Any:
-        return x if name == "rows" else jax.tree.map(from_numpy, x)
+        # A state of JAX's arrays must stay the object that it is: who only reads is given it back.
+        if name == "rows" or not any(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(x)):
+            return x
+        return jax.tree.map(from_numpy, x)
 
     @functools.wraps(function)
     def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:

@@ -167,6 +167,10 @@ class FwPKM(eqx.Module):
         """The canonical names (SPEC.md §8) and their shapes."""
         return self.layer.tensor_shapes()
 
+    def table_dtype(self) -> str:
+        """The widest that initial tables can have here: "float64" in JAX's 64-bit mode, else "float32"."""
+        return self.layer.table_dtype()
+
     def export_tensors(self, variables: None = None) -> dict[str, np.ndarray]:
         """Weights and initial tables by canonical name; bfloat16 and float16 as float32."""
         return self.layer.export_tensors(self.variables())
