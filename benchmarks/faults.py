@@ -51,6 +51,7 @@ def _layer(fill: float) -> Any:
         tensors=tensors,
         spec=lambda: layer_spec(4, True, None, SAVED),
         tensor_shapes=lambda: {name: x.shape for name, x in tensors.items()},
+        table_dtype=lambda: "float32",
         export_tensors=lambda variables=None: tensors,
         import_tensors=tensors.update,
     )

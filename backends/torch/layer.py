@@ -147,7 +147,9 @@ class FwPKM(nn.Module):
         """
         validation.check_flag("return_state", return_state)
         validation.check_flag("return_trace", return_trace)
-        tokens, dtype = ranks.told(self.memory if state is None else state, self._project, x, mask, cu_seqlens)
+        whole = state is None and hasattr(self.memory, "reshard")  # FSDP2 gathers these tables when they are read
+        begins = None if whole else self.memory if state is None else state
+        tokens, dtype = ranks.told(begins, self._project, x, mask, cu_seqlens)
         if state is None:
             counted = mask if cu_seqlens is None else cu_seqlens
             device = None if counted is None else counted.device
