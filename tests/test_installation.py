@@ -52,7 +52,7 @@ def test_every_part_is_listed_with_its_versions(capsys):
     printed, errors = capsys.readouterr()
     assert errors == ""
     named = {line.split()[0]: line for line in printed.splitlines() if line and line[0].islower()}
-    others = ["triton", "jax-triton", "transformers", "demo", "conform"]
+    others = ["triton", "jax-triton", "nnx", "equinox", "transformers", "demo", "conform"]
     assert list(named)[1:] == [*fwpkm.backend_names(), *others]
     assert named["fwpkm"].startswith(f"fwpkm {fwpkm.__version__}, Python {sys.version.split()[0]} on ")
     for line, package in (("torch", "torch"), ("jax", "jax"), ("demo", "rich"), ("triton", "triton")):

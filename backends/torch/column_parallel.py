@@ -235,7 +235,8 @@ def fill(table: Tensor, whole: Tensor) -> None:
 
 def fill_normal(table: Tensor, std: float) -> None:
     """Draw a table anew; of one in columns every rank draws all, some rows at a time: generators stay alike."""
-    columns = Columns.of(table)
+    in_shards = any(placement.is_shard(0) for placement in getattr(table, "placements", ()))  # FSDP2's
+    columns = None if in_shards else Columns.of(table)
     if columns is None:
         table.normal_(std=std)
         return
