@@ -81,7 +81,7 @@ def test_users_who_come_and_go_get_what_each_gets_alone(tmp_path):
 
 def test_answers_hang_on_memories_and_windows(tmp_path):
     """Or the tests above would show nothing."""
-    text = bytes(range(60))
+    text = bytes(range(120))
     frozen = Served(built(memory={**MEMORY, "learning_rate": 0.0}))
     narrow = Served(built(window=4))
     for other in (frozen, narrow):
