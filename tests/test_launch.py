@@ -25,14 +25,14 @@ STREAM = 7
 
 
 @pytest.mark.parametrize(("number", "expected"), [(np.array([True]), "bool"), (np.array([7], np.int32), "int32")])
-def test_the_interpreter_spreads_a_truth_as_a_truth(number, expected):
+def test_a_block_of_a_truth_is_of_truths(number, expected):
     """A comparison has the type of what was compared there, and Triton 3.9 takes no integers for a mask."""
     assert launch.INTERPRETED
     builder, integers = triton.runtime.interpreter.interpreter_builder, triton.language.int32
     handle = triton.runtime.interpreter.TensorHandle(number, integers)
-    spread = builder.create_splat(triton.language.block_type(integers, [4]), handle)
-    assert spread.data.tolist() == 4 * number.tolist()
-    assert (spread.data.dtype, str(spread.dtype)) == (np.dtype(expected), {"bool": "int1"}.get(expected, expected))
+    block = builder.create_splat(triton.language.block_type(integers, [4]), handle)
+    assert block.data.tolist() == 4 * number.tolist()
+    assert (block.data.dtype, str(block.dtype)) == (np.dtype(expected), {"bool": "int1"}.get(expected, expected))
 
 
 class Kernel:

@@ -3,70 +3,33 @@
 Each case does with tables in columns over n ranks (gloo) what one process does with tables that lie whole.
 """
 
-import contextlib
 import functools
 import json
 import os
 import sys
-import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
+import torch_column_files  # noqa: F401  whose cases are among them
+from column_ranks import CASES, FOLDER, RANK, RANKS, SMALL, both, case, draw, layer_of, leaves, mesh, whole, worst
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-import fwpkm
 from fwpkm import FwPKMConfig
-from fwpkm.agreement import relative_error
 from fwpkm.backends import torch as be
 from fwpkm.backends.torch import FwPKM, columns
-from fwpkm.containers import Memory, State
-from fwpkm.files import state_arrays
+from fwpkm.containers import Memory
 
-RANK, RANKS, FOLDER = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
-SMALL = {"key_dim": 8, "value_dim": 8, "num_subkeys": 6, "top_k": 3, "chunk_size": 4}
 CONFIGS = {
     "plain": {},
     "wait, one table": {"boundary": "wait", "lookahead": 2, "memory_scope": "batch"},
     "dot product, clipped": {"score": "dot_product", "num_heads": 2, "grad_clip": 0.02, "weight_decay": 0.1},
     "normalized": {"write_scale": "normalized", "temperature": 0.5, "lookahead": 0},
 }
-CASES: dict[str, Callable[[], Any]] = {}
-MESH: Any = None
-
-
-def case(function: Callable[[], Any]) -> Callable[[], Any]:
-    CASES[function.__name__.replace("_", " ")] = function
-    return function
-
-
-def draw(*shape: int, seed: int = 0, dtype: Any = torch.float64) -> Tensor:
-    return torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).sub(0.5).to(dtype)
-
-
-def whole(x: Tensor) -> Tensor:
-    """A tensor, or all columns of one; a gradient passes: each rank computes one loss of the whole."""
-    return x.full_tensor(grad_placements=[Replicate()]) if isinstance(x, DTensor) else x
-
-
-def leaves(*found: Any) -> list[Tensor]:
-    """The tensors of results, tables whole."""
-    return [y for x in found for y in (leaves(*x) if isinstance(x, (tuple, list)) else [whole(x)])]
-
-
-def worst(received: list[Tensor], expected: list[Tensor]) -> float:
-    errors = [relative_error(*(be.to_numpy(x.double()) for x in two)) for two in zip(received, expected, strict=True)]
-    return max(errors)
-
-
-def both(function: Callable[[Callable[[Any], Any]], list[Tensor]]) -> float:
-    """The error of a function of how tables are dealt."""
-    return worst(function(lambda x: columns.shard(x, MESH)), function(lambda x: x))
 
 
 def tables(cfg: FwPKMConfig, deal: Callable[[Any], Any], dtype: Any = torch.float64) -> Memory:
@@ -188,18 +151,13 @@ def in_place_on_the_kernels() -> float:
 def overflow_on_the_kernels_gives_nan() -> bool:
     """They do not ask each other between launches, and say so."""
     cfg = FwPKMConfig(**SMALL | {"key_dim": 16, "value_dim": 16 * RANKS})
-    memory, value = columns.shard(be.init_memory(cfg), MESH), draw(1, 8, 16 * RANKS, seed=1, dtype=torch.float32)
+    memory, value = columns.shard(be.init_memory(cfg), mesh()), draw(1, 8, 16 * RANKS, seed=1, dtype=torch.float32)
     value[0, 2, 1] = 3e38
     output, _, _ = be.apply(
         cfg, be.init_state(cfg, memory, 1), draw(1, 8, 16, dtype=torch.float32), value, torch.full((1, 8), 50.0),
         implementation="triton",
     )  # fmt: skip
     return bool(output.isnan().all())
-
-
-def layer_of(learn: bool = True, seed: int = 0) -> FwPKM:
-    torch.manual_seed(seed)
-    return FwPKM(8, **SMALL, learn_memory=learn, dtype=torch.float64)
 
 
 @case
@@ -295,7 +253,7 @@ def by_distribute_tensor() -> float:
 def drawn_in_columns() -> bool:
     """A layer made on the meta device holds no more than its columns, which differ between ranks."""
     layer = FwPKM(8, **SMALL | {"value_dim": 64, "num_subkeys": 80}, device="meta")
-    layer = columns.shard(layer, MESH).to_empty(device="cpu")
+    layer = columns.shard(layer, mesh()).to_empty(device="cpu")
     torch.manual_seed(0)
     layer.reset_parameters()
     values = whole(layer.memory.values)
@@ -304,202 +262,8 @@ def drawn_in_columns() -> bool:
     return len(values[:, :: 64 // RANKS].unique()) > 6400 * (RANKS - 1)
 
 
-# Refusals: what was raised, on this rank
-
-
-@contextlib.contextmanager
-def refused(found: list[str]) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        found.append(f"{type(error).__name__}: {error}")
-    else:
-        found.append("nothing was raised")
-
-
-def call(values: Any = None, query: Any = None, value: Any = None, **options: Any) -> Any:
-    cfg = FwPKMConfig(**SMALL)
-    memory = columns.shard(be.init_memory(cfg), MESH)
-    memory = memory if values is None else memory._replace(values=values)
-    query, value = (draw(2, 5, 8, dtype=torch.float32) if x is None else x for x in (query, value))
-    return be.apply(cfg, be.init_state(cfg, memory, 2), query, value, **options)
-
-
-def rows_of_layer() -> Any:
-    layer = layer_of()
-    layer.memory.values = nn.Parameter(distribute_tensor(layer.memory.values.detach(), MESH, [Shard(0)]))
-    return layer(draw(2, 5, 8))
-
-
-@case
-def refusals() -> list[str]:
-    """Each on every rank, and the ranks go on together."""
-    found: list[str] = []
-    cfg = FwPKMConfig(**SMALL)
-    memory, wide = be.init_memory(cfg), FwPKMConfig(**SMALL | {"key_dim": 16, "value_dim": 16})
-    dealt = columns.shard(memory, MESH)
-    state = be.init_state(cfg, dealt, 1)
-    odd = be.init_memory(FwPKMConfig(**SMALL | {"value_dim": 7}))
-    attempts: dict[str, Callable[[], Any]] = {
-        "rows": lambda: call(distribute_tensor(memory.values, MESH, [Shard(1)])),
-        "rows of a layer": lambda: rows_of_layer(),
-        "replicated": lambda: call(distribute_tensor(memory.values, MESH, [Replicate()])),
-        "odd": lambda: columns.shard(odd, MESH),
-        "odd, by torch": lambda: be.lookup(
-            FwPKMConfig(**SMALL | {"value_dim": 7}),
-            odd._replace(values=distribute_tensor(odd.values, MESH, [Shard(2)])),
-            draw(1, 2, 8, dtype=torch.float32),
-        ),
-        "few columns for kernels": lambda: be.lookup(
-            wide, columns.shard(be.init_memory(wide), MESH), draw(1, 2, 16).float(), implementation="triton"
-        ),
-        "mesh": lambda: columns.shard(memory, init_device_mesh("cpu", (1, RANKS))),
-        "other tokens": lambda: call(value=draw(2, 5, 8, seed=RANK, dtype=torch.float32)),
-        "other shape": lambda: call(query=draw(2, 5 + RANK, 8), value=draw(2, 5 + RANK, 8)),
-        "other mask": lambda: call(mask=draw(2, 5, seed=RANK) > 0),
-        "bad on one rank": lambda: call(query=draw(2, 5, 8 if RANK else 9, dtype=torch.float32)),
-        "bad x on one rank": lambda: columns.shard(layer_of(), MESH)(draw(2, 5, 8 if RANK else 9)),
-        "other weights": lambda: columns.shard(layer_of(seed=RANK), MESH)(draw(2, 5, 8)),
-        "whole meets columns": lambda: be.put(cfg, state, [0], be.init_state(cfg, memory, 1)),
-        "whole file": lambda: fwpkm.save_state(FOLDER / f"whole-{RANK}", state, cfg),
-        "pack": lambda: be.pack(cfg, state, dealt),
-        "to device": lambda: be.to_device(state, "cpu"),
-        "twice": lambda: columns.shard(state, MESH),
-        "gather": lambda: columns.gather(memory),
-        "nothing": lambda: columns.shard(nn.Linear(2, 2), MESH),
-    }
-    for name, attempt in attempts.items():
-        with refused(found):
-            attempt()
-        found[-1] = f"{name}: {found[-1]}"
-        call()  # which would hang, were the ranks apart
-    return found
-
-
-@case
-def late() -> str:
-    """The last rank does not make the call; the others hear of it when the group's timeout has passed."""
-    done = FOLDER / "heard"
-    if RANK == RANKS - 1:
-        while not done.exists():
-            time.sleep(0.1)
-        return "absent"
-    found: list[str] = []
-    with refused(found):
-        call()
-    done.touch()
-    return found[0]
-
-
-# Files
-
-
-def half_read(deal: Callable[[Any], Any]) -> tuple[FwPKMConfig, State]:
-    cfg = FwPKMConfig(**SMALL)
-    state = be.init_state(cfg, deal(be.init_memory(cfg)), 2)
-    tokens = draw(2, 7, 8, dtype=torch.float32)
-    return cfg, be.apply(cfg, state, tokens, tokens)[1]
-
-
-@case
-def save() -> float:
-    """Into folders that ``load`` reads on another number of ranks."""
-    from torch.distributed import checkpoint
-
-    cfg, state = half_read(lambda x: columns.shard(x, MESH))
-    layer = columns.shard(layer_of(), MESH)
-    for name in ("state", "layer"):
-        (FOLDER / name).mkdir(exist_ok=True)
-    for _ in range(2):  # the second replaces the first
-        columns.save_state(FOLDER / "state", state, cfg)
-        columns.save(FOLDER / "layer", layer)
-    assert len(list((FOLDER / "state").iterdir())) == RANKS + 1
-    checkpoint.save({"layer": layer.state_dict(), "state": state_arrays(state)}, checkpoint_id=FOLDER / f"dcp-{RANKS}")
-    if RANK == 0:
-        columns.join(FOLDER / "state", FOLDER / "state.safetensors")
-        columns.join(FOLDER / "layer", FOLDER / "layer.safetensors")
-    return 0.0
-
-
-@case
-def load() -> float:
-    """All that ``save`` wrote, bit for bit."""
-    from torch.distributed import checkpoint
-
-    cfg, expected = half_read(lambda x: x)
-    found = columns.load_state(FOLDER / "state", cfg, MESH)
-    assert found.memory.values.to_local().shape[-1] == 8 // RANKS
-    joined = fwpkm.load_state(FOLDER / "state.safetensors", cfg, "torch")
-    errors = [worst(leaves(x), leaves(expected)) for x in (found, joined, columns.gather(found))]
-    for source in ("layer", "layer.safetensors", "dcp"):
-        layer = columns.shard(FwPKM(8, **SMALL, learn_memory=True, dtype=torch.float64), MESH)
-        if source == "dcp":
-            fresh = columns.shard(be.init_state(cfg, be.init_memory(cfg), 2), MESH)
-            held = {"layer": layer.state_dict(), "state": state_arrays(fresh)}
-            checkpoint.load(held, checkpoint_id=FOLDER / f"dcp-{6 - RANKS}")  # two load what four saved, and four that
-            errors.append(worst(leaves(fresh), leaves(expected)))
-        else:
-            (columns.load if source == "layer" else fwpkm.load)(FOLDER / source, layer)
-        errors.append(worst(leaves(list(layer.state_dict().values())), list(layer_of().state_dict().values())))
-    return max(errors)
-
-
-@case
-def bad_files() -> list[str]:
-    """Refused on every rank; what was there stays."""
-    found: list[str] = []
-    cfg, state = half_read(lambda x: columns.shard(x, MESH))
-    folder, other = FOLDER / "bad", FwPKMConfig(**SMALL | {"temperature": 2.0})
-    folder.mkdir(exist_ok=True)
-    columns.save_state(folder, state, cfg)
-    layer = columns.shard(layer_of(), MESH)
-    before = [x.detach().clone() for x in leaves(list(layer.state_dict().values()))]
-    for attempt in (
-        lambda: columns.load_state(folder, other, MESH),
-        lambda: columns.load(folder, layer),
-        lambda: columns.load_state(FOLDER / "nowhere", cfg, MESH),
-        lambda: columns.save_state(folder / "nowhere", state, cfg),
-        lambda: columns.save_state(folder if RANK else folder / "nowhere", state, cfg),
-        lambda: columns.save_state(folder, columns.gather(state), cfg),
-    ):
-        with refused(found):
-            attempt()
-    assert worst(leaves(columns.load_state(folder, cfg, MESH)), leaves(state)) == 0
-    distributed.barrier()
-    if RANK == 0:
-        (part,) = folder.glob("columns-*-1-of-*")  # saves that failed have left nothing
-        data = bytearray(part.read_bytes())
-        data[-1] ^= 1
-        part.write_bytes(data)
-    distributed.barrier()
-    with refused(found):
-        columns.load_state(folder, cfg, MESH)
-    distributed.barrier()
-    if RANK == 0:
-        (folder / "columns.json").write_text("{}")
-    distributed.barrier()
-    with refused(found):
-        columns.load_state(folder, cfg, MESH)
-    assert worst(leaves(list(layer.state_dict().values())), before) == 0
-    return found
-
-
-@case
-def killed() -> str:
-    """The last rank is killed while it writes: the older save stays whole."""
-    cfg, state = half_read(lambda x: columns.shard(x, MESH))
-    folder = FOLDER / "state"
-    if RANK == RANKS - 1:
-        os.replace = lambda *_: os._exit(0)  # as ``kill -9`` between writing and naming
-    found: list[str] = []
-    with refused(found):
-        columns.save_state(folder, be.flush(cfg, state)[0], cfg)
-    return found[0]
-
-
 def main() -> None:
     """Join the group and run the cases that are named, in order."""
-    global MESH
     names = sys.argv[4:]
     store = f"file://{FOLDER}/{names[0]}-{RANKS}"
     distributed.init_process_group(
@@ -509,7 +273,6 @@ def main() -> None:
         world_size=RANKS,
         timeout=timedelta(seconds=10 if "late" in names else 120),
     )
-    MESH = init_device_mesh("cpu", (RANKS,))
     if any("kernels" in name for name in names):
         import triton.runtime.interpreter
         from quick_interpreter import quicken

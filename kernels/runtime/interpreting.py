@@ -6,7 +6,7 @@ from triton.runtime import interpreter
 
 
 def keep_truths() -> None:
-    """Let a comparison of two numbers stay a truth value where the interpreter spreads it over a block.
+    """Let a comparison of two numbers stay a truth value where the interpreter makes a block of it.
 
     It gives the result the type of what was compared, and since Triton 3.9 refuses the integers that come of it as a
     mask: "mask has unsupported dtype". Its compiler makes an i1 of it, in every version.
@@ -15,8 +15,8 @@ def keep_truths() -> None:
     splat = builder.create_splat
 
     def create_splat(self: Any, ret_ty: Any, arg: Any) -> Any:
-        spread = splat(self, ret_ty, arg)
+        block = splat(self, ret_ty, arg)
         is_truth = arg.data.dtype.kind == "b"
-        return interpreter.TensorHandle(spread.data.astype(bool), interpreter.tl.int1) if is_truth else spread
+        return interpreter.TensorHandle(block.data.astype(bool), interpreter.tl.int1) if is_truth else block
 
     builder.create_splat = create_splat
