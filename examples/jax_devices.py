@@ -56,10 +56,14 @@ def worst(found, expected):
 
 
 def main():
-    """Train and read on four devices, on one, and after a checkpoint on two."""
-    mesh = jax.make_mesh((2, 2), ("rows", "columns"), axis_types=(AxisType.Auto,) * 2)
+    """Train and read on all devices, on one, and after a checkpoint on half of them."""
+    number = len(jax.devices())
+    if number < 2 or number % 2:
+        raise SystemExit(f"an even number of devices is needed. There are {number}")
+    axes = {"axis_names": ("rows", "columns"), "axis_types": (AxisType.Auto,) * 2}
+    mesh = jax.make_mesh((number // 2, 2), **axes)
     variables = layer.init(jax.random.key(0))
-    x, target = jax.random.normal(jax.random.key(1), (2, 4, 40, 32))
+    x, target = jax.random.normal(jax.random.key(1), (2, 4 * number, 40, 32))
 
     alone = train_step(variables, x, target)
     expected, _ = read_on(alone[0], x, alone[1])
@@ -72,7 +76,7 @@ def main():
     print(f"tables of {values.shape}, on each of {len(mesh.devices.flat)} devices {part}")
     print(f"a training step: worst difference {worst((trained, state), alone[:2]):.1e}")
 
-    half = jax.make_mesh((1, 2), ("rows", "columns"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:2])
+    half = jax.make_mesh((1, number // 2), **axes, devices=jax.devices()[: number // 2])
     saved = {"variables": trained, "state": state}
     wanted = {"variables": deal(half, trained), "state": deal(half, state, "rows")}
     wanted = jax.tree.map(lambda x, to: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=to), saved, wanted)

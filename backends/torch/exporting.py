@@ -4,7 +4,6 @@
 ``fwpkm.backends.torch`` first, which registers the operator.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +17,6 @@ from fwpkm.config import FwPKMConfig
 from fwpkm.containers import LayerTrace, Memory, State, Trace
 from fwpkm.tokens import Tokens
 
-is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)  # torch 2.6 has none
 flat(Trace)
 for kind in (Memory, State, Trace, LayerTrace):  # so that torch.export.save can name them
     _register_namedtuple(kind, serialized_type_name=f"fwpkm.{kind.__name__}")
@@ -42,6 +40,14 @@ class _Result(NamedTuple):
     output: Tensor
     state: State
     trace: Trace
+
+
+def is_exporting() -> bool:
+    """Whether torch.export traces this call.
+
+    ``torch.compiler.is_exporting()`` is True under torch.compile too before torch 2.13, so its flag is read.
+    """
+    return torch.compiler._is_exporting_flag
 
 
 def apply(
