@@ -1,8 +1,9 @@
 """Data parallel training on several cards beside one of them: ``python -m benchmarks.cluster --ranks 2``.
 
-One run, in rounds: the first rank trains alone while the others wait, then all train together under DDP. Weak scaling:
-each rank has as many rows as the one alone, and the ratio is of rows per second; strong scaling: they share those rows.
-On the CPU ranks are processes of one thread each. The bytes that a step sends are counted from its collectives.
+One run, in rounds: the first rank trains alone while the others wait, then all train together, the layer under DDP and
+the language model by its Trainer, which holds the halves of a step in CUDA graphs there too. Weak scaling: each rank
+has as many rows as the one alone, and the ratio is of rows per second; strong scaling: they share those rows. On the
+CPU ranks are processes of one thread each. The bytes that a step sends are counted from its collectives.
 """
 
 import argparse
@@ -108,7 +109,7 @@ def measure_rank(rank: int, options: argparse.Namespace, folder: str) -> None:
             Experiment.read(options.experiment, batch=rows), device, options.compile
         ),
     }
-    # Before there is a process group: a Trainer would share its rows, and capture its CUDA graph beside NCCL.
+    # Before there is a process group: a Trainer would share its rows.
     steps: dict[tuple[str, str], Step | None] = {
         (name, "alone"): make(options.rows, False) if rank == 0 else None for name, make in build.items()
     }

@@ -16,7 +16,6 @@ import torch.distributed as dist
 import torch.nn.functional as F  # noqa: N812
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from examples.language_model import checkpoint
 from examples.language_model.corpus import Corpus
@@ -67,7 +66,9 @@ class Batch(NamedTuple):
 class Trainer:
     """A model, its optimizer, and for each row of the batch memories that go on from step to step.
 
-    Where a process group of torch.distributed stands, each of its ranks takes part of the rows, under DDP.
+    Where a process group of torch.distributed stands, each of its ranks takes part of the rows. A step is then what DDP
+    does, in the two halves between which ranks meet, so that a CUDA graph can hold each: after the backward pass one
+    collective takes the mean of all gradients.
     """
 
     def __init__(self, experiment: Experiment, device: torch.device):
@@ -96,12 +97,14 @@ class Trainer:
         self.asked = torch.zeros(batch, length, dtype=torch.bool, device=device)
         self.reading = self.model.start(batch)
         self.measured = torch.zeros(4, device=device)
-        self._read: Callable[..., tuple[Tensor, Reading]] = self.model
+        self._gradients: Tensor | None = None  # all in one, of several ranks
         if dist.is_initialized():
             share_initial_memory(self.model)
-            self._read = DistributedDataParallel(self.model)
+            for weight in self.model.parameters():
+                dist.broadcast(weight.detach(), src=0)
+            self._gradients = torch.zeros(sum(p.numel() for p in self.model.parameters()), device=device)
         self._loss: Callable[..., tuple[Tensor, ...]] = self._losses
-        self._graph: torch.cuda.CUDAGraph | None = None
+        self._graphs: list[torch.cuda.CUDAGraph] = []
         self._warmed = 0
 
     def compile(self) -> None:
@@ -121,19 +124,36 @@ class Trainer:
             buffer.copy_(torch.from_numpy(given[self.rows]))
         self.rate.fill_(self.settings.rate(self.step))
         self._begin(batch.anew[self.rows])
-        if self._graph is not None:
-            self._graph.replay()
-        elif self.device.type != "cuda" or self._read is not self.model:
-            self._step()  # a graph of DDP would need another warm-up, and NCCL in it
+        if self._graphs:
+            self._take(*[graph.replay for graph in self._graphs])
+        elif self.device.type != "cuda":
+            self._take(self._backward, self._update)
         elif self._warmed < WARM_UP:
-            self._step_aside()
+            self._take_aside()
         else:
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
-                self._step()
-            self._graph.replay()
+            self._take(*[self._captured(half) for half in (self._backward, self._update)])
         self.step += 1
         return self.measured
+
+    def _take(self, backward: Callable[[], None], update: Callable[[], None]) -> None:
+        """The halves of a step, and what the ranks do between them."""
+        backward()
+        if self._gradients is not None:
+            dist.all_reduce(self._gradients)
+        update()
+
+    def _captured(self, half: Callable[[], None]) -> Callable[[], None]:
+        """What captures a half of a step in a CUDA graph, and runs it; both halves share their memory."""
+
+        def run() -> None:
+            graph, pool = torch.cuda.CUDAGraph(), self._graphs[0].pool() if self._graphs else None
+            # NCCL looks after its work in a thread of its own, which a capture of all threads would forbid.
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                half()
+            self._graphs.append(graph)
+            graph.replay()
+
+        return run
 
     def _begin(self, anew: list[bool]) -> None:
         """Give rows their initial memories back, in the tables that a CUDA graph knows."""
@@ -142,32 +162,43 @@ class Trainer:
                 for row in np.flatnonzero(anew):
                     table[row].copy_(first[0])
 
-    def _step_aside(self) -> None:
+    def _take_aside(self) -> None:
         """A step on a stream of its own, as what warms up for a capture must be."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            self._step()
+            self._take(self._backward, self._update)
         torch.cuda.current_stream().wait_stream(stream)
         self._warmed += 1
 
-    def _step(self) -> None:
+    def _backward(self) -> None:
+        """The gradients of this rank's rows, and their memories after them."""
         self.optimizer.zero_grad(set_to_none=True)
         tokens = self.tokens.long()
         reading = self.reading._replace(memories=mapped(Tensor.detach, self.reading.memories))
         with autocast(self.device):
             # The kernels keep what the backward needs of the rows that they overwrite; plain torch would not.
-            hidden, after = self._read(tokens[:, :-1], reading, inplace=self.device.type == "cuda")
+            hidden, after = self.model(tokens[:, :-1], reading, inplace=self.device.type == "cuda")
             objective, *measured = self._loss(hidden, tokens[:, 1:], self.asked)
         objective.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
-        self.optimizer.step()
         # Nothing is pending at a chunk's end, so the tables are all that goes on.
         for state, new in zip(self.reading.memories, after.memories):
             for table, written in zip(state.memory, new.memory):
                 if written.data_ptr() != table.data_ptr():
                     table.copy_(written.detach())
-        self.measured.copy_(torch.stack([*measured, norm]))
+        self.measured[:-1].copy_(torch.stack(measured))
+        if self._gradients is not None:
+            torch.cat([p.grad.flatten() for p in self.model.parameters()], out=self._gradients)
+
+    def _update(self) -> None:
+        """A step of the optimizer, by the mean of all ranks' gradients."""
+        if self._gradients is not None:
+            parts = (self._gradients / dist.get_world_size()).split([p.numel() for p in self.model.parameters()])
+            for p, part in zip(self.model.parameters(), parts):
+                p.grad.copy_(part.view_as(p))
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
+        self.optimizer.step()
+        self.measured[-1].copy_(norm)
 
     def _losses(self, hidden: Tensor, targets: Tensor, asked: Tensor) -> tuple[Tensor, ...]:
         """What is minimised; the mean loss in nats; the shares of asked digits, and of first ones, that came out."""
