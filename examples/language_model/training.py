@@ -21,7 +21,7 @@ from examples.language_model import checkpoint
 from examples.language_model.corpus import Corpus
 from examples.language_model.facts import check_fit, rows, training_batch
 from examples.language_model.interrupt import noted
-from examples.language_model.model import Reading, mapped
+from examples.language_model.model import mapped
 from examples.language_model.settings import Experiment, TrainingSettings
 from fwpkm.integrations.distributed import share_initial_memory
 
