@@ -32,15 +32,13 @@ def figure(models: Sequence[Model]) -> Figure:
     panels = list(whole.subplots(1, len(KINDS) + 1))
     for i, model in enumerate(models):
         color = f"C{i % 10}"
-        for axes, kind in zip(panels, KINDS):
-            counts = range(1, model.most + 1)
-            curve = [retention(model, kind, n) for n in counts]
-            _line(axes, counts, curve, color, model.label)
+        every, later = range(model.most + 1), range(1, model.most + 1)
+        measures = [(later, functools.partial(_retained, kind)) for kind in KINDS] + [(every, needles)]
+        for axes, (counts, measure) in zip(panels, measures):
+            _line(axes, counts, [measure(model, n) for n in counts], color, model.label)
             for one in (model.seed(s) for s in range(len(model.seeds)) if len(model.seeds) > 1):
-                values = [np.nan if (x := retention(one, kind, n)) is None else x.mean for n in counts]
+                values = [np.nan if (x := measure(one, n)) is None else x.mean for n in counts]
                 axes.plot(counts, values, color=color, linewidth=0.8, alpha=0.6)
-        counts = range(model.most + 1)
-        _line(panels[-1], counts, [needles(model, n) for n in counts], color, model.label)
     for axes, title in zip(panels, (*(f"R on {what}" for what in KINDS.values()), "needles of the first text")):
         axes.set_title(title)
         axes.set(xlabel="other domains read since", ylim=(min(0, axes.get_ylim()[0]), max(1, axes.get_ylim()[1])))
@@ -51,6 +49,10 @@ def figure(models: Sequence[Model]) -> Figure:
     lines, labels = panels[-1].get_legend_handles_labels()
     whole.legend(lines, labels, loc="outside lower center", ncols=min(4, len(lines)), frameon=False)
     return whole
+
+
+def _retained(kind: str, model: Model, n: int) -> Interval | None:
+    return retention(model, kind, n)
 
 
 def _line(axes: mpl.axes.Axes, counts: Sequence[int], curve: Sequence[Interval | None], color: str, label: str) -> None:
