@@ -77,6 +77,8 @@ class Backend(Protocol):
                 too, changes nothing.
             cu_seqlens: ``[B+1]`` int32 where the call is packed, else None: row i of the state reads the tokens
                 [cu_i, cu_{i+1}) of the one row, which may be none; those from cu_B on are as masked. "sequence" scope.
+                Where its numbers are traced and break a rule nobody can raise: every token that is not masked then
+                reads NaN, weights too, and nothing is written and no clock moves.
             update: False only reads: the state comes back as it was, and no chunk is written. A Python bool.
 
         Returns:

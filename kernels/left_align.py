@@ -194,7 +194,7 @@ def left_align(
         cfg: the configuration.
         query: ``[B, T, H*Dk]``, or packed ``[1, T, H*Dk]``; its shape alone is looked at.
         mask: bool ``[B, T]``, or packed ``[1, T]``; None is all True.
-        cu_seqlens: ``[B+1]`` integers, or None for B rows.
+        cu_seqlens: ``[B+1]`` integers, or None for B rows; others than legal ones would write outside of the places.
         num_pending: ``[B]`` integers: the pending tokens of each row; None is none.
         pending_mask: bool ``[B, P]``; None where nothing is pending.
         batch: B.

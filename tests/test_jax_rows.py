@@ -12,7 +12,7 @@ from test_jax import BIG as WIDE
 from test_jax import TABLE, compiled, copies_of_tables
 
 import fwpkm
-from fwpkm import FwPKMConfig, Memory, reference
+from fwpkm import FwPKMConfig, Memory, reference, schedule
 from fwpkm.conformance.running import as_numpy, native
 from fwpkm.containers import State
 
@@ -96,14 +96,62 @@ def test_one_compilation_serves_all_packings(cfg, masked):
     assert traced == [80]
 
 
-def test_a_traced_cu_seqlens_that_falls_moves_no_clock_back():
-    """It is not legal, and where it is traced nobody can say so."""
-    tokens = drawn(DROP, 1, 12)[1]
-    state = begun_state(DROP, drawn(DROP, 3, 1)[0])
-    tokens = native(BE, tokens._replace(mask=None))
-    call = jax.jit(lambda state, ends: BE.apply(DROP, state, *tokens, ends)[1].position)
-    after = call(native(BE, state), jnp.asarray([0, 8, 3, 12], jnp.int32))
-    assert (np.asarray(after) >= state.position).all()
+ILLEGAL = {"not from 0": [3, 8, 12], "falling": [0, 8, 3], "past the end": [0, 8, 13], "negative": [0, -1, 12]}
+
+
+@pytest.mark.parametrize("start", ["state", "memory", "read only"])
+def test_a_traced_cu_seqlens_that_is_not_legal_reads_nan_and_writes_nothing(start):
+    """Nobody can raise there, so the outputs say it; the state stays, and legal numbers read on from it."""
+    memory, tokens = drawn(WAIT, 2, 1)[0], drawn(WAIT, 1, 12)[1]
+    tokens.mask[0, 5], legal = False, jnp.asarray([0, 5, 11], jnp.int32)
+    state = native(BE, begun_state(WAIT, memory))
+    begun = native(BE, Memory(*(x[:1] for x in memory))) if start == "memory" else state
+
+    @jax.jit
+    def call(begun, query, ends):
+        given = native(BE, tokens)._replace(query=query)
+        return BE.apply(WAIT, begun, *given, ends, update=start != "read only")
+
+    query = jnp.asarray(tokens.query)
+    for ends in ILLEGAL.values():
+        output, after, trace = as_numpy(BE, call(begun, query, jnp.asarray(ends, jnp.int32)))
+        for x in (output, trace.weights):
+            assert np.isnan(x[tokens.mask]).all()
+            assert (x[~tokens.mask] == 0).all()
+        assert not trace.writes.any()
+        assert not trace.memorization.any()
+        assert not trace.addressing.any()
+        if after is not None:
+            assert_same_bits(tuple(as_numpy(BE, tuple(after.memory))), tuple(as_numpy(BE, tuple(state.memory))))
+            assert_same_bits(as_numpy(BE, after.pending), as_numpy(BE, state.pending))
+            np.testing.assert_array_equal(after.position, schedule.reduced(WAIT, np.asarray(state.position)))
+    assert_same_call(
+        as_numpy(BE, call(begun, query, legal)),
+        as_numpy(BE, BE.apply(WAIT, begun, *native(BE, tokens), legal, update=start != "read only")),
+    )
+    both = jax.vmap(call, (None, None, 0))(begun, query, jnp.asarray([ILLEGAL["falling"], legal], jnp.int32))[0]
+    assert np.isnan(both[0, tokens.mask]).all()
+    assert_same_bits(np.asarray(both[1]), np.asarray(jax.vmap(call, (None, None, 0))(begun, query, legal[None])[0][0]))
+
+
+@pytest.mark.parametrize("ends", ILLEGAL.values(), ids=ILLEGAL)
+def test_a_layer_shows_a_cu_seqlens_that_is_not_legal(ends):
+    """In every token that is there, those behind the last sequence too; no gradient of a parameter is spoilt."""
+    layer = BE.FwPKM(8, key_dim=8, value_dim=8, num_subkeys=4, top_k=2, chunk_size=3)
+    variables = layer.init(jax.random.key(0))
+    x, mask = jax.random.normal(jax.random.key(1), (1, 12, 8)), jnp.arange(12)[None] != 6
+
+    @jax.jit
+    def call(params, ends):
+        y, state = layer.apply({**variables, "params": params}, x, mask=mask, cu_seqlens=ends)
+        return jnp.square(y).sum(), (y, state)
+
+    y, state = call(variables["params"], jnp.asarray(ends, jnp.int32))[1]
+    assert jnp.isnan(y[mask]).all()
+    assert (y[~mask] == 0).all()
+    assert_same_bits(as_numpy(BE, state), as_numpy(BE, layer.init_state(variables, 2)))
+    gradient = jax.grad(call, has_aux=True)(variables["params"], jnp.asarray(ends, jnp.int32))[0]
+    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
 
 
 @pytest.mark.parametrize("cfg", [WAIT, DROP], ids=["wait", "drop"])

@@ -151,6 +151,30 @@ def test_what_a_compiled_layer_reads_packed_and_masked(monkeypatch) -> None:
             same_or_close(a, b)
 
 
+def test_a_graph_shows_a_cu_seqlens_that_is_not_legal(monkeypatch) -> None:
+    """Nobody can raise there: tokens read NaN, those behind the last sequence too, and nothing is written."""
+    layer = be.FwPKM(8, **SMALL | {"chunk_size": 3}).to(DEVICE).requires_grad_(False)
+    x, offsets = torch.rand(1, 8, 8, device=DEVICE), torch.tensor([0, 5, 7], dtype=torch.int32)
+    mask = (torch.arange(8, device=DEVICE) != 2)[None]
+    _, state = layer(torch.rand(2, 2, 8, device=DEVICE))
+    expected = layer(x, state, mask, offsets)
+    choose = engine.choose_engine
+    monkeypatch.setattr(engine, "choose_engine", lambda _, *rest: choose("triton", *rest))
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for a, b in zip(flatten(compiled(x, state, mask, offsets)[1]), flatten(expected[1])):
+        same_or_close(a, b)
+    for ends in ([1, 3, 7], [0, 5, 2], [0, 5, 9], [0, -1, 7]):
+        y, after, trace = compiled(x, state, mask, torch.tensor(ends, dtype=torch.int32), return_trace=True)
+        for found in (y, trace.weights):
+            assert found[mask].isnan().all()
+            assert not found[~mask].any()
+        assert not trace.writes.any()
+        for a, b in zip(flatten(after), flatten(state)):
+            assert torch.equal(a, b)
+    y, _ = compiled(x, None, None, torch.tensor([0, 5, 2], dtype=torch.int32), return_state=False)
+    assert y.isnan().all()
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_compiled_lengths_may_vary(name: str) -> None:
     """The second length becomes a symbol, of which nothing may be remembered."""

@@ -15,6 +15,7 @@ from fwpkm.backends.jax.arguments import AnyArray, takes_numpy
 from fwpkm.backends.jax.checks import check_dtype, check_sizes, in_64_bits
 from fwpkm.backends.jax.decoding import decode
 from fwpkm.backends.jax.rows import begin, init_state
+from fwpkm.backends.jax.streams import inside
 from fwpkm.backends.jax.tokens import finite_rows
 from fwpkm.backends.jax.windows import SELF
 from fwpkm.config import FwPKMConfig
@@ -31,8 +32,9 @@ class FwPKM:
 
     ``variables = layer.init(key)`` draws ``{"params": ..., "buffers": ...}``; differentiate with respect to the params
     alone. ``y, state = layer.apply(variables, x)`` starts from the layer's initial memory, so nothing leaks between
-    calls; ``y, state = layer.apply(variables, x, state)`` reads on. Training on a carried state needs
-    ``fwpkm.backends.jax.detach(state)`` between steps, as truncated backpropagation always does.
+    calls; ``y, state = layer.apply(variables, x, state)`` reads on. A state that is passed into the
+    differentiated function brings no history along; where one such function reads several pieces,
+    ``fwpkm.backends.jax.detach(state)`` between them ends it.
 
     The layer itself holds no arrays: it is hashable and equal to another of the same arguments, so that ``jax.jit`` may
     take it as a static argument.
@@ -146,7 +148,8 @@ class FwPKM:
             x: ``[B, T, hidden_size]``, or packed ``[1, T, hidden_size]``.
             state: where the sequences stand; None starts from the initial memory.
             mask: ``[B, T]`` bool, False for tokens that are not there (padding, at any place); None for True.
-            cu_seqlens: ``[B+1]`` int32: sequence i is the tokens [cu_i, cu_{i+1}) of the packed row.
+            cu_seqlens: ``[B+1]`` int32: sequence i is the tokens [cu_i, cu_{i+1}) of the packed row. Offsets that are
+                traced and not legal give NaN in every token and leave the state.
             update: False only reads and leaves the state as it is. Static under ``jax.jit``, as are the next two.
             return_state: False where nobody reads on: without a state nothing is kept that only a later call would
                 read.
@@ -170,8 +173,8 @@ class FwPKM:
         there = mask
         if cu_seqlens is not None:
             validation.check_packed("x", x, cu_seqlens, SELF.arrays)
-            inside = (jnp.arange(x.shape[1], dtype=jnp.int32) < cu_seqlens[-1])[None]
-            there = inside if mask is None else mask & inside
+            there = inside(cu_seqlens, x.shape[1])
+            there = there if mask is None else mask & there
         tokens = self._tokens(variables, x, mask, there)
         start: Any = state
         ends: Any = cu_seqlens

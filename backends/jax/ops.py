@@ -20,7 +20,7 @@ from fwpkm.backends.jax.checks import check_alive, check_sizes, in_64_bits
 from fwpkm.backends.jax.indexing import gather
 from fwpkm.backends.jax.rows import begin, is_traced, mask_of
 from fwpkm.backends.jax.sharding import alike, dealt_as, placed
-from fwpkm.backends.jax.streams import cells_after, plan_apply, plan_flush, plan_read, streams_of
+from fwpkm.backends.jax.streams import cells_after, is_legal, plan_apply, plan_flush, plan_read, streams_of
 from fwpkm.backends.jax.tokens import as_table, filled, from_table, live_rows, without
 from fwpkm.backends.jax.windows import SELF, Result, Write, compute_window, select_window
 from fwpkm.config import FwPKMConfig
@@ -57,16 +57,29 @@ def apply(
     ends = _known(cu_seqlens)
     if ends is not None:
         validation.check_cu_seqlens(ends.tolist(), tokens.length)
+    if cu_seqlens is None or ends is not None:
+        return _apply_checked(cfg, state, batch, tokens, cu_seqlens, update)
+    # Traced, so that nobody can raise: the call is then one of empty sequences, whose outputs say it.
+    legal, cu_seqlens = _legal_or_empty(cu_seqlens, tokens.length)
+    output, after, trace = _apply_checked(cfg, state, batch, tokens, cu_seqlens, update)
+    output, weights = _nan_unless(output, trace.weights, legal, mask)
+    return output, after, trace._replace(weights=weights)
+
+
+def _apply_checked(
+    cfg: FwPKMConfig, state: State | Memory, batch: int, tokens: Tokens, cu_seqlens: Array | None, update: bool
+) -> tuple[Array, State | None, Trace]:
+    """``apply`` of arguments that fit."""
     if isinstance(state, Memory):
         return _apply_from(cfg, state, batch, tokens, cu_seqlens, update)
     positions, writes = _known(state.position), True
     if positions is not None:
         validation.check_positions(cfg, positions.tolist())
         positions = schedule.reduced(cfg, positions)
-        after = positions + _most_tokens(cfg, batch, tokens, ends)
+        after = positions + _most_tokens(cfg, batch, tokens, _known(cu_seqlens))
         writes = bool((schedule.written(cfg, after) > schedule.written(cfg, positions)).any())
     if tokens.length == 0:
-        return jnp.zeros_like(value, query.dtype), state, _empty_trace(cfg, state.memory, query)
+        return jnp.zeros_like(tokens.value, tokens.query.dtype), state, _empty_trace(cfg, state.memory, tokens.query)
     if not update:
         look, trace = _read_only(cfg, state.memory, tokens, cu_seqlens)
         return look.output, state, trace
@@ -92,7 +105,7 @@ def _apply_from(
         )
     if tokens.length == 0 or owners == batch:
         start = begin(cfg, memory, batch, tokens.query)
-        output, _, trace = apply(cfg, start, **tokens._asdict(), cu_seqlens=cu_seqlens, update=update)
+        output, _, trace = _apply_checked(cfg, start, batch, tokens, cu_seqlens, update)
     else:
         output, trace = _apply_shared(cfg, owners, batch, update, memory, tokens, cu_seqlens)
     return output, None, trace
@@ -215,6 +228,23 @@ def call_dtype(memory: Memory[Array], query: Array) -> jnp.dtype:
     """float32, or float64 when queries and tables both are (§6)."""
     wide = query.dtype == memory.keys.dtype == jnp.float64
     return jnp.dtype(jnp.float64 if wide else jnp.float32)
+
+
+@placed
+@partial(jax.jit, static_argnums=1)
+def _legal_or_empty(cu_seqlens: Array, length: int) -> tuple[Array, Array]:
+    """Whether these offsets are legal; they, or else those of sequences without a token."""
+    legal = is_legal(cu_seqlens, length)
+    return legal, jnp.where(legal, cu_seqlens, 0)
+
+
+@placed
+@jax.jit
+def _nan_unless(output: Array, weights: Array, legal: Array, mask: Array | None) -> tuple[Array, Array]:
+    """What a packed call read, or NaN in all tokens that are there."""
+    wrong = ~legal if mask is None else (~legal & mask)[..., None]
+    output, weights = (jnp.where(wrong, jnp.nan, x) for x in (output, weights))
+    return output, weights
 
 
 @placed

@@ -149,6 +149,17 @@ def _reading(plan: Plan, longest: int, block: int) -> Plan:
     return plan._replace(reads=reads, block=block, rows=rows)
 
 
+def is_legal(cu_seqlens: Array, length: int) -> Array:
+    """Whether these are where sequences begin and end among T tokens (SPEC.md §5), for offsets that are traced."""
+    return (cu_seqlens[0] == 0) & (cu_seqlens[1:] >= cu_seqlens[:-1]).all() & (cu_seqlens[-1] <= length)
+
+
+def inside(cu_seqlens: Any, length: int) -> Array:
+    """``[1, T]``: the tokens that are not behind the last sequence; all of them where these offsets are not legal."""
+    within = jnp.arange(length, dtype=jnp.int32) < cu_seqlens[-1]
+    return (within | ~is_legal(cu_seqlens, length))[None]
+
+
 def streams_of(
     cfg: FwPKMConfig,
     plan: Plan,
@@ -164,7 +175,7 @@ def streams_of(
         plan: what is static about it.
         num_pending: ``[B]`` int32.
         mask: of the tokens of the call, ``[B, T]`` or packed ``[1, T]``; None for True.
-        cu_seqlens: ``[B+1]`` int32 for packed ones.
+        cu_seqlens: ``[B+1]`` int32 for packed ones; legal.
         due: ``[B]``, where the schedule does not say it.
     """
     ends: Any = np.arange(plan.batch + 1, dtype=np.int32) * (plan.new // plan.batch)
@@ -177,7 +188,7 @@ def streams_of(
         new_tokens = put(jnp.zeros_like(at), jnp.where(there, up_to - 1, plan.new), at, mode="drop")
         ends = gather(jnp.append(jnp.int32(0), up_to), jnp.asarray(ends))
     first_new = jnp.asarray(ends[:-1])
-    lengths = num_pending + jnp.maximum(ends[1:] - first_new, 0)  # a traced cu_seqlens that falls moves no clock back
+    lengths = num_pending + ends[1:] - first_new
     if due is None:
         due = schedule.written(cfg, lengths) if plan.writes else jnp.zeros_like(lengths)
     last = due if plan.packed else due.max()

@@ -25,8 +25,8 @@ from fwpkm.backends.keras.rows import (  # noqa: F401
     reset,
     select,
 )
-from fwpkm.backends.keras.streams import streams_of
-from fwpkm.backends.keras.tokens import blank, filled, without
+from fwpkm.backends.keras.streams import is_legal, streams_of
+from fwpkm.backends.keras.tokens import blank, filled, nan_where, without
 from fwpkm.backends.keras.windows import (
     Reads,
     no_losses,
@@ -65,10 +65,13 @@ def apply(
         state = init_state(cfg, state, ops.shape(query)[0] if cu_seqlens is None else ops.shape(cu_seqlens)[0] - 1)
         output, _, trace = apply(cfg, state, query, value, gate, mask, cu_seqlens, update)
         return output, None, trace
-    _check_values(cfg, state, cu_seqlens, query.shape[1])
+    known = _check_values(cfg, state, cu_seqlens, query.shape[1])
     memory, shape = _as_tables(state.memory, query), ops.shape(query)
     dtype = _dtype(memory)
-    tokens = filled(dtype, inputs)
+    tokens, legal = filled(dtype, inputs), None
+    if cu_seqlens is not None and not known:  # nobody can raise: the call is then one of empty sequences
+        legal = is_legal(cu_seqlens, shape[1])
+        cu_seqlens = ops.where(legal, cu_seqlens, 0)
     losses, writes = no_losses(memory, schedule.max_writes(cfg, shape[1])), ops.zeros_like(memory.keys[:, 0, 0, 0, 0])
     if isinstance(shape[1], int) and shape[1] == 0:
         reads = nothing_read(cfg, tokens)
@@ -85,6 +88,9 @@ def apply(
     else:
         found, _ = select_window(cfg, memory, tokens)
         reads = Reads(*(ops.reshape(x, (-1, *x.shape[2:])) for x in found))
+    if legal is not None:  # whose outputs say it
+        wrong = ops.broadcast_to(~legal, ops.shape(reads.dead))
+        reads = reads._replace(output=nan_where(wrong, reads.output), weights=nan_where(wrong, reads.weights))
     if mask is not None:
         reads = Reads(*(blank(x, ~ops.reshape(tokens.mask, (-1,))) for x in reads))
     output, slots, weights = (
@@ -206,9 +212,11 @@ def _as_tables(memory: Memory, query: Array) -> Memory:
     return Memory(*(ops.cast(x, "float64" if wide else "float32") for x in memory))
 
 
-def _check_values(cfg: FwPKMConfig, state: State, cu_seqlens: Array | None, length: int | None) -> None:
-    """Check numbers where they are known, which they are not while a graph is traced."""
+def _check_values(cfg: FwPKMConfig, state: State, cu_seqlens: Array | None, length: int | None) -> bool:
+    """Check numbers where they are known, which they are not while a graph is traced; whether ``cu_seqlens`` were."""
     if hasattr(state.position, "numpy"):
         validation.check_positions(cfg, state.position.numpy().tolist())
-    if cu_seqlens is not None and hasattr(cu_seqlens, "numpy") and length is not None:
-        validation.check_cu_seqlens(cu_seqlens.numpy().tolist(), length)
+    if cu_seqlens is None or length is None or not hasattr(cu_seqlens, "numpy"):
+        return False
+    validation.check_cu_seqlens(cu_seqlens.numpy().tolist(), length)
+    return True

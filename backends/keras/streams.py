@@ -76,6 +76,12 @@ class Streams(NamedTuple):
         return ops.where(outer(first, read), ops.take(flat, at, axis=0), read)
 
 
+def is_legal(cu_seqlens: Array, length: int | Array) -> Array:
+    """Whether these are where sequences begin and end among T tokens (SPEC.md §5), for offsets that are traced."""
+    rising = ops.all(cu_seqlens[1:] >= cu_seqlens[:-1])
+    return (cu_seqlens[0] == 0) & rising & (cu_seqlens[-1] <= length)
+
+
 def streams_of(cfg: FwPKMConfig, pending: Tokens, position: Array, tokens: Tokens, cu_seqlens: Array | None) -> Streams:
     """The streams of a call.
 
@@ -84,7 +90,7 @@ def streams_of(cfg: FwPKMConfig, pending: Tokens, position: Array, tokens: Token
         pending: ``[B, P, ...]``
         position: ``[B]`` int32.
         tokens: those of the call ``[B, T, ...]``, or packed ``[1, T, ...]``; filled.
-        cu_seqlens: ``[B+1]`` int32 for packed ones, or None.
+        cu_seqlens: ``[B+1]`` int32 for packed ones, legal; or None.
     """
     rows, shape = ops.shape(position)[0], ops.shape(tokens.mask)
     num_new = shape[0] * shape[1]

@@ -13,6 +13,7 @@ from fwpkm.backends.torch.checks import check_present
 from fwpkm.backends.torch.column_parallel import fill
 from fwpkm.backends.torch.context import check_transforms
 from fwpkm.backends.torch.parts import InitialMemory, Projection
+from fwpkm.backends.torch.streams import is_legal
 from fwpkm.backends.torch.tokens import finite_rows, maybe_any
 from fwpkm.config import FwPKMConfig
 from fwpkm.containers import LayerTrace, State, memory_specs
@@ -35,6 +36,8 @@ def _without_tail(x: Tensor, mask: Tensor | None, cu_seqlens: Tensor) -> Tensor 
     """The mask of a packed row, in which no token behind the last sequence is there."""
     validation.check_packed("x", x, cu_seqlens, Tensor)
     there = (torch.arange(x.shape[1], device=cu_seqlens.device) < cu_seqlens[-1:])[None]
+    if torch.compiler.is_compiling():  # where nobody can raise, tokens show what is not legal
+        there = there | ~is_legal(cu_seqlens, x.shape[1])
     if mask is None:
         return there if maybe_any(~there) else None
     device = mask.device if mask.device == there.device else x.device

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fwpkm import schedule
 from fwpkm.backends.torch import fast, moving, operators
+from fwpkm.backends.torch.streams import is_legal
 from fwpkm.backends.torch.tokens import filled
 from fwpkm.config import FwPKMConfig
 from fwpkm.containers import State, Trace
@@ -41,7 +42,10 @@ def apply(
     longest = _longest(cfg, num_pending, num_new, inputs.length, cu_seqlens)
     pending = None if num_pending is None else state.pending
     here = inputs._replace(mask=None if inputs.mask is None else inputs.mask.to(device))
-    ends = None if cu_seqlens is None else cu_seqlens.to(device)
+    ends, wrong = None if cu_seqlens is None else cu_seqlens.to(device), None
+    if compiled and ends is not None:  # nobody can raise: the call is then one of empty sequences, and outputs say it
+        legal = is_legal(ends, inputs.length)
+        ends, wrong = ends.where(legal, 0), ~legal if here.mask is None else (~legal & here.mask)[..., None]
     rows = left_align(cfg, pending, num_pending, here, ends, batch, longest)
     passed = num_new if num_new is not None else _later(rows.num_new, state.position.device)
     pair, columns = rows.places.pair if update else None, schedule.max_writes(cfg, inputs.length)
@@ -54,6 +58,8 @@ def apply(
         done = fast.run(cfg, plan, state.memory, rows.tokens, pair, owned, columns, inputs.query.dtype)
     writes = (rows.places.due if update else rows.places.due * 0).view(state.memory.keys.shape[0], -1)[:, 0]
     output, slots, weights = rows.of_call(done.output, done.trace.slots, done.trace.weights)
+    if wrong is not None:
+        output, weights = (x.masked_fill(wrong, torch.nan) for x in (output, weights))
     trace = done.trace._replace(slots=slots, weights=weights, writes=writes)
     if update:
         left = rows.left(cfg, done.flags)

@@ -190,6 +190,11 @@ class Ragged:
 Streams: TypeAlias = Aligned | Ragged
 
 
+def is_legal(cu_seqlens: Tensor, length: int) -> Tensor:
+    """Whether these are where sequences begin and end among T tokens (SPEC.md §5), for offsets that are traced."""
+    return (cu_seqlens[0] == 0) & (cu_seqlens[1:] >= cu_seqlens[:-1]).all() & (cu_seqlens[-1] <= length)
+
+
 def together(cfg: FwPKMConfig, positions: list[int] | None, mask: Array, cu_seqlens: Array) -> bool:
     """Whether the host can tell that all rows go through a call alike; it may not know their positions."""
     if positions is None or len(set(positions)) > 1:

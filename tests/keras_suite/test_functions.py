@@ -93,6 +93,43 @@ if BACKEND == "tensorflow":  # which alone has tf.function
         assert output.shape == (2, 0, 3)
         assert be.to_numpy(after.position).tolist() == [0, 0]
 
+    @pytest.mark.parametrize(
+        ("jit_compile", "start"), [(False, "state"), (False, "memory"), (False, "read only"), (True, "state")]
+    )
+    def test_a_graph_shows_a_cu_seqlens_that_is_not_legal(jit_compile, start, be):
+        """Nobody can raise there: its tokens read NaN, and nothing is written."""
+        import tensorflow
+
+        cfg = FwPKMConfig(4, 3, 1, 4, 2, 2, 1)
+        rng, mask, bound = np.random.default_rng(0), np.arange(7)[None] != 3, agreement.BOUNDS["float32"].forward
+        tokens = [be.asarray(rng.normal(size=(1, 7, width)), "float32") for width in (4, 3)]
+        memory = be.init_memory(cfg)
+        state = be.apply(
+            cfg, be.init_state(cfg, memory, 2), *(x[:, :3] for x in (keras.ops.repeat(y, 2, 0) for y in tokens))
+        )[1]
+        begun = memory if start == "memory" else state
+
+        def run(length, ends):
+            query, value = (x[:, :length] for x in tokens)
+            update, there = start != "read only", be.asarray(mask, "bool")[:, :length]
+            return be.apply(cfg, begun, query, value, None, there, ends, update)
+
+        unknown = [tensorflow.TensorSpec((), "int32"), tensorflow.TensorSpec((3,), "int32")]
+        graph = tensorflow.function(run, jit_compile=jit_compile, input_signature=unknown, autograph=False)
+        length = be.asarray(7, "int32")
+        for ends in ([1, 3, 7], [0, 5, 2], [0, 5, 8], [0, -1, 7]):
+            output, after, trace = graph(length, be.asarray(ends, "int32"))
+            for x in (output, trace.weights):
+                assert np.isnan(be.to_numpy(x)[mask]).all()
+                assert (be.to_numpy(x)[~mask] == 0).all()
+            assert not be.to_numpy(trace.writes).any()
+            for a, b in zip(keras.tree.flatten(after or ()), keras.tree.flatten(state) if after else ()):
+                np.testing.assert_array_equal(be.to_numpy(a), be.to_numpy(b))
+        legal = be.asarray([0, 5, 7], "int32")
+        found, expected = (keras.tree.flatten(call(length, legal)) for call in (graph, run))
+        for a, b in zip(found, expected, strict=True):
+            assert a is b is None or agreement.relative_error(be.to_numpy(a), be.to_numpy(b)) < bound
+
     @pytest.mark.parametrize("dtype", ["uint8", "int16"])
     def test_traced_rows_are_of_any_integer_type(dtype, be):
         import tensorflow
