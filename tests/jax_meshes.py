@@ -2,6 +2,7 @@
 mesh after a checkpoint, and what is refused."""
 
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,28 @@ def packed_mapped() -> float:
     alone = [call(X[i : i + 1], ends[i : i + 1]) for i in range(B)]
     mapped = jax.jit(jax.shard_map(call, mesh=mesh_of(AxisType.Auto), in_specs=(ROWS, ROWS), out_specs=ROWS))
     return compared(mapped(X, ends), jax.tree.map(lambda *x: jnp.concatenate(x), *alone))
+
+
+def columns_decoded(kind: AxisType) -> float:
+    """Steps on a mesh of 2 × 2: they leave every array where it lay, so that one program serves them all."""
+    mesh = mesh_of(kind, 4, "rows", "columns")
+    step = jax.jit(LAYER.decode, donate_argnums=2)
+
+    def call(variables: Any, x: Any) -> Any:
+        y, state = jax.jit(LAYER.apply)(variables, x)
+        before, results = jax.tree.map(lambda x: x.sharding, state), [y]
+        for _ in range(4):
+            y, state = step(variables, x[:, :1], state)
+            results.append(y)
+        after = jax.tree.map(lambda x: x.sharding, state)
+        assert all(a.is_equivalent_to(b, x.ndim) for a, b, x in zip(*map(jax.tree.leaves, (before, after, state))))
+        return results, state
+
+    expected, programs = call(VARIABLES, X), step._cache_size()
+    with jax.set_mesh(mesh):
+        found = call(by_columns(mesh, VARIABLES), jax.device_put(X, NamedSharding(mesh, ROWS)))
+    assert step._cache_size() == programs + 1
+    return compared(found, expected)
 
 
 def one_memory(kind: AxisType) -> float:
@@ -204,6 +227,7 @@ def cases() -> dict[str, Callable[[], Any]]:
     found |= {"one memory, mapped": one_memory_mapped, "mapped twice": mapped_twice}
     for name, kind in KINDS.items():
         found[f"rows and columns, {name}"] = lambda k=kind: rows_and_columns(k)
+        found[f"columns decoded, {name}"] = lambda k=kind: columns_decoded(k)
         found[f"packed, {name}"] = lambda k=kind: packed(k)
         found[f"one memory, {name}"] = lambda k=kind: one_memory(k)
         found[f"refused: slots, {name}"] = lambda k=kind: by_slots(k, traced=k is AxisType.Explicit)
@@ -217,4 +241,5 @@ def cases() -> dict[str, Callable[[], Any]]:
 
 
 if __name__ == "__main__":
+    warnings.simplefilter("error")  # JAX warns of donated arrays that it cannot overwrite
     report(cases())

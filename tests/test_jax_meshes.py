@@ -32,6 +32,7 @@ def found() -> dict[str, float | str]:
     "case",
     [
         *("rows and columns, auto", "rows and columns, explicit", "packed, auto", "packed, explicit"),
+        *("columns decoded, auto", "columns decoded, explicit"),
         *(
             "packed, mapped",
             "one memory, auto",

@@ -17,7 +17,7 @@ from fwpkm.backends.jax.checks import check_alive
 from fwpkm.backends.jax.indexing import put
 from fwpkm.backends.jax.ops import call_dtype, tables_in
 from fwpkm.backends.jax.rows import is_traced
-from fwpkm.backends.jax.sharding import alike, placed
+from fwpkm.backends.jax.sharding import alike, dealt_alike, placed
 from fwpkm.backends.jax.tokens import as_table, filled, from_table, live_rows, without
 from fwpkm.backends.jax.windows import SELF, chunk_of, compute_window, select_window
 from fwpkm.config import FwPKMConfig
@@ -116,7 +116,8 @@ def _decode(cfg: FwPKMConfig, state: State, tokens: Tokens) -> tuple[Array, Stat
     output = jnp.where(new.mask[..., None], step.reads, jnp.nan)
     output = output if tokens.mask is None else jnp.where(tokens.mask[..., None], output, 0)
     after: State[Array] = State.of(step.memory, step.pending, schedule.reduced(cfg, state.position) + ticks)
-    return output.astype(tokens.query.dtype), after.map(lambda x, before: x.astype(before.dtype), state)
+    after = dealt_alike(after.map(lambda x, before: x.astype(before.dtype), state), state)
+    return output.astype(tokens.query.dtype), after
 
 
 def _stored(pending: Tokens, new: Tokens, at: Array) -> Tokens:

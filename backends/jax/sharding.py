@@ -56,7 +56,15 @@ def dealt_as(like: Array, tree: Any) -> Any:
     return jax.tree.map(placed_by_rows, tree)
 
 
-_COLUMNS = ("value", "values", "output")
+def dealt_alike(tree: Any, like: Any) -> Any:
+    """The arrays of a tree, each of which the compiler shall deal out as the one in its place in ``like``.
+
+    So what is donated can be overwritten, and a loop compiles once. For automatic axes, as ``dealt_as``.
+    """
+    return jax.tree.map(lambda x, y: shard_alike(x, y)[0], tree, like)
+
+
+_COLUMNS = ("value", "values", "pending_value", "output")
 """Fields whose last axis is the columns of the value table."""
 
 
