@@ -57,7 +57,15 @@ def check_array(name: str, array: Any, axes: Sequence[Axis], kind: str, array_ty
     families = {"float": "a floating dtype", "int": "an integer dtype"}
     if not (dtype == kind or (kind in families and kind in dtype)):
         wanted = families.get(kind, f"dtype {kind}")
+        wanted += _FROM_INTEGERS.get(kind, "") if "int" in dtype else ""
         raise ValueError(f"{name} must have {wanted}. Received: dtype {dtype}")
+
+
+_FROM_INTEGERS = {
+    "int32": ": convert it, as integers add up to int64 (numpy.cumsum(lengths, dtype='int32'))",
+    "bool": ": compare integers with 0 (mask != 0)",
+}
+"""What to do with the integers that one has."""
 
 
 def _check_spec(name: str, array: Any, spec: ArraySpec, array_type: ArrayType) -> None:

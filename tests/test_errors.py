@@ -57,13 +57,15 @@ def wrong_packing():
     for bounds in ((0,), ()):
         yield "cu_seqlens", packed(bounds)
     for dtype in ("int64", "float32", "bool"):
-        yield "cu_seqlens must have dtype int32", packed() | {"cu_seqlens": np.zeros(3, dtype)}
+        advice = ": convert it, as integers add up to int64" if dtype == "int64" else ". "
+        yield f"cu_seqlens must have dtype int32{advice}", packed() | {"cu_seqlens": np.zeros(3, dtype)}
     yield "cu_seqlens", packed() | {"cu_seqlens": np.zeros((1, 3), np.int32)}
     yield from (("cu_seqlens", packed() | {"cu_seqlens": bad}) for bad in NOT_ARRAYS)
     yield "cu_seqlens must be None", packed() | {"cfg": SHARED, "state": reference.init_state(SHARED, _memory(1), B)}
     yield "query must be one packed row", packed() | {
         "query": f32(2, T, 8), "value": f32(2, T, 3), "gate": f32(2, T), "mask": np.ones((2, T), bool)
     }  # fmt: skip
+    yield "mask must have dtype bool: compare integers with 0", packed() | {"mask": np.ones((1, T), int)}
     for shape in ((B, T), (1, T + 1), (T,)):
         yield "mask", packed() | {"mask": np.ones(shape, bool)}
         yield "gate", packed() | {"gate": f32(*shape)}
