@@ -131,6 +131,9 @@ def load_state(path: PathLike, cfg: FwPKMConfig, backend: Any, device: Any = Non
         device: where the arrays shall lie: a device of torch, where the position stays on the CPU, or a device or
             sharding of JAX; None leaves them where ``backend.asarray`` makes them.
 
+    The file does not know the weights and the initial memory that the state was written with: beside others it is read
+    without a word, so keep them with it.
+
     Returns:
         The state: the saved bits, in the saved dtypes, as the arrays that ``backend.asarray`` makes.
 
