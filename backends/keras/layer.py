@@ -151,6 +151,8 @@ class FwPKM(keras.layers.Layer):
             ValueError: the layer is stateful, and would read every token twice; or on tensorflow an initial state,
                 whose gradient would be lost.
         """
+        if kwargs.get("_decoding"):
+            return layer_call  # without a backward there is nothing to compute anew
         call = super().rematerialized_call(native.without_names(self, layer_call, args, kwargs))
         return lambda *_, **__: call(args[0])
 
@@ -164,6 +166,7 @@ class FwPKM(keras.layers.Layer):
         update: bool = True,
         x_mask: Array | None = None,
         return_trace: bool = False,
+        _decoding: bool = False,
     ) -> Any:
         """Read T tokens, writing every chunk that they complete.
 
@@ -192,6 +195,9 @@ class FwPKM(keras.layers.Layer):
         x = native.whole_batch(x, self.batch_size) if self.stateful else x
         there = mask if segment_ids is None else segments.there(segment_ids, mask)
         tokens = self._tokens(ops.cast(x, self.compute_dtype), there)
+        if _decoding:
+            read, state = native.decode(self._config, initial_state, tokens.map(ops.stop_gradient))
+            return [ops.stop_gradient(self._output(read, tokens)), *by_name(state).values()]
         read, state, trace = self._read(tokens, segment_ids, initial_state, update)
         outputs = [self._output(read, tokens)]
         if state is not None:
@@ -214,10 +220,11 @@ class FwPKM(keras.layers.Layer):
             x: ``[B, 1, hidden_size]``.
             state: where the sequences stand, as a :class:`fwpkm.State` or the list of its arrays. It is used up: go on
                 from the one that comes back, and keep others by ``start_decoding``, which copies.
-            mask: ``[B, 1]`` bool, False for rows that rest; None for True.
+            mask: ``[B, 1]`` bool, False for rows that rest; None for the mask that x carries, or for True.
 
         Returns:
-            ``[y, *state]``: y ``[B, 1, hidden_size]`` in the compute dtype, and where the sequences stand then.
+            ``[y, *state]``: y ``[B, 1, hidden_size]`` in the compute dtype, which carries the mask on, and where the
+            sequences stand then.
 
         Raises:
             ValueError: an argument does not fit; names it, what was expected and what was received.
@@ -225,9 +232,8 @@ class FwPKM(keras.layers.Layer):
         self._weight("memory.keys")  # which says so where the layer is not built
         x = ops.convert_to_tensor(x)
         validation.check_array("x", x, [("B", None), ("T", 1), ("hidden_size", self.hidden_size)], "float", object)
-        tokens = self._tokens(ops.cast(x, self.compute_dtype), _flags(x, mask)).map(ops.stop_gradient)
-        read, after = native.decode(self._config, unflatten(state, "state"), tokens)
-        return [ops.stop_gradient(self._output(read, tokens)), *by_name(after).values()]
+        # As a call of Keras, which alone knows the mask that x carries, and which hands it on with y.
+        return self(x, mask=mask, initial_state=unflatten(state, "state"), _decoding=True)
 
     def _tokens(self, x: Array, mask: Array | None) -> Tokens:
         """What the tokens bring to the memory."""

@@ -3,8 +3,9 @@
 import keras
 import numpy as np
 import pytest
+from asserting import assert_close
 from keras import ops
-from keras_suite.layers import BACKEND, HIDDEN, inputs, make, native, numpy
+from keras_suite.layers import BACKEND, HIDDEN, SMALL, inputs, make, native, numpy
 
 import fwpkm
 from fwpkm import agreement
@@ -68,6 +69,52 @@ def test_a_state_is_used_up_and_a_copy_of_it_is_not():
         assert not second[0].requires_grad
     elif BACKEND == "jax":
         assert state.memory.values.is_deleted()
+
+
+def test_the_mask_that_x_carries_rests_rows_as_in_a_call():
+    """Through two memories joined by ``Add``, compiled too: token 0 of a ``mask_zero`` embedding is not there."""
+    embed, add = keras.layers.Embedding(5, HIDDEN, mask_zero=True, dtype="float64"), keras.layers.Add(dtype="float64")
+    layers = [make(return_state=True, dtype="float64") for _ in range(2)]
+    tokens = np.array([[1, 2, 3, 4, 1, 2, 3], [1, 2, 0, 4, 1, 0, 3], [0, 1, 2, 3, 0, 4, 0], [0, 0, 0, 1, 2, 3, 4]])
+
+    def read(token, *states):
+        x, after = embed(token), []
+        for layer, state in zip(layers, states or [None, None]):
+            y, *state = layer.decode(x, state) if states else layer(x)
+            x = add([x, y])
+            after.append(state)
+        return x, *after
+
+    step = read
+    if BACKEND == "tensorflow":
+        import tensorflow
+
+        step = tensorflow.function(read)
+    elif BACKEND == "jax":
+        import jax
+
+        step = jax.jit(read, donate_argnums=(1, 2))
+    _, *states = read(ops.convert_to_tensor(tokens[:, :1]))
+    outputs = []
+    for t in range(1, 7):
+        x, *states = step(ops.convert_to_tensor(tokens[:, t : t + 1]), *states)
+        outputs.append(numpy(x))
+    expected, *whole = read(ops.convert_to_tensor(tokens))
+    assert_close(np.concatenate(outputs, axis=1), numpy(expected)[:, 1:], "float64")
+    for received, wanted in zip(states, whole):
+        for a, b in zip(numpy(received), numpy(wanted), strict=True):
+            assert_close(a.astype("float64"), b.astype("float64"), "float64")
+        assert numpy(unflatten(received).position).tolist() == (tokens != 0).sum(axis=1).tolist()
+
+
+def test_a_layer_that_is_rematerialised_decodes():
+    with keras.RematScope(mode="full"):
+        layer = type(make())(**SMALL, return_state=True)
+    _, *state = layer(inputs(length=3))
+    y, *state = layer.decode(inputs(length=4)[:, 3:], state)
+    plain = make(return_state=True)
+    plain.set_weights(layer.get_weights())
+    assert_close(numpy(y), numpy(plain(inputs(length=4))[0])[:, 3:], "float32")
 
 
 def test_what_does_not_fit_is_refused():
