@@ -430,6 +430,7 @@ class FwPKM(keras.layers.Layer):
 
     def _check(self, x: Any, segment_ids: Any, initial_state: Any, return_trace: Any) -> None:
         validation.check_flag("return_trace", return_trace)
+        native.check_sizes(x)
         axes = [("B", None), ("T", None), ("hidden_size", self.hidden_size)]
         validation.check_array("x", x, axes, "float", object)
         if segment_ids is not None:
