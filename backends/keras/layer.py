@@ -10,7 +10,7 @@ from keras import KerasTensor, initializers, ops
 
 from fwpkm import validation
 from fwpkm.backends.keras import native, segments
-from fwpkm.backends.keras.layout import NAMES, by_name, copies_of, fill, specs, trace_spec, unflatten
+from fwpkm.backends.keras.layout import NAMES, as_state, by_name, copies_of, fill, specs, trace_spec
 from fwpkm.backends.keras.tokens import blank, dtype_of, finite_rows, nan_where
 from fwpkm.backends.keras.windows import SELF
 from fwpkm.config import FwPKMConfig
@@ -35,7 +35,8 @@ class FwPKM(keras.layers.Layer):
     ``return_state=True`` and pass it as ``initial_state``, or let the layer keep it with ``stateful=True``.
 
     A mask, such as ``Embedding(mask_zero=True)`` makes, takes tokens out of their sequence, wherever they stand: y is
-    that of each row's other tokens read alone, and 0 for these. It is passed on. ``segment_ids`` packs several texts
+    that of each row's other tokens read alone, and 0 for these. It is passed on with y; join y to x by
+    ``keras.layers.Add``, as ``x + y`` has none. ``segment_ids`` packs several texts
     into a row, each with a memory of its own. Under a mixed precision policy the projections run in its compute dtype;
     tables and states stay float32 (float64 under the float64 policy).
 
@@ -48,7 +49,8 @@ class FwPKM(keras.layers.Layer):
         learn_memory: train the initial tables; by default they are non-trainable weights.
         return_state: return ``[y, *state]``, the arrays in the order and shapes of :class:`fwpkm.State`.
         stateful: each call goes on where the last one stopped, until :meth:`reset_state`; every batch must have the
-            size that the layer was built with. The state is among ``variables``: a saved model goes on as well.
+            size that the layer was built with. The state is among ``variables``: a saved model goes on as well. Nothing
+            else begins anew: pass :class:`ResetState` to ``fit``, ``evaluate`` and ``predict``, or each goes on too.
         trainable: as in any Keras layer.
         dtype: as in any Keras layer; it may be a policy.
         name: as in any Keras layer.
@@ -233,7 +235,7 @@ class FwPKM(keras.layers.Layer):
         x = ops.convert_to_tensor(x)
         validation.check_array("x", x, [("B", None), ("T", 1), ("hidden_size", self.hidden_size)], "float", object)
         # As a call of Keras, which alone knows the mask that x carries, and which hands it on with y.
-        return self(x, mask=mask, initial_state=unflatten(state, "state"), _decoding=True)
+        return self(x, mask=mask, initial_state=as_state(state, "state"), _decoding=True)
 
     def _tokens(self, x: Array, mask: Array | None) -> Tokens:
         """What the tokens bring to the memory."""
@@ -256,7 +258,7 @@ class FwPKM(keras.layers.Layer):
         if segment_ids is not None:
             return segments.read(cfg, self._initial_memory(), tokens, segment_ids, update), None, None
         if initial_state is not None:
-            return native.apply(cfg, unflatten(initial_state), tokens, update)
+            return native.apply(cfg, as_state(initial_state), tokens, update)
         if not (self.stateful or self.return_state):
             return native.apply(cfg, self._initial_memory(), tokens, update)
         state = self.state if self.stateful else self.init_state(ops.shape(tokens.query)[0])
@@ -289,7 +291,7 @@ class FwPKM(keras.layers.Layer):
         """What ``call`` returns for symbolic inputs; no operation runs."""
         self._check(x, segment_ids, initial_state, return_trace)
         outputs: list[Any] = [KerasTensor(x.shape, dtype=self.compute_dtype)]
-        dtype = self._table_dtype if initial_state is None else unflatten(initial_state).memory.keys.dtype
+        dtype = self._table_dtype if initial_state is None else as_state(initial_state).memory.keys.dtype
         if self.return_state:
             state = specs(self._config, x.shape[0]).values()
             outputs += [KerasTensor(spec.shape, dtype=dtype_of(spec.kind, dtype)) for spec in state]
@@ -332,7 +334,7 @@ class FwPKM(keras.layers.Layer):
         """
         if not self.stateful:
             raise ValueError("only a layer with stateful=True keeps a state. Received: stateful=False")
-        return unflatten([ops.stop_gradient(ops.copy(self._weight(f"state.{name}"))) for name in NAMES])
+        return as_state([ops.stop_gradient(ops.copy(self._weight(f"state.{name}"))) for name in NAMES])
 
     def reset_state(self) -> None:
         """Let a stateful layer start from its initial memory again; nothing happens before it is built.

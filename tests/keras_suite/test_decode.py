@@ -9,7 +9,7 @@ from keras_suite.layers import BACKEND, HIDDEN, SMALL, inputs, make, native, num
 
 import fwpkm
 from fwpkm import agreement
-from fwpkm.backends.keras.layout import unflatten
+from fwpkm.backends.keras import as_state
 
 
 def compiled(layer):
@@ -41,7 +41,7 @@ def test_token_by_token_equals_one_call():
     expected = numpy(layer(native(x), mask=mask))
     step, traces = compiled(layer)
     y, *state = layer(native(x[:, :4]), mask=mask[:, :4])
-    assert numpy(unflatten(state).position).tolist() == [0, 1, 2, 3]
+    assert numpy(as_state(state).position).tolist() == [0, 1, 2, 3]
     outputs = [y]
     for t in range(4, 16):
         y, *state = step(native(x[:, t : t + 1]), native(mask[:, t : t + 1]), *state)
@@ -56,7 +56,7 @@ def test_token_by_token_equals_one_call():
 def test_a_state_is_used_up_and_a_copy_of_it_is_not():
     """On torch its tables are overwritten, on jax they are gone; on tensorflow they stay as they were."""
     layer, x = make(return_state=True), ops.convert_to_tensor(inputs(length=4))
-    state = unflatten(layer(x[:, :3])[1:])
+    state = as_state(layer(x[:, :3])[1:])
     before, copy = numpy(state), fwpkm.get_backend("keras").start_decoding(state)
     first = layer.decode(x[:, 3:], copy)
     for a, b in zip(keras.tree.flatten(numpy(state)), keras.tree.flatten(before), strict=True):
@@ -104,7 +104,7 @@ def test_the_mask_that_x_carries_rests_rows_as_in_a_call():
     for received, wanted in zip(states, whole):
         for a, b in zip(numpy(received), numpy(wanted), strict=True):
             assert_close(a.astype("float64"), b.astype("float64"), "float64")
-        assert numpy(unflatten(received).position).tolist() == (tokens != 0).sum(axis=1).tolist()
+        assert numpy(as_state(received).position).tolist() == (tokens != 0).sum(axis=1).tolist()
 
 
 def test_a_layer_that_is_rematerialised_decodes():

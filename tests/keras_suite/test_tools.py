@@ -155,7 +155,7 @@ def test_an_exported_model_is_the_model(tmp_path):
             same(loaded(native(x)), model(x))
     else:
         for refused in (model, memory_model(batch_size=4, stateful=True)):  # Keras forgets the size of the batch
-            with pytest.raises(ValueError, match=r"x must have sizes that are numbers.*input_signature=\[keras.InputSpec"):
+            with pytest.raises(ValueError, match=r"x must have sizes that are numbers.*input_signature="):
                 refused.export(tmp_path / "exported", verbose=False)
         from jax import export, jit
 
