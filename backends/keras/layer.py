@@ -198,8 +198,8 @@ class FwPKM(keras.layers.Layer):
         there = mask if segment_ids is None else segments.there(segment_ids, mask)
         tokens = self._tokens(ops.cast(x, self.compute_dtype), there)
         if _decoding:
-            read, state = native.decode(self._config, initial_state, tokens.map(ops.stop_gradient))
-            return [ops.stop_gradient(self._output(read, tokens)), *by_name(state).values()]
+            read, after = native.decode(self._config, initial_state, tokens.map(ops.stop_gradient))
+            return [ops.stop_gradient(self._output(read, tokens)), *by_name(after).values()]
         read, state, trace = self._read(tokens, segment_ids, initial_state, update)
         outputs = [self._output(read, tokens)]
         if state is not None:
