@@ -35,7 +35,7 @@ class Model(keras.Model):
 
     def call(self, tokens: Any, mask: Any = None) -> list[Any]:
         """Logits [B, T, 256] after each of the tokens [B, T] that are there, and the state of the rows then."""
-        x = self.embed(tokens)
+        x = self.embed(tokens)  # without a mask of its own, as x + y would be: every memory is told
         y, *state = self.memory(x, mask=mask)
         return [self.readout(self.norm(x + y)), *state]
 

@@ -5,6 +5,7 @@ On torch and jax the functions are those of the native backend, on tensorflow th
 
 from fwpkm.backends.keras.callback import ResetState
 from fwpkm.backends.keras.layer import FwPKM
+from fwpkm.backends.keras.layout import as_state
 from fwpkm.backends.keras.native import functions
 
 _functions = functions()
@@ -33,6 +34,7 @@ __all__ = [
     "FwPKM",
     "ResetState",
     "apply",
+    "as_state",
     "asarray",
     "chunk_update",
     "concat",

@@ -10,7 +10,7 @@ from keras import KerasTensor, initializers, ops
 
 from fwpkm import validation
 from fwpkm.backends.keras import native, segments
-from fwpkm.backends.keras.layout import NAMES, by_name, copies_of, fill, specs, trace_spec, unflatten
+from fwpkm.backends.keras.layout import NAMES, as_state, by_name, copies_of, fill, specs, trace_spec
 from fwpkm.backends.keras.tokens import blank, dtype_of, finite_rows, nan_where
 from fwpkm.backends.keras.windows import SELF
 from fwpkm.config import FwPKMConfig
@@ -35,7 +35,8 @@ class FwPKM(keras.layers.Layer):
     ``return_state=True`` and pass it as ``initial_state``, or let the layer keep it with ``stateful=True``.
 
     A mask, such as ``Embedding(mask_zero=True)`` makes, takes tokens out of their sequence, wherever they stand: y is
-    that of each row's other tokens read alone, and 0 for these. It is passed on. ``segment_ids`` packs several texts
+    that of each row's other tokens read alone, and 0 for these. It is passed on with y; join y to x by
+    ``keras.layers.Add``, as ``x + y`` has none. ``segment_ids`` packs several texts
     into a row, each with a memory of its own. Under a mixed precision policy the projections run in its compute dtype;
     tables and states stay float32 (float64 under the float64 policy).
 
@@ -48,7 +49,8 @@ class FwPKM(keras.layers.Layer):
         learn_memory: train the initial tables; by default they are non-trainable weights.
         return_state: return ``[y, *state]``, the arrays in the order and shapes of :class:`fwpkm.State`.
         stateful: each call goes on where the last one stopped, until :meth:`reset_state`; every batch must have the
-            size that the layer was built with. The state is among ``variables``: a saved model goes on as well.
+            size that the layer was built with. The state is among ``variables``: a saved model goes on as well. Nothing
+            else begins anew: pass :class:`ResetState` to ``fit``, ``evaluate`` and ``predict``, or each goes on too.
         trainable: as in any Keras layer.
         dtype: as in any Keras layer; it may be a policy.
         name: as in any Keras layer.
@@ -151,6 +153,8 @@ class FwPKM(keras.layers.Layer):
             ValueError: the layer is stateful, and would read every token twice; or on tensorflow an initial state,
                 whose gradient would be lost.
         """
+        if kwargs.get("_decoding"):
+            return layer_call  # without a backward there is nothing to compute anew
         call = super().rematerialized_call(native.without_names(self, layer_call, args, kwargs))
         return lambda *_, **__: call(args[0])
 
@@ -164,6 +168,7 @@ class FwPKM(keras.layers.Layer):
         update: bool = True,
         x_mask: Array | None = None,
         return_trace: bool = False,
+        _decoding: bool = False,
     ) -> Any:
         """Read T tokens, writing every chunk that they complete.
 
@@ -192,6 +197,9 @@ class FwPKM(keras.layers.Layer):
         x = native.whole_batch(x, self.batch_size) if self.stateful else x
         there = mask if segment_ids is None else segments.there(segment_ids, mask)
         tokens = self._tokens(ops.cast(x, self.compute_dtype), there)
+        if _decoding:
+            read, after = native.decode(self._config, initial_state, tokens.map(ops.stop_gradient))
+            return [ops.stop_gradient(self._output(read, tokens)), *by_name(after).values()]
         read, state, trace = self._read(tokens, segment_ids, initial_state, update)
         outputs = [self._output(read, tokens)]
         if state is not None:
@@ -214,10 +222,11 @@ class FwPKM(keras.layers.Layer):
             x: ``[B, 1, hidden_size]``.
             state: where the sequences stand, as a :class:`fwpkm.State` or the list of its arrays. It is used up: go on
                 from the one that comes back, and keep others by ``start_decoding``, which copies.
-            mask: ``[B, 1]`` bool, False for rows that rest; None for True.
+            mask: ``[B, 1]`` bool, False for rows that rest; None for the mask that x carries, or for True.
 
         Returns:
-            ``[y, *state]``: y ``[B, 1, hidden_size]`` in the compute dtype, and where the sequences stand then.
+            ``[y, *state]``: y ``[B, 1, hidden_size]`` in the compute dtype, which carries the mask on, and where the
+            sequences stand then.
 
         Raises:
             ValueError: an argument does not fit; names it, what was expected and what was received.
@@ -225,9 +234,8 @@ class FwPKM(keras.layers.Layer):
         self._weight("memory.keys")  # which says so where the layer is not built
         x = ops.convert_to_tensor(x)
         validation.check_array("x", x, [("B", None), ("T", 1), ("hidden_size", self.hidden_size)], "float", object)
-        tokens = self._tokens(ops.cast(x, self.compute_dtype), _flags(x, mask)).map(ops.stop_gradient)
-        read, after = native.decode(self._config, unflatten(state, "state"), tokens)
-        return [ops.stop_gradient(self._output(read, tokens)), *by_name(after).values()]
+        # As a call of Keras, which alone knows the mask that x carries, and which hands it on with y.
+        return self(x, mask=mask, initial_state=as_state(state, "state"), _decoding=True)
 
     def _tokens(self, x: Array, mask: Array | None) -> Tokens:
         """What the tokens bring to the memory."""
@@ -250,7 +258,7 @@ class FwPKM(keras.layers.Layer):
         if segment_ids is not None:
             return segments.read(cfg, self._initial_memory(), tokens, segment_ids, update), None, None
         if initial_state is not None:
-            return native.apply(cfg, unflatten(initial_state), tokens, update)
+            return native.apply(cfg, as_state(initial_state), tokens, update)
         if not (self.stateful or self.return_state):
             return native.apply(cfg, self._initial_memory(), tokens, update)
         state = self.state if self.stateful else self.init_state(ops.shape(tokens.query)[0])
@@ -283,7 +291,7 @@ class FwPKM(keras.layers.Layer):
         """What ``call`` returns for symbolic inputs; no operation runs."""
         self._check(x, segment_ids, initial_state, return_trace)
         outputs: list[Any] = [KerasTensor(x.shape, dtype=self.compute_dtype)]
-        dtype = self._table_dtype if initial_state is None else unflatten(initial_state).memory.keys.dtype
+        dtype = self._table_dtype if initial_state is None else as_state(initial_state).memory.keys.dtype
         if self.return_state:
             state = specs(self._config, x.shape[0]).values()
             outputs += [KerasTensor(spec.shape, dtype=dtype_of(spec.kind, dtype)) for spec in state]
@@ -326,7 +334,7 @@ class FwPKM(keras.layers.Layer):
         """
         if not self.stateful:
             raise ValueError("only a layer with stateful=True keeps a state. Received: stateful=False")
-        return unflatten([ops.stop_gradient(ops.copy(self._weight(f"state.{name}"))) for name in NAMES])
+        return as_state([ops.stop_gradient(ops.copy(self._weight(f"state.{name}"))) for name in NAMES])
 
     def reset_state(self) -> None:
         """Let a stateful layer start from its initial memory again; nothing happens before it is built.
@@ -424,6 +432,7 @@ class FwPKM(keras.layers.Layer):
 
     def _check(self, x: Any, segment_ids: Any, initial_state: Any, return_trace: Any) -> None:
         validation.check_flag("return_trace", return_trace)
+        native.check_sizes(x)
         axes = [("B", None), ("T", None), ("hidden_size", self.hidden_size)]
         validation.check_array("x", x, axes, "float", object)
         if segment_ids is not None:

@@ -28,8 +28,12 @@ def from_names(arrays: Mapping[str, Any]) -> State:
     return State(memory, **{name: arrays[name] for name in State._fields if name != "memory"})
 
 
-def unflatten(arrays: Any, argument: str = "initial_state") -> State:
-    """A state from the list of its arrays; a State is itself. ``argument`` is what the caller passed it as.
+def as_state(arrays: Any, argument: str = "initial_state") -> State:
+    """The state whose arrays a layer with ``return_state=True`` returns, for files and the functions of SPEC.md §8.
+
+    Args:
+        arrays: the list of a state's arrays, in the order of :class:`fwpkm.State`; a State is returned as it is.
+        argument: what an error calls them.
 
     Raises:
         ValueError: neither a State nor so many arrays.

@@ -140,6 +140,17 @@ def check_dtype(dtype: str) -> None:
         importlib.import_module(f"{_MODULES['jax']}.checks").check_dtype(dtype)
 
 
+def check_sizes(x: Array) -> None:
+    """Raise a ValueError where a dimension is a symbol of JAX, as ``model.export`` makes them there."""
+    if keras.backend.backend() == "jax" and not all(isinstance(size, int | None) for size in x.shape):
+        raise ValueError(
+            "x must have sizes that are numbers, as the memory decides by them how much is written: on jax export one "
+            "program for each batch size and length, by model.export(path, input_signature=[keras.InputSpec(shape="
+            "(B, T), dtype=...)]) with the shape and dtype of the model's input, and pad the last piece under a mask. "
+            f"Received: shape {tuple(x.shape)}"
+        )
+
+
 def is_exporting() -> bool:
     """Whether torch.export traces the call."""
     if keras.backend.backend() != "torch":

@@ -3,12 +3,13 @@
 import keras
 import numpy as np
 import pytest
+from asserting import assert_close
 from keras import ops
-from keras_suite.layers import BACKEND, HIDDEN, inputs, make, native, numpy
+from keras_suite.layers import BACKEND, HIDDEN, SMALL, inputs, make, native, numpy
 
 import fwpkm
 from fwpkm import agreement
-from fwpkm.backends.keras.layout import unflatten
+from fwpkm.backends.keras import as_state
 
 
 def compiled(layer):
@@ -40,7 +41,7 @@ def test_token_by_token_equals_one_call():
     expected = numpy(layer(native(x), mask=mask))
     step, traces = compiled(layer)
     y, *state = layer(native(x[:, :4]), mask=mask[:, :4])
-    assert numpy(unflatten(state).position).tolist() == [0, 1, 2, 3]
+    assert numpy(as_state(state).position).tolist() == [0, 1, 2, 3]
     outputs = [y]
     for t in range(4, 16):
         y, *state = step(native(x[:, t : t + 1]), native(mask[:, t : t + 1]), *state)
@@ -55,7 +56,7 @@ def test_token_by_token_equals_one_call():
 def test_a_state_is_used_up_and_a_copy_of_it_is_not():
     """On torch its tables are overwritten, on jax they are gone; on tensorflow they stay as they were."""
     layer, x = make(return_state=True), ops.convert_to_tensor(inputs(length=4))
-    state = unflatten(layer(x[:, :3])[1:])
+    state = as_state(layer(x[:, :3])[1:])
     before, copy = numpy(state), fwpkm.get_backend("keras").start_decoding(state)
     first = layer.decode(x[:, 3:], copy)
     for a, b in zip(keras.tree.flatten(numpy(state)), keras.tree.flatten(before), strict=True):
@@ -68,6 +69,52 @@ def test_a_state_is_used_up_and_a_copy_of_it_is_not():
         assert not second[0].requires_grad
     elif BACKEND == "jax":
         assert state.memory.values.is_deleted()
+
+
+def test_the_mask_that_x_carries_rests_rows_as_in_a_call():
+    """Through two memories joined by ``Add``, compiled too: token 0 of a ``mask_zero`` embedding is not there."""
+    embed, add = keras.layers.Embedding(5, HIDDEN, mask_zero=True, dtype="float64"), keras.layers.Add(dtype="float64")
+    layers = [make(return_state=True, dtype="float64") for _ in range(2)]
+    tokens = np.array([[1, 2, 3, 4, 1, 2, 3], [1, 2, 0, 4, 1, 0, 3], [0, 1, 2, 3, 0, 4, 0], [0, 0, 0, 1, 2, 3, 4]])
+
+    def read(token, *states):
+        x, after = embed(token), []
+        for layer, state in zip(layers, states or [None, None]):
+            y, *state = layer.decode(x, state) if states else layer(x)
+            x = add([x, y])
+            after.append(state)
+        return x, *after
+
+    step = read
+    if BACKEND == "tensorflow":
+        import tensorflow
+
+        step = tensorflow.function(read)
+    elif BACKEND == "jax":
+        import jax
+
+        step = jax.jit(read, donate_argnums=(1, 2))
+    _, *states = read(ops.convert_to_tensor(tokens[:, :1]))
+    outputs = []
+    for t in range(1, 7):
+        x, *states = step(ops.convert_to_tensor(tokens[:, t : t + 1]), *states)
+        outputs.append(numpy(x))
+    expected, *whole = read(ops.convert_to_tensor(tokens))
+    assert_close(np.concatenate(outputs, axis=1), numpy(expected)[:, 1:], "float64")
+    for received, wanted in zip(states, whole):
+        for a, b in zip(numpy(received), numpy(wanted), strict=True):
+            assert_close(a.astype("float64"), b.astype("float64"), "float64")
+        assert numpy(as_state(received).position).tolist() == (tokens != 0).sum(axis=1).tolist()
+
+
+def test_a_layer_that_is_rematerialised_decodes():
+    with keras.RematScope(mode="full"):
+        layer = type(make())(**SMALL, return_state=True)
+    _, *state = layer(inputs(length=3))
+    y, *state = layer.decode(inputs(length=4)[:, 3:], state)
+    plain = make(return_state=True)
+    plain.set_weights(layer.get_weights())
+    assert_close(numpy(y), numpy(plain(inputs(length=4))[0])[:, 3:], "float32")
 
 
 def test_what_does_not_fit_is_refused():

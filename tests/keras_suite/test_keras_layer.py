@@ -12,8 +12,8 @@ from keras_suite.layers import BACKEND, HIDDEN, SMALL, gradients, inputs, make, 
 
 import fwpkm
 from fwpkm import FwPKMConfig, agreement, config
-from fwpkm.backends.keras import FwPKM
-from fwpkm.backends.keras.layout import NAMES, by_name, unflatten
+from fwpkm.backends.keras import FwPKM, as_state
+from fwpkm.backends.keras.layout import NAMES, by_name
 from fwpkm.rules import zscore
 
 FORWARD = agreement.BOUNDS["float32"].forward
@@ -75,7 +75,7 @@ def test_states_go_to_the_torch_layer_in_files(tmp_path):
     layer, x = make(return_state=True), inputs()
     torch_layer = twin(layer, tmp_path, {})
     _, *state = layer(x[:, :6])
-    fwpkm.save_state(tmp_path / "state.safetensors", unflatten(state), layer.config)
+    fwpkm.save_state(tmp_path / "state.safetensors", as_state(state), layer.config)
     y, _ = torch_layer(
         torch.from_numpy(x[:, 6:]), fwpkm.load_state(tmp_path / "state.safetensors", layer.config, "torch")
     )
@@ -143,7 +143,7 @@ def test_the_initial_tables_are_not_rounded_on_their_way_into_a_state(policy):
     for options in ({}, {"stateful": True}):
         layer = make(batch=4, dtype=policy, return_state=True, **options)
         _, *state = layer(inputs(1))
-        for table, weight in zip(unflatten(state).memory, (layer.memory_keys, layer.memory_values)):
+        for table, weight in zip(as_state(state).memory, (layer.memory_keys, layer.memory_values)):
             np.testing.assert_array_equal(numpy(table), np.broadcast_to(numpy(weight), table.shape))
 
 
@@ -200,7 +200,7 @@ def test_shapes_are_known_without_running():
     assert [shape for shape in layer.compute_output_shape((4, 11, HIDDEN))] == [(4, 11, HIDDEN), *STATE_SHAPES]
     assert FwPKM(**SMALL).compute_output_shape((4, 11, HIDDEN)) == (4, 11, HIDDEN)
     _, *state = FwPKM(**SMALL, return_state=True, memory_scope="batch")(keras.Input((None, HIDDEN)))
-    assert tuple(unflatten(state).memory.keys.shape) == (1, 2, 2, 4, 2)
+    assert tuple(as_state(state).memory.keys.shape) == (1, 2, 2, 4, 2)
 
 
 def test_a_constant_row_of_values_gives_zero():
@@ -290,7 +290,7 @@ def test_a_stateful_layer_goes_on_until_it_is_reset():
         assert agreement.relative_error(numpy(actual), numpy(expected)) < FORWARD
         np.testing.assert_array_equal(numpy(held), numpy(actual))
     layer(x, update=False)
-    np.testing.assert_array_equal(numpy(layer.state.memory.values), numpy(unflatten(state).memory.values))
+    np.testing.assert_array_equal(numpy(layer.state.memory.values), numpy(as_state(state).memory.values))
     layer.reset_state()
     np.testing.assert_array_equal(numpy(layer(x)[0]), numpy(whole))
 

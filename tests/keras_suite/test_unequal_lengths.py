@@ -9,8 +9,8 @@ from keras import ops
 from keras_suite.layers import HIDDEN, SMALL, gradients, inputs, make, numpy
 
 from fwpkm import agreement
-from fwpkm.backends.keras import FwPKM, native
-from fwpkm.backends.keras.layout import NAMES, unflatten
+from fwpkm.backends.keras import FwPKM, as_state, native
+from fwpkm.backends.keras.layout import NAMES
 
 BOUNDS = agreement.BOUNDS["float64"]
 WAIT = {"boundary": "wait", "lookahead": 2}
@@ -151,7 +151,7 @@ def test_rows_go_on_from_where_each_of_them_stands(options):
         kept.append(numpy(keeping(piece, mask=mask)))
     outputs = np.concatenate(outputs, axis=1)
     np.testing.assert_array_equal(np.concatenate(kept, axis=1), outputs)
-    assert numpy(unflatten(state).position).tolist() == MASK.sum(axis=1).tolist()
+    assert numpy(as_state(state).position).tolist() == MASK.sum(axis=1).tolist()
     for b, own in enumerate(MASK):
         if own.any():
             y, *alone = layer(x[b : b + 1, own])
