@@ -308,7 +308,7 @@ def test_hooks_see_every_submodule_called_and_what_a_backward_needs():
 
 # torch's own tracing looks at .grad of tensors that are no leaves.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-def test_compile():
+def test_compiled_gradients():
     layer, x = make(torch.float32), inputs(dtype=torch.float32).requires_grad_()
     y, _ = layer(x)
     (expected,) = torch.autograd.grad(y.square().sum(), x)
@@ -317,7 +317,13 @@ def test_compile():
     z.square().sum().backward()
     assert error(z, y) < 1e-6
     assert error(x.grad, expected) < 1e-5
+
+
+def test_compile_of_single_tokens():
+    layer, x = make(torch.float32), inputs(dtype=torch.float32)
+    compiled = torch.compile(layer, backend="aot_eager")
     with torch.no_grad():
+        y, _ = layer(x)
         state, tokens = None, []
         for t in range(x.shape[1]):
             token, state = compiled(x[:, t : t + 1], state)
