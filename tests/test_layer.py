@@ -306,6 +306,26 @@ def test_hooks_see_every_submodule_called_and_what_a_backward_needs():
     assert torch.equal(torch.autograd.grad(y.square().sum(), x)[0], expected)
 
 
+@pytest.mark.parametrize("learn", [False, True])
+def test_learn_memory_is_chosen_when_the_layer_is_made(learn):
+    """Later it would say what the tables are not; tables that are trained freeze and thaw as any parameters."""
+    layer = make(learn_memory=learn)
+    for value in (False, True):
+        with pytest.raises(AttributeError, match=r"learn_memory is chosen when a layer is made: FwPKM\(\.\.\., learn_"):
+            layer.learn_memory = value
+    assert copy.deepcopy(layer).learn_memory is learn
+    assert f"learn_memory={learn}" in repr(layer)
+    other = make(learn_memory=True)
+    other.load_state_dict(layer.state_dict())
+    x = inputs()
+    for frozen in (True, False):
+        other.memory.requires_grad_(not frozen)
+        other.zero_grad()
+        other(x)[0].sum().backward()
+        assert (other.memory.values.grad is None) == frozen
+        assert other.query_proj.weight.grad is not None
+
+
 # torch's own tracing looks at .grad of tensors that are no leaves.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 def test_compiled_gradients():

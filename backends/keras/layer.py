@@ -59,6 +59,8 @@ class FwPKM(keras.layers.Layer):
         TypeError: an argument that the layer does not have; says which one was probably meant.
     """
 
+    learn_memory = validation.Fixed("which takes this one's weights")
+
     def __init__(
         self,
         *,
@@ -88,7 +90,7 @@ class FwPKM(keras.layers.Layer):
                 "learn_memory must be False with stateful=True, where batches pass no gradient to the initial memory. "
                 "Received: learn_memory=True"
             )
-        self.gated, self.value_norm, self.learn_memory = gated, value_norm, learn_memory
+        self.gated, self.value_norm, self._learn_memory = gated, value_norm, learn_memory
         self.return_state, self.stateful = return_state, stateful
         self.supports_masking = True
 

@@ -75,6 +75,9 @@ class FwPKM(nn.Module):
     output_norm: nn.RMSNorm
     output_proj: nn.Linear
     memory: InitialMemory
+    learn_memory = validation.Fixed(
+        "which takes this one's state_dict; layer.memory.requires_grad_(False) freezes tables that are trained"
+    )
     _output_std = 0.02
 
     def __init__(
@@ -96,7 +99,7 @@ class FwPKM(nn.Module):
         )
         self.hidden_size, self.config, self.gated = hidden_size, config, gated
         self.value_normalization = value_norm
-        self.learn_memory = learn_memory
+        self._learn_memory = learn_memory
         check_present(device)
         factory = {"device": device, "dtype": dtype}
         for name, (width, size) in self._projections().items():

@@ -228,6 +228,17 @@ def test_wrong_arguments(options, message):
         FwPKM(**options)
 
 
+def test_learn_memory_is_chosen_when_the_layer_is_made():
+    """Later it would say what the tables are not."""
+    layer, other = make(), make(learn_memory=True)
+    with pytest.raises(AttributeError, match=r"learn_memory is chosen when a layer is made: FwPKM\("):
+        layer.learn_memory = True
+    assert layer.get_config()["learn_memory"] is layer.learn_memory is False
+    other.set_weights(layer.get_weights())
+    assert (numpy(other(inputs())) == numpy(layer(inputs()))).all()
+    assert len(other.trainable_weights) == len(layer.trainable_weights) + 2
+
+
 def test_a_call_updates_or_not():
     with pytest.raises(ValueError, match=r"update must be True or False\. Received: 'no'"):
         make()(inputs(), update="no")
