@@ -291,6 +291,17 @@ def check_is_state(state: Any) -> None:
         raise ValueError(f"state must be a fwpkm.State, as init_state returns. Received: {type(state).__name__}")
 
 
+def check_not_rounded(state: Any, dtype: str) -> None:
+    """Raise where a layer whose queries have this dtype would round the tables of a state (§6): they are float64."""
+    memory = getattr(state, "memory", None)  # what is no state at all the call itself refuses
+    if isinstance(memory, Memory) and hasattr(memory.keys, "dtype") and dtype_name(memory.keys) == "float64" != dtype:
+        raise ValueError(
+            "state must not hold float64 tables where the layer reads in another dtype, since each write would round "
+            "them: make the layer float64, or round them yourself with state.to(torch.float32), or state.map(...) in "
+            f"another framework. Received: float64 tables, and queries of {dtype}"
+        )
+
+
 def check_state(cfg: FwPKMConfig, state: Any, implementation: Implementation) -> int:
     """Raise unless the state fits ``cfg``. Returns its rows."""
     check_served(cfg, implementation)

@@ -326,6 +326,22 @@ def test_learn_memory_is_chosen_when_the_layer_is_made(learn):
         assert other.query_proj.weight.grad is not None
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_state_is_not_rounded_on_its_way_into_a_layer(dtype):
+    """Who only reads rounds nothing that lasts; a state narrower than its layer keeps its dtype."""
+    layer, wide = make(dtype), make()
+    x, token = inputs(5, dtype=dtype), inputs(1, dtype=dtype)
+    for state in (layer.init_state(2).to(torch.float64), wide(inputs(5))[1]):
+        for call, read in ((layer, x), (layer, token), (layer.decode, token)):
+            with pytest.raises(ValueError, match=r"state must not hold float64 tables.*Received: float64 tables, and"):
+                call(read, state)
+        assert layer(x, state, update=False)[1] is state
+        assert layer(x, state.to(torch.float32))[1].memory.values.dtype == torch.float32
+    assert wide(inputs(5), layer.init_state(2))[1].memory.values.dtype == torch.float32
+    with pytest.raises(ValueError, match=r"memory must be a fwpkm.Memory"):
+        layer(x, layer.init_state(2)._replace(memory=None))
+
+
 # torch's own tracing looks at .grad of tensors that are no leaves.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 def test_compiled_gradients():

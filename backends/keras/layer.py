@@ -139,7 +139,8 @@ class FwPKM(keras.layers.Layer):
         native.check_distribution(self.variables)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """``call``, with ``segment_ids`` as they are before Keras makes tensors of them, which may cut them."""
+        """``call``, with ``segment_ids`` and states as they are before Keras makes tensors of them, which cuts both."""
+        self._check_state(args[3] if len(args) > 3 else kwargs.get("initial_state"))
         if len(args) > 2:
             args = (*args[:2], segments.as_ids(args[2]), *args[3:])
         if "segment_ids" in kwargs:
@@ -228,6 +229,7 @@ class FwPKM(keras.layers.Layer):
         x = ops.convert_to_tensor(x)
         validation.check_array("x", x, [("B", None), ("T", 1), ("hidden_size", self.hidden_size)], "float", object)
         tokens = self._tokens(ops.cast(x, self.compute_dtype), _flags(x, mask)).map(ops.stop_gradient)
+        self._check_state(state, "state")
         read, after = native.decode(self._config, unflatten(state, "state"), tokens)
         return [ops.stop_gradient(self._output(read, tokens)), *by_name(after).values()]
 
@@ -428,6 +430,7 @@ class FwPKM(keras.layers.Layer):
         validation.check_flag("return_trace", return_trace)
         axes = [("B", None), ("T", None), ("hidden_size", self.hidden_size)]
         validation.check_array("x", x, axes, "float", object)
+        self._check_state(initial_state)
         if segment_ids is not None:
             validation.check_array("segment_ids", segment_ids, [("B", x.shape[0]), ("T", x.shape[1])], "int", object)
             self._check_packed(initial_state)
@@ -446,6 +449,10 @@ class FwPKM(keras.layers.Layer):
                 f"x must have B={self.batch_size} rows, as the stateful layer was built with: leave out the last, "
                 f"smaller batch. Received: shape {tuple(x.shape)}"
             )
+
+    def _check_state(self, state: Any, argument: str = "initial_state") -> None:
+        if state is not None:
+            validation.check_not_rounded(unflatten(state, argument), self.compute_dtype)
 
     def _check_packed(self, initial_state: Any) -> None:
         """Raise where segment_ids would leave no row that a state could stand for."""
