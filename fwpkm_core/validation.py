@@ -36,6 +36,29 @@ class Implementation(NamedTuple):
         return cls(name, arrays, frozenset(fields.split()))
 
 
+class Fixed:
+    """A flag of a layer that is chosen when it is made: what the attribute of its name with an underscore holds."""
+
+    def __init__(self, instead: str):
+        """``instead`` says what is to be done with a layer that was made with the argument."""
+        self._instead = instead
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        """Called by the class that it is an attribute of."""
+        self._name = name
+
+    def __get__(self, layer: Any, owner: type | None = None) -> Any:
+        """The flag."""
+        return self if layer is None else getattr(layer, f"_{self._name}")
+
+    def __set__(self, layer: Any, value: Any) -> None:
+        """Raise: it would say what the layer is not."""
+        raise AttributeError(
+            f"{self._name} is chosen when a layer is made: FwPKM(..., {self._name}={value!r}), {self._instead}. "
+            f"Received: {self._name}={value!r} for a layer that is made"
+        )
+
+
 def check_array(name: str, array: Any, axes: Sequence[Axis], kind: str, array_type: ArrayType) -> None:
     """Raise unless ``array`` is a native array of this kind ("float", "int", "bool" or "int32") and shape."""
     received: Any = array
@@ -266,6 +289,17 @@ def check_is_state(state: Any) -> None:
     """Raise unless ``state`` is one."""
     if not isinstance(state, State):
         raise ValueError(f"state must be a fwpkm.State, as init_state returns. Received: {type(state).__name__}")
+
+
+def check_not_rounded(state: Any, dtype: str) -> None:
+    """Raise where a layer whose queries have this dtype would round the tables of a state (§6): they are float64."""
+    memory = getattr(state, "memory", None)  # what is no state at all the call itself refuses
+    if isinstance(memory, Memory) and hasattr(memory.keys, "dtype") and dtype_name(memory.keys) == "float64" != dtype:
+        raise ValueError(
+            "state must not hold float64 tables where the layer reads in another dtype, since each write would round "
+            "them: make the layer float64, or round them yourself with state.to(torch.float32), or state.map(...) in "
+            f"another framework. Received: float64 tables, and queries of {dtype}"
+        )
 
 
 def check_state(cfg: FwPKMConfig, state: Any, implementation: Implementation) -> int:

@@ -43,7 +43,7 @@ QUICK = {
     "vectors": r"forward\[(base|wait_mask)-(numpy|torch)-float64-one call\]|forward\[wait_mask-jax-float64-one call\]|"
     r"gradients\[torch-float64-one call-(base|wait_mask|dot_heads)\]|gradients\[jax-float64-one call-base\]",
     **dict.fromkeys(("lookup", "chunk_update", "stream", "state", "finite", "gradients", "precision"), "torch"),
-    "layer": "test_(?!compile)",
+    "layer": "test_(?!compile_)",
     "launch": "",
     "conform": "noticed",
     "mutants": r"\[0-(lookahead off by one|temperature ignored)\]",

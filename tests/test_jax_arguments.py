@@ -91,6 +91,17 @@ def test_a_numpy_state_is_copied(given):
         assert_same_bits(np.asarray(x), np.asarray(y))
 
 
+def test_a_numpy_state_is_not_rounded_by_a_jax_of_32_bits(given):
+    """As other arrays are, by JAX's own custom: what a state remembers is lost without a word."""
+    state, *tokens = numpy(given)
+    narrow, wide = state, state.map(lambda x: x.astype("f8") if x.dtype == np.float32 else x)
+    with jax.enable_x64(False):
+        for call in (lambda: BE.apply(CFG, wide, *tokens), lambda: BE.concat(CFG, [narrow, wide])):
+            with pytest.raises(ValueError, match=r"float64 needs JAX's 64-bit mode.*Received: float64 tables in stat"):
+                call()
+        assert BE.apply(CFG, narrow, *tokens)[1].memory.values.dtype == jnp.float32
+
+
 def test_what_numpy_knows_stays_known_under_jit(given):
     """A mask, packing or position that a caller closes over is checked there too."""
     state, *tokens = given

@@ -273,3 +273,21 @@ def test_it_needs_no_implicit_promotion(dtype):
     with jax.numpy_dtype_promotion("strict"):
         gradients = jax.grad(loss)(variables["params"])
     assert any(jnp.abs(g).sum() > 0 for g in jax.tree.leaves(gradients))
+
+
+def test_a_state_is_not_rounded_on_its_way_into_a_layer():
+    """Who only reads rounds nothing that lasts."""
+    layer, (x, _) = FwPKM(HIDDEN, **SMALL), inputs()
+    variables = layer.init(jax.random.key(0), "float64")
+    _, wide = layer.apply(variables, x)
+    narrow = jax.tree.map(lambda z: z.astype("float32"), variables)
+    row = x.astype("float32")
+    words = r"state must not hold float64 tables.*Received: float64 tables, and queries of float32"
+    for call in (layer.apply, functools.partial(layer.apply, return_trace=True), jax.jit(layer.apply)):
+        with pytest.raises(ValueError, match=words):
+            call(narrow, row, wide)
+    with pytest.raises(ValueError, match=words):
+        layer.decode(narrow, row[:, :1], wide)
+    assert layer.apply(narrow, row, wide, update=False)[1] is wide
+    rounded = wide.map(lambda z: z.astype("float32") if z.dtype == jnp.float64 else z)
+    assert layer.apply(narrow, row, rounded)[1].memory.values.dtype == jnp.float32

@@ -306,9 +306,45 @@ def test_hooks_see_every_submodule_called_and_what_a_backward_needs():
     assert torch.equal(torch.autograd.grad(y.square().sum(), x)[0], expected)
 
 
+@pytest.mark.parametrize("learn", [False, True])
+def test_learn_memory_is_chosen_when_the_layer_is_made(learn):
+    """Later it would say what the tables are not; tables that are trained freeze and thaw as any parameters."""
+    layer = make(learn_memory=learn)
+    for value in (False, True):
+        with pytest.raises(AttributeError, match=r"learn_memory is chosen when a layer is made: FwPKM\(\.\.\., learn_"):
+            layer.learn_memory = value
+    assert copy.deepcopy(layer).learn_memory is learn
+    assert f"learn_memory={learn}" in repr(layer)
+    other = make(learn_memory=True)
+    other.load_state_dict(layer.state_dict())
+    x = inputs()
+    for frozen in (True, False):
+        other.memory.requires_grad_(not frozen)
+        other.zero_grad()
+        other(x)[0].sum().backward()
+        assert (other.memory.values.grad is None) == frozen
+        assert other.query_proj.weight.grad is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_state_is_not_rounded_on_its_way_into_a_layer(dtype):
+    """Who only reads rounds nothing that lasts; a state narrower than its layer keeps its dtype."""
+    layer, wide = make(dtype), make()
+    x, token = inputs(5, dtype=dtype), inputs(1, dtype=dtype)
+    for state in (layer.init_state(2).to(torch.float64), wide(inputs(5))[1]):
+        for call, read in ((layer, x), (layer, token), (layer.decode, token)):
+            with pytest.raises(ValueError, match=r"state must not hold float64 tables.*Received: float64 tables, and"):
+                call(read, state)
+        assert layer(x, state, update=False)[1] is state
+        assert layer(x, state.to(torch.float32))[1].memory.values.dtype == torch.float32
+    assert wide(inputs(5), layer.init_state(2))[1].memory.values.dtype == torch.float32
+    with pytest.raises(ValueError, match=r"memory must be a fwpkm.Memory"):
+        layer(x, layer.init_state(2)._replace(memory=None))
+
+
 # torch's own tracing looks at .grad of tensors that are no leaves.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-def test_compile():
+def test_compiled_gradients():
     layer, x = make(torch.float32), inputs(dtype=torch.float32).requires_grad_()
     y, _ = layer(x)
     (expected,) = torch.autograd.grad(y.square().sum(), x)
@@ -317,7 +353,13 @@ def test_compile():
     z.square().sum().backward()
     assert error(z, y) < 1e-6
     assert error(x.grad, expected) < 1e-5
+
+
+def test_compile_of_single_tokens():
+    layer, x = make(torch.float32), inputs(dtype=torch.float32)
+    compiled = torch.compile(layer, backend="aot_eager")
     with torch.no_grad():
+        y, _ = layer(x)
         state, tokens = None, []
         for t in range(x.shape[1]):
             token, state = compiled(x[:, t : t + 1], state)

@@ -107,6 +107,12 @@ def test_a_state_returns_from_a_file_to_where_it_stood(library, tmp_path):
 
 
 @both
+def test_learn_memory_is_chosen_when_the_layer_is_made(library):
+    with pytest.raises(AttributeError):
+        made(library).learn_memory = True
+
+
+@both
 def test_wrong_arguments_are_named(library):
     layer = made(library)
     with pytest.raises(ValueError, match=r"state must be a fwpkm\.State"):

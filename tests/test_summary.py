@@ -13,14 +13,15 @@ from fwpkm import FwPKMConfig, LayerTrace, Memory, Trace, reference, summarize
 CFG = FwPKMConfig(key_dim=4, value_dim=3, num_heads=2, num_subkeys=3, top_k=1, chunk_size=4, lookahead=1)
 
 
-def trace_of(slots, *, gate=None, masked=(), dead=(), writes=(0,), losses=((0.0, 0.0),), cfg=CFG):
+def trace_of(slots, *, gate=None, masked=(), dead=(), writes=(0,), losses=None):
     """A trace of rows of tokens, each a list of slots; ``masked`` and ``dead`` name tokens as (row, time)."""
     slots = np.array(slots, np.int32)
     weights = np.full(slots.shape, 1 / slots.shape[2], np.float32)
     for tokens, value in ((masked, 0), (dead, np.nan)):
         for token in tokens:
             weights[token] = value
-    losses = np.array(losses, np.float32)
+    none = np.zeros((len(writes), -(-slots.shape[1] // CFG.chunk_size)))
+    losses = np.array(none if losses is None else losses, np.float32)
     trace = Trace(slots, weights, losses, -losses, np.array(writes, np.int32))
     return trace if gate is None else LayerTrace(*trace, gate=np.array(gate, np.float32))
 
@@ -46,13 +47,50 @@ def test_tokens_collide_within_a_chunk_and_a_memory_alone():
     assert summarize(CFG, trace_of([same]))["collisions"] == 12
     across = summarize(CFG, trace_of([same]), before=state_at(2))  # positions 2 to 5: two tokens in each of two chunks
     assert across["collisions"] == 4
-    rows = summarize(CFG, trace_of([same[:2], same[:2]], writes=(0, 0), losses=[[0.0]] * 2))
+    rows = summarize(CFG, trace_of([same[:2], same[:2]], writes=(0, 0)))
     assert rows["collisions"] == 4
     assert rows["slots_used"] == 4
     one = dataclasses.replace(CFG, memory_scope="batch")
-    shared = summarize(one, trace_of([same[:2], same[:2]], losses=[[0.0]]))
+    shared = summarize(one, trace_of([same[:2], same[:2]]))
     assert shared["collisions"] == 12
     assert shared["slots_used_share"] == 2 / 9
+
+
+@pytest.mark.parametrize(
+    ("position", "length", "masked", "cfg", "words"),
+    [
+        ([2], 6, (), {}, "Received: writes [2], where row 0 read 6 tokens from position 0"),
+        ([0, 3], 5, (), {}, "row 1 read 5 tokens from position 0"),
+        ([3], 5, [(0, 1)], {"boundary": "wait"}, "row 0 read 4 tokens from position 0"),
+        ([3, 3], 5, [(0, 1)], {"memory_scope": "batch"}, "row 0 read 5 tokens from position 0"),
+    ],
+)
+def test_a_call_that_began_elsewhere_is_refused(position, length, masked, cfg, words):
+    """Without ``before``, of a call that was given a state; and so in a recording."""
+    cfg = dataclasses.replace(CFG, **cfg)
+    rng, rows = np.random.default_rng(0), len(position)
+    mask = np.ones((rows, length), bool)
+    for token in masked:
+        mask[token] = False
+    query, value = (rng.normal(size=(rows, length, n)).astype("f4") for n in (8, 3))
+    before = state_at(*position, cfg=cfg)
+    _, _, trace = reference.apply(cfg, before, query, value, mask=mask)
+    assert summarize(cfg, trace, before=before)["chunks"] == trace.writes.sum()
+    for options in ({}, {"before": reference.init_memory(cfg)}):
+        with pytest.raises(ValueError, match=r"trace\.writes must be the chunks that its tokens complete") as caught:
+            summarize(cfg, trace, **options)
+        assert words in str(caught.value)
+        assert "before=" in str(caught.value)
+
+
+@pytest.mark.parametrize(("chunk_size", "update"), [(3, True), (8, True), (8, False)])
+def test_a_config_of_another_chunk_size_is_refused(chunk_size, update):
+    other = dataclasses.replace(CFG, chunk_size=chunk_size)
+    rng = np.random.default_rng(0)
+    query, value = rng.normal(size=(1, 9, 8)).astype("f4"), rng.normal(size=(1, 9, 3)).astype("f4")
+    _, _, trace = reference.apply(CFG, reference.init_memory(CFG), query, value, update=update)
+    with pytest.raises(ValueError, match="config"):
+        summarize(other, trace)
 
 
 def test_masked_tokens_are_not_there_and_dead_ones_are_counted_apart():
@@ -71,7 +109,7 @@ def test_masked_tokens_are_not_there_and_dead_ones_are_counted_apart():
 
 def test_packed_sequences_have_clocks_of_their_own():
     slots = [[[1, 1]] * 6]
-    trace = trace_of(slots, masked=[(0, 5)], writes=(0, 0, 0), losses=[[0.0, 0.0]] * 3)
+    trace = trace_of(slots, masked=[(0, 5)], writes=(0, 0, 0))
     found = summarize(CFG, trace, cu_seqlens=np.array([0, 3, 3, 5], np.int32), before=state_at(2, 0, 0))
     assert found["tokens"] == 5
     assert found["collisions"] == 1 + 1  # the first sequence's tokens stand at 2, 3 and, in another chunk, 4
@@ -79,12 +117,12 @@ def test_packed_sequences_have_clocks_of_their_own():
 
 
 def test_losses_are_means_over_written_chunks():
-    trace = trace_of([[[1, 2]] * 8] * 2, writes=(2, 1), losses=[[1.0, 2.0], [6.0, 0.0]])
+    trace = trace_of([[[1, 2]] * 8] * 2, masked=[(1, 0)], writes=(2, 1), losses=[[1.0, 2.0], [6.0, 0.0]])
     found = summarize(CFG, trace)
     assert found["memorization"] == 3
     assert found["addressing"] == -3
     assert found["chunks"] == 3
-    nothing = summarize(CFG, trace_of([[[1, 2]]], losses=[[0.0]]))
+    nothing = summarize(CFG, trace_of([[[1, 2]]]))
     assert math.isnan(nothing["memorization"])
     assert "gate_mean" not in nothing
     assert "rows_kept" not in nothing
@@ -143,7 +181,7 @@ GOOD = trace_of([[[1, 2]] * 4])
         (GOOD._replace(slots=GOOD.weights), {}, "must be integers"),
         (GOOD._replace(weights=GOOD.weights[:, :3]), {}, "trace.weights must have shape [B, T, H*k] = (1, 4, 2)"),
         (GOOD._replace(writes=np.zeros(2, "i4")), {}, "trace.writes must have shape [M] = (1,). Received: shape (2,)"),
-        (GOOD._replace(addressing=np.zeros((1, 1))), {}, "trace.addressing must have shape [M, W] = (1, 2)"),
+        (GOOD._replace(addressing=np.zeros((1, 2))), {}, "trace.addressing must have shape [M, W] = (1, 1)"),
         (GOOD._replace(slots=[[1]]), {}, "trace.slots: expected an array of one of numpy, torch"),
         (LayerTrace(*GOOD, gate=np.ones((1, 3))), {}, "trace.gate must have shape [B, T] = (1, 4)"),
         (GOOD, {"before": 3}, "before must be the fwpkm.State that the call was given"),

@@ -9,6 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fwpkm.backends.jax.checks import in_64_bits
+from fwpkm.containers import State
+
 AnyArray = jax.Array | np.ndarray
 """What the layer takes."""
 _P = ParamSpec("_P")
@@ -27,6 +30,7 @@ def takes_numpy(function: Callable[_P, _R]) -> Callable[_P, _R]:
         # A state of JAX's arrays must stay the object that it is: who only reads is given it back.
         if name == "rows" or not any(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(x)):
             return x
+        _check_states(name, x)
         return jax.tree.map(from_numpy, x)
 
     @functools.wraps(function)
@@ -37,6 +41,20 @@ def takes_numpy(function: Callable[_P, _R]) -> Callable[_P, _R]:
         return function(*known, *beyond, **named)
 
     return call
+
+
+def _check_states(name: str, x: Any) -> None:
+    """Raise where JAX would round NumPy's tables of a state."""
+    if in_64_bits():
+        return
+    for state in jax.tree.leaves(x, is_leaf=lambda node: isinstance(node, State)):
+        tables = jax.tree.leaves(state.memory) if isinstance(state, State) else []
+        if any(getattr(table, "dtype", None) == np.float64 for table in tables):
+            raise ValueError(
+                "a state in float64 needs JAX's 64-bit mode, without which its tables would be rounded: call "
+                "jax.config.update('jax_enable_x64', True) first, or round them yourself with state.map(...). "
+                f"Received: float64 tables in {name}"
+            )
 
 
 def from_numpy(x: Any) -> Any:

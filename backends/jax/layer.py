@@ -176,6 +176,8 @@ class FwPKM:
             there = inside(cu_seqlens, x.shape[1])
             there = there if mask is None else mask & there
         tokens = self._tokens(variables, x, mask, there)
+        if update:
+            validation.check_not_rounded(state, validation.dtype_name(tokens.query))
         start: Any = state
         ends: Any = cu_seqlens
         if state is None:
@@ -215,6 +217,7 @@ class FwPKM:
         if mask is not None:
             validation.check_array("mask", mask, [("B", x.shape[0]), ("T", 1)], "bool", SELF.arrays)
         tokens = self._tokens(variables, x, mask, mask)
+        validation.check_not_rounded(state, validation.dtype_name(tokens.query))
         read, state = decode(self.config, state, *tokens)
         return self._output(variables, read, tokens, mask), state
 

@@ -61,6 +61,8 @@ class FwPKM(keras.layers.Layer):
         TypeError: an argument that the layer does not have; says which one was probably meant.
     """
 
+    learn_memory = validation.Fixed("which takes this one's weights")
+
     def __init__(
         self,
         *,
@@ -90,7 +92,7 @@ class FwPKM(keras.layers.Layer):
                 "learn_memory must be False with stateful=True, where batches pass no gradient to the initial memory. "
                 "Received: learn_memory=True"
             )
-        self.gated, self.value_norm, self.learn_memory = gated, value_norm, learn_memory
+        self.gated, self.value_norm, self._learn_memory = gated, value_norm, learn_memory
         self.return_state, self.stateful = return_state, stateful
         self.supports_masking = True
 
@@ -139,7 +141,8 @@ class FwPKM(keras.layers.Layer):
         native.check_distribution(self.variables)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """``call``, with ``segment_ids`` as they are before Keras makes tensors of them, which may cut them."""
+        """``call``, with ``segment_ids`` and states as they are before Keras makes tensors of them, which cuts both."""
+        self._check_state(args[3] if len(args) > 3 else kwargs.get("initial_state"))
         if len(args) > 2:
             args = (*args[:2], segments.as_ids(args[2]), *args[3:])
         if "segment_ids" in kwargs:
@@ -193,7 +196,9 @@ class FwPKM(keras.layers.Layer):
         """
         validation.check_flag("update", update)
         self._check(x, segment_ids, initial_state, return_trace)
-        mask = _flags(x, x_mask if mask is None else mask)  # Keras fills in mask where x is the only array, else x_mask
+        mask = segments.flags(
+            x, x_mask if mask is None else mask
+        )  # Keras fills in mask where x is the only array, else x_mask
         x = native.whole_batch(x, self.batch_size) if self.stateful else x
         there = mask if segment_ids is None else segments.there(segment_ids, mask)
         tokens = self._tokens(ops.cast(x, self.compute_dtype), there)
@@ -234,8 +239,9 @@ class FwPKM(keras.layers.Layer):
         self._weight("memory.keys")  # which says so where the layer is not built
         x = ops.convert_to_tensor(x)
         validation.check_array("x", x, [("B", None), ("T", 1), ("hidden_size", self.hidden_size)], "float", object)
+        state = self._check_state(as_state(state, "state"), "state")
         # As a call of Keras, which alone knows the mask that x carries, and which hands it on with y.
-        return self(x, mask=mask, initial_state=as_state(state, "state"), _decoding=True)
+        return self(x, mask=mask, initial_state=state, _decoding=True)
 
     def _tokens(self, x: Array, mask: Array | None) -> Tokens:
         """What the tokens bring to the memory."""
@@ -435,6 +441,7 @@ class FwPKM(keras.layers.Layer):
         native.check_sizes(x)
         axes = [("B", None), ("T", None), ("hidden_size", self.hidden_size)]
         validation.check_array("x", x, axes, "float", object)
+        self._check_state(initial_state)
         if segment_ids is not None:
             validation.check_array("segment_ids", segment_ids, [("B", x.shape[0]), ("T", x.shape[1])], "int", object)
             self._check_packed(initial_state)
@@ -453,6 +460,11 @@ class FwPKM(keras.layers.Layer):
                 f"x must have B={self.batch_size} rows, as the stateful layer was built with: leave out the last, "
                 f"smaller batch. Received: shape {tuple(x.shape)}"
             )
+
+    def _check_state(self, state: Any, argument: str = "initial_state") -> Any:
+        if state is not None:
+            validation.check_not_rounded(as_state(state, argument), self.compute_dtype)
+        return state
 
     def _check_packed(self, initial_state: Any) -> None:
         """Raise where segment_ids would leave no row that a state could stand for."""
@@ -476,18 +488,6 @@ class FwPKM(keras.layers.Layer):
         )
         x = ops.cast(rms_norm(ops, _wide(x), 1.0), self.compute_dtype) * norm
         return ops.einsum("bti,oi->bto", x, weight) + bias  # on torch ops.matmul multiplies float64 in float32
-
-
-def _flags(x: Array, mask: Any) -> Array | None:
-    """The mask ``[B, T]`` of x as a bool tensor."""
-    if mask is None:
-        return None
-    mask = ops.convert_to_tensor(mask)
-    if "float" in validation.dtype_name(mask):
-        raise ValueError(f"mask must have dtype bool. Received: dtype {validation.dtype_name(mask)}")
-    mask = ops.cast(mask, "bool")
-    validation.check_array("mask", mask, [("B", x.shape[0]), ("T", x.shape[1])], "bool", object)
-    return mask
 
 
 def _wide(x: Array) -> Array:

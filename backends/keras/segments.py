@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from keras import ops
 
-from fwpkm import schedule
+from fwpkm import schedule, validation
 from fwpkm.backends.keras import native
 from fwpkm.config import FwPKMConfig
 from fwpkm.containers import Memory
@@ -74,3 +74,15 @@ def _ends(first: Array, sequences: int | Array) -> Array:
     number = ops.maximum(ops.cumsum(ops.cast(first, "int32")), 1) - 1
     sizes = ops.segment_sum(ops.ones_like(number), number, sequences)
     return ops.cast(ops.cumsum(ops.concatenate([ops.zeros((1,), sizes.dtype), sizes])), "int32")
+
+
+def flags(x: Array, mask: Any) -> Array | None:
+    """The mask ``[B, T]`` of x as a bool tensor."""
+    if mask is None:
+        return None
+    mask = ops.convert_to_tensor(mask)
+    if "float" in validation.dtype_name(mask):
+        raise ValueError(f"mask must have dtype bool. Received: dtype {validation.dtype_name(mask)}")
+    mask = ops.cast(mask, "bool")
+    validation.check_array("mask", mask, [("B", x.shape[0]), ("T", x.shape[1])], "bool", object)
+    return mask

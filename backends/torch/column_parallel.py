@@ -205,9 +205,10 @@ def by_columns(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """
 
     def call(*tensors: Tensor) -> Tensor:
-        whole = next(filter(is_sharded, tensors), None)
-        if whole is None:
+        sharded = [x for x in tensors if is_sharded(x)]  # not next(), of which torch.compile of 2.8 warns
+        if not sharded:
             return function(*tensors)
+        whole = sharded[0]
         for x in tensors:
             if not is_sharded(x) or (x.device_mesh, x.placements) != (whole.device_mesh, whole.placements):
                 received = f"{x.placements} on {x.device_mesh}" if is_sharded(x) else "one that lies whole"
@@ -216,7 +217,7 @@ def by_columns(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
                     f"Received: one of {whole.placements} on {whole.device_mesh}, and {received}"
                 )
         check_placements("values", whole)
-        local = [x.to_local() for x in tensors if is_sharded(x)]
+        local = [x.to_local() for x in sharded]
         result = function(*local)
         overwritten = [x for x, own in zip(tensors, local) if own is result]
         return overwritten[0] if overwritten else like(whole, result)

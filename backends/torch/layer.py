@@ -75,6 +75,9 @@ class FwPKM(nn.Module):
     output_norm: nn.RMSNorm
     output_proj: nn.Linear
     memory: InitialMemory
+    learn_memory = validation.Fixed(
+        "which takes this one's state_dict; layer.memory.requires_grad_(False) freezes tables that are trained"
+    )
     _output_std = 0.02
 
     def __init__(
@@ -96,7 +99,7 @@ class FwPKM(nn.Module):
         )
         self.hidden_size, self.config, self.gated = hidden_size, config, gated
         self.value_normalization = value_norm
-        self.learn_memory = learn_memory
+        self._learn_memory = learn_memory
         check_present(device)
         factory = {"device": device, "dtype": dtype}
         for name, (width, size) in self._projections().items():
@@ -152,7 +155,7 @@ class FwPKM(nn.Module):
         validation.check_flag("return_trace", return_trace)
         whole = state is None and hasattr(self.memory, "reshard")  # FSDP2 gathers these tables when they are read
         begins = None if whole else self.memory if state is None else state
-        tokens, dtype = ranks.told(begins, self._project, x, mask, cu_seqlens)
+        tokens, dtype = ranks.told(begins, self._project, x, mask, cu_seqlens, state if update else None)
         if state is None:
             counted = mask if cu_seqlens is None else cu_seqlens
             device = None if counted is None else counted.device
@@ -199,11 +202,13 @@ class FwPKM(nn.Module):
         Raises:
             ValueError: an argument does not fit; names it, what was expected and what was received.
         """
-        tokens, dtype = ranks.told(state, self._project_one, x, mask)
+        tokens, dtype = ranks.told(state, self._project_one, x, mask, state)
         return self._output(decoding.decode(self.config, state, **tokens.present()), tokens, dtype)
 
-    def _project(self, x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None = None) -> tuple[Tokens, torch.dtype]:
-        """What the tokens bring to the memory, and the projections' dtype."""
+    def _project(
+        self, x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, written: State | None
+    ) -> tuple[Tokens, torch.dtype]:
+        """What the tokens bring to the memory, and the projections' dtype; ``written`` is a state to be written."""
         check_transforms()
         validation.check_array("x", x, [("B", None), ("T", None), ("hidden_size", self.hidden_size)], "float", Tensor)
         if mask is not None:
@@ -227,11 +232,12 @@ class FwPKM(nn.Module):
         if maybe_any(dead):  # so that the memory sees it: such a token takes its position
             value = value.masked_fill(dead[..., None], torch.nan)
         gate = self.gate_proj(rms_norm(self.gate_norm, x)).squeeze(-1).sigmoid() if self.gated else None
+        validation.check_not_rounded(written, validation.dtype_name(query))
         return Tokens(query, value, gate, mask), x.dtype
 
-    def _project_one(self, x: Tensor, mask: Tensor | None) -> tuple[Tokens, torch.dtype]:
+    def _project_one(self, x: Tensor, mask: Tensor | None, state: State) -> tuple[Tokens, torch.dtype]:
         validation.check_array("x", x, [("B", None), ("T", 1), ("hidden_size", self.hidden_size)], "float", Tensor)
-        return self._project(x, mask)
+        return self._project(x, mask, None, state)
 
     def _output(self, read: Tensor, tokens: Tokens, dtype: torch.dtype) -> Tensor:
         """y from v̂: the mixture with the values, normalised and projected; NaN for dead tokens, 0 for masked ones."""

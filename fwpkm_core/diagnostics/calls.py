@@ -80,8 +80,9 @@ def read_call(cfg: FwPKMConfig, trace: Any, before: Any = None, cu_seqlens: Any 
     start = _start(cfg, before, rows if ends is None else len(ends) - 1)
     memories = memories_for(cfg, len(start))
     _check("trace.writes", fields["writes"], (memories,), "M")
+    columns = schedule.max_writes(cfg, length) or fields["memorization"].shape[-1]  # of a flush 1
     for name in ("memorization", "addressing"):
-        _check(f"trace.{name}", fields[name], (memories, fields["memorization"].shape[-1]), "M, W")
+        _check(f"trace.{name}", fields[name], (memories, columns), "M, W", "pass the config of the call")
     if ends is None:
         row = np.repeat(np.arange(rows), length)
     else:  # tokens behind the last sequence are not there
@@ -93,6 +94,8 @@ def read_call(cfg: FwPKMConfig, trace: Any, before: Any = None, cu_seqlens: Any 
         first = np.cumsum(counts) - counts  # rows are in order, packed or not
         position = start[row] + np.cumsum(there) - 1 - first[row]
         stop = start + counts
+    if length:
+        _check_writes(cfg, fields["writes"], start, stop)
     index = np.flatnonzero(there)
     slots = fields["slots"].reshape(rows * length, cfg.slots_per_token)[index]
     _check_slots(cfg, slots)
@@ -119,9 +122,25 @@ def _check_shapes(cfg: FwPKMConfig, fields: dict[str, np.ndarray], cu_seqlens: A
     return slots.shape[0], slots.shape[1]
 
 
-def _check(name: str, array: np.ndarray, shape: tuple[int, ...], axes: str) -> None:
+def _check(name: str, array: np.ndarray, shape: tuple[int, ...], axes: str, what_to_do: str = "") -> None:
     if array.shape != shape:
-        raise ValueError(f"{name} must have shape [{axes}] = {shape}. Received: shape {array.shape}")
+        what_to_do = what_to_do and f": {what_to_do}"
+        raise ValueError(f"{name} must have shape [{axes}] = {shape}{what_to_do}. Received: shape {array.shape}")
+
+
+def _check_writes(cfg: FwPKMConfig, writes: np.ndarray, start: np.ndarray, stop: np.ndarray) -> None:
+    """Raise unless rows that went from ``start`` to ``stop`` wrote what they completed, or a call only read."""
+    completed = np.asarray(schedule.written(cfg, stop) - schedule.written(cfg, start))[: len(writes)]
+    wrong = np.flatnonzero(writes != completed)
+    if not writes.any() or not wrong.size:
+        return
+    row = wrong[0]
+    raise ValueError(
+        "trace.writes must be the chunks that its tokens complete: pass the state that the call was given as before=, "
+        f"and the config that it ran with. Received: writes {writes.tolist()}, where row {row} read "
+        f"{stop[row] - start[row]} tokens from position {start[row]}, which completes {completed[row]} chunks of "
+        f"{cfg.chunk_size}"
+    )
 
 
 def _check_slots(cfg: FwPKMConfig, slots: np.ndarray) -> None:

@@ -37,13 +37,14 @@ def summarize(
         cfg: the configuration of the memory.
         trace: the :class:`fwpkm.LayerTrace` of a layer's ``return_trace=True``, or the :class:`fwpkm.Trace` of
             ``apply`` or ``flush``.
-        before: the state that the call was given. None for one without a state; with ``after``, then the layer's
-            initial memory.
+        before: the state that the call was given, without which its tokens would be counted from position 0. None for
+            a call without a state; with ``after``, then the layer's initial memory.
         after: the state that it returned, to count rows: compares whole tables, on the host.
         cu_seqlens: ``[B+1]`` as the call was given.
 
     Raises:
-        ValueError: an argument does not fit the others, or ``before`` was overwritten by ``inplace=True``.
+        ValueError: an argument does not fit the others, as where the call began elsewhere or ran with another config;
+            or ``before`` was overwritten by ``inplace=True``.
     """
     call = read_call(cfg, trace, before, cu_seqlens)
     writes = int(call.writes.sum())

@@ -103,6 +103,11 @@ class FwPKM(nnx.Module):
         """The configuration of the memory."""
         return self.layer.config
 
+    @property
+    def learn_memory(self) -> bool:
+        """Whether the initial tables are ``nnx.Param``."""
+        return self.layer.learn_memory
+
     @overload
     def __call__(
         self, x: AnyArray, state: State[jax.Array] | MemoryState | None = None, mask: AnyArray | None = None,

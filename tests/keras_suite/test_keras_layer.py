@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from keras import ops
-from keras_suite.layers import BACKEND, HIDDEN, SMALL, gradients, inputs, make, numpy
+from keras_suite.layers import BACKEND, HIDDEN, SMALL, gradients, inputs, make, native, numpy
 
 import fwpkm
 from fwpkm import FwPKMConfig, agreement, config
@@ -210,6 +210,24 @@ def test_a_constant_row_of_values_gives_zero():
     assert out[2] == pytest.approx((np.arange(7) - 3) / np.std(np.arange(7), ddof=1), rel=1e-5)
 
 
+@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
+@pytest.mark.parametrize("form", [list, as_state, numpy], ids=["list", "State", "NumPy"])
+def test_a_state_is_not_rounded_on_its_way_into_a_layer(form, policy):
+    """Not by Keras either, which makes float32 of NumPy's float64."""
+    layer, wide = make(dtype=policy, return_state=True), make(dtype="float64", return_state=True)
+    x, state = native(inputs()), form(wide(native(inputs(dtype="float64")))[1:])
+    words = r"state must not hold float64 tables.*Received: float64 tables, and queries of "
+    for call in (
+        lambda: layer(x, initial_state=state),
+        lambda: layer(x, None, None, state),
+        lambda: layer.decode(x[:, :1], state),
+    ):
+        with pytest.raises(ValueError, match=words):
+            call()
+    rounded = layer(x, initial_state=layer(x)[1:])[2]
+    assert keras.backend.standardize_dtype(rounded.dtype) == "float32"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -226,6 +244,17 @@ def test_a_constant_row_of_values_gives_zero():
 def test_wrong_arguments(options, message):
     with pytest.raises(ValueError, match=message):
         FwPKM(**options)
+
+
+def test_learn_memory_is_chosen_when_the_layer_is_made():
+    """Later it would say what the tables are not."""
+    layer, other = make(), make(learn_memory=True)
+    with pytest.raises(AttributeError, match=r"learn_memory is chosen when a layer is made: FwPKM\("):
+        layer.learn_memory = True
+    assert layer.get_config()["learn_memory"] is layer.learn_memory is False
+    other.set_weights(layer.get_weights())
+    assert (numpy(other(inputs())) == numpy(layer(inputs()))).all()
+    assert len(other.trainable_weights) == len(layer.trainable_weights) + 2
 
 
 def test_a_call_updates_or_not():
