@@ -120,7 +120,8 @@ def _check_empty(cache: Any) -> None:
     if cache.get_seq_length() > 0:
         raise ValueError(
             f"cache holds {cache.get_seq_length()} tokens that were read without this model's memory, so what they "
-            "wrote is missing. Pass an empty cache, or one that this model has filled"
+            "wrote is missing. Pass an empty cache, or one that this model has filled (peft's prefix tuning makes one of "
+            "its own: take LoRA)"
         )
 
 

@@ -13,7 +13,7 @@ from fwpkm import validation
 from fwpkm.backends.torch import FwPKM
 from fwpkm.config import FwPKMConfig
 from fwpkm.integrations.transformers.cache import MemoryCache, cache_in, with_states
-from fwpkm.integrations.transformers.settings import Settings, has_memory
+from fwpkm.integrations.transformers.settings import DEFAULT_LAYERS, Settings, has_memory
 
 NAME = "fwpkm"
 """The submodule of a decoder layer: weights are ``model.layers.<i>.fwpkm.*``."""
@@ -54,7 +54,7 @@ class Call(NamedTuple):
 
 def insert_memory(
     model: PreTrainedModel,
-    layers: tuple[int, ...] = (1, 4),
+    layers: tuple[int, ...] = DEFAULT_LAYERS,
     config: FwPKMConfig | None = None,
     *,
     gated: bool = True,
@@ -126,7 +126,8 @@ def decoder_of(model: Any) -> Any:
         ValueError: not a model of transformers, or one whose parts do not fit.
     """
     if not isinstance(model, PreTrainedModel):
-        raise ValueError(f"model must be a PreTrainedModel of transformers. Received: {type(model).__name__}")
+        base = " (of peft's: insert into the base model first)" if hasattr(model, "get_base_model") else ""
+        raise ValueError(f"model must be a PreTrainedModel of transformers{base}. Received: {type(model).__name__}")
     decoder = model.base_model
     why = _unfit(model, decoder)
     if why:
