@@ -8,6 +8,7 @@ from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
 from tiny_models import LAYERS, MEMORY, bare, full_pass, memories, prompt, with_memory
 from transformers import AutoModelForCausalLM
 
+import fwpkm
 from fwpkm.integrations.transformers import insert_memory
 
 IDS = torch.cat([prompt(20, 1), prompt(20, 2)]).repeat(1, 2)
@@ -121,6 +122,20 @@ def test_offloaded_weights_are_read(family, offload_buffers, learn_memory):
     assert all(p.is_meta for p in model.parameters())
 
 
+@pytest.mark.parametrize("offload_buffers", [False, True])
+def test_a_layer_alone_is_read_and_its_files_refused(tmp_path, offload_buffers):
+    layer = memories(with_memory("llama"))[0]
+    x = torch.randn(2, 20, 32, dtype=torch.float64)
+    expected, state = layer(x)
+    cpu_offload(layer, torch.device("cpu"), offload_buffers=offload_buffers)
+    first, half = layer(x[:, :9])
+    second, received = layer(x[:, 9:], half)
+    assert_close(torch.cat([first, second], dim=1).detach().numpy(), expected.detach().numpy(), "float64")
+    assert_close(received.memory.values.detach().numpy(), state.memory.values.detach().numpy(), "float64")
+    with pytest.raises(ValueError, match="whose forward was replaced"):
+        fwpkm.save(tmp_path / "layer", layer)
+
+
 def test_weights_on_disk_are_read_and_saved(tmp_path):
     model = with_memory("llama")
     expected, answers = full_pass(model, IDS), model.generate(IDS, **ANSWER)
@@ -141,7 +156,9 @@ def test_memory_is_not_inserted_into_layers_whose_weights_are_away(tmp_path):
     insert_memory(dispatch_model(model, where), LAYERS, **MEMORY)  # all are here
     model = bare("llama")
     cpu_offload(model, torch.device("cpu"))
-    with pytest.raises(ValueError, match=r"accelerate has offloaded some.*save_pretrained, and load that with device_map"):
+    with pytest.raises(
+        ValueError, match=r"accelerate has offloaded some.*save_pretrained, and load that with device_map"
+    ):
         insert_memory(model, LAYERS, **MEMORY)
     assert not hasattr(model.config, "fwpkm_memory")
     with torch.device("meta"):  # nothing was taken away: weights are still to come

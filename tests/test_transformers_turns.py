@@ -90,7 +90,9 @@ def test_a_failed_call_forgets_who_had_ended(model):
 
     cache = DynamicCache()
     with pytest.raises(ArithmeticError):
-        model.generate(PROMPTS[0], **{cache_name(model): cache}, eos_token_id=1, max_new_tokens=2, stopping_criteria=[fail])
+        model.generate(
+            PROMPTS[0], **{cache_name(model): cache}, eos_token_id=1, max_new_tokens=2, stopping_criteria=[fail]
+        )
     assert cache.ended is None
 
 
@@ -136,8 +138,8 @@ def test_no_mask_contradicts_padding_and_hiding_contradicts_none(model):
     mask[0, 10:20] = 0
     with pytest.raises(ValueError, match="hides 10 tokens of row 0, from column 10 on"):
         read(model, QUESTION[:1], cache, attention_mask=mask)
+    asked = torch.cat([prompt(30), QUESTION[:1]], dim=1)
     with pytest.raises(ValueError, match="hides 10 tokens of row 0"):
-        asked = torch.cat([prompt(30), QUESTION[:1]], dim=1)
         model.generate(asked, attention_mask=mask, max_new_tokens=2, **{cache_name(model): cache})
 
 

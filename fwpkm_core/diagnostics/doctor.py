@@ -246,9 +246,7 @@ def _baseline(path: str | os.PathLike[str] | None, initial: Part, part: Part) ->
     return np.ascontiguousarray(values)
 
 
-def _judge_written(
-    part: Part, m: int, written: int, initial: str | os.PathLike[str], problems: list[str]
-) -> None:
+def _judge_written(part: Part, m: int, written: int, initial: str | os.PathLike[str], problems: list[str]) -> None:
     """A memory in which more slots differ than its tokens can have written began from another one."""
     if part.position is None:
         return
@@ -256,8 +254,8 @@ def _judge_written(
     most = tokens * part.config.slots_per_token
     if written > most:
         problems.append(
-            f"memory {m}: {written} of {part.config.num_slots} slots differ from {initial}, and its {tokens} tokens can "
-            f"have written {most} at most: is that the memory that it began from?"
+            f"memory {m}: {written} of {part.config.num_slots} slots differ from {initial}, and its {tokens} tokens "
+            f"can have written {most} at most: is that the memory that it began from?"
         )
 
 

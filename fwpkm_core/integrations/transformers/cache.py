@@ -49,9 +49,10 @@ class MemoryCache(DynamicCache):
             ValueError: it hides tokens that the memories have read, or shows such that they have not.
         """
         seen = self.seen
-        if mask is None and seen is None:
+        if seen is None and mask is None:
             return
-        shown = torch.ones_like(seen) if mask is None else mask
+        shown = torch.ones_like(seen) if mask is None and seen is not None else mask
+        assert shown is not None
         wrong = ~shown if seen is None else shown != seen
         if not wrong.any():
             return
@@ -120,8 +121,8 @@ def _check_empty(cache: Any) -> None:
     if cache.get_seq_length() > 0:
         raise ValueError(
             f"cache holds {cache.get_seq_length()} tokens that were read without this model's memory, so what they "
-            "wrote is missing. Pass an empty cache, or one that this model has filled (peft's prefix tuning makes one of "
-            "its own: take LoRA)"
+            "wrote is missing. Pass an empty cache, or one that this model has filled (peft's prefix tuning makes one "
+            "of its own: take LoRA)"
         )
 
 

@@ -118,12 +118,13 @@ def _update_kwargs(original: Callable[..., Any]) -> Callable[..., Any]:
     def update_kwargs(self: Any, outputs: Any, model_kwargs: Any, *args: Any, **kwargs: Any) -> Any:
         model_kwargs = original(self, outputs, model_kwargs, *args, **kwargs)
         cache = cache_in(model_kwargs)
-        ended = cache.ended if isinstance(cache, MemoryCache) else None
-        if ended is not None and ended.any():  # the host has waited for it already, to learn whether all have
+        if not isinstance(cache, MemoryCache) or cache.ended is None:
+            return model_kwargs
+        if cache.ended.any():  # the host has waited for it already, to learn whether all have
             mask = model_kwargs.get("attention_mask")
             if mask is None:  # transformers drops one that hides nothing
-                mask = ended.new_ones((len(ended), cache.get_seq_length() + 1), dtype=torch.long)
-            model_kwargs["attention_mask"] = torch.cat([mask[:, :-1], (~ended)[:, None].to(mask)], dim=1)
+                mask = cache.ended.new_ones((len(cache.ended), cache.get_seq_length() + 1), dtype=torch.long)
+            model_kwargs["attention_mask"] = torch.cat([mask[:, :-1], (~cache.ended)[:, None].to(mask)], dim=1)
         return model_kwargs
 
     return update_kwargs
