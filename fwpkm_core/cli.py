@@ -1,6 +1,7 @@
 """The command ``fwpkm``: ``demo``, ``doctor``, ``inspect``, ``backends``, ``conform`` and ``vectors``."""
 
 import argparse
+import difflib
 import importlib.util
 import json
 import os
@@ -48,6 +49,8 @@ class UsageError(Exception):
 class _Parser(argparse.ArgumentParser):
     """Complains by exception, and takes no abbreviated options: a later one could make them ambiguous."""
 
+    commands: Sequence[str] = ()
+
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, **options)
 
@@ -58,7 +61,9 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 2 after an error (one line on stderr), 130 when interrupted."""
     try:
-        arguments = _parser().parse_args(argv)
+        parser, argv = _parser(), sys.argv[1:] if argv is None else argv
+        _check_command(argv, parser.commands)
+        arguments = parser.parse_args(argv)
         _print_anything()
         return arguments.run(arguments)
     except (UsageError, DemoError, ImportError) as error:
@@ -70,11 +75,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of a pipe has left, as `fwpkm demo | head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except FileNotFoundError as error:
+        return _fail(f"{error.filename}: no such file" if error.filename else str(error))
     except OSError as error:  # such as a full disk
-        return _fail(str(error))
+        return _fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
 
 
-def _parser() -> argparse.ArgumentParser:
+def _check_command(argv: Sequence[str], known: Sequence[str]) -> None:
+    """Say of a command that is not there which one was probably meant."""
+    name = next(iter(argv), "-")
+    if name.startswith("-") or name in known:
+        return
+    meant = difflib.get_close_matches(name, known, 1)
+    hint = f"did you mean {meant[0]}?" if meant else f"expected one of {', '.join(known)}"
+    raise UsageError(f"unknown command {name!r}: {hint} (see fwpkm --help)")
+
+
+def _parser() -> _Parser:
     parser = _Parser(prog="fwpkm", description=DESCRIPTION)
     parser.add_argument("--version", action="version", version=f"fwpkm {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
@@ -111,6 +128,7 @@ def _parser() -> argparse.ArgumentParser:
     reference.add_argument("folder", metavar="DIR", help="the folder; one that is there already must be empty")
     reference.set_defaults(run=_vectors)
     _add_backends(commands)
+    parser.commands = list(commands.choices)
     return parser
 
 

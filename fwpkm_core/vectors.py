@@ -26,7 +26,8 @@ def write(folder: str) -> Path:
     """
     target = Path(folder).absolute()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise FileExistsError(f"DIR must be a new or an empty folder. Received: {folder}, which is there already")
+        received = "a folder that is not empty" if target.is_dir() else "a file"
+        raise FileExistsError(f"DIR must be a new or an empty folder. Received: {folder}, {received}")
     there = target.exists()
     # Inside an empty folder: it may be a mount point, which cannot be replaced and is another file system.
     unfinished = (target if there else target.parent) / f".{target.name}.{os.getpid()}"

@@ -59,7 +59,11 @@ def test_python_m_is_the_command(tmp_path):
     ("arguments", "expected"),
     [
         ([], "COMMAND"),
-        (["dream"], "dream"),
+        (["dream"], "unknown command 'dream': did you mean demo?"),
+        (["backend", "--json"], "unknown command 'backend': did you mean backends?"),
+        (["xyz"], "unknown command 'xyz': expected one of demo, doctor, inspect, conform, vectors, backends"),
+        (["doctor", "no/such"], "fwpkm: error: no/such: no such file\n"),
+        (["inspect", "no/such"], "fwpkm: error: no/such: no such file\n"),
         (["demo", "--speed", "9"], "--speed"),
         (["demo", "--pass", "9"], "--pass"),
         (["demo", "--passes", "0"], "--passes: must be an integer of at least 1. Received: '0'"),

@@ -105,6 +105,13 @@ def test_backends_that_cannot_run_are_explained_and_the_others_judged(tmp_path):
         assert expected in done.stdout
 
 
+def test_where_nothing_ran_the_reason_comes_first(tmp_path):
+    """A table would hold dashes alone."""
+    done = conform(tmp_path, "--backends", "no.such", "--cases", "1")
+    assert done.returncode == 2, done.stderr
+    assert done.stdout.startswith("no.such cannot run: No module named 'no'. Expected one of numpy, torch, jax,")
+
+
 @pytest.mark.parametrize("case", [0, 2, 3])
 def test_the_kernels_pass(tmp_path, case):
     """Both boundaries, scopes and scores, one head and two, clipping, decay, masks; gradients of each."""

@@ -15,6 +15,8 @@ BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 FILE = re.compile(r"# (\w+\.py)\n")
 # TensorFlow's tensors do not yet take NumPy 2's copy argument; Keras asks them for arrays in model.save.
 TENSORFLOW = "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"
+# peft asks models of transformers for this by its old name.
+PEFT = "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
 SPEC = """
 import torch, fwpkm
 cfg, B = fwpkm.FwPKMConfig(key_dim=4, value_dim=2, num_subkeys=4, top_k=2, chunk_size=2), 1
@@ -51,7 +53,7 @@ def test_the_code_of_a_page_runs(tmp_path, page):
         if name := FILE.match(block):
             (tmp_path / name[1]).write_text(block)
         code = SPEC + block if page == "docs/SPEC.md" else block
-        done = python("-W", "error", "-W", TENSORFLOW, "-c", code, cwd=tmp_path, **quick)
+        done = python("-W", "error", "-W", TENSORFLOW, "-W", PEFT, "-c", code, cwd=tmp_path, **quick)
         assert done.returncode == 0, f"{block}\n{done.stderr}"
 
 

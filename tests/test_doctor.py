@@ -139,7 +139,7 @@ def test_every_cut_is_a_problem(state_file, capsys):
 
 
 def test_what_cannot_be_judged_is_refused_by_name(layer_file, state_file, tmp_path, capsys):
-    assert "No such file" in refused(capsys, tmp_path / "none")
+    assert f"{tmp_path / 'none'}: no such file" in refused(capsys, tmp_path / "none")
     assert "is a folder" in refused(capsys, tmp_path)
     fwpkm.Recorder(tmp_path / "recording", CFG).close()
     assert "a recording, of which fwpkm inspect makes a page" in refused(capsys, tmp_path / "recording")
@@ -153,6 +153,49 @@ def test_what_cannot_be_judged_is_refused_by_name(layer_file, state_file, tmp_pa
     )
     edit(layer_file, lambda _, metadata: metadata.update(format_version="7"))
     assert "unknown format_version. Expected: '1'. Received: '7'" in refused(capsys, layer_file)
+
+
+@pytest.mark.parametrize(
+    ("content", "hint"),
+    [
+        (b'{"key_dim": 16}', "no safetensors file. Expected"),
+        (b"PK\3\4" + bytes(30), "no safetensors file (a file of torch.save?). Expected"),
+        (b"\x80\2\x8a\nl\xfc\x9cF\xf9 j\xa8P", "no safetensors file (a file of torch.save?). Expected"),
+        (b"junk\n", "no safetensors file. Expected"),
+    ],
+)
+def test_what_was_never_a_safetensors_file_is_refused(state_file, tmp_path, capsys, content, hint):
+    other = tmp_path / "other"
+    other.write_bytes(content)
+    assert f"error: {other}: {hint}" in refused(capsys, other)
+    assert f"error: --memory {other}: {hint}" in refused(capsys, state_file, "--memory", other)
+
+
+def test_the_file_of_memory_is_named_also_where_the_first_cannot_be_judged(state_file, tmp_path, capsys):
+    assert f"--memory {tmp_path / 'none'}: no such file" in refused(capsys, state_file, "--memory", tmp_path / "none")
+    state_file.write_bytes(b"")
+    assert f"--memory {tmp_path / 'none'}: no such file" in refused(capsys, state_file, "--memory", tmp_path / "none")
+    assert f"--memory {tmp_path}: is a folder" in refused(capsys, state_file, "--memory", tmp_path)
+
+
+@pytest.mark.parametrize("scope", ["sequence", "batch"])
+def test_a_memory_of_another_layer_is_told(tmp_path, capsys, scope):
+    """More slots differ than the tokens can have written: H k of each."""
+    cfg = fwpkm.FwPKMConfig(key_dim=4, value_dim=2, num_subkeys=8, top_k=2, chunk_size=2, memory_scope=scope)
+    memory = fwpkm.Memory(*reference.init_memory(cfg, 1, seed=3))
+    tokens = np.random.default_rng(0).normal(size=(2, 6, 4)).astype("float32")
+    _, state, _ = reference.apply(cfg, reference.init_state(cfg, memory, 2), tokens, tokens[..., :2])
+    fwpkm.save_state(tmp_path / "state", state, cfg)
+    for name, seed in (("own", 3), ("other", 4)):
+        began = fwpkm.Memory(*reference.init_memory(cfg, 1, seed=seed))
+        fwpkm.save_state(tmp_path / name, reference.init_state(cfg, began, 1), cfg)
+    assert doctor(capsys, tmp_path / "state", "--memory", tmp_path / "own")["problems"] == []
+    problems = doctor(capsys, tmp_path / "state", "--memory", tmp_path / "other")["problems"]
+    count = 2 if scope == "sequence" else 1
+    assert len(problems) == count
+    most = 12 * 2 // count
+    assert f"memory 0: 64 of 64 slots differ from {tmp_path / 'other'}, and its {most // 2} tokens" in problems[0]
+    assert f"can have written {most} at most: is that the memory that it began from?" in problems[0]
 
 
 def test_a_memory_that_does_not_fit_is_refused(state_file, tmp_path, capsys):
@@ -174,7 +217,9 @@ def test_a_file_of_several_states_names_each(tmp_path, capsys):
         ("upper", 6),
         ("upper", 7),
     ]
-    assert "lower 0" in (cli.main(["doctor", str(tmp_path / "states")]), capsys.readouterr().out)[1]
+    assert cli.main(["doctor", str(tmp_path / "states")]) == 0
+    shown = re.findall(r"^(lower|upper) (\d+) ", capsys.readouterr().out, re.MULTILINE)
+    assert shown == 2 * [("lower", "0"), ("lower", "1"), ("upper", "0"), ("upper", "1")]
 
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])

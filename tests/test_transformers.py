@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import pickle
 
+import cloudpickle
 import pytest
 import torch
 from asserting import assert_close, assert_same_bits
@@ -78,7 +79,7 @@ def test_models_that_share_a_config_do_not_share_memories():
     assert all((memory.output_proj.weight == 0).all() for memory in memories(three))
 
 
-@pytest.mark.parametrize("make", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+@pytest.mark.parametrize("make", [copy.deepcopy, *(lambda x, m=m: m.loads(m.dumps(x)) for m in (pickle, cloudpickle))])
 def test_a_copy_is_whole_and_apart(model, make):
     twin = make(model)
     assert torch.equal(full_pass(twin, IDS), full_pass(model, IDS))
@@ -105,6 +106,12 @@ def test_saved_and_loaded(tmp_path, dtype):
         assert memory.memory.values.dtype == (dtype if dtype == torch.float64 else torch.float32)
     part = AutoModel.from_pretrained(tmp_path, dtype=dtype)
     assert len(memories(part)) == 2
+
+
+def test_cloudpickle_takes_a_cache(model):
+    _, cache = read(model, IDS[:, :20])
+    twin = cloudpickle.loads(cloudpickle.dumps(cache))
+    assert torch.equal(read(model, IDS[:, 20:], twin)[0], read(model, IDS[:, 20:], cache)[0])
 
 
 def bits(x):
@@ -297,7 +304,9 @@ def test_packed_rows_that_do_not_fit(model):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"layers": (1, 3)}, ValueError, r"distinct integers from 0 to 2.*layers=\(1, 3\)"),
+        ({"layers": (1, 3)}, ValueError, r"distinct integers from 0 to 2.*layers=\(1, 3\)$"),
+        ({"layers": (1, 4)}, ValueError, r"distinct integers from 0 to 2.*layers=\(1, 4\), the default$"),
+        ({"layers": 1}, TypeError, r"layers must be a tuple of integers, such as \(1, 4\)\. Received: layers=1"),
         ({"layers": (-1,)}, ValueError, "distinct integers"),
         ({"layers": (1, 1)}, ValueError, "distinct integers"),
         ({"layers": ()}, ValueError, "at least one"),

@@ -19,6 +19,7 @@ from transformers import (
     DynamicCache,
 )
 
+import fwpkm
 from fwpkm.integrations.transformers.cache import with_states
 
 IDS = prompt(30)
@@ -150,6 +151,21 @@ def test_beams_share_a_table_until_a_chunk_is_written(model):
         assert len(states.rows.tables.values) == 1, step
     read(model, torch.cat([prompt(1, seed) for seed in range(4)]), cache)
     assert len(states.rows.tables.values) == 4
+
+
+def test_the_states_go_into_the_files_of_the_library(model, tmp_path):
+    cache = with_states(DynamicCache(), model.base_model)
+    assert cache.states[0].state is None
+    read(model, torch.cat([IDS[:, :20], prompt(20, 3)]), cache)
+    kept = {f"layers.{states.layer_idx}": states.state for states in cache.states}
+    fwpkm.save_states(tmp_path / "states", kept, cache.states[0].config)
+    before = [tuple(x.clone() for x in (*state.memory, *state.pending, state.position)) for state in kept.values()]
+    loaded = fwpkm.load_states(tmp_path / "states", cache.states[0].config, backend="torch")
+    read(model, prompt(20, 5).repeat(2, 1), cache)  # the copies stay
+    for state, old, new in zip(kept.values(), before, loaded.values()):
+        for received in (state, new):
+            arrays = (*received.memory, *received.pending, received.position)
+            assert_same_bits(tuple(x.numpy() for x in arrays), tuple(x.numpy() for x in old))
 
 
 def test_a_cache_is_copied_and_pickled(model):

@@ -196,10 +196,11 @@ def _amount(error: float, bound: float) -> str:
 
 def _print(verdicts: Sequence[Verdict], summary: str, dtype: str, seed: int, markdown: bool) -> None:
     """The table, with ``markdown`` alone; else the findings and the summary too."""
-    shown = table(verdicts, dtype, markdown)
-    # A row of Markdown must not be wrapped.
-    width = Console(width=10_000).measure(shown).maximum if markdown else max(120, Console().width)
-    Console(soft_wrap=False, width=width, highlight=False).print(shown)
+    if markdown or any(verdict.worst or verdict.raised for verdict in verdicts):  # else it would hold dashes alone
+        shown = table(verdicts, dtype, markdown)
+        # A row of Markdown must not be wrapped.
+        width = Console(width=10_000).measure(shown).maximum if markdown else max(120, Console().width)
+        Console(soft_wrap=False, width=width, highlight=False).print(shown)
     console = Console(stderr=markdown, highlight=False)
     beside = [verdict.name for verdict in verdicts if contestants.unit([verdict.name]) > 1]
     for verdict in verdicts:

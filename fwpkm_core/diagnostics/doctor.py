@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -96,24 +97,27 @@ def examine(path: str | os.PathLike[str], initial: str | os.PathLike[str] | None
         each row of a state), and "problems": what is wrong, in words; none where all is well.
 
     Raises:
-        DoctorError: a kind of file that is unknown here, or an ``initial`` that does not fit.
+        DoctorError: a kind of file that is unknown here, or an ``initial`` that cannot be read or does not fit.
         OSError: a file cannot be read.
     """
     report: dict[str, Any] = {"path": os.fspath(path), "kind": None, "config": None}
     report |= {"tensors": {}, "memories": [], "rows": [], "problems": []}
     parts = _open(path, report)
+    began = None if initial is None else _initial(initial)
     if initial is not None and (len(parts) > 1 or any(part.packed for part in parts)):
         raise DoctorError(
             f"--memory {initial}: serves a file of one layer or state. Packed states tell what was written themselves; "
             f"of a set of states it cannot tell whose it is. Received: {path}, a {report['kind']}"
         )
     for part in parts:
-        initial_values = None if initial is None else _baseline(initial, part)
+        initial_values = None if began is None else _baseline(initial, began, part)
         for m, values in enumerate(part.values):
             baseline = None if initial_values is None else initial_values[m % len(initial_values)]
             report["memories"].append({"of": part.name, **_memory(values, baseline, part)})
             if part.packed and report["memories"][-1]["rows_not_finite"]:
                 report["problems"].append(f"{part.name}.values: rows of memory {m} hold numbers that are not finite")
+            if initial is not None:
+                _judge_written(part, m, report["memories"][-1]["slots_written"], initial, report["problems"])
         if part.position is not None:
             pending = [int(schedule.pending(part.config, int(p))) for p in part.position]
             report["rows"] += [
@@ -128,10 +132,13 @@ def _open(path: str | os.PathLike[str], report: dict[str, Any]) -> list[Part]:
     if os.path.isdir(path):
         raise IsADirectoryError(f"{path}: is a folder. Expected a file of fwpkm.save or fwpkm.save_state")
     with open(path, "rb") as raw:
-        if raw.read(len(MAGIC)) == MAGIC:
-            raise DoctorError(
-                f"{path}: a recording, of which fwpkm inspect makes a page. Expected: a saved layer or state"
-            )
+        start = raw.read(max(len(MAGIC), 9))
+    if start[: len(MAGIC)] == MAGIC:
+        raise DoctorError(f"{path}: a recording, of which fwpkm inspect makes a page. Expected: a saved layer or state")
+    # The length of a header, eight bytes of which the upper four are 0, then the header, which is JSON.
+    if any(start[4:8]) or start[8:9] not in (b"", b"{"):
+        hint = " (a file of torch.save?)" if start[:4] == b"PK\3\4" or start[:1] == b"\x80" else ""
+        raise DoctorError(f"{path}: no safetensors file{hint}. Expected: a file of fwpkm.save or fwpkm.save_state")
     problems: list[str] = report["problems"]
     try:
         with safetensors.safe_open(path, "np") as file:
@@ -213,20 +220,43 @@ def _memory(values: np.ndarray, initial: np.ndarray | None, part: Part) -> dict[
     }
 
 
-def _baseline(path: str | os.PathLike[str], part: Part) -> np.ndarray:
-    """``[1 or M, N, Dv]``: the tables that those of a part began from, in their dtype."""
+def _initial(path: str | os.PathLike[str]) -> Part:
+    """The memory of a file, or the memories of a state, that another state began from."""
     report: dict[str, Any] = {"problems": []}
-    found = _open(path, report)
+    try:
+        found = _open(path, report)
+    except FileNotFoundError:
+        raise DoctorError(f"--memory {path}: no such file") from None
+    except (OSError, DoctorError) as error:
+        raise DoctorError(f"--memory {error}") from None
     if report["problems"] or len(found) != 1:
         problems = "; ".join(report["problems"]) or f"expected a file of one memory. Received: {len(found)}"
         raise DoctorError(f"--memory {path}: {problems}")
-    values, wanted = np.asarray(found[0].values), np.asarray(part.values)
+    return found[0]
+
+
+def _baseline(path: str | os.PathLike[str] | None, initial: Part, part: Part) -> np.ndarray:
+    """``[1 or M, N, Dv]``: the tables that those of a part began from, in their dtype."""
+    values, wanted = np.asarray(initial.values), np.asarray(part.values)
     if values.shape[1:] != wanted.shape[1:] or len(values) not in (1, len(wanted)) or values.dtype != wanted.dtype:
         raise DoctorError(
             f"--memory {path}: expected value tables of shape [1 or {len(wanted)}, {wanted.shape[1]}, "
             f"{wanted.shape[2]}] and dtype {wanted.dtype}. Received: shape {values.shape}, dtype {values.dtype}"
         )
     return np.ascontiguousarray(values)
+
+
+def _judge_written(part: Part, m: int, written: int, initial: str | os.PathLike[str], problems: list[str]) -> None:
+    """A memory in which more slots differ than its tokens can have written began from another one."""
+    if part.position is None:
+        return
+    tokens = int(part.position.sum() if part.config.memory_scope == "batch" else part.position[m])
+    most = tokens * part.config.slots_per_token
+    if written > most:
+        problems.append(
+            f"memory {m}: {written} of {part.config.num_slots} slots differ from {initial}, and its {tokens} tokens "
+            f"can have written {most} at most: is that the memory that it began from?"
+        )
 
 
 def _judge_positions(part: Part, problems: list[str]) -> None:
@@ -249,17 +279,27 @@ def as_text(report: dict[str, Any]) -> str:
     tensors = [(name, str(x["shape"]), x["dtype"], x["not_finite"]) for name, x in report["tensors"].items()]
     lines += _table(("tensor", "shape", "dtype", "not finite"), tensors)
     memories = [
-        (f"{x['of']} {m}".strip(), x["slots"], x["slots_written"], x["rows_not_finite"], *x["norm"].values())
-        for m, x in enumerate(report["memories"])
+        (name, x["slots"], x["slots_written"], x["rows_not_finite"], *x["norm"].values())
+        for name, x in _numbered(report["memories"])
     ]
     heads = ("memory", "slots", "written", "not finite", "least norm", "quartile", "median", "quartile", "largest")
     lines += _table(heads, memories)
     lines += _table(
         ("row", "position", "pending"),
-        [(f"{x['of']} {i}".strip(), x["position"], x["pending"]) for i, x in enumerate(report["rows"])],
+        [(name, x["position"], x["pending"]) for name, x in _numbered(report["rows"])],
     )
     problems = [f"problem: {problem}" for problem in report["problems"]]
     return "\n".join([*lines, "", *(problems or ["nothing is wrong"])])
+
+
+def _numbered(entries: list[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
+    """Each with whose it is and a number, which begins anew with each of those."""
+    counts: Counter[str] = Counter()
+    numbered = []
+    for entry in entries:
+        numbered.append((f"{entry['of']} {counts[entry['of']]}".strip(), entry))
+        counts[entry["of"]] += 1
+    return numbered
 
 
 def _table(heads: tuple[str, ...], rows: list[tuple[Any, ...]]) -> list[str]:

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from fwpkm.integrations.transformers.settings import Settings
@@ -12,7 +14,13 @@ class MemoryCache(DynamicCache):
     """A ``DynamicCache`` whose last layers are the states of the model's memories.
 
     Models with memory make it themselves, and turn an empty ``DynamicCache`` that they are given into one.
+
+    Attributes:
+        ended: ``[B]`` bool while ``generate`` draws tokens: rows that have met the end, and are fed padding from then
+            on; else None.
     """
+
+    ended: Tensor | None = None
 
     @property
     def states(self) -> list[MemoryStates]:
@@ -22,6 +30,42 @@ class MemoryCache(DynamicCache):
     def states_of(self, layer_idx: int) -> MemoryStates:
         """Those of the memory before one decoder layer."""
         return next(states for states in self.states if states.layer_idx == layer_idx)
+
+    @property
+    def seen(self) -> Tensor | None:
+        """Which tokens the memories have read, ``[B, tokens]`` bool on the CPU, False for padding; None for all."""
+        rows = self.states[0].rows
+        return None if rows is None else rows.seen
+
+    def check_seen(self, mask: Tensor | None) -> None:
+        """Raise unless a mask of the cache's tokens is the one under which the memories have read them.
+
+        Attention can hide or show old tokens at any time; what a memory has written stays written.
+
+        Args:
+            mask: ``[B, tokens]`` bool on the CPU; None for True.
+
+        Raises:
+            ValueError: it hides tokens that the memories have read, or shows such that they have not.
+        """
+        seen = self.seen
+        if seen is None and mask is None:
+            return
+        shown = torch.ones_like(seen) if mask is None and seen is not None else mask
+        assert shown is not None
+        wrong = ~shown if seen is None else shown != seen
+        if not wrong.any():
+            return
+        row = int(wrong.any(1).nonzero()[0])
+        first = int(wrong[row].nonzero()[0])
+        hidden = bool(~shown[row, first])
+        count = int((wrong[row] & (shown[row] != hidden)).sum())
+        did = "have read" if hidden else "have not read, because an earlier mask hid them or the row had ended"
+        raise ValueError(
+            f"attention_mask {'hides' if hidden else 'shows'} {count} tokens of row {row}, from column {first} on, "
+            f"which the memories {did}: pass the mask under which the cache was filled (cache.seen), followed by that "
+            "of the new tokens, or begin with an empty cache"
+        )
 
     def reset(self) -> None:
         """Forget every sequence, of attention and of the memories; the next call begins new ones."""
@@ -77,7 +121,8 @@ def _check_empty(cache: Any) -> None:
     if cache.get_seq_length() > 0:
         raise ValueError(
             f"cache holds {cache.get_seq_length()} tokens that were read without this model's memory, so what they "
-            "wrote is missing. Pass an empty cache, or one that this model has filled"
+            "wrote is missing. Pass an empty cache, or one that this model has filled (peft's prefix tuning makes one "
+            "of its own: take LoRA)"
         )
 
 

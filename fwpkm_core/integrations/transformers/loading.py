@@ -1,23 +1,25 @@
 """What transformers must do otherwise for models with memory, and nothing for others.
 
-Five of its methods are wrapped, once, when the integration is imported: a model whose config remembers memories is
-built with them, weights that a checkpoint lacks are drawn rightly, and ``generate`` begins with a cache that holds
-their states and knows how long drafts are, and continuous batching is refused. All but the first and the last are
-private; if a release lacks one, the import says so.
+Seven of its methods are wrapped, once, when the integration is imported: a model whose config remembers memories is
+built with them, weights that a checkpoint lacks are drawn rightly, ``generate`` begins with a cache that holds their
+states and knows how long drafts are, masks the padding that it feeds to rows that have ended, and what cannot be served
+is refused before anything changes. All but ``post_init`` and ``init_continuous_batching`` are private; if a release
+lacks one, the import says so.
 """
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 import transformers
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, StoppingCriteriaList
 from transformers.generation.utils import GenerationMixin
 from transformers.initialization import guard_torch_init_functions
 
-from fwpkm.integrations.transformers.cache import cache_in, with_states
+from fwpkm.integrations.transformers.cache import MemoryCache, cache_in, with_states
 from fwpkm.integrations.transformers.model import MemoryLayer, attach, decoder_of
 from fwpkm.integrations.transformers.settings import has_memory
 
@@ -50,6 +52,12 @@ def _initialize_weights(original: Callable[..., Any]) -> Callable[..., Any]:
 def _prepare_cache(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def prepare_cache(self: Any, generation_config: Any, model_kwargs: Any, *args: Any, **kwargs: Any) -> Any:
+        if has_memory(self) and generation_config.assistant_early_exit is not None:
+            raise ValueError(
+                "assistant_early_exit drafts with the first decoder layers alone, without the cache of all memories, "
+                "so a model with memory does not serve it: pass assistant_model= or prompt_lookup_num_tokens=. "
+                f"Received: assistant_early_exit={generation_config.assistant_early_exit}"
+            )
         result = original(self, generation_config, model_kwargs, *args, **kwargs)
         cache = cache_in(model_kwargs)
         if has_memory(self) and cache is not None:
@@ -72,6 +80,54 @@ def _candidate_generator(original: Callable[..., Any]) -> Callable[..., Any]:
         return generator
 
     return candidate_generator
+
+
+class _Ends(StoppingCriteriaList):
+    """Stopping criteria that tell a cache which rows have ended."""
+
+    def __init__(self, criteria: Iterable[Any], cache: MemoryCache):
+        super().__init__(criteria)
+        self.cache = cache
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        done = super().__call__(*args, **kwargs)
+        self.cache.ended = done if self.cache.ended is None else self.cache.ended | done
+        return done
+
+
+def _sample(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def sample(
+        self: Any, input_ids: Any, logits_processor: Any, stopping_criteria: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        cache = cache_in(kwargs)
+        # As transformers decides it: without such a criterion rows that have ended go on with tokens of their own.
+        pads = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
+        if not isinstance(cache, MemoryCache) or not pads:
+            return original(self, input_ids, logits_processor, stopping_criteria, *args, **kwargs)
+        try:
+            return original(self, input_ids, logits_processor, _Ends(stopping_criteria, cache), *args, **kwargs)
+        finally:
+            cache.ended = None
+
+    return sample
+
+
+def _update_kwargs(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def update_kwargs(self: Any, outputs: Any, model_kwargs: Any, *args: Any, **kwargs: Any) -> Any:
+        model_kwargs = original(self, outputs, model_kwargs, *args, **kwargs)
+        cache = cache_in(model_kwargs)
+        if not isinstance(cache, MemoryCache) or cache.ended is None:
+            return model_kwargs
+        if cache.ended.any():  # the host has waited for it already, to learn whether all have
+            mask = model_kwargs.get("attention_mask")
+            if mask is None:  # transformers drops one that hides nothing
+                mask = cache.ended.new_ones((len(cache.ended), cache.get_seq_length() + 1), dtype=torch.long)
+            model_kwargs["attention_mask"] = torch.cat([mask[:, :-1], (~cache.ended)[:, None].to(mask)], dim=1)
+        return model_kwargs
+
+    return update_kwargs
 
 
 def _continuous_batching(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -97,6 +153,8 @@ _WRAPPERS = (
     (PreTrainedModel, "post_init", ("self",), _post_init),
     (PreTrainedModel, "_initialize_weights", ("self", "module"), _initialize_weights),
     (GenerationMixin, "_prepare_cache_for_generation", ("self", "generation_config", "model_kwargs"), _prepare_cache),
+    (GenerationMixin, "_sample", ("self", "input_ids", "logits_processor", "stopping_criteria"), _sample),
+    (GenerationMixin, "_update_model_kwargs_for_generation", ("self", "outputs", "model_kwargs"), _update_kwargs),
     (GenerationMixin, "init_continuous_batching", ("self", "generation_config"), _continuous_batching),
     (GenerationMixin, "_get_candidate_generator", ("self", "generation_config"), _candidate_generator),
 )

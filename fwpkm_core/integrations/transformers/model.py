@@ -2,7 +2,7 @@
 
 import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +13,7 @@ from fwpkm import validation
 from fwpkm.backends.torch import FwPKM
 from fwpkm.config import FwPKMConfig
 from fwpkm.integrations.transformers.cache import MemoryCache, cache_in, with_states
-from fwpkm.integrations.transformers.settings import Settings, has_memory
+from fwpkm.integrations.transformers.settings import DEFAULT_LAYERS, Settings, has_memory
 
 NAME = "fwpkm"
 """The submodule of a decoder layer: weights are ``model.layers.<i>.fwpkm.*``."""
@@ -54,7 +54,7 @@ class Call(NamedTuple):
 
 def insert_memory(
     model: PreTrainedModel,
-    layers: tuple[int, ...] = (1, 4),
+    layers: tuple[int, ...] = DEFAULT_LAYERS,
     config: FwPKMConfig | None = None,
     *,
     gated: bool = True,
@@ -105,8 +105,9 @@ def insert_memory(
         )
     if undo is not None:
         validation.check_count("undo", undo)
-    settings = Settings(tuple(layers), config, gated, value_norm, learn_memory, undo)
+    settings = Settings(_indices(layers), config, gated, value_norm, learn_memory, undo)
     settings.check_layers(len(decoder.layers))
+    _check_loaded(decoder.layers[i] for i in settings.layers)
     own = copy.deepcopy(model.config)  # models may share one
     settings.store(own)
     before: Any = model.config
@@ -125,7 +126,8 @@ def decoder_of(model: Any) -> Any:
         ValueError: not a model of transformers, or one whose parts do not fit.
     """
     if not isinstance(model, PreTrainedModel):
-        raise ValueError(f"model must be a PreTrainedModel of transformers. Received: {type(model).__name__}")
+        base = " (of peft's: insert into the base model first)" if hasattr(model, "get_base_model") else ""
+        raise ValueError(f"model must be a PreTrainedModel of transformers{base}. Received: {type(model).__name__}")
     decoder = model.base_model
     why = _unfit(model, decoder)
     if why:
@@ -159,6 +161,24 @@ def _unfit(model: Any, decoder: Any) -> str:
 def _names(forward: Callable[..., Any]) -> list[str]:
     """The parameters of a module's forward."""
     return list(inspect.signature(forward).parameters)
+
+
+def _indices(layers: Any) -> tuple[Any, ...]:
+    """What was given for layers, which may be any iterable."""
+    if not isinstance(layers, Iterable):
+        raise TypeError(f"layers must be a tuple of integers, such as (1, 4). Received: layers={layers!r}")
+    return tuple(layers)
+
+
+def _check_loaded(layers: Iterable[nn.Module]) -> None:
+    """Raise if accelerate has taken weights of these decoder layers away, to bring them when a part is called."""
+    for part in (part for layer in layers for part in layer.modules()):
+        if hasattr(part, "_hf_hook") and any(p.is_meta for p in part.parameters(recurse=False)):
+            raise ValueError(
+                "model must hold its weights: accelerate has offloaded some, and would not know those of a memory. "
+                "Load the model without offloading, insert the memory, save_pretrained, and load that with device_map. "
+                f"Received: the weights of a {type(part).__name__} on the meta device"
+            )
 
 
 def attach(decoder: Any) -> None:
@@ -210,8 +230,7 @@ def _before_decoder(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
             cache = with_states(DynamicCache(config=decoder.config), decoder)
         if cu_seqlens is not None:  # with a cache attention would look across the sequences
             inputs["use_cache"] = False
-    past = 0 if cache is None else cache.get_seq_length()
-    inputs[_CALL] = Call(_mask(mask, batch, length, past, cache is not None), cu_seqlens, cache)
+    inputs[_CALL] = Call(_mask(mask, batch, length, cache), cu_seqlens, cache)
     for name in _CACHES:
         inputs.pop(name, None)
     inputs["cache" if "cache" in names else "past_key_values"] = cache
@@ -229,21 +248,21 @@ def _uses_cache(decoder: Any, inputs: dict[str, Any]) -> bool:
     return bool(use_cache) and not _checkpoints(decoder)
 
 
-def _mask(mask: Any, batch: int, length: int, past: int, on_host: bool) -> Tensor | None:
-    """``[B, T]`` bool of the call's own tokens; on the host None where all are there."""
-    if mask is None:
-        return None
-    if not isinstance(mask, Tensor) or mask.shape != (batch, past + length):
+def _mask(mask: Any, batch: int, length: int, cache: MemoryCache | None) -> Tensor | None:
+    """``[B, T]`` bool of the call's own tokens; with a cache on the host, None where all are there."""
+    past = 0 if cache is None else cache.get_seq_length()
+    if mask is not None and (not isinstance(mask, Tensor) or mask.shape != (batch, past + length)):
         received = f"shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(
             f"attention_mask must be 2-D, [{batch}, {past + length}] with the {past} tokens of the cache, because the "
             f"memory must know which tokens are padding. Received: {received}"
         )
-    mask = mask[:, past:].bool()
-    if on_host:
-        mask = mask.cpu()
-        return None if mask.all() else mask
-    return mask
+    if cache is None:
+        return None if mask is None else mask.bool()
+    if mask is not None:  # all of it at once: the host waits for the device a single time
+        mask = mask.bool().cpu()
+    cache.check_seen(None if mask is None else mask[:, :past])
+    return None if mask is None or mask[:, past:].all() else mask[:, past:]
 
 
 def _cu_seqlens(inputs: dict[str, Any], batch: int, length: int) -> Tensor | None:
@@ -300,7 +319,7 @@ def _before_layer(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 def _read(memory: MemoryLayer, hidden: Tensor, call: Call) -> Tensor:
     """What the memory adds, in the dtype and on the device of the hidden states."""
-    x = hidden.to(memory.query_norm.weight.device)
+    x = hidden.to(_device(memory, hidden.device))
     if call.cache is not None:
         return call.cache.states_of(memory.layer_idx).read(memory, x, call.mask).to(hidden)
     if call.cu_seqlens is None:
@@ -309,3 +328,9 @@ def _read(memory: MemoryLayer, hidden: Tensor, call: Call) -> Tensor:
     mask = None if call.mask is None else call.mask.reshape(1, -1)
     y, _ = memory(row, mask=mask, cu_seqlens=call.cu_seqlens, return_state=False)
     return y.reshape(x.shape).to(hidden)
+
+
+def _device(memory: MemoryLayer, default: torch.device) -> torch.device:
+    """Where the memory computes; weights that accelerate has offloaded lie on the meta device until they are called."""
+    found = (x.device for x in (memory.query_norm.weight, memory.memory.values) if not x.is_meta)
+    return next(found, default)

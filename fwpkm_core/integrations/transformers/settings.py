@@ -7,6 +7,8 @@ from fwpkm.config import FwPKMConfig
 
 ATTRIBUTE = "fwpkm_memory"
 """The attribute of a model's config, and the key of its config.json."""
+DEFAULT_LAYERS = (1, 4)
+"""Where ``insert_memory`` puts memories unless told."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +52,7 @@ class Settings:
             raise ValueError(
                 f"layers must be distinct integers from 0 to {count - 1}, at least one: before these of the model's "
                 f"{count} decoder layers a memory is put. Received: layers={layers!r}"
+                f"{', the default' if layers == DEFAULT_LAYERS else ''}"
             )
 
 

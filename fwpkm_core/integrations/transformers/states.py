@@ -9,6 +9,7 @@ from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from fwpkm.backends.torch import FwPKM
 from fwpkm.config import FwPKMConfig
+from fwpkm.containers import State
 from fwpkm.integrations.transformers.rows import Rows
 
 DRAFT = 20
@@ -46,6 +47,11 @@ class MemoryStates(LinearAttentionCacheLayerMixin):
     def columns(self) -> int:
         """The tokens that were read of each row, padding among them."""
         return 0 if self.rows is None else self.rows.columns
+
+    @property
+    def state(self) -> State[Tensor] | None:
+        """A copy of where the sequences stand, for ``fwpkm.save_state`` and the other functions; None before a call."""
+        return None if self.rows is None else self.rows.state().detach().clone()
 
     def reset(self) -> None:
         """Forget every sequence; the next call begins new ones."""
