@@ -174,8 +174,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tables = [_times(found, options), report.claims_table(f"{options.ranks} ranks over one, rows a second", claims)]
     where = f"{options.ranks} ranks on {options.device}, {os.cpu_count()} cores"
     legend = (where, f"layer: {WORKLOADS[options.workload]}", f"language model: {options.experiment.name}", _LEGEND)
-    report.show(legend, tables, markdown=options.markdown)
-    return report.verdict(claims) if options.check else 0
+    return report.conclude(legend, tables, claims, options)
 
 
 def _times(found: dict[str, Any], options: argparse.Namespace) -> Table:
