@@ -89,7 +89,8 @@ def sent(step: Step) -> Sent:
     sizes = [
         math.prod(shape) * _BYTES[dtype]
         for e in events
-        for shape, dtype in zip(e.input_shapes, e.input_dtypes)
+        # Gradients are float32; older versions of torch than 2.13 do not tell.
+        for shape, dtype in zip(e.input_shapes, getattr(e, "input_dtypes", ["float"] * len(e.input_shapes)))
         if dtype
     ]
     return Sent(len(events), sum(sizes))
@@ -174,8 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tables = [_times(found, options), report.claims_table(f"{options.ranks} ranks over one, rows a second", claims)]
     where = f"{options.ranks} ranks on {options.device}, {os.cpu_count()} cores"
     legend = (where, f"layer: {WORKLOADS[options.workload]}", f"language model: {options.experiment.name}", _LEGEND)
-    report.show(legend, tables, markdown=options.markdown)
-    return report.verdict(claims) if options.check else 0
+    return report.conclude(legend, tables, claims, options)
 
 
 def _times(found: dict[str, Any], options: argparse.Namespace) -> Table:

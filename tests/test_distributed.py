@@ -48,6 +48,7 @@ def test_the_benchmark_of_a_cluster_measures_and_counts(tmp_path: Path) -> None:
         "[training]\nlength = 32\nfacts = 0.0\n"
     )
     line = ("--workload", "tiny", "--experiment", tmp_path / "small.toml", "--rows", 2, "--repeats", 2, "--markdown")
+    line = (*line, "--check")
     done = python("-m", "benchmarks.cluster", *line, cwd=ROOT, OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr[-2000:]
     model = LanguageModel(Experiment.read(tmp_path / "small.toml").model)

@@ -22,10 +22,11 @@ def found() -> dict[str, float | str]:
 @pytest.mark.parametrize(
     "case",
     [
-        *("auto, in pieces", "auto, gradient", "auto, columns"),
+        *("auto, in pieces", "auto, begun inside", "auto, gradient", "auto, columns"),
         *("explicit, in pieces", "explicit, decode", "explicit, gradient", "explicit, columns"),
         *("explicit, rows", "explicit, plain", "explicit, decode in place", "mapped, decode in place"),
-        *("mapped, in pieces", "mapped, overlaid", "mapped, chunk", "mapped, decode", "mapped, gradient"),
+        *("mapped, in pieces", "mapped, begun inside", "mapped, overlaid", "mapped, chunk", "mapped, decode"),
+        "mapped, gradient",
     ],
 )
 def test_devices_agree_with_one(found: dict[str, float | str], case: str) -> None:

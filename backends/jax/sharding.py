@@ -6,12 +6,17 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import Array, lax
-from jax.experimental.shard_alike import shard_alike
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from fwpkm.backends.jax.checks import check_alive
 from fwpkm.containers import Memory
+
+try:
+    from jax.experimental.shard_alike import shard_alike
+except ImportError:  # gone in JAX 0.11
+    shard_alike = None  # type: ignore[assignment]
 
 
 def alike(*trees: Any) -> tuple[Any, ...]:
@@ -42,15 +47,17 @@ def _cast(x: Any, axes: tuple[str, ...]) -> Any:
 def dealt_as(like: Array, tree: Any) -> Any:
     """Arrays ``[B, ...]``, or ``[1, ...]`` for one memory, whose rows the compiler shall deal out as those of ``like``.
 
-    For automatic axes, whose compiler would keep what it makes by itself on every device. It costs nothing.
+    For automatic axes, whose compiler would keep what it makes by itself on every device. Bits and gradients stay.
     """
     if like.size == 0:
         return tree
-    first = like.reshape(len(like), -1)[:, 0]
+    first = lax.stop_gradient(like).reshape(len(like), -1)[:, 0]
 
     def placed_by_rows(x: Array) -> Array:
         if len(x) != len(like):
             return x
+        if shard_alike is None:
+            return _tied(x, lax.broadcast_in_dim(first, _edge(x).shape, (0,)))
         return shard_alike(x, lax.broadcast_in_dim(first, x.shape, (0,)))[0]
 
     return jax.tree.map(placed_by_rows, tree)
@@ -59,9 +66,31 @@ def dealt_as(like: Array, tree: Any) -> Any:
 def dealt_alike(tree: Any, like: Any) -> Any:
     """The arrays of a tree, each of which the compiler shall deal out as the one in its place in ``like``.
 
-    So what is donated can be overwritten, and a loop compiles once. For automatic axes, as ``dealt_as``.
+    So what is donated can be overwritten, and a loop compiles once. For automatic axes, as ``dealt_as``. From JAX
+    0.11 on nothing says so: rows stay where they are by themselves, pending values may be dealt out by columns once.
     """
-    return jax.tree.map(lambda x, y: shard_alike(x, y)[0], tree, like)
+    return tree if shard_alike is None else jax.tree.map(lambda x, y: shard_alike(x, y)[0], tree, like)
+
+
+def _edge(x: Array) -> Array:
+    """A part on the same devices: the second axis, of slots or of pending tokens, is not dealt out."""
+    return x[:, :1] if x.ndim > 1 else x
+
+
+@jax.custom_jvp
+def _tied(x: Array, like: Array) -> Array:
+    """``x``, its edge passed through an operation with ``like``: the compiler deals out both sides of one alike.
+
+    The operation changes nothing, which a barrier hides. No more of a table is computed than its edge, in place.
+    """
+    one, other = lax.optimization_barrier((like, like))
+    always = (one == other) | (one != other)  # two, for NaN
+    return lax.dynamic_update_slice(x, jnp.where(always, _edge(x), jnp.zeros_like(_edge(x))), (0,) * x.ndim)
+
+
+@_tied.defjvp
+def _tied_jvp(primals: Any, tangents: Any) -> tuple[Array, Any]:
+    return _tied(*primals), tangents[0]
 
 
 _COLUMNS = ("value", "values", "pending_value", "output")

@@ -60,7 +60,8 @@ def apply(
     output, slots, weights = rows.of_call(done.output, done.trace.slots, done.trace.weights)
     if wrong is not None:
         output, weights = (x.masked_fill(wrong, torch.nan) for x in (output, weights))
-    trace = done.trace._replace(slots=slots, weights=weights, writes=writes)
+    losses = {"memorization": done.trace.memorization, "addressing": done.trace.addressing}
+    trace = Trace(slots, weights, **losses, writes=writes)  # torch 2.11 compiles no ``_replace`` of what is returned
     if update:
         left = rows.left(cfg, done.flags)
         moved = passed() if callable(passed) else passed
