@@ -37,7 +37,7 @@ class Implementation(NamedTuple):
 
 
 class Fixed:
-    """A flag of a layer that is chosen when it is made: what the attribute of its name with an underscore holds."""
+    """An argument of a layer, chosen when it is made: what the attribute of its name with an underscore holds."""
 
     def __init__(self, instead: str):
         """``instead`` says what is to be done with a layer that was made with the argument."""
@@ -48,7 +48,7 @@ class Fixed:
         self._name = name
 
     def __get__(self, layer: Any, owner: type | None = None) -> Any:
-        """The flag."""
+        """The argument."""
         return self if layer is None else getattr(layer, f"_{self._name}")
 
     def __set__(self, layer: Any, value: Any) -> None:

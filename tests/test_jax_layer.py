@@ -291,3 +291,13 @@ def test_a_state_is_not_rounded_on_its_way_into_a_layer():
     assert layer.apply(narrow, row, wide, update=False)[1] is wide
     rounded = wide.map(lambda z: z.astype("float32") if z.dtype == jnp.float64 else z)
     assert layer.apply(narrow, row, rounded)[1].memory.values.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("name", ["hidden_size", "config", "gated", "value_norm", "learn_memory"])
+def test_arguments_are_chosen_when_the_layer_is_made(name):
+    """What is hashed by them, such as a call that ``jax.jit`` compiled, would go on with the old ones."""
+    layer = FwPKM(HIDDEN, **SMALL)
+    before = hash(layer)
+    with pytest.raises(AttributeError, match=rf"{name} is chosen when a layer is made: FwPKM\("):
+        setattr(layer, name, None)
+    assert hash(layer) == before

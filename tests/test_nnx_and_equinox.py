@@ -107,9 +107,10 @@ def test_a_state_returns_from_a_file_to_where_it_stood(library, tmp_path):
 
 
 @both
-def test_learn_memory_is_chosen_when_the_layer_is_made(library):
+@pytest.mark.parametrize("name", ["hidden_size", "config", "gated", "value_norm", "learn_memory"])
+def test_arguments_are_chosen_when_the_layer_is_made(library, name):
     with pytest.raises(AttributeError):
-        made(library).learn_memory = True
+        setattr(made(library), name, None)
 
 
 @both

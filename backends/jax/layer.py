@@ -37,7 +37,7 @@ class FwPKM:
     ``fwpkm.backends.jax.detach(state)`` between them ends it.
 
     The layer itself holds no arrays: it is hashable and equal to another of the same arguments, so that ``jax.jit`` may
-    take it as a static argument.
+    take it as a static argument. So its arguments are fixed: compiled calls would go on with the old ones.
 
     Args:
         hidden_size: width of x and y.
@@ -52,6 +52,10 @@ class FwPKM:
         TypeError: an argument that the layer does not have; says which one was probably meant.
     """
 
+    hidden_size, config, gated, value_norm, learn_memory = (
+        validation.Fixed("which takes this one's variables unless their shapes differ") for _ in range(5)
+    )
+
     def __init__(
         self,
         hidden_size: int,
@@ -63,11 +67,11 @@ class FwPKM:
         **config_fields: Any,
     ):
         """Check the arguments; nothing is drawn before :meth:`init`."""
-        self.config = validation.layer_config(
+        self._config = validation.layer_config(
             hidden_size, config, value_norm, config_fields, gated=gated, learn_memory=learn_memory
         )
-        self.hidden_size, self.gated = hidden_size, gated
-        self.value_norm, self.learn_memory = value_norm, learn_memory
+        self._hidden_size, self._gated = hidden_size, gated
+        self._value_norm, self._learn_memory = value_norm, learn_memory
 
     def __eq__(self, other: object) -> bool:
         """Whether the arguments are the same."""
@@ -162,8 +166,8 @@ class FwPKM:
         Raises:
             ValueError: an argument does not fit; names it, what was expected and what was received.
         """
-        validation.check_flag("return_state", return_state)
-        validation.check_flag("return_trace", return_trace)
+        for name, flag in {"update": update, "return_state": return_state, "return_trace": return_trace}.items():
+            validation.check_flag(name, flag)
         check_sizes("x", x)
         validation.check_array(
             "x", x, [("B", None), ("T", None), ("hidden_size", self.hidden_size)], "float", SELF.arrays

@@ -61,7 +61,9 @@ class FwPKM(keras.layers.Layer):
         TypeError: an argument that the layer does not have; says which one was probably meant.
     """
 
-    learn_memory = validation.Fixed("which takes this one's weights")
+    gated, value_norm, learn_memory, return_state, stateful = (  # compiled functions would go on with the old ones
+        validation.Fixed("which takes this one's weights") for _ in range(5)
+    )
 
     def __init__(
         self,
@@ -92,8 +94,8 @@ class FwPKM(keras.layers.Layer):
                 "learn_memory must be False with stateful=True, where batches pass no gradient to the initial memory. "
                 "Received: learn_memory=True"
             )
-        self.gated, self.value_norm, self._learn_memory = gated, value_norm, learn_memory
-        self.return_state, self.stateful = return_state, stateful
+        self._gated, self._value_norm, self._learn_memory = gated, value_norm, learn_memory
+        self._return_state, self._stateful = return_state, stateful
         self.supports_masking = True
 
     @property
@@ -318,9 +320,8 @@ class FwPKM(keras.layers.Layer):
 
     def get_config(self) -> dict[str, Any]:
         """Every argument of the layer."""
-        own = {
-            name: getattr(self, name) for name in ("gated", "value_norm", "learn_memory", "return_state", "stateful")
-        }
+        names = ("gated", "value_norm", "learn_memory", "return_state", "stateful")
+        own = {name: getattr(self, name) for name in names}
         return {**super().get_config(), **dataclasses.asdict(self._config), **own}
 
     def init_state(self, batch_size: int) -> State:

@@ -104,6 +104,21 @@ class FwPKM(nnx.Module):
         return self.layer.config
 
     @property
+    def hidden_size(self) -> int:
+        """The width of x and y."""
+        return self.layer.hidden_size
+
+    @property
+    def gated(self) -> bool:
+        """Whether a learned gate weighs reads and writes."""
+        return self.layer.gated
+
+    @property
+    def value_norm(self) -> str | None:
+        """What is done to each value: "zscore" or None."""
+        return self.layer.value_norm
+
+    @property
     def learn_memory(self) -> bool:
         """Whether the initial tables are ``nnx.Param``."""
         return self.layer.learn_memory

@@ -48,8 +48,9 @@ def test_the_layer_is_the_torch_layer(dtype, options, tmp_path):
         assert error(actual, wanted) < bounds.forward
     cotangent = inputs(dtype=dtype)[..., ::-1].copy()
     (expected * torch.from_numpy(cotangent)).sum().backward()
-    layer.return_state = False
-    found = gradients(layer, x, cotangent)
+    plain = make(dtype=dtype, **options)
+    plain.set_weights(layer.get_weights())
+    found = gradients(plain, x, cotangent)
     wanted = {name.replace(".", "_"): p.grad.numpy() for name, p in [("x", torch_x), *torch_layer.named_parameters()]}
     assert found.keys() == wanted.keys()
     for name, gradient in found.items():
@@ -246,11 +247,12 @@ def test_wrong_arguments(options, message):
         FwPKM(**options)
 
 
-def test_learn_memory_is_chosen_when_the_layer_is_made():
-    """Later it would say what the tables are not."""
+def test_arguments_are_chosen_when_the_layer_is_made():
+    """Later they would say what the weights are not, or what a compiled function does not do."""
     layer, other = make(), make(learn_memory=True)
-    with pytest.raises(AttributeError, match=r"learn_memory is chosen when a layer is made: FwPKM\("):
-        layer.learn_memory = True
+    for name in ("gated", "value_norm", "learn_memory", "return_state", "stateful"):
+        with pytest.raises(AttributeError, match=rf"{name} is chosen when a layer is made: FwPKM\("):
+            setattr(layer, name, None)
     assert layer.get_config()["learn_memory"] is layer.learn_memory is False
     other.set_weights(layer.get_weights())
     assert (numpy(other(inputs())) == numpy(layer(inputs()))).all()
