@@ -129,6 +129,7 @@ def test_check_grads_feeds_its_own_arrays():
         (lambda x: x.astype(">f4"), "query must be in this machine's byte order"),
         (lambda x: x.astype(int), "query must have a floating dtype. Received: dtype int"),
         (lambda x: x.astype(object), "query must have a floating dtype. Received: dtype object"),
+        (lambda x: np.ma.masked_array(x, x > 0), r"query must not be a masked array, .*Received: numpy\.ma\.Masked"),
         (lambda x: x[0], r"query must have shape \[B, T, H\*Dk=4\]. Received: shape \(4, 4\)"),
         (lambda x: np.array(0.5), r"query must have shape \[B, T, H\*Dk=4\]. Received: shape \(\)"),
         (lambda x: 0.5, "query must be a jax.Array or numpy.ndarray. Received: float"),
@@ -140,3 +141,18 @@ def test_what_does_not_fit_is_named(given, change, message):
     state, query, value, _ = numpy(given)
     with pytest.raises(ValueError, match=message):
         BE.apply(CFG, state, change(query), value)
+
+
+@pytest.mark.parametrize("name", ["cu_seqlens", "position"])
+def test_integers_that_a_jax_of_32_bits_would_wrap_are_refused(given, name):
+    """2³² + 9 would become 9."""
+    state, *row = given[0], *(x[:1] for x in given[1:])
+    state, ends = BE.select(CFG, state, [0]), np.array([0, 4])
+    with jax.enable_x64(False):
+        assert BE.apply(CFG, state, *row, cu_seqlens=ends)[1].position.tolist() == [4]
+        if name == "cu_seqlens":
+            ends = ends + 2**32
+        else:
+            state = state._replace(position=np.array([2**32 + 9]))
+        with pytest.raises(ValueError, match=r"must hold integers that fit int32.* Received: 4294967\d+"):
+            BE.apply(CFG, state, *row, cu_seqlens=ends)

@@ -31,7 +31,7 @@ def takes_numpy(function: Callable[_P, _R]) -> Callable[_P, _R]:
         if name == "rows" or not any(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(x)):
             return x
         _check_states(name, x)
-        return jax.tree.map(from_numpy, x)
+        return jax.tree.map(functools.partial(from_numpy, name), x)
 
     @functools.wraps(function)
     def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
@@ -57,13 +57,29 @@ def _check_states(name: str, x: Any) -> None:
             )
 
 
-def from_numpy(x: Any) -> Any:
+def from_numpy(name: str, x: Any) -> Any:
     """A NumPy array as an array of JAX; anything else, and what JAX has no dtype for, as it is.
 
     Python's and NumPy's scalars stay what they are: counts and switches, and no array of a call has so few axes.
+
+    Raises:
+        ValueError: the array is masked, or holds integers too large for the dtype that JAX has for them here.
     """
     if not isinstance(x, np.ndarray):
         return x
+    if isinstance(x, np.ma.MaskedArray):
+        raise ValueError(
+            f"{name} must not be a masked array, whose mask JAX drops: pass x.filled(0), and say by the argument mask "
+            "which tokens are not there. Received: numpy.ma.MaskedArray"
+        )
+    if x.dtype.kind in "iu" and x.size:
+        bounds = jnp.iinfo(jax.dtypes.canonicalize_dtype(x.dtype))
+        beyond = next((int(n) for n in (x.min(), x.max()) if not bounds.min <= int(n) <= bounds.max), None)
+        if beyond is not None:
+            raise ValueError(
+                f"{name} must hold integers that fit {bounds.dtype}, which is what JAX makes of them outside of its "
+                f"64-bit mode. Received: {beyond}"
+            )
     try:
         with jax.ensure_compile_time_eval():
             return jnp.array(x)  # a copy: device_put may share NumPy's, which its owner overwrites

@@ -1,5 +1,6 @@
 """States that cost what they hold (SPEC.md §10): ``fwpkm.packing`` on JAX's arrays, outside of what is traced."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,7 +28,9 @@ def pack(cfg: FwPKMConfig, state: State[Array], memory: Memory[Array], dtype: st
 
 def unpack(cfg: FwPKMConfig, packed: PackedState | Sequence[PackedState], memory: Memory[Array]) -> State[Array]:
     """The state that was packed, dealt out as ``init_state`` of ``memory`` deals it."""
-    memory = jax.tree.map(from_numpy, memory)  # of ``packed`` NumPy's arrays are what is wanted
+    memory = jax.tree.map(
+        functools.partial(from_numpy, "memory"), memory
+    )  # of ``packed`` NumPy's arrays are what is wanted
     _refuse_traced("unpack", memory)
     whole = packing.prepare(cfg, packed, memory, SELF, to_numpy)
     fresh = init_state(cfg, memory, whole.batch_size)
