@@ -211,6 +211,8 @@ def patched(layer):
         (replaced("query_proj", Adapter), "query_proj must be a Linear, .* Received: a Adapter"),
         (replaced("value_norm", lambda _: nn.LayerNorm(HIDDEN)), "value_norm must be a RMSNorm, .* a LayerNorm"),
         (patched, "value_proj must be a Linear.* whose forward was replaced"),
+        (lambda layer: setattr(layer.output_norm, "eps", 0.1), "output_norm.eps must be 1e-05, .* Received: 0.1"),
+        (replaced("query_proj", lambda p: nn.Linear(*p.weight.T.shape, False)), "query_proj.bias must be there, since"),
         (lambda layer: prune.random_unstructured(layer.value_proj, "weight", 0.5), "value_proj.weight is computed"),
         pytest.param(
             lambda layer: weight_norm(layer.query_proj), "query_proj.weight is computed by a hook",
@@ -228,6 +230,18 @@ def test_what_a_file_could_not_hold_is_neither_saved_nor_filled(tmp_path, change
     assert not (tmp_path / "file").exists()
     with pytest.raises(ValueError, match=message):
         fwpkm.load(tmp_path / "plain", layer)
+
+
+def test_tied_weights_take_a_file_that_holds_one_tensor_for_both(tmp_path):
+    layer, tied = make(num_heads=1, value_dim=4), make(1, num_heads=1, value_dim=4)
+    fwpkm.save(tmp_path / "two", layer)
+    tied.query_proj.weight = tied.value_proj.weight
+    fwpkm.save(tmp_path / "one", tied)
+    before = tied.query_proj.bias.clone()
+    with pytest.raises(ValueError, match="query_proj.weight and value_proj.weight are one weight here, and two in the"):
+        fwpkm.load(tmp_path / "two", tied)
+    assert torch.equal(tied.query_proj.bias, before)
+    fwpkm.load(tmp_path / "one", tied)
 
 
 def test_adapters_train_and_merge_into_a_file(tmp_path):

@@ -294,11 +294,12 @@ class FwPKM(nn.Module):
         """Fill weights and initial tables; names and shapes are those of :meth:`tensor_shapes`.
 
         Raises:
-            ValueError: the layer is on the meta device, where nothing can be stored, its weights are sharded, or a part
-                was replaced, wrapped or parametrized; nothing is filled.
+            ValueError: the layer is on the meta device, where nothing can be stored, its weights are sharded, a part
+                was replaced, wrapped or parametrized, or tied to one that the file has otherwise; nothing is filled.
         """
         self._refuse_sharded()
         own = {name: parts.plain_weight_of(self, name) for name in self.tensor_shapes()}
+        parts.check_tied(own, tensors)
         with torch.no_grad():
             for name, x in own.items():
                 fill(x, torch.from_numpy(tensors[name]))

@@ -1,12 +1,14 @@
 """What a layer is made of: projections, norms and the initial memory (SPEC.md §7), and what tools may do to them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from fwpkm import rules
 from fwpkm.backends.torch.column_parallel import by_columns, fill_normal
 from fwpkm.config import FwPKMConfig
 from fwpkm.containers import Memory, memory_specs
@@ -95,7 +97,12 @@ def weight_of(layer: nn.Module, name: str) -> Tensor:
             f"{name} is computed by a hook of the {type(part).__name__}, such as torch.nn.utils.weight_norm's or "
             "prune's: remove it first (remove_weight_norm, prune.remove), or keep the layer's state_dict"
         )
-    weight: Tensor = getattr(part, field)
+    weight: Tensor | None = getattr(part, field)
+    if weight is None:
+        raise ValueError(
+            f"{name} must be there, since a file holds it: make the {type(part).__name__} with it, or keep the layer's "
+            "state_dict. Received: a part that was made without it"
+        )
     if weight.is_meta:
         raise ValueError(f"{name} is on the meta device, where it holds no numbers: call layer.to_empty(device=...)")
     return weight
@@ -116,6 +123,20 @@ def plain_weight_of(layer: nn.Module, name: str) -> Tensor:
     return weight_of(layer, name)
 
 
+def check_tied(own: Mapping[str, Tensor], tensors: Mapping[str, Any]) -> None:
+    """Raise where one weight has two names, for which a file holds different tensors: it can hold one of them."""
+    first: dict[Any, str] = {}
+    for name, x in own.items():
+        # Of a table in shards the object itself: where its numbers lie is not told.
+        place = id(x) if hasattr(x, "placements") else (x.device, x.data_ptr())
+        other = first.setdefault(place, name)
+        if other != name and not np.array_equal(tensors[other], tensors[name], equal_nan=True):
+            raise ValueError(
+                f"{other} and {name} are one weight here, and two in the file: load first and tie then. "
+                "Received: a file in which they differ"
+            )
+
+
 def _part(layer: nn.Module, name: str) -> tuple[nn.Module, str]:
     """The module that a canonical name belongs to, and the name of its weight there."""
     owner, _, field = name.rpartition(".")
@@ -128,5 +149,10 @@ def _part(layer: nn.Module, name: str) -> tuple[nn.Module, str]:
             f"{owner} must be a {kind.__name__}, whose weights alone say what it computes: merge or remove adapters "
             f"and quantization first (peft: merge_and_unload), or keep the layer's state_dict. Received: a "
             f"{type(part).__name__}{' whose forward was replaced' * ('forward' in vars(part))}"
+        )
+    if kind is nn.RMSNorm and part.eps != rules.RMS_EPS:
+        raise ValueError(
+            f"{owner}.eps must be {rules.RMS_EPS}, as files do not hold it: set it back, or keep the layer's "
+            f"state_dict. Received: {part.eps}"
         )
     return part, field
