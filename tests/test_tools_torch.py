@@ -54,6 +54,12 @@ def test_a_default_dtype_is_that_of_the_weights_and_tables_never_narrow(default,
     assert found == {getattr(torch, tables)}
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, "float32", torch.complex64, torch.float8_e4m3fn], ids=str)
+def test_dtypes_that_no_weights_can_have_are_named(dtype):
+    with pytest.raises(ValueError, match=r"dtype must be torch\.float32, .* Received: "):
+        FwPKM(HIDDEN, **SMALL, dtype=dtype)
+
+
 def test_a_default_dtype_does_not_change_a_layer_that_is_there():
     layer = make()
     expected, state = layer(X)
@@ -125,11 +131,21 @@ def test_a_device_that_is_not_there_is_named():
     state = make()(X)[1]
     for call in (
         lambda: FwPKM(HIDDEN, **SMALL, device="cuda"),
+        lambda: make().init_state(2, "cuda"),
         lambda: fwpkm.get_backend("torch").to_device(state, "cuda"),
     ):
         if not torch.cuda.is_available():
-            with pytest.raises(ValueError, match=r"device must be one that torch finds here.* Received: 'cuda'"):
+            with pytest.raises(
+                ValueError, match=r"^(position_)?device must be one that torch finds here.* Received: 'cuda'"
+            ):
                 call()
+
+
+def test_a_state_without_numbers_is_not_saved(tmp_path):
+    layer = FwPKM(HIDDEN, **SMALL, device="meta")
+    with pytest.raises(ValueError, match="a tensor on the meta device holds no numbers: "):
+        fwpkm.save_state(tmp_path / "state", layer.init_state(2), layer.config)
+    assert not list(tmp_path.iterdir())
 
 
 # Checkpointing
@@ -238,7 +254,7 @@ def test_tied_weights_take_a_file_that_holds_one_tensor_for_both(tmp_path):
     tied.query_proj.weight = tied.value_proj.weight
     fwpkm.save(tmp_path / "one", tied)
     before = tied.query_proj.bias.clone()
-    with pytest.raises(ValueError, match="query_proj.weight and value_proj.weight are one weight here, and two in the"):
+    with pytest.raises(ValueError, match=r"query_proj\.weight and value_proj\.weight are one weight here, and "):
         fwpkm.load(tmp_path / "two", tied)
     assert torch.equal(tied.query_proj.bias, before)
     fwpkm.load(tmp_path / "one", tied)
@@ -330,7 +346,7 @@ def test_decode_is_not_exported():
 
 def test_the_operator_keeps_torchs_rules():
     layer = make()
-    tokens, _ = layer._project(X, None)
+    tokens, _ = layer._project(X, None, None, None)
     arguments = _Read(layer.config.to_json(), detach(layer(X)[1]), tokens.map(torch.Tensor.detach), None, True)
     torch.library.opcheck(_read, tuple(flatten(arguments)))
 

@@ -73,11 +73,20 @@ def check_inplace(inplace: bool, *overwritten: Tensor) -> None:
         )
 
 
-def check_present(device: Any) -> None:
+def check_dtype(dtype: Any) -> None:
+    """Raise a ValueError unless a layer's weights can have this dtype."""
+    if dtype not in (None, torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        raise ValueError(
+            "dtype must be torch.float32, float64, bfloat16 or float16, or None for torch's default. "
+            f"Received: {dtype!r}"
+        )
+
+
+def check_present(device: Any, name: str = "device") -> None:
     """Raise a ValueError where a device of CUDA is asked for, and there is none."""
     cuda = isinstance(device, int) or str(device).startswith("cuda")  # a number is that of a CUDA device
     if cuda and not torch.cuda.is_available():
         raise ValueError(
-            "device must be one that torch finds here, and it finds no CUDA device: install a build of torch with CUDA "
-            f"and its driver, or leave device out for the CPU. Received: {str(device)!r}"
+            f"{name} must be one that torch finds here, and it finds no CUDA device: install a build of torch with CUDA "
+            f"and its driver, or leave {name} out for the CPU. Received: {str(device)!r}"
         )

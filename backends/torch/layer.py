@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fwpkm import rules, validation
 from fwpkm.backends.torch import decoding, ops, parts, ranks
-from fwpkm.backends.torch.checks import check_present
+from fwpkm.backends.torch.checks import check_dtype, check_present
 from fwpkm.backends.torch.column_parallel import fill
 from fwpkm.backends.torch.context import check_transforms
 from fwpkm.backends.torch.parts import InitialMemory, Projection
@@ -101,6 +101,7 @@ class FwPKM(nn.Module):
         self.value_normalization = value_norm
         self._learn_memory = learn_memory
         check_present(device)
+        check_dtype(dtype)
         factory = {"device": device, "dtype": dtype}
         for name, (width, size) in self._projections().items():
             std = {"std": self._output_std} if name == "output" else {}

@@ -305,9 +305,14 @@ def to_numpy(x: Tensor) -> np.ndarray:
     """The numbers of a tensor; bfloat16, which NumPy lacks, as float32.
 
     Raises:
-        ValueError: a table in columns, which may be larger than one card or host.
+        ValueError: a table in columns, which may be larger than one card or host; or a tensor on the meta device.
     """
     refuse_columns(x)
+    if x.is_meta:
+        raise ValueError(
+            "a tensor on the meta device holds no numbers: make the layer or state on another device (layer.to_empty, "
+            f"then reset_parameters). Received: a meta tensor of shape {tuple(x.shape)}"
+        )
     x = x.detach().cpu()
     return (x.float() if x.dtype == torch.bfloat16 else x).numpy()
 

@@ -23,6 +23,8 @@ from fwpkm.containers import Memory, State, memories_for
 def init_state(cfg: FwPKMConfig, memory: Memory[Tensor], batch_size: int, position_device: Any = None) -> State[Tensor]:
     """A state at position 0 that owns a copy of ``memory``, on its device; the position is on the CPU unless told."""
     validation.check_initial(cfg, memory, batch_size, SELF)
+    if position_device is not None:
+        check_present(position_device, "position_device")
     memories = memories_for(cfg, batch_size)
 
     @by_columns
