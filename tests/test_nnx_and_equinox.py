@@ -127,6 +127,13 @@ def test_wrong_arguments_are_named(library):
 
 
 @both
+@pytest.mark.parametrize("dtype", ["int32", "complex64"])
+def test_weights_are_floating(library, dtype):
+    with pytest.raises(ValueError, match=f"dtype must be a floating one.* Received: {dtype}"):
+        made(library, **{"param_dtype" if library == "nnx" else "dtype": dtype})
+
+
+@both
 def test_a_missing_library_names_the_extra(library):
     module = {"nnx": "flax", "equinox": "equinox"}[library]
     done = python("-c", f"import sys\nsys.modules[{module!r}] = None\nimport fwpkm.integrations.{library}")
@@ -210,7 +217,34 @@ def test_scan_carries_a_module_and_vmap_runs_over_rows():
     assert_close(np.asarray(rows(model.memory, X[:, :6])), np.asarray(expected), "float32")
 
 
+@pytest.mark.parametrize("rngs", [None, jax.random.key(0)], ids=["None", "a key"])
+def test_other_generators_are_named(rngs):
+    with pytest.raises(ValueError, match=r"rngs must be a flax\.nnx\.Rngs, such as"):
+        of_nnx.FwPKM(HIDDEN, **SMALL, rngs=rngs)
+
+
+def test_an_abstract_or_traced_layer_says_that_it_has_no_numbers(tmp_path):
+    layer, abstract = made("nnx"), nnx.eval_shape(lambda: made("nnx"))
+    for call in (lambda: abstract(X), lambda: abstract.init_state(2), lambda: fwpkm.save(tmp_path / "file", abstract)):
+        with pytest.raises(ValueError, match="an abstract layer holds no numbers"):
+            call()
+    with pytest.raises(ValueError, match="a traced array holds no numbers yet"):
+        nnx.jit(lambda layer: fwpkm.save(tmp_path / "file", layer))(layer)
+    fwpkm.save(tmp_path / "file", layer)
+    fwpkm.load(tmp_path / "file", abstract)
+    assert_same(abstract.variables(), layer.variables())
+
+
 # Equinox
+
+
+def test_a_file_is_loaded_into_a_whole_layer(tmp_path):
+    layer = made("equinox")
+    fwpkm.save(tmp_path / "file", layer)
+    with pytest.raises(
+        ValueError, match=r"layer must hold its weights and tables.* Received: 12 arrays in place of 14"
+    ):
+        fwpkm.load(tmp_path / "file", eqx.partition(layer, of_equinox.trainable(layer))[0])
 
 
 def test_a_whole_gradient_leaves_initial_tables_and_a_partition_keeps_them_from_decay():
@@ -246,6 +280,7 @@ def test_what_is_trainable_is_every_floating_array_but_initial_tables():
     assert set(jax.tree.leaves((marks["memory"].params, marks["learned"].params))) == {True}
     assert len(jax.tree.leaves(marks["learned"].params)) == 12 + 2
     assert marks["other"] == [True, False, None]
+    assert not any(jax.tree.leaves(of_equinox.trainable([model["memory"].init_state(2)])))
 
 
 def test_a_vmapped_layer_reads_single_examples():

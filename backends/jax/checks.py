@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -26,6 +27,16 @@ def check_sizes(name: str, x: Any) -> None:
         )
 
 
+def check_known(*arrays: Any) -> None:
+    """Raise a ValueError for arrays whose numbers nobody has: abstract ones of a shape and a dtype."""
+    for x in arrays:
+        if isinstance(x, jax.ShapeDtypeStruct):
+            raise ValueError(
+                "an abstract layer holds no numbers: fill it first (fwpkm.load, or nnx.update from a checkpoint), or "
+                f"run what calls it under nnx.eval_shape or jax.eval_shape. Received: {x}"
+            )
+
+
 def in_64_bits() -> bool:
     """Whether JAX's 64-bit mode is on, here and now: ``jax.enable_x64`` is a context too."""
     config: Any = jax.config
@@ -33,7 +44,9 @@ def in_64_bits() -> bool:
 
 
 def check_dtype(dtype: Any) -> None:
-    """Raise a ValueError for float64 while JAX is confined to 32 bits, which would lose digits."""
+    """Raise a ValueError unless weights can have this dtype: for float64 JAX must not be confined to 32 bits."""
+    if not jnp.issubdtype(np.dtype(dtype), np.floating):
+        raise ValueError(f"dtype must be a floating one, such as 'float32' or 'bfloat16'. Received: {np.dtype(dtype)}")
     if np.dtype(dtype) == np.float64 and not in_64_bits():
         raise ValueError(
             "dtype float64 needs JAX's 64-bit mode: call jax.config.update('jax_enable_x64', True) first, or leave "

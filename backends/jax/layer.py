@@ -12,7 +12,7 @@ from jax import Array
 from fwpkm import validation
 from fwpkm.backends.jax import ops
 from fwpkm.backends.jax.arguments import AnyArray, takes_numpy
-from fwpkm.backends.jax.checks import check_dtype, check_sizes, in_64_bits
+from fwpkm.backends.jax.checks import check_dtype, check_known, check_sizes, in_64_bits
 from fwpkm.backends.jax.decoding import decode
 from fwpkm.backends.jax.rows import begin, init_state
 from fwpkm.backends.jax.streams import inside
@@ -309,6 +309,7 @@ class FwPKM:
                 f"variables must have the form that layer.init(key) returns, {tree}. "
                 f"Received: {jax.tree.structure(variables)}"
             )
+        check_known(*jax.tree.leaves(variables))
         for (name, x), like in zip(self._flat(variables).items(), jax.tree.leaves(wanted)):
             if x.shape != like.shape or not jnp.issubdtype(x.dtype, jnp.floating):
                 raise ValueError(

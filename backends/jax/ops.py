@@ -185,8 +185,17 @@ def asarray(x: Any, dtype: str) -> Array:
 
 
 def to_numpy(x: Array) -> np.ndarray:
-    """The numbers of an array; bfloat16, which NumPy lacks, as float32."""
+    """The numbers of an array; bfloat16, which NumPy lacks, as float32.
+
+    Raises:
+        ValueError: the array is traced.
+    """
     check_alive(x)
+    if is_traced(x):
+        raise ValueError(
+            "a traced array holds no numbers yet: save, pack and take numbers outside of jax.jit, grad, vmap and scan. "
+            f"Received: {x.aval} that is traced"
+        )
     return np.asarray(x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x)
 
 

@@ -87,6 +87,6 @@ def check_present(device: Any, name: str = "device") -> None:
     cuda = isinstance(device, int) or str(device).startswith("cuda")  # a number is that of a CUDA device
     if cuda and not torch.cuda.is_available():
         raise ValueError(
-            f"{name} must be one that torch finds here, and it finds no CUDA device: install a build of torch with CUDA "
-            f"and its driver, or leave {name} out for the CPU. Received: {str(device)!r}"
+            f"{name} must be one that torch finds here, and it finds no CUDA device: install a build of torch with "
+            f"CUDA and its driver, or leave {name} out for the CPU. Received: {str(device)!r}"
         )

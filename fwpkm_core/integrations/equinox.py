@@ -177,28 +177,34 @@ class FwPKM(eqx.Module):
 
     def import_tensors(self, tensors: Mapping[str, np.ndarray]) -> "FwPKM":
         """A layer of these tensors in this one's dtypes; names and shapes are those of :meth:`tensor_shapes`."""
-        filled, own = self.layer.import_tensors(tensors), self.variables()
+        filled, own = self.layer.import_tensors(tensors), {"params": self.params, "buffers": self.buffers}
+        form: Any = jax.tree.structure(filled)
+        if jax.tree.structure(own) != form:
+            raise ValueError(
+                "layer must hold its weights and tables, and no others: load into a whole layer, and eqx.partition it "
+                f"then. Received: {len(jax.tree.leaves(own))} arrays in place of {len(jax.tree.leaves(filled))}"
+            )
         filled = jax.tree.map(lambda new, old: new.astype(old.dtype), filled, own)
         return eqx.tree_at(lambda layer: [layer.params, layer.buffers], self, [filled["params"], filled["buffers"]])
 
 
 def trainable(model: Any) -> Any:
-    """Which leaves of a model an optimizer may change: its floating arrays, less the initial tables of memories.
+    """Which leaves of a model an optimizer may change: its floating arrays, less memories' initial tables and states.
 
     ``params, rest = eqx.partition(model, trainable(model))``; the tables of a layer with ``learn_memory=True`` are
     among the params.
 
     Args:
-        model: any pytree that holds :class:`FwPKM` layers.
+        model: any pytree that holds :class:`FwPKM` layers, and maybe a :class:`fwpkm.State` where one stands.
 
     Returns:
         a pytree of bools in the structure of ``model``.
     """
 
     def mark(node: Any) -> Any:
-        marks = jax.tree.map(eqx.is_inexact_array, node)
+        marks = jax.tree.map(lambda x: eqx.is_inexact_array(x) and not isinstance(node, State), node)
         if not isinstance(node, FwPKM):
             return marks
         return eqx.tree_at(lambda layer: layer.buffers, marks, jax.tree.map(lambda _: False, node.buffers))
 
-    return jax.tree.map(mark, model, is_leaf=lambda node: isinstance(node, FwPKM))
+    return jax.tree.map(mark, model, is_leaf=lambda node: isinstance(node, FwPKM | State))

@@ -94,6 +94,8 @@ class FwPKM(nnx.Module):
         """Draw all weights."""
         options: dict[str, Any] = {"gated": gated, "value_norm": value_norm, "learn_memory": learn_memory}
         self.layer = JaxFwPKM(hidden_size, config, **options, **config_fields)
+        if not isinstance(rngs, nnx.Rngs):
+            raise ValueError(f"rngs must be a flax.nnx.Rngs, such as nnx.Rngs(0). Received: {type(rngs).__name__}")
         variables = self.layer.init(rngs.params(), param_dtype)
         self.params = nnx.data(jax.tree.map(nnx.Param, variables["params"]))
         self.buffers = nnx.data(jax.tree.map(InitialMemory, variables["buffers"]))
