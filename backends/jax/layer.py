@@ -53,7 +53,7 @@ class FwPKM:
     """
 
     hidden_size, config, gated, value_norm, learn_memory = (
-        validation.Fixed("which takes this one's variables unless their shapes differ") for _ in range(5)
+        validation.Fixed("which takes this one's variables where their form is the same") for _ in range(5)
     )
 
     def __init__(
