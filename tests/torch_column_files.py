@@ -40,6 +40,35 @@ def call(values: Any = None, query: Any = None, value: Any = None, **options: An
     return be.apply(cfg, be.init_state(cfg, memory, 2), query, value, **options)
 
 
+def with_nan(x: Any) -> Any:
+    x[1, 3, 2] = torch.nan if RANK else 0
+    return x
+
+
+def pending_of_one(name: str, change: Callable[[Any], Any]) -> Any:
+    """A call that goes on from a state of which the ranks but the first hold other pending tokens."""
+    cfg, state = half_read(lambda x: columns.shard(x, mesh()))
+    if RANK:
+        state = state._replace(**{name: change(getattr(state, name))})
+    return be.apply(cfg, state, draw(2, 5, 8, dtype=torch.float32), draw(2, 5, 8, dtype=torch.float32))
+
+
+def decode_of_one() -> Any:
+    layer = columns.shard(layer_of(seed=0), mesh())
+    state = be.start_decoding(be.detach(layer(draw(2, 5, 8))[1]))
+    with torch.no_grad():
+        layer.output_proj.bias.add_(RANK)
+    return layer.decode(draw(2, 1, 8), state)
+
+
+def layer_of_one(name: str, factor: float) -> Any:
+    """A call of a layer of which the ranks but the first hold another weight."""
+    layer = columns.shard(layer_of(), mesh())
+    with torch.no_grad():
+        layer.get_parameter(name).mul_(factor if RANK else 1)
+    return layer(draw(2, 5, 8))
+
+
 def rows_of_layer() -> Any:
     layer = layer_of()
     layer.memory.values = nn.Parameter(distribute_tensor(layer.memory.values.detach(), mesh(), [Shard(0)]))
@@ -70,6 +99,15 @@ def refusals() -> list[str]:
         ),
         "mesh": lambda: columns.shard(memory, init_device_mesh("cpu", (1, RANKS))),
         "other tokens": lambda: call(value=draw(2, 5, 8, seed=RANK, dtype=torch.float32)),
+        "wider tokens": lambda: call(value=draw(2, 5, 8, dtype=torch.float32) * (1 + RANK)),
+        "no number on one": lambda: call(value=with_nan(draw(2, 5, 8, dtype=torch.float32))),
+        "other pending tokens": lambda: pending_of_one("pending_value", lambda x: x.roll(1, 0)),
+        "wider pending tokens": lambda: pending_of_one("pending_query", lambda x: x * 3),
+        "other pending mask": lambda: pending_of_one("pending_mask", torch.zeros_like),
+        "wider weights": lambda: layer_of_one("value_proj.weight", 3),
+        "other norm": lambda: layer_of_one("output_norm.weight", 3),
+        "other readout": lambda: layer_of_one("output_proj.weight", -1),
+        "other readout in decode": lambda: decode_of_one(),
         "other shape": lambda: call(query=draw(2, 5 + RANK, 8), value=draw(2, 5 + RANK, 8)),
         "other mask": lambda: call(mask=draw(2, 5, seed=RANK) > 0),
         "bad on one rank": lambda: call(query=draw(2, 5, 8 if RANK else 9, dtype=torch.float32)),
