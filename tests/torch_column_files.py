@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from column_ranks import FOLDER, RANK, RANKS, SMALL, case, draw, layer_of, leaves, mesh, worst
 from torch import distributed, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import fwpkm
@@ -120,6 +120,7 @@ def refusals() -> list[str]:
         "twice": lambda: columns.shard(state, mesh()),
         "gather": lambda: columns.gather(memory),
         "nothing": lambda: columns.shard(nn.Linear(2, 2), mesh()),
+        "mesh of others": lambda: columns.shard(memory, DeviceMesh("cpu", [1 - min(RANK, 1)], _init_backend=False)),
     }
     for name, attempt in attempts.items():
         with refused(found):
@@ -206,6 +207,10 @@ def bad_files() -> list[str]:
     folder.mkdir(exist_ok=True)
     columns.save_state(folder, state, cfg)
     layer = columns.shard(layer_of(), mesh())
+    wide, scaled = FOLDER / "wide", columns.shard(layer_of(), mesh())
+    wide.mkdir(exist_ok=True)
+    columns.save(wide, layer)
+    scaled.query_proj.forward = lambda x: 2 * x  # type: ignore[method-assign]
     before = [x.detach().clone() for x in leaves(list(layer.state_dict().values()))]
     for attempt in (
         lambda: columns.load_state(folder, other, mesh()),
@@ -214,6 +219,11 @@ def bad_files() -> list[str]:
         lambda: columns.save_state(folder / "nowhere", state, cfg),
         lambda: columns.save_state(folder if RANK else folder / "nowhere", state, cfg),
         lambda: columns.save_state(folder, columns.gather(state), cfg),
+        lambda: columns.save_state(folder if RANK else None, state, cfg),  # type: ignore[arg-type]
+        lambda: columns.load_state(folder, cfg if RANK else None, mesh()),  # type: ignore[arg-type]
+        lambda: columns.load_state(folder, cfg if RANK else FwPKMConfig(**SMALL | {"value_dim": 7}), mesh()),
+        lambda: columns.save(folder, scaled),
+        lambda: columns.load(wide, columns.shard(FwPKM(8, **SMALL, learn_memory=True), mesh())),
     ):
         with refused(found):
             attempt()
