@@ -51,8 +51,9 @@ def bad_input(rank: int, ranks: int, make: Callable[..., Any], settings: dict[st
 
     shared = FwPKM(model.memory.hidden_size, memory_scope="batch", **settings)
     refused(lambda: states(shared.init_state(2), shared.config), "rank 0: ", "in 'batch' scope each rank has a memory")
+    few = ["Those are 3 parts: take another number of ranks"] if ranks == 4 else []  # nine rows
     uneven = model.memory.init_state(3 if rank == ranks - 1 else 2)
-    refused(lambda: states(uneven), f"states must hold {2 * ranks + 1} rows", "Received: [2, ")
+    refused(lambda: states(uneven), f"states must hold {2 * ranks + 1} rows", "Received: [2, ", *few)
     narrow = state._replace(memory=type(state.memory)(*(x.float() for x in state.memory)))
     refused(lambda: states(narrow if rank == 0 else state), "rank 0: states['memory']: ")
     refused(lambda: states(state, name=f"layer{min(rank, 1)}"), "one set of names", "on rank 1")

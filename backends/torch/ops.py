@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fwpkm import schedule, validation
 from fwpkm.backends.torch import engine, exporting, fast, left_aligned, ranks
 from fwpkm.backends.torch.checks import check_apply, check_device, check_inplace
-from fwpkm.backends.torch.column_parallel import by_columns, refuse_columns
+from fwpkm.backends.torch.column_parallel import by_columns, is_sharded, refuse_columns
 from fwpkm.backends.torch.context import through_checkpoints
 from fwpkm.backends.torch.rows import init_state, mask_of, start_state
 from fwpkm.backends.torch.streams import Streams, pending_of, streams_of, together
@@ -191,7 +191,7 @@ def _run_eagerly(
     with _full_precision(tokens.query):
         walked, keys = windows(cfg, memory.keys, streams)
         if not walked:
-            return torch.zeros_like(tokens.value), None, empty_trace(cfg, memory, tokens.mask.shape, columns)
+            return _nothing_read(memory, tokens), None, empty_trace(cfg, memory, tokens.mask.shape, columns)
         reads, values, losses = apply_values(cfg, memory.values, walked, owned)
         output, dead = streams.of_call(reads), streams.of_call([w.dead for w in walked])
         if maybe_any(dead):
@@ -200,6 +200,12 @@ def _run_eagerly(
         if mask is not None:
             output, trace = without_masked(output, trace, mask)
     return output, Memory(keys, values) if losses else None, trace
+
+
+def _nothing_read(memory: Memory, tokens: Tokens) -> Tensor:
+    """The outputs of tokens that are not there; what they would have come from has gradient 0, for which DDP waits."""
+    values = memory.values.to_local() if is_sharded(memory.values) else memory.values
+    return torch.zeros_like(tokens.value) + sum(x[:0].sum() for x in (tokens.query, memory.keys, values))
 
 
 @engine.outside_graphs

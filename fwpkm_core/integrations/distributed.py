@@ -226,9 +226,10 @@ def _dealt(everyone: list[dict[str, tuple[int, str, str]]]) -> int:
     total = sum(rows)
     expected = [len(part) for part in torch.arange(total).chunk(len(rows))]
     if rows != expected:
+        few = f" Those are {len(expected)} parts: take another number of ranks." * (len(expected) < len(rows))
         raise ValueError(
             f"states must hold {total} rows dealt as torch.arange({total}).chunk({len(rows)}) deals them, {expected}, "
-            f"one part for each rank. Received: {rows}"
+            f"one part for each rank.{few} Received: {rows}"
         )
     return total
 
