@@ -218,7 +218,13 @@ def _place(index: _Index, part: int) -> dict[str, Any]:
 
 
 def _write_index(folder: PathLike, index: _Index) -> None:
-    """Put the index in its place, and remove what it does not name."""
+    """Put the index in its place, once all parts are there, and remove what it does not name."""
+    parts = [_path(folder, index.save, part, index.parts) for part in range(index.parts)]
+    if missing := [path.name for path in parts if not path.is_file()]:
+        raise FileNotFoundError(
+            f"{folder}: all ranks must write into one folder that the first of them sees, and no other save at the "
+            f"same time. Not there: {', '.join(missing)}"
+        )
     temporary = Path(folder) / f".{INDEX}-{index.save}.tmp"
     with temporary.open("w") as file:
         json.dump({"format_version": tensor_files.FORMAT_VERSION, **index._asdict()}, file)
