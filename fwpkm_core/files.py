@@ -81,7 +81,7 @@ def load(path: PathLike, layer: Layer) -> Any:
     """
     _check_layer(layer)
     _, tensors = read(path, "layer", lambda _: layer.spec(), lambda *_: _layer_forms(layer))
-    _check_width(path, layer, tensors)
+    check_width(path, layer, tensors)
     return layer.import_tensors(tensors)
 
 
@@ -301,7 +301,7 @@ def state_forms(cfg: FwPKMConfig, found: Forms) -> Forms:
 _METHODS = ("spec", "tensor_shapes", "table_dtype", "export_tensors", "import_tensors")
 
 
-def _check_width(path: PathLike, layer: Layer, tensors: Tensors) -> None:
+def check_width(path: PathLike, layer: Layer, tensors: Tensors) -> None:
     """Raise where the layer would round what the file holds."""
     wide = [name for name, tensor in tensors.items() if tensor.dtype == np.float64]
     if wide and layer.table_dtype() != "float64":

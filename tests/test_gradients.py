@@ -243,3 +243,19 @@ def test_two_large_runs_give_equal_bits(gradient_be):
         assert_two_equal_runs(gradient_be, drawn(FwPKMConfig(16, 64, 2, 16, 8, 256, 1), 2, 600, dtype="float32"))
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("learn", [False, True])
+@pytest.mark.parametrize("call", ["masked", "no tokens", "empty sequences"])
+def test_every_weight_of_a_torch_layer_has_a_gradient_where_nothing_is_read(call, learn):
+    """Zeros, as DDP waits for the gradient of each weight from every rank."""
+    layer = TORCH.FwPKM(8, key_dim=8, value_dim=8, num_subkeys=6, top_k=2, chunk_size=4, learn_memory=learn)
+    x, options = {
+        "masked": (torch.ones(2, 5, 8), {"mask": torch.zeros(2, 5, dtype=torch.bool)}),
+        "no tokens": (torch.ones(2, 0, 8), {}),
+        "empty sequences": (torch.full((1, 5, 8), torch.nan), {"cu_seqlens": torch.zeros(3, dtype=torch.int32)}),
+    }[call]
+    layer(x, **options)[0].sum().backward()
+    for name, weight in layer.named_parameters():
+        assert weight.grad is not None, name
+        assert not weight.grad.any(), name

@@ -89,7 +89,16 @@ REFUSALS = {
     "mesh": r"ValueError: mesh must be a DeviceMesh of one dimension",
     "other tokens": r"ValueError: value must be the same on all ranks.* Received: value on ranks \[1",
     "other shape": r"ValueError: every rank must make the same call .* Received: another call on ranks \[",
-    "other mask": r"ValueError: every rank must make the same call .* Received: another call on ranks \[",
+    "wider tokens": r"ValueError: value must be the same on all ranks.* Received: value on ranks \[1",
+    "no number on one": r"ValueError: value must be the same on all ranks.* Received: value on ranks \[1",
+    "other pending tokens": r"ValueError: pending_value must be the same on all ranks",
+    "wider pending tokens": r"ValueError: pending_query must be the same on all ranks",
+    "other pending mask": r"ValueError: pending_mask must be the same on all ranks",
+    "wider weights": r"ValueError: the layer's weights must be the same on all ranks",
+    "other norm": r"ValueError: the layer's weights must be the same on all ranks",
+    "other readout": r"ValueError: the layer's weights must be the same on all ranks",
+    "other readout in decode": r"ValueError: the layer's weights must be the same on all ranks",
+    "other mask": r"ValueError: mask must be the same on all ranks",
     "other weights": r"ValueError: keys must be the same on all ranks",
     "whole meets columns": r"ValueError: value tables that meet must lie in columns alike",
     "whole file": r"ValueError: a table must lie whole here: .*columns.save",
@@ -97,6 +106,7 @@ REFUSALS = {
     "to device": r"ValueError: state must lie whole",
     "twice": r"ValueError: what is dealt out must lie whole",
     "gather": r"ValueError: what is gathered must lie in columns",
+    "mesh of others": r"ValueError: mesh must hold this rank.* Received: a mesh without rank",
     "nothing": r"ValueError: what must be a State, a Memory or a module with FwPKM layers. Received: Linear",
 }
 """What every rank raises; after each, the ranks make a call together."""
@@ -132,12 +142,20 @@ def test_bad_files_are_refused_on_every_rank(of_two: list[dict[str, Any]]) -> No
         "FileNotFoundError: .* Create it first",
         "FileNotFoundError: .* Create it first",
         "ValueError: the value table must lie in columns",
+        "TypeError: ",
+        "ValueError: cfg must be",
+        "ValueError: value_dim must be a multiple of the ranks",
+        "FileNotFoundError: .* all ranks must write into one folder .* Not there: columns-.*-1-of-2",
+        "ValueError: query_proj must be a Linear, .* whose forward was replaced",
+        "ValueError: .* would lose digits",
         "RuntimeError: load_state was given up on every rank",
         "ValueError: .* not an index of tables in columns",
     ]
     by_rank = [list(patterns), list(patterns)]
-    by_rank[1][4] = "RuntimeError: save was given up on every rank"
-    by_rank[1][6] = "ValueError: .* the contents of memory.values do not match their sha256"
+    by_rank[1][4] = by_rank[1][6] = "RuntimeError: save was given up on every rank"
+    by_rank[1][7] = by_rank[1][8] = "RuntimeError: load_state was given up on every rank"
+    by_rank[1][9] = "RuntimeError: save was given up on every rank"
+    by_rank[1][12] = "ValueError: .* the contents of memory.values do not match their sha256"
     for found, expected in zip(of_two, by_rank):
         for message, pattern in zip(found["bad files"], expected, strict=True):
             assert re.match(pattern, message), message

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from column_ranks import FOLDER, RANK, RANKS, SMALL, case, draw, layer_of, leaves, mesh, worst
 from torch import distributed, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import fwpkm
@@ -38,6 +39,35 @@ def call(values: Any = None, query: Any = None, value: Any = None, **options: An
     memory = memory if values is None else memory._replace(values=values)
     query, value = (draw(2, 5, 8, dtype=torch.float32) if x is None else x for x in (query, value))
     return be.apply(cfg, be.init_state(cfg, memory, 2), query, value, **options)
+
+
+def with_nan(x: Any) -> Any:
+    x[1, 3, 2] = torch.nan if RANK else 0
+    return x
+
+
+def pending_of_one(name: str, change: Callable[[Any], Any]) -> Any:
+    """A call that goes on from a state of which the ranks but the first hold other pending tokens."""
+    cfg, state = half_read(lambda x: columns.shard(x, mesh()))
+    if RANK:
+        state = state._replace(**{name: change(getattr(state, name))})
+    return be.apply(cfg, state, draw(2, 5, 8, dtype=torch.float32), draw(2, 5, 8, dtype=torch.float32))
+
+
+def decode_of_one() -> Any:
+    layer = columns.shard(layer_of(seed=0), mesh())
+    state = be.start_decoding(be.detach(layer(draw(2, 5, 8))[1]))
+    with torch.no_grad():
+        layer.output_proj.bias.add_(RANK)
+    return layer.decode(draw(2, 1, 8), state)
+
+
+def layer_of_one(name: str, factor: float) -> Any:
+    """A call of a layer of which the ranks but the first hold another weight."""
+    layer = columns.shard(layer_of(), mesh())
+    with torch.no_grad():
+        layer.get_parameter(name).mul_(factor if RANK else 1)
+    return layer(draw(2, 5, 8))
 
 
 def rows_of_layer() -> Any:
@@ -70,6 +100,15 @@ def refusals() -> list[str]:
         ),
         "mesh": lambda: columns.shard(memory, init_device_mesh("cpu", (1, RANKS))),
         "other tokens": lambda: call(value=draw(2, 5, 8, seed=RANK, dtype=torch.float32)),
+        "wider tokens": lambda: call(value=draw(2, 5, 8, dtype=torch.float32) * (1 + RANK)),
+        "no number on one": lambda: call(value=with_nan(draw(2, 5, 8, dtype=torch.float32))),
+        "other pending tokens": lambda: pending_of_one("pending_value", lambda x: x.roll(1, 0)),
+        "wider pending tokens": lambda: pending_of_one("pending_query", lambda x: x * 3),
+        "other pending mask": lambda: pending_of_one("pending_mask", torch.zeros_like),
+        "wider weights": lambda: layer_of_one("value_proj.weight", 3),
+        "other norm": lambda: layer_of_one("output_norm.weight", 3),
+        "other readout": lambda: layer_of_one("output_proj.weight", -1),
+        "other readout in decode": lambda: decode_of_one(),
         "other shape": lambda: call(query=draw(2, 5 + RANK, 8), value=draw(2, 5 + RANK, 8)),
         "other mask": lambda: call(mask=draw(2, 5, seed=RANK) > 0),
         "bad on one rank": lambda: call(query=draw(2, 5, 8 if RANK else 9, dtype=torch.float32)),
@@ -82,6 +121,7 @@ def refusals() -> list[str]:
         "twice": lambda: columns.shard(state, mesh()),
         "gather": lambda: columns.gather(memory),
         "nothing": lambda: columns.shard(nn.Linear(2, 2), mesh()),
+        "mesh of others": lambda: columns.shard(memory, DeviceMesh("cpu", [1 - min(RANK, 1)], _init_backend=False)),
     }
     for name, attempt in attempts.items():
         with refused(found):
@@ -168,6 +208,10 @@ def bad_files() -> list[str]:
     folder.mkdir(exist_ok=True)
     columns.save_state(folder, state, cfg)
     layer = columns.shard(layer_of(), mesh())
+    wide, scaled = FOLDER / "wide", columns.shard(layer_of(), mesh())
+    wide.mkdir(exist_ok=True)
+    columns.save(wide, layer)
+    scaled.query_proj.forward = lambda x: 2 * x  # type: ignore[method-assign]
     before = [x.detach().clone() for x in leaves(list(layer.state_dict().values()))]
     for attempt in (
         lambda: columns.load_state(folder, other, mesh()),
@@ -176,13 +220,20 @@ def bad_files() -> list[str]:
         lambda: columns.save_state(folder / "nowhere", state, cfg),
         lambda: columns.save_state(folder if RANK else folder / "nowhere", state, cfg),
         lambda: columns.save_state(folder, columns.gather(state), cfg),
+        lambda: columns.save_state(folder if RANK else None, state, cfg),  # type: ignore[arg-type]
+        lambda: columns.load_state(folder, cfg if RANK else None, mesh()),  # type: ignore[arg-type]
+        lambda: columns.load_state(folder, cfg if RANK else FwPKMConfig(**SMALL | {"value_dim": 7}), mesh()),
+        lambda: columns.save_state(folder if RANK else wide, state, cfg),  # as on disks that ranks do not share
+        lambda: columns.save(folder, scaled),
+        lambda: columns.load(wide, columns.shard(FwPKM(8, **SMALL, learn_memory=True), mesh())),
     ):
         with refused(found):
             attempt()
     assert worst(leaves(columns.load_state(folder, cfg, mesh())), leaves(state)) == 0
     distributed.barrier()
     if RANK == 0:
-        (part,) = folder.glob("columns-*-1-of-*")  # saves that failed have left nothing
+        (save,) = re.findall(r'"save": "(\w+)"', (folder / "columns.json").read_text())
+        (part,) = folder.glob(f"columns-{save}-1-of-*")
         data = bytearray(part.read_bytes())
         data[-1] ^= 1
         part.write_bytes(data)

@@ -23,6 +23,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F  # noqa: N812
+from rank_refusals import bad_input, refused
 from torch import Tensor, nn
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -34,7 +35,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import fwpkm
 from fwpkm.agreement import BOUNDS, relative_error
-from fwpkm.backends.torch import FwPKM, concat, detach, init_memory, init_state, select
+from fwpkm.backends.torch import FwPKM, detach, init_memory, init_state, select
 from fwpkm.containers import Memory
 from fwpkm.integrations.distributed import ShardedStates, share_initial_memory
 
@@ -389,54 +390,6 @@ def language_model(rank: int, ranks: int) -> float:
     return max(relative_error(found[name], x) for name, x in expected.items()) / BOUNDS["float32"].gradient
 
 
-def refused(attempt: Callable[[], Any], *words: str) -> None:
-    """The attempt raises on this rank, and says these words."""
-    with pytest.raises((ValueError, dcp.api.CheckpointException)) as caught:
-        attempt()
-    assert all(word in str(caught.value) for word in words), caught.value
-
-
-def bad_input(rank: int, ranks: int) -> float:
-    """What is wrong on one rank is said on every one."""
-    model = Model()
-    cfg, state = model.memory.config, model.memory.init_state(2)
-    other = Model(learn_memory=rank == 1)
-    refused(lambda: share_initial_memory(other), "memory is", "on rank 0", "learn_memory=True on rank 1")
-    other = Model() if rank == 0 else nn.Linear(2, 2)
-    refused(lambda: share_initial_memory(other), "memory is {'hidden_size'", "no layer on rank 1")
-    unfilled = Model().to("meta") if rank == 1 else Model()
-    refused(lambda: share_initial_memory(unfilled), "rank 1: model must hold memory", "to_empty")
-    share_initial_memory(model)
-    wrapped = DistributedDataParallel(model)
-    refused(lambda: share_initial_memory(wrapped), "must not be wrapped")
-
-    def states(state: Any, cfg: Any = cfg, name: str = "memory") -> ShardedStates:
-        return ShardedStates({name: state}, cfg)
-
-    shared = FwPKM(WIDTH, memory_scope="batch", **SETTINGS)
-    refused(lambda: states(shared.init_state(2), shared.config), "rank 0: ", "in 'batch' scope each rank has a memory")
-    uneven = model.memory.init_state(3 if rank == ranks - 1 else 2)
-    refused(lambda: states(uneven), f"states must hold {2 * ranks + 1} rows", "Received: [2, ")
-    narrow = state._replace(memory=type(state.memory)(*(x.float() for x in state.memory)))
-    refused(lambda: states(narrow if rank == 0 else state), "rank 0: states['memory']: ")
-    refused(lambda: states(state, name=f"layer{min(rank, 1)}"), "one set of names", "on rank 1")
-    refused(lambda: ShardedStates({}, cfg), "must hold one at least")
-    refused(lambda: ShardedStates(state if rank else {"a": state}, cfg), "rank 1: states must be given by the names")
-    refused(lambda: ShardedStates({"a": state}, None), "cfg must be given by the names", "NoneType")
-    refused(lambda: ShardedStates({"a": state}, {"b": cfg}), "must name the states ['a']")
-    learned = FwPKM(WIDTH, learn_memory=True, **SETTINGS).init_state(2)
-    refused(lambda: states(learned), "detach(state)")
-
-    folder = Path(FOLDER) / f"bad-{ranks}"
-    dcp.save({"states": states(state)}, checkpoint_id=folder)
-    more = concat(cfg, [state, model.memory.init_state(1)])
-    refused(lambda: dcp.load({"states": states(more)}, checkpoint_id=folder), "Size mismatch", "states.memory.keys")
-    slower = FwPKM(WIDTH, learning_rate=0.5, dtype=torch.float64, **SETTINGS)
-    fresh = states(slower.init_state(2), slower.config)
-    refused(lambda: dcp.load({"states": fresh}, checkpoint_id=folder), "cfg must be", '"learning_rate": 0.5')
-    return 0.0
-
-
 CASES: dict[str, Callable[[int, int], float]] = {
     "ddp": ddp,
     "ddp, learned": lambda *of: ddp(*of, learn=True, carry=False),
@@ -453,7 +406,7 @@ CASES: dict[str, Callable[[int, int], float]] = {
     "to fewer": lambda rank, ranks: checkpoints(rank, ranks, ranks, ranks // 2),
     "to more": lambda rank, ranks: checkpoints(rank, ranks, ranks // 2, ranks),
     "language model": language_model,
-    "bad input": bad_input,
+    "bad input": lambda *of: bad_input(*of, make=Model, settings=SETTINGS, folder=Path(FOLDER)),
     "columns": columns,
     "ddp, compiled": lambda *of: ddp(*of, compiled=True),
     "fsdp, compiled": lambda *of: fsdp(*of, compiled=True, learn=True, carry=False),

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, distributed
 
 from fwpkm import files, tensor_files, validation
-from fwpkm.backends.torch import ranks
+from fwpkm.backends.torch import parts, ranks
 from fwpkm.backends.torch.column_parallel import Columns, check_divides, check_mesh, like
 from fwpkm.backends.torch.layer import FwPKM
 from fwpkm.backends.torch.ops import asarray, to_numpy
@@ -58,7 +58,7 @@ def save_state(folder: PathLike, state: State, cfg: FwPKMConfig) -> None:
         validation.check_positions(cfg, state.position.tolist())
         return json.loads(cfg.to_json())
 
-    _save(folder, "state", _columns_of(state.memory.values), checked_spec, files.state_arrays(state))
+    _save(folder, "state", _columns_of(state.memory.values), checked_spec, lambda: files.state_arrays(state))
 
 
 def save(folder: PathLike, layer: Any) -> None:
@@ -69,11 +69,17 @@ def save(folder: PathLike, layer: Any) -> None:
         layer: an FwPKM layer.
 
     Raises:
-        ValueError: the layer's tables do not lie in columns.
+        ValueError: the layer's tables do not lie in columns; or a part was replaced or wrapped, so that its weights do
+            not say what it computes.
         OSError: this rank could not write.
         RuntimeError: another rank could not.
     """
-    _save(folder, "layer", _columns_of_layer(layer), layer.spec, layer.state_dict())
+
+    def weights() -> dict[str, Tensor]:
+        tensors = {name: parts.weight_of(layer, name) for name in layer.tensor_shapes()}
+        return {name: x.float() if x.dtype == torch.float16 else x for name, x in tensors.items()}
+
+    _save(folder, "layer", _columns_of_layer(layer), layer.spec, weights)
 
 
 def load_state(folder: PathLike, cfg: FwPKMConfig, mesh: Any) -> State:
@@ -92,17 +98,13 @@ def load_state(folder: PathLike, cfg: FwPKMConfig, mesh: Any) -> State:
         ValueError: a file is damaged or of another save or kind, or was saved with another config.
         RuntimeError: another rank could not read its part.
     """
-    from torch.distributed.tensor import DTensor, Shard
-
-    validation.check_config(cfg)
     check_mesh(mesh)
-    check_divides(cfg.value_dim, mesh.size())
-    empty = DTensor.from_local(
-        torch.empty(1, 1, cfg.value_dim // mesh.size(), device=mesh.device_type), mesh, [Shard(2)]
-    )
-    columns = _columns_of(empty)
-    with ranks.together("load_state", columns):
-        tensors = _read_own(folder, "state", columns, json.loads(cfg.to_json()), lambda x: files.state_forms(cfg, x))
+    with ranks.together("load_state", _columns_of(_empty(mesh, mesh.size()))):
+        validation.check_config(cfg)
+        check_divides(cfg.value_dim, mesh.size())
+        empty = _empty(mesh, cfg.value_dim)
+        spec = json.loads(cfg.to_json())
+        tensors = _read_own(folder, "state", _columns_of(empty), spec, lambda x: files.state_forms(cfg, x))
         files.check_positions(folder, "position", cfg, tensors["position"], DAMAGED)
         arrays = {name: asarray(x, x.dtype.name) for name, x in tensors.items()}
         position = arrays.pop("position")
@@ -120,16 +122,16 @@ def load(folder: PathLike, layer: Any) -> None:
 
     Raises:
         FileNotFoundError: there is no save in the folder.
-        ValueError: a file is damaged or of another save or kind, or of a layer with another ``spec()``.
+        ValueError: a file is damaged or of another save or kind, or of a layer with another ``spec()``; it holds
+            float64, and the layer's tables are float32; or a part was replaced, wrapped or parametrized.
         RuntimeError: another rank could not read its part.
     """
     columns = _columns_of_layer(layer)
-    own = layer.state_dict(keep_vars=True)
-    shapes = {name: tensor_files.Form(tuple(x.shape), tensor_files.FLOATS) for name, x in own.items()}
+    shapes = {name: tensor_files.Form(shape, tensor_files.FLOATS) for name, shape in layer.tensor_shapes().items()}
     with ranks.together("load", columns):
-        if any(x.is_meta for x in own.values()):
-            raise ValueError("layer must hold memory before it is filled: call layer.to_empty(device=...) first")
+        own = {name: parts.plain_weight_of(layer, name) for name in shapes}
         tensors = _read_own(folder, "layer", columns, layer.spec(), lambda _: shapes)
+        files.check_width(Path(folder) / INDEX, layer, tensors)
     with torch.no_grad():
         for name, x in own.items():
             (columns.table if name == _TABLE else x).copy_(torch.from_numpy(tensors[name]))
@@ -152,6 +154,13 @@ def join(folder: PathLike, path: PathLike) -> None:
     for i in range(1, index.parts):
         parts.append(_read_part(folder, index, i, lambda _: spec, lambda forms: forms)[1][_TABLE])
     tensor_files.write(path, index.kind, spec, {**tensors, _TABLE: np.concatenate(parts, -1)})
+
+
+def _empty(mesh: Any, width: int) -> Any:
+    """A table in columns over a mesh, which tells the group and the width of all."""
+    from torch.distributed.tensor import DTensor, Shard
+
+    return DTensor.from_local(torch.empty(1, 1, width // mesh.size(), device=mesh.device_type), mesh, [Shard(2)])
 
 
 def _columns_of_layer(layer: Any) -> Columns:
@@ -178,20 +187,26 @@ def _path(folder: PathLike, save: str, part: int, parts: int) -> Path:
 
 
 def _save(
-    folder: PathLike, kind: str, columns: Columns, spec_of: Callable[[], dict[str, Any]], tensors: dict[str, Tensor]
+    folder: PathLike,
+    kind: str,
+    columns: Columns,
+    spec_of: Callable[[], dict[str, Any]],
+    tensors_of: Callable[[], dict[str, Tensor]],
 ) -> None:
     drawn = torch.tensor(secrets.randbits(62), device=columns.table.device)
     distributed.broadcast(drawn, distributed.get_global_rank(columns.group, 0), group=columns.group)
     index = _Index(kind, f"{drawn.item():016x}", columns.size)
-    path = _path(folder, index.save, columns.rank, index.parts)
+    path = None
     try:
         with ranks.together("save", columns):
-            spec, mine = spec_of(), tensors if columns.rank == 0 else {}
-            arrays = {name: to_numpy(x) for name, x in mine.items() if name != _TABLE}
+            path = _path(folder, index.save, columns.rank, index.parts)
+            spec, tensors = spec_of(), tensors_of()
+            arrays = {name: to_numpy(x) for name, x in tensors.items() if name != _TABLE and columns.rank == 0}
             arrays[_TABLE] = to_numpy(columns.table)
             tensor_files.write(path, f"{kind} in columns", {**spec, "columns": _place(index, columns.rank)}, arrays)
     except Exception:
-        path.unlink(missing_ok=True)
+        if path is not None:
+            path.unlink(missing_ok=True)
         raise
     with ranks.together("save", columns):
         if columns.rank == 0:
@@ -203,7 +218,13 @@ def _place(index: _Index, part: int) -> dict[str, Any]:
 
 
 def _write_index(folder: PathLike, index: _Index) -> None:
-    """Put the index in its place, and remove what it does not name."""
+    """Put the index in its place, once all parts are there, and remove what it does not name."""
+    parts = [_path(folder, index.save, part, index.parts) for part in range(index.parts)]
+    if missing := [path.name for path in parts if not path.is_file()]:
+        raise FileNotFoundError(
+            f"{folder}: all ranks must write into one folder that the first of them sees, and no other save at the "
+            f"same time. Not there: {', '.join(missing)}"
+        )
     temporary = Path(folder) / f".{INDEX}-{index.save}.tmp"
     with temporary.open("w") as file:
         json.dump({"format_version": tensor_files.FORMAT_VERSION, **index._asdict()}, file)

@@ -168,6 +168,11 @@ def check_mesh(mesh: Any) -> None:
             "mesh must be a DeviceMesh of one dimension: mesh['name'] is one of several. Received: "
             f"{mesh if isinstance(mesh, DeviceMesh) else type(mesh).__name__}"
         )
+    if mesh.get_coordinate() is None:
+        raise ValueError(
+            "mesh must hold this rank: only the ranks of a mesh call with it. Received: a mesh without rank "
+            f"{distributed.get_rank()}, {mesh}"
+        )
 
 
 def check_divides(width: int, size: int) -> None:

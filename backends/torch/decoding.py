@@ -1,7 +1,7 @@
 """One token of each sequence at a time, overwriting the state (SPEC.md §5)."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fwpkm import validation
 from fwpkm.backends.torch import engine, exporting, fast, operators, ops, ranks
@@ -66,23 +66,33 @@ def decode(
         ValueError: an argument does not fit; names it, what was expected and what was received.
         RuntimeError: inside of torch.export.
     """
+    return decode_tokens(cfg, state, Tokens(query, value, gate, mask), implementation)
+
+
+def decode_tokens(
+    cfg: FwPKMConfig,
+    state: State[Tensor],
+    tokens: Tokens,
+    implementation: str | None = None,
+    layer: nn.Module | None = None,
+) -> Tensor:
+    """``decode`` of tokens, without gradients; ``layer`` as of ``read_on``."""
     if exporting.is_exporting():
         raise RuntimeError(
             "decode overwrites its state, which torch.export does not keep: export calls with T=1 instead"
         )
-    tokens = Tokens(query, value, gate, mask)
     traced = torch.compiler.is_compiling()
-    traced = traced and engine.choose_engine(implementation, cfg, state.memory, query) == "compiled"
+    traced = traced and engine.choose_engine(implementation, cfg, state.memory, tokens.query) == "compiled"
     if not traced:
         ranks.told(state, _check_decode, cfg, state, tokens)
     in_columns = isinstance(state, State) and is_sharded(state.memory.values)
-    if traced or not (in_columns or engine.choose_engine(implementation, cfg, state.memory, query) == "eager"):
+    if traced or not (in_columns or engine.choose_engine(implementation, cfg, state.memory, tokens.query) == "eager"):
         return operators.decode(cfg, state, tokens)
     # What was made for inference may be overwritten there alone.
     with torch.inference_mode(torch.is_inference_mode_enabled() or any(x.is_inference() for x in flatten(state))):
         on_host = state._replace(position=state.position.cpu())
         engine_of = implementation if in_columns else "eager"
-        output, after, _ = ops.apply(cfg, on_host, **tokens.present(), inplace=True, implementation=engine_of)
+        output, after, _ = ops.read_on(cfg, on_host, tokens, None, True, True, engine_of, layer)
         for old, new in zip(flatten(state), flatten(after)):
             if old is not new:
                 old.copy_(new)

@@ -160,11 +160,11 @@ class FwPKM(nn.Module):
         if state is None:
             counted = mask if cu_seqlens is None else cu_seqlens
             device = None if counted is None else counted.device
-            read, state, trace = ops.begin(self.config, self.memory(), tokens, cu_seqlens, update, return_state, device)
-        else:
-            read, state, trace = ops.apply(
-                self.config, state, **tokens.present(), cu_seqlens=cu_seqlens, update=update, inplace=inplace
+            read, state, trace = ops.begin(
+                self.config, self.memory(), tokens, cu_seqlens, update, return_state, device, layer=self
             )
+        else:
+            read, state, trace = ops.read_on(self.config, state, tokens, cu_seqlens, update, inplace, layer=self)
         y, state = self._output(read, tokens, dtype), state if return_state else None
         if not return_trace:
             return y, state
@@ -204,7 +204,7 @@ class FwPKM(nn.Module):
             ValueError: an argument does not fit; names it, what was expected and what was received.
         """
         tokens, dtype = ranks.told(state, self._project_one, x, mask, state)
-        return self._output(decoding.decode(self.config, state, **tokens.present()), tokens, dtype)
+        return self._output(decoding.decode_tokens(self.config, state, tokens, layer=self), tokens, dtype)
 
     def _project(
         self, x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, written: State | None

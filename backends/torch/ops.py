@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fwpkm import schedule, validation
 from fwpkm.backends.torch import engine, exporting, fast, left_aligned, ranks
 from fwpkm.backends.torch.checks import check_apply, check_device, check_inplace
-from fwpkm.backends.torch.column_parallel import by_columns, refuse_columns
+from fwpkm.backends.torch.column_parallel import by_columns, is_sharded, refuse_columns
 from fwpkm.backends.torch.context import through_checkpoints
 from fwpkm.backends.torch.rows import init_state, mask_of, start_state
 from fwpkm.backends.torch.streams import Streams, pending_of, streams_of, together
@@ -38,7 +38,6 @@ def init_memory(cfg: FwPKMConfig, memories: int = 1, seed: int = 0) -> Memory[Te
     return Memory(*map(torch.from_numpy, initial_arrays(cfg, memories, seed)))
 
 
-@through_checkpoints
 def apply(
     cfg: FwPKMConfig,
     state: State[Tensor] | Memory[Tensor],
@@ -62,7 +61,21 @@ def apply(
         ValueError: an argument does not fit, or ``implementation`` cannot serve the call.
         RuntimeError: ``inplace`` on a table that autograd still needs.
     """
-    inputs = Tokens(query, value, gate, mask)
+    return read_on(cfg, state, Tokens(query, value, gate, mask), cu_seqlens, update, inplace, implementation)
+
+
+@through_checkpoints
+def read_on(
+    cfg: FwPKMConfig,
+    state: State[Tensor] | Memory[Tensor],
+    inputs: Tokens,
+    cu_seqlens: Tensor | None,
+    update: bool,
+    inplace: bool,
+    implementation: str | None = None,
+    layer: nn.Module | None = None,
+) -> tuple[Tensor, State[Tensor] | None, Trace]:
+    """``apply`` of tokens; ``layer`` is the module that calls, whose weights ranks with tables in columns compare."""
     if isinstance(state, Memory):
         return begin(cfg, state, inputs, cu_seqlens, update, False, implementation=implementation)
     if exporting.is_exporting():
@@ -71,9 +84,9 @@ def apply(
     # The operator is functional, as autograd demands: a call that overwrites stays out of the graph.
     if torch.compiler.is_compiling() and not inplace:
         validation.check_apply(cfg, state, inputs, cu_seqlens, update, SELF)
-        if engine.choose_engine(implementation, cfg, state.memory, query, cu_seqlens) == "compiled":
+        if engine.choose_engine(implementation, cfg, state.memory, inputs.query, cu_seqlens) == "compiled":
             return left_aligned.apply(cfg, state, inputs, cu_seqlens, update, False, False)
-    return _apply(cfg, state, inputs, cu_seqlens, update, inplace, implementation)
+    return _apply(cfg, state, inputs, cu_seqlens, update, inplace, implementation, layer=layer)
 
 
 @through_checkpoints
@@ -86,8 +99,9 @@ def begin(
     keep: bool,
     position_device: Any = None,
     implementation: str | None = None,
+    layer: nn.Module | None = None,
 ) -> tuple[Tensor, State[Tensor] | None, Trace]:
-    """``apply`` of sequences that begin from a memory of M = 1; without ``keep`` no state is returned."""
+    """``read_on`` of sequences that begin from a memory of M = 1; without ``keep`` no state is returned."""
     batch = ranks.told(memory, validation.check_apply, cfg, memory, inputs, cu_seqlens, update, SELF)
     exported = exporting.is_exporting()
     compiled = torch.compiler.is_compiling() and not exported
@@ -107,7 +121,7 @@ def begin(
     elif compiled:
         output, state, trace = left_aligned.apply(cfg, state, inputs, cu_seqlens, update, False, True)
     else:
-        output, state, trace = _apply(cfg, state, inputs, cu_seqlens, update, owned, implementation, True)
+        output, state, trace = _apply(cfg, state, inputs, cu_seqlens, update, owned, implementation, True, layer)
     return output, state if keep else None, trace
 
 
@@ -121,10 +135,12 @@ def _apply(
     inplace: bool,
     implementation: str | None,
     fresh: bool = False,
+    layer: nn.Module | None = None,
 ) -> tuple[Tensor, State, Trace]:
-    """``fresh``: the state is one at position 0."""
-    same = {**inputs._asdict(), "cu_seqlens": cu_seqlens, "position": getattr(state, "position", None)}
-    with ranks.agreed("apply", getattr(state, "memory", None), cfg, update, inplace, implementation, **same):
+    """``fresh``: the state is one at position 0, with nothing pending."""
+    same = {**inputs._asdict(), "cu_seqlens": cu_seqlens, **_beside_tables(state, fresh)}
+    memory = getattr(state, "memory", None)
+    with ranks.agreed("apply", memory, cfg, update, inplace, implementation, layer=layer, **same):
         check_apply(cfg, state, inputs, cu_seqlens, update)
         check_inplace(inplace, *state.memory)
         if cu_seqlens is not None:
@@ -161,6 +177,12 @@ def _apply(
     return output.to(inputs.query.dtype), state, trace
 
 
+def _beside_tables(state: Any, fresh: bool = False) -> dict[str, Any]:
+    """What of a state, checked or not, is whole on every rank; of one that begins, the position alone."""
+    names = [name for name in State._fields if name != "memory" and (name == "position" or not fresh)]
+    return {name: getattr(state, name, None) for name in names}
+
+
 def _run_eagerly(
     cfg: FwPKMConfig, memory: Memory, streams: Streams, tokens: Tokens, mask: Tensor | None, owned: bool
 ) -> tuple[Tensor, Memory | None, Trace]:
@@ -169,7 +191,7 @@ def _run_eagerly(
     with _full_precision(tokens.query):
         walked, keys = windows(cfg, memory.keys, streams)
         if not walked:
-            return torch.zeros_like(tokens.value), None, empty_trace(cfg, memory, tokens.mask.shape, columns)
+            return _nothing_read(memory, tokens), None, empty_trace(cfg, memory, tokens.mask.shape, columns)
         reads, values, losses = apply_values(cfg, memory.values, walked, owned)
         output, dead = streams.of_call(reads), streams.of_call([w.dead for w in walked])
         if maybe_any(dead):
@@ -178,6 +200,12 @@ def _run_eagerly(
         if mask is not None:
             output, trace = without_masked(output, trace, mask)
     return output, Memory(keys, values) if losses else None, trace
+
+
+def _nothing_read(memory: Memory, tokens: Tokens) -> Tensor:
+    """The outputs of tokens that are not there; what they would have come from has gradient 0, for which DDP waits."""
+    values = memory.values.to_local() if is_sharded(memory.values) else memory.values
+    return torch.zeros_like(tokens.value) + sum(x[:0].sum() for x in (tokens.query, memory.keys, values))
 
 
 @engine.outside_graphs
@@ -195,8 +223,8 @@ def flush(
         ValueError: the state does not fit ``cfg``, or ``rows`` not the state.
         RuntimeError: ``inplace`` on a table that autograd still needs.
     """
-    same = {name: getattr(state, name, None) for name in ("position", "pending_query", "pending_value")}
-    with ranks.agreed("flush", getattr(state, "memory", None), cfg, rows, inplace, implementation, **same):
+    memory = getattr(state, "memory", None)
+    with ranks.agreed("flush", memory, cfg, rows, inplace, implementation, **_beside_tables(state)):
         batch = validation.check_state(cfg, state, SELF)
         check_device(state.pending_query, **state._asdict())
         validation.check_positions(cfg, state.position.tolist())

@@ -10,29 +10,35 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fwpkm.backends.torch.column_parallel import Columns
+from fwpkm.backends.torch.column_parallel import Columns, is_sharded
 
 _REFUSED, _CALL, _FIRST_TENSOR = 0, 1, 2
-_LENGTH = _FIRST_TENSOR + 8
+_NUMBERS = 3
+"""That sum a tensor up (``_summary``)."""
+_LENGTH = _FIRST_TENSOR + 12 * _NUMBERS
 _ALIKE = 1e-3
 """How much a number that sums a tensor up may differ between ranks, of its norm: sums in another order may, other
 tokens differ by about 1."""
+_ODD = 0x9E3779B97F4A7C1
+_EXACT = 2**53 - 1
+"""The integers that float64 tells apart."""
 
 
 @contextlib.contextmanager
-def agreed(call: str, memory: Any, *settings: Any, **tensors: Any) -> Iterator[None]:
+def agreed(call: str, memory: Any, *settings: Any, layer: nn.Module | None = None, **tensors: Any) -> Iterator[None]:
     """Check the arguments of a call in the block; with a table in columns, leave it on all ranks or raise on all.
 
     Args:
         call: its name.
         memory: the tables.
         settings: what else must be equal on all ranks.
+        layer: the module that makes the call, if one does: its weights must be the same too.
         tensors: what must be the same on all ranks, by name; None where there is none.
 
     Raises:
-        ValueError: ranks make different calls, or read different tokens.
+        ValueError: ranks make different calls, read different tokens, or have different weights.
         RuntimeError: another rank refused its arguments, or did not come within the process group's timeout.
     """
     columns = Columns.of(getattr(memory, "values", None))
@@ -42,17 +48,22 @@ def agreed(call: str, memory: Any, *settings: Any, **tensors: Any) -> Iterator[N
     tensors = {"keys": memory.keys, **tensors}
     with together(call, columns) as (own, heard):
         yield
-        described = {name: _description(x) for name, x in tensors.items()}
+        named = () if layer is None else layer.named_parameters()
+        weights = [x for name, x in named if not name.startswith("memory.")]
+        described = {name: _description(x) for name, x in {**tensors, "weights": weights or None}.items()}
         own[_CALL] = float(zlib.crc32(repr((call, settings, columns.whole.shape, described)).encode()))
-        for i, x in enumerate(tensors.values(), _FIRST_TENSOR):
-            own[i] = _sum(x) if x is not None and x.is_floating_point() else 0.0
+        for i, x in enumerate(tensors.values()):
+            if x is not None:
+                own[_place_of(i)] = _summary(x)
+        if weights:
+            own[_place_of(len(tensors))] = _summary(_joined(weights))
     _refuse_other_calls(call, columns, heard, described)
-    for i, name in enumerate(tensors, _FIRST_TENSOR):
-        _refuse_other_tokens(name, [numbers[i] for numbers in heard])
+    for i, name in enumerate([*tensors, "the layer's weights"]):
+        _refuse_other_tokens(name, [numbers[_place_of(i)] for numbers in heard])
 
 
 @contextlib.contextmanager
-def together(call: str, columns: Columns) -> Iterator[tuple[list[float], list[list[float]]]]:
+def together(call: str, columns: Columns) -> Iterator[tuple[Tensor, list[list[float]]]]:
     """Run the block on all ranks of a table; where it raises on one, raise on all.
 
     Yields:
@@ -63,7 +74,7 @@ def together(call: str, columns: Columns) -> Iterator[tuple[list[float], list[li
     """
     heard: list[list[float]] = []
     with _telling(columns):
-        own = [0.0] * _LENGTH
+        own = _message(columns)
         yield own, heard
     heard += _gathered(columns, own)
     refused = [rank for rank, numbers in enumerate(heard) if numbers[_REFUSED]]
@@ -93,15 +104,28 @@ def _telling(columns: Columns) -> Iterator[None]:
     try:
         yield
     except Exception:
-        _gathered(columns, [1.0, *[0.0] * (_LENGTH - 1)])
+        message = _message(columns)
+        message[_REFUSED] = 1
+        _gathered(columns, message)
         raise
 
 
-def _gathered(columns: Columns, own: list[float]) -> list[list[float]]:
+def _message(columns: Columns) -> Tensor:
+    """What a rank tells the others, on the device, where it is written without the host's waiting."""
+    return torch.zeros(_LENGTH, dtype=torch.float64, device=columns.table.device)
+
+
+def _place_of(tensor: int) -> slice:
+    """Of a tensor's numbers in a message."""
+    first = _FIRST_TENSOR + tensor * _NUMBERS
+    return slice(first, first + _NUMBERS)
+
+
+@torch.no_grad()
+def _gathered(columns: Columns, own: Tensor) -> list[list[float]]:
     """Every rank's numbers."""
-    message = torch.tensor(own, dtype=torch.float64, device=columns.table.device)
     try:
-        heard = columns.of_each(message)
+        heard = columns.of_each(own)
     except RuntimeError as error:
         raise RuntimeError(
             f"rank {columns.rank} of the {columns.size} that hold a table's columns did not hear from all others: one "
@@ -111,20 +135,35 @@ def _gathered(columns: Columns, own: list[float]) -> list[list[float]]:
     return torch.stack(heard).tolist()
 
 
-def _description(x: Tensor | None) -> Any:
-    """What of a tensor must be equal: all of what counts or chooses, the form of other numbers."""
-    if x is None:
-        return None
-    form = tuple(x.shape), str(x.dtype)
-    return form if x.is_floating_point() else (*form, zlib.crc32(x.detach().cpu().contiguous().numpy().tobytes()))
+def _description(x: Any) -> Any:
+    """The form of a tensor, or of several, which must be equal."""
+    if isinstance(x, list):
+        return [_description(y) for y in x]
+    return None if x is None else (tuple(x.shape), str(x.dtype))
+
+
+def _joined(weights: list[nn.Parameter]) -> Tensor:
+    """All as one vector; of those that lie in shards, this rank's."""
+    return torch.cat([(x.to_local() if is_sharded(x) else x).detach().flatten().float() for x in weights])
 
 
 @torch.no_grad()
-def _sum(x: Tensor) -> float:
-    """The part of a tensor in a fixed direction, of its norm: equal for equal tensors, of other ones another."""
-    x = x.flatten().to(torch.float64 if x.dtype == torch.float64 else torch.float32).nan_to_num(0, 0, 0)
-    direction = torch.arange(len(x), device=x.device, dtype=x.dtype).mul_(0.7).cos_()
-    return (x.dot(direction) / x.norm().clamp(min=1e-30)).item()
+def _summary(x: Tensor) -> Tensor:
+    """Three numbers, equal for equal tensors, of other ones others; no host waits for them.
+
+    Of numbers: the part in a fixed direction, of the norm; how many are not finite; the norm. Of what counts or
+    chooses: two sums that differ where one entry does.
+    """
+    if not x.is_floating_point():
+        weight = torch.arange(1, x.numel() + 1, device=x.device).mul_(_ODD)
+        hashed = (weight * (x.flatten().long() + 1)).sum() & _EXACT
+        return torch.stack([hashed, x.sum(dtype=torch.int64), torch.zeros_like(hashed)]).double()
+    finite = x.isfinite()
+    wide = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32).masked_fill(~finite, 0).flatten()
+    direction = torch.arange(len(wide), device=x.device, dtype=wide.dtype).mul_(0.7).cos_()
+    norm = torch.linalg.vector_norm(wide, dtype=torch.float64)
+    part = wide.dot(direction) / norm.clamp(min=1e-30)
+    return torch.stack([part, (~finite).sum().double(), norm])
 
 
 def _refuse_other_calls(call: str, columns: Columns, heard: list[list[float]], described: Any) -> None:
@@ -132,13 +171,19 @@ def _refuse_other_calls(call: str, columns: Columns, heard: list[list[float]], d
     if others:
         raise ValueError(
             "every rank must make the same call with a table in columns: the same function and settings, tensors of "
-            f"the same shapes and dtypes, the same masks and positions. Received: another call on ranks {others} than "
+            f"the same shapes and dtypes. Received: another call on ranks {others} than "
             f"on rank {columns.rank}, {call} with (shapes, dtypes) {described}"
         )
 
 
-def _refuse_other_tokens(name: str, numbers: list[float]) -> None:
-    differing = [rank for rank, number in enumerate(numbers) if abs(number - numbers[0]) > _ALIKE]
+def _refuse_other_tokens(name: str, numbers: list[list[float]]) -> None:
+    first = numbers[0]
+    bounds = [_ALIKE, _ALIKE, _ALIKE * first[-1]]
+    differing = [
+        rank
+        for rank, own in enumerate(numbers)
+        if any(abs(x - y) > z for x, y, z in zip(own, first, bounds, strict=True))
+    ]
     if differing:
         raise ValueError(
             f"{name} must be the same on all ranks that hold columns of a table: each reads all tokens, and a part of "

@@ -36,11 +36,13 @@ def share_initial_memory(model: nn.Module, group: dist.ProcessGroup | None = Non
         group: the ranks; None for all. Where tables lie in columns, those that hold the same columns.
 
     Raises:
-        ValueError: on every rank, if one has other layers, other columns, or tables on the meta device; or if ``model``
-            is wrapped by DDP already.
+        ValueError: on every rank, if one has other layers, other tables, or tables on the meta device; or if ``model``
+            is wrapped by DDP already. On the rank that makes the call, if ``group`` is not its own.
     """
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, FwPKM)}
-    specs = {name: f"{layer.spec()}, learn_memory={layer.learn_memory}" for name, layer in layers.items()}
+    _check_member(group)
+    # By name: ranks may have put the same layers into the model in another order.
+    layers = dict(sorted((name, layer) for name, layer in model.named_modules() if isinstance(layer, FwPKM)))
+    specs = {name: _form_of_layer(layer) for name, layer in layers.items()}
     everyone = _agreed(group, _problem_of(model, layers, group), specs)
     for rank, other in enumerate(everyone):
         if other != everyone[0]:
@@ -52,11 +54,21 @@ def share_initial_memory(model: nn.Module, group: dist.ProcessGroup | None = Non
     ignored = set(getattr(model, "_ddp_params_and_buffers_to_ignore", ()))
     for name, layer in layers.items():
         for field, table in layer.memory.named_buffers():
-            own = table.to_local() if hasattr(table, "to_local") else table  # of tables in columns, this rank's
-            dist.broadcast(own, group=group, group_src=0)
+            dist.broadcast(_own(table), group=group, group_src=0)
             ignored.add(f"{name}.memory.{field}" if name else f"memory.{field}")
     # What DDP asks a model before it wraps it; its own switch would also leave out the buffers of other modules.
     model._ddp_params_and_buffers_to_ignore = sorted(ignored)  # type: ignore[assignment]
+
+
+def _form_of_layer(layer: FwPKM) -> str:
+    """What of a layer must be equal on all ranks, the forms of what is sent too: bytes are read as the receiver's."""
+    tables = {name: (tuple(own.shape), str(own.dtype)) for name, x in layer.memory.named_buffers() for own in [_own(x)]}
+    return f"{layer.spec()}, learn_memory={layer.learn_memory}, tables {tables}"
+
+
+def _own(table: Tensor) -> Tensor:
+    """Of a table in columns, this rank's."""
+    return table.to_local() if hasattr(table, "to_local") else table
 
 
 def _problem_of(model: nn.Module, layers: Mapping[str, FwPKM], group: dist.ProcessGroup | None) -> str | None:
@@ -96,7 +108,8 @@ class ShardedStates:
     Raises:
         ValueError: on every rank, if a state does not fit its configuration, ranks hold other names, configurations or
             dtypes, or rows that are not dealt as ``torch.chunk`` deals them; or with ``memory_scope="batch"``, where
-            each rank has a memory of its own, which is no row that another rank could take.
+            each rank has a memory of its own, which is no row that another rank could take. On the rank that makes the
+            call, if ``group`` is not its own.
     """
 
     def __init__(
@@ -108,6 +121,7 @@ class ShardedStates:
         """Look at the states of all ranks."""
         from torch.distributed.device_mesh import DeviceMesh  # seconds that sharing tables need not wait
 
+        _check_member(group)
         cfgs = dict.fromkeys(states, cfg) if isinstance(cfg, FwPKMConfig) and isinstance(states, Mapping) else cfg
         problem = _problem_of_states(states, cfgs)
         forms = None if problem else {name: _form(state, cfgs[name]) for name, state in states.items()}
@@ -115,25 +129,31 @@ class ShardedStates:
         self.states = dict(states)
         self._rows = _dealt(everyone)
         self._configs = {name: cfgs[name].to_json() for name in self.states}
+        self._dtypes = {name: str(state.memory.values.dtype) for name, state in self.states.items()}
         self._device = next(iter(self.states.values())).memory.values.device
         whole = dist.group.WORLD if group is None else group
         assert whole is not None
         self._mesh = DeviceMesh.from_group(whole, self._device.type)
 
     def state_dict(self) -> dict[str, Any]:
-        """The configurations, and of each state its arrays by field name, as DTensors ``[all rows, ...]``."""
+        """Configurations and dtypes, and of each state its arrays by field name, as DTensors ``[all rows, ...]``."""
         tensors = {name: self._sharded(x) for name, x in self._local().items()}
-        return {"configs": dict(self._configs), **tensors}
+        return {"configs": dict(self._configs), "dtypes": dict(self._dtypes), **tensors}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take what a checkpoint brought.
 
         Raises:
-            ValueError: it was saved of other configurations; the states then hold that, and are of no use.
+            ValueError: it was saved of other configurations or dtypes; the states then hold that, and are of no use.
         """
         if state_dict["configs"] != self._configs:
             raise ValueError(
                 f"cfg must be what the checkpoint was saved with, {state_dict['configs']}. Received: {self._configs}"
+            )
+        if state_dict["dtypes"] != self._dtypes:  # torch would have rounded without a word
+            raise ValueError(
+                f"states must have the dtypes that the checkpoint was saved with, {state_dict['dtypes']}: load into "
+                f"states of such tables. Received: {self._dtypes}"
             )
         for name, own in self._local().items():
             loaded = state_dict[name].to_local()
@@ -162,6 +182,8 @@ def _problem_of_states(states: Any, cfgs: Any) -> str | None:
             return f"{argument} must be given by the names of the states. Received: {type(given).__name__}"
     if not states:
         return "states must hold one at least. Received: {}"
+    if others := [name for name in states if not isinstance(name, str)]:
+        return f"states must be given by names that are str, under which a checkpoint finds them. Received: {others}"
     if states.keys() != cfgs.keys():
         return f"cfg must name the states {sorted(states)}. Received: {sorted(cfgs)}"
     for name, state in states.items():
@@ -204,11 +226,20 @@ def _dealt(everyone: list[dict[str, tuple[int, str, str]]]) -> int:
     total = sum(rows)
     expected = [len(part) for part in torch.arange(total).chunk(len(rows))]
     if rows != expected:
+        few = f" Those are {len(expected)} parts: take another number of ranks." * (len(expected) < len(rows))
         raise ValueError(
             f"states must hold {total} rows dealt as torch.arange({total}).chunk({len(rows)}) deals them, {expected}, "
-            f"one part for each rank. Received: {rows}"
+            f"one part for each rank.{few} Received: {rows}"
         )
     return total
+
+
+def _check_member(group: dist.ProcessGroup | None) -> None:
+    if dist.get_rank(group) < 0:
+        raise ValueError(
+            "group must be one that this rank belongs to: only its ranks make the call. Received: a group without "
+            f"rank {dist.get_rank()}"
+        )
 
 
 def _agreed(group: dist.ProcessGroup | None, problem: str | None, facts: Any) -> list[Any]:
