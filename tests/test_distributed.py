@@ -63,3 +63,15 @@ def test_the_benchmark_of_a_cluster_measures_and_counts(tmp_path: Path) -> None:
     refused = python("-m", "benchmarks.cluster", "--rows", 3, cwd=ROOT)
     assert refused.returncode == 2
     assert "--rows must be a multiple of --ranks, 2. Received: 3" in refused.stderr
+
+
+def test_the_agreement_of_a_cluster_is_judged() -> None:
+    """FSDP2's bits and tables in columns, small, on two processes; with a command line that cannot be."""
+    line = ("--width", 32, "--num-subkeys", 8, "--rows", 3, "--length", 300, "--steps", 2, "--tokens", 20)
+    done = python("-m", "benchmarks.cluster_agreement", *line, "--device", "cpu", "--markdown", cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-2000:]
+    errors = re.findall(r"^\| .* over its bound \| (\S+) \|$", done.stdout, re.MULTILINE)
+    assert len(errors) == 3, done.stdout
+    assert all(float(error) < 1 for error in errors)
+    assert re.search(r"^\| columns: bytes of all tables \| 24,576 \|$", done.stdout, re.MULTILINE), done.stdout
+    assert python("-m", "benchmarks.cluster_agreement", "--rows", 0, cwd=ROOT).returncode == 2
