@@ -10,7 +10,7 @@ from keras import KerasTensor, initializers, ops
 
 from fwpkm import validation
 from fwpkm.backends.keras import native, segments
-from fwpkm.backends.keras.layout import NAMES, by_name, copies_of, fill, specs, trace_spec, unflatten
+from fwpkm.backends.keras.layout import NAMES, copies_of, fill, specs, trace_spec, unflatten
 from fwpkm.backends.keras.tokens import blank, dtype_of, finite_rows, nan_where
 from fwpkm.backends.keras.windows import SELF
 from fwpkm.config import FwPKMConfig
@@ -197,7 +197,7 @@ class FwPKM(keras.layers.Layer):
         if state is not None:
             if self.stateful and update:
                 self._keep(native.functions().detach(state))
-            outputs += by_name(state).values() if self.return_state else ()
+            outputs += state.arrays().values() if self.return_state else ()
         if return_trace:
             assert trace is not None
             outputs.append(self._trace(trace, tokens.gate))
@@ -227,7 +227,7 @@ class FwPKM(keras.layers.Layer):
         validation.check_array("x", x, [("B", None), ("T", 1), ("hidden_size", self.hidden_size)], "float", object)
         tokens = self._tokens(ops.cast(x, self.compute_dtype), _flags(x, mask)).map(ops.stop_gradient)
         read, after = native.decode(self._config, unflatten(state, "state"), tokens)
-        return [ops.stop_gradient(self._output(read, tokens)), *by_name(after).values()]
+        return [ops.stop_gradient(self._output(read, tokens)), *after.arrays().values()]
 
     def _tokens(self, x: Array, mask: Array | None) -> Tokens:
         """What the tokens bring to the memory."""
@@ -387,7 +387,7 @@ class FwPKM(keras.layers.Layer):
 
     def _keep(self, state: State) -> None:
         """Let the next call of a stateful layer go on from here."""
-        for name, array in by_name(state).items():
+        for name, array in state.arrays().items():
             self._weight(f"state.{name}").assign(array)
 
     @property
