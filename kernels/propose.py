@@ -6,6 +6,7 @@ A float32 number is split into hi + lo of bfloat16, which a GPU multiplies as ma
 import triton
 import triton.language as tl
 
+from fwpkm.kernels.lists import largest_of_rows
 from fwpkm.kernels.runtime.launch import Launches
 from fwpkm.kernels.runtime.shapes import blocks_of
 from fwpkm.kernels.runtime.windows import Call
@@ -98,15 +99,16 @@ def propose_kernel(
     column = tile * COLUMNS + tl.arange(0, COLUMNS)
     # In a loop of its own: of an operand that is also used as numbers Triton 3.6 pipelines one buffer too few,
     # and a copy overwrites what a product still reads.
-    square = tl.zeros([BLOCK], tl.float32)
-    for at in tl.range(0, HALF, DEPTH, num_stages=1):
+    squares = tl.zeros([BLOCK, DEPTH], tl.float32)
+    for at in tl.static_range(0, HALF, DEPTH):  # all loads in flight, and lanes are added across once
         d = at + tl.arange(0, DEPTH)
-        q = tl.load(
+        x = tl.load(
             query + token[:, None] * (2 * HEADS * HALF) + d[None, :],
             mask=live[:, None] & (d < HALF)[None, :],
             other=0.0,
         ).to(tl.float32)
-        square += tl.sum(q * q, 1)
+        squares += x * x
+    square = tl.sum(squares, 1)
     product = tl.zeros([BLOCK, COLUMNS], tl.float32)
     for at in range(0, HALF, DEPTH):
         d = at + tl.arange(0, DEPTH)
@@ -129,13 +131,15 @@ def propose_kernel(
     unit: tl.constexpr = 2 ** (31 - BITS)
     level = product * (unit / tl.maximum(scale, 1e-30))[:, None]
     level = tl.where(level > 1 - unit, level, 1 - unit)  # also what is not a number
-    packed = tl.minimum(level, unit - 1).to(tl.int32) * (2**BITS) + (2**BITS - 1 - column)[None, :]
-    packed = tl.where((column < SUBKEYS)[None, :], packed, NOTHING)
+    # 1.5 · 2^23 more is a float whose last bits are the integer: so it is added as fast as any number.
+    level = (tl.minimum(level, unit - 1) + 1.5 * 2**23).to(tl.int32, bitcast=True)
+    packed = (level - 0x4B400000) * (2**BITS) + (2**BITS - 1 - column)[None, :]
+    if SUBKEYS % COLUMNS:
+        packed = tl.where((column < SUBKEYS)[None, :], packed, NOTHING)
     at = ((memory * rows * length + r).to(tl.int64) * 2 * HEADS + half) * TILES + tile
-    for j in range(PROPOSED):
-        best = tl.max(packed, 1)
-        tl.store(proposals + at * PROPOSED + j, best, mask=inside)
-        packed = tl.where(packed == best[:, None], NOTHING, packed)
+    best = largest_of_rows(packed, BLOCK, COLUMNS, PROPOSED)
+    for j in tl.static_range(PROPOSED):
+        tl.store(proposals + at * PROPOSED + j, tl.reshape(best[j], [BLOCK]), mask=inside)
     if tile == 0:
         tl.store(scales + at // TILES, scale, mask=inside)
 
