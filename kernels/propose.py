@@ -137,9 +137,15 @@ def propose_kernel(
     if SUBKEYS % COLUMNS:
         packed = tl.where((column < SUBKEYS)[None, :], packed, NOTHING)
     at = ((memory * rows * length + r).to(tl.int64) * 2 * HEADS + half) * TILES + tile
-    best = largest_of_rows(packed, BLOCK, COLUMNS, PROPOSED)
-    for j in tl.static_range(PROPOSED):
-        tl.store(proposals + at * PROPOSED + j, tl.reshape(best[j], [BLOCK]), mask=inside)
+    if PROPOSED <= 16:
+        best = largest_of_rows(packed, BLOCK, COLUMNS, PROPOSED)
+        for j in tl.static_range(PROPOSED):
+            tl.store(proposals + at * PROPOSED + j, tl.reshape(best[j], [BLOCK]), mask=inside)
+    else:  # whose lists would take minutes to compile
+        for j in range(PROPOSED):
+            first = tl.max(packed, 1)
+            tl.store(proposals + at * PROPOSED + j, first, mask=inside)
+            packed = tl.where(packed == first[:, None], NOTHING, packed)
     if tile == 0:
         tl.store(scales + at // TILES, scale, mask=inside)
 
