@@ -54,7 +54,7 @@ def largest_of_rows(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr, MOST: tl.const
     # until eight lists a row are left.
     best = merged_pairs(paired((x,), ROWS, COLUMNS // 2, 2), 2, MOST)
     for level in tl.static_range(2, 12):
-        if COLUMNS >= 2**level:
+        if 2**level <= COLUMNS:
             best = merged_pairs(paired(best, ROWS, 2, COLUMNS // 2**level), 1, MOST)
     return best
 

@@ -143,9 +143,9 @@ def propose_kernel(
             tl.store(proposals + at * PROPOSED + j, tl.reshape(best[j], [BLOCK]), mask=inside)
     else:  # whose lists would take minutes to compile
         for j in range(PROPOSED):
-            first = tl.max(packed, 1)
-            tl.store(proposals + at * PROPOSED + j, first, mask=inside)
-            packed = tl.where(packed == first[:, None], NOTHING, packed)
+            best = tl.max(packed, 1)
+            tl.store(proposals + at * PROPOSED + j, best, mask=inside)
+            packed = tl.where(packed == best[:, None], NOTHING, packed)
     if tile == 0:
         tl.store(scales + at // TILES, scale, mask=inside)
 

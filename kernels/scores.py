@@ -27,11 +27,11 @@ def exact_ranks(
     """
     # Line by line of 128 bytes, whose sums are added last: so a warp loads four sub-keys at once, and adds across eight
     # lanes, once. Each lane loads the numbers of the query that it needs: broadcast ones would cross lanes.
-    LINE: tl.constexpr = min(32, DEPTH)
-    total = tl.zeros([CHOICES, LINE], tl.float32)
+    width: tl.constexpr = min(32, DEPTH)
+    total = tl.zeros([CHOICES, width], tl.float32)
     for at in range(0, HALF, DEPTH):
-        for line in tl.static_range(0, DEPTH, LINE):
-            d = (at + line + tl.arange(0, LINE))[None, :] + tl.zeros_like(chosen)[:, None]
+        for line in tl.static_range(0, DEPTH, width):
+            d = (at + line + tl.arange(0, width))[None, :] + tl.zeros_like(chosen)[:, None]
             inside = (d < HALF) & alive
             q = tl.load(query + d, mask=inside, other=0.0).to(tl.float32)
             k = tl.load(keys + chosen[:, None] * HALF + d, mask=wanted[:, None] & inside, other=0.0)

@@ -96,7 +96,7 @@ def shapes(cfg: FwPKMConfig, query: torch.dtype) -> SimpleNamespace:
             "TEMPERATURE": cfg.temperature,
             "BLOCK": 32,
             "num_warps": 1,
-        },  # fmt: skip
+        },
         coefficients={
             **chosen,
             "LOOKAHEAD": cfg.lookahead,
