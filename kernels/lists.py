@@ -3,6 +3,9 @@
 Where each element of a tensor is a list of its own, nothing crosses lanes; and what is merged needs no index.
 """
 
+# A tuple that grows has another type each time.
+# mypy: disable-error-code="assignment"
+
 import triton
 import triton.language as tl
 
@@ -51,7 +54,7 @@ def paired(best, ROWS: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr):
 def largest_of_rows(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr, MOST: tl.constexpr):
     """The MOST largest of each row of x [ROWS, COLUMNS], which all differ, as lists [ROWS, 1]."""
     # Neighbours first, which a thread of a product of matrices holds; then halves: of 256 columns it holds both
-    # until eight lists a row are left.
+    # until four lists a row are left.
     best = merged_pairs(paired((x,), ROWS, COLUMNS // 2, 2), 2, MOST)
     for level in tl.static_range(2, 12):
         if 2**level <= COLUMNS:
