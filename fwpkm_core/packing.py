@@ -105,23 +105,24 @@ def pack(
     implementation: Implementation,
     to_numpy: Callable[[Any], np.ndarray] = np.asarray,
     changed: Callable[[Any, Any], tuple[np.ndarray, np.ndarray]] | None = None,
+    digests_of: Callable[[Memory], np.ndarray] | None = None,
 ) -> PackedState:
-    """``Backend.pack``; ``changed`` is :func:`changed_rows` for tables that do not lie on the host."""
+    """``Backend.pack``; ``changed`` and ``digests_of`` are :func:`changed_rows` and :func:`digests` for a framework."""
     row_checks.check_reset(cfg, state, memory, implementation)
     _check_dtype(dtype, validation.dtype_name(memory.keys))
     position = np.array(to_numpy(state.position))
     validation.check_positions(cfg, position.tolist())
-    on_host, memories = Memory(*map(to_numpy, memory)), state.memory.values.shape[0]
+    memories = state.memory.values.shape[0]
     values, initial, find = state.memory.values, memory.values, changed
     if find is None:
-        values, initial, find = to_numpy(values), on_host.values, changed_rows
+        values, initial, find = to_numpy(values), to_numpy(initial), changed_rows
     own = initial.shape[0] > 1
     found = [find(values[m], initial[m if own else 0]) for m in range(memories)]
     slots, kept = (np.concatenate(parts) for parts in zip(*found))
     there = _is_pending(cfg, position)
     return PackedState(
         config=cfg,
-        initial=np.repeat(digests(on_host), 1 if own else memories, axis=0),
+        initial=np.repeat(_digests(memory, to_numpy, digests_of), 1 if own else memories, axis=0),
         keys=np.array(to_numpy(state.memory.keys), order="C"),
         counts=np.array([len(ids) for ids, _ in found], np.int32),
         slots=slots.astype(np.int32),
@@ -159,6 +160,12 @@ def digests(memory: Memory) -> np.ndarray:
     return np.stack(found)
 
 
+def _digests(
+    memory: Memory, to_numpy: Callable[[Any], np.ndarray], digests_of: Callable[[Memory], np.ndarray] | None
+) -> np.ndarray:
+    return digests(Memory(*map(to_numpy, memory))) if digests_of is None else digests_of(memory)
+
+
 def _is_pending(cfg: FwPKMConfig, position: np.ndarray) -> np.ndarray:
     """``[B, P]``: where pending tokens stand."""
     return np.arange(cfg.capacity) < schedule.pending(cfg, position)[:, None]
@@ -190,6 +197,7 @@ def prepare(
     memory: Memory,
     implementation: Implementation,
     to_numpy: Callable[[Any], np.ndarray] = np.asarray,
+    digests_of: Callable[[Memory], np.ndarray] | None = None,
 ) -> PackedState:
     """What ``Backend.unpack`` is given as one packed state, rows as numbers, once it fits ``cfg`` and ``memory``."""
     validation.check_served(cfg, implementation)
@@ -214,7 +222,7 @@ def prepare(
                 f"packed must have tables of the memory's dtype, {validation.dtype_name(memory.keys)}. "
                 f"Received: {one.keys.dtype.name} in packed state {i}"
             )
-    _check_initial(whole, digests(Memory(*map(to_numpy, memory))))
+    _check_initial(whole, _digests(memory, to_numpy, digests_of))
     return whole
 
 

@@ -9,6 +9,7 @@ from test_packing import half, initial, message, numbers, own_memories
 
 import fwpkm
 from fwpkm import Memory, packing, reference
+from fwpkm.backends.torch import packing as torch_packing
 from fwpkm.conformance.running import as_numpy, native
 
 
@@ -52,3 +53,28 @@ def test_an_unpacked_state_may_be_donated() -> None:
     read(unpacked, query, value)
     assert unpacked.memory.values.is_deleted()
     assert_same_bits(as_numpy(be, be.unpack(CFG, packed, memory)), expected)
+
+
+def test_digests_that_are_remembered_are_those_of_the_tables_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: taken once, and anew after any change, one that torch does not count among them."""
+    be = fwpkm.get_backend("torch")
+    remembered = torch_packing.remembered_digests
+    memory = Memory(*(x.clone() for x in initial(be)))
+    taken = []
+    monkeypatch.setattr(packing, "digests", lambda m, digests=packing.digests: (taken.append(1), digests(m))[1])
+
+    def check(memory: Memory, count: int) -> None:
+        for _ in range(2):
+            np.testing.assert_array_equal(remembered(memory), packing.digests(as_numpy(be, memory)))
+        assert len(taken) == count
+
+    check(memory, 3)  # once by it, twice by the test
+    memory.values.data[0, 3, 1] += 1
+    check(memory, 6)
+    memory.values.data[0, [1, 2]] = memory.values[0, [2, 1]]
+    check(memory, 9)
+    memory.keys.data[0, 0, 1, 2] *= 2
+    check(memory, 12)
+    known = len(torch_packing._KNOWN)
+    del memory
+    assert len(torch_packing._KNOWN) == known - 1

@@ -1,5 +1,6 @@
 """States that cost what they hold (SPEC.md §10): ``fwpkm.packing`` on tensors."""
 
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,13 +22,13 @@ _BITS = {4: torch.int32, 8: torch.int64}
 @torch.no_grad()
 def pack(cfg: FwPKMConfig, state: State[Tensor], memory: Memory[Tensor], dtype: str | None = None) -> PackedState:
     """What a state holds that the initial ``memory`` does not; of a GPU's tables only rows that differ are copied."""
-    return packing.pack(cfg, state, memory, dtype, SELF, to_numpy, _changed_rows)
+    return packing.pack(cfg, state, memory, dtype, SELF, to_numpy, _changed_rows, _digests)
 
 
 @torch.no_grad()
 def unpack(cfg: FwPKMConfig, packed: PackedState | Sequence[PackedState], memory: Memory[Tensor]) -> State[Tensor]:
     """The state that was packed, on the device of ``memory``; its position lies on the CPU."""
-    whole = packing.prepare(cfg, packed, memory, SELF, to_numpy)
+    whole = packing.prepare(cfg, packed, memory, SELF, to_numpy, _digests)
     device = memory.values.device
 
     def on_device(x: Any) -> Tensor:
@@ -38,6 +39,35 @@ def unpack(cfg: FwPKMConfig, packed: PackedState | Sequence[PackedState], memory
     values.view(-1, cfg.value_dim).index_copy_(0, on_device(at), on_device(whole.values))
     pending = packing.unpack_pending(cfg, whole).map(on_device)
     return State.of(Memory(on_device(whole.keys), values), pending, torch.tensor(whole.position))
+
+
+_KNOWN: dict[int, tuple[weakref.ref[Tensor], tuple[Any, ...], np.ndarray]] = {}
+"""By the id of a memory's value table: the table, sums over the memory, and its digests."""
+
+
+def _digests(memory: Memory[Tensor]) -> np.ndarray:
+    """``packing.digests``; of tables on a device, from where they would travel to the host each time, remembered."""
+    return _hashed(memory) if memory.values.device.type == "cpu" else remembered_digests(memory)
+
+
+def _hashed(memory: Memory[Tensor]) -> np.ndarray:
+    return packing.digests(Memory(*map(to_numpy, memory)))
+
+
+def remembered_digests(memory: Memory[Tensor]) -> np.ndarray:
+    """``packing.digests``, taken anew only for another table, or other sums over the bits of its rows or columns."""
+    table = memory.values
+    key, sums = id(table), _sums(memory)
+    if key not in _KNOWN or _KNOWN[key][0]() is not table or _KNOWN[key][1] != sums:
+        forget = weakref.ref(table, lambda _: _KNOWN.pop(key, None))
+        _KNOWN[key] = forget, sums, _hashed(memory)
+    return _KNOWN[key][2].copy()
+
+
+def _sums(memory: Memory[Tensor]) -> tuple[Any, ...]:
+    bits = [x.reshape(-1, x.shape[-1]).view(_BITS[x.element_size()]) for x in memory]
+    sums = [x.sum(axis, dtype=torch.int64) for x in bits for axis in (0, 1)]
+    return memory.values.dtype, *(to_numpy(x).tobytes() for x in sums)
 
 
 def _changed_rows(values: Tensor, initial: Tensor) -> tuple[np.ndarray, np.ndarray]:
