@@ -1,5 +1,7 @@
 """A torch state's own ``to``, ``detach`` and ``clone``: what users of tensors expect of them."""
 
+import copy
+
 import pytest
 import torch
 from asserting import assert_same_bits
@@ -82,7 +84,7 @@ def test_to_widens_what_is_floating(state, where):
     wide = state.to(*where)
     assert {x.dtype for x in arrays(wide)} == {torch.float64, torch.bool, torch.int32}
     assert_same_bits(as_numpy(BE, wide.to(torch.float32).detach()), as_numpy(BE, state.detach()))
-    LAYER(torch.randn(2, 5, 6), wide)
+    copy.deepcopy(LAYER).double()(torch.randn(2, 5, 6, dtype=torch.float64), wide)
 
 
 def test_to_takes_what_trainers_pass(state):
