@@ -113,8 +113,8 @@ def test_states_of_other_frameworks():
         name: (be := fwpkm.get_backend(name)).init_state(cfg, be.init_memory(cfg), 1) for name in ("numpy", "jax")
     }
     for name, state in states.items():
-        for copy in (state.clone(), state.detach()):
-            assert_same_bits(as_numpy(fwpkm.get_backend(name), copy), as_numpy(fwpkm.get_backend(name), state))
+        for other in (state.clone(), state.detach()):
+            assert_same_bits(as_numpy(fwpkm.get_backend(name), other), as_numpy(fwpkm.get_backend(name), state))
     assert states["numpy"].clone().memory.values is not states["numpy"].memory.values
     device = states["jax"].memory.values.devices().pop()
     assert states["jax"].to(device).memory.values.devices() == {device}
