@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fwpkm import packing
+from fwpkm.backends.torch.column_parallel import refuse_columns
 from fwpkm.backends.torch.ops import to_numpy
 from fwpkm.backends.torch.rows import init_state
 from fwpkm.backends.torch.windows import SELF
@@ -47,6 +48,7 @@ _KNOWN: dict[int, tuple[weakref.ref[Tensor], tuple[Any, ...], np.ndarray]] = {}
 
 def _digests(memory: Memory[Tensor]) -> np.ndarray:
     """``packing.digests``; of tables on a device, from where they would travel to the host each time, remembered."""
+    refuse_columns(memory.values)
     return _hashed(memory) if memory.values.device.type == "cpu" else remembered_digests(memory)
 
 
@@ -72,6 +74,8 @@ def _sums(memory: Memory[Tensor]) -> tuple[Any, ...]:
 
 def _changed_rows(values: Tensor, initial: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """``packing.changed_rows``, found where the tables lie."""
+    refuse_columns(values)
+    refuse_columns(initial)
     if initial.device != values.device:
         initial = initial.to(values.device)
     bits = _BITS[values.element_size()]
