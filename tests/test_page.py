@@ -124,7 +124,7 @@ def test_bad_recordings_are_one_line_and_leave_nothing(tmp_path, capsys):
     for name, data in {"empty": b"", "foreign": b"\0" * 99, "flipped": whole[:-3] + b"abc"}.items():
         (tmp_path / name).write_bytes(data)
     words = {"empty": "an empty file", "foreign": "no recording", "flipped": "damaged", "none": "holds no call"}
-    words |= {"missing": "No such file", ".": "Is a directory"}
+    words |= {"missing": "no such file", ".": "Is a directory"}
     for name, expected in words.items():
         status, out, error = inspect(capsys, tmp_path / name, "--out", tmp_path / "out")
         assert (status, out) == (2, "")
