@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: demo test test-quick test-oldest test-page docs lint types clean
+.PHONY: demo test test-quick test-oldest test-newest test-page docs lint types clean
 
 demo: $(VENV)/.demo
 	$(BIN)/fwpkm demo $(ARGS)
@@ -33,6 +33,19 @@ $(OLD)/.done: pyproject.toml constraints-oldest.txt
 		equinox flax optax orbax-checkpoint pytest pytest-timeout pytest-xdist tensorflow-cpu
 	touch $@
 
+# The quick tests with the newest version of every package, whatever constraints.txt says. JAX after 0.10 needs Python 3.12:
+# `make test-newest PYTHON=python3.13`. (Python 3.13.0 alone slows torch.compile, of which torch warns.)
+NEW := .venv-newest
+test-newest: $(NEW)/.done
+	HYPOTHESIS_PROFILE=quick OMP_NUM_THREADS=1 $(NEW)/bin/pytest -n auto --dist loadfile -m quick \
+		-W "ignore:Guards may run slower" $(ARGS)
+
+$(NEW)/.done: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12) and "newer packages need Python 3.12 or later; try: make test-newest PYTHON=python3.13")'
+	$(PYTHON) -m venv --clear $(NEW)
+	$(NEW)/bin/pip install --quiet --upgrade --editable '.[test]'
+	touch $@
+
 # The page of `fwpkm inspect` and the site in a browser, which must be installed: apt-get install chromium, or Chrome.
 test-page: $(VENV)/.test docs
 	$(BIN)/pytest -n 0 -m browser tests/test_page_in_browser.py tests/test_site.py
@@ -50,7 +63,7 @@ types: $(VENV)/.test
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) $(OLD) build dist site *.egg-info src/*.egg-info
+	rm -rf $(VENV) $(OLD) $(NEW) build dist site *.egg-info src/*.egg-info
 
 $(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[torch,demo]'
