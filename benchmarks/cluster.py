@@ -7,13 +7,9 @@ CPU ranks are processes of one thread each. The bytes that a step sends are coun
 """
 
 import argparse
-import datetime
 import functools
-import json
 import math
-import os
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +20,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks import report
+from benchmarks import ranks, report
 from benchmarks.measure import ratio, summarize, timed
 from benchmarks.report import Claim, Table, spread
 from benchmarks.workloads import WORKLOADS
@@ -34,11 +30,9 @@ from fwpkm.backends.torch import FwPKM
 from fwpkm.integrations.distributed import share_initial_memory
 
 _PARTS = ("alone", "weak", "strong")
-_TIMEOUT = datetime.timedelta(minutes=5)
 _ROUNDS_BEFORE = 2
 _BOUND = 1.85
 """Of two cards over one, weak, on GPUs: the language model."""
-_LEGEND = "medians with their quartiles; rounds are interleaved, and ratios are taken within rounds"
 _BYTES = {"float": 4, "double": 8, "int": 4, "long int": 8, "c10::BFloat16": 2, "c10::Half": 2, "unsigned char": 1}
 Step = Callable[[], Any]
 
@@ -96,14 +90,10 @@ def sent(step: Step) -> Sent:
     return Sent(len(events), sum(sizes))
 
 
-def measure_rank(rank: int, options: argparse.Namespace, folder: str) -> None:
-    """One rank of the run; the first writes what it measured."""
-    ranks, device = options.ranks, torch.device(options.device)
-    if device.type == "cuda":
-        device = torch.device("cuda", rank)
-        torch.cuda.set_device(device)
-    else:
-        torch.set_num_threads(1)
+def measure_rank(
+    rank: int, device: torch.device, options: argparse.Namespace, join: Callable[[], None]
+) -> dict[str, Any]:
+    """One rank of the run: seconds by what trains and part, and what a step sends."""
     build: dict[str, Callable[[int, bool], Step]] = {
         "layer": lambda rows, parallel: layer_step(options.workload, rows, device, parallel),
         "language model": lambda rows, parallel: model_step(
@@ -117,12 +107,11 @@ def measure_rank(rank: int, options: argparse.Namespace, folder: str) -> None:
     for step in filter(None, steps.values()):
         for _ in range(WARM_UP + 1):
             step()
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, f"file://{folder}/store", rank=rank, world_size=ranks, timeout=_TIMEOUT)
+    join()
     for name, make in build.items():
-        each = 1 if name == "layer" else ranks  # the language model is told the rows of all ranks
+        each = 1 if name == "layer" else options.ranks  # the language model is told the rows of all ranks
         steps |= {(name, "weak"): make(options.rows * each, True)}
-        steps |= {(name, "strong"): make(options.rows // ranks * each, True)}
+        steps |= {(name, "strong"): make(options.rows // options.ranks * each, True)}
     samples: dict[str, list[float]] = {}
     for number in range(_ROUNDS_BEFORE + options.repeats):
         for (name, part), step in steps.items():
@@ -131,10 +120,7 @@ def measure_rank(rank: int, options: argparse.Namespace, folder: str) -> None:
             if number >= _ROUNDS_BEFORE:
                 samples.setdefault(f"{name}, {part}", []).append(seconds)
     counted = {name: sent(step) for (name, part), step in steps.items() if step is not None and part == "weak"}
-    if rank == 0:
-        Path(folder, "found.json").write_text(json.dumps({"samples": samples, "sent": counted}))
-    dist.barrier()
-    dist.destroy_process_group()
+    return {"samples": samples, "sent": counted}
 
 
 def _timed(step: Step, device: torch.device) -> float:
@@ -150,31 +136,24 @@ def _timed(step: Step, device: torch.device) -> float:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, judge. Returns 1 if ``--check`` was given and a bound does not hold, else 0."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.cluster", description=__doc__.splitlines()[0])
+    counts = {"rows": (4, "of the one alone, and of each in weak scaling"), "repeats": (7, "rounds")}
+    parser = ranks.parser("cluster", __doc__, **counts)
     add = parser.add_argument
     configs = Path(__file__).parents[1] / "examples" / "language_model" / "configs"
-    add("--ranks", type=report.count, default=2, help="processes, a card each (default: %(default)s)")
-    add("--rows", type=report.count, default=4, help="of the one alone, and of each in weak scaling")
-    add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     add("--workload", choices=WORKLOADS, metavar="NAME", default="step-128", help="of the layer: config and length")
     add("--experiment", type=Path, default=configs / "tiny.toml", help="of the language model")
     add("--compile", action="store_true", help="use torch.compile in the language model")
-    add("--repeats", type=report.count, default=7, help="rounds (default: %(default)s)")
-    add("--markdown", action="store_true", help="print the tables in Markdown")
-    add("--check", action="store_true", help="fail where a bound does not hold or was not measured")
+    report.add_check(parser)
     options = parser.parse_args(arguments)
     if options.rows % options.ranks:
         parser.error(f"--rows must be a multiple of --ranks, {options.ranks}. Received: {options.rows}")
     if options.device == "cuda" and torch.cuda.device_count() < options.ranks:
         parser.error(f"--ranks must be at most the {torch.cuda.device_count()} cards here. Received: {options.ranks}")
-    with tempfile.TemporaryDirectory() as folder:
-        method = "spawn" if options.device == "cuda" else "fork"
-        torch.multiprocessing.start_processes(measure_rank, (options, folder), options.ranks, start_method=method)
-        found = json.loads(Path(folder, "found.json").read_text())
+    found = ranks.run(measure_rank, options)
     claims = _claims(found["samples"], options)
     tables = [_times(found, options), report.claims_table(f"{options.ranks} ranks over one, rows a second", claims)]
-    where = f"{options.ranks} ranks on {options.device}, {os.cpu_count()} cores"
-    legend = (where, f"layer: {WORKLOADS[options.workload]}", f"language model: {options.experiment.name}", _LEGEND)
+    models = f"layer: {WORKLOADS[options.workload]}", f"language model: {options.experiment.name}"
+    legend = (ranks.where(options), *models, report.ROUNDS)
     return report.conclude(legend, tables, claims, options)
 
 

@@ -8,14 +8,9 @@ of one card that has whole tables, a row at a time. On the CPU ranks are process
 
 import argparse
 import copy
-import datetime
-import json
-import os
 import sys
-import tempfile
 import time
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,17 +19,17 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from benchmarks import report
+from benchmarks import ranks, report
 from fwpkm.agreement import BOUNDS, relative_error
 from fwpkm.backends.torch import FwPKM, columns, detach, nbytes
 from fwpkm.integrations.distributed import share_initial_memory
 
-_TIMEOUT = datetime.timedelta(minutes=2)
 _ROUNDS = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+_OVER = "error over its bound"
+"""What ends so must be below 1."""
 _AT_A_TIME = 1
 """Rows whose whole tables a card has beside its columns."""
 OPTIONS: dict[str, tuple[int | None, str]] = {
-    "ranks": (2, "processes, a card each"),
     "width": (512, "of queries, values and hidden states"),
     "num_subkeys": (2048, "of the tables in columns"),
     "rows": (18, "whose tables lie in columns"),
@@ -64,7 +59,7 @@ class Model(nn.Module):
 
 @torch.no_grad()
 def sharded_weights(rank: int, options: argparse.Namespace, device: torch.device) -> dict[str, float]:
-    """Errors of logits and tables, and the fraction of tokens whose likeliest successor is another."""
+    """What is printed, by name."""
     mesh = init_device_mesh(device.type, (options.ranks,))
     model, alone = Model(options.width).to(device), Model(options.width).to(device, torch.bfloat16)
     for module in (model.memory, model):
@@ -81,14 +76,14 @@ def sharded_weights(rank: int, options: argparse.Namespace, device: torch.device
         wanted.append(z)
     logits, others = (torch.cat(x, 1).float() for x in (found, wanted))
     return {
-        "logits": _error(logits, others) / BOUNDS["bfloat16"].forward,
-        "tables": _error(state.memory.values, expected.memory.values) / BOUNDS["float32"].forward,
+        f"logits, {_OVER}": _error(logits, others) / BOUNDS["bfloat16"].forward,
+        f"tables, {_OVER}": _error(state.memory.values, expected.memory.values) / BOUNDS["float32"].forward,
         "tokens of which another is the likeliest": float((logits.argmax(-1) != others.argmax(-1)).float().mean()),
     }
 
 
 def tables_in_columns(rank: int, options: argparse.Namespace, device: torch.device) -> dict[str, float]:
-    """Errors over their bounds, bytes, and seconds of a step."""
+    """What is printed, by name."""
     mesh, width = init_device_mesh(device.type, (options.ranks,)), options.width
     fields = {"key_dim": width, "value_dim": width, "num_subkeys": options.num_subkeys, "chunk_size": 256}
     torch.manual_seed(0)
@@ -124,10 +119,12 @@ def tables_in_columns(rank: int, options: argparse.Namespace, device: torch.devi
     part = slice(rank * own.shape[2], (rank + 1) * own.shape[2])
     worst.append(_error(own[:_AT_A_TIME].detach(), expected.memory.values[..., part]) / BOUNDS["float32"].forward)
     return {
-        "error over its bound": max(worst),
+        f"worst of outputs, gradients and tables, {_OVER}": max(worst),
         "bytes of all tables": float(state.memory.values.numel() * state.memory.values.element_size()),
         "bytes of state on a card": float(nbytes(state)),
-        "bytes of a card": float(torch.cuda.get_device_properties(device).total_memory) if _is_gpu(device) else 0.0,
+        "bytes of a card": float(torch.cuda.get_device_properties(device).total_memory)
+        if device.type == "cuda"
+        else 0.0,
         "milliseconds of the last step": 1e3 * seconds[-1],
     }
 
@@ -151,60 +148,34 @@ def _error(found: Tensor, expected: Tensor) -> float:
     return relative_error(found.double().cpu().numpy(), expected.double().cpu().numpy())
 
 
-def _is_gpu(device: torch.device) -> bool:
-    return device.type == "cuda"
-
-
 def _now(device: torch.device) -> float:
-    if _is_gpu(device):
+    if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
-def _measure_rank(rank: int, options: argparse.Namespace, folder: str) -> None:
-    """One rank; the first writes what the worst of them found."""
-    device = torch.device(options.device)
-    if _is_gpu(device):
-        device = torch.device("cuda", rank)
-        torch.cuda.set_device(device)
-    else:
-        torch.set_num_threads(1)
-    backend = "nccl" if _is_gpu(device) else "gloo"
-    store = f"file://{folder}/store"
-    dist.init_process_group(backend, store, rank=rank, world_size=options.ranks, timeout=_TIMEOUT)
+def _compare(
+    rank: int, device: torch.device, options: argparse.Namespace, join: Callable[[], None]
+) -> dict[str, float]:
+    """On every rank: the worst that any of them found."""
+    join()
     found = {}
-    for part in (sharded_weights, tables_in_columns):
+    for title, part in (("FSDP2, bfloat16", sharded_weights), ("columns", tables_in_columns)):
         everyone: list[Any] = [None] * options.ranks
         dist.all_gather_object(everyone, part(rank, options, device))
-        found[part.__name__] = {name: max(one[name] for one in everyone) for name in everyone[0]}
-    if rank == 0:
-        Path(folder, "found.json").write_text(json.dumps(found))
-    dist.destroy_process_group()
+        found |= {f"{title}: {name}": max(one[name] for one in everyone) for name in everyone[0]}
+    return found
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Compute, print, judge: 1 if an error is over its bound."""
-    parser = report.parser("cluster_agreement", __doc__, **OPTIONS)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", choices=("cpu", "cuda"), default=device, help="(default: %(default)s)")
-    report.add_markdown(parser)
-    options = parser.parse_args(arguments)
-    with tempfile.TemporaryDirectory() as folder:
-        method = "spawn" if options.device == "cuda" else "fork"
-        torch.multiprocessing.start_processes(_measure_rank, (options, folder), options.ranks, start_method=method)
-        found = json.loads(Path(folder, "found.json").read_text())
-    weights, tables = found["sharded_weights"], found["tables_in_columns"]
-    rows = [
-        ("FSDP2, bfloat16: logits, error over its bound", f"{weights['logits']:.2g}"),
-        ("FSDP2, bfloat16: tables, error over its bound", f"{weights['tables']:.2g}"),
-        *[(name, f"{weights[name]:.2g}") for name in list(weights)[2:]],
-        ("columns: worst of outputs, gradients and tables, over its bound", f"{tables['error over its bound']:.2g}"),
-        *[(f"columns: {name}", f"{tables[name]:,.0f}") for name in list(tables)[1:]],
-    ]
-    legend = (f"{options.ranks} ranks on {options.device}, {os.cpu_count()} cores", f"torch {torch.__version__}")
-    legend = (*legend, ", ".join(f"{name.replace('_', '-')} {getattr(options, name)}" for name in OPTIONS))
-    report.show(legend, [report.Table("Several cards beside one", ("", "worst rank"), rows)], markdown=options.markdown)
-    return int(max(weights["logits"], weights["tables"], tables["error over its bound"]) >= 1)
+    options = ranks.parser("cluster_agreement", __doc__, **OPTIONS).parse_args(arguments)
+    found = ranks.run(_compare, options)
+    rows = [(name, f"{x:.2g}" if x < 10 else f"{x:,.0f}") for name, x in found.items()]
+    sizes = ", ".join(f"{name.replace('_', '-')} {getattr(options, name)}" for name in OPTIONS)
+    table = report.Table("Several cards beside one", ("", "worst rank"), rows)
+    report.show((ranks.where(options), sizes), [table], markdown=options.markdown)
+    return int(any(not x < 1 for name, x in found.items() if name.endswith(_OVER)))
 
 
 if __name__ == "__main__":

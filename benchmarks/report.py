@@ -87,6 +87,12 @@ def add_markdown(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--markdown", action="store_true", help="print the tables in Markdown")
 
 
+def add_check(parser: argparse.ArgumentParser) -> None:
+    """The option of all that state bounds."""
+    text = "fail where a bound does not hold or was not measured"
+    parser.add_argument("--check", action="store_true", help=text)
+
+
 def add_judging(parser: argparse.ArgumentParser, default: Sequence[str] = ()) -> None:
     """The options of what states bounds and can be held against another commit; a choice of workloads with defaults."""
     add = parser.add_argument
@@ -94,7 +100,7 @@ def add_judging(parser: argparse.ArgumentParser, default: Sequence[str] = ()) ->
         text = f"of {', '.join(WORKLOADS)} (default: {' '.join(default)})"
         add("--workload", nargs="+", choices=WORKLOADS, metavar="NAME", help=text)
     add_markdown(parser)
-    add("--check", action="store_true", help="fail where a bound does not hold or was not measured")
+    add_check(parser)
     add("--against", type=tree, metavar="PATH", help="time this tree beside another commit's, and nothing else")
     add("--pairs", type=count, default=30, help="of --against, for each case (default: %(default)s)")
 
