@@ -1,11 +1,12 @@
 """Functions run in processes of their own: one that dies, hangs or spoils its CUDA context takes no other with it."""
 
+import contextlib
 import importlib
 import multiprocessing
 import os
-import queue
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -86,28 +87,22 @@ def run_all(tasks: Sequence[Task], workers: int, limit: float) -> Iterator[Outco
         workers: how many processes work side by side; one takes task after task until a task fails in it.
         limit: seconds after which a task is ended.
     """
-    idle: queue.SimpleQueue[Worker | None] = queue.SimpleQueue()
+    own = threading.local()
 
     def run(task: Task) -> Outcome:
         started, result, error = time.perf_counter(), None, ""
-        worker, kept = idle.get() or Worker(), None
+        own.worker = getattr(own, "worker", None) or everyone.enter_context(Worker())
         try:
-            result = worker.run(task.function, *task.arguments, limit=limit)
-            kept = worker
+            result = own.worker.run(task.function, *task.arguments, limit=limit)
         except RuntimeError as raised:
             error = str(raised)
-            worker.__exit__()  # a CUDA error stays with its process
-        idle.put(kept)
+            own.worker.__exit__()  # a CUDA error stays with its process
+            own.worker = None
         return Outcome(task, result, error, time.perf_counter() - started)
 
-    for _ in range(workers):
-        idle.put(None)
-    with ThreadPoolExecutor(workers) as pool:
+    with contextlib.ExitStack() as everyone, ThreadPoolExecutor(workers) as pool:
         for future in as_completed([pool.submit(run, task) for task in tasks]):
             yield future.result()
-    for _ in range(workers):
-        if worker := idle.get():
-            worker.__exit__()
 
 
 def _serve(connection: Connection) -> None:
