@@ -30,6 +30,8 @@ import numpy as np
 import fwpkm
 from fwpkm import FwPKMConfig, Memory, PackedState, State, reference
 from fwpkm.agreement import BOUNDS, relative_error
+from fwpkm.conformance.running import as_numpy, native
+from fwpkm.conformance.strategies import draw_tokens
 from fwpkm.diagnostics.record import open_recording
 from fwpkm.files import layer_spec
 from fwpkm.tokens import Tokens
@@ -141,8 +143,8 @@ def kill_recordings(folder: Path, kills: int) -> str:
     Raises:
         AssertionError: a call is missing that was said to be written.
     """
-    state, tokens = reference.init_state(SAVED, reference.init_memory(SAVED), 1), _draw(SAVED, 1, 20)
-    _, after, trace = reference.apply(SAVED, state, *(x.astype("f4") for x in (tokens.query, tokens.value)))
+    state, tokens = reference.init_state(SAVED, reference.init_memory(SAVED), 1), _drawn(SAVED, 1, 20)
+    _, after, trace = reference.apply(SAVED, state, **tokens.map(lambda x: x.astype("f4")).present())
     said, path, total, cut = mmap.mmap(-1, 8), folder / "file", 0, 0
 
     def recording() -> None:
@@ -187,11 +189,8 @@ def _killed(forever: Callable[[], None], seconds: float) -> None:
 # --- A long reading in pieces ---
 
 
-def _draw(cfg: FwPKMConfig, rows: int, length: int) -> Tokens:
-    """float64 tokens ``[rows, length, ...]``."""
-    rng, shape = np.random.default_rng(0), (rows, length)
-    query = rng.uniform(-1, 1, (*shape, cfg.num_heads * cfg.key_dim))
-    return Tokens(query, rng.normal(size=(*shape, cfg.value_dim)), rng.uniform(size=shape))
+def _drawn(cfg: FwPKMConfig, rows: int, length: int) -> Tokens:
+    return draw_tokens(np.random.default_rng(0), cfg, rows, length, left_out=["mask"])
 
 
 def _resident() -> int:
@@ -205,9 +204,8 @@ class Soak:
     def __init__(self, backend: str, length: int, rows: int = 8) -> None:
         """One batch of all rows, whose tokens begin anew after ``length``."""
         self.be: Any = fwpkm.get_backend(backend)
-        self.rng, self.cfg, self.tokens = np.random.default_rng(0), READ, _draw(READ, rows, length)
-        memory = reference.init_memory(self.cfg)
-        self.memory = Memory(*(self.be.asarray(x.astype("f8"), "float64") for x in memory))
+        self.rng, self.cfg, self.tokens = np.random.default_rng(0), READ, _drawn(READ, rows, length)
+        self.memory = native(self.be, Memory(*(x.astype("f8") for x in reference.init_memory(self.cfg))))
         self.batches = [(list(range(rows)), self.be.init_state(self.cfg, self.memory, rows))]
         self.read = np.zeros(rows, np.int64)
         self.sums = np.zeros((rows, self.cfg.value_dim))
@@ -247,17 +245,15 @@ class Soak:
         sizes = self.rng.integers(0, 2 * self.cfg.chunk_size, len(rows))
         if not sizes.any():
             return
-        tokens, ends = self.pieces(rows, self.read[rows], sizes), np.cumsum([0, *sizes])
-        options: dict[str, Any] = {"inplace": bool(self.rng.integers(2))}
-        masked = not self.rng.integers(2)
+        tokens, ends = self.pieces(rows, self.read[rows], sizes), np.cumsum([0, *sizes]).astype(np.int32)
+        inplace, masked = bool(self.rng.integers(2)), not self.rng.integers(2)
         self.calls["masked" if masked else "packed"] += 1
         if masked:
             length = int(sizes.max()) + int(self.rng.integers(3))
             mask = np.stack([self.rng.permutation(length) < n for n in sizes])
-            tokens, options["mask"] = tokens.map(partial(_padded, mask)), self.be.asarray(mask, "bool")
-        else:
-            options["cu_seqlens"] = self.be.asarray(ends.astype(np.int32), "int32")
-        output, state, _ = self.be.apply(self.cfg, state, **self._native(tokens), **options)
+            tokens = tokens.map(partial(_padded, mask))._replace(mask=mask)
+        options = {} if masked else {"cu_seqlens": native(self.be, ends)}
+        output, state, _ = self.be.apply(self.cfg, state, **self._native(tokens), **options, inplace=inplace)
         outputs = self.be.to_numpy(output)[mask if masked else 0]
         for row, start, stop in zip(rows, ends, ends[1:]):
             self.sums[row] += outputs[start:stop].sum(0)
@@ -265,7 +261,7 @@ class Soak:
         self.batches[chosen] = (rows, state)
 
     def _native(self, tokens: Tokens) -> dict[str, Any]:
-        return tokens.map(lambda x: self.be.asarray(x, "float64")).present()
+        return native(self.be, tokens).present()
 
     @property
     def nbytes(self) -> int:
@@ -275,14 +271,13 @@ class Soak:
     def error(self) -> float:
         """The worst relative error against one call for each sequence, of tables, pending tokens and summed outputs."""
         worst = 0.0
-        for rows, state in self.batches:
-            for b, row in enumerate(rows):
-                tokens, fresh = self.pieces([row], [0], self.read[[row]]), self.be.init_state(self.cfg, self.memory, 1)
-                output, once, _ = self.be.apply(self.cfg, fresh, **self._native(tokens))
-                own = self.be.select(self.cfg, state, [b])
-                pairs = [(x, y) for x, y in zip((*own.memory, *own.pending), (*once.memory, *once.pending))]
-                errors = [relative_error(self.be.to_numpy(x), self.be.to_numpy(y)) for x, y in pairs]
-                worst = max(worst, *errors, relative_error(self.sums[row], self.be.to_numpy(output)[0].sum(0)))
+        for row, b, state in ((row, b, state) for rows, state in self.batches for b, row in enumerate(rows)):
+            tokens, fresh = self.pieces([row], [0], self.read[[row]]), self.be.init_state(self.cfg, self.memory, 1)
+            output, once, _ = self.be.apply(self.cfg, fresh, **self._native(tokens))
+            own = self.be.select(self.cfg, state, [b])
+            pairs = as_numpy(self.be, tuple(zip((*own.memory, *own.pending), (*once.memory, *once.pending))))
+            summed = self.sums[row], self.be.to_numpy(output)[0].sum(0)
+            worst = max(worst, *(relative_error(x, y) for x, y in (*pairs, summed)))
         return worst
 
 
