@@ -137,13 +137,12 @@ def _timed(step: Step, device: torch.device) -> float:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, judge. Returns 1 if ``--check`` was given and a bound does not hold, else 0."""
     counts = {"rows": (4, "of the one alone, and of each in weak scaling"), "repeats": (7, "rounds")}
-    parser = ranks.parser("cluster", __doc__, **counts)
+    parser = ranks.parser("cluster", __doc__, "check", **counts)
     add = parser.add_argument
     configs = Path(__file__).parents[1] / "examples" / "language_model" / "configs"
     add("--workload", choices=WORKLOADS, metavar="NAME", default="step-128", help="of the layer: config and length")
     add("--experiment", type=Path, default=configs / "tiny.toml", help="of the language model")
     add("--compile", action="store_true", help="use torch.compile in the language model")
-    report.add_check(parser)
     options = parser.parse_args(arguments)
     if options.rows % options.ranks:
         parser.error(f"--rows must be a multiple of --ranks, {options.ranks}. Received: {options.rows}")

@@ -1,9 +1,7 @@
 """Two commits side by side: ``--against PATH`` of ``python -m benchmarks.cpu``, ``.frameworks`` and ``.gpu``.
 
-Every case runs in two processes, one importing this tree's package and one the other's, which take turns in pairs (A B,
-B A, A B, ...) on the same inputs from the same tables; both must come to the same outputs. Imports, compilation and
-warming up are not timed. The ratio is taken within pairs; the interval of its median is one of order statistics, so no
-distribution is assumed. Cases use public functions alone, so that they run on older commits.
+Every case runs in two processes, one importing this tree's package and one the other's, on the same inputs from the
+same tables (docs/benchmarks.md says how). Cases use public functions alone, so that they run on older commits.
 """
 
 import argparse
@@ -154,7 +152,7 @@ def main(subject: str, options: argparse.Namespace, workloads: Sequence[str] | N
 
     Args:
         subject: of ``CASES``.
-        options: of :func:`benchmarks.report.add_judging`.
+        options: ``report.JUDGED``.
         workloads: for every case, instead of its own.
 
     Returns:

@@ -55,9 +55,8 @@ def cpu_seconds(program: str) -> tuple[float, float, float]:
 
 def main() -> None:
     """Print the table."""
-    parser = report.parser("compile_time", __doc__, runs=(3, "fresh processes for each program"))
-    report.add_markdown(parser)
-    args = parser.parse_args()
+    runs = (3, "fresh processes for each program")
+    args = report.parser("compile_time", __doc__, "markdown", runs=runs).parse_args()
     import jax  # noqa: F401  its version stands above the table
 
     rows = []

@@ -95,8 +95,7 @@ CONTESTANTS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, judge. Returns 1 if ``--check`` was given and a bound does not hold, else 0."""
-    parser = report.parser("cpu", __doc__, repeats=(7, "rounds"))
-    report.add_judging(parser, _WORKLOADS)
+    parser = report.parser("cpu", __doc__, "workload", *report.JUDGED, repeats=(7, "rounds"))
     options = parser.parse_args(arguments)
     if options.against:
         return compare.main("cpu", options, options.workload)

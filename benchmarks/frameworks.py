@@ -1,8 +1,7 @@
 """The JAX backend beside the torch backend, on the CPU or a GPU: ``python -m benchmarks.frameworks``.
 
-Forward = all tokens from a state, whose tables are rewritten in place (torch: inplace=True; JAX: jitted, the state
-donated). Training = the same, and the gradients of a random cotangent on the outputs with respect to query, value and
-gate. Every round draws new inputs. JAX's scoring is timed alone, and subtracted for the growth with N.
+Every round draws new inputs, which both read from the same tables. JAX's scoring is timed alone, and subtracted for the
+growth with N.
 
 With ``--keras`` also the Keras layer over the native layer of the framework it runs on: with the same weights, from a
 fresh state, without gradients. Keras takes its backend from KERAS_BACKEND, so each has a process of its own.
@@ -87,8 +86,7 @@ class JaxSteps:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, judge. Returns 1 if ``--check`` was given and a bound does not hold, else 0."""
-    parser = report.parser("frameworks", __doc__, repeats=(7, "rounds"))
-    report.add_judging(parser, _WORKLOADS)
+    parser = report.parser("frameworks", __doc__, "workload", *report.JUDGED, repeats=(7, "rounds"))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of torch; JAX takes its default one")
     parser.add_argument("--keras", metavar="NAME", choices=WORKLOADS, help="also the Keras layer over the native one")
     options = parser.parse_args(arguments)

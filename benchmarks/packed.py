@@ -45,9 +45,8 @@ def _ms(seconds: float) -> str:
 
 def main() -> None:
     """Print the table."""
-    parser = report.parser("packed", __doc__, value_dim=(256, "Dv"))
+    parser = report.parser("packed", __doc__, "markdown", value_dim=(256, "Dv"))
     parser.add_argument("--tokens", type=report.count, nargs="+", default=[4096, 20480], help="numbers of tokens")
-    report.add_markdown(parser)
     args = parser.parse_args()
     rows: list[Any] = []
     for name, cfg in CONFIGS.items():

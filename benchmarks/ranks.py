@@ -17,12 +17,11 @@ from benchmarks import report
 _TIMEOUT = datetime.timedelta(minutes=5)
 
 
-def parser(name: str, about: str, **counts: tuple[int | None, str]) -> argparse.ArgumentParser:
+def parser(name: str, about: str, *options: str, **counts: tuple[int | None, str]) -> argparse.ArgumentParser:
     """As :func:`benchmarks.report.parser`, with the options of ranks and of what prints tables."""
-    made = report.parser(name, about, ranks=(2, "processes, a card each"), **counts)
+    made = report.parser(name, about, "markdown", *options, ranks=(2, "processes, a card each"), **counts)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     made.add_argument("--device", choices=("cpu", "cuda"), default=device, help="(default: %(default)s)")
-    report.add_markdown(made)
     return made
 
 

@@ -4,7 +4,7 @@ import argparse
 import pathlib
 import sys
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Column
@@ -66,13 +66,7 @@ class Table(NamedTuple):
         return grid
 
 
-def parser(name: str, about: str, **counts: tuple[int | None, str]) -> argparse.ArgumentParser:
-    """Of ``python -m benchmarks.name``, with options that count something: their default and what it is."""
-    made = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=about.partition("\n")[0])
-    for option, (default, text) in counts.items():
-        text += " (default: %(default)s)" * (default is not None)
-        made.add_argument(f"--{option.replace('_', '-')}", type=count, default=default, help=text)
-    return made
+# --- Options ---
 
 
 def count(text: str) -> int:
@@ -82,29 +76,6 @@ def count(text: str) -> int:
     return int(text)
 
 
-def add_markdown(parser: argparse.ArgumentParser) -> None:
-    """The option of all that print tables."""
-    parser.add_argument("--markdown", action="store_true", help="print the tables in Markdown")
-
-
-def add_check(parser: argparse.ArgumentParser) -> None:
-    """The option of all that state bounds."""
-    text = "fail where a bound does not hold or was not measured"
-    parser.add_argument("--check", action="store_true", help=text)
-
-
-def add_judging(parser: argparse.ArgumentParser, default: Sequence[str] = ()) -> None:
-    """The options of what states bounds and can be held against another commit; a choice of workloads with defaults."""
-    add = parser.add_argument
-    if default:
-        text = f"of {', '.join(WORKLOADS)} (default: {' '.join(default)})"
-        add("--workload", nargs="+", choices=WORKLOADS, metavar="NAME", help=text)
-    add_markdown(parser)
-    add_check(parser)
-    add("--against", type=tree, metavar="PATH", help="time this tree beside another commit's, and nothing else")
-    add("--pairs", type=count, default=30, help="of --against, for each case (default: %(default)s)")
-
-
 def tree(text: str) -> pathlib.Path:
     """An option that names the tree of a commit: the folder that fwpkm is to be imported from."""
     root = pathlib.Path(text).resolve()
@@ -112,6 +83,40 @@ def tree(text: str) -> pathlib.Path:
         if (folder / "fwpkm" / "__init__.py").exists():
             return folder
     raise argparse.ArgumentTypeError(f"must be a folder that holds src/fwpkm, as a checkout does. Received: {text}")
+
+
+_NAMES = ", ".join(WORKLOADS)
+OPTIONS: dict[str, dict[str, Any]] = {
+    "workload": {
+        "nargs": "+",
+        "choices": WORKLOADS,
+        "metavar": "NAME",
+        "help": f"of {_NAMES} (default: the command's own)",
+    },
+    "markdown": {"action": "store_true", "help": "print the tables in Markdown"},
+    "check": {"action": "store_true", "help": "fail where a bound does not hold or was not measured"},
+    "against": {"type": tree, "metavar": "PATH", "help": "time this tree beside another commit's, and nothing else"},
+    "pairs": {"type": count, "default": 30, "help": "of --against, for each case (default: %(default)s)"},
+}
+"""What several commands take, by name."""
+JUDGED = ("markdown", "check", "against", "pairs")
+"""Those of what states bounds and can be held against another commit."""
+
+
+def parser(name: str, about: str, *options: str, **counts: tuple[int | None, str]) -> argparse.ArgumentParser:
+    """Of ``python -m benchmarks.name``, with some of ``OPTIONS``, and with others that count something: their default
+    and what it is.
+    """
+    made = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=about.partition("\n")[0])
+    for option, (default, text) in counts.items():
+        text += " (default: %(default)s)" * (default is not None)
+        made.add_argument(f"--{option.replace('_', '-')}", type=count, default=default, help=text)
+    for option in options:
+        made.add_argument(f"--{option}", **OPTIONS[option])
+    return made
+
+
+# --- Tables ---
 
 
 def show(legend: Sequence[str], tables: Sequence[Table], *, markdown: bool) -> None:

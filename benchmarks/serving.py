@@ -156,12 +156,11 @@ def _mean(sizes: dict[Any, int]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Print the table; 1 where a user was written what it would not have been written alone."""
-    parser = report.parser("serving", __doc__, **OPTIONS, **UNTRAINED)
+    parser = report.parser("serving", __doc__, "markdown", **OPTIONS, **UNTRAINED)
     parser.add_argument("--dtype", choices=("float32", "float64"), default="float32", help="(default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="a torch device (default: %(default)s)")
     parser.add_argument("--language-model", type=Path, help="a folder of examples/language_model's train or run")
     parser.add_argument("--folder", help="where users are kept; a new one that is removed if left out")
-    report.add_markdown(parser)
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as temporary:
         table, mixed = measure(args, args.folder or temporary)
