@@ -6,7 +6,6 @@ NaN before the kernels write it, and all is computed twice for equal bits. Then 
 itself. What did not agree is not timed, and the exit status is 1.
 """
 
-import argparse
 import importlib
 import os
 import secrets
@@ -14,11 +13,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 
-from benchmarks import compare, gpu_agreement, gpu_graphs, gpu_report, gpu_speed, report
+from benchmarks import compare, gpu_agreement, gpu_graphs, gpu_report, gpu_speed, measure, report
 from benchmarks.findings import Report, equal
 from benchmarks.worker import Outcome, Task, run_all
 from benchmarks.workloads import WORKLOADS, Workload
@@ -33,8 +31,8 @@ _LEGEND = (
 SECTIONS = ("agreement", "bits", "graphs", "conform", "speed", "rows", "decode")
 DTYPE = "bfloat16"
 """Of the inputs that are timed."""
-TINY = WORKLOADS["tiny-kernels"]
-_CHECK_LIMIT, _TIMING_LIMIT = 240.0, 120.0
+CHECK_LIMIT, TIMING_LIMIT = 240.0, 120.0
+"""Seconds that a task may take."""
 _ROWS = "train-512"
 """What rows that are not alike are timed at."""
 _TIMED = dict.fromkeys(
@@ -50,32 +48,21 @@ _DECODED = Workload("decode-512", WORKLOADS["decode-512"].config, batch=1, lengt
 _CONFORM_SHAPES = 10
 
 
-def checks(seed: int, tiny: bool) -> list[Task]:
-    """Tasks that may run side by side, long ones first; each returns a ``Report``.
-
-    ``tiny`` ones are for tests of this command in Triton's interpreter.
-    """
+def checks(seed: int) -> list[Task]:
+    """Tasks that may run side by side, long ones first; each returns a ``Report``."""
 
     def eager(section: str, workload: Workload, dtype: str, *options: bool) -> Task:
         name = f"eager at {workload.name}, {dtype}: {workload}"
         return Task(section, name, gpu_agreement.agree, (workload, dtype, seed, *options))
 
-    def small(name: str, *numbers: Sequence[int]) -> Task:
-        return Task("agreement", f"float64 at small shapes: {name}", gpu_agreement.drawn, (name, seed, *numbers))
+    def small(name: str) -> Task:
+        return Task("agreement", f"float64 at small shapes: {name}", gpu_agreement.drawn, (name, seed))
 
-    def streams(numbers: range, *longest: int) -> Task:
+    def streams(numbers: range) -> Task:
         name = f"ragged streams, against eager: {numbers.start} to {numbers.stop - 1}"
-        return Task("agreement rows", name, gpu_agreement.streams, (numbers, *longest))
+        return Task("agreement rows", name, gpu_agreement.streams, (numbers,))
 
-    def bits(*arguments: Any) -> list[Task]:
-        return [Task("bits", f"bits: process {number}", gpu_graphs.repeatable, arguments) for number in (1, 2)]
-
-    if tiny:
-        return [
-            *(eager("agreement speed", TINY, "float32"), small("tiny", (2,)), *bits(TINY, "float32", seed, 2)),
-            Task("decode", "decode, against eager", gpu_graphs.decoded, (TINY, "float32", seed)),
-            streams(range(3, 4), 3),
-        ]
+    bits = WORKLOADS["shared-512"], DTYPE, seed
     return [
         *(eager(_TIMED[name], WORKLOADS[name], DTYPE, name != "read-128k-512") for name in _TIMED),
         *(streams(range(first, first + 10)) for first in range(0, 40, 10)),
@@ -85,14 +72,14 @@ def checks(seed: int, tiny: bool) -> list[Task]:
         Task("decode graphs", "decode in a CUDA graph, against eager", gpu_graphs.decoded, (_DECODED, DTYPE, seed)),
         *(eager("agreement", _TAIL, dtype, True, True) for dtype in ("float32", "bfloat16", "float16")),
         *map(small, gpu_agreement.SHAPES),
-        *bits(WORKLOADS["shared-512"], DTYPE, seed),
+        *(Task("bits", f"bits: process {number}", gpu_graphs.repeatable, bits) for number in (1, 2)),
         Task("graphs", "a training step: no wait, CUDA graph", gpu_graphs.training, (_STEP, DTYPE, seed)),
         Task("conform", "fwpkm conform: 40 cases", conform, ("--cases", "40")),
         *(Task("agreement", f"vectors: {name}", gpu_agreement.vector, (name,)) for name in vectors.names()),
     ]
 
 
-def timings(tiny: bool) -> list[Task]:
+def timings() -> list[Task]:
     """Tasks that need the GPU to themselves."""
 
     def task(name: str, function: Callable = gpu_speed.speed, prefix: str = "", section: str = "speed") -> Task:
@@ -102,24 +89,12 @@ def timings(tiny: bool) -> list[Task]:
         arguments = batch, length, WORKLOADS["shared-512"].config.value_dim, DTYPE
         return Task("speed", f"attention: B={batch} T={length}", gpu_speed.attention, arguments)
 
-    def rows(workload: Workload, dtype: str, batch: int, *samples: int) -> list[Task]:
-        return [
-            Task("rows", "rows: mask", gpu_speed.masked, (workload, dtype, *samples)),
-            Task("rows", f"rows: {batch}", gpu_speed.ragged, (workload, dtype, batch, *samples)),
-        ]
-
-    if tiny:
-        return [
-            Task("speed", "copy bandwidth", gpu_speed.bandwidth, (2**20,)),
-            Task("speed", TINY.name, gpu_speed.speed, (TINY, "float32", 1)),
-            Task("decode", f"decode: {TINY.name}", gpu_speed.decoding, (TINY, "float32")),
-            *rows(TINY, "float32", 3, 1),
-        ]
     return [
         Task("speed", "copy bandwidth", gpu_speed.bandwidth),
         *map(task, ("shared-512", "train-512", "shared-256", "shared-1024", "shared-2048")),
         task("decode-512", gpu_speed.decoding, "decode: ", "decode"),
-        *rows(WORKLOADS[_ROWS], DTYPE, 32),
+        Task("rows", "rows: mask", gpu_speed.masked, (WORKLOADS[_ROWS], DTYPE)),
+        Task("rows", "rows: 32", gpu_speed.ragged, (WORKLOADS[_ROWS], DTYPE, 32)),
         attention(8, 4096),
         *(task(f"shared-{s}", gpu_speed.kernels, "kernels: ") for s in (256, 512, 1024)),
         *(task(name, gpu_speed.initial_state, "initial state: ") for name in ("shared-512", "train-512")),
@@ -153,28 +128,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         2 where there is no CUDA device; 1 where something raised or did not agree, or, with ``--check``, where a target
         is missed or was not measured; else 0.
     """
-    options = _parser().parse_args(arguments)
+    workers = min(12, len(os.sched_getaffinity(0)))
+    parser = report.parser("gpu", __doc__, *report.JUDGED, workers=(workers, "checks side by side"))
+    sections = f"of {', '.join(SECTIONS)} (default: all); speed, rows and decode first compare what they time"
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS, metavar="SECTION", help=sections)
+    parser.add_argument("--seed", type=int, help="of inputs and tables (default: another one in every run)")
+    options, started = parser.parse_args(arguments), time.perf_counter()
     importlib.import_module("triton")  # whose version stands above the tables
-    tiny, started = options.interpret, time.perf_counter()
-    if tiny:
-        os.environ["TRITON_INTERPRET"] = "1"  # read by the processes that import the kernels
-    elif not torch.cuda.is_available():
+    if not (torch.cuda.is_available() or measure.INTERPRETED):
         finds = f"torch {torch.__version__} finds none here: torch.cuda.is_available() is False"
         _say(f"python -m benchmarks.gpu needs a CUDA device, and {finds}")
         return 2
     if options.against:
-        return compare.main("gpu", options, [TINY.name] if tiny else None)
+        return compare.main("gpu", options)
     for threads in ("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"):  # many processes on few cores
         os.environ.setdefault(threads, "1")
-    sections, seed = set(options.only), secrets.randbits(31) if options.seed is None else options.seed
+    only, seed = set(options.only), secrets.randbits(31) if options.seed is None else options.seed
     _say(f"seed {seed}")
-    patience = 4 if tiny else 1
-    checked = _check(chosen(sections, checks(seed, tiny)), options.workers, patience * _CHECK_LIMIT)
-    planned = chosen(sections, timings(tiny))
+    checked = _check(chosen(only, checks(seed)), options.workers)
+    planned = chosen(only, timings())
     admitted = [task for task in planned if gpu_report.agreed(checked, task)]
-    timed = _run(admitted, 1, patience * _TIMING_LIMIT)
+    timed = _run(admitted, 1, TIMING_LIMIT)
     found = {f"{x.task.name}/{name}": samples for x in timed if x.result for name, samples in x.result.items()}
-    claims = [] if tiny else list(gpu_report.targets(found, sections))
+    claims = list(gpu_report.targets(found, only))
     notes = [f"{x.task.name}: {note}" for x in checked if x.result for note in x.result.notes]
     legend = (*_LEGEND, f"seed {seed}; the whole run took {time.perf_counter() - started:.0f} s", *notes)
     missed = report.conclude(legend, gpu_report.tables(checked, found, claims), claims, options)
@@ -184,11 +160,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return int(bool(missed or failed))
 
 
-def _check(tasks: list[Task], workers: int, limit: float) -> list[Outcome]:
+def _check(tasks: list[Task], workers: int) -> list[Outcome]:
     """Run the checks side by side; those that found too little memory beside the others again, alone."""
-    outcomes = {outcome.task.name: outcome for outcome in _run(tasks, workers, limit)}
+    outcomes = {outcome.task.name: outcome for outcome in _run(tasks, workers, CHECK_LIMIT)}
     crowded = [outcome.task for outcome in outcomes.values() if "OutOfMemoryError" in outcome.error]
-    outcomes |= {outcome.task.name: outcome for outcome in _run(crowded, 1, limit)}
+    outcomes |= {outcome.task.name: outcome for outcome in _run(crowded, 1, CHECK_LIMIT)}
     ordered = [outcomes[task.name] for task in tasks]
     digests = [x.result.notes for x in ordered if x.task.section == "bits" and x.result]
     if len(digests) == 2:
@@ -210,17 +186,6 @@ def _run(tasks: list[Task], workers: int, limit: float) -> list[Outcome]:
 def _say(*lines: str) -> None:
     for line in lines:
         print(line, file=sys.stderr, flush=True)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = report.parser("gpu", __doc__, workers=(min(12, len(os.sched_getaffinity(0))), "checks side by side"))
-    sections = f"of {', '.join(SECTIONS)} (default: all); speed, rows and decode first compare what they time"
-    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS, metavar="SECTION", help=sections)
-    parser.add_argument("--seed", type=int, help="of inputs and tables (default: another one in every run)")
-    report.add_judging(parser)
-    # For tests, where there is no GPU: a few tiny shapes in Triton's interpreter.
-    parser.add_argument("--interpret", action="store_true", help=argparse.SUPPRESS)
-    return parser
 
 
 if __name__ == "__main__":

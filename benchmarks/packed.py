@@ -5,13 +5,11 @@ of 8,192 drawn by Zipf's law (the i-th with a probability of about 1/i), each wi
 state is packed beside the initial memory, with all bits and with rows in bfloat16, and unpacked again.
 """
 
-import dataclasses
-from typing import Any
-
 import torch
 
 import fwpkm.backends.torch as be
 from benchmarks import report
+from benchmarks.findings import same_bits
 from benchmarks.measure import timed
 from fwpkm import FwPKMConfig
 
@@ -29,8 +27,7 @@ def measure(cfg: FwPKMConfig, lengths: list[int]) -> list[tuple[str, ...]]:
         _, state = layer(embeddings[words[start:stop]][None], state, inplace=True)
         seconds, packed = timed(be.pack, cfg, state, memory)
         again, unpacked = timed(be.unpack, cfg, packed, memory)
-        tables = zip(state.memory, unpacked.memory)
-        if not all(torch.equal(x.view(torch.int32), y.view(torch.int32)) for x, y in tables):
+        if not same_bits(state.memory, unpacked.memory):
             raise AssertionError("the tables that were unpacked have other bits")
         rounded, table = be.pack(cfg, state, memory, "bfloat16"), be.nbytes(state)
         fractions = (len(packed.slots) / cfg.num_slots, packed.nbytes / table, rounded.nbytes / table)
@@ -45,13 +42,10 @@ def _ms(seconds: float) -> str:
 
 def main() -> None:
     """Print the table."""
-    parser = report.parser("packed", __doc__, "markdown", value_dim=(256, "Dv"))
+    parser = report.parser("packed", __doc__, "markdown")
     parser.add_argument("--tokens", type=report.count, nargs="+", default=[4096, 20480], help="numbers of tokens")
     args = parser.parse_args()
-    rows: list[Any] = []
-    for name, cfg in CONFIGS.items():
-        cfg = dataclasses.replace(cfg, value_dim=args.value_dim)
-        rows += [(name, *row) for row in measure(cfg, sorted(args.tokens))]
+    rows = [(name, *row) for name, cfg in CONFIGS.items() for row in measure(cfg, sorted(args.tokens))]
     sizes = ("state, MiB", "packed, MiB", "bfloat16, MiB")
     fractions = ("rows that differ", "packed of state", "bfloat16 of state")
     columns = ("table", "tokens", *sizes, *fractions, "pack, ms", "unpack, ms")

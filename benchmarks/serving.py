@@ -40,14 +40,11 @@ OPTIONS: dict[str, tuple[int | None, str]] = {
     "answer": (16, "bytes of an answer"),
     "rows": (8, "tables of each memory"),
     "in_memory": (24, "users packed in memory"),
-    "piece": (64, "bytes of a text that a call reads"),
-    "turn": (64, "calls until a user who is not done gives up the row"),
     "checked": (4, "users read again alone"),
 }
 UNTRAINED: dict[str, tuple[int | None, str]] = {
     "width": (64, "Dk, Dv and width of the untrained model"),
     "num_subkeys": (64, "its S"),
-    "layers": (2, "its memories"),
     "chunk": (64, "its C"),
 }
 
@@ -79,7 +76,7 @@ class _Client:
 def measure(args: argparse.Namespace, folder: str) -> tuple[report.Table, bool]:
     """Serve all users to the end, then check some: the measurements, and whether too many bytes were others."""
     model = _model(args)
-    engine = Engine(model, folder, args.rows, args.in_memory, args.piece, args.turn)
+    engine = Engine(model, folder, args.rows, args.in_memory)
     clients = {f"user {i}": _Client(i, args) for i in range(args.users)}
     start = time.perf_counter()
     steps, turns = _serve(engine, clients, args.users * args.tokens)
@@ -109,7 +106,7 @@ def _model(args: argparse.Namespace) -> Model:
     torch.manual_seed(0)
     size = {"key_dim": args.width, "value_dim": args.width, "num_subkeys": args.num_subkeys}
     config = FwPKMConfig(**size, chunk_size=args.chunk)
-    return ByteModel(config, args.width, args.layers).to(args.device, getattr(torch, args.dtype))
+    return ByteModel(config, args.width).to(args.device, getattr(torch, args.dtype))
 
 
 def _serve(engine: Engine, clients: dict[str, _Client], total: int) -> tuple[list[float], list[float]]:
@@ -160,10 +157,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=("float32", "float64"), default="float32", help="(default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="a torch device (default: %(default)s)")
     parser.add_argument("--language-model", type=Path, help="a folder of examples/language_model's train or run")
-    parser.add_argument("--folder", help="where users are kept; a new one that is removed if left out")
     args = parser.parse_args(argv)
-    with tempfile.TemporaryDirectory() as temporary:
-        table, mixed = measure(args, args.folder or temporary)
+    with tempfile.TemporaryDirectory() as folder:
+        table, mixed = measure(args, folder)
     trained = args.language_model is not None
     names = OPTIONS if trained else OPTIONS | UNTRAINED
     legend = ", ".join(f"{name.replace('_', '-')} {getattr(args, name)}" for name in names)

@@ -1,0 +1,34 @@
+"""``python -m benchmarks.gpu`` with a few tiny tasks in place of its own, for Triton's interpreter."""
+
+import sys
+
+from benchmarks import gpu, gpu_agreement, gpu_graphs, gpu_speed
+from benchmarks.worker import Task
+from benchmarks.workloads import WORKLOADS
+
+TINY = WORKLOADS["tiny-kernels"], "float32"
+
+
+def checks(seed: int) -> list[Task]:
+    return [
+        Task("agreement speed", f"eager at tiny-kernels, float32: {TINY[0]}", gpu_agreement.agree, (*TINY, seed)),
+        Task("agreement", "float64 at small shapes: tiny", gpu_agreement.drawn, ("tiny", seed, (2,))),
+        *(Task("bits", f"bits: process {number}", gpu_graphs.repeatable, (*TINY, seed, 2)) for number in (1, 2)),
+        Task("decode", "decode, against eager", gpu_graphs.decoded, (*TINY, seed)),
+        Task("agreement rows", "ragged streams, against eager: 3", gpu_agreement.streams, (range(3, 4), 3)),
+    ]
+
+
+def timings() -> list[Task]:
+    return [
+        Task("speed", "copy bandwidth", gpu_speed.bandwidth, (2**20,)),
+        Task("speed", "tiny-kernels", gpu_speed.speed, (*TINY, 1)),
+        Task("decode", "decode: tiny-kernels", gpu_speed.decoding, TINY),
+        Task("rows", "rows: mask", gpu_speed.masked, (*TINY, 1)),
+        Task("rows", "rows: 3", gpu_speed.ragged, (*TINY, 3, 1)),
+    ]
+
+
+if __name__ == "__main__":
+    gpu.checks, gpu.timings, gpu.CHECK_LIMIT, gpu.TIMING_LIMIT = checks, timings, 1000.0, 500.0
+    sys.exit(gpu.main())
