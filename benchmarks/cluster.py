@@ -159,8 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _times(found: dict[str, Any], options: argparse.Namespace) -> Table:
     rows = []
     for name, (calls, size) in found["sent"].items():
-        times = [summarize(found["samples"][f"{name}, {part}"]) for part in _PARTS]
-        texts = [spread(None if time is None else time.scaled(1e3)) for time in times]
+        texts = [spread(summarize(found["samples"][f"{name}, {part}"]), factor=1e3) for part in _PARTS]
         rows.append((name, *texts, f"{size / 1e6:.3f} in {calls}"))
     head = (f"alone, {options.rows} rows, ms", f"{options.rows} rows each, ms", f"{options.rows} rows shared, ms")
     return Table("A training step", ("", *head, "sent by a rank, MB in collectives"), rows)
@@ -171,9 +170,8 @@ def _claims(samples: dict[str, list[float]], options: argparse.Namespace) -> lis
     for name in ("layer", "language model"):
         bound = _BOUND if (options.device, options.ranks, name) == ("cuda", 2, "language model") else None
         for part, factor in (("weak", options.ranks), ("strong", 1)):
-            measured = ratio(samples[f"{name}, alone"], samples[f"{name}, {part}"])
-            scaled = None if measured is None else measured.scaled(factor)
-            claims.append(Claim(f"{name}, {part}", scaled, at_least=bound if part == "weak" else None))
+            measured = ratio((factor * x for x in samples[f"{name}, alone"]), samples[f"{name}, {part}"])
+            claims.append(Claim(f"{name}, {part}", measured, at_least=bound if part == "weak" else None))
     return claims
 
 

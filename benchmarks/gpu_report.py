@@ -64,10 +64,10 @@ def targets(timings: Timings, sections: set[str]) -> Iterator[Claim]:
 
 def measured(timings: Timings, quantity: str, over: str = "", unit: float = 1.0) -> Summary | None:
     """A quantity, or its ratio to another: of medians, with the quartiles that are farthest apart."""
-    a, b = summarize(timings.get(quantity, ())), summarize(timings.get(over, ()))
+    a, b = summarize(unit * x for x in timings.get(quantity, ())), summarize(timings.get(over, ()))
     if a and over:
-        a = b and Summary(a.median / b.median, a.low / b.high, a.high / b.low, min(a.size, b.size))
-    return a and a.scaled(unit)
+        return b and Summary(a.median / b.median, a.low / b.high, a.high / b.low, min(a.size, b.size))
+    return a
 
 
 def agrees(outcome: Outcome) -> bool:
@@ -146,7 +146,7 @@ def workload_tables(timings: Timings) -> list[Table]:
         for step in STEPS:
             least, floor = f"{name}/least: {step}", measured(timings, f"{name}/least: {step}", _COPY)
             multiple = floor and measured(timings, f"{name}/{step}", unit=1 / floor.median)
-            cells += [_cell(timings, least, 1e-9), spread(floor and floor.scaled(1e3)), spread(multiple)]
+            cells += [_cell(timings, least, 1e-9), spread(floor, factor=1e3), spread(multiple)]
         floors.append((title, *cells))
     columns = [f"{kind}{text}" for kind in ("", "captured ", "eager ", "attention ") for text in STEPS.values()]
     least = [f"{text}: {what}" for text in STEPS.values() for what in ("least GB", "floor, ms", "time / floor")]

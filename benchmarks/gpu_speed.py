@@ -205,9 +205,16 @@ def _sample(function: Callable[[Any], Any], sets: Sequence[Any], number: int, wa
 
 
 def _extra_bytes(function: Callable[[Inputs], tuple[Tensor, ...]], inputs: Inputs) -> list[float]:
-    """The peak beyond what was there before, and beyond what is returned; nothing where it cannot be measured."""
-    peak, returned = measure.peak_device_bytes(function, inputs)
-    return [] if peak is None else [peak - sum(x.numel() * x.element_size() for x in returned)]
+    """The peak of memory beyond what was there before, and beyond what is returned; nothing without a CUDA device."""
+    if not torch.cuda.is_available():
+        return []
+    measure.free_device_memory()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    returned = function(inputs)
+    torch.cuda.synchronize()
+    return [torch.cuda.max_memory_allocated() - before - sum(x.nbytes for x in returned)]
 
 
 # --- Rows that are not alike ---

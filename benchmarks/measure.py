@@ -44,10 +44,6 @@ class Summary(NamedTuple):
     high: float
     size: int
 
-    def scaled(self, factor: float) -> "Summary":
-        """In another unit."""
-        return Summary(factor * self.median, factor * self.low, factor * self.high, self.size)
-
 
 def summarize(samples: Iterable[float]) -> Summary | None:
     """Median and quartiles, or None where nothing was measured."""
@@ -107,22 +103,6 @@ def device_timed(function: Callable[..., Any], *args: Any) -> tuple[float, Any]:
     torch.cuda.synchronize()
     _, result = timed(run)
     return before.elapsed_time(after) / 1e3, result
-
-
-def peak_device_bytes(function: Callable[..., Any], *args: Any) -> tuple[int | None, Any]:
-    """How far the memory of tensors rose above its start while ``function`` ran, results included, and its result.
-
-    None without a CUDA device.
-    """
-    if not torch.cuda.is_available():
-        return None, function(*args)
-    free_device_memory()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    result = function(*args)
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before, result
 
 
 def free_device_memory() -> None:

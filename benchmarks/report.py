@@ -141,11 +141,11 @@ def conclude(
     return int(bool(broken))
 
 
-def spread(summary: Summary | None, form: str = "{:.3g}") -> str:
-    """A median with its quartiles."""
+def spread(summary: Summary | None, form: str = "{:.3g}", factor: float = 1.0) -> str:
+    """A median with its quartiles, in the unit that the factor leads to."""
     if summary is None:
         return "-"
-    median, low, high = (form.format(number) for number in summary[:3])
+    median, low, high = (form.format(factor * number) for number in summary[:3])
     return f"{median} ({low} to {high})" if summary.size > 1 else median
 
 
@@ -171,13 +171,10 @@ def workload_table(
 ) -> Table:
     """What one workload gave: contestants with their titles, and parts with theirs and the factor to its unit."""
 
-    def cell(name: str, part: str, factor: float) -> str:
-        measured = summarize(samples[workload.name, name, part])
-        return spread(measured and measured.scaled(factor), "{:.1f}")
-
     first, cells = next(iter(columns)), []
     for name, text in rows.items():
-        parts = (cell(name, part, factor) for part, (_, factor) in columns.items())
+        mine = ((summarize(samples[workload.name, name, part]), factor) for part, (_, factor) in columns.items())
+        parts = (spread(summary, "{:.1f}", factor) for summary, factor in mine)
         cells.append((text, str(len(samples[workload.name, name, first])), *parts))
     title = f"{workload.name}: {workload}, value table {workload.table_bytes >> 20} MiB"
     return Table(title, ("", "rounds", *(text for text, _ in columns.values())), cells)
