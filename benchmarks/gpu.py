@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from benchmarks import compare, gpu_agreement, gpu_graphs, gpu_report, gpu_speed, measure, report
+from benchmarks import compare, gpu_agreement, gpu_report, gpu_speed, measure, report
 from benchmarks.findings import Report, equal
 from benchmarks.worker import Outcome, Task, run_all
 from benchmarks.workloads import WORKLOADS, Workload
@@ -68,12 +68,12 @@ def checks(seed: int) -> list[Task]:
         *(streams(range(first, first + 10)) for first in range(0, 40, 10)),
         # Each of conform's shapes compiles, so they do it side by side before the whole run.
         *(Task("conform", f"fwpkm conform: case {n}", conform, ("--case", str(n))) for n in range(_CONFORM_SHAPES)),
-        Task("graphs", "torch.compile(fullgraph=True) of the layer", gpu_graphs.compiled, (seed,)),
-        Task("decode graphs", "decode in a CUDA graph, against eager", gpu_graphs.decoded, (_DECODED, DTYPE, seed)),
+        Task("graphs", "torch.compile(fullgraph=True) of the layer", gpu_agreement.compiled, (seed,)),
+        Task("decode graphs", "decode in a CUDA graph, against eager", gpu_agreement.decoded, (_DECODED, DTYPE, seed)),
         *(eager("agreement", _TAIL, dtype, True, True) for dtype in ("float32", "bfloat16", "float16")),
         *map(small, gpu_agreement.SHAPES),
-        *(Task("bits", f"bits: process {number}", gpu_graphs.repeatable, bits) for number in (1, 2)),
-        Task("graphs", "a training step: no wait, CUDA graph", gpu_graphs.training, (_STEP, DTYPE, seed)),
+        *(Task("bits", f"bits: process {number}", gpu_agreement.repeatable, bits) for number in (1, 2)),
+        Task("graphs", "a training step: no wait, CUDA graph", gpu_agreement.training, (_STEP, DTYPE, seed)),
         Task("conform", "fwpkm conform: 40 cases", conform, ("--cases", "40")),
         *(Task("agreement", f"vectors: {name}", gpu_agreement.vector, (name,)) for name in vectors.names()),
     ]

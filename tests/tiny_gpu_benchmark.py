@@ -2,7 +2,7 @@
 
 import sys
 
-from benchmarks import gpu, gpu_agreement, gpu_graphs, gpu_speed
+from benchmarks import gpu, gpu_agreement, gpu_speed
 from benchmarks.worker import Task
 from benchmarks.workloads import WORKLOADS
 
@@ -13,8 +13,8 @@ def checks(seed: int) -> list[Task]:
     return [
         Task("agreement speed", f"eager at tiny-kernels, float32: {TINY[0]}", gpu_agreement.agree, (*TINY, seed)),
         Task("agreement", "float64 at small shapes: tiny", gpu_agreement.drawn, ("tiny", seed, (2,))),
-        *(Task("bits", f"bits: process {number}", gpu_graphs.repeatable, (*TINY, seed, 2)) for number in (1, 2)),
-        Task("decode", "decode, against eager", gpu_graphs.decoded, (*TINY, seed)),
+        *(Task("bits", f"bits: process {number}", gpu_agreement.repeatable, (*TINY, seed, 2)) for number in (1, 2)),
+        Task("decode", "decode, against eager", gpu_agreement.decoded, (*TINY, seed)),
         Task("agreement rows", "ragged streams, against eager: 3", gpu_agreement.streams, (range(3, 4), 3)),
     ]
 
