@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from benchmarks import compare, gpu_agreement, gpu_report, gpu_speed, measure, report
+from benchmarks import compare, gpu_agreement, gpu_report, gpu_speed, report
 from benchmarks.findings import Report, equal
 from benchmarks.worker import Outcome, Task, run_all
 from benchmarks.workloads import WORKLOADS, Workload
@@ -121,12 +121,12 @@ def conform(*arguments: str) -> Report:
     return Report([equal(f"fwpkm conform {' '.join(arguments)} passes", True)], done.stdout.strip().splitlines()[-1:])
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, anywhere: bool = False) -> int:
     """Check, time, print, judge.
 
     Returns:
-        2 where there is no CUDA device; 1 where something raised or did not agree, or, with ``--check``, where a target
-        is missed or was not measured; else 0.
+        2 where there is no CUDA device, unless ``anywhere``; 1 where something raised or did not agree, or, with
+        ``--check``, where a target is missed or was not measured; else 0.
     """
     workers = min(12, len(os.sched_getaffinity(0)))
     parser = report.parser("gpu", __doc__, *report.JUDGED, workers=(workers, "checks side by side"))
@@ -135,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, help="of inputs and tables (default: another one in every run)")
     options, started = parser.parse_args(arguments), time.perf_counter()
     importlib.import_module("triton")  # whose version stands above the tables
-    if not (torch.cuda.is_available() or measure.INTERPRETED):
+    if not (anywhere or torch.cuda.is_available()):
         finds = f"torch {torch.__version__} finds none here: torch.cuda.is_available() is False"
         _say(f"python -m benchmarks.gpu needs a CUDA device, and {finds}")
         return 2
