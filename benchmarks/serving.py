@@ -40,6 +40,8 @@ OPTIONS: dict[str, tuple[int | None, str]] = {
     "answer": (16, "bytes of an answer"),
     "rows": (8, "tables of each memory"),
     "in_memory": (24, "users packed in memory"),
+    "piece": (64, "bytes of a text that a call reads"),
+    "turn": (64, "calls until a user who is not done gives up the row"),
     "checked": (4, "users read again alone"),
 }
 UNTRAINED: dict[str, tuple[int | None, str]] = {
@@ -76,7 +78,7 @@ class _Client:
 def measure(args: argparse.Namespace, folder: str) -> tuple[report.Table, bool]:
     """Serve all users to the end, then check some: the measurements, and whether too many bytes were others."""
     model = _model(args)
-    engine = Engine(model, folder, args.rows, args.in_memory)
+    engine = Engine(model, folder, args.rows, args.in_memory, args.piece, args.turn)
     clients = {f"user {i}": _Client(i, args) for i in range(args.users)}
     start = time.perf_counter()
     steps, turns = _serve(engine, clients, args.users * args.tokens)
