@@ -24,7 +24,8 @@ test-oldest: $(OLD)/.done
 	HYPOTHESIS_PROFILE=quick OMP_NUM_THREADS=1 $(OLD)/bin/pytest -n auto --dist loadfile -m quick \
 		-W ignore::DeprecationWarning --ignore-glob='tests/test_transformers*' $(ARGS)
 	$(OLD)/bin/pip install --quiet transformers==5.17.0
-	OMP_NUM_THREADS=1 $(OLD)/bin/pytest -n auto -W ignore::DeprecationWarning tests/test_transformers_cache.py tests/test_transformers_turns.py
+	OMP_NUM_THREADS=1 $(OLD)/bin/pytest -n auto -W ignore::DeprecationWarning tests/test_transformers_cache.py tests/test_transformers_states.py \
+		tests/test_transformers_turns.py
 	rm $(OLD)/.done
 
 $(OLD)/.done: pyproject.toml constraints-oldest.txt

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+from pydoc_data import topics
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from processes import python
 from sources import ROOT
 from tiny_experiments import config
 
+from examples.language_model import corpus
 from examples.language_model.checkpoint import build
 from examples.language_model.commands import main
 from examples.language_model.settings import Experiment
@@ -102,6 +104,7 @@ NEEDLE = f"needle {MEASURE} --kinds near --lengths 1300 --contexts 2 --readings 
 CAPACITY = f"capacity {MEASURE} --length 1500"
 BITS = f"bits {MEASURE} --length 1024"
 MISTAKES = {
+    "topics into a file": ("topics {books}/books.toml", "books.toml"),
     "prepare nothing": ("prepare {new}/none {new}/corpus", "There is no {new}/none"),
     "prepare an empty folder": ("prepare {new} {new}/corpus", "holds no documents"),
     "prepare over other files": ("prepare {books}/text {books}/run", "holds other files than a corpus"),
@@ -163,16 +166,27 @@ def test_what_the_parser_refuses(books, tmp_path, capsys, command):
     assert "error: " in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_the_taste_in_two_minutes(tmp_path, monkeypatch, capsys):
-    """Trained on the pages of docs, which change, and measured on two of them: 3.1% fewer bits, 8.3 some pages before.
+def test_the_topics_of_help_are_texts(tmp_path):
+    """Every topic is a document of one side, and none that is held out has a sentence that training reads."""
+    main(["topics", str(tmp_path / "texts")])
+    main(["prepare", str(tmp_path / "texts"), str(tmp_path / "corpus")])
+    texts = corpus.load(tmp_path / "corpus")
+    assert sorted(texts.train.names + texts.heldout.names) == sorted(topics.topics)
+    assert texts.heldout.names == ("debugger", "formatstrings", "string-methods")
+    read = texts.train.data.tobytes()
+    for i, name in enumerate(texts.heldout.names):
+        document = texts.heldout.document(i).tobytes()
+        assert document == topics.topics[name].encode()
+        assert len(document) > 16384
+        assert not [x for x in document.split(b".\n") if len(x) > 80 and x in read]
 
-    What hangs less on the pages is what writing brings: the same memory, never written, takes many more.
-    """
+
+def test_the_taste_in_two_minutes(tmp_path, monkeypatch, capsys):
+    """Of three seeds the worst, 1, took 6.3% fewer bits, this one, 0, 7.1%; never written it takes more."""
     taste = PAGE.read_text(encoding="utf-8").split("```")[1]
     names, *lines = taste.strip().splitlines()
     assert names == 'LM=".venv/bin/python -m examples.language_model"; C=examples/language_model/configs'
-    for name in ("docs", "examples"):
-        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
     monkeypatch.chdir(tmp_path)
     for line in lines:
         program, *arguments = line.replace("$C", "examples/language_model/configs").split()
@@ -180,9 +194,9 @@ def test_the_taste_in_two_minutes(tmp_path, monkeypatch, capsys):
         capsys.readouterr()
         main(arguments)
     found = re.search(r"At equal steps: ([0-9.]+)% \(.*\) fewer bits per byte with the memory", capsys.readouterr().out)
-    assert float(found[1]) > 0
+    assert float(found[1]) > 4
     bits = {mode: np.mean(x) for mode, x in json.loads((tmp_path / "runs/tiny.bits.json").read_text())["bits"].items()}
-    assert bits["reset"] < 3.6
+    assert bits["reset"] < 3.0
     assert bits["reset"] < bits["frozen"] - 0.2
 
 

@@ -13,6 +13,7 @@ from tiny_models import (
     full_pass,
     left_padded,
     memories,
+    noisy,
     prompt,
     with_memory,
 )
@@ -120,18 +121,6 @@ class Watch:
         self.draft = len(rows) - 1
         for i, row in enumerate(rows):
             self.logits[self.length - len(rows) + i] = row
-
-
-def noisy(model, scale, **fields):
-    """A model that drafts what the other says, more or less."""
-    draft = with_memory(model.config.model_type, **fields)
-    torch.manual_seed(1)
-    with torch.no_grad():
-        draft.lm_head.weight += scale * torch.randn_like(draft.lm_head.weight)
-    draft.generation_config.num_assistant_tokens = 20
-    draft.generation_config.num_assistant_tokens_schedule = "constant"
-    draft.generation_config.assistant_confidence_threshold = 0.0
-    return draft
 
 
 def test_assisted_equals_unassisted(model, monkeypatch):

@@ -5,11 +5,11 @@ import torch
 from accelerate import cpu_offload, dispatch_model
 from asserting import assert_close
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
-from tiny_models import LAYERS, MEMORY, bare, full_pass, memories, prompt, with_memory
+from tiny_models import LAYERS, MEMORY, bare, cache_name, full_pass, memories, prompt, read, with_memory
 from transformers import AutoModelForCausalLM
 
 import fwpkm
-from fwpkm.integrations.transformers import insert_memory
+from fwpkm.integrations.transformers import cache_from_states, insert_memory
 
 IDS = torch.cat([prompt(20, 1), prompt(20, 2)]).repeat(1, 2)
 ANSWER = {"max_new_tokens": 12, "do_sample": False}
@@ -89,6 +89,19 @@ def test_saved_memories_take_their_tables_along(tmp_path):
     assert torch.equal(full_pass(loaded, IDS), full_pass(model, IDS))
 
 
+def test_memories_go_on_from_states_under_adapters():
+    model = trained(lora(with_memory("llama"), target_modules=ATTENTION, modules_to_save=["fwpkm"]))
+    before = read(model.get_base_model(), IDS)[1].named_states()
+
+    def answer(model):
+        cache = cache_from_states(model, before)
+        return model.generate(input_ids=prompt(9).repeat(2, 1), **{cache_name(model.base_model): cache}, **ANSWER)
+
+    answers = answer(model)
+    assert torch.equal(answers, answer(model.merge_and_unload()))
+    assert not torch.equal(answers, model.generate(input_ids=prompt(9).repeat(2, 1), **ANSWER))
+
+
 def test_names_that_the_memories_share_with_mlps():
     shared = lora(with_memory("llama"), target_modules=["gate_proj", "up_proj", "down_proj"])
     assert any(".fwpkm.gate_proj." in name for name in names(shared))
@@ -115,10 +128,14 @@ def test_what_peft_cannot_do_with_memories():
 def test_offloaded_weights_are_read(family, offload_buffers, learn_memory):
     model = with_memory(family, learn_memory=learn_memory)
     expected, answers = full_pass(model, IDS), model.generate(IDS, **ANSWER)
+    before = read(model, IDS)[1].named_states()
+    from_states = model.generate(IDS, **{cache_name(model): cache_from_states(model, before)}, **ANSWER)
     cpu_offload(model, torch.device("cpu"), offload_buffers=offload_buffers)
     assert all(p.is_meta for p in model.parameters())
     assert torch.equal(full_pass(model, IDS), expected)
     assert torch.equal(model.generate(IDS, **ANSWER), answers)
+    cache = cache_from_states(model, before)
+    assert torch.equal(model.generate(IDS, **{cache_name(model): cache}, **ANSWER), from_states)
     assert all(p.is_meta for p in model.parameters())
 
 

@@ -32,6 +32,18 @@ def with_memory(family, seed=0, dtype=torch.float64, **fields):
     return model
 
 
+def noisy(model, scale, **fields):
+    """A model that drafts what the other says, more or less."""
+    draft = with_memory(model.config.model_type, **fields)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        draft.lm_head.weight += scale * torch.randn_like(draft.lm_head.weight)
+    draft.generation_config.num_assistant_tokens = 20
+    draft.generation_config.num_assistant_tokens_schedule = "constant"
+    draft.generation_config.assistant_confidence_threshold = 0.0
+    return draft
+
+
 def memories(model):
     return [layer.fwpkm for layer in model.base_model.layers if hasattr(layer, "fwpkm")]
 

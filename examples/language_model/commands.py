@@ -19,6 +19,7 @@ from examples.language_model import (
     retention_commands,
     run,
     side_by_side,
+    topics,
     training,
 )  # fmt: skip
 from examples.language_model.settings import Experiment
@@ -47,6 +48,10 @@ def _parser() -> argparse.ArgumentParser:
     prepare.add_argument("--code", action="store_true", help="the source is a tree of C code")
     prepare.add_argument("--hold-out", type=int, default=0, metavar="N", help="so many contributors more")
     prepare.set_defaults(run=lambda o: corpus.prepare(o.source, o.out, code=o.code, hold_out=o.hold_out))
+
+    help_topics = commands.add_parser("topics", help="write a small text for prepare: the topics of Python's help()")
+    help_topics.add_argument("out", type=Path, help="a folder")
+    help_topics.set_defaults(run=lambda o: print(topics.write(o.out)))
 
     train = commands.add_parser("train", help="train an experiment, or go on from its checkpoint")
     train.add_argument("experiment", type=Path, help="a TOML file, or one of a list, see configs and experiments.toml")

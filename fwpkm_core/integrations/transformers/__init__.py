@@ -18,6 +18,7 @@ try:
     from fwpkm.integrations.transformers import loading
     from fwpkm.integrations.transformers.cache import MemoryCache
     from fwpkm.integrations.transformers.model import MemoryLayer, insert_memory
+    from fwpkm.integrations.transformers.starting import cache_from_states
 except ImportError as error:
     if not (error.name or "").startswith("transformers."):
         raise
@@ -26,7 +27,7 @@ except ImportError as error:
         name=error.name,
     ) from error
 
-__all__ = ["MemoryCache", "MemoryLayer", "insert_memory"]
+__all__ = ["MemoryCache", "MemoryLayer", "cache_from_states", "insert_memory"]
 
 
 def __dir__() -> list[str]:

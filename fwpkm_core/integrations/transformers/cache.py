@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from fwpkm.integrations.transformers.settings import Settings
+from fwpkm.containers import State
+from fwpkm.integrations.transformers.settings import Settings, name_of
 from fwpkm.integrations.transformers.states import MemoryStates, check_negative
 
 
@@ -30,6 +31,25 @@ class MemoryCache(DynamicCache):
     def states_of(self, layer_idx: int) -> MemoryStates:
         """Those of the memory before one decoder layer."""
         return next(states for states in self.states if states.layer_idx == layer_idx)
+
+    def named_states(self) -> dict[str, State[Tensor]]:
+        """Copies of where the memories stand, by name, as ``fwpkm.save_states`` takes them.
+
+        Returns:
+            A state of all rows for each memory; ``model.base_model.get_submodule(name)`` is its layer.
+            :func:`cache_from_states` goes on from them.
+
+        Raises:
+            ValueError: nothing was read yet.
+        """
+        found = {name_of(states.layer_idx): states.state for states in self.states}
+        begun = {name: state for name, state in found.items() if state is not None}
+        if len(begun) < len(found):
+            raise ValueError(
+                "cache holds no states yet: memories begin when tokens are read. "
+                "Received: a cache before its first call"
+            )
+        return begun
 
     @property
     def seen(self) -> Tensor | None:

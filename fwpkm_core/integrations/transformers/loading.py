@@ -51,17 +51,25 @@ def _initialize_weights(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _prepare_cache(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
-    def prepare_cache(self: Any, generation_config: Any, model_kwargs: Any, *args: Any, **kwargs: Any) -> Any:
+    def prepare_cache(
+        self: Any, generation_config: Any, model_kwargs: Any, mode: Any, batch_size: int, *args: Any, **kwargs: Any
+    ) -> Any:
         if has_memory(self) and generation_config.assistant_early_exit is not None:
             raise ValueError(
                 "assistant_early_exit drafts with the first decoder layers alone, without the cache of all memories, "
                 "so a model with memory does not serve it: pass assistant_model= or prompt_lookup_num_tokens=. "
                 f"Received: assistant_early_exit={generation_config.assistant_early_exit}"
             )
-        result = original(self, generation_config, model_kwargs, *args, **kwargs)
+        if has_memory(self) and generation_config.use_cache is False and cache_in(model_kwargs) is not None:
+            raise ValueError(
+                "use_cache=False reads the whole text anew at each step, which a cache would hold once more each time: "
+                "leave one of the two out. Received: use_cache=False and a cache"
+            )
+        result = original(self, generation_config, model_kwargs, mode, batch_size, *args, **kwargs)
         cache = cache_in(model_kwargs)
         if has_memory(self) and cache is not None:
-            cache = with_states(cache, decoder_of(self))
+            times = max(generation_config.num_beams, generation_config.num_return_sequences)
+            cache = _with_repeated_states(cache, decoder_of(self), batch_size, times)
             _expect_draft(cache, generation_config.prompt_lookup_num_tokens)
             if generation_config.is_assistant:  # its answer is a draft, some of which will be taken back
                 _expect_draft(cache, generation_config.max_new_tokens)
@@ -143,6 +151,16 @@ def _continuous_batching(original: Callable[..., Any]) -> Callable[..., Any]:
     return init_continuous_batching
 
 
+def _with_repeated_states(cache: Any, decoder: Any, batch_size: int, times: int) -> MemoryCache:
+    """The same cache for ``times`` sequences of each row, whose states are repeated if it has read nothing."""
+    cache = with_states(cache, decoder)
+    rows = cache.states[0].rows
+    if rows is not None and rows.columns == 0 and len(rows) == batch_size:
+        for states in cache.states:
+            states.batch_repeat_interleave(times)
+    return with_states(cache, decoder, batch_size * times)
+
+
 def _expect_draft(cache: Any, tokens: Any) -> None:
     """Let a cache record as much as a draft of so many tokens can have to give back."""
     for states in cache.states:
@@ -152,7 +170,12 @@ def _expect_draft(cache: Any, tokens: Any) -> None:
 _WRAPPERS = (
     (PreTrainedModel, "post_init", ("self",), _post_init),
     (PreTrainedModel, "_initialize_weights", ("self", "module"), _initialize_weights),
-    (GenerationMixin, "_prepare_cache_for_generation", ("self", "generation_config", "model_kwargs"), _prepare_cache),
+    (
+        GenerationMixin,
+        "_prepare_cache_for_generation",
+        ("self", "generation_config", "model_kwargs", "generation_mode", "batch_size"),
+        _prepare_cache,
+    ),
     (GenerationMixin, "_sample", ("self", "input_ids", "logits_processor", "stopping_criteria"), _sample),
     (GenerationMixin, "_update_model_kwargs_for_generation", ("self", "outputs", "model_kwargs"), _update_kwargs),
     (GenerationMixin, "init_continuous_batching", ("self", "generation_config"), _continuous_batching),

@@ -13,10 +13,8 @@ from fwpkm import validation
 from fwpkm.backends.torch import FwPKM
 from fwpkm.config import FwPKMConfig
 from fwpkm.integrations.transformers.cache import MemoryCache, cache_in, with_states
-from fwpkm.integrations.transformers.settings import DEFAULT_LAYERS, Settings, has_memory
+from fwpkm.integrations.transformers.settings import DEFAULT_LAYERS, NAME, Settings, has_memory
 
-NAME = "fwpkm"
-"""The submodule of a decoder layer: weights are ``model.layers.<i>.fwpkm.*``."""
 _CALL = "fwpkm_call"
 _CACHES = {"cache", "past_key_values"}
 _ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}

@@ -61,15 +61,14 @@ class Rows:
         past: of each row what its last recorded writes replaced, oldest first.
     """
 
-    def __init__(self, layer: FwPKM, batch_size: int):
-        """Sequences that begin from the layer's initial memory."""
-        first = layer.init_state(1)
-        self.config: FwPKMConfig = layer.config
-        self.tables, self.owners = first.memory, [0] * batch_size
-        self.pending = first.pending.map(lambda x: x.repeat_interleave(batch_size, dim=0))
-        self.position: Tensor = first.position.repeat_interleave(batch_size)
+    def __init__(self, config: FwPKMConfig, state: State[Tensor]):
+        """Sequences that stand where ``state`` says; its tables may be overwritten."""
+        self.config = config
+        self.tables, self.pending = state.memory, state.pending
+        self.position: Tensor = state.position
+        self.owners = list(range(len(state.position)))
         self.columns, self.seen = 0, None
-        self.past: list[list[Overwritten]] = [[] for _ in range(batch_size)]
+        self.past: list[list[Overwritten]] = [[] for _ in self.owners]
 
     columns: int
     seen: Tensor | None

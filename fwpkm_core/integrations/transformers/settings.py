@@ -7,6 +7,8 @@ from fwpkm.config import FwPKMConfig
 
 ATTRIBUTE = "fwpkm_memory"
 """The attribute of a model's config, and the key of its config.json."""
+NAME = "fwpkm"
+"""The submodule of a decoder layer: weights are ``model.layers.<i>.fwpkm.*``."""
 DEFAULT_LAYERS = (1, 4)
 """Where ``insert_memory`` puts memories unless told."""
 
@@ -54,6 +56,11 @@ class Settings:
                 f"{count} decoder layers a memory is put. Received: layers={layers!r}"
                 f"{', the default' if layers == DEFAULT_LAYERS else ''}"
             )
+
+
+def name_of(layer_idx: int) -> str:
+    """What the decoder calls the memory before one of its layers."""
+    return f"layers.{layer_idx}.{NAME}"
 
 
 def has_memory(model: Any) -> bool:

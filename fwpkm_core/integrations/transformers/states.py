@@ -53,6 +53,12 @@ class MemoryStates(LinearAttentionCacheLayerMixin):
         """A copy of where the sequences stand, for ``fwpkm.save_state`` and the other functions; None before a call."""
         return None if self.rows is None else self.rows.state().detach().clone()
 
+    def begin(self, layer: FwPKM, state: State[Tensor]) -> None:
+        """Let the next call go on from a state of the layer, which stays as it is."""
+        state = state.clone()
+        self.rows = Rows(layer.config, state._replace(position=state.position.cpu()))
+        self._layer = weakref.ref(layer)
+
     def reset(self) -> None:
         """Forget every sequence; the next call begins new ones."""
         self.rows = self._layer = None
@@ -79,7 +85,8 @@ class MemoryStates(LinearAttentionCacheLayerMixin):
             )
         self._layer = weakref.ref(layer)
         if self.rows is None:
-            self.rows = Rows(layer, x.shape[0])
+            self.rows = Rows(layer.config, layer.init_state(1))
+            self.batch_repeat_interleave(x.shape[0])
         return self.rows.read(layer, x, mask, self._kept(x.shape[1]) if self.record_past else 0)
 
     def _kept(self, length: int) -> int:
