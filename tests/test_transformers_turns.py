@@ -73,6 +73,26 @@ def test_rows_rest_without_a_mask_in_the_call(model):
     assert torch.equal(ids, model.generate(rows, use_cache=False, **answer))
 
 
+def test_tokens_that_were_read_are_not_read_again(model):
+    """transformers passes all of a prompt where it drafts, also to a cache that has read the start of it."""
+    plain = {"do_sample": False, "max_new_tokens": 6}
+    cache = DynamicCache()
+    ids = model.generate(PROMPTS[0], **{cache_name(model): cache}, **plain)
+    asked, states = torch.cat([ids, prompt(4, 5)], dim=1), cache.named_states()
+    with pytest.raises(ValueError, match=r"the new tokens alone.*begin at \[0\], a cache of \[24\] tokens"):
+        model.generate(asked, **{cache_name(model): cache}, prompt_lookup_num_tokens=5, **plain)
+    positions = torch.arange(2, 6).expand(3, -1)
+    batch = left_padded(PROMPTS)
+    _, of_three = read(model, batch["input_ids"], attention_mask=batch["attention_mask"])
+    mask = torch.nn.functional.pad(batch["attention_mask"], (0, 4), value=1)
+    with pytest.raises(ValueError, match=r"begin at \[2, 2, 2\], a cache of \[19, 8, 14\] tokens"):
+        read(model, QUESTION[:, :4], of_three, attention_mask=mask, position_ids=positions)
+    for name, state in cache.named_states().items():
+        assert_same_bits(tuple(x.numpy() for x in state.memory), tuple(x.numpy() for x in states[name].memory))
+    answer = model.generate(asked, **{cache_name(model): cache}, **plain)
+    assert torch.equal(answer, model.generate(asked, **plain))
+
+
 def test_rows_that_ended_otherwise_go_on(model):
     """Without an end of text transformers draws tokens for all rows until the last has ended: they are no padding."""
     cache, ids = DynamicCache(), torch.cat([PROMPTS[0], prompt(19, 5)])

@@ -229,6 +229,8 @@ def _before_decoder(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
         if cu_seqlens is not None:  # with a cache attention would look across the sequences
             inputs["use_cache"] = False
     inputs[_CALL] = Call(_mask(mask, batch, length, cache), cu_seqlens, cache)
+    if cache is not None and length > 1:  # a step of generate needs no wait for the device
+        _check_goes_on(inputs.get("position_ids"), cache, mask)
     for name in _CACHES:
         inputs.pop(name, None)
     inputs["cache" if "cache" in names else "past_key_values"] = cache
@@ -261,6 +263,25 @@ def _mask(mask: Any, batch: int, length: int, cache: MemoryCache | None) -> Tens
         mask = mask.bool().cpu()
     cache.check_seen(None if mask is None else mask[:, :past])
     return None if mask is None or mask[:, past:].all() else mask[:, past:]
+
+
+def _check_goes_on(positions: Any, cache: MemoryCache, mask: Any) -> None:
+    """Raise if positions begin before what the cache has read, which the memories would read again."""
+    past = cache.get_seq_length()
+    if not past or positions is None or positions.ndim != 2:
+        return
+    seen = torch.tensor([past]) if cache.seen is None else cache.seen.sum(1)
+    first = positions[:, 0].cpu()
+    again = first < seen
+    if mask is not None:
+        again &= mask[:, past].bool().cpu()  # padding has any position
+    if again.any():
+        raise ValueError(
+            "position_ids must go on after the tokens that the cache has read, or the memories read them again: pass "
+            "the new tokens alone. In transformers, generate with drafts (assistant_model, prompt_lookup_num_tokens) "
+            "passes all of a prompt: begin with an empty cache, or leave drafts out where a cache goes on. Received: "
+            f"position_ids that begin at {first.tolist()}, a cache of {seen.tolist()} tokens"
+        )
 
 
 def _cu_seqlens(inputs: dict[str, Any], batch: int, length: int) -> Tensor | None:
