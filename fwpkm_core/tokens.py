@@ -48,6 +48,8 @@ TOKEN_FIELDS = (
 """In the order of ``Tokens``, and of ``State``'s pending fields."""
 NUMBERS = tuple(field.name for field in TOKEN_FIELDS if field.kind == "float")
 """What of a token has a gradient."""
+SCALARS = tuple(field.name for field in TOKEN_FIELDS if field.kind == "float" and field.width is None)
+"""Those that are one number of each token."""
 
 
 class Tokens(NamedTuple):

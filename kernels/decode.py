@@ -41,7 +41,7 @@ def token_kernel(
     position, token_query, token_value, token_gate, token_mask, token_ranks, table, largest, token_flags, due,
     pending_index, output, rows,
     QUERY: tl.constexpr, VALUE: tl.constexpr, QUERY_BLOCK: tl.constexpr, VALUE_BLOCK: tl.constexpr,
-    HAS_GATE: tl.constexpr, HAS_MASK: tl.constexpr, CHUNK: tl.constexpr, LAG: tl.constexpr, SCOPE: tl.constexpr,
+    CHUNK: tl.constexpr, LAG: tl.constexpr, SCOPE: tl.constexpr,
     HEADS: tl.constexpr, SUBKEYS: tl.constexpr, K: tl.constexpr, SCORE: tl.constexpr,
     TEMPERATURE: tl.constexpr, CHOICES: tl.constexpr, LISTED: tl.constexpr, HEAD_BLOCK: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -54,7 +54,7 @@ def token_kernel(
     b = tl.program_id(0)
     flag = flag_of(
         token_query, token_value, token_gate, token_mask, None, b.to(tl.int64),
-        QUERY, VALUE, QUERY_BLOCK, VALUE_BLOCK, HAS_GATE, HAS_MASK, False, False,
+        QUERY, VALUE, QUERY_BLOCK, VALUE_BLOCK, False,
     )  # fmt: skip
     at = tl.load(position + b)
     settled = CHUNK + LAG  # from here on only the place modulo CHUNK matters, so the position need not overflow
@@ -110,7 +110,7 @@ def stage_kernel(
     pending_query, pending_value, pending_gate, pending_mask, token_query, token_value, token_gate, token_flags,
     query, value, gate, flags, keys, norms, largest, keys_hi_lo, counters, due, rows,
     STAGED: tl.constexpr, TOKENS: tl.constexpr, CAPACITY: tl.constexpr, QUERY: tl.constexpr, VALUE: tl.constexpr,
-    QUERY_BLOCK: tl.constexpr, VALUE_BLOCK: tl.constexpr, HAS_GATE: tl.constexpr, GROUPS: tl.constexpr,
+    QUERY_BLOCK: tl.constexpr, VALUE_BLOCK: tl.constexpr, GROUPS: tl.constexpr,
     HEADS: tl.constexpr, SUBKEYS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, ZEROS: tl.constexpr,
     ZERO_BLOCK: tl.constexpr, MEMORY_BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -130,13 +130,13 @@ def stage_kernel(
             tl.store(gate + into, tl.load(pending_gate + old).to(gate.dtype.element_ty))
             flag = flag_of(
                 pending_query, pending_value, pending_gate, pending_mask, None, old,
-                QUERY, VALUE, QUERY_BLOCK, VALUE_BLOCK, True, True, False, False,
+                QUERY, VALUE, QUERY_BLOCK, VALUE_BLOCK, False,
             )  # fmt: skip
             tl.store(flags + into, flag.to(tl.int8))
         else:
             move(token_query + b * QUERY, query + into * QUERY, QUERY, False, QUERY_BLOCK)
             move(token_value + b * VALUE, value + into * VALUE, VALUE, False, VALUE_BLOCK)
-            tl.store(gate + into, gate_of(token_gate, b, HAS_GATE))
+            tl.store(gate + into, gate_of(token_gate, b))
             tl.store(flags + into, tl.load(token_flags + b))
     elif i < STAGED + GROUPS * SUBKEYS:
         row = i - STAGED
@@ -182,7 +182,7 @@ def store_pending_kernel(
     pending_query, pending_value, pending_gate, pending_mask, token_query, token_value, token_gate, token_flags,
     query, value, gate, flags, due, pending_index, rows,
     TOKENS: tl.constexpr, CAPACITY: tl.constexpr, LAG: tl.constexpr, QUERY: tl.constexpr, VALUE: tl.constexpr,
-    QUERY_BLOCK: tl.constexpr, VALUE_BLOCK: tl.constexpr, HAS_GATE: tl.constexpr,
+    QUERY_BLOCK: tl.constexpr, VALUE_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """What is pending after the step: the token too; or after a write the chunk's last LAG tokens, and zeros."""
     b, j = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -200,7 +200,7 @@ def store_pending_kernel(
         blank = (flag & DEAD) != 0
         move(token_query + b * QUERY, pending_query + into * QUERY, QUERY, blank, QUERY_BLOCK)
         move(token_value + b * VALUE, pending_value + into * VALUE, VALUE, blank, VALUE_BLOCK)
-        tl.store(pending_gate + into, tl.where(blank, 0.0, gate_of(token_gate, b, HAS_GATE)))
+        tl.store(pending_gate + into, tl.where(blank, 0.0, gate_of(token_gate, b)))
         tl.store(pending_mask + into, (flag & LIVE) != 0)
 
 
@@ -209,19 +209,16 @@ def add_read_token(launches: Launches, call: Call) -> None:
     cfg, size = call.cfg, call.shapes
     grid = blocks_of(cfg.num_subkeys, size.scan["CHOICES"]), call.batch * cfg.num_heads * 2
     launches.add(scan_kernel, grid, {"rows": call.rows}, size.scan)
-    has = {"HAS_GATE": "token_gate" in call.present, "HAS_MASK": "token_mask" in call.present}
-    constants = size.token | has | {"SCOPE": call.cfg.memory_scope}
-    launches.add(token_kernel, (call.batch,), {"rows": call.rows}, constants)
+    launches.add(token_kernel, (call.batch,), {"rows": call.rows}, size.token | {"SCOPE": cfg.memory_scope})
 
 
 def add_stage(launches: Launches, call: Call) -> None:
     """Add what the write of a complete chunk begins with."""
     (zeros,), size = launches.spec("counters").shape, call.shapes.stage
     staged, keys = call.batch * size["TOKENS"], call.groups * call.cfg.num_subkeys
-    has_gate = {"HAS_GATE": "token_gate" in call.present}
     block = triton.next_power_of_2(call.memories)
     heads = {"HEADS": call.cfg.num_heads, "GROUPS": call.groups, "MEMORY_BLOCK": block}
-    constants = size | has_gate | heads | {"STAGED": staged, "ZEROS": zeros}
+    constants = size | heads | {"STAGED": staged, "ZEROS": zeros}
     grid = staged + keys + blocks_of(zeros, size["ZERO_BLOCK"])
     launches.add(stage_kernel, (grid,), {"rows": call.rows}, constants)
 
@@ -235,5 +232,5 @@ def add_sort(launches: Launches, call: Call) -> None:
 
 def add_store_pending(launches: Launches, call: Call) -> None:
     """Add what is pending after the step."""
-    constants = call.shapes.store_pending | {"HAS_GATE": "token_gate" in call.present}
-    launches.add(store_pending_kernel, (call.batch, call.cfg.capacity), {"rows": call.rows}, constants)
+    grid = call.batch, call.cfg.capacity
+    launches.add(store_pending_kernel, grid, {"rows": call.rows}, call.shapes.store_pending)

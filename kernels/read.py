@@ -45,8 +45,7 @@ def read_kernel(
     table, slots, weights, window_flags, value, gate, output, error, strength, squared, due,
     start, length, first, num_tokens, rows, first_new, num_pending, num_new,
     SLOTS: tl.constexpr, WIDTH: tl.constexpr, ENTRIES: tl.constexpr, CHUNK: tl.constexpr, LOOKAHEAD: tl.constexpr,
-    WRITE_SCALE: tl.constexpr, BLOCK: tl.constexpr, ENTRY_BLOCK: tl.constexpr,
-    HAS_GATE: tl.constexpr, WRITES: tl.constexpr,
+    WRITE_SCALE: tl.constexpr, BLOCK: tl.constexpr, ENTRY_BLOCK: tl.constexpr, WRITES: tl.constexpr,
 ):  # fmt: skip
     """v̂ = Σ w · values[slot]; before a write also v̂ - u, κ g and ½ g ‖v̂ - u‖² of the tokens that have a pair.
 
@@ -80,7 +79,7 @@ def read_kernel(
         stream = b.to(tl.int64) * num_tokens + start + t
         u = tl.load(value + (stream + LOOKAHEAD) * WIDTH + d, mask=pair & (d < WIDTH), other=0.0).to(tl.float32)
         miss = tl.where(pair & (d < WIDTH), read - u, 0.0)
-        g = gate_of(gate, stream, HAS_GATE)
+        g = gate_of(gate, stream)
         scale = write_scale(power, ENTRIES, WRITE_SCALE)
         tl.store(error + here * WIDTH + d, miss, mask=d < WIDTH)
         tl.store(strength + here, tl.where(pair, scale * g, 0.0))
@@ -89,22 +88,18 @@ def read_kernel(
 
 def add_read(launches: Launches, call: Call, integers: dict[str, int]) -> None:
     """Add the reads of a window, and what it will write."""
-    writes = call.plan.windows[integers["window"]].writes
-    constants = call.shapes.read | {"HAS_GATE": "gate" in call.present, "WRITES": writes}
+    constants = call.shapes.read | {"WRITES": call.plan.windows[integers["window"]].writes}
     launches.add(read_kernel, (call.batch * integers["length"],), integers, constants)
 
 
 @triton.jit
-def gradient_after(
-    gradients, d_values, values_unclipped, next_segment, segment, row, known, d,
-    WIDTH: tl.constexpr, AFTER: tl.constexpr,
-):  # fmt: skip
+def gradient_after(gradients, d_values, values_unclipped, next_segment, segment, row, known, d, WIDTH: tl.constexpr):
     """Gradients [E, D] of rows as a window left them; those that clipping passes."""
     inside = (d < WIDTH)[None, :]
     later = known & (next_segment >= 0)
     at = next_segment.to(tl.int64)[:, None] * WIDTH + d[None, :]
     after = tl.load(gradients + at, mask=later[:, None] & inside, other=0.0)
-    if AFTER:
+    if d_values is not None:
         at = row.to(tl.int64)[:, None] * WIDTH + d[None, :]
         after += tl.load(d_values + at, mask=(known & (next_segment < 0))[:, None] & inside, other=0.0)
     if values_unclipped is not None:
@@ -119,8 +114,7 @@ def read_backward_kernel(
     gradients, d_values, d_output, d_weights, d_read, d_value, d_gate,
     start, length, first, num_tokens, rows, first_new, num_pending, num_new,
     SLOTS: tl.constexpr, WIDTH: tl.constexpr, ENTRIES: tl.constexpr, CHUNK: tl.constexpr, LOOKAHEAD: tl.constexpr,
-    WRITE_SCALE: tl.constexpr, BLOCK: tl.constexpr, ENTRY_BLOCK: tl.constexpr, HAS_GATE: tl.constexpr,
-    OUTPUT: tl.constexpr, AFTER: tl.constexpr, WRITES: tl.constexpr,
+    WRITE_SCALE: tl.constexpr, BLOCK: tl.constexpr, ENTRY_BLOCK: tl.constexpr, WRITES: tl.constexpr,
 ):  # fmt: skip
     """Through the write into v̂, u, κ g; then through the read into w."""
     r = tl.program_id(0)
@@ -151,9 +145,8 @@ def read_backward_kernel(
             row = memory * SLOTS + tl.load(slots + here * ENTRIES + e, mask=known, other=0)
             next_segment = tl.load(latest + row, mask=known, other=-1)
             after = gradient_after(
-                gradients, d_values, values_unclipped, next_segment, segment, row, known & (step_size != 0), d,
-                WIDTH, AFTER,
-            )  # fmt: skip
+                gradients, d_values, values_unclipped, next_segment, segment, row, known & (step_size != 0), d, WIDTH
+            )
             toward -= tl.sum((c * w * step_size)[:, None] * after, 0)
             d_coefficient = -step_size * tl.sum(after * miss[None, :], 1)
             d_coefficient = tl.where(d_coefficient == d_coefficient, d_coefficient, 0.0)
@@ -164,11 +157,11 @@ def read_backward_kernel(
         stream = b.to(tl.int64) * num_tokens + start + t
         if pair:
             tl.store(d_value + (stream + LOOKAHEAD) * WIDTH + d, (-toward).to(d_value.dtype.element_ty), mask=d < WIDTH)
-            if HAS_GATE:
+            if gate is not None:
                 scale = write_scale(power, ENTRIES, WRITE_SCALE)
                 tl.store(d_gate + stream, (scale * d_strength).to(d_gate.dtype.element_ty))
-            d_power = write_scale_vjp(d_strength, gate_of(gate, stream, HAS_GATE), power, WRITE_SCALE)
-    if OUTPUT:
+            d_power = write_scale_vjp(d_strength, gate_of(gate, stream), power, WRITE_SCALE)
+    if d_output is not None:
         if start + t >= first_new:
             out = b.to(tl.int64) * num_new + start + t - num_pending
             toward += tl.load(d_output + out * WIDTH + d, mask=d < WIDTH, other=0.0).to(tl.float32)
@@ -193,7 +186,5 @@ def read_backward_kernel(
 
 def add_read_backward(launches: Launches, call: Call, integers: dict[str, int]) -> None:
     """Add the gradients of a window's weights, and of the values and gates that it wrote."""
-    has = {"HAS_GATE": "gate" in call.present, "OUTPUT": "d_output" in call.present}
-    after, writes = "d_values" in call.present, call.plan.windows[integers["window"]].writes
-    constants = call.shapes.read_backward | has | {"AFTER": after, "WRITES": writes}
+    constants = call.shapes.read_backward | {"WRITES": call.plan.windows[integers["window"]].writes}
     launches.add(read_backward_kernel, (call.batch * integers["length"],), integers, constants)

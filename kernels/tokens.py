@@ -62,10 +62,10 @@ def pairs(window_flags, here, t, length, counted, LOOKAHEAD: tl.constexpr):
 
 
 @triton.jit
-def gate_of(gate, token, HAS_GATE: tl.constexpr):
+def gate_of(gate, token):
     """g of a token, 1 where there is none."""
     g = 1.0
-    if HAS_GATE:
+    if gate is not None:
         g = tl.load(gate + token).to(tl.float32)
     return g
 
@@ -74,7 +74,7 @@ def gate_of(gate, token, HAS_GATE: tl.constexpr):
 def flag_of(
     query, value, gate, mask, pair, token,
     QUERY: tl.constexpr, VALUE: tl.constexpr, QUERY_BLOCK: tl.constexpr, VALUE_BLOCK: tl.constexpr,
-    HAS_GATE: tl.constexpr, HAS_MASK: tl.constexpr, HAS_PAIR: tl.constexpr, SHIFTED: tl.constexpr,
+    SHIFTED: tl.constexpr,
 ):  # fmt: skip
     """The flag of a token (§5): it is dead where its query, value or gate is not finite, or where it is masked."""
     columns = tl.arange(0, QUERY_BLOCK)
@@ -83,15 +83,15 @@ def flag_of(
     columns = tl.arange(0, VALUE_BLOCK)
     x = tl.load(value + token * VALUE + columns, mask=columns < VALUE, other=0.0).to(tl.float32)
     target = tl.min((tl.abs(x) < INF).to(tl.int32), 0)
-    if HAS_GATE:
+    if gate is not None:
         alive = alive * (tl.abs(tl.load(gate + token).to(tl.float32)) < INF).to(tl.int32)
     if not SHIFTED:
         alive = alive * target
     there = 1
-    if HAS_MASK:
+    if mask is not None:
         there = tl.load(mask + token).to(tl.int32)
     alive = alive * there
-    if HAS_PAIR:
+    if pair is not None:
         target = target * tl.load(pair + token).to(tl.int32)
     return alive * (LIVE + TARGET * target) + (1 - alive) * DEAD + (1 - there) * GONE
 
@@ -100,8 +100,7 @@ def flag_of(
 def prepare_kernel(
     query, value, gate, mask, pair, flags, zeros, num_flags, num_zeros,
     QUERY: tl.constexpr, VALUE: tl.constexpr, QUERY_BLOCK: tl.constexpr, VALUE_BLOCK: tl.constexpr,
-    HAS_GATE: tl.constexpr, HAS_MASK: tl.constexpr, HAS_PAIR: tl.constexpr, SHIFTED: tl.constexpr,
-    ZEROS: tl.constexpr,
+    SHIFTED: tl.constexpr, ZEROS: tl.constexpr,
 ):  # fmt: skip
     """The flag of each token; and ZEROS of the zeros by each program behind theirs.
 
@@ -109,10 +108,7 @@ def prepare_kernel(
     """
     token = tl.program_id(0).to(tl.int64)
     if token < num_flags:
-        flag = flag_of(
-            query, value, gate, mask, pair, token,
-            QUERY, VALUE, QUERY_BLOCK, VALUE_BLOCK, HAS_GATE, HAS_MASK, HAS_PAIR, SHIFTED,
-        )  # fmt: skip
+        flag = flag_of(query, value, gate, mask, pair, token, QUERY, VALUE, QUERY_BLOCK, VALUE_BLOCK, SHIFTED)
         tl.store(flags + token, flag.to(tl.int8))
     else:
         at = (token - num_flags) * ZEROS + tl.arange(0, ZEROS)
@@ -121,10 +117,7 @@ def prepare_kernel(
 
 def add_prepare(launches: Launches, call: Call) -> None:
     """Add the flags of the stream, and the zeros that the residuals begin with."""
-    constants, present = call.shapes.prepare, call.present
-    has = {"HAS_GATE": "gate" in present, "HAS_MASK": "mask" in present, "HAS_PAIR": "pair" in present}
+    constants = call.shapes.prepare | {"SHIFTED": call.plan.shifted}
     (zeros,), flags = launches.spec("zeros").shape, call.batch * call.plan.num_tokens
-    launches.add(
-        prepare_kernel, (flags + blocks_of(zeros, constants["ZEROS"]),), {"num_flags": flags, "num_zeros": zeros},
-        constants | has | {"SHIFTED": call.plan.shifted},
-    )  # fmt: skip
+    grid = (flags + blocks_of(zeros, constants["ZEROS"]),)
+    launches.add(prepare_kernel, grid, {"num_flags": flags, "num_zeros": zeros}, constants)

@@ -251,7 +251,7 @@ def rows_backward_kernel(
     sorted_rows, order, weights, step_sizes, latest, gradients, d_values, d_read, partial,
     window, memories, first, total,
     SLOTS: tl.constexpr, WIDTH: tl.constexpr, ENTRIES: tl.constexpr, RATE: tl.constexpr, DECAY: tl.constexpr,
-    BLOCK: tl.constexpr, PIECE: tl.constexpr, ENTRY_BLOCK: tl.constexpr, AFTER: tl.constexpr,
+    BLOCK: tl.constexpr, PIECE: tl.constexpr, ENTRY_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The gradient of each row as the window found it: what decay leaves of that after, and Σ w d v̂."""
     begin = (first * ENTRIES).to(tl.int64)
@@ -273,7 +273,7 @@ def rows_backward_kernel(
     gradient = tl.zeros([BLOCK], tl.float32)
     if next_segment >= 0:
         gradient += tl.load(gradients + next_segment * WIDTH + d, mask=d < WIDTH, other=0.0)
-    elif AFTER:
+    elif d_values is not None:
         gradient += tl.load(d_values + row_index * WIDTH + d, mask=d < WIDTH, other=0.0)
     gradient = gradient * left + toward
     at = segment + 1
@@ -297,8 +297,7 @@ def add_values_backward(launches: Launches, call: Call, integers: dict[str, int]
     entries = call.batch * integers["length"] * call.cfg.slots_per_token
     constants = call.shapes.piece_backward
     launches.add(piece_backward_kernel, (blocks_of(entries, constants["PIECE"]),), integers, constants)
-    after = {"AFTER": "d_values" in call.present}
-    launches.add(rows_backward_kernel, (entries,), integers, call.shapes.rows_backward | after)
+    launches.add(rows_backward_kernel, (entries,), integers, call.shapes.rows_backward)
 
 
 @triton.jit

@@ -149,15 +149,13 @@ def test_every_tensor_of_every_kernel_is_bound_by_its_own_name(scope: str, clip:
     """All launches of reading, writing, their backward and decoding; one kernel sums tensors of several names."""
     cfg = FwPKMConfig(**SMALL, memory_scope=scope, grad_clip=clip)
     plan, memories = windows.plan(cfg, 0, 11, 2, True), {"batch": 1, "sequence": 2}[scope]
-    everything = frozenset(["gate", "mask", "pair", "d_output", "d_values", "d_table"])
     lists = []
     for save in (False, True):
-        forward = call._forward_launches(windows.Call(cfg, plan, torch.float32, 2, memories, save, everything), None)
+        forward = call._forward_launches(windows.Call(cfg, plan, torch.float32, 2, memories, save), None)
         lists += forward.prepare, forward.address, forward.write
-    backward = call._backward_launches(
-        windows.Call(cfg, plan, torch.float32, 2, memories, True, everything), True, forward.residuals
-    )
-    step = windows.Call(cfg, windows.write(4, 2), torch.float32, 2, memories, False, everything)
+    derived = windows.Call(cfg, plan, torch.float32, 2, memories, True)
+    backward = call._backward_launches(derived, True, True, forward.residuals)
+    step = windows.Call(cfg, windows.write(4, 2), torch.float32, 2, memories, False)
     lists += backward.through_values, backward.through_keys, decoding._launches(step)
     lists += left_align._left_align(cfg, 2, 11, 11, 22), left_align._left_over(cfg, 2, 11), left_align._rows(22, (16,))
     factors, kernels = set(), set()

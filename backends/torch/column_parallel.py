@@ -30,7 +30,7 @@ from fwpkm.backends.torch.derivatives import first_only
 from fwpkm.backends.torch.tokens import finite_rows
 from fwpkm.config import FwPKMConfig
 from fwpkm.containers import Memory
-from fwpkm.tokens import Tokens
+from fwpkm.tokens import SCALARS, Tokens
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -89,16 +89,16 @@ class Columns(NamedTuple):
         return _Gather.apply(self, reads), self.summed(squared)
 
     def narrowed(self, cfg: FwPKMConfig, memory: Memory, tokens: Tokens) -> tuple[FwPKMConfig, Memory, Tokens]:
-        """A call of this rank's columns alone; gates are widened, as sums of their gradients shall lose nothing.
+        """A call of this rank's columns alone; scalars are widened, as sums of their gradients shall lose nothing.
 
         A value that is not finite in one column is not in any, as its token is dead on every rank (§5).
         """
         value = _Slice.apply(self, tokens.value)
         finite = finite_rows(tokens.value.detach().float().flatten(0, 1)).view(value.shape[:2])
         value = value.masked_fill(~finite[..., None], torch.nan)
-        gate = None if tokens.gate is None else tokens.gate.float()
+        scalars = {name: x.float() for name, x in tokens.present().items() if name in SCALARS}
         cfg = dataclasses.replace(cfg, value_dim=value.shape[-1])
-        return cfg, memory._replace(values=self.table), tokens._replace(value=value, gate=gate)
+        return cfg, memory._replace(values=self.table), tokens._replace(value=value, **scalars)
 
     def on_all(self, flags: Tensor) -> Tensor:
         """Which flags ``[P]`` are set on all ranks."""

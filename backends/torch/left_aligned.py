@@ -19,7 +19,7 @@ from fwpkm.backends.torch.streams import is_legal
 from fwpkm.backends.torch.tokens import filled
 from fwpkm.config import FwPKMConfig
 from fwpkm.containers import State, Trace
-from fwpkm.tokens import NUMBERS, Array, Tokens
+from fwpkm.tokens import NUMBERS, SCALARS, Array, Tokens
 
 
 def apply(
@@ -90,8 +90,8 @@ class LeftAligned(NamedTuple):
         index, inverse, mask = moving.left_over(cfg, self.places, flags)
         names, numbers = _numbers(self.tokens)
         found = _Rows.apply(index, inverse, None, True, mask.shape, len(numbers), *numbers)
-        pending = Tokens(**dict(zip(names, found)), mask=mask)
-        return pending if pending.gate is not None else pending._replace(gate=mask.to(torch.float32))
+        pending = filled(torch.float32, Tokens(**dict(zip(names, found)), mask=mask))
+        return pending._replace(**{name: getattr(pending, name) * mask for name in SCALARS if name not in names})
 
 
 def left_align(
@@ -120,7 +120,8 @@ def left_align(
     num_new, before = places.lengths, []
     if pending is not None and num_pending is not None:
         num_new = num_new - num_pending
-        inputs = inputs._replace(gate=filled(torch.float32, inputs).gate)  # as what is pending has one
+        whole = filled(torch.float32, inputs)
+        inputs = inputs._replace(**{name: getattr(whole, name) for name in SCALARS})  # as what is pending has them
         before = _numbers(pending)[1]
     names, numbers = _numbers(inputs)
     ways = places.cells, places.entries, places.pending_entries

@@ -18,7 +18,7 @@ from fwpkm.kernels.runtime.launch import Launches
 from fwpkm.kernels.runtime.layouts import backward_layout, forward_layout, residuals_layout
 from fwpkm.kernels.runtime.windows import Bounds, Call, Plan, least, of_call
 from fwpkm.kernels.runtime.workspace import Layout, Workspace
-from fwpkm.tokens import NUMBERS, Tokens
+from fwpkm.tokens import NUMBERS, SCALARS, Tokens
 
 _INPUTS = ("due", "pair", *Tokens._fields)
 
@@ -69,7 +69,7 @@ def forward(
     """
     inputs = {**tokens._asdict(), "pair": pair, "initial_keys": keys, "table": values, "due": None}
     batch = tokens.query.shape[0]
-    call = Call(cfg, plan, tokens.query.dtype, batch, keys.shape[0], save, _present(inputs))
+    call = Call(cfg, plan, tokens.query.dtype, batch, keys.shape[0], save)
     launches = _forward_launches(call, most)
     residuals = Workspace.empty(launches.residuals, keys)
     launches.prepare.run(inputs, residuals)  # which an idle GPU does while the rest is made ready
@@ -88,10 +88,6 @@ def forward(
     terms = workspace["addressing_terms"][:writes].view(writes, call.memories, 2 * cfg.num_heads, cfg.num_subkeys)
     last = residuals["keys"][writes * save].view(keys.shape).clone()
     return Result(output, slots, weights, last, memorization, terms.sum((2, 3)), residuals)
-
-
-def _present(inputs: dict[str, Tensor | None]) -> frozenset[str]:
-    return frozenset([name for name, x in inputs.items() if x is not None])
 
 
 class _Forward(NamedTuple):
@@ -187,12 +183,12 @@ def backward(
         "d_values": d_values, "d_output": d_output, "d_table": d_table, "due": None,
         **{f"d_{name}": x for name, x in d_tokens._asdict().items()},
     }  # fmt: skip
-    call = Call(cfg, plan, query.dtype, query.shape[0], memories, True, _present(inputs))
-    launches = _backward_launches(call, overlap, residuals.layout)
+    call = Call(cfg, plan, query.dtype, query.shape[0], memories, True)
+    launches = _backward_launches(call, overlap, table is not None, residuals.layout)
     workspace = Workspace.empty(launches.workspace, query)
     launches.through_values.run(inputs, residuals, workspace)
     if summed is not None:
-        for x in (workspace["d_weights"], d_tokens.gate):
+        for x in (workspace["d_weights"], *(getattr(d_tokens, name) for name in SCALARS)):
             if x is not None:
                 summed(x)
     if d_weights is not None:
@@ -211,20 +207,19 @@ class _Backward(NamedTuple):
 
 
 @of_call
-def _backward_launches(call: Call, overlap: bool, residuals: Layout) -> _Backward:
-    """Those of a call; ``overlap``: whether windows share tokens."""
+def _backward_launches(call: Call, overlap: bool, table: bool, residuals: Layout) -> _Backward:
+    """Those of a call; whether windows ``overlap``, and whether the gradient of the ``table`` is asked for."""
     workspace = backward_layout(call)
     inputs = *_INPUTS, "latest", "d_keys", "d_values", "d_output", "d_table", *(f"d_{name}" for name in NUMBERS)
     through_values, through_keys = (Launches(residuals, workspace, inputs=inputs) for _ in range(2))
-    _add_values_backward(through_values, call)
+    _add_values_backward(through_values, call, table)
     slots.add_select_slots_backward(through_keys, call)
     _add_keys_backward(through_keys, call, overlap)
     return _Backward(workspace, through_values, through_keys)
 
 
-def _add_values_backward(launches: Launches, call: Call) -> None:
+def _add_values_backward(launches: Launches, call: Call, table: bool) -> None:
     """Add what gives the gradients of weights, of rows, and of the stream but its queries."""
-    table = "d_table" in call.present
     for i in reversed(range(len(call.plan.windows))):
         integers = call.integers(i)
         read.add_read_backward(launches, call, integers)

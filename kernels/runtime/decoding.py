@@ -35,9 +35,8 @@ def decode(cfg: FwPKMConfig, state: State, tokens: Tokens) -> Tensor:
     inputs = {
         **state._asdict(), **dict(zip(_TOKEN, tokens)), "keys": keys, "table": values, "output": output,
     }  # fmt: skip
-    present = frozenset([*NUMBERS, *(name for name, x in zip(_TOKEN, tokens) if x is not None)])
     # Queries are float32 once they are pending; what reads the token itself does not depend on their dtype.
-    call = Call(cfg, write(num_tokens, batch), torch.float32, batch, keys.shape[0], False, present)
+    call = Call(cfg, write(num_tokens, batch), torch.float32, batch, keys.shape[0], False)
     launches = _launches(call)
     launches.run(inputs, *(Workspace.empty(layout, keys) for layout in launches.layouts))
     return output

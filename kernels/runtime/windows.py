@@ -101,8 +101,6 @@ class Call(NamedTuple):
     """M"""
     save: bool
     """Whether the forward keeps what its backward needs."""
-    present: frozenset[str] = frozenset()
-    """The inputs that may be absent and are not."""
 
     @property
     def shapes(self) -> SimpleNamespace:
