@@ -32,7 +32,7 @@ def keys_kernel(
     keys, norms, largest, keys_hi_lo, sums, totals, probability_sums, counts, active, addressing_terms, moved,
     coefficient_sums, keys_unclipped, due, window, before, after, pieces,
     HEADS: tl.constexpr, SUBKEYS: tl.constexpr, HALF: tl.constexpr,
-    RATE: tl.constexpr, DECAY: tl.constexpr, CLIP: tl.constexpr, BLOCK: tl.constexpr, SAVE: tl.constexpr,
+    RATE: tl.constexpr, DECAY: tl.constexpr, CLIP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """keys ← keys - η (clip(α ∇L_addr) + λ keys), and the sub-key's term p̄ log(p̄ + 1e-8) of the loss.
 
@@ -50,26 +50,25 @@ def keys_kernel(
     count = count_of(counts, window, memory, memories)
     lives = tl.load(active + window * memories + memory) != 0
     gradient, total = sum_of_pieces(sums, totals, pieces, groups, row, SUBKEYS, d, HALF)
-    if CLIP is not None:
-        if SAVE:
-            tl.store(keys_unclipped + here * HALF + d, (tl.abs(gradient) <= CLIP).to(tl.int8), mask=d < HALF)
+    if keys_unclipped is not None:
+        tl.store(keys_unclipped + here * HALF + d, (tl.abs(gradient) <= CLIP).to(tl.int8), mask=d < HALF)
     new, finite = step(key, gradient, d < HALF, RATE, DECAY, CLIP)
     moves = lives & finite
     new = tl.where(moves, new, key)
     store_key(new, keys, norms, largest, keys_hi_lo, after, window + 1, groups, group, subkey, d, SUBKEYS, HALF)
     mean = mean_probabilities(tl.load(probability_sums + here), count)
     tl.store(addressing_terms + here, tl.where(lives, addressing_loss(mean), 0.0))
-    if SAVE:
+    if moved is not None:
         tl.store(moved + here, moves.to(tl.int8))
         tl.store(coefficient_sums + here, total)
 
 
 def add_keys(launches: Launches, call: Call, integers: dict[str, int]) -> None:
     """Add the write of the keys after a window, from ``version`` to the next, where each is kept."""
-    before, constants = integers["version"], call.shapes.keys | {"SAVE": call.save}
+    before = integers["version"]
     pieces = add_key_sums(launches, call, integers, "coefficients", offset=integers["first"])
     integers = integers | {"before": before, "after": before + call.save, "pieces": pieces}
-    launches.add(keys_kernel, (call.cfg.num_subkeys, call.groups), integers, constants)
+    launches.add(keys_kernel, (call.cfg.num_subkeys, call.groups), integers, call.shapes.keys)
 
 
 @triton.jit

@@ -22,7 +22,7 @@ EQUATIONS = ("value_gradient", "step")
 def entries_of(
     at, end, row, sorted_rows, order, weights, strength, error, window_flags, segment_start, segment, length, first, d,
     WIDTH: tl.constexpr, ENTRIES: tl.constexpr, CHUNK: tl.constexpr, ENTRY_BLOCK: tl.constexpr,
-    WRITES: tl.constexpr, SAVE: tl.constexpr,
+    WRITES: tl.constexpr,
 ):  # fmt: skip
     """Of a row's next entries, as many as ENTRY_BLOCK: Σ κ w g (v̂ - u), how many count, and how many there are.
 
@@ -34,7 +34,7 @@ def entries_of(
     entry = tl.load(order + e, mask=inside, other=0).to(tl.int64)
     gradient = tl.zeros_like(d).to(tl.float32)
     count = 0
-    if SAVE:
+    if segment_start is not None:
         tl.store(segment_start + entry, segment.to(tl.int32) + tl.zeros_like(e).to(tl.int32), mask=same)
     if WRITES:
         token = entry // ENTRIES
@@ -99,7 +99,7 @@ def piece_kernel(
     while (found == ENTRY_BLOCK) & (at < end):
         more, counted, found = entries_of(
             at, end, row, sorted_rows, order, weights, strength, error, window_flags, None, piece_start, length, first,
-            d, WIDTH, ENTRIES, CHUNK, ENTRY_BLOCK, True, False,
+            d, WIDTH, ENTRIES, CHUNK, ENTRY_BLOCK, True,
         )  # fmt: skip
         gradient += more
         count += counted
@@ -114,13 +114,14 @@ def values_kernel(
     segment_start, step_sizes, old_rows, values_unclipped, window, memories, length, first, total,
     SLOTS: tl.constexpr, WIDTH: tl.constexpr, ENTRIES: tl.constexpr, CHUNK: tl.constexpr,
     RATE: tl.constexpr, DECAY: tl.constexpr, CLIP: tl.constexpr, BLOCK: tl.constexpr, PIECE: tl.constexpr,
-    ENTRY_BLOCK: tl.constexpr, WRITES: tl.constexpr, SAVE: tl.constexpr,
+    ENTRY_BLOCK: tl.constexpr, WRITES: tl.constexpr,
 ):  # fmt: skip
     """values_i ← values_i - η (clip(G_i) + λ values_i), G_i = (1/N_i) Σ κ w g (v̂ - u) over the entries of slot i.
 
     All entries of the call lie sorted by window, table row and token. Those of one row and window are a segment, and
-    the program of its first entry owns the row; the sums of the pieces behind its own are there already. With SAVE it
-    keeps what the backward needs by segment: the row and the step size η/N_i; and for each entry, its segment.
+    the program of its first entry owns the row; the sums of the pieces behind its own are there already. It
+    keeps what a backward needs, where one comes, by segment: the row and the step size η/N_i; and for each entry, its
+    segment.
     """
     begin = (first * ENTRIES).to(tl.int64)
     segment = begin + tl.program_id(0)
@@ -149,14 +150,14 @@ def values_kernel(
         counts_too = ((token - first) % length < CHUNK) & ((tl.load(window_flags + token) & LIVE) != 0)
         gradient = tl.where(counts_too & (coefficient != 0), coefficient * miss, 0.0)
         count += counts_too.to(tl.int32)
-    if SAVE:
+    if segment_start is not None:
         tl.store(segment_start + first_entry, segment.to(tl.int32))
     at = segment + 1
     found = follows.to(tl.int32) * ENTRY_BLOCK
     while found == ENTRY_BLOCK:
         more, counted, found = entries_of(
             at, end, row, sorted_rows, order, weights, strength, error, window_flags, segment_start, segment, length,
-            first, d, WIDTH, ENTRIES, CHUNK, ENTRY_BLOCK, WRITES, SAVE,
+            first, d, WIDTH, ENTRIES, CHUNK, ENTRY_BLOCK, WRITES,
         )  # fmt: skip
         gradient += more
         count += counted
@@ -166,28 +167,27 @@ def values_kernel(
             piece = (end - begin) // PIECE
             gradient += tl.load(partial + piece * WIDTH + d, mask=d < WIDTH, other=0.0)
             count += tl.load(partial_counts + piece)
-        if SAVE:
+        if segment_start is not None:
             e = end + tl.arange(0, PIECE)
             same = tl.load(sorted_rows + e, mask=e < last, other=-1) == row
             entry = tl.load(order + e, mask=same, other=0).to(tl.int64)
             tl.store(segment_start + entry, segment.to(tl.int32) + tl.zeros_like(e).to(tl.int32), mask=same)
         end += PIECE
         going_on = tl.load(sorted_rows + end, mask=end < last, other=-1) == row
-    if SAVE:
+    if old_rows is not None:
         tl.store(old_rows + segment * WIDTH + d, old, mask=d < WIDTH)
     if WRITES:
         fraction = 1.0 / tl.maximum(count, 1).to(tl.float32)
         gradient = gradient * fraction
-        if CLIP is not None:
-            if SAVE:
-                tl.store(values_unclipped + segment * WIDTH + d, (tl.abs(gradient) <= CLIP).to(tl.int8), mask=d < WIDTH)
+        if values_unclipped is not None:
+            tl.store(values_unclipped + segment * WIDTH + d, (tl.abs(gradient) <= CLIP).to(tl.int8), mask=d < WIDTH)
         new, finite = step(old, gradient, d < WIDTH, RATE, DECAY, CLIP)
         moves = (count > 0) & lives & finite
         if moves:
             tl.store(table + offset + d, new, mask=d < WIDTH)
-        if SAVE:
+        if step_sizes is not None:
             tl.store(step_sizes + segment, tl.where(moves, RATE * fraction, 0.0))
-    elif SAVE:
+    elif step_sizes is not None:
         tl.store(step_sizes + segment, 0.0)
 
 
@@ -199,8 +199,7 @@ def add_values(launches: Launches, call: Call, integers: dict[str, int]) -> None
         constants = call.shapes.piece
         launches.add(piece_kernel, (blocks_of(entries, constants["PIECE"]),), integers, constants)
     if writes or call.save:
-        constants = call.shapes.values | {"WRITES": writes, "SAVE": call.save}
-        launches.add(values_kernel, (entries,), integers, constants)
+        launches.add(values_kernel, (entries,), integers, call.shapes.values | {"WRITES": writes})
 
 
 @triton.jit
