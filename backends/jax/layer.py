@@ -188,7 +188,7 @@ class FwPKM:
             start = Memory(*(table[None] for table in self._memory(variables)))
         if state is None and return_state:
             start = begin(self.config, start, len(x) if cu_seqlens is None else len(cu_seqlens) - 1, tokens.query)
-        read, state, trace = ops.apply(self.config, start, *tokens, ends, update)
+        read, state, trace = ops.apply(self.config, start, **tokens.present(), cu_seqlens=ends, update=update)
         y, state = self._output(variables, read, tokens, there), state if return_state else None
         if not return_trace:
             return y, state
@@ -222,7 +222,7 @@ class FwPKM:
             validation.check_array("mask", mask, [("B", x.shape[0]), ("T", 1)], "bool", SELF.arrays)
         tokens = self._tokens(variables, x, mask, mask)
         validation.check_not_rounded(state, validation.dtype_name(tokens.query))
-        read, state = decode(self.config, state, *tokens)
+        read, state = decode(self.config, state, **tokens.present())
         return self._output(variables, read, tokens, mask), state
 
     def _tokens(self, variables: Variables, x: Any, mask: Any, there: Any) -> Tokens:

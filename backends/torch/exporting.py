@@ -63,7 +63,7 @@ def _read(*arguments: Any) -> list[Tensor]:
     from fwpkm.backends.torch import ops
 
     config, state, tokens, cu_seqlens, update = unflatten(_Read, arguments)
-    output, after, trace = ops.apply(unpacked(config), state, *tokens, cu_seqlens, update)
+    output, after, trace = ops.apply(unpacked(config), state, **tokens.present(), cu_seqlens=cu_seqlens, update=update)
     assert after is not None
     trace = trace._replace(writes=trace.writes.to(output.device))
     dtype = _table_dtype(state, tokens)
