@@ -315,8 +315,14 @@ def check_width(path: PathLike, layer: Layer, tensors: Tensors) -> None:
 
 
 def _check_layer(layer: Any) -> None:
-    if not all(hasattr(layer, name) for name in _METHODS):
+    if isinstance(layer, type) or not all(hasattr(layer, name) for name in _METHODS):
         raise ValueError(f"layer must be an FwPKM layer of one of the backends. Received: {type(layer).__name__}")
+    replaced = [name for name in ("forward", "call", "apply") if name in getattr(layer, "__dict__", ())]
+    if replaced:
+        raise ValueError(
+            f"layer must compute by its own {replaced[0]}, as a file holds the weights alone: del layer.{replaced[0]} "
+            f"brings it back. Received: a {type(layer).__name__} whose {replaced[0]} was replaced"
+        )
 
 
 def check_positions(path: PathLike, name: str, cfg: FwPKMConfig, position: np.ndarray, advice: str) -> None:

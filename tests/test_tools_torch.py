@@ -213,6 +213,31 @@ def test_a_file_holds_what_a_parametrized_part_computes_with(tmp_path, put_on):
     assert torch.equal(layer.query_proj.weight, before)
 
 
+@pytest.mark.parametrize("learn", [False, True])
+@pytest.mark.parametrize("table", ["keys", "values"])
+def test_a_table_that_cannot_be_parametrized_stays(table, learn):
+    layer = make(learn_memory=learn)
+    expected, names = layer(X)[0], [*layer.state_dict()]
+    with pytest.raises(ValueError, match=f"memory.{table} takes no parametrization: torch keeps the names"):
+        parametrizations.weight_norm(layer.memory, table)
+    assert [*layer.state_dict()] == names
+    assert torch.equal(layer(X)[0], expected)
+    assert type(layer.memory) is type(make().memory)
+
+
+def test_a_trained_table_is_pruned_and_restored():
+    layer = make(learn_memory=True)
+    names = {*layer.state_dict()}
+    for table in ("keys", "values"):
+        prune.l1_unstructured(layer.memory, table, amount=0.5)
+    pruned = layer(X)[0]
+    for table in ("keys", "values"):
+        assert (getattr(layer.memory(), table) == 0).float().mean() == 0.5
+        prune.remove(layer.memory, table)
+    assert {*layer.state_dict()} == names
+    assert torch.equal(layer(X)[0], pruned)
+
+
 def replaced(part, module):
     return lambda layer: setattr(layer, part, module(getattr(layer, part)))
 
@@ -227,6 +252,7 @@ def patched(layer):
         (replaced("query_proj", Adapter), "query_proj must be a Linear, .* Received: a Adapter"),
         (replaced("value_norm", lambda _: nn.LayerNorm(HIDDEN)), "value_norm must be a RMSNorm, .* a LayerNorm"),
         (patched, "value_proj must be a Linear.* whose forward was replaced"),
+        (lambda layer: setattr(layer, "forward", lambda x: (2 * x, None)), "FwPKM whose forward was replaced"),
         (lambda layer: setattr(layer.output_norm, "eps", 0.1), "output_norm.eps must be 1e-05, .* Received: 0.1"),
         (replaced("query_proj", lambda p: nn.Linear(*p.weight.T.shape, False)), "query_proj.bias must be there, since"),
         (lambda layer: prune.random_unstructured(layer.value_proj, "weight", 0.5), "value_proj.weight is computed"),

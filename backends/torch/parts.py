@@ -1,5 +1,6 @@
 """What a layer is made of: projections, norms and the initial memory (SPEC.md §7), and what tools may do to them."""
 
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -82,6 +83,15 @@ class InitialMemory(nn.Module):
             return moved
 
         return super()._apply(keep_precision, recurse)
+
+    def __delattr__(self, name: str) -> None:
+        # torch takes the table out before its ModuleDict refuses the name; prune and the older norms put it elsewhere.
+        if sys._getframe(1).f_code is parametrize.register_parametrization.__code__:
+            raise ValueError(
+                f"memory.{name} takes no parametrization: torch keeps the names keys and values for itself. Change the "
+                "table itself, under torch.no_grad(), or parametrize a projection or a norm"
+            )
+        super().__delattr__(name)
 
 
 def weight_of(layer: nn.Module, name: str) -> Tensor:

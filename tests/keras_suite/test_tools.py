@@ -57,6 +57,18 @@ def test_float64_on_a_jax_of_32_bits_is_refused():
     assert make(dtype="float64").table_dtype() == "float64"
 
 
+def test_a_layer_whose_call_was_replaced_is_neither_saved_nor_filled(tmp_path):
+    layer = make()
+    fwpkm.save(tmp_path / "plain", layer)
+    layer.call = lambda x: 2 * x
+    with pytest.raises(ValueError, match="layer must compute by its own call.* a FwPKM whose call was replaced"):
+        fwpkm.save(tmp_path / "file", layer)
+    with pytest.raises(ValueError, match="del layer.call brings it back"):
+        fwpkm.load(tmp_path / "plain", layer)
+    del layer.call
+    fwpkm.load(tmp_path / "plain", layer)
+
+
 def test_a_file_in_float64_is_not_rounded_into_float32(tmp_path):
     fwpkm.save(tmp_path / "wide", make(dtype="float64"))
     layer = make()
