@@ -100,6 +100,17 @@ def _fits(shape: Sequence[int | None], axes: Sequence[Axis]) -> bool:
     return len(shape) == len(axes) and all([None in (size, got) or size == got for (_, size), got in zip(axes, shape)])
 
 
+def check_x(x: Any, length: int | None, hidden_size: int, array_type: ArrayType) -> None:
+    """Raise unless ``x`` is ``[B, T, hidden_size]`` with B >= 1, as a layer reads it."""
+    check_array("x", x, [("B", None), ("T", length), ("hidden_size", hidden_size)], "float", array_type)
+    _check_any_row("x", x)
+
+
+def _check_any_row(name: str, array: Any) -> None:
+    if array.shape[0] == 0:
+        raise ValueError(f"{name} must have at least one row (B >= 1). Received: shape {tuple(array.shape)}")
+
+
 def check_config(cfg: Any) -> None:
     """Raise unless ``cfg`` is an FwPKMConfig."""
     if not isinstance(cfg, FwPKMConfig):
@@ -249,7 +260,7 @@ def check_apply(
 def _check_rows(batch: Any, received: Any, packed: bool) -> None:
     """Raise unless a state has as many rows as what is read; None where a TensorFlow graph does not know yet."""
     if None not in (batch, received) and batch != received:
-        what = "a row for each sequence of cu_seqlens [B+1]" if packed else "a row for each of query"
+        what = "a row for each sequence of cu_seqlens [B+1]" if packed else "a row for each of the batch"
         raise ValueError(
             f"state must have {what}, B={batch}. Received: a state of B={received} rows. init_state makes a new one, "
             "select and concat change the rows of this"
@@ -340,8 +351,7 @@ def dtype_name(array: Any) -> str:
 def _check_query(cfg: FwPKMConfig, query: Any, time: str, array_type: ArrayType) -> None:
     axes = [("B", None), (time, None), ("H*Dk", cfg.num_heads * cfg.key_dim)]
     check_array("query", query, axes, "float", array_type)
-    if query.shape[0] == 0:
-        raise ValueError(f"query must have at least one row (B >= 1). Received: shape {tuple(query.shape)}")
+    _check_any_row("query", query)
 
 
 def _check_tokens(

@@ -113,7 +113,7 @@ def wrong_calls():
     for function in ("apply", "flush"):
         for words, state in wrong_states():
             yield function, "state", state, words
-    yield "apply", "state", _state(3), "state must have a row for each of query, B=2"
+    yield "apply", "state", _state(3), "state must have a row for each of the batch, B=2"
     yield from (("apply", "update", flag, "update must be True or False") for flag in NO_FLAGS)
     for function in ("nbytes", "detach"):
         yield from ((function, "state", bad, "state must be a fwpkm.State") for bad in (_memory(B), None, "a text"))

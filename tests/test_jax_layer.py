@@ -180,6 +180,7 @@ def test_wrong_inputs_are_named():
         ((variables["params"], x), "variables must have the form that layer.init"),
         ((None, x), "variables must have the form that layer.init"),
         ((variables, x[0]), r"x must have shape \[B, T, hidden_size=6\]"),
+        ((variables, x[:0]), r"x must have at least one row \(B >= 1\)"),
         ((variables, x.tolist()), "x must be a jax.Array or numpy.ndarray"),
         ((variables, x, backend.init_state(layer.config, backend.init_memory(layer.config), 3)), "B=2"),
         ((variables, x, None, jnp.ones((1, 3), bool)), r"mask must have shape \[B=2, T=3\]"),

@@ -433,11 +433,31 @@ def test_wrong_arguments(arguments, message):
         (torch.zeros(11, 6), r"x must have shape \[B, T, hidden_size=6\]"),
         (torch.zeros(2, 3, 6, dtype=torch.int64), "x must have a floating dtype. Received: dtype int64"),
         (np.zeros((2, 3, 6)), "x must be a torch.Tensor. Received: ndarray"),
+        (torch.zeros(0, 3, 6), r"x must have at least one row \(B >= 1\). Received: shape \(0, 3, 6\)"),
+        (torch.zeros(2, 3, 6, device="meta"), "x must be on the layer's device, cpu: .* Received: x on meta"),
     ],
 )
 def test_wrong_inputs(x, message):
     with pytest.raises(ValueError, match=message):
         make(torch.float32)(x)
+
+
+@pytest.mark.parametrize("norm", [nn.Identity(), nn.RMSNorm(6, eps=1e-5, elementwise_affine=False)], ids=str)
+def test_a_norm_without_a_weight_is_served(norm):
+    layer, x = make(torch.float32), torch.randn(2, 3, 6)
+    layer.query_norm = norm
+    assert layer(x.double())[0].dtype == torch.float32
+    with torch.autocast("cpu"):
+        assert layer(x.bfloat16())[0].isfinite().all()
+
+
+def test_a_part_is_not_taken_away():
+    layer = make(torch.float32)
+    with pytest.raises(ValueError, match=r"query_proj must be a module\. Received: None"):
+        layer.query_proj = None
+    with pytest.raises(ValueError, match=r"Identity\(\) leaves its input as it is, and FwPKM\(..., value_norm=None\) "):
+        layer.value_norm = None
+    layer(torch.ones(2, 3, 6))
 
 
 @pytest.mark.parametrize("flag", ["update", "return_state", "inplace"])

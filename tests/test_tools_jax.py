@@ -67,9 +67,9 @@ def test_a_layer_whose_apply_was_replaced_is_neither_saved_nor_filled(tmp_path):
     layer = FwPKM(HIDDEN, **SMALL)
     fwpkm.save(tmp_path / "plain", layer, variables())
     layer.apply = lambda variables, x: (2 * x, None)
-    with pytest.raises(ValueError, match="layer must compute by its own apply.* a FwPKM whose apply was replaced"):
+    with pytest.raises(ValueError, match=r"layer must compute by its own apply.* a FwPKM whose apply was replaced"):
         fwpkm.save(tmp_path / "file", layer, variables())
-    with pytest.raises(ValueError, match="del layer.apply brings it back"):
+    with pytest.raises(ValueError, match=r"del layer.apply brings it back"):
         fwpkm.load(tmp_path / "plain", layer)
 
 

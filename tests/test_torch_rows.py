@@ -166,6 +166,16 @@ def test_second_derivatives_are_refused(of: str, implementation: str) -> None:
 
 
 @pytest.mark.parametrize("implementation", ["eager", "triton"])
+def test_gradients_in_batches_are_refused(implementation: str) -> None:
+    x = torch.rand(1, 5, 16, device=DEVICE, requires_grad=True)
+    with pytest.raises(RuntimeError, match=r"the memory takes one gradient at a time\. Received: several at once"):
+        torch.autograd.grad(read(x, implementation), x, torch.rand(3, 1, 5, 16, device=DEVICE), is_grads_batched=True)
+    output = read(x, implementation)
+    with pytest.raises(RuntimeError, match="the memory takes one gradient at a time"):
+        torch.func.vmap(lambda d: torch.autograd.grad(output, x, d, retain_graph=True)[0])(output[None].detach())
+
+
+@pytest.mark.parametrize("implementation", ["eager", "triton"])
 def test_a_table_that_a_backward_needs_is_missed_after_a_call_in_place(implementation: str) -> None:
     """The kernels write behind autograd's back, and must say so."""
     x = torch.rand(1, 2, 16, device=DEVICE, requires_grad=True)

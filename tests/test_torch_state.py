@@ -120,3 +120,19 @@ def test_states_of_other_frameworks():
     assert states["jax"].to(device).memory.values.devices() == {device}
     with pytest.raises(ValueError, match="only torch and JAX place states"):
         states["numpy"].to("cpu")
+
+
+@pytest.mark.parametrize(
+    ("argument", "field"), [("mask", "mask"), ("cu_seqlens", "cu_seqlens"), ("state", "state.memory.keys")]
+)
+@pytest.mark.parametrize("carried", [False, True])
+def test_an_argument_of_a_layer_on_another_device_is_named(argument, field, carried):
+    layer, x = FwPKM(6, key_dim=4, value_dim=4, num_subkeys=4, top_k=2), torch.ones(1, 3, 6)
+    state = layer.init_state(1)
+    ends = torch.tensor([0, 3], dtype=torch.int32)
+    given = {"mask": torch.ones(1, 3, dtype=torch.bool), "cu_seqlens": ends, "state": state}[argument]
+    elsewhere = given.map(lambda part: part.to("meta")) if argument == "state" else given.to("meta")
+    with pytest.raises(ValueError, match=f"{field} must be on the tokens' device, cpu. Received: {field} on meta"):
+        layer(x, **({"state": state} if carried else {}) | {argument: elsewhere})
+    with pytest.raises(ValueError, match="x must be on the layer's device, meta"):
+        layer.to("meta")(x)

@@ -169,9 +169,7 @@ class FwPKM:
         for name, flag in {"update": update, "return_state": return_state, "return_trace": return_trace}.items():
             validation.check_flag(name, flag)
         check_sizes("x", x)
-        validation.check_array(
-            "x", x, [("B", None), ("T", None), ("hidden_size", self.hidden_size)], "float", SELF.arrays
-        )
+        validation.check_x(x, None, self.hidden_size, SELF.arrays)
         if mask is not None:
             validation.check_array("mask", mask, [("B", x.shape[0]), ("T", x.shape[1])], "bool", SELF.arrays)
         there = mask
@@ -217,7 +215,7 @@ class FwPKM:
             ValueError: an argument does not fit; names it, what was expected and what was received.
             TypeError: a gradient through it is asked for.
         """
-        validation.check_array("x", x, [("B", None), ("T", 1), ("hidden_size", self.hidden_size)], "float", SELF.arrays)
+        validation.check_x(x, 1, self.hidden_size, SELF.arrays)
         if mask is not None:
             validation.check_array("mask", mask, [("B", x.shape[0]), ("T", 1)], "bool", SELF.arrays)
         tokens = self._tokens(variables, x, mask, mask)

@@ -240,7 +240,7 @@ class FwPKM(keras.layers.Layer):
         """
         self._weight("memory.keys")  # which says so where the layer is not built
         x = ops.convert_to_tensor(x)
-        validation.check_array("x", x, [("B", None), ("T", 1), ("hidden_size", self.hidden_size)], "float", object)
+        validation.check_x(x, 1, self.hidden_size, object)
         state = self._check_state(as_state(state, "state"), "state")
         # As a call of Keras, which alone knows the mask that x carries, and which hands it on with y.
         return self(x, mask=mask, initial_state=state, _decoding=True)
@@ -440,8 +440,7 @@ class FwPKM(keras.layers.Layer):
     def _check(self, x: Any, segment_ids: Any, initial_state: Any, return_trace: Any) -> None:
         validation.check_flag("return_trace", return_trace)
         native.check_sizes(x)
-        axes = [("B", None), ("T", None), ("hidden_size", self.hidden_size)]
-        validation.check_array("x", x, axes, "float", object)
+        validation.check_x(x, None, self.hidden_size, object)
         self._check_state(initial_state)
         if segment_ids is not None:
             validation.check_array("segment_ids", segment_ids, [("B", x.shape[0]), ("T", x.shape[1])], "int", object)

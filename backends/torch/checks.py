@@ -13,7 +13,7 @@ from fwpkm.tokens import Tokens
 
 _FITTING: set[tuple] = set()
 _MOST_SIGNATURES = 1000
-_COUNTING = ("position", "mask", "cu_seqlens")
+_COUNTING = ("state.position", "mask", "cu_seqlens")
 
 
 def check_apply(cfg: FwPKMConfig, state: State, inputs: Tokens, cu_seqlens: Any, update: Any) -> None:
@@ -27,7 +27,8 @@ def check_apply(cfg: FwPKMConfig, state: State, inputs: Tokens, cu_seqlens: Any,
     if signature is not None and signature in _FITTING:
         return
     validation.check_apply(cfg, state, inputs, cu_seqlens, update, SELF)
-    check_device(inputs.query, **inputs._asdict(), **state._asdict(), cu_seqlens=cu_seqlens)
+    check_device(inputs.query, **inputs._asdict(), cu_seqlens=cu_seqlens)
+    check_state_device(inputs.query, state)
     if len(_FITTING) > _MOST_SIGNATURES:
         _FITTING.clear()
     if signature is not None:
@@ -49,13 +50,18 @@ def _signature_of(cfg: FwPKMConfig, state: State, inputs: Tokens) -> tuple | Non
     return signature
 
 
-def check_device(query: Tensor, /, **others: Any) -> None:
-    """Raise a ValueError unless all tensors lie where the query does; those that count may lie on the CPU."""
+def check_device(tokens: Tensor, /, **others: Any) -> None:
+    """Raise a ValueError unless all lie where the tokens (x, query) do; those that count may lie on the CPU."""
     for name, x in others.items():
         if isinstance(x, Memory):
-            check_device(query, **{f"{name}.{field}": table for field, table in x._asdict().items()})
-        elif x is not None and x.device != query.device and not (name in _COUNTING and x.device.type == "cpu"):
-            raise ValueError(f"{name} must be on the query's device, {query.device}. Received: {name} on {x.device}")
+            check_device(tokens, **{f"{name}.{field}": table for field, table in x._asdict().items()})
+        elif x is not None and x.device != tokens.device and not (name in _COUNTING and x.device.type == "cpu"):
+            raise ValueError(f"{name} must be on the tokens' device, {tokens.device}. Received: {name} on {x.device}")
+
+
+def check_state_device(tokens: Tensor, state: State) -> None:
+    """``check_device`` of what a state holds."""
+    check_device(tokens, **{f"state.{field}": x for field, x in state._asdict().items()})
 
 
 def check_inplace(inplace: bool, *overwritten: Tensor) -> None:

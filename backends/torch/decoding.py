@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from fwpkm import validation
 from fwpkm.backends.torch import engine, exporting, fast, operators, ops, ranks
+from fwpkm.backends.torch.checks import check_device, check_state_device
 from fwpkm.backends.torch.column_parallel import by_columns, is_sharded
 from fwpkm.backends.torch.flat import flatten, unflatten
 from fwpkm.backends.torch.windows import SELF
@@ -101,5 +102,6 @@ def decode_tokens(
 
 def _check_decode(cfg: FwPKMConfig, state: State, tokens: Tokens) -> None:
     validation.check_apply(cfg, state, tokens, None, True, SELF)
-    ops.check_device(tokens.query, **tokens.present(), **state._asdict())
+    check_device(tokens.query, **tokens.present())
+    check_state_device(tokens.query, state)
     fast.check_decoding(state, tokens.query)

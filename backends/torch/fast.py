@@ -31,7 +31,7 @@ def check_decoding(state: State, query: Tensor) -> None:
     validation.check_one_token(query)
     if state.position.device != query.device:
         raise ValueError(
-            f"state.position must be on the query's device, {query.device}: decode takes what start_decoding(state) "
+            f"state.position must be on the tokens' device, {query.device}: decode takes what start_decoding(state) "
             f"returns. Received: position on {state.position.device}"
         )
     for name, x in (*state.memory._asdict().items(), *state._asdict().items()):

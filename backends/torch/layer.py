@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fwpkm import rules, validation
 from fwpkm.backends.torch import decoding, ops, parts, ranks
-from fwpkm.backends.torch.checks import check_dtype, check_present
+from fwpkm.backends.torch.checks import check_device, check_dtype, check_present
 from fwpkm.backends.torch.column_parallel import fill
 from fwpkm.backends.torch.context import check_transforms
 from fwpkm.backends.torch.parts import InitialMemory, Projection
@@ -35,6 +35,7 @@ def zscore(z: Tensor) -> Tensor:
 def _without_tail(x: Tensor, mask: Tensor | None, cu_seqlens: Tensor) -> Tensor | None:
     """The mask of a packed row, in which no token behind the last sequence is there."""
     validation.check_packed("x", x, cu_seqlens, Tensor)
+    check_device(x, cu_seqlens=cu_seqlens)
     there = (torch.arange(x.shape[1], device=cu_seqlens.device) < cu_seqlens[-1:])[None]
     if torch.compiler.is_compiling():  # where nobody can raise, tokens show what is not legal
         there = there | ~is_legal(cu_seqlens, x.shape[1])
@@ -108,6 +109,14 @@ class FwPKM(nn.Module):
             self.add_module(f"{name}_norm", nn.RMSNorm(width, eps=rules.RMS_EPS, **factory))
             self.add_module(f"{name}_proj", Projection(width, size, **std, **factory))
         self.memory = InitialMemory(config, learn=learn_memory, **factory)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuse None for a part, which a call would meet much later."""
+        if value is None and name in self.__dict__.get("_modules", ()):
+            without = "; torch.nn.Identity() leaves its input as it is" * name.endswith("_norm")
+            without += ", and FwPKM(..., value_norm=None) the values as they are projected" * (name == "value_norm")
+            raise ValueError(f"{name} must be a module{without}. Received: None")
+        super().__setattr__(name, value)
 
     def reset_parameters(self) -> None:
         """Draw weights (normal, std 0.02; biases 0, norms 1) and initial tables from torch's generator.
@@ -211,13 +220,15 @@ class FwPKM(nn.Module):
     ) -> tuple[Tokens, torch.dtype]:
         """What the tokens bring to the memory, and the projections' dtype; ``written`` is a state to be written."""
         check_transforms()
-        validation.check_array("x", x, [("B", None), ("T", None), ("hidden_size", self.hidden_size)], "float", Tensor)
+        validation.check_x(x, None, self.hidden_size, Tensor)
+        parts.check_with_weights(x, self.query_norm)
         if mask is not None:
             validation.check_array("mask", mask, [("B", x.shape[0]), ("T", x.shape[1])], "bool", Tensor)
+            check_device(x, mask=mask)
         if cu_seqlens is not None:
             mask = _without_tail(x, mask, cu_seqlens)
         # Under autocast x may be narrower than the norms' weights, which the fused kernel refuses.
-        x = x.to(self.query_norm.weight.dtype)
+        x = x.to(parts.dtype_of(self, x))
         # A token that is not finite must not reach the projections: their weights' gradients would be 0 · NaN. Nor
         # must one that is not there.
         dead = ~finite_rows(x.flatten(0, 1)).view(x.shape[:2])
@@ -237,7 +248,7 @@ class FwPKM(nn.Module):
         return Tokens(query, value, gate, mask), x.dtype
 
     def _project_one(self, x: Tensor, mask: Tensor | None, state: State) -> tuple[Tokens, torch.dtype]:
-        validation.check_array("x", x, [("B", None), ("T", 1), ("hidden_size", self.hidden_size)], "float", Tensor)
+        validation.check_x(x, 1, self.hidden_size, Tensor)
         return self._project(x, mask, None, state)
 
     def _output(self, read: Tensor, tokens: Tokens, dtype: torch.dtype) -> Tensor:

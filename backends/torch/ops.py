@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fwpkm import schedule, validation
 from fwpkm.backends.torch import engine, exporting, fast, left_aligned, ranks
-from fwpkm.backends.torch.checks import check_apply, check_device, check_inplace
+from fwpkm.backends.torch.checks import check_apply, check_device, check_inplace, check_state_device
 from fwpkm.backends.torch.column_parallel import by_columns, is_sharded, refuse_columns
 from fwpkm.backends.torch.context import through_checkpoints
 from fwpkm.backends.torch.rows import init_state, mask_of, start_state
@@ -108,6 +108,7 @@ def begin(
     if compiled:
         compiled = engine.choose_engine(implementation, cfg, memory, inputs.query, cu_seqlens) == "compiled"
     elif cu_seqlens is not None and not exported:
+        check_device(inputs.query, cu_seqlens=cu_seqlens)
         cu_seqlens = cu_seqlens.cpu()  # before the copies of the tables, behind which it would wait
     owned = keep and not (compiled or memory.values.requires_grad)
     if keep and not (compiled or exported):
@@ -226,7 +227,7 @@ def flush(
     memory = getattr(state, "memory", None)
     with ranks.agreed("flush", memory, cfg, rows, inplace, implementation, **_beside_tables(state)):
         batch = validation.check_state(cfg, state, SELF)
-        check_device(state.pending_query, **state._asdict())
+        check_state_device(state.pending_query, state)
         validation.check_positions(cfg, state.position.tolist())
         check_inplace(inplace, *state.memory)
         chosen = mask_of(cfg, rows, batch)

@@ -85,13 +85,34 @@ class InitialMemory(nn.Module):
         return super()._apply(keep_precision, recurse)
 
     def __delattr__(self, name: str) -> None:
-        # torch takes the table out before its ModuleDict refuses the name; prune and the older norms put it elsewhere.
+        """Refuse torch's parametrizations: these take a table out, and only then find that they cannot name it."""
         if sys._getframe(1).f_code is parametrize.register_parametrization.__code__:
             raise ValueError(
                 f"memory.{name} takes no parametrization: torch keeps the names keys and values for itself. Change the "
                 "table itself, under torch.no_grad(), or parametrize a projection or a norm"
             )
         super().__delattr__(name)
+
+
+def dtype_of(layer: nn.Module, x: Tensor) -> torch.dtype:
+    """Of the first part that has a weight: a norm may be made without, or stand for nothing; of x where none has."""
+    for part in layer.children():
+        weight = getattr(part, "weight", None)
+        if weight is not None and weight.is_floating_point():
+            return weight.dtype
+    return x.dtype
+
+
+def check_with_weights(x: Tensor, part: nn.Module) -> None:
+    """Raise a ValueError unless x lies where a part's weight does, which no hook brings when the part is called."""
+    weight = getattr(part, "weight", None)
+    if weight is None or weight.device == x.device:
+        return
+    if not (part._forward_pre_hooks or "forward" in vars(part)):  # as of FSDP2, and of accelerate
+        raise ValueError(
+            f"x must be on the layer's device, {weight.device}: x.to({str(weight.device)!r}), or layer.to(x.device). "
+            f"Received: x on {x.device}"
+        )
 
 
 def weight_of(layer: nn.Module, name: str) -> Tensor:

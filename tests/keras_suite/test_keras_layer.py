@@ -291,6 +291,7 @@ def test_wrong_inputs():
     for x, message in (
         (np.zeros((2, 11, 5), "float32"), r"x must have shape \[B, T, hidden_size=6\]. Received: shape \(2, 11, 5\)"),
         (np.zeros((11, 6), "float32"), r"x must have shape \[B, T, hidden_size=6\]"),
+        (np.zeros((0, 3, 6), "float32"), r"x must have at least one row \(B >= 1\)"),
         (np.zeros((2, 3, 6), "int32"), "x must have a floating dtype. Received: dtype int32"),
         (keras.Input((None, 5)), r"x must have shape \[B, T, hidden_size=6\]"),
     ):

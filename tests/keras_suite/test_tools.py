@@ -61,9 +61,9 @@ def test_a_layer_whose_call_was_replaced_is_neither_saved_nor_filled(tmp_path):
     layer = make()
     fwpkm.save(tmp_path / "plain", layer)
     layer.call = lambda x: 2 * x
-    with pytest.raises(ValueError, match="layer must compute by its own call.* a FwPKM whose call was replaced"):
+    with pytest.raises(ValueError, match=r"layer must compute by its own call.* a FwPKM whose call was replaced"):
         fwpkm.save(tmp_path / "file", layer)
-    with pytest.raises(ValueError, match="del layer.call brings it back"):
+    with pytest.raises(ValueError, match=r"del layer.call brings it back"):
         fwpkm.load(tmp_path / "plain", layer)
     del layer.call
     fwpkm.load(tmp_path / "plain", layer)
