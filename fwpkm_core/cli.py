@@ -26,7 +26,7 @@ mid-sequence, gradients, which are held to torch's in float64, each function by 
 they were. Exit status: 1 where a bound is broken, 2 where a backend cannot run."""
 VECTORS = """\
 Write the reference vectors into a new folder: inputs, and the float64 results and gradients of the published equations,
-as .npz files (docs/conformance.md)."""
+as .npz files."""
 
 DOCTOR = """\
 Report on a saved layer or state: shapes, config, numbers that are not finite, norms of the rows of its tables,
@@ -36,7 +36,7 @@ BACKENDS = """\
 List every backend, and the other parts of the package, with the versions of what they need, Keras's framework, or what
 to install. From metadata: nothing is imported. With --check each part that is installed is imported in a process of its
 own and computes one call; exit status 1 where one of them gives no right answer."""
-JSON = "print one JSON object instead; docs/commands.md has its keys"
+JSON = "print one JSON object instead"
 INSPECT = """\
 Make one HTML page of a recording (fwpkm.Recorder): the map of slots, who wrote each of them, which are contested, and
 the norms of their rows over time. It needs no network and no other file."""
@@ -93,7 +93,7 @@ def _check_command(argv: Sequence[str], known: Sequence[str]) -> None:
 
 def _parser() -> _Parser:
     parser = _Parser(prog="fwpkm", description=DESCRIPTION)
-    parser.add_argument("--version", action="version", version=f"fwpkm {__version__}")
+    parser.add_argument("-V", "--version", action="version", version=f"fwpkm {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     demo = commands.add_parser("demo", help="stream a text through a memory and show what it recalls", description=DEMO)
     demo.add_argument(
@@ -205,16 +205,20 @@ def _conform(arguments: argparse.Namespace) -> int:
         raise UsageError("--markdown and --json exclude each other (see fwpkm conform --help)")
     require_extra()
     from fwpkm.conformance.command import run  # only now: it imports hypothesis, rich and torch
+    from fwpkm.conformance.contestants import CannotRunError
 
-    return run(
-        arguments.backends,
-        cases=arguments.cases,
-        seed=arguments.seed,
-        dtype=arguments.dtype,
-        case=arguments.case,
-        markdown=arguments.markdown,
-        as_json=arguments.json,
-    )
+    try:
+        return run(
+            arguments.backends,
+            cases=arguments.cases,
+            seed=arguments.seed,
+            dtype=arguments.dtype,
+            case=arguments.case,
+            markdown=arguments.markdown,
+            as_json=arguments.json,
+        )
+    except CannotRunError as error:
+        raise UsageError(f"argument --backends: {error}") from None
 
 
 def _doctor(arguments: argparse.Namespace) -> int:

@@ -40,9 +40,17 @@ def test_help_goes_to_standard_output(arguments, capsys):
         assert (option in printed) == (arguments[0] == "demo")
 
 
-def test_version_is_that_of_the_package(capsys):
+@pytest.mark.parametrize("name", ["demo", "doctor", "inspect", "conform", "vectors", "backends"])
+def test_help_names_no_page_that_a_wheel_lacks(name, capsys):
     with pytest.raises(SystemExit):
-        cli.main(["--version"])
+        cli.main([name, "--help"])
+    assert "docs/" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("option", ["--version", "-V"])
+def test_version_is_that_of_the_package(option, capsys):
+    with pytest.raises(SystemExit):
+        cli.main([option])
     assert capsys.readouterr().out == f"fwpkm {fwpkm.__version__}\n"
 
 
@@ -64,6 +72,10 @@ def test_python_m_is_the_command(tmp_path):
         (["xyz"], "unknown command 'xyz': expected one of demo, doctor, inspect, conform, vectors, backends"),
         (["doctor", "no/such"], "fwpkm: error: no/such: no such file\n"),
         (["inspect", "no/such"], "fwpkm: error: no/such: no such file\n"),
+        (
+            ["doctor", "/dev/null"],
+            "fwpkm: error: /dev/null: is a device, pipe or socket. Expected a file of fwpkm.save",
+        ),
         (["demo", "--speed", "9"], "--speed"),
         (["demo", "--pass", "9"], "--pass"),
         (["demo", "--passes", "0"], "--passes: must be an integer of at least 1. Received: '0'"),

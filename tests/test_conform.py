@@ -107,9 +107,19 @@ def test_backends_that_cannot_run_are_explained_and_the_others_judged(tmp_path):
 
 def test_where_nothing_ran_the_reason_comes_first(tmp_path):
     """A table would hold dashes alone."""
-    done = conform(tmp_path, "--backends", "no.such", "--cases", "1")
+    (tmp_path / "dies.py").write_text("import os\nos._exit(3)\n")
+    done = conform(tmp_path, "--backends", "dies", "--cases", "1")
     assert done.returncode == 2, done.stderr
-    assert done.stdout.startswith("no.such cannot run: No module named 'no'. Expected one of numpy, torch, jax,")
+    assert done.stdout.startswith("dies cannot run: its process ended with status 3")
+
+
+def test_names_that_are_not_there_are_one_line_before_a_case_is_drawn(capsys, monkeypatch):
+    monkeypatch.setattr(command, "drawer", lambda *_: pytest.fail("a case is drawn"))
+    assert cli.main(["conform", "--backends", "no.such", "nothing"]) == 2
+    printed, errors = capsys.readouterr()
+    assert printed == ""
+    assert errors.startswith("fwpkm: error: argument --backends: No module named 'no'. Expected one of numpy, torch, ")
+    assert errors.count("\n") == 1
 
 
 @pytest.mark.parametrize("case", [0, 2, 3])

@@ -63,8 +63,13 @@ def run(
     Returns:
         the exit status: 1 where a bound is broken, a case raised or too many cases were set aside; else 2 where a
         backend cannot run; else 0.
+
+    Raises:
+        CannotRunError: none of the names can be found.
     """
     names = list(dict.fromkeys(backends or contestants.DEFAULT))
+    if not any(map(contestants.found, names)):
+        contestants.load(names[0], dtype)  # which says so: no case need be drawn
     numbers = range(cases) if case is None else [case]
     with _progress() as progress, tempfile.TemporaryDirectory(prefix="fwpkm-conform-") as folder:
         draw = drawer(seed, dtype, contestants.unit(names))

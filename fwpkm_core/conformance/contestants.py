@@ -1,10 +1,12 @@
 """Backends by the names that ``fwpkm conform`` takes: those of this package, Keras by its backend, or any module."""
 
 import importlib
+import importlib.util
 import os
 import traceback
 from collections.abc import Sequence
 from functools import partial
+from importlib.machinery import PathFinder
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,6 +25,14 @@ FUNCTIONS = (
     *("reset", "select", "concat", "put", "pending", "nbytes", "pack", "unpack", "asarray", "to_numpy"),
 )
 """What a module must have (SPEC.md §8); ``vjp`` as well, for its gradients to be judged."""
+
+
+def found(name: str) -> bool:
+    """Whether a name is one of these, or its top package can be found from the current folder; imports nothing."""
+    top = name.partition(".")[0]
+    if name in (*DEFAULT, "keras", "triton") or not top:
+        return bool(top)
+    return bool(importlib.util.find_spec(top) or PathFinder.find_spec(top, [os.getcwd()]))
 
 
 class CannotRunError(Exception):

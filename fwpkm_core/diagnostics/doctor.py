@@ -131,6 +131,8 @@ def _open(path: str | os.PathLike[str], report: dict[str, Any]) -> list[Part]:
     """What a file holds; nothing, with the reason among the problems, where it is too damaged to tell."""
     if os.path.isdir(path):
         raise IsADirectoryError(f"{path}: is a folder. Expected a file of fwpkm.save or fwpkm.save_state")
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise DoctorError(f"{path}: is a device, pipe or socket. Expected a file of fwpkm.save or fwpkm.save_state")
     with open(path, "rb") as raw:
         start = raw.read(max(len(MAGIC), 9))
     if start[: len(MAGIC)] == MAGIC:
