@@ -61,7 +61,7 @@ def save(path: PathLike, layer: Layer, variables: Any = None) -> None:
         IsADirectoryError: ``path`` is a folder.
         ValueError: the layer exports other names, shapes or dtypes than it declares.
     """
-    _check_layer(layer)
+    check_layer(layer)
     tensors = layer.export_tensors(variables)
     check_forms(path, forms_of(tensors), _layer_forms(layer), "The layer's export_tensors and tensor_shapes disagree.")
     write(path, "layer", layer.spec(), tensors)
@@ -79,7 +79,7 @@ def load(path: PathLike, layer: Layer) -> Any:
         ValueError: the file is damaged or of another format or kind, or was saved from a layer with another
             ``spec()``; or it holds float64, and the layer's tables are float32.
     """
-    _check_layer(layer)
+    check_layer(layer)
     _, tensors = read(path, "layer", lambda _: layer.spec(), lambda *_: _layer_forms(layer))
     check_width(path, layer, tensors)
     return layer.import_tensors(tensors)
@@ -144,7 +144,6 @@ def load_state(path: PathLike, cfg: FwPKMConfig, backend: Any, device: Any = Non
         ValueError: the file is damaged or of another format or kind, or was saved with another config; or a device that
             the backend does not know.
     """
-    validation.check_config(cfg)
     module = _backend(backend, device)
     _, tensors = read(path, "state", lambda _: _fields(cfg), lambda _, forms: state_forms(cfg, forms))
     check_positions(path, "position", cfg, tensors["position"], DAMAGED)
@@ -242,13 +241,13 @@ def _configs(cfgs: Any, names: Mapping[str, Any], of: str) -> dict[str, FwPKMCon
 
 
 def _fields(cfg: FwPKMConfig) -> dict[str, Any]:
+    validation.check_config(cfg)
     fields: dict[str, Any] = json.loads(cfg.to_json())
     return fields
 
 
 def _tensors(path: PathLike, argument: str, state: Any, cfg: FwPKMConfig) -> Tensors:
     """The arrays of a state, once they fit its config."""
-    validation.check_config(cfg)
     if not isinstance(state, State):
         raise ValueError(f"{argument} must be a fwpkm.State. Received: {type(state).__name__}")
     to_numpy = registry.backend_of(state.memory.values).to_numpy
@@ -268,6 +267,8 @@ def _native(module: Any, tensors: Tensors, device: Any) -> State:
 
 def _backend(backend: Any, device: Any) -> Any:
     module = registry.get_backend(backend) if isinstance(backend, str) else backend
+    if not hasattr(module, "asarray"):
+        raise ValueError(f"backend must be the name of one, or such a module. Received: {type(module).__name__}")
     if device is not None and not hasattr(module, "to_device"):
         raise ValueError(
             f"device must be None: {getattr(module, '__name__', module)} does not place states. Received: {device!r}"
@@ -314,7 +315,8 @@ def check_width(path: PathLike, layer: Layer, tensors: Tensors) -> None:
         )
 
 
-def _check_layer(layer: Any) -> None:
+def check_layer(layer: Any) -> None:
+    """Raise unless a layer's weights say what it computes."""
     if isinstance(layer, type) or not all(hasattr(layer, name) for name in _METHODS):
         raise ValueError(f"layer must be an FwPKM layer of one of the backends. Received: {type(layer).__name__}")
     replaced = [name for name in ("forward", "call", "apply") if name in getattr(layer, "__dict__", ())]

@@ -56,9 +56,9 @@ def forms_of(tensors: Mapping[str, np.ndarray]) -> Forms:
 
 def write(path: PathLike, kind: str, spec: dict[str, Any], tensors: Tensors) -> None:
     """Write beside the target and put the file in its place in one step, or leave nothing behind."""
+    _check_path(path)
     if not os.fspath(path) or os.fspath(path).endswith(os.sep):
         raise ValueError(f"path must name a file. Received: {os.fspath(path)!r}")
-    _refuse_folder(path)
     target = Path(os.path.realpath(path))  # a link keeps pointing at the file that it names
     if not target.parent.is_dir():
         raise FileNotFoundError(f"{path}: the folder {target.parent} does not exist. Create it first.")
@@ -154,7 +154,7 @@ def read(
         wanted: from the config that it has, JSON-able, to the one that it must have.
         expected: from its config and what forms it holds, to the forms that it must hold.
     """
-    _refuse_folder(path)
+    _check_path(path)
     try:
         with safetensors.safe_open(path, "np") as file:
             metadata = file.metadata() or {}
@@ -223,9 +223,13 @@ def check_forms(path: PathLike, found: Forms, expected: Forms, advice: str) -> N
         raise bad(path, f"wrong shape or dtype of {', '.join(wrong)}", wanted, received, advice)
 
 
-def _refuse_folder(path: PathLike) -> None:
+def _check_path(path: Any) -> None:
+    if not isinstance(path, (str, os.PathLike)):
+        raise ValueError(f"path must be a str or an os.PathLike. Received: {type(path).__name__}")
     if os.path.isdir(path):
         raise IsADirectoryError(f"{path}: is a folder. Expected the path of a file; add a file name.")
+    if os.path.exists(path) and not os.path.isfile(path):  # as /dev/null, which a save would replace
+        raise ValueError(f"{path}: is a device, pipe or socket. Expected the path of a file.")
 
 
 def _json_object(path: PathLike, metadata: dict[str, str], key: str) -> dict[str, Any]:

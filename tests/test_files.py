@@ -137,6 +137,36 @@ def test_writing_where_no_file_can_be(tmp_path: Path, write: Callable[[Path], An
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda path: fwpkm.save(None, FakeLayer()), r"path must be a str or an os\.PathLike\. Received: NoneType"),
+        (lambda path: fwpkm.load(b"file", FakeLayer()), r"path must be a str or an os\.PathLike\. Received: bytes"),
+        (lambda path: fwpkm.load_packed(3), r"path must be a str or an os\.PathLike\. Received: int"),
+        (
+            lambda path: fwpkm.save(path, FakeLayer),
+            "layer must be an FwPKM layer of one of the backends. Received: type",
+        ),
+        (lambda path: fwpkm.save_state(path, CFG, half_read_state()), "cfg must be an FwPKMConfig. Received: State"),
+        (lambda path: fwpkm.load_state(path, CFG, None), "backend must be the name of one, or such a module"),
+        (lambda path: fwpkm.load_states(path, CFG, FakeLayer()), "or such a module. Received: FakeLayer"),
+    ],
+)
+def test_arguments_of_the_wrong_type_are_named(tmp_path: Path, call: Callable[[Path], Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call(tmp_path / "file")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_no_regular_file_is_neither_read_nor_replaced(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for call in (fwpkm.save, fwpkm.load):
+        with pytest.raises(ValueError, match=r"pipe: is a device, pipe or socket\. Expected the path of a file"):
+            call(pipe, FakeLayer())
+    assert pipe.is_fifo()
+
+
 def test_unknown_backend(state_file: Path) -> None:
     with pytest.raises(ValueError, match="backend must be one of"):
         fwpkm.load_state(state_file, CFG, "pytorch")

@@ -76,6 +76,7 @@ def save(folder: PathLike, layer: Any) -> None:
     """
 
     def weights() -> dict[str, Tensor]:
+        files.check_layer(layer)
         tensors = {name: parts.weight_of(layer, name) for name in layer.tensor_shapes()}
         return {name: x.float() if x.dtype == torch.float16 else x for name, x in tensors.items()}
 
@@ -129,6 +130,7 @@ def load(folder: PathLike, layer: Any) -> None:
     columns = _columns_of_layer(layer)
     shapes = {name: tensor_files.Form(shape, tensor_files.FLOATS) for name, shape in layer.tensor_shapes().items()}
     with ranks.together("load", columns):
+        files.check_layer(layer)
         own = {name: parts.plain_weight_of(layer, name) for name in shapes}
         tensors = _read_own(folder, "layer", columns, layer.spec(), lambda _: shapes)
         files.check_width(Path(folder) / INDEX, layer, tensors)
