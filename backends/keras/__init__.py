@@ -6,7 +6,7 @@ On torch and jax the functions are those of the native backend, on tensorflow th
 from fwpkm.backends.keras.callback import ResetState
 from fwpkm.backends.keras.layer import FwPKM
 from fwpkm.backends.keras.layout import as_state
-from fwpkm.backends.keras.native import functions
+from fwpkm.backends.keras.native import functions, start_decoding
 
 _functions = functions()
 apply = _functions.apply
@@ -25,7 +25,6 @@ pending = _functions.pending
 put = _functions.put
 reset = _functions.reset
 select = _functions.select
-start_decoding = _functions.start_decoding
 to_numpy = _functions.to_numpy
 unpack = _functions.unpack
 vjp = _functions.vjp

@@ -9,7 +9,7 @@ import numpy as np
 from keras import KerasTensor, initializers, ops
 
 from fwpkm import validation
-from fwpkm.backends.keras import native, segments
+from fwpkm.backends.keras import checks, native, segments
 from fwpkm.backends.keras.layout import NAMES, as_state, by_name, copies_of, fill, specs, trace_spec
 from fwpkm.backends.keras.tokens import blank, dtype_of, finite_rows, nan_where
 from fwpkm.backends.keras.windows import SELF
@@ -144,7 +144,10 @@ class FwPKM(keras.layers.Layer):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """``call``, with ``segment_ids`` and states as they are before Keras makes tensors of them, which cuts both."""
-        self._check_state(args[3] if len(args) > 3 else kwargs.get("initial_state"))
+        state = args[3] if len(args) > 3 else kwargs.get("initial_state")
+        checks.check_state(self, state)
+        if state is not None and not kwargs.get("_decoding"):
+            native.share(as_state(state))
         if len(args) > 2:
             args = (*args[:2], segments.as_ids(args[2]), *args[3:])
         if "segment_ids" in kwargs:
@@ -197,7 +200,7 @@ class FwPKM(keras.layers.Layer):
             ValueError: an argument does not fit; names it, what was expected and what was received.
         """
         validation.check_flag("update", update)
-        self._check(x, segment_ids, initial_state, return_trace)
+        checks.check_call(self, x, segment_ids, initial_state, return_trace)
         mask = segments.flags(
             x, x_mask if mask is None else mask
         )  # Keras fills in mask where x is the only array, else x_mask
@@ -221,14 +224,16 @@ class FwPKM(keras.layers.Layer):
     def decode(self, x: Array, state: Any, mask: Array | None = None) -> list[Array]:
         """Read one token of each row, using up ``state``: where it can be, it is overwritten. No gradient.
 
-        On torch and jax it is the native backend's decode, which writes the tables in place; on jax under ``jax.jit``
-        donate the state, or they are copied. On tensorflow a chunk's end copies the table, and one ``tf.function``
-        around the step of a model serves all positions and masks.
+        On torch and jax it is the native backend's decode, which writes the tables in place. On torch that are the
+        tables of what decode or ``start_decoding`` returned: those of any other state, which an older one may share, are
+        copied once, by the first step. On jax under ``jax.jit`` donate the state, or the tables are copied. On tensorflow
+        a chunk's end copies the table, and one ``tf.function`` around the step of a model serves all positions and masks.
 
         Args:
             x: ``[B, 1, hidden_size]``.
-            state: where the sequences stand, as a :class:`fwpkm.State` or the list of its arrays. It is used up: go on
-                from the one that comes back, and keep others by ``start_decoding``, which copies.
+            state: where the sequences stand, as a :class:`fwpkm.State` or the list of its arrays. It is used up, on jax
+                with older ones that share its tables: go on from the one that comes back, and keep others by
+                ``start_decoding``, which copies.
             mask: ``[B, 1]`` bool, False for rows that rest; None for the mask that x carries, or for True.
 
         Returns:
@@ -241,7 +246,8 @@ class FwPKM(keras.layers.Layer):
         self._weight("memory.keys")  # which says so where the layer is not built
         x = ops.convert_to_tensor(x)
         validation.check_x(x, 1, self.hidden_size, object)
-        state = self._check_state(as_state(state, "state"), "state")
+        state = as_state(state, "state")
+        checks.check_state(self, state, "state")
         # As a call of Keras, which alone knows the mask that x carries, and which hands it on with y.
         return self(x, mask=mask, initial_state=state, _decoding=True)
 
@@ -297,7 +303,7 @@ class FwPKM(keras.layers.Layer):
         return_trace: bool = False,
     ) -> Any:
         """What ``call`` returns for symbolic inputs; no operation runs."""
-        self._check(x, segment_ids, initial_state, return_trace)
+        checks.check_call(self, x, segment_ids, initial_state, return_trace)
         outputs: list[Any] = [KerasTensor(x.shape, dtype=self.compute_dtype)]
         dtype = self._table_dtype if initial_state is None else as_state(initial_state).memory.keys.dtype
         if self.return_state:
@@ -436,49 +442,6 @@ class FwPKM(keras.layers.Layer):
 
     def _initial_memory(self) -> Memory:
         return Memory(*(ops.convert_to_tensor(self._weight(f"memory.{name}"))[None] for name in Memory._fields))
-
-    def _check(self, x: Any, segment_ids: Any, initial_state: Any, return_trace: Any) -> None:
-        validation.check_flag("return_trace", return_trace)
-        native.check_sizes(x)
-        validation.check_x(x, None, self.hidden_size, object)
-        self._check_state(initial_state)
-        if segment_ids is not None:
-            validation.check_array("segment_ids", segment_ids, [("B", x.shape[0]), ("T", x.shape[1])], "int", object)
-            self._check_packed(initial_state)
-            if return_trace:
-                raise ValueError(
-                    "return_trace must be False beside segment_ids: the layer does not write sequences that end before "
-                    "they read it. The functions of fwpkm.get_backend('keras') trace all. Received: True"
-                )
-        if self.stateful and native.is_exporting():
-            raise ValueError(
-                "stateful must be False in a program of torch.export, which keeps nothing between its calls: export a "
-                "layer with return_state=True and pass initial_state. Received: stateful=True"
-            )
-        if self.stateful and x.shape[0] not in (None, self.batch_size):
-            raise ValueError(
-                f"x must have B={self.batch_size} rows, as the stateful layer was built with: leave out the last, "
-                f"smaller batch. Received: shape {tuple(x.shape)}"
-            )
-
-    def _check_state(self, state: Any, argument: str = "initial_state") -> Any:
-        if state is not None:
-            validation.check_not_rounded(as_state(state, argument), self.compute_dtype)
-        return state
-
-    def _check_packed(self, initial_state: Any) -> None:
-        """Raise where segment_ids would leave no row that a state could stand for."""
-        if self.return_state or self.stateful or initial_state is not None:
-            raise ValueError(
-                "segment_ids must be None beside a state: each run of ids is a sequence that begins and ends in the "
-                f"call. Received: segment_ids with return_state={self.return_state}, stateful={self.stateful}, "
-                f"initial_state {'left out' if initial_state is None else 'given'}"
-            )
-        if self._config.memory_scope != "sequence":
-            raise ValueError(
-                "segment_ids must be None where one memory serves all rows: packed sequences have a memory each. "
-                f"Received: segment_ids with memory_scope={self._config.memory_scope!r}"
-            )
 
     def _project(self, part: str, x: Array) -> Array:
         """W · RMSNorm(x) + b in the compute dtype; the norm at least in float32."""

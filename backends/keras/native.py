@@ -11,6 +11,7 @@ from typing import Any
 import keras
 from keras import ops
 
+from fwpkm.backends.keras.layout import by_name
 from fwpkm.config import FwPKMConfig
 from fwpkm.containers import Memory, State, Trace
 from fwpkm.tokens import Array, Tokens
@@ -55,15 +56,43 @@ def apply(
 
 
 def decode(cfg: FwPKMConfig, state: State, tokens: Tokens) -> tuple[Array, State]:
-    """Read one token of each row; jax and torch may overwrite the state."""
+    """Read one token of each row; jax may overwrite the state, and torch one that it may have for itself."""
     if keras.backend.backend() == "tensorflow":
         output, after, _ = functions().apply(cfg, state, **tokens.present())
         return output, after
     if keras.backend.backend() == "jax":
         return functions().decode(cfg, state, **tokens.present())
-    device = state.memory.keys.device
+    device, owned = state.memory.keys.device, all(getattr(x, _OWNED, False) for x in by_name(state).values())
     state = functions().detach(state).map(lambda x: x.to(device).contiguous())
+    state = _owned(state if owned else state.map(lambda x: x.clone()))
     return functions().decode(cfg, state, **tokens.present()), state
+
+
+def start_decoding(state: State) -> State:
+    """A copy of a state for the layer's ``decode`` to overwrite; on tensorflow, which overwrites nothing, the state.
+
+    Raises:
+        ValueError: not a state.
+    """
+    copy = functions().start_decoding(state)
+    return _owned(copy) if keras.backend.backend() == "torch" else copy
+
+
+_OWNED = "_fwpkm_owned"
+"""What torch tensors are marked by whose memory no other state shares, so that decode may overwrite them."""
+
+
+def _owned(state: State) -> State:
+    for x in by_name(state).values():
+        setattr(x, _OWNED, True)
+    return state
+
+
+def share(state: State) -> None:
+    """Take the marks of a state: a call that reads on from it may return the same tables."""
+    for x in by_name(state).values():
+        if hasattr(x, _OWNED):
+            delattr(x, _OWNED)
 
 
 def check_distribution(variables: Sequence[keras.Variable]) -> None:
