@@ -1,9 +1,9 @@
 """What every file of this library is: a safetensors file with checksums, written whole or not at all (SPEC.md §8).
 
 A file carries five metadata strings: ``format_version``, ``kind``, ``config`` (as JSON: what the tensors belong to),
-``config_sha256`` (its hex digest; files of 0.1 lack it) and ``sha256`` (as JSON: for each tensor the hex digest of its
-bytes in C order, little-endian). Reading checks everything
-before it returns anything. Writing goes through a temporary file beside the target, so that a save that fails or is
+``config_sha256`` (its hex digest; files of 0.1 and 0.2 lack it) and ``sha256`` (as JSON: for each tensor the hex digest
+of its bytes in C order, little-endian); no others, so that damage to a name is seen. Reading checks everything before it
+returns anything. Writing goes through a temporary file beside the target, so that a save that fails or is
 killed leaves the old file whole. A killed process leaves its ``.fwpkm-*.tmp`` behind; the next save into that folder
 removes it.
 """
@@ -34,6 +34,7 @@ FLOATS = ("float32", "float64")
 DAMAGED = "The file is damaged or was edited: take another copy, or save it again."
 _DTYPES = {"F32": "float32", "F64": "float64", "I32": "int32", "BOOL": "bool", "U8": "uint8", "U16": "uint16"}
 """The names of safetensors, in NumPy's."""
+_METADATA = {"format_version", "kind", "config", "config_sha256", "sha256"}
 _ABSENT = object()
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(FwPKMConfig)}
 _READERS = "Read layers with fwpkm.load, states with fwpkm.load_state, load_states or, packed, load_packed."
@@ -183,6 +184,9 @@ def _read_spec(path: PathLike, metadata: dict[str, str], kind: str) -> dict[str,
         raise bad(path, "unknown format_version", repr(FORMAT_VERSION), repr(version), advice)
     if metadata.get("kind") != kind:
         raise bad(path, f"not the file of a {kind}", f"kind {kind!r}", f"kind {metadata.get('kind')!r}", _READERS)
+    unknown = sorted(metadata.keys() - _METADATA)  # such as a digest whose name is damaged, which would not be compared
+    if unknown:
+        raise bad(path, f"unknown metadata {', '.join(unknown)}", sorted(_METADATA), sorted(metadata), DAMAGED)
     spec, received = _json_object(path, metadata, "config"), config_digest(metadata["config"])
     if metadata.get("config_sha256", received) != received:
         raise bad(path, "the config does not match its sha256", metadata["config_sha256"], received, DAMAGED)

@@ -290,6 +290,12 @@ def test_a_config_that_was_changed_in_the_file_is_refused(layer_file, state_file
             read(path)
 
 
+def test_damage_to_the_name_of_a_digest_is_seen(state_file):
+    """Else it would be a file of before, whose config nothing vouches for."""
+    edit(state_file, lambda _, metadata: metadata.update(config_sha257=metadata.pop("config_sha256")), sign=False)
+    refused_state(state_file, "unknown metadata config_sha257", "config_sha256")
+
+
 def test_files_of_before_have_no_digest_of_their_config(state_file):
     edit(state_file, lambda _, metadata: metadata.pop("config_sha256"), sign=False)
     read, expected = fwpkm.load_state(state_file, CFG, "numpy"), half_read_state()
