@@ -2,8 +2,8 @@
 
 A file carries five metadata strings: ``format_version``, ``kind``, ``config`` (as JSON: what the tensors belong to),
 ``config_sha256`` (its hex digest; files of 0.1 and 0.2 lack it) and ``sha256`` (as JSON: for each tensor the hex digest
-of its bytes in C order, little-endian); no others, so that damage to a name is seen. Reading checks everything before it
-returns anything. Writing goes through a temporary file beside the target, so that a save that fails or is
+of its bytes in C order, little-endian); no others, so that damage to a name is seen. Reading checks everything before
+it returns anything. Writing goes through a temporary file beside the target, so that a save that fails or is
 killed leaves the old file whole. A killed process leaves its ``.fwpkm-*.tmp`` behind; the next save into that folder
 removes it.
 """

@@ -1,5 +1,6 @@
 """Rows at positions, under masks and in packed calls that are all traced: one compilation, and each row is as alone."""
 
+import dataclasses
 import functools
 
 import jax
@@ -314,6 +315,32 @@ def test_put_takes_traced_flags():
     flags = jnp.array([True, False, True])
     received = jax.jit(functools.partial(BE.put, DROP))(state, flags, other)
     assert_same_bits(as_numpy(BE, received), as_numpy(BE, BE.put(DROP, state, flags, other)))
+
+
+@pytest.mark.parametrize("scope", ["sequence", "batch"])
+@pytest.mark.parametrize("row", [-1, 5])
+def test_a_traced_row_that_a_state_does_not_have_changes_nothing_or_shows(row, scope):
+    """Nobody can raise: put and reset leave it out, and what select makes of it reads NaN."""
+    cfg = DROP if scope == "sequence" else dataclasses.replace(DROP, memory_scope=scope)
+    memory, tokens = drawn(cfg, 2, 7)
+    memory = native(BE, Memory(*(x[:1] for x in memory)))
+    tokens = tuple(jnp.asarray(x) for x in (tokens.query, tokens.value))
+    state = BE.apply(cfg, BE.init_state(cfg, memory, 2), *tokens)[1]
+    rows = jnp.array([0, row])
+    selected = jax.jit(functools.partial(BE.select, cfg))(state, rows)
+    output, after, _ = BE.apply(cfg, selected, *tokens)
+    expected = BE.apply(cfg, BE.select(cfg, state, [0, 0]), *tokens)
+    assert np.isnan(output[1]).all()
+    if scope == "batch":  # one table and one clock serve all
+        assert np.isnan(output[0]).all()
+        return
+    assert selected.position[1] == 0
+    assert_same_bits(output[0], expected[0][0])
+    assert np.isnan(after.memory.values[1]).all()
+    left = jax.jit(functools.partial(BE.reset, cfg))(state, memory, jnp.array([row]))
+    assert_same_bits(as_numpy(BE, left), as_numpy(BE, state))
+    put = jax.jit(functools.partial(BE.put, cfg))(state, rows, BE.select(cfg, state, [1, 1]))
+    assert_same_bits(as_numpy(BE, put), as_numpy(BE, BE.select(cfg, state, [1, 1])))
 
 
 @pytest.mark.parametrize("call", ["select", "put"])

@@ -1,4 +1,4 @@
-"""Rows of a state, and states of rows (SPEC.md §5). Rows may be traced: then they are taken as they are."""
+"""Rows of a state, and states of rows (SPEC.md §5). Traced rows that a state does not have change nothing, and show."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -137,9 +137,23 @@ def _initial(cfg: FwPKMConfig, batch_size: int, memory: Memory, like: Array | No
 
 @placed
 def _selected(own: bool, state: State, ids: Any) -> State:
-    """``select``; where rows do not have tables of their ``own``, all of them have the one."""
-    memory = Memory(*(x[ids] for x in state.memory)) if own else state.memory
-    return State.of(memory, state.pending.map(lambda x: x[ids]), state.position[ids])
+    """``select``; where rows do not have tables of their ``own``, all of them have the one.
+
+    Rows that are traced, and that the state does not have, get tables of NaN and nothing else.
+    """
+    if not is_traced(ids):
+        memory = Memory(*(x[ids] for x in state.memory)) if own else state.memory
+        return State.of(memory, state.pending.map(lambda x: x[ids]), state.position[ids])
+    legal = (ids >= 0) & (ids < len(state.position))
+    known, shown = jnp.where(legal, ids, 0), legal if own else legal.all()[None]
+
+    def taken(x: Array) -> Array:
+        return jnp.where(outer(legal, x), x[known], jnp.zeros((), x.dtype))
+
+    tables = Memory(*(x[known] for x in state.memory)) if own else state.memory
+    memory = Memory(*(jnp.where(outer(shown, x), x, jnp.nan) for x in tables))
+    position = taken(state.position) if own else state.position[known]  # whose one clock is that of all rows
+    return State.of(memory, state.pending.map(taken), position)
 
 
 @placed
@@ -150,14 +164,17 @@ def _joined(states: tuple[State, ...]) -> State:
 
 @placed
 def _put(state: State, ids: Any, other: State) -> State:
-    return state.map(lambda x, y: x.at[ids].set(y), other)
+    if is_traced(ids):  # a negative one would count from the end
+        ids = jnp.where(ids < 0, len(state.position), ids)
+    return state.map(lambda x, y: x.at[ids].set(y, mode="drop"), other)
 
 
 @placed
 def _put_where(state: State, chosen: Array, other: State) -> State:
     """``put`` where ``chosen [B]`` is True."""
-    number = jnp.maximum(jnp.cumsum(chosen) - 1, 0)
-    return state.map(lambda x, y: jnp.where(outer(chosen, x), y[number], x), other)
+    number = jnp.cumsum(chosen) - 1
+    chosen = chosen & (number < len(other.position))
+    return state.map(lambda x, y: jnp.where(outer(chosen, x), y[jnp.clip(number, 0, len(y) - 1)], x), other)
 
 
 @placed

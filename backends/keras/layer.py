@@ -214,7 +214,7 @@ class FwPKM(keras.layers.Layer):
         outputs = [self._output(read, tokens)]
         if state is not None:
             if self.stateful and update:
-                self._keep(native.functions().detach(state))
+                self._keep(native.after(read, native.functions().detach(state)))
             outputs += by_name(state).values() if self.return_state else ()
         if return_trace:
             assert trace is not None
@@ -224,10 +224,10 @@ class FwPKM(keras.layers.Layer):
     def decode(self, x: Array, state: Any, mask: Array | None = None) -> list[Array]:
         """Read one token of each row, using up ``state``: where it can be, it is overwritten. No gradient.
 
-        On torch and jax it is the native backend's decode, which writes the tables in place. On torch that are the
-        tables of what decode or ``start_decoding`` returned: those of any other state, which an older one may share, are
-        copied once, by the first step. On jax under ``jax.jit`` donate the state, or the tables are copied. On tensorflow
-        a chunk's end copies the table, and one ``tf.function`` around the step of a model serves all positions and masks.
+        On torch and jax it is the native backend's decode, which writes the tables in place. On torch those of a state
+        that neither decode nor ``start_decoding`` returned, which an older one may share, are copied once, by the first
+        step. On jax under ``jax.jit`` donate the state, or the tables are copied. On tensorflow a chunk's end copies
+        the table, and one ``tf.function`` around the step of a model serves all positions and masks.
 
         Args:
             x: ``[B, 1, hidden_size]``.

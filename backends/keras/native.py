@@ -144,6 +144,16 @@ def whole_batch(x: Array, batch_size: int) -> Array:
     return x
 
 
+def after(read: Array, state: State) -> State:
+    """The state once all that a call computes is there; a TensorFlow graph else assigns some of it before it fails."""
+    if keras.backend.backend() != "tensorflow":
+        return state
+    import tensorflow
+
+    with tensorflow.control_dependencies([read, *by_name(state).values()]):
+        return state.map(tensorflow.identity)
+
+
 def without_names(layer: Any, layer_call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[Array], Any]:
     """``layer_call`` as a function of x alone, which TensorFlow can compute anew inside a graph.
 

@@ -16,10 +16,12 @@ from fwpkm import schedule, validation
 from fwpkm.backends.keras.packing import pack, unpack  # noqa: F401
 from fwpkm.backends.keras.rows import (  # noqa: F401
     concat,
+    fitted,
     implementation,
     init_state,
     mask_of,
     nbytes,
+    num_rows,
     pending,
     put,
     reset,
@@ -59,16 +61,18 @@ def apply(
     update: bool = True,
 ) -> tuple[Array, State | None, Trace]:
     """Read T tokens and write every chunk that they complete (SPEC.md §5)."""
-    inputs = Tokens(query, value, gate=gate, mask=mask)
-    validation.check_apply(cfg, state, inputs, cu_seqlens, update, implementation())
+    validation.check_apply(cfg, state, Tokens(query, value, gate, mask), cu_seqlens, update, implementation())
+    query = _some_rows(query)
     if isinstance(state, Memory):
         state = init_state(cfg, state, ops.shape(query)[0] if cu_seqlens is None else ops.shape(cu_seqlens)[0] - 1)
         output, _, trace = apply(cfg, state, query, value, gate, mask, cu_seqlens, update)
         return output, None, trace
     known = _check_values(cfg, state, cu_seqlens, query.shape[1])
-    memory, shape = _as_tables(state.memory, query), ops.shape(query)
+    shape = ops.shape(query)
+    state = fitted(cfg, state, shape[0] if cu_seqlens is None else ops.shape(cu_seqlens)[0] - 1)
+    memory = _as_tables(state.memory, query)
     dtype = _dtype(memory)
-    tokens, legal = filled(dtype, inputs), None
+    tokens, legal = filled(dtype, Tokens(query, value, gate, mask)), None
     if cu_seqlens is not None and not known:  # nobody can raise: the call is then one of empty sequences
         legal = is_legal(cu_seqlens, shape[1])
         cu_seqlens = ops.where(legal, cu_seqlens, 0)
@@ -104,6 +108,7 @@ def flush(cfg: FwPKMConfig, state: State, rows: Any = None) -> tuple[State, Trac
     """Write the pending chunk of every row, or of ``rows``, empty it and restart the count (SPEC.md §5)."""
     validation.check_state(cfg, state, implementation())
     _check_values(cfg, state, None, 0)
+    state = fitted(cfg, state, num_rows(state))
     dtype, chosen = _dtype(state.memory), mask_of(cfg, rows, state)
     num_pending = schedule.pending(cfg, state.position)
     behind = ops.arange(cfg.capacity, dtype="int32") >= num_pending[:, None]
@@ -210,6 +215,17 @@ def _as_tables(memory: Memory, query: Array) -> Memory:
     """float32, or float64 when queries and tables both are (§6)."""
     wide = _dtype(memory) == keras.backend.standardize_dtype(query.dtype) == "float64"
     return Memory(*(ops.cast(x, "float64" if wide else "float32") for x in memory))
+
+
+def _some_rows(query: Array) -> Array:
+    """The query of at least one row, which a graph may not know until it runs."""
+    if query.shape[0] is not None:
+        return query
+    import tensorflow
+
+    message = "query must have at least one row (B >= 1)"
+    with tensorflow.control_dependencies([tensorflow.debugging.assert_positive(ops.shape(query)[0], message)]):
+        return tensorflow.identity(query)
 
 
 def _check_values(cfg: FwPKMConfig, state: State, cu_seqlens: Array | None, length: int | None) -> bool:

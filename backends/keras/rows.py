@@ -1,7 +1,7 @@
 """Rows of a state, and states of rows, in keras.ops (SPEC.md §5)."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -10,7 +10,7 @@ from keras import ops
 
 from fwpkm import rows as row_checks
 from fwpkm import schedule, validation
-from fwpkm.backends.keras.tokens import no_tokens, outer
+from fwpkm.backends.keras.tokens import blank, nan_where, no_tokens, outer
 from fwpkm.backends.keras.windows import SELF
 from fwpkm.config import FwPKMConfig
 from fwpkm.containers import Memory, State, memories_for
@@ -35,6 +35,7 @@ def init_state(cfg: FwPKMConfig, memory: Memory, batch_size: int | Array) -> Sta
 def reset(cfg: FwPKMConfig, state: State, memory: Memory, rows: Any = None) -> State:
     """Make rows what ``init_state`` makes."""
     batch = row_checks.check_reset(cfg, state, memory, implementation())
+    state = fitted(cfg, state, num_rows(state))
     chosen = mask_of(cfg, rows, state)
     fresh = init_state(cfg, memory, batch)
 
@@ -49,15 +50,29 @@ def select(cfg: FwPKMConfig, state: State, rows: Any) -> State:
     """The state of these rows, in this order."""
     if _is_traced(rows):
         validation.check_state(cfg, state, implementation())
-        ids = _checked(rows, "int", ("n", None))
-    else:
-        ids = row_checks.check_select(cfg, state, _on_host(rows), implementation())
+        return _shown(cfg, state, _checked(rows, "int", ("n", None)))
+    ids = row_checks.check_select(cfg, state, _on_host(rows), implementation())
 
     def take(x: Array) -> Array:
         return ops.take(x, ids, axis=0)
 
     memory = Memory(*map(take, state.memory)) if cfg.memory_scope == "sequence" else state.memory
     return State.of(memory, state.pending.map(take), take(state.position))
+
+
+def _shown(cfg: FwPKMConfig, state: State, ids: Array) -> State:
+    """``select`` of traced rows: those that the state does not have get tables of NaN, and nothing else."""
+    legal = (ids >= 0) & (ids < num_rows(state))
+
+    def take(x: Array) -> Array:
+        return ops.take(x, ops.where(legal, ids, 0), axis=0)
+
+    own = cfg.memory_scope == "sequence"
+    wrong = ~legal if own else ops.any(~legal)[None]
+    memory = Memory(*(nan_where(wrong, take(x) if own else x) for x in state.memory))
+    position = take(state.position)
+    position = blank(position, ~legal) if own else position  # whose one clock is that of all rows
+    return State.of(memory, state.pending.map(lambda x: blank(take(x), ~legal)), position)
 
 
 def concat(cfg: FwPKMConfig, states: Sequence[State]) -> State:
@@ -70,13 +85,9 @@ def put(cfg: FwPKMConfig, state: State, rows: Any, other: State) -> State:
     """The state with the i-th row of ``other`` at rows[i]."""
     received = row_checks.check_put(cfg, state, other, implementation())
     batch = state.position.shape[0]
-    if _is_traced(rows) and _is_bool(rows):  # how many are True is not known, so no list of them has a shape
-        rows = _checked(rows, "bool", ("B", batch))
-        number = ops.maximum(ops.cumsum(ops.cast(rows, "int32")) - 1, 0)
-        return state.map(
-            lambda x, y: ops.where(outer(rows, x), ops.cast(ops.take(y, number, axis=0), x.dtype), x), other
-        )
-    ids = _checked(rows, "int", ("n", None)) if _is_traced(rows) else row_checks.ids_of(_on_host(rows), batch)
+    if _is_traced(rows):
+        return _put_traced(state, rows, other)
+    ids = row_checks.ids_of(_on_host(rows), batch)
     row_checks.check_number(received, ids.shape[0])
     index = ops.cast(ids, "int32")[:, None]
 
@@ -86,6 +97,25 @@ def put(cfg: FwPKMConfig, state: State, rows: Any, other: State) -> State:
         return ops.scatter_update(x, index, ops.cast(y, x.dtype))
 
     return state.map(replaced, other)
+
+
+def _put_traced(state: State, rows: Array, other: State) -> State:
+    """``put`` where only those of the traced rows that the state has take something."""
+    batch, received = num_rows(state), num_rows(other)
+    if _is_bool(rows):  # how many are True is not known, so no list of them has a shape
+        chosen = with_rows(_checked(rows, "bool", ("B", state.position.shape[0])), batch)
+        number = ops.cumsum(ops.cast(chosen, "int32")) - 1
+        chosen &= number < received
+    else:
+        ids = _checked(rows, "int", ("n", None))
+        row_checks.check_number(other.position.shape[0], ids.shape[0])
+        meets = ops.arange(batch, dtype="int32")[:, None] == ids[None]
+        chosen, number = ops.any(meets, axis=1), ops.cast(ops.argmax(meets, axis=1), "int32")
+
+    def put(x: Array, y: Array) -> Array:
+        return ops.where(outer(chosen, x), ops.cast(ops.take(y, ops.clip(number, 0, received - 1), axis=0), x.dtype), x)
+
+    return state.map(put, other)
 
 
 def pending(cfg: FwPKMConfig, state: State) -> Array:
@@ -103,6 +133,33 @@ def nbytes(state: State) -> int:
     return sum(math.prod(x.shape) * _itemsize(x) for x in arrays)
 
 
+def fitted(cfg: FwPKMConfig, state: State, rows: int | Array) -> State:
+    """The state of so many ``rows``: a graph that did not know its shapes fails where they differ, under XLA too."""
+
+    def fit(rows: int | Array) -> Callable[[Array], Array]:
+        return lambda x: with_rows(x, rows)
+
+    memory = Memory(*map(fit(memories_for(cfg, rows)), state.memory))
+    return State.of(memory, state.pending.map(fit(rows)), with_rows(state.position, rows))
+
+
+def with_rows(x: Array, rows: int | Array) -> Array:
+    """``x`` of so many rows, as :func:`fitted`."""
+    if x.shape[0] is not None and isinstance(rows, int):  # they were compared
+        return x
+    import tensorflow  # keras.ops has no check that runs inside a graph
+
+    # XLA leaves the assertion out, and TensorFlow a reshape that another one follows.
+    message = "a state, and rows as a bool array, must have a row for each of what is read"
+    with tensorflow.control_dependencies([tensorflow.debugging.assert_equal(ops.shape(x)[0], rows, message)]):
+        return tensorflow.reshape(x, (rows, *x.shape[1:]))
+
+
+def num_rows(state: State) -> int | Array:
+    """B, as far as it is known."""
+    return ops.shape(state.position)[0]
+
+
 def mask_of(cfg: FwPKMConfig, rows: Any, state: State) -> Array:
     """``rows`` of a reset or a flush as a bool tensor [B]; traced ones are taken as they are."""
     if rows is None:
@@ -110,7 +167,7 @@ def mask_of(cfg: FwPKMConfig, rows: Any, state: State) -> Array:
     if not _is_traced(rows):
         return ops.convert_to_tensor(row_checks.mask_of(cfg, _on_host(rows), state.position.shape[0]))
     if _is_bool(rows):
-        return _checked(rows, "bool", ("B", state.position.shape[0]))
+        return with_rows(_checked(rows, "bool", ("B", state.position.shape[0])), num_rows(state))
     at = ops.arange(ops.shape(state.position)[0], dtype="int32")
     return ops.any(at[:, None] == _checked(rows, "int", ("n", None))[None], axis=1)
 

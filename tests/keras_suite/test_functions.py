@@ -130,6 +130,55 @@ if BACKEND == "tensorflow":  # which alone has tf.function
         for a, b in zip(found, expected, strict=True):
             assert a is b is None or agreement.relative_error(be.to_numpy(a), be.to_numpy(b)) < bound
 
+    @pytest.mark.parametrize("jit_compile", [False, True])
+    def test_a_graph_fails_where_a_state_has_other_rows(jit_compile, be):
+        """Which nobody knows while it is traced: it would read, and reset, beyond the rows that there are."""
+        import tensorflow
+
+        cfg = FwPKMConfig(4, 3, 1, 4, 2, 2, 1)
+        memory, rng = be.init_memory(cfg), np.random.default_rng(0)
+        tokens = [be.asarray(rng.normal(size=(1, 2, width)), "float32") for width in (4, 3)]
+        two, states = [keras.ops.repeat(x, 2, 0) for x in tokens], [be.init_state(cfg, memory, b) for b in (1, 2)]
+        unknown = [tensorflow.TensorSpec((None, *x.shape[1:]), x.dtype) for x in (*keras.tree.flatten(states[0]),)]
+        any_tokens = [tensorflow.TensorSpec((None, None, width)) for width in (4, 3)]
+
+        def graph(function, *signature):
+            def call(*args):
+                state = keras.tree.pack_sequence_as(states[0], args[: len(unknown)])
+                return function(state, *args[len(unknown) :])
+
+            signature = [*unknown, *signature]
+            return tensorflow.function(call, jit_compile=jit_compile, input_signature=signature, autograph=False)
+
+        def fails(function, state, *args):
+            with pytest.raises(tensorflow.errors.InvalidArgumentError):  # of several nodes: which is first varies
+                function(*keras.tree.flatten(state), *args)
+
+        apply = graph(lambda state, q, v: be.apply(cfg, state, q, v)[0], *any_tokens)
+        assert apply(*keras.tree.flatten(states[1]), *two).shape == (2, 2, 3)
+        fails(apply, states[0], *two)
+        fails(apply, states[1], *tokens)
+        fails(apply, states[1]._replace(pending_gate=states[0].pending_gate), *two)
+        packed = graph(
+            lambda state, q, v, ends: be.apply(cfg, state, q, v, cu_seqlens=ends)[0],
+            *any_tokens, tensorflow.TensorSpec((None,), "int32"),
+        )  # fmt: skip
+        fails(packed, states[0], *tokens, be.asarray([0, 1, 2], "int32"))
+        flush = graph(lambda state, rows: be.flush(cfg, state, rows)[0], tensorflow.TensorSpec((None,), "bool"))
+        fails(flush, states[1], be.asarray([True], "bool"))
+
+    def test_a_graph_fails_in_words_where_a_batch_is_empty(be):
+        import tensorflow
+
+        cfg = FwPKMConfig(4, 3, 1, 4, 2, 2, 1)
+        memory = be.init_memory(cfg)
+        unknown = [tensorflow.TensorSpec((None, 2, width)) for width in (4, 3)]
+        graph = tensorflow.function(lambda q, v: be.apply(cfg, memory, q, v)[0], input_signature=unknown)
+        with pytest.raises(
+            tensorflow.errors.InvalidArgumentError, match=r"query must have at least one row \(B >= 1\)"
+        ):
+            graph(keras.ops.zeros((0, 2, 4)), keras.ops.zeros((0, 2, 3)))
+
     @pytest.mark.parametrize("dtype", ["uint8", "int16"])
     def test_traced_rows_are_of_any_integer_type(dtype, be):
         import tensorflow
@@ -142,3 +191,37 @@ if BACKEND == "tensorflow":  # which alone has tf.function
         assert be.to_numpy(selected).tolist() == be.to_numpy(rows).tolist()
         left = tensorflow.function(lambda rows: be.reset(cfg, state, be.init_memory(cfg), rows).position)(rows)
         assert np.flatnonzero(be.to_numpy(left) == 0).tolist() == [0, 3, int(rows[0])]
+
+    @pytest.mark.parametrize("jit_compile", [False, True])
+    def test_a_traced_row_that_a_state_does_not_have_changes_nothing_or_shows(jit_compile, be):
+        """Nobody can raise: put and reset leave it out, and what select makes of it reads NaN."""
+        import tensorflow
+
+        cfg = FwPKMConfig(4, 3, 1, 4, 2, 2, 1)
+        rng, memory = np.random.default_rng(0), be.init_memory(cfg)
+        tokens = [be.asarray(rng.normal(size=(2, 3, width)), "float32") for width in (4, 3)]
+        state = be.apply(cfg, be.init_state(cfg, memory, 2), *tokens)[1]
+        others = be.select(cfg, state, [1, 1])
+
+        def compiled(function):
+            return tensorflow.function(function, jit_compile=jit_compile, autograph=False)
+
+        select, reset, put = (
+            compiled(lambda rows: be.select(cfg, state, rows)),
+            compiled(lambda rows: be.reset(cfg, state, memory, rows)),
+            compiled(lambda rows: be.put(cfg, state, rows, others)),
+        )
+        for row in (-1, 2, 5):
+            rows = be.asarray([0, row], "int32")
+            selected = select(rows)
+            output = be.to_numpy(be.apply(cfg, selected, *tokens)[0])
+            assert np.isnan(output[1]).all()
+            np.testing.assert_array_equal(output[0], be.to_numpy(be.apply(cfg, state, *tokens)[0])[0])
+            assert be.to_numpy(selected.position).tolist() == [3, 0]
+            for received, expected in ((reset(rows[1:]), state), (put(rows), others)):
+                for a, b in zip(keras.tree.flatten(received), keras.tree.flatten(expected), strict=True):
+                    np.testing.assert_array_equal(be.to_numpy(a), be.to_numpy(b))
+        flags = be.asarray([True, True], "bool")
+        one = compiled(lambda rows: be.put(cfg, state, rows, be.select(cfg, state, [1])))(flags)
+        for a, b in zip(keras.tree.flatten(one), keras.tree.flatten(others), strict=True):
+            np.testing.assert_array_equal(be.to_numpy(a), be.to_numpy(b))

@@ -59,6 +59,20 @@ def test_a_stateful_model_reads_on_and_the_callback_resets_it(tmp_path):
         model.predict(X[:3], batch_size=4, verbose=0)
 
 
+def test_a_batch_that_is_refused_leaves_the_state_as_it_was():
+    """On jax Keras takes the values of every variable away where a batch fails, as it does with its own layers."""
+    if BACKEND == "jax":
+        return
+    model = memory_model(batch_size=4, stateful=True)
+    model.compile(jit_compile=False)
+    model.predict(X, batch_size=4, verbose=0)
+    before = [numpy(x).copy() for x in keras.tree.flatten(model.layers[1].state)]
+    with pytest.raises(Exception, match=r"B=4 rows|needs_4_rows"):
+        model.predict(X[:3], batch_size=4, verbose=0)
+    for a, b in zip(before, keras.tree.flatten(model.layers[1].state), strict=True):
+        np.testing.assert_array_equal(a, numpy(b))
+
+
 def weights_of(inner):
     return [numpy(w) for w in inner.weights if not w.name.startswith("state_")]
 
