@@ -21,9 +21,12 @@ from fwpkm.tokens import Array, Tokens
 
 _ELSEWHERE = {
     "hidden_size": "it is taken from the input, whose last axis it is",
+    "go_backwards": "it reads forwards. In place of Bidirectional, turn x and y by keras.ops.flip(..., axis=1)",
     "config": "give the fields of a configuration by name, as **dataclasses.asdict(config)",
 }
 """What layers of other frameworks are told, and how this one learns it."""
+_CONFIG = "config"
+"""The name of the configuration beside the arrays of a layer in Keras's files."""
 
 
 @keras.saving.register_keras_serializable(package="fwpkm")
@@ -372,13 +375,23 @@ class FwPKM(keras.layers.Layer):
     def load_own_variables(self, store: Any) -> None:
         """Fill the layer from a model's file, which may be that of a stateful layer or not, of any batch size.
 
-        A stateful layer goes on from a state of its own batch size in the file; without one it starts anew.
+        A stateful layer goes on from a state of its own batch size and configuration in the file; without one it starts
+        anew. Files of 0.2 do not tell the configuration.
 
         Raises:
             ValueError: the file has another number of weights, or other shapes; nothing is filled.
         """
-        if not fill(self.weights, self._state_weights(), store) and self.stateful:
+        arrays = {name: store[name] for name in store.keys()}  # noqa: SIM118 (not a mapping)
+        saved = arrays.pop(_CONFIG, None)
+        same = saved is None or bytes(np.asarray(saved)).decode() == self._config.to_json()
+        if not fill(self.weights, self._state_weights() if same else [], arrays) and self.stateful:
             self.reset_state()
+
+    def save_own_variables(self, store: Any) -> None:
+        """Put the variables into a model's file, and beside a state the configuration that it was made with."""
+        super().save_own_variables(store)
+        if self.stateful:
+            store[_CONFIG] = np.frombuffer(self._config.to_json().encode(), np.uint8)
 
     def spec(self) -> dict[str, Any]:
         """What a file of this layer's weights must have been saved from."""

@@ -128,6 +128,8 @@ def test_the_layer_holds_no_dense_layers_and_wrappers_say_so():
         make(dtype="int8_from_float32")(inputs())
     with pytest.raises(ValueError, match="no attribute 'kernel'"):
         keras.layers.SpectralNormalization(FwPKM(**SMALL))(inputs())
+    with pytest.raises(TypeError, match=r"no argument 'go_backwards' in Keras: it reads forwards\. In place of Bidir"):
+        keras.layers.Bidirectional(FwPKM(**SMALL))
 
 
 @pytest.mark.filterwarnings("ignore:.*does not have a `quantize` method")

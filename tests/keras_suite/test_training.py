@@ -59,6 +59,24 @@ def test_a_stateful_model_reads_on_and_the_callback_resets_it(tmp_path):
         model.predict(X[:3], batch_size=4, verbose=0)
 
 
+def test_a_state_of_another_configuration_is_left_in_its_file(tmp_path):
+    """As one of another batch size: the layer begins anew. Before, files did not tell the configuration."""
+    model, path = memory_model(batch_size=4, stateful=True), tmp_path / "model.weights.h5"
+    model(X[:4, :6])
+    model.save_weights(path)
+    same, other = (memory_model(batch_size=4, stateful=True, **options) for options in ({}, {"temperature": 2.0}))
+    for loaded, position in ((same, 6), (other, 0)):
+        loaded(X[:4, :5])
+        loaded.load_weights(path)
+        assert numpy(loaded.layers[1].state.position).tolist() == [position] * 4
+    np.testing.assert_array_equal(numpy(same(X[:4])), numpy(model(X[:4])))
+    layer, arrays = model.layers[1], {}
+    layer.save_own_variables(arrays)
+    del arrays["config"]  # as 0.2 wrote it
+    other.layers[1].load_own_variables({name: numpy(x) for name, x in arrays.items()})
+    assert numpy(other.layers[1].state.position).tolist() == [17] * 4
+
+
 def test_a_batch_that_is_refused_leaves_the_state_as_it_was():
     """On jax Keras takes the values of every variable away where a batch fails, as it does with its own layers."""
     if BACKEND == "jax":
