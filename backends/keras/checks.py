@@ -5,6 +5,8 @@ from typing import Any
 from fwpkm import validation
 from fwpkm.backends.keras import native
 from fwpkm.backends.keras.layout import as_state
+from fwpkm.backends.keras.tokens import NAME
+from fwpkm.containers import Memory
 
 
 def check_call(layer: Any, x: Any, segment_ids: Any, initial_state: Any, return_trace: Any) -> None:
@@ -34,9 +36,12 @@ def check_call(layer: Any, x: Any, segment_ids: Any, initial_state: Any, return_
 
 
 def check_state(layer: Any, state: Any, argument: str = "initial_state") -> None:
-    """Raise unless ``state`` is None, or one whose tables the layer would not round."""
+    """Raise unless ``state`` is None, or one whose tables nobody has rounded, and the layer would not."""
     if state is not None:
-        validation.check_not_rounded(as_state(state, argument), layer.compute_dtype)
+        found = as_state(state, argument)
+        validation.check_not_rounded(found, layer.compute_dtype)
+        if isinstance(found.memory, Memory) and hasattr(found.memory.keys, "dtype"):
+            validation.check_wide(found.memory, NAME)  # before the native backend does, which knows other causes
 
 
 def _check_packed(layer: Any, initial_state: Any) -> None:

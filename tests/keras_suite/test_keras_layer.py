@@ -229,6 +229,23 @@ def test_a_state_is_not_rounded_on_its_way_into_a_layer(form, policy):
     assert keras.backend.standardize_dtype(rounded.dtype) == "float32"
 
 
+def test_a_state_that_a_model_of_ones_own_has_cast_is_refused():
+    class Reader(keras.Model):
+        def __init__(self, **options):
+            super().__init__(dtype="mixed_bfloat16", **options)
+            self.memory = make(return_state=True)
+
+        def call(self, x, state):
+            return self.memory(x, initial_state=state)
+
+    x, state = native(inputs()), make(return_state=True)(inputs())[1:]
+    with pytest.raises(
+        ValueError, match=r"narrower ones.*a model of your own under a mixed precision.*Received: bfloat16"
+    ):
+        Reader()(x, state=state)
+    assert len(Reader(autocast=False)(x, state=state)) == 8
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -290,6 +307,7 @@ def test_wrong_inputs():
     layer = make()
     for x, message in (
         (np.zeros((2, 11, 5), "float32"), r"x must have shape \[B, T, hidden_size=6\]. Received: shape \(2, 11, 5\)"),
+        (np.zeros((0, 11, 6), "float32"), r"x must have at least one row \(B >= 1\). Received: shape \(0, 11, 6\)"),
         (np.zeros((11, 6), "float32"), r"x must have shape \[B, T, hidden_size=6\]"),
         (np.zeros((0, 3, 6), "float32"), r"x must have at least one row \(B >= 1\)"),
         (np.zeros((2, 3, 6), "int32"), "x must have a floating dtype. Received: dtype int32"),
