@@ -58,9 +58,10 @@ def check_device(query: Tensor, /, **others: Any) -> None:
             raise ValueError(f"{name} must be on the query's device, {query.device}. Received: {name} on {x.device}")
 
 
-def check_inplace(inplace: bool, *overwritten: Tensor) -> None:
+def check_inplace(inplace: bool, *tensors: Tensor | None) -> None:
     """Raise a RuntimeError where autograd needs what a call may overwrite, or where that was made for inference."""
     validation.check_flag("inplace", inplace)
+    overwritten = [x for x in tensors if x is not None]
     if inplace and not torch.is_inference_mode_enabled() and any(x.is_inference() for x in overwritten):
         raise RuntimeError(
             "inplace=True would overwrite tensors that were made under torch.inference_mode(): call under it too, or "
