@@ -28,6 +28,7 @@ from examples.language_model.domains import Domains
 from examples.language_model.haystacks import Haystack, haystacks
 from examples.language_model.model import LanguageModel, Reading
 from examples.language_model.needle import MEMORIES, answers, read, together
+from examples.language_model.snapshots import Snapshots
 from examples.language_model.training import device_name
 
 SIZE = 131072  # bytes that are read of a domain
@@ -123,7 +124,7 @@ class Found(NamedTuple):
 
 @torch.no_grad()
 def moments(
-    model: LanguageModel, given: Read, rows: np.ndarray, device: torch.device
+    model: LanguageModel, given: Read, rows: np.ndarray, device: torch.device, snapshots: bool = False
 ) -> Iterator[tuple[str, int, Found]]:
     """Read everything, and measure the frozen memories in between.
 
@@ -132,6 +133,7 @@ def moments(
         given: what is read.
         rows: int [B, 2]; the domain that a row begins with, and which of each domain's texts it reads.
         device: of the model.
+        snapshots: keep the memories after each domain; what is measured reads those that fit it (snapshots.py).
 
     Yields:
         "unread", "filler", "others" or "kept"; how many other domains were read; what was found.
@@ -147,9 +149,14 @@ def moments(
     measured = [here(given.texts[first, text, : given.texts.shape[2] - BIN + 1]), here(given.other[first, text])]
     asked, value = here(stated.asked), here(stated.value)
 
-    def look(reading: Reading) -> Found:
+    def look(reading: Reading, kept: Snapshots | None = None) -> Found:
+        if kept is not None:
+            kept.keep(reading)
         fresh = reading._replace(windows=tuple(past[:, :, :0] for past in reading.windows))
-        episodes, domain = (bits(model, x, fresh, update=False)[0].mean(1) for x in measured)
+        episodes, domain = (
+            bits(model, x, fresh if kept is None else kept.best(x), update=False)[0].mean(1) for x in measured
+        )
+        reading = reading if kept is None else kept.best(asked.flatten(1))
         return Found(episodes, domain, answers(model, asked, value, reading).cpu().numpy())
 
     reading = model.start(len(rows))
@@ -158,13 +165,13 @@ def moments(
     yield "filler", 0, look(reading)
     for name in ("others", "kept"):
         del reading  # its tables, so that new ones fit
-        reading = model.start(len(rows))
+        reading, kept = model.start(len(rows)), Snapshots(model) if snapshots else None
         if name == "kept":
             reading = read(model, here(stated.tokens), reading)
-            yield name, 0, look(reading)
+            yield name, 0, look(reading, kept)
         for count in range(1, number):
             reading = read(model, here(given.texts[(first + count) % number, text]), reading)
-            yield name, count, look(reading)
+            yield name, count, look(reading, kept)
 
 
 def check(learned: str, domains: Domains) -> None:
@@ -178,7 +185,8 @@ def check(learned: str, domains: Domains) -> None:
 
 def measure(
     folder: Path, domains: Domains, out: Path, device: torch.device, *, size: int = SIZE, other: int = OTHER,
-    texts: int = TEXTS, memory: Mapping[str, Any] | None = None, seed: int = 0, tell: Callable[[str], None] = print,
+    texts: int = TEXTS, memory: Mapping[str, Any] | None = None, seed: int = 0, snapshots: bool = False,
+    tell: Callable[[str], None] = print,
 ) -> Path:  # fmt: skip
     """Measure the model of a folder; saves every number of every row in ``out``.
 
@@ -192,6 +200,7 @@ def measure(
         texts: of each domain; that many rows begin with each.
         memory: fields of the memories' configuration to override, to try them without training.
         seed: of the facts.
+        snapshots: as in ``moments``; on the host each takes about as much as the memories do.
         tell: receives a line for each moment.
 
     Raises:
@@ -210,7 +219,7 @@ def measure(
     found: dict[str, dict[int, list[Found]]] = {}
     at_once = together(model, device, AT_ONCE, sets=1)
     for part in np.array_split(rows, -(-len(rows) // at_once)):
-        for name, count, here in moments(model, given, part, device):
+        for name, count, here in moments(model, given, part, device, snapshots):
             found.setdefault(name, {}).setdefault(count, []).append(here)
             tell(
                 f"{len(part)} of {len(rows)} rows, {name} {count}: {here.episodes.mean():.4f} bits per byte of the "
@@ -219,7 +228,7 @@ def measure(
     about = {
         "domains": domains.sha256, "corpus": domains.corpus, "device": device_name(device),
         "experiment": experiment.tables(), "trained": folder.name, "memory": memory, "seed": seed, "size": size,
-        "other": other, "names": given.names, "state_bytes": model.start(1).nbytes,
+        "snapshots": snapshots, "other": other, "names": given.names, "state_bytes": model.start(1).nbytes,
         "seconds": round(time.monotonic() - began, 1), "rows": _rows(found, given, rows),
     }  # fmt: skip
     replace(out, lambda beside: beside.write_text(json.dumps(about)))
