@@ -126,6 +126,28 @@ def test_who_holds_two_texts_keeps_all_after_one_and_nothing_after_two(models):
     assert [retained.needles(models["two"], n).mean for n in (0, 1, 2)] == [1, 1, 0]
 
 
+def test_the_last_domain_shows_who_no_longer_learns(models, folder, tmp_path):
+    """By hand for the formula: of (2.5 - 1.5) that a domain brings to a fresh memory the last brings 2.5 - 2.1."""
+    for label in ("all", "one", "two"):
+        assert retained.learned(models[label], "domain")[:3] == pytest.approx((1, 1, 1), abs=1e-3)
+        # A little more: sentences interrupt the text that is read first.
+        assert 1 < retained.learned(models[label], "episodes").mean < 1.05
+    # Domains whose bits differ, so that a row must be held against the one that begins with its last domain.
+    level = np.repeat([0.0, 1.0, 5.0], 2)[None, :, None]
+    its = {"unread": level + 3, "filler": level + 2.5, "others": np.repeat(level + 2, 2, 2)}
+    its |= {"kept": level + np.array([1.5, 1.6, 1.8]), "last": np.roll(level, 2, 1) + 2.1}
+    model = models["all"]._replace(bits={"episodes": its})
+    assert retained.learned(model, "episodes")[:3] == pytest.approx((0.4,) * 3)
+    data = json.loads((folder / "two-0.retention.json").read_text())
+    for row in data["rows"]:  # as files of before
+        for kind in ("episodes", "domain", "right"):
+            del row[kind]["last"]
+    (tmp_path / "two-0.retention.json").write_text(json.dumps(data))
+    (old,) = retained.load(tmp_path)
+    assert retained.learned(old, "episodes") is None
+    assert retained.retention(old, "episodes", 1).mean == pytest.approx(1, abs=1e-3)
+
+
 def test_nothing_is_said_where_the_first_domain_brings_nothing(models, monkeypatch, tmp_path):
     measured(monkeypatch, tmp_path / "none.retention.json", 0)
     (model,) = retained.load(tmp_path)
@@ -156,7 +178,7 @@ def test_every_domain_is_once_the_first_and_the_others_follow(monkeypatch, tmp_p
         assert SIZE - 1024 < len(own) < SIZE - 5 * 20
         assert (own == each[d, text, : len(own)]).all()
     measured_on = [x for x in model.frozen if x.shape == (6, SIZE - 1024)]
-    assert len(measured_on) == 2 * 7
+    assert len(measured_on) == 2 * 8
     assert (measured_on[0].numpy() == np.stack([each[d, text, : SIZE - 1024] for d, text in rows])).all()
 
 
@@ -217,6 +239,7 @@ def test_from_domains_to_tables(trained, tiny, tmp_path, capsys):
         "### R on other documents of their domain",
         "### Needles of the first text",
         "### R by what was read first",
+        "### The last domain",
         "### Bits per byte",
     ]
     assert "| tiny | 0 |" in said
@@ -240,7 +263,8 @@ def test_fields_of_the_memory_are_overridden(trained, tmp_path):
     data = command(trained, tmp_path / "still-0.retention.json", "--memory", "learning_rate=0")
     assert data["memory"] == {"learning_rate": 0}
     for row in data["rows"]:
-        assert len({x for numbers in row["episodes"].values() for x in numbers}) == 1
+        of_the_first = [row["episodes"][name] for name in retained.MEMORIES]
+        assert len({x for numbers in of_the_first for x in numbers}) == 1
     assert command(trained, tmp_path / "o.json", "--memory", "num_subkeys=16")["state_bytes"] > 16**2 * 16 * 4
 
 

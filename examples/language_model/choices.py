@@ -114,8 +114,9 @@ def report(choices: Sequence[Choice], base: str) -> str:
     ordered = [named[base], *(x for x in choices if x.label != base)]
     rows = [[x.label, ", ".join(map(str, x.seeds)), *(look(x, named[base]) for _, look in COLUMNS)] for x in ordered]
     note = (
-        "R after all other domains, its interval over texts. Needles near, after one reading, and bits per byte of "
-        f"held-out documents: then the difference to {base}, in points and in per cent, with the paired 95% interval "
+        "R after all other domains, and what the last of them brings of what it brings to a fresh memory, with their "
+        "intervals over texts. Needles near, after one reading, and bits per byte of held-out documents: then "
+        f"the difference to {base}, in points and in per cent, with the paired 95% interval "
         "over contexts and over writers. Time of training as a multiple."
     )
     return table(f"Against {base}", note, ["model", "seeds", *(name for name, _ in COLUMNS)], rows, texts=2) + "\n"
@@ -123,6 +124,10 @@ def report(choices: Sequence[Choice], base: str) -> str:
 
 def _retention(x: Choice, base: Choice, kind: str) -> str:
     return cell(retained.retention(x.retention, kind, x.retention.most) if x.retention else None, retained.number)
+
+
+def _learned(x: Choice, base: Choice) -> str:
+    return cell(retained.learned(x.retention, "episodes") if x.retention else None, retained.number)
 
 
 def _kept(x: Choice, base: Choice) -> str:
@@ -158,6 +163,7 @@ def _bytes(x: Choice, base: Choice) -> str:
 COLUMNS: tuple[tuple[str, Callable[[Choice, Choice], str]], ...] = (
     ("R, what was read", functools.partial(_retention, kind="episodes")),
     ("R, its domain", functools.partial(_retention, kind="domain")),
+    ("the last domain", _learned),
     ("needles of the first domain", _kept),
     *((f"needles, {size(n)}", functools.partial(_found, length=n)) for n in LENGTHS),
     ("bits per byte", _predicted),

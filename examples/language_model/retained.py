@@ -19,6 +19,8 @@ FILES = re.compile(r"(.+)\.retention\.json")
 KINDS = {"episodes": "the texts that were read", "domain": "other documents of their domain"}
 """What bits per byte are of."""
 MEMORIES = ("unread", "filler", "others", "kept")
+LAST = "last"
+"""Of the bits of a domain that was read last; files that were saved before it was measured lack it."""
 LEAST = 0.01
 """Of b: where the first domain brings less than that, there is nothing to retain."""
 DRAWS = 2000  # of a bootstrap
@@ -33,7 +35,7 @@ class Model(NamedTuple):
         names: of the domains, and of the filler.
         size: bytes of a domain.
         first: of each of the n rows, the domain that it begins with.
-        bits: of KINDS, then of MEMORIES: [S, n, number of domains read].
+        bits: of KINDS, then of MEMORIES, and of LAST where it was measured: [S, n, number of domains read].
         right: of MEMORIES: digits right of each fact [S, n, domains, facts].
         state_bytes: of one row's memories and windows.
     """
@@ -90,15 +92,22 @@ def load(folder: Path) -> list[Model]:
 def _checked(data: dict[str, Any]) -> None:
     """Raise unless every row has the numbers of every moment."""
     most = len(data["names"]) - 2
-    lengths = {"unread": 1, "filler": 1, "others": most, "kept": most + 1}
+    lengths = {"unread": 1, "filler": 1, "others": most, "kept": most + 1, LAST: 1}
+    names = _names(data)
     for row in data["rows"]:
-        numbers = {kind: {m: np.array(row[kind][m], float) for m in MEMORIES} for kind in (*KINDS, "right")}
+        numbers = {kind: {m: np.array(row[kind][m], float) for m in names} for kind in (*KINDS, "right")}
         for kind, its in numbers.items():
-            for name, length in lengths.items():
+            for name in names:
+                length = lengths[name]
                 if len(its[name]) != length or not np.isfinite(its[name]).all():
                     raise ValueError(f"{kind} of {name} must be {length} finite numbers")
     if not data["rows"] or most < 1:
         raise ValueError("it has no rows, or no other domains")
+
+
+def _names(*files: dict[str, Any]) -> tuple[str, ...]:
+    """What all files have bits of."""
+    return MEMORIES + (LAST,) * all(LAST in row["episodes"] for data in files for row in data["rows"])
 
 
 def _model(name: str, files: Sequence[tuple[Path, dict[str, Any], Experiment]]) -> Model:
@@ -113,7 +122,8 @@ def _model(name: str, files: Sequence[tuple[Path, dict[str, Any], Experiment]]) 
         if alike(its, experiment) != alike(*files[0][1:]):
             raise ValueError(f"{other} differs from {path} in more than the seed of training: give it another name")
     sets = [its["rows"] for _, its, _ in files]
-    bits = {k: {m: np.array([[row[k][m] for row in rows] for rows in sets]) for m in MEMORIES} for k in KINDS}
+    names = _names(*(its for _, its, _ in files))
+    bits = {k: {m: np.array([[row[k][m] for row in rows] for rows in sets]) for m in names} for k in KINDS}
     right = {m: np.array([[row["right"][m] for row in rows] for rows in sets]) for m in MEMORIES}
     return Model(
         name, tuple(x.training.seed for *_, x in files), tuple(data["names"]), data["size"],
@@ -140,6 +150,23 @@ def retention(model: Model, kind: str, others: int) -> Interval | None:
     return Interval(float(kept.mean() / brought.mean()), float(low), float(high), len(kept))
 
 
+def learned(model: Model, kind: str) -> Interval | None:
+    """What the last domain brings to a memory that has read all others, of what it brings to one that has read nothing.
+
+    Of all seeds together, with a bootstrap interval over texts; None where it was not measured, or the first brings
+    nothing.
+    """
+    if LAST not in model.bits[kind] or retention(model, kind, model.most) is None:
+        return None
+    its = {name: x.mean(0)[:, 0] for name, x in model.bits[kind].items()}
+    # Rows lie by first domain, then by text: the last domain of a row is the first of those before.
+    before = np.roll(np.arange(len(model.first)), len(model.first) // (model.most + 1))
+    last, brought = its["filler"][before] - its[LAST], (its["filler"] - its["kept"])[before]
+    chosen = np.random.default_rng(0).integers(len(last), size=(DRAWS, len(last)))
+    low, high = np.quantile(last[chosen].mean(1) / brought[chosen].mean(1), (0.025, 0.975))
+    return Interval(float(last.mean() / brought.mean()), float(low), float(high), len(last))
+
+
 def needles(model: Model, others: int) -> Interval:
     """Share of the facts of the first text that are answered exactly after so many other domains, of all seeds."""
     return comparing.share((model.right["kept"][:, :, others] == DIGITS).reshape(-1, model.right["kept"].shape[-1]))
@@ -160,6 +187,7 @@ def report(models: Sequence[Model]) -> str:
         *(_by_others(f"R on {KINDS[kind]}", left, models, 1, functools.partial(_left, kind=kind)) for kind in KINDS),
         _by_others("Needles of the first text", needle, models, 0, lambda m, n: share(needles(m, n))),
         _by_first(models),
+        _learned(models),
         _bits(models),
     ]
     return "\n\n".join(parts) + "\n"
@@ -196,6 +224,15 @@ def _by_first(models: Sequence[Model]) -> str:
         rows.append([m.label, _seeds(m), *(cell(x, number) for x in found)])
     note = "On the texts that were read, after all others. In brackets the 95% interval over texts."
     return table("R by what was read first", note, ["model", "seeds", *names], rows, texts=2)
+
+
+def _learned(models: Sequence[Model]) -> str:
+    rows = [[m.label, _seeds(m), *(cell(learned(m, kind), number) for kind in KINDS)] for m in models]
+    note = (
+        "What the last domain brings to a memory that has read all others, of what it brings to a fresh one: a memory "
+        "that keeps by no longer learning has less. In brackets the 95% interval over texts."
+    )
+    return table("The last domain", note, ["model", "seeds", *KINDS.values()], rows, texts=2)
 
 
 def _bits(models: Sequence[Model]) -> str:

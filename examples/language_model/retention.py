@@ -7,7 +7,8 @@ texts of the first domain give the retention after n others:
     R(n) = (b(others n) - b(kept n)) / (b(filler) - b(kept 0))
 
 1 if the others took nothing of what the first domain had brought, 0 if they took all of it. Every domain is once the
-first, the others follow it in the order of the list, from its end on to its beginning.
+first, the others follow it in the order of the list, from its end on to its beginning. A memory that keeps by no longer
+learning shows in ``last``: ``kept`` after all domains, measured on the last that it read.
 """
 
 import json
@@ -134,7 +135,8 @@ def moments(
         device: of the model.
 
     Yields:
-        "unread", "filler", "others" or "kept"; how many other domains were read; what was found.
+        "unread", "filler", "others", "kept" or, of texts of the domain that was read last instead of the first,
+        "last"; how many other domains were read; what was found.
     """
     number = len(given.texts)
     first, text = rows.T
@@ -143,14 +145,19 @@ def moments(
     def here(x: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(x)).to(device)
 
-    # Sentences push out what stands at the end, at most a bin.
-    measured = [here(given.texts[first, text, : given.texts.shape[2] - BIN + 1]), here(given.other[first, text])]
     asked, value = here(stated.asked), here(stated.value)
 
-    def look(reading: Reading) -> Found:
+    def bits_of(reading: Reading, domain: np.ndarray) -> dict[str, np.ndarray]:
         fresh = reading._replace(windows=tuple(past[:, :, :0] for past in reading.windows))
-        episodes, domain = (bits(model, x, fresh, update=False)[0].mean(1) for x in measured)
-        return Found(episodes, domain, answers(model, asked, value, reading).cpu().numpy())
+        # Sentences push out what stands at the end, at most a bin.
+        its = {
+            "episodes": given.texts[domain, text, : given.texts.shape[2] - BIN + 1],
+            "domain": given.other[domain, text],
+        }
+        return {name: bits(model, here(x), fresh, update=False)[0].mean(1) for name, x in its.items()}
+
+    def look(reading: Reading) -> Found:
+        return Found(**bits_of(reading, first), right=answers(model, asked, value, reading).cpu().numpy())
 
     reading = model.start(len(rows))
     yield "unread", 0, look(reading)
@@ -164,7 +171,9 @@ def moments(
             yield name, 0, look(reading)
         for count in range(1, number):
             reading = read(model, here(given.texts[(first + count) % number, text]), reading)
-            yield name, count, look(reading)
+            found = look(reading)
+            yield name, count, found
+    yield "last", number - 1, found._replace(**bits_of(reading, (first + number - 1) % number))
 
 
 def check(learned: str, domains: Domains) -> None:
@@ -214,7 +223,8 @@ def measure(
             found.setdefault(name, {}).setdefault(count, []).append(here)
             tell(
                 f"{len(part)} of {len(rows)} rows, {name} {count}: {here.episodes.mean():.4f} bits per byte of the "
-                f"first text, {here.domain.mean():.4f} of its domain, {here.right.all(2).mean():.1%} of its needles"
+                f"{'last' if name == 'last' else 'first'} text, {here.domain.mean():.4f} of its domain, "
+                f"{here.right.all(2).mean():.1%} of the first's needles"
             )
     about = {
         "domains": domains.sha256, "corpus": domains.corpus, "device": device_name(device),
