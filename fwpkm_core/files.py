@@ -319,12 +319,21 @@ def check_layer(layer: Any) -> None:
     """Raise unless a layer's weights say what it computes."""
     if isinstance(layer, type) or not all(hasattr(layer, name) for name in _METHODS):
         raise ValueError(f"layer must be an FwPKM layer of one of the backends. Received: {type(layer).__name__}")
-    replaced = [name for name in ("forward", "call", "apply") if name in getattr(layer, "__dict__", ())]
+    layer = getattr(layer, "_orig_mod", layer)  # of a layer that torch.compile has wrapped
+    replaced = [name for name in ("forward", "call", "apply") if not _is_own(layer, name)]
     if replaced:
         raise ValueError(
             f"layer must compute by its own {replaced[0]}, as a file holds the weights alone: del layer.{replaced[0]} "
             f"brings it back. Received: a {type(layer).__name__} whose {replaced[0]} was replaced"
         )
+
+
+def _is_own(layer: Any, name: str) -> bool:
+    """Whether a method is that of the class, compiled perhaps."""
+    method = getattr(layer, "__dict__", {}).get(name)
+    method = getattr(method, "_torchdynamo_orig_callable", method)
+    own = getattr(type(layer), name, None)
+    return method is None or (getattr(method, "__self__", None) is layer and method.__func__ is own)
 
 
 def check_positions(path: PathLike, name: str, cfg: FwPKMConfig, position: np.ndarray, advice: str) -> None:

@@ -184,28 +184,13 @@ def check_memory(cfg: FwPKMConfig, memory: Any, memories: int | None, implementa
             f"memory.keys and memory.values must have one dtype. "
             f"Received: {dtype_name(memory.keys)} and {dtype_name(memory.values)}"
         )
-    check_wide(memory, implementation.name)
-
-
-_ROUNDED_BY = {
-    "the torch backend": "FSDP2's mixed precision, which casts every tensor that goes into a module "
-    "(cast_forward_inputs=False leaves them) and trained tables too (fully_shard(layer.memory) before, without a "
-    "policy, leaves those)",
-    "the JAX backend": "a jax.tree.map over a whole model, which casts initial tables and states too: cast what is "
-    "trained, variables['params'], nnx.Param or what trainable marks",
-    "the Keras backend": "a model of your own under a mixed precision policy, which casts every array that goes into "
-    "its call (autocast=False, where it is made, leaves them)",
-}
-"""What usually makes tables narrower, by the name of an implementation."""
-
-
-def check_wide(memory: Memory, name: str) -> None:
-    """Raise where something has rounded tables on their way to the implementation of this name."""
     if dtype_name(memory.keys) not in _WIDE:
-        cause = f", such as {_ROUNDED_BY[name]}" if name in _ROUNDED_BY else ""
         raise ValueError(
             "memory.keys and memory.values must be float32 or float64; narrower ones have lost digits. Something "
-            f"rounded them on the way{cause}. Received: {dtype_name(memory.keys)}"
+            "rounded them on the way, as FSDP2's mixed precision does (cast_forward_inputs=False leaves what goes into "
+            "a module, fully_shard(layer.memory) without a policy trained tables), Keras's in a model of your own "
+            "(autocast=False, where it is made), or a tree.map over a whole model (cast what is trained). "
+            f"Received: {dtype_name(memory.keys)}"
         )
 
 

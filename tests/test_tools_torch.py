@@ -274,6 +274,20 @@ def test_what_a_file_could_not_hold_is_neither_saved_nor_filled(tmp_path, change
         fwpkm.load(tmp_path / "plain", layer)
 
 
+@pytest.mark.parametrize("how", ["wrapped", "its forward", "itself"])
+def test_a_compiled_layer_is_saved_and_filled(tmp_path, how):
+    def compiled(layer):
+        if how == "wrapped":
+            return torch.compile(layer, backend="eager")
+        layer.forward = torch.compile(layer.forward, backend="eager") if how == "its forward" else layer.forward
+        return layer
+
+    layer, other = compiled(make()), compiled(make(1))
+    fwpkm.save(tmp_path / "file", layer)
+    fwpkm.load(tmp_path / "file", other)
+    assert torch.equal(other.query_proj.weight, make().query_proj.weight)
+
+
 def test_tied_weights_take_a_file_that_holds_one_tensor_for_both(tmp_path):
     layer, tied = make(num_heads=1, value_dim=4), make(1, num_heads=1, value_dim=4)
     fwpkm.save(tmp_path / "two", layer)

@@ -284,6 +284,10 @@ MISTAKES = {
         lambda s: with_first(s, lambda x: x.map(lambda y: y.to("meta"))),
         FIRST + r" must lie where its memory lies, on cpu: .*to_device.*Received: meta",
     ),
+    "of two readings": (
+        lambda s: with_first(s, lambda x: x._replace(position=x.position + 1)),
+        r"states must be of one reading.*Received: layers\.0\.fwpkm at \[",
+    ),
     "before they began": (
         lambda s: with_first(s, lambda x: x._replace(position=-x.position)),
         FIRST + r": state\.position must hold numbers of at least 0",
@@ -309,12 +313,17 @@ def test_models_that_take_no_states(llama):
         generate(other, cache=cache_from_states(llama, said(llama)), **left_padded(NEXT))
 
 
-@pytest.mark.parametrize("arguments", [{}, {"num_beams": 4}], ids=["greedy", "beams"])
-def test_prompts_of_other_rows_change_nothing(llama, arguments):
+@pytest.mark.parametrize(
+    ("prompts", "arguments"),
+    [(2, {}), (2, {"num_beams": 4}), (1, {"num_beams": 3})],
+    ids=["greedy", "beams", "as many beams as rows"],
+)
+def test_prompts_of_other_rows_change_nothing(llama, prompts, arguments):
     states = said(llama)
     cache = cache_from_states(llama, states)
     with pytest.raises(ValueError, match=r"must be of the rows of the call.*Received: a cache of 3 rows, a call of"):
-        generate(llama, cache=cache, **left_padded(NEXT[:2]), **arguments)
+        generate(llama, cache=cache, **left_padded(NEXT[:prompts]), **arguments)
+    arguments = {} if prompts == 1 else arguments
     assert_same_bits(bits(cache.named_states()), bits(states))
     assert torch.equal(
         generate(llama, cache=cache, **left_padded(NEXT), **arguments),

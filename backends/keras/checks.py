@@ -5,8 +5,6 @@ from typing import Any
 from fwpkm import validation
 from fwpkm.backends.keras import native
 from fwpkm.backends.keras.layout import as_state
-from fwpkm.backends.keras.tokens import NAME
-from fwpkm.containers import Memory
 
 
 def check_call(layer: Any, x: Any, segment_ids: Any, initial_state: Any, return_trace: Any) -> None:
@@ -40,8 +38,6 @@ def check_state(layer: Any, state: Any, argument: str = "initial_state") -> None
     if state is not None:
         found = as_state(state, argument)
         validation.check_not_rounded(found, layer.compute_dtype)
-        if isinstance(found.memory, Memory) and hasattr(found.memory.keys, "dtype"):
-            validation.check_wide(found.memory, NAME)  # before the native backend does, which knows other causes
 
 
 def _check_packed(layer: Any, initial_state: Any) -> None:

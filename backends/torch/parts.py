@@ -88,8 +88,9 @@ class InitialMemory(nn.Module):
         """Refuse torch's parametrizations: these take a table out, and only then find that they cannot name it."""
         if sys._getframe(1).f_code is parametrize.register_parametrization.__code__:
             raise ValueError(
-                f"memory.{name} takes no parametrization: torch keeps the names keys and values for itself. Change the "
-                "table itself, under torch.no_grad(), or parametrize a projection or a norm"
+                f"memory.{name} takes no parametrization: torch keeps the names keys and values for itself. One with a "
+                "right_inverse, such as orthogonal, has changed its numbers already: load them again. Change the table "
+                "itself, under torch.no_grad(), or parametrize a projection or a norm"
             )
         super().__delattr__(name)
 

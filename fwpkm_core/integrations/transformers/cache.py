@@ -35,6 +35,8 @@ class MemoryCache(DynamicCache):
     def named_states(self) -> dict[str, State[Tensor]]:
         """Copies of where the memories stand, by name, as ``fwpkm.save_states`` takes them.
 
+        ``generate`` does not read the last token that it draws: put it before the next prompt.
+
         Returns:
             A state of all rows for each memory; ``model.base_model.get_submodule(name)`` is its layer.
             :func:`cache_from_states` goes on from them.
@@ -88,7 +90,7 @@ class MemoryCache(DynamicCache):
         )
 
     def reset(self) -> None:
-        """Forget every sequence, of attention and of the memories; the next call begins new ones."""
+        """Forget every sequence, of attention and of the memories: the next call begins as the model begins."""
         for layer in self.layers:
             if isinstance(layer, DynamicLayer):  # older transformers fill them with zeros, which later calls attend to
                 layer.keys = layer.values = None

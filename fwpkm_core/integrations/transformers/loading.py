@@ -155,7 +155,8 @@ def _with_repeated_states(cache: Any, decoder: Any, batch_size: int, times: int)
     """The same cache for ``times`` sequences of each row, whose states are repeated if it has read nothing."""
     cache = with_states(cache, decoder)
     rows = cache.states[0].rows
-    if rows is not None and rows.columns == 0 and len(rows) == batch_size:
+    if rows is not None and rows.columns == 0:
+        with_states(cache, decoder, batch_size)  # which refuses other rows than those of the prompts
         for states in cache.states:
             states.batch_repeat_interleave(times)
     return with_states(cache, decoder, batch_size * times)

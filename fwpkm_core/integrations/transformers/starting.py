@@ -61,6 +61,10 @@ def _check(memories: dict[str, MemoryLayer], states: Any) -> None:
     if len(set(rows.values())) > 1:
         received = ", ".join(f"{name} of {count} rows" for name, count in rows.items())
         raise ValueError(f"states must be of one batch, each of the same rows. Received: {received}")
+    positions = {name: states[name].position.tolist() for name in memories}
+    if len(set(map(tuple, positions.values()))) > 1:
+        received = ", ".join(f"{name} at {position}" for name, position in positions.items())
+        raise ValueError(f"states must be of one reading, each row at one position. Received: {received}")
 
 
 def _check_one(name: str, memory: MemoryLayer, state: Any) -> int:
