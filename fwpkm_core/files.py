@@ -144,6 +144,7 @@ def load_state(path: PathLike, cfg: FwPKMConfig, backend: Any, device: Any = Non
         ValueError: the file is damaged or of another format or kind, or was saved with another config; or a device that
             the backend does not know.
     """
+    validation.check_config(cfg)
     module = _backend(backend, device)
     _, tensors = read(path, "state", lambda _: _fields(cfg), lambda _, forms: state_forms(cfg, forms))
     check_positions(path, "position", cfg, tensors["position"], DAMAGED)

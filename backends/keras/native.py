@@ -144,6 +144,15 @@ def whole_batch(x: Array, batch_size: int) -> Array:
     return x
 
 
+def as_many_rows(mask: Array, x: Array) -> Array:
+    """The mask; a TensorFlow graph that does not know its rows fails where they are not those of x."""
+    if keras.backend.backend() != "tensorflow":
+        return mask
+    from fwpkm.backends.keras.rows import with_rows
+
+    return with_rows(mask, ops.shape(x)[0])
+
+
 def after(read: Array, state: State) -> State:
     """The state once all that a call computes is there; a TensorFlow graph else assigns some of it before it fails."""
     if keras.backend.backend() != "tensorflow":

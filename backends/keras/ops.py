@@ -26,6 +26,7 @@ from fwpkm.backends.keras.rows import (  # noqa: F401
     put,
     reset,
     select,
+    with_rows,
 )
 from fwpkm.backends.keras.streams import is_legal, streams_of
 from fwpkm.backends.keras.tokens import blank, filled, nan_where, without
@@ -72,7 +73,8 @@ def apply(
     state = fitted(cfg, state, shape[0] if cu_seqlens is None else ops.shape(cu_seqlens)[0] - 1)
     memory = _as_tables(state.memory, query)
     dtype = _dtype(memory)
-    tokens, legal = filled(dtype, Tokens(query, value, gate, mask)), None
+    inputs = Tokens(query, value, gate, mask).map(lambda x: with_rows(x, shape[0]))
+    tokens, legal = filled(dtype, inputs), None
     if cu_seqlens is not None and not known:  # nobody can raise: the call is then one of empty sequences
         legal = is_legal(cu_seqlens, shape[1])
         cu_seqlens = ops.where(legal, cu_seqlens, 0)

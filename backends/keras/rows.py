@@ -152,7 +152,7 @@ def with_rows(x: Array, rows: int | Array) -> Array:
     # XLA leaves the assertion out, and TensorFlow a reshape that another one follows.
     message = "a state, and rows as a bool array, must have a row for each of what is read"
     with tensorflow.control_dependencies([tensorflow.debugging.assert_equal(ops.shape(x)[0], rows, message)]):
-        return tensorflow.reshape(x, (rows, *x.shape[1:]))
+        return tensorflow.reshape(x, (rows, *ops.shape(x)[1:]))
 
 
 def num_rows(state: State) -> int | Array:

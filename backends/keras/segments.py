@@ -85,4 +85,4 @@ def flags(x: Array, mask: Any) -> Array | None:
         raise ValueError(f"mask must have dtype bool. Received: dtype {validation.dtype_name(mask)}")
     mask = ops.cast(mask, "bool")
     validation.check_array("mask", mask, [("B", x.shape[0]), ("T", x.shape[1])], "bool", object)
-    return mask
+    return native.as_many_rows(mask, x)

@@ -9,6 +9,7 @@ from test_vectors import NAMES, worst  # noqa: F401 (a fixture)
 
 import fwpkm
 from fwpkm import FwPKMConfig, Memory, agreement
+from fwpkm.backends.keras import FwPKM
 
 if BACKEND == "tensorflow":
     from test_errors import *  # noqa: F403
@@ -166,6 +167,33 @@ if BACKEND == "tensorflow":  # which alone has tf.function
         fails(packed, states[0], *tokens, be.asarray([0, 1, 2], "int32"))
         flush = graph(lambda state, rows: be.flush(cfg, state, rows)[0], tensorflow.TensorSpec((None,), "bool"))
         fails(flush, states[1], be.asarray([True], "bool"))
+
+    @pytest.mark.parametrize("jit_compile", [False, True])
+    @pytest.mark.parametrize("field", ["value", "gate", "mask"])
+    def test_a_graph_fails_where_a_token_has_other_rows(jit_compile, field, be):
+        import tensorflow
+
+        cfg, layer = FwPKMConfig(4, 3, 1, 4, 2, 2, 1), FwPKM(key_dim=4, num_subkeys=4, top_k=2, chunk_size=2)
+        memory = be.init_memory(cfg)
+        dtypes = {"query": "float32", "value": "float32", "gate": "float32", "mask": "bool"}
+        one, two = (
+            {"query": np.ones((b, 2, 4)), "value": np.ones((b, 2, 3)), "gate": np.ones((b, 2)), "mask": np.ones((b, 2))}
+            for b in (1, 2)
+        )
+        unknown = [tensorflow.TensorSpec((None, *x.shape[1:]), dtypes[name]) for name, x in one.items()]
+
+        def run(given, function=lambda *args: be.apply(cfg, memory, *args)[0], signature=unknown):
+            graph = tensorflow.function(function, jit_compile=jit_compile, input_signature=signature, autograph=False)
+            return graph(*(be.asarray(x, dtypes[name]) for name, x in given.items()))
+
+        assert run(two).shape == (2, 2, 3)
+        for given in (one | {field: two[field]}, two | {field: one[field]}):
+            with pytest.raises(tensorflow.errors.InvalidArgumentError):
+                run(given)
+            if field == "mask":
+                its = {name: given[name] for name in ("query", "mask")}
+                with pytest.raises(tensorflow.errors.InvalidArgumentError):
+                    run(its, lambda x, mask: layer(x, mask=mask), [unknown[0], unknown[3]])
 
     def test_a_graph_fails_in_words_where_a_batch_is_empty(be):
         import tensorflow
