@@ -139,6 +139,8 @@ def fitted(cfg: FwPKMConfig, state: State, rows: int | Array) -> State:
     def fit(rows: int | Array) -> Callable[[Array], Array]:
         return lambda x: with_rows(x, rows)
 
+    if isinstance(rows, int) and None not in {x.shape[0] for x in (*state.memory, *state.pending, state.position)}:
+        return state  # they were compared
     memory = Memory(*map(fit(memories_for(cfg, rows)), state.memory))
     return State.of(memory, state.pending.map(fit(rows)), with_rows(state.position, rows))
 
