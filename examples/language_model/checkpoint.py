@@ -1,6 +1,7 @@
 """What training leaves in a folder: the experiment, a record of losses, and a checkpoint that it goes on from.
 
-A checkpoint holds weights and the optimizer's moments. The initial tables follow from the seed, so files stay small.
+A checkpoint holds weights and the optimizer's moments. The initial tables follow from the seed, so files stay small;
+keys that have settled (settings.py) are kept.
 """
 
 import hashlib
@@ -106,12 +107,16 @@ def build(experiment: Experiment, device: torch.device, **memory: Any) -> Langua
     return LanguageModel(experiment.model, **memory).to(device)
 
 
+def initial_keys(model: LanguageModel) -> dict[str, Tensor]:
+    """Those of each memory, unless they are trained."""
+    return {name: table for name, table in model.named_buffers() if name.endswith("memory.keys")}
+
+
 def tables_of(model: LanguageModel) -> str:
     """A sha256 that tells one seed's initial tables from another's; those that are trained stand in the file."""
     digest = hashlib.sha256()
-    for name, table in model.named_buffers():
-        if name.endswith("memory.keys"):
-            digest.update(table.cpu().numpy().tobytes())
+    for keys in initial_keys(model).values():
+        digest.update(keys.cpu().numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -124,14 +129,21 @@ def digest(tensors: dict[str, Tensor]) -> str:
     return found.hexdigest()
 
 
-def save(folder: Path, model: LanguageModel, optimizer: torch.optim.Optimizer, step: int, corpus: str) -> None:
-    """Replace the folder's checkpoint by this one; ``corpus`` is the sha256 of what was read."""
-    tensors = {}
+def save(
+    folder: Path, model: LanguageModel, optimizer: torch.optim.Optimizer, step: int, corpus: str, drawn: str
+) -> None:
+    """Replace the folder's checkpoint by this one.
+
+    ``corpus`` is the sha256 of what was read, ``drawn`` that of the tables that the seed gave (``tables_of``): initial
+    keys that are others now are kept too.
+    """
+    moved = initial_keys(model) if tables_of(model) != drawn else {}
+    tensors = {f"model.{name}": keys.contiguous() for name, keys in moved.items()}
     for name, p in model.named_parameters():
         tensors[f"model.{name}"] = p.detach().contiguous()
         moments = optimizer.state.get(p, {})
         tensors |= {f"optimizer.{name}.{key}": moments[key].contiguous() for key in MOMENTS if key in moments}
-    about = {"step": str(step), "corpus": corpus, "tables": tables_of(model), "weights": digest(tensors)}
+    about = {"step": str(step), "corpus": corpus, "tables": drawn, "weights": digest(tensors)}
     replace(folder / WEIGHTS, lambda path: save_file(tensors, path, about))
 
 
@@ -211,7 +223,8 @@ def load(folder: Path, device: torch.device, **memory: Any) -> tuple[LanguageMod
         ValueError: a file is damaged, or of other tables than this version of torch draws.
     """
     experiment, (tensors, about) = settings_of(folder), _found(folder)
-    model = build(experiment, device, **memory)
+    held = {"addressing_weight": 0.0} if experiment.training.settled(int(about["step"])) else {}
+    model = build(experiment, device, **held | memory)
     if "num_subkeys" not in memory and about["tables"] != tables_of(model):
         raise ValueError(f"{folder / WEIGHTS} was trained with other tables than seed {experiment.training.seed} gives")
     _fill(model, tensors, folder)
@@ -249,8 +262,9 @@ def _read(path: Path, whole: bool = True) -> tuple[dict[str, Tensor], dict[str, 
 
 
 def _fill(model: LanguageModel, tensors: dict[str, Tensor], folder: Path) -> None:
-    """Copy the weights in, after all of them were found to fit."""
-    own = dict(model.named_parameters())
+    """Copy the weights in, and initial keys that are kept, after all of them were found to fit."""
+    kept = {name: keys for name, keys in initial_keys(model).items() if f"model.{name}" in tensors}
+    own = dict(model.named_parameters()) | kept
     fitting = {name: _fitting(tensors, f"model.{name}", p, folder) for name, p in own.items()}
     with torch.no_grad():
         for name, p in own.items():

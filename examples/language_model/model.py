@@ -1,5 +1,6 @@
 """A decoder whose attention sees one window in each layer; what lies beyond all of them, only the memories bring."""
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -119,6 +120,11 @@ class LanguageModel(nn.Module):
         """Where sequences begin: the initial memories, and nothing seen."""
         nothing = self.embedding.weight.new_zeros(2, batch, 0, self.settings.width)
         return Reading(tuple(m.init_state(batch) for m in self.memories.values()), (nothing,) * len(self.blocks))
+
+    def hold_keys(self) -> None:
+        """Let keys stand still where they are: no addressing loss moves them any more."""
+        for memory in self.memories.values():
+            memory.config = dataclasses.replace(memory.config, addressing_weight=0.0)
 
     def forward(
         self, tokens: Tensor, reading: Reading, update: bool = True, inplace: bool = False

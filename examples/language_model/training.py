@@ -80,6 +80,7 @@ class Trainer:
         self.settings, self.device, self.step = experiment.training, device, 0
         self.rows = own_rows(self.settings.batch)
         self.model = checkpoint.build(experiment, device, memory_scope="sequence")
+        self.drawn = checkpoint.tables_of(self.model)
         cuda = device.type == "cuda"
         self.rate = torch.tensor(0.0, device=device)
         named = list(self.model.named_parameters())
@@ -113,6 +114,17 @@ class Trainer:
             module.compile()
         self._loss = torch.compile(self._losses)
 
+    def save(self, folder: Path, corpus: str) -> None:
+        """Replace the checkpoint of a folder; ``corpus`` is the sha256 of what was read."""
+        checkpoint.save(folder, self.model, self.optimizer, self.step, corpus, self.drawn)
+
+    def resume(self, folder: Path, corpus: str) -> None:
+        """Go on from the checkpoint of a folder. Raises as ``checkpoint.resume`` does."""
+        self.step = checkpoint.resume(folder, self.model, self.optimizer, corpus)
+        if self.settings.settled(self.step):
+            self.model.hold_keys()
+        self._begin([True] * len(self.tokens))  # with the keys that were kept
+
     def take(self, batch: Batch) -> Tensor:
         """One step; of ``batch``, which is whole on every rank, each takes its rows.
 
@@ -133,6 +145,8 @@ class Trainer:
         else:
             self._take(*[self._captured(half) for half in (self._backward, self._update)])
         self.step += 1
+        if self.step <= self.settings.settle:
+            self._follow()
         return self.measured
 
     def _take(self, backward: Callable[[], None], update: Callable[[], None]) -> None:
@@ -154,6 +168,23 @@ class Trainer:
             graph.replay()
 
         return run
+
+    @torch.no_grad()
+    def _follow(self) -> None:
+        """Let rows begin with the mean of all rows' keys; after the last of ``settle`` steps those stand still."""
+        settles = self.settings.settled(self.step)
+        for state, layer in zip(self.reading.memories, self.model.memories.values()):
+            mean = state.memory.keys.mean(0)
+            if self._gradients is not None:
+                dist.all_reduce(mean)
+                mean /= dist.get_world_size()
+            layer.memory.keys.copy_(mean)
+            if settles:
+                state.memory.keys.copy_(mean)
+        if settles:
+            self.model.hold_keys()
+            # What was captured moves keys.
+            self._graphs, self._warmed = [], 0
 
     def _begin(self, anew: list[bool]) -> None:
         """Give rows their initial memories back, in the tables that a CUDA graph knows."""
@@ -270,7 +301,7 @@ def train(
     checkpoint.mend(out / checkpoint.RECORD)
     trainer = Trainer(experiment, device)
     if (out / checkpoint.WEIGHTS).exists():
-        trainer.step = checkpoint.resume(out, trainer.model, trainer.optimizer, corpus.sha256)
+        trainer.resume(out, corpus.sha256)
     if compile:
         trainer.compile()
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
@@ -291,13 +322,13 @@ def train(
                 record.write(json.dumps({**line, "device": device_name(device), "side_by_side": side_by_side}) + "\n")
                 record.flush()
                 if trainer.step % (SAVED * every) == 0:
-                    checkpoint.save(out, trainer.model, trainer.optimizer, trainer.step, corpus.sha256)
+                    trainer.save(out, corpus.sha256)
                 text = f"{line['bits_per_byte']:.3f} bits a byte, {line['digits_right']:.0%} of asked digits"
                 progress.update(bar, completed=trainer.step, description=text)
                 sums, count, clock = torch.zeros_like(sums), 0, time.monotonic()
             if over:
                 break
-        checkpoint.save(out, trainer.model, trainer.optimizer, trainer.step, corpus.sha256)
+        trainer.save(out, corpus.sha256)
     if interrupted() and trainer.step < settings.steps:
         raise KeyboardInterrupt(f"stopped at step {trainer.step}; the same command goes on from here")
     return out / checkpoint.WEIGHTS
