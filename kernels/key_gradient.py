@@ -220,7 +220,8 @@ def scores_backward_kernel(
 
 def add_scores_backward(launches: Launches, call: Call, integers: dict[str, int], add: bool) -> None:
     """Add the gradients of a window's ranks and queries, the latter to what is there where ``add``."""
-    constants, writes, pieces = call.shapes.by_token, call.plan.windows[integers["window"]].writes, 0
+    constants, pieces = call.shapes.by_token, 0
+    writes = call.plan.windows[integers["window"]].writes and call.cfg.addressing_weight > 0  # nothing to pass on else
     grid = blocks_of(call.rows * integers["length"], constants["BLOCK"]), call.groups
     if writes:
         launches.add(coefficients_backward_kernel, grid, integers, constants)

@@ -66,7 +66,9 @@ def keys_kernel(
 def add_keys(launches: Launches, call: Call, integers: dict[str, int]) -> None:
     """Add the write of the keys after a window, from ``version`` to the next, where each is kept."""
     before = integers["version"]
-    pieces = add_key_sums(launches, call, integers, "coefficients", offset=integers["first"])
+    pieces = 0  # without an addressing loss all coefficients are 0
+    if call.cfg.addressing_weight:
+        pieces = add_key_sums(launches, call, integers, "coefficients", offset=integers["first"])
     integers = integers | {"before": before, "after": before + call.save, "pieces": pieces}
     launches.add(keys_kernel, (call.cfg.num_subkeys, call.groups), integers, call.shapes.keys)
 

@@ -19,6 +19,8 @@ CONFIGS = {
     "dot product, clipped": {"score": "dot_product", "num_heads": 2, "grad_clip": 0.02, "weight_decay": 0.1},
     "normalized": {"write_scale": "normalized", "temperature": 0.5, "lookahead": 0, "grad_clip": 0.02},
     "unit, every sub-key": {"write_scale": "unit", "top_k": 5, "addressing_weight": 3.0},
+    "keys at rest": {"addressing_weight": 0.0},
+    "keys that only decay": {"addressing_weight": 0.0, "weight_decay": 0.1, "grad_clip": 0.02, "boundary": "wait"},
 }
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning", "ignore:divide by zero:RuntimeWarning")
 
@@ -58,7 +60,7 @@ def reading(cfg: FwPKMConfig, implementation: str, cuts: list[int], with_holes: 
 
 @pytest.mark.parametrize(
     ("name", "cuts", "with_holes"),
-    [*((name, [10], False) for name in CONFIGS), *((name, [2, 9, 10], True) for name in list(CONFIGS)[1:3])],
+    [*((name, [10], False) for name in CONFIGS), *((name, [2, 9, 10], True) for name in (*list(CONFIGS)[1:3], *list(CONFIGS)[-2:]))],
 )
 def test_kernels_give_what_eager_gives(name: str, cuts: list[int], with_holes: bool) -> None:
     cfg = FwPKMConfig(**SMALL | CONFIGS[name])
