@@ -44,24 +44,26 @@ def learning_rates(cfg: FwPKMConfig, reads: Array, uses: Array) -> Array:
     return cfg.learning_rate * reads / (reads + cfg.usage_weight * uses)
 
 
-def step(xp: Any, cfg: FwPKMConfig, rows: Array, gradient: Array) -> Array:
+def step(xp: Any, cfg: FwPKMConfig, rows: Array, gradient: Array, rates: Array | None = None) -> Array:
     """rows - η (clip(gradient) + λ rows) (§4), for keys and, where that costs nothing, for values.
 
-    Whoever calls it keeps the rows that would not be finite.
+    η_i is ``rates`` [r] for rows [r, D], where given. Whoever calls it keeps the rows that would not be finite.
     """
     if cfg.grad_clip is not None:
         gradient = xp.clip(gradient, -cfg.grad_clip, cfg.grad_clip)
     if cfg.weight_decay:
         gradient = gradient + cfg.weight_decay * rows
-    return rows - cfg.learning_rate * gradient
+    return rows - (cfg.learning_rate if rates is None else rates[:, None]) * gradient
 
 
-def step_vjp(xp: Any, cfg: FwPKMConfig, d_new: Array, unclipped: Array | None) -> tuple[Array, Array]:
-    """The gradients of :func:`step`'s rows and gradient from that of its result.
+def step_vjp(
+    xp: Any, cfg: FwPKMConfig, d_new: Array, unclipped: Array | None, rates: Array | None = None
+) -> tuple[Array, Array]:
+    """The gradients of :func:`step`'s rows and gradient from that of its result; its ``rates`` are constants.
 
     ``unclipped`` says where the gradient's magnitude is at most ``cfg.grad_clip``; None where nothing is clipped.
     """
-    d_gradient = -cfg.learning_rate * d_new
+    d_gradient = -(cfg.learning_rate if rates is None else rates[:, None]) * d_new
     d_rows = d_new + cfg.weight_decay * d_gradient if cfg.weight_decay else d_new
     return d_rows, d_gradient if unclipped is None else d_gradient * unclipped
 
