@@ -60,7 +60,10 @@ def reading(cfg: FwPKMConfig, implementation: str, cuts: list[int], with_holes: 
 
 @pytest.mark.parametrize(
     ("name", "cuts", "with_holes"),
-    [*((name, [10], False) for name in CONFIGS), *((name, [2, 9, 10], True) for name in (*list(CONFIGS)[1:3], *list(CONFIGS)[-2:]))],
+    [
+        *((name, [10], False) for name in CONFIGS),
+        *((name, [2, 9, 10], True) for name in (*list(CONFIGS)[1:3], *list(CONFIGS)[-2:])),
+    ],
 )
 def test_kernels_give_what_eager_gives(name: str, cuts: list[int], with_holes: bool) -> None:
     cfg = FwPKMConfig(**SMALL | CONFIGS[name])

@@ -1,4 +1,4 @@
-"""Keys that settle: while a model learns rows begin with the mean of all rows' keys, then these stand still."""
+"""What a trained memory reads with: keys that have settled, and fields that are others than in training."""
 
 import re
 
@@ -88,12 +88,39 @@ def test_a_model_is_loaded_with_the_keys_that_it_settled_on(tmp_path, pieces):
         checkpoint.load(tmp_path, CPU, num_subkeys=8)
 
 
+def test_a_trained_model_reads_as_it_is_told(tmp_path):
+    told = {"reading": {"learning_rate": 0.5, "top_k": 3}}
+    training.train(experiment(told), CORPUS, tmp_path / "told", CPU)
+    training.train(experiment(), CORPUS, tmp_path / "plain", CPU)
+    assert equal(*(load_file(tmp_path / name / WEIGHTS) for name in ("told", "plain")))
+    model, read = checkpoint.load(tmp_path / "told", CPU)
+    assert read == experiment(told)
+    config = model.memories["1"].config
+    assert (config.learning_rate, config.top_k, config.num_subkeys) == (0.5, 3, 16)
+    assert checkpoint.load(tmp_path / "told", CPU, learning_rate=0.25)[0].memories["1"].config.learning_rate == 0.25
+
+
+@pytest.mark.parametrize(
+    ("reading", "said"),
+    [
+        ({"num_subkeys": 32, "boundary": "wait"}, "model.reading cannot change ['boundary', 'num_subkeys']"),
+        ({"rate": 1}, "model.memory has fields that FwPKMConfig lacks: ['rate']"),
+        ({"learning_rate": -1.0}, "learning_rate must be"),
+        (3, "model.reading must be a table of FwPKMConfig's fields. Received: 3"),
+    ],
+)
+def test_a_reading_that_cannot_be_is_refused(reading, said):
+    with pytest.raises(ValueError, match=re.escape(said)):
+        experiment({"reading": reading})
+
+
 @pytest.mark.parametrize(
     ("model", "settle", "said"),
     [
         ({}, -1, "training.settle must be an integer of at least 0"),
         ({}, 7, "training.settle must be at most training.steps, 6"),
         ({"memories": [], "memory": {}}, 2, "training.settle must be 0 where no memory is written. Received: 2"),
+        ({"memories": [], "memory": {}, "reading": {"top_k": 3}}, 0, "model.reading must be empty where no memory"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(model, settle, said):

@@ -215,8 +215,8 @@ def resume(folder: Path, model: LanguageModel, optimizer: torch.optim.Optimizer,
 def load(folder: Path, device: torch.device, **memory: Any) -> tuple[LanguageModel, Experiment]:
     """The trained model of a folder, from its checkpoint or from the pieces of its weights.
 
-    ``memory`` overrides the configuration of its memories; with another ``num_subkeys`` they have other tables than it
-    was trained with.
+    Its memories are configured as ``model.reading`` says, and ``memory`` overrides that; with another ``num_subkeys``
+    they have other tables than it was trained with.
 
     Raises:
         FileNotFoundError: nothing was trained there.
@@ -224,7 +224,7 @@ def load(folder: Path, device: torch.device, **memory: Any) -> tuple[LanguageMod
     """
     experiment, (tensors, about) = settings_of(folder), _found(folder)
     held = {"addressing_weight": 0.0} if experiment.training.settled(int(about["step"])) else {}
-    model = build(experiment, device, **held | memory)
+    model = build(experiment, device, **held | {**experiment.model.reading, **memory})
     if "num_subkeys" not in memory and about["tables"] != tables_of(model):
         raise ValueError(f"{folder / WEIGHTS} was trained with other tables than seed {experiment.training.seed} gives")
     _fill(model, tensors, folder)

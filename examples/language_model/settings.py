@@ -11,6 +11,8 @@ from examples.language_model import experiments
 from fwpkm import FwPKMConfig
 
 MIXERS = ("fwpkm", "attention", "delta", "static")
+TRAINED = ("key_dim", "value_dim", "num_heads", "num_subkeys", "chunk_size", "lookahead", "memory_scope", "boundary")
+"""Fields of a memory that reading cannot change: tables and the schedule follow from them."""
 
 
 def _integer(value: Any, least: int) -> bool:
@@ -43,6 +45,7 @@ class ModelSettings:
         context: how many tokens the mixer "attention" sees, the present one included.
         gated: whether memories have a gate.
         memory: fields of FwPKMConfig that differ from its defaults; key_dim and value_dim are ``width`` if absent.
+        reading: those that are others once the model is trained.
     """
 
     width: int = 256
@@ -55,6 +58,7 @@ class ModelSettings:
     context: int = 4096
     gated: bool = True
     memory: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    reading: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Check what the modules would not."""
@@ -83,6 +87,13 @@ class ModelSettings:
             raise ValueError(f"model.memory must be a table of FwPKMConfig's fields. Received: {self.memory!r}")
         if self.mixer in ("attention", "delta") and self.memory:
             raise ValueError(f'model.memory must be empty with mixer = "{self.mixer}". Received: {self.memory!r}')
+        if not isinstance(self.reading, Mapping):
+            raise ValueError(f"model.reading must be a table of FwPKMConfig's fields. Received: {self.reading!r}")
+        if fixed := sorted(set(self.reading) & set(TRAINED)):
+            raise ValueError(f"model.reading cannot change {fixed}: the model is trained with them")
+        if self.reading and not self.writes:
+            raise ValueError(f"model.reading must be empty where no memory is written. Received: {self.reading!r}")
+        self.memory_config(**self.reading)
         if self.memory_config().boundary != "drop":
             # Under "wait" the last chunk of a step would be pending, and the next step would not write it.
             raise ValueError(f'model.memory.boundary must be "drop". Received: {self.memory["boundary"]!r}')
@@ -251,5 +262,6 @@ class Experiment:
     def tables(self) -> dict[str, Any]:
         """What ``of`` takes, ready for JSON."""
         tables = dataclasses.asdict(self)
-        tables["model"]["memory"] = dict(self.model.memory)
+        for name in ("memory", "reading"):
+            tables["model"][name] = dict(getattr(self.model, name))
         return tables
