@@ -8,7 +8,7 @@ from keras import KerasTensor, ops
 
 from fwpkm import schedule
 from fwpkm.config import FwPKMConfig
-from fwpkm.containers import LayerTrace, Memory, State, memories_for, memory_specs, state_specs
+from fwpkm.containers import LayerTrace, Memory, State, memories_for, state_specs
 from fwpkm.tokens import Array, ArraySpec
 
 NAMES = tuple(state_specs(FwPKMConfig(usage_weight=1.0), None).arrays())
@@ -44,14 +44,13 @@ def as_state(arrays: Any, argument: str = "initial_state") -> State:
 
 def specs(cfg: FwPKMConfig, batch_size: Any) -> dict[str, ArraySpec]:
     """What a state of ``batch_size`` rows, None where unknown, consists of."""
-    memory = memory_specs(cfg, memories_for(cfg, batch_size))  # one in batch scope, however many rows
-    return state_specs(cfg, batch_size)._replace(memory=memory).arrays()
+    return state_specs(cfg, batch_size).arrays()
 
 
 def trace_spec(cfg: FwPKMConfig, shape: Sequence[int | None], dtype: str) -> LayerTrace:
     """What the trace of a call on x ``[B, T, hidden_size]`` consists of, as KerasTensors; sizes may be unknown."""
     batch, length = shape[:2]
-    memories: Any = memories_for(cfg, batch)  # type: ignore[arg-type]
+    memories = memories_for(cfg, batch)
     reads = (batch, length, cfg.slots_per_token)
     losses = (memories, None if length is None else schedule.max_writes(cfg, length))
     return LayerTrace(

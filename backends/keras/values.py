@@ -88,7 +88,7 @@ def write_values(
 
 
 def _use(cfg: FwPKMConfig, uses: Array, entries: Array, count: Array) -> tuple[Array, Array]:
-    """η_i at the leader of each slot ``[M*R*K]``, and U + N ``[M, N]``; ``count`` [M*R*K] is N_i at the leaders, else 0.
+    """η_i at the leader of each slot ``[M*R*K]``, and U + N ``[M, N]``, from ``count`` [M*R*K]: N_i at leaders, else 0.
 
     A row counts as used though its new value may turn out not to be finite.
     """

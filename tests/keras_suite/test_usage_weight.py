@@ -1,4 +1,4 @@
-"""Writes weighted by use (SPEC.md §11) in the functions: tensorflow's own against the reference, others have their tests."""
+"""Writes weighted by use (SPEC.md §11): the functions on tensorflow; those of torch and jax have tests of their own."""
 
 import dataclasses
 
@@ -52,7 +52,7 @@ if BACKEND == "tensorflow":
 
     def test_no_gradient_passes_through_the_counts(be):
         """Nor into those that a state begins with, which only say how far rows move."""
-        case, state, uses = half_read(be)
+        case, state, _ = half_read(be)
 
         def read_on(uses):
             after = be.flush(USED, be.apply(USED, state._replace(uses=uses), *native(be, case.tokens))[1])[0]
@@ -127,7 +127,7 @@ if BACKEND == "tensorflow":
         assert be.to_numpy(state.uses).sum() == 3 * case.cfg.slots_per_token
 
     def test_what_only_reads_counts_nothing(be):
-        case, state, uses = half_read(be)
+        case, state, _ = half_read(be)
         tokens = native(be, case.tokens)
         after = be.apply(USED, state, *tokens, update=False)[1]
         assert_same_bits(as_numpy(be, after), as_numpy(be, state))
@@ -138,7 +138,7 @@ if BACKEND == "tensorflow":
         assert_same_bits(as_numpy(be, from_memory), as_numpy(be, from_state))
 
     def test_uses_and_their_weight_go_together(be):
-        case, state, uses = half_read(be)
+        case, state, _ = half_read(be)
         tokens = native(be, case.tokens)
         for cfg, uses, words in (
             (USED, None, r"state\.uses must be an array \[M, N\].*usage_weight is 0\.7"),
