@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jax_sharded import CFG, COTANGENT, KEYS, LAYER, ROWS, VARIABLES, WIDTH, B, X, compared, report
+from jax_sharded import CFG, COTANGENT, KEYS, LAYER, ROWS, USED, VARIABLES, WIDTH, B, X, compared, report
 
 from fwpkm.backends import jax as be
 from fwpkm.backends.jax import FwPKM
@@ -175,6 +175,13 @@ def by_slots(kind: AxisType, traced: bool) -> Any:
     return call(CFG, state, x, x)
 
 
+def uses_by_slots() -> Any:
+    """The uses of a state, whose slots are dealt out."""
+    state, x = jax.device_put((be.init_state(USED.config, MEMORY, B), X), NamedSharding(mesh_of(AxisType.Auto), P()))
+    uses = jax.device_put(state.uses, NamedSharding(mesh_of(AxisType.Auto), P(None, "rows")))
+    return be.apply(USED.config, state._replace(uses=uses), x, x)
+
+
 def of_another_mesh(kind: AxisType) -> Any:
     """A state on two devices, tokens on four."""
     state = be.to_device(be.init_state(CFG, MEMORY, B), NamedSharding(mesh_of(kind, 2), ROWS))
@@ -232,6 +239,7 @@ def cases() -> dict[str, Callable[[], Any]]:
         found[f"one memory, {name}"] = lambda k=kind: one_memory(k)
         found[f"refused: slots, {name}"] = lambda k=kind: by_slots(k, traced=k is AxisType.Explicit)
         found[f"refused: another mesh, {name}"] = lambda k=kind: of_another_mesh(k)
+    found["refused: uses by slots"] = uses_by_slots
     found["refused: another device"] = of_another_device
     found["refused: partly mapped"] = partly_mapped
     found["refused: columns mapped"] = columns_mapped

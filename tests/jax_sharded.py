@@ -8,6 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
@@ -21,6 +22,7 @@ from jax.sharding import PartitionSpec as P
 from fwpkm.agreement import relative_error
 from fwpkm.backends import jax as be
 from fwpkm.backends.jax import FwPKM
+from fwpkm.config import FwPKMConfig
 from fwpkm.containers import Memory
 
 jax.config.update("jax_enable_x64", True)
@@ -30,6 +32,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 B, T, WIDTH = 4, 9, 8
 LAYER = FwPKM(WIDTH, key_dim=8, value_dim=8, num_subkeys=8, top_k=2, chunk_size=4)
 CFG = LAYER.config
+USED = FwPKM(WIDTH, key_dim=8, value_dim=8, num_subkeys=8, top_k=2, chunk_size=2, usage_weight=0.7)
 KEYS = jax.random.split(jax.random.key(0), 6)
 VARIABLES = LAYER.init(KEYS[0], jnp.float64)
 X = jax.random.normal(KEYS[1], (B, T, WIDTH), jnp.float64)
@@ -86,15 +89,23 @@ def begun_inside(variables: Any, x: Any, mask: Any) -> Any:
     return be.apply(CFG, be.init_state(CFG, memory, len(x)), x, x, mask=mask)[1]
 
 
+def used(variables: Any, x: Any, mask: Any) -> Any:
+    """Writes weighted by use: two calls, a step that overwrites the state, and a flush."""
+    first, state = USED.apply(variables, x[:, :5], mask=mask[:, :5])
+    second, state = USED.apply(variables, x[:, 5:8], state, mask=mask[:, 5:8])
+    third, state = USED.decode(variables, x[:, 8:], state, mask[:, 8:])
+    return jnp.concatenate([first, second, third], 1), be.flush(USED.config, state)[0]
+
+
 FUNCTIONS = {
     "begun inside": begun_inside, "in pieces": in_pieces, "overlaid": overlaid, "chunk": chunk, "decode": decode,
-    "decode in place": in_place,
+    "decode in place": in_place, "used": used,
 }  # fmt: skip
 
 
-def loss(params: Any, x: Any, mask: Any, cotangent: Any) -> Any:
+def loss(params: Any, x: Any, mask: Any, cotangent: Any, layer: FwPKM = LAYER) -> Any:
     """Of outputs and of the tables afterwards."""
-    y, state = LAYER.apply({**VARIABLES, "params": params}, x, mask=mask)
+    y, state = layer.apply({**VARIABLES, "params": params}, x, mask=mask)
     return (jnp.nan_to_num(y) * cotangent).sum() + sum(jnp.square(table).sum() for table in state.memory)
 
 
@@ -105,7 +116,7 @@ def auto(function: Callable[..., Any]) -> Callable[..., Any]:
     def run(weights: Any, *arrays: Any) -> Any:
         arrays = tuple(jax.device_put(x, NamedSharding(mesh, ROWS)) for x in arrays)
         result = jax.jit(function)(weights, *arrays)
-        if function in (in_pieces, begun_inside):  # so that no device holds the tables of other rows
+        if function in (in_pieces, begun_inside, used):  # so that no device holds the tables of other rows
             assert all(x.sharding.spec[0] == "rows" for x in jax.tree.leaves(result))
         return result
 
@@ -126,37 +137,39 @@ def explicit(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def in_columns(kind: AxisType) -> Any:
-    """The functions, tables and values dealt to the devices by columns: output and state."""
+def in_columns(kind: AxisType, cfg: FwPKMConfig = CFG) -> Any:
+    """The functions, tables and values dealt to the devices by columns: output and state; uses lie on every device."""
     mesh = jax.make_mesh((4,), ("columns",), axis_types=(kind,))
     memory = Memory(*(table[None] for table in VARIABLES["buffers"]["memory"]))
-    state = be.init_state(CFG, memory, B)
+    state = be.init_state(cfg, memory, B)
 
     def call(state: Any, query: Any, value: Any) -> Any:
-        output, state, _ = be.apply(CFG, state, query, value)
-        return output, be.flush(CFG, state)[0].memory.values
+        output, state, _ = be.apply(cfg, state, query, value)
+        state, _ = be.flush(cfg, state)
+        return (output, state.memory.values), state.uses
 
     expected = call(state, X, X)
     columns = NamedSharding(mesh, P(None, None, "columns"))
     dealt = state._replace(memory=state.memory._replace(values=jax.device_put(state.memory.values, columns)))
     with jax.set_mesh(mesh):
         result = jax.jit(call)(dealt, jax.device_put(X, NamedSharding(mesh, P())), jax.device_put(X, columns))
-    assert all(x.sharding.shard_shape(x.shape)[-1] == WIDTH // 4 for x in result)
+    assert all(x.sharding.shard_shape(x.shape)[-1] == WIDTH // 4 for x in result[0])
+    assert all(x.sharding.is_fully_replicated for x in jax.tree.leaves(result[1]))
     return compared(result, expected)
 
 
-def row_functions(kind: str) -> Any:
+def row_functions(kind: str, cfg: FwPKMConfig = CFG) -> Any:
     """What picks and replaces rows, of states that are dealt out, or that lie on one device while a mesh is set."""
     mesh = jax.make_mesh((4,), ("rows",), axis_types=(AxisType.Explicit,))
     memory = Memory(*(table[None] for table in VARIABLES["buffers"]["memory"]))
 
     def call(state: Any, x: Any) -> Any:
-        state = be.apply(CFG, state, x, x)[1]
-        state = be.put(CFG, be.flush(CFG, state, [1, 2])[0], [3], be.init_state(CFG, memory, 1))
-        state = be.reset(CFG, state, memory, [0])
-        return be.apply(CFG, memory, x, x)[0], be.concat(CFG, [be.select(CFG, state, [2, 1]), state])
+        state = be.apply(cfg, state, x, x)[1]
+        state = be.put(cfg, be.flush(cfg, state, [1, 2])[0], [3], be.init_state(cfg, memory, 1))
+        state = be.reset(cfg, state, memory, [0])
+        return be.apply(cfg, memory, x, x)[0], be.concat(cfg, [be.select(cfg, state, [2, 1]), state])
 
-    given = be.init_state(CFG, memory, B), X
+    given = be.init_state(cfg, memory, B), X
     expected = call(*given)
     if kind == "plain":
         with jax.set_mesh(mesh):
@@ -209,8 +222,8 @@ def cases() -> dict[str, Callable[[], float]]:
     found: dict[str, Callable[[], float]] = {}
     given = VARIABLES, X, MASK
     for way, names in (
-        (auto, ["in pieces", "begun inside"]),
-        (explicit, ["in pieces", "decode", "decode in place"]),
+        (auto, ["in pieces", "begun inside", "used"]),
+        (explicit, ["in pieces", "decode", "decode in place", "used"]),
         (mapped, FUNCTIONS),
     ):
         for name in names:
@@ -224,6 +237,11 @@ def cases() -> dict[str, Callable[[], float]]:
     found["explicit, columns"] = lambda: in_columns(AxisType.Explicit)
     found["explicit, rows"] = lambda: row_functions("dealt")
     found["explicit, plain"] = lambda: row_functions("plain")
+    of_used = partial(loss, layer=USED)
+    found["auto, used gradient"] = lambda: compared(auto(jax.grad(of_used))(*given), jax.jit(jax.grad(of_used))(*given))
+    found["auto, used columns"] = lambda: in_columns(AxisType.Auto, USED.config)
+    found["explicit, used columns"] = lambda: in_columns(AxisType.Explicit, USED.config)
+    found["explicit, used rows"] = lambda: row_functions("dealt", USED.config)
     found["mapped, gradient"] = lambda: compared(jax.jit(jax.grad(mapped_loss))(*given), expected(*given))
     return found
 

@@ -316,11 +316,12 @@ def test_streams_end_where_they_should():
     assert_same_reading(cfg, received, expected, "float64")
 
 
-def test_the_derivative_of_a_step_is_that_of_jax():
+@pytest.mark.parametrize("rates", [None, np.linspace(0.1, 1, 8)], ids=["one rate", "a rate for each row"])
+def test_the_derivative_of_a_step_is_that_of_jax(rates):
     """With decay and clipping, as the hand-written backward of a write uses it."""
     cfg = FwPKMConfig(6, 4, 2, 5, 3, learning_rate=0.7, weight_decay=0.1, grad_clip=0.5)
     rows, gradient, d_new = np.random.default_rng(0).normal(size=(3, 8, 4))
-    expected = jax.vjp(functools.partial(rules.step, jnp, cfg), rows, gradient)[1](jnp.asarray(d_new))
-    received = rules.step_vjp(jnp, cfg, d_new, np.abs(gradient) <= cfg.grad_clip)
+    expected = jax.vjp(functools.partial(rules.step, jnp, cfg, rates=rates), rows, gradient)[1](jnp.asarray(d_new))
+    received = rules.step_vjp(jnp, cfg, d_new, np.abs(gradient) <= cfg.grad_clip, rates)
     for a, b in zip(received, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-12)

@@ -56,6 +56,7 @@ def test_meshes_agree_with_one_device(found: dict[str, float | str], case: str) 
     [
         ("slots, auto", "ValueError: memory.values must not be dealt out to devices by slots"),
         ("slots, explicit", "ValueError: memory.values must not be dealt out to devices by slots"),
+        ("uses by slots", "ValueError: state.uses must not be dealt out to devices by slots"),
         ("another mesh, auto", "keys on devices [0, 1] and query on devices [0, 1, 2, 3]"),
         ("another mesh, explicit", "keys on devices [0, 1] and query on devices [0, 1, 2, 3]"),
         ("another device", "ValueError: Received incompatible devices for jitted computation"),
@@ -78,8 +79,9 @@ def test_refusals_say_what_was_wrong(found: dict[str, float | str], case: str, w
         {},
         {"score": "dot_product", "num_heads": 2, "boundary": "wait", "gated": False, "value_norm": None},
         {"memory_scope": "batch", "grad_clip": 0.1, "weight_decay": 0.1, "write_scale": "normalized"},
+        {"usage_weight": 0.5, "weight_decay": 0.1},
     ],
-    ids=["defaults", "dot products", "one memory"],
+    ids=["defaults", "dot products", "one memory", "weighted by use"],
 )
 def test_nothing_is_promoted_unasked(fields: dict[str, Any], dtype: str) -> None:
     layer = FwPKM(8, key_dim=8, value_dim=8, num_subkeys=64, top_k=2, chunk_size=4, **fields)
@@ -104,6 +106,7 @@ def test_nothing_is_promoted_unasked(fields: dict[str, Any], dtype: str) -> None
         jax.eval_shape(lambda x: layer.apply(variables, x, return_state=False), x)
         jax.eval_shape(lambda x: layer.decode(variables, x, state, mask[:, :1]), x[:, :1])
         jax.eval_shape(lambda x: be.lookup(cfg, state.memory, x), ones)
-        jax.eval_shape(lambda x: be.chunk_update(cfg, state.memory, x, x[..., :8], pair=mask[:, :4]), ones)
+        if not cfg.usage_weight:  # which it refuses
+            jax.eval_shape(lambda x: be.chunk_update(cfg, state.memory, x, x[..., :8], pair=mask[:, :4]), ones)
         jax.eval_shape(jax.grad(loss), variables["params"])
         jax.eval_shape(functions, state, rows)

@@ -27,6 +27,8 @@ def found() -> dict[str, float | str]:
         *("explicit, rows", "explicit, plain", "explicit, decode in place", "mapped, decode in place"),
         *("mapped, in pieces", "mapped, begun inside", "mapped, overlaid", "mapped, chunk", "mapped, decode"),
         "mapped, gradient",
+        *("auto, used", "explicit, used", "mapped, used", "auto, used gradient"),
+        *("auto, used columns", "explicit, used columns", "explicit, used rows"),
     ],
 )
 def test_devices_agree_with_one(found: dict[str, float | str], case: str) -> None:

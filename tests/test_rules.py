@@ -45,10 +45,20 @@ def test_a_sub_key_that_nothing_chose_has_a_finite_slope():
 
 @pytest.mark.parametrize("clip", [None, 0.05])
 @pytest.mark.parametrize("decay", [0.0, 0.3])
-def test_a_step_is_the_equations(clip, decay):
+@pytest.mark.parametrize("rates", [None, np.linspace(0.1, 0.7, 6)], ids=["one rate", "a rate for each row"])
+def test_a_step_is_the_equations(clip, decay, rates):
     cfg = FwPKMConfig(grad_clip=clip, weight_decay=decay, learning_rate=0.7)
     rows, gradient = RNG.normal(size=(2, 6, 4))
-    np.testing.assert_allclose(rules.step(np, cfg, rows, gradient), equations.step(cfg, rows, gradient), rtol=1e-14)
+    received, expected = rules.step(np, cfg, rows, gradient, rates), equations.step(cfg, rows, gradient, rates)
+    np.testing.assert_allclose(received, expected, rtol=1e-14)
+
+
+def test_learning_rates_are_the_equations():
+    cfg, uses = FwPKMConfig(usage_weight=0.3, learning_rate=0.7), np.arange(6.0)
+    reads = np.array([1.0, 2, 9, 1, 4, 3])
+    expected = equations.learning_rates(cfg, reads, uses)
+    np.testing.assert_allclose(rules.learning_rates(cfg, reads, uses), expected, rtol=1e-14)
+    assert expected[0] == 0.7, "without uses the plain rate"
 
 
 def test_rms_norm_and_zscore_by_their_definitions():

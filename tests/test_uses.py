@@ -16,10 +16,10 @@ from fwpkm import FwPKMConfig, Memory, agreement, equations, reference
 from fwpkm.conformance.running import as_numpy, draw_cotangents, forward, gradients, native
 from fwpkm.conformance.strategies import cases, untied_case
 
-TORCH = fwpkm.get_backend("torch")
+TORCH, JAX = map(fwpkm.get_backend, ("torch", "jax"))
+EVERY = (reference, TORCH, JAX)
 USED = FwPKMConfig(4, 3, 2, 4, 2, 3, 1, usage_weight=0.7, weight_decay=0.05)
 WEIGHTS = st.sampled_from([0.25, 1.0, 3.0])
-OTHERS = ("jax",)
 pytestmark = pytest.mark.filterwarnings(
     "ignore:invalid value:RuntimeWarning",
     "ignore:divide by zero:RuntimeWarning",
@@ -91,7 +91,7 @@ def test_a_chunk_without_a_pair_counts_nothing():
     case = drawn(cfg, 1, 4)
     mask = np.array([[True, True, True, False]])  # no partner in the second chunk
     case = dataclasses.replace(case, tokens=case.tokens._replace(mask=mask))
-    for be in (reference, TORCH):
+    for be in EVERY:
         state = read(be, case, begun(be, case))[1]
         before = as_numpy(be, state.uses)
         assert before.sum() == 2 * cfg.slots_per_token
@@ -104,7 +104,7 @@ def test_a_row_that_keeps_its_bits_counts_as_used():
     """Its new value would not be finite."""
     case = drawn(dataclasses.replace(USED, learning_rate=1e300), 1, 3, left_out=["mask"])
     case = dataclasses.replace(case, memory=case.memory._replace(values=case.memory.values * 1e10))
-    for be in (reference, TORCH):
+    for be in EVERY:
         state = read(be, case, begun(be, case))[1]
         assert_same_bits(as_numpy(be, state.memory.values), case.memory.values)
         assert as_numpy(be, state.uses).sum() == 3 * case.cfg.slots_per_token
@@ -240,7 +240,7 @@ def test_a_graph_holds_a_call():
 def test_a_state_without_it_has_no_uses():
     cfg = dataclasses.replace(USED, usage_weight=0.0)
     case = drawn(cfg, 2, 8)
-    for be in (reference, TORCH):
+    for be in EVERY:
         state = read(be, case, begun(be, case))[1]
         assert state.uses is None
         assert "uses" not in state.arrays()
@@ -248,7 +248,7 @@ def test_a_state_without_it_has_no_uses():
 
 def test_uses_and_their_weight_go_together():
     case = drawn(USED, 2, 8)
-    for be in (reference, TORCH):
+    for be in EVERY:
         state = begun(be, case)
         with pytest.raises(ValueError, match=r"state\.uses must be an array \[M, N\].*usage_weight is 0\.7"):
             read(be, case, state._replace(uses=None))
@@ -259,16 +259,9 @@ def test_uses_and_their_weight_go_together():
             read(be, case, state._replace(uses=state.uses[:, 1:]))
 
 
-@pytest.mark.parametrize("name", OTHERS)
-def test_whoever_does_not_know_it_refuses(name):
-    be, case = fwpkm.get_backend(name), drawn(USED, 1, 3)
-    with pytest.raises(ValueError, match=r"usage_weight must be 0\.0: the \w+ backend does not serve it"):
-        begun(be, case)
-
-
 def test_tables_alone_keep_no_uses():
     case = drawn(USED, 1, 3, left_out=["mask", "gate"])
-    for be in (reference, TORCH):
+    for be in EVERY:
         query, value = native(be, case.tokens.query), native(be, case.tokens.value)
         with pytest.raises(ValueError, match="usage_weight must be 0 here"):
             be.chunk_update(USED, native(be, case.memory), query, value)
@@ -277,7 +270,7 @@ def test_tables_alone_keep_no_uses():
 # States
 
 
-@pytest.mark.parametrize("functions", [reference, TORCH])
+@pytest.mark.parametrize("functions", EVERY)
 def test_rows_keep_their_uses(functions):
     be = functions
     case = drawn(USED, 3, 8)
@@ -295,13 +288,13 @@ def test_rows_keep_their_uses(functions):
     assert be.nbytes(state) == be.nbytes(state._replace(uses=None)) + uses.nbytes
 
 
-@pytest.mark.parametrize("functions", [reference, TORCH])
+@pytest.mark.parametrize("functions", EVERY)
 def test_files_and_packed_states_hold_the_uses(functions, tmp_path):
     be = functions
     case = drawn(USED, 2, 8)
     state = read(be, case, begun(be, case))[1]
     fwpkm.save_state(tmp_path / "state.safetensors", state, USED)
-    for backend in ("numpy", "torch"):
+    for backend in ("numpy", "torch", "jax"):
         loaded = fwpkm.load_state(tmp_path / "state.safetensors", USED, backend)
         assert_same_bits(as_numpy(fwpkm.get_backend(backend), loaded), as_numpy(be, state))
     packed = be.pack(USED, state, native(be, case.memory))

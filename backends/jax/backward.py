@@ -37,9 +37,9 @@ from fwpkm.containers import Memory
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def run(cfg: FwPKMConfig, plan: Plan, memory: Memory, source: Array, streams: Streams) -> Result:
-    """What ``windows`` gives, differentiable; the arrays are ``alike``."""
-    return windows(cfg, plan, memory, source, streams)[0]
+def run(cfg: FwPKMConfig, plan: Plan, memory: Memory, uses: Array | None, source: Array, streams: Streams) -> Result:
+    """What ``windows`` gives, differentiable; the arrays are ``alike``. Uses are counts: no gradient passes through."""
+    return windows(cfg, plan, memory, uses, source, streams)[0]
 
 
 class Saved(NamedTuple):
@@ -57,11 +57,13 @@ class Saved(NamedTuple):
     """Whether the table is differentiated, which must be known while tracing: (None,) or () is a static mark."""
 
 
-def _run_forward(cfg, plan, memory, source, streams):
+def _run_forward(cfg, plan, memory, uses, source, streams):
     dense = memory.values.perturbed
     is_marked = lambda x: hasattr(x, "perturbed")  # noqa: E731
-    memory, source, streams = jax.tree.map(lambda x: x.value, (memory, source, streams), is_leaf=is_marked)
-    result, residuals = windows(cfg, plan, memory, source, streams, _empty_residuals(cfg, plan, memory, source))
+    given = memory, uses, source, streams
+    memory, uses, source, streams = jax.tree.map(lambda x: x.value, given, is_leaf=is_marked)
+    space = _empty_residuals(cfg, plan, memory, uses, source)
+    result, residuals = windows(cfg, plan, memory, uses, source, streams, space)
     counts = streams.write_ends[-1], streams.read_ends[-1]
     return result, Saved(residuals, source, result.keys, *counts, (None,) if dense else ())
 
@@ -85,7 +87,7 @@ def _run_backward(cfg, plan, saved, gradient):
         def forward(keys, rows, tokens):
             window = from_table(cfg, tokens)
             write = chunk_of(cfg, window) if writes else None
-            selected = Selected(keys, rows, one.touched, one.selection, None, None)
+            selected = Selected(keys, rows, one.touched, one.selection, None, None, one.uses)
             computed = compute_window(cfg, keys, rows, window, selected, write, num_slots, one.moved)
             return noted(computed), computed.keys, computed.rows
 
@@ -123,28 +125,29 @@ def _run_backward(cfg, plan, saved, gradient):
         d_values = indexing.put(total, jnp.where(first, ids, num_rows), rows, mode="drop").reshape(
             gradient.values.shape
         )
-    return Memory(d_keys, d_values), d_source, None
+    return Memory(d_keys, d_values), None, d_source, None
 
 
 run.defvjp(_run_forward, _run_backward, symbolic_zeros=True)
 
 
-def _empty_residuals(cfg: FwPKMConfig, plan: Plan, memory: Memory, source: Array) -> Residuals:
+def _empty_residuals(cfg: FwPKMConfig, plan: Plan, memory: Memory, uses: Array | None, source: Array) -> Residuals:
     """Space for what the rounds of a call meet; they touch nothing until one is kept there."""
 
     def space(count: int, rows: int, length: int, writes: bool) -> RoundResiduals | None:
         if not count:
             return None
 
-        def one(memory: Memory, source: Array) -> RoundResiduals:
+        def one(memory: Memory, uses: Array | None, source: Array) -> RoundResiduals:
             cells = jnp.zeros((rows, length), jnp.int32)
             of = jnp.zeros(rows, jnp.int32) if plan.packed or plan.is_shared else None
-            selected = select_window(cfg, memory, from_table(cfg, gather(source, cells)), of)
+            weighed = uses if writes else None
+            selected = select_window(cfg, memory, from_table(cfg, gather(source, cells)), of, uses=weighed)
             moved = Moved(jnp.zeros((*selected.keys.shape[:-1], 1), bool), jnp.zeros(len(selected.rows), bool))
             kept = (selected.keys, moved) if writes else (None, None)
-            return RoundResiduals(cells, cells, selected.touched, selected.selection, of, *kept)
+            return RoundResiduals(cells, cells, selected.touched, selected.selection, of, *kept, selected.uses)
 
-        shapes = jax.eval_shape(one, memory, source)
+        shapes = jax.eval_shape(one, memory, uses, source)
         empty = jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), shapes)
         nowhere = jnp.full_like(empty.touched.ids, memory.values.shape[0] * memory.values.shape[1])
         return empty._replace(touched=empty.touched._replace(ids=nowhere))

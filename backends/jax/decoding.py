@@ -18,8 +18,8 @@ from fwpkm.backends.jax.indexing import put
 from fwpkm.backends.jax.ops import call_dtype, tables_in
 from fwpkm.backends.jax.rows import is_traced
 from fwpkm.backends.jax.sharding import alike, dealt_alike, placed
-from fwpkm.backends.jax.tokens import as_table, filled, from_table, live_rows, without
-from fwpkm.backends.jax.windows import SELF, chunk_of, compute_window, select_window
+from fwpkm.backends.jax.tokens import as_table, filled, from_table, live_rows, uses_in, without
+from fwpkm.backends.jax.windows import SELF, chunk_of, compute_window, put_uses, select_window
 from fwpkm.config import FwPKMConfig
 from fwpkm.containers import Memory, State
 from fwpkm.tokens import Tokens
@@ -90,6 +90,8 @@ class _Step(NamedTuple):
     """What the chunks that are due are written to."""
 
     memory: Memory
+    uses: Any
+    """``[M, N]``; None where nothing weighs them."""
     pending: Tokens
     """``[B, P, ...]``"""
     reads: Array
@@ -111,11 +113,13 @@ def _decode(cfg: FwPKMConfig, state: State, tokens: Tokens) -> tuple[Array, Stat
     num_pending = schedule.pending(cfg, state.position)
     ticks = there.astype(jnp.int32)
     due = schedule.written(cfg, num_pending + ticks) > 0
-    begun = _Step(memory, _stored(pending, new, jnp.where(there & ~due, num_pending, cfg.capacity)), reads)
+    pending = _stored(pending, new, jnp.where(there & ~due, num_pending, cfg.capacity))
+    begun = _Step(memory, uses_in(state.uses, dtype), pending, reads)
     step = _write_due(cfg, *alike(begun, new, due))
     output = jnp.where(new.mask[..., None], step.reads, jnp.nan)
     output = output if tokens.mask is None else jnp.where(tokens.mask[..., None], output, 0)
-    after: State[Array] = State.of(step.memory, step.pending, schedule.reduced(cfg, state.position) + ticks)
+    position = schedule.reduced(cfg, state.position) + ticks
+    after: State[Array] = State.of(step.memory, step.pending, position, step.uses)
     after = dealt_alike(after.map(lambda x, before: x.astype(before.dtype), state), state)
     return output.astype(tokens.query.dtype), after
 
@@ -148,7 +152,7 @@ def _write_due(cfg: FwPKMConfig, step: _Step, new: Tokens, due: Array) -> _Step:
         pending = step.pending.map(cut)
         both = zip(pending, new.map(cut))
         window = Tokens(*(jnp.concatenate([x[:, :behind], y], axis=1) for x, y in both))
-        selected = select_window(cfg, step.memory, window, row[None] if own else None)
+        selected = select_window(cfg, step.memory, window, row[None] if own else None, uses=step.uses)
         live = without(window, selected.dead)
         computed = compute_window(
             cfg, selected.keys, selected.rows, live, selected, chunk_of(cfg, live), cfg.num_slots, first=row
@@ -161,6 +165,7 @@ def _write_due(cfg: FwPKMConfig, step: _Step, new: Tokens, due: Array) -> _Step:
         # first reads must precede the writes, or XLA would copy the table for them.
         return _Step(
             Memory(keys, table.reshape(step.memory.values.shape)),
+            put_uses(step.uses, selected, computed),
             Tokens(*map(paste, step.pending, left)),
             paste(step.reads, computed.reads[:, -1:]),
         )

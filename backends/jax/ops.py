@@ -6,7 +6,7 @@ Where a state stands may be traced: a jitted decode step compiles once. Donate t
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from fwpkm.backends.jax.indexing import gather
 from fwpkm.backends.jax.rows import begin, is_traced, mask_of
 from fwpkm.backends.jax.sharding import alike, dealt_as, placed
 from fwpkm.backends.jax.streams import cells_after, is_legal, plan_apply, plan_flush, plan_read, streams_of
-from fwpkm.backends.jax.tokens import as_table, filled, from_table, live_rows, without
+from fwpkm.backends.jax.tokens import as_table, filled, from_table, live_rows, no_uses, uses_in, without
 from fwpkm.backends.jax.windows import SELF, Result, Write, compute_window, select_window
 from fwpkm.config import FwPKMConfig
 from fwpkm.containers import Lookup, Losses, Memory, State, Trace, memories_for
@@ -83,10 +83,10 @@ def _apply_checked(
     if not update:
         look, trace = _read_only(cfg, state.memory, tokens, cu_seqlens)
         return look.output, state, trace
-    output, tables, pending, position, trace = _apply(cfg, writes, state, tokens, cu_seqlens)
+    output, written, pending, position, trace = _apply(cfg, writes, state, tokens, cu_seqlens)
     # Tables that are wider than what a call computed in stay so until a write.
-    memory = state.memory if tables is None else tables
-    return output, State.of(memory, filled(memory.keys.dtype, pending), position), trace
+    memory, uses = (state.memory, state.uses) if written is None else written
+    return output, State.of(memory, filled(memory.keys.dtype, pending), position, uses), trace
 
 
 def _apply_from(
@@ -131,8 +131,9 @@ def flush(cfg: FwPKMConfig, state: State[Array], rows: Any = None) -> tuple[Stat
         validation.check_positions(cfg, positions.tolist())
         due = schedule.pending(cfg, positions) > cfg.lookahead  # else no token has a pair
         writes = bool((due if is_traced(chosen) else due & chosen).any())
-    tables, pending, position, trace = _flush(cfg, writes, state, chosen)
-    return State.of(state.memory if tables is None else tables, pending, position), trace
+    written, pending, position, trace = _flush(cfg, writes, state, chosen)
+    memory, uses = (state.memory, state.uses) if written is None else written
+    return State.of(memory, pending, position, uses), trace
 
 
 @takes_numpy
@@ -256,25 +257,33 @@ def _nan_unless(output: Array, weights: Array, legal: Array, mask: Array | None)
     return output, weights
 
 
+class _Written(NamedTuple):
+    """What writes change."""
+
+    memory: Memory
+    uses: Array | None
+
+
 @placed
 @partial(jax.jit, static_argnums=(0, 1))
 def _apply(
     cfg: FwPKMConfig, writes: bool, state: State, tokens: Tokens, cu_seqlens: Array | None
-) -> tuple[Array, Memory | None, Tokens, Array, Trace]:
-    """``apply``: the output, the tables where a write may be due, pending tokens, the position and the trace."""
+) -> tuple[Array, _Written | None, Tokens, Array, Trace]:
+    """``apply``: the output, what is written where a write may be due, pending tokens, the position and the trace."""
     dtype, batch = call_dtype(state.memory, tokens.query), len(state.position)
     plan = plan_apply(cfg, batch, tokens.query[..., 0].size, cu_seqlens is not None, writes)
     streams = streams_of(cfg, plan, schedule.pending(cfg, state.position), tokens.mask, cu_seqlens)
     source = _source(dtype, tokens, state.pending)
-    result = run(cfg, plan, *alike(tables_in(state.memory, dtype), source, streams))
+    given = tables_in(state.memory, dtype), uses_in(state.uses, dtype), source, streams
+    result = run(cfg, plan, *alike(*given))
     left = cells_after(cfg, plan, streams)
     weight = gather(result.reads[:, cfg.value_dim], left - plan.first_cell, mode="fill", fill_value=0)
     pending = from_table(cfg, gather(source, jnp.where(jnp.isnan(weight), plan.empty, left)))
     position = schedule.reduced(cfg, state.position) + streams.lengths - streams.num_pending
     look, trace = _reading(cfg, result, tokens, streams.due)
-    tables = Memory(result.keys, result.values) if writes else None
+    written = _Written(Memory(result.keys, result.values), result.uses) if writes else None
     like = tokens.query if cu_seqlens is None else state.pending.query
-    return look.output, *dealt_as(like, (tables, pending, position)), trace
+    return look.output, *dealt_as(like, (written, pending, position)), trace
 
 
 @placed
@@ -296,7 +305,8 @@ def _apply_shared(
     is_owner = streams.lengths > cfg.chunk_size + schedule.lag(cfg)
     owned = jnp.where(is_owner, jnp.cumsum(is_owner, dtype=jnp.int32), 0) if owners else jnp.zeros(batch, jnp.int32)
     tables = Memory(*(jnp.broadcast_to(x, (1 + owners, *x.shape[1:])) for x in tables_in(memory, dtype)))
-    result = run(cfg, plan, *alike(tables, _source(dtype, tokens), streams._replace(tables=owned)))
+    given = tables, no_uses(cfg, 1 + owners, dtype), _source(dtype, tokens), streams._replace(tables=owned)
+    result = run(cfg, plan, *alike(*given))
     look, trace = _reading(cfg, result, tokens, streams.due)
     return look.output, trace
 
@@ -310,27 +320,27 @@ def _read_only(
     dtype, batch = call_dtype(memory, tokens.query), len(tokens.query) if cu_seqlens is None else len(cu_seqlens) - 1
     plan = plan_read(cfg, batch, tokens.query[..., 0].size, cu_seqlens is not None)
     streams = streams_of(cfg, plan, jnp.zeros(batch, jnp.int32), tokens.mask, cu_seqlens)
-    result = run(cfg, plan, *alike(tables_in(memory, dtype), _source(dtype, tokens), streams))
+    result = run(cfg, plan, *alike(tables_in(memory, dtype), None, _source(dtype, tokens), streams))
     return _reading(cfg, result, tokens, streams.due)
 
 
 @placed
 @partial(jax.jit, static_argnums=(0, 1))
-def _flush(cfg: FwPKMConfig, writes: bool, state: State, chosen: Array) -> tuple[Memory | None, Tokens, Array, Trace]:
-    """``flush``: the tables where a chunk may be pending, pending tokens, the position and the trace."""
+def _flush(cfg: FwPKMConfig, writes: bool, state: State, chosen: Array) -> tuple[_Written | None, Tokens, Array, Trace]:
+    """``flush``: what is written where a chunk may be pending, pending tokens, the position and the trace."""
     dtype, memories, batch = state.memory.keys.dtype, len(state.memory.keys), len(state.position)
-    num_pending, memory = schedule.pending(cfg, state.position), None
+    num_pending, written = schedule.pending(cfg, state.position), None
     losses = Losses(*jnp.zeros((2, memories, 1), dtype))
     if writes:
         plan = plan_flush(cfg, batch)
         due = (chosen & (num_pending > cfg.lookahead)).astype(jnp.int32)
         streams = streams_of(cfg, plan, num_pending, None, None, due)
-        result = run(cfg, plan, *alike(state.memory, _source(dtype, None, state.pending), streams))
-        memory, losses = Memory(result.keys, result.values), result.losses
+        result = run(cfg, plan, *alike(state.memory, state.uses, _source(dtype, None, state.pending), streams))
+        written, losses = _Written(Memory(result.keys, result.values), result.uses), result.losses
     entries = jnp.zeros((batch, 0, cfg.slots_per_token), dtype)
     count = schedule.flush_writes(cfg, jnp.where(chosen, num_pending, 0)).reshape(memories, -1)[:, 0]
     trace = Trace(entries.astype(jnp.int32), entries, *losses, count)
-    return memory, without(state.pending, chosen), jnp.where(chosen, 0, state.position), trace
+    return written, without(state.pending, chosen), jnp.where(chosen, 0, state.position), trace
 
 
 @placed

@@ -13,7 +13,7 @@ from fwpkm import schedule, validation
 from fwpkm.backends.jax.arguments import takes_numpy
 from fwpkm.backends.jax.checks import check_alive
 from fwpkm.backends.jax.sharding import alike, dealt_as, placed
-from fwpkm.backends.jax.tokens import no_tokens, outer
+from fwpkm.backends.jax.tokens import no_tokens, no_uses, outer
 from fwpkm.backends.jax.windows import SELF
 from fwpkm.config import FwPKMConfig
 from fwpkm.containers import Memory, State, memories_for
@@ -29,10 +29,10 @@ def init_state(cfg: FwPKMConfig, memory: Memory[Array], batch_size: int) -> Stat
 def begin(cfg: FwPKMConfig, memory: Memory[Array], batch_size: int, like: Array | None = None) -> State[Array]:
     """``init_state``, on the devices that the rows of ``like`` lie on."""
     validation.check_initial(cfg, memory, batch_size, SELF)
-    (memory, pending), _ = alike(_initial(cfg, batch_size, memory, like), like)
+    (memory, pending, uses), _ = alike(_initial(cfg, batch_size, memory, like), like)
     with jax.ensure_compile_time_eval():  # so that a call from it under jit knows where its rows stand
         position = jnp.zeros(batch_size, jnp.int32)
-    return State.of(memory, pending, position)
+    return State.of(memory, pending, position, uses)
 
 
 @takes_numpy
@@ -40,7 +40,8 @@ def reset(cfg: FwPKMConfig, state: State[Array], memory: Memory[Array], rows: An
     """Make rows what ``init_state`` makes."""
     batch = row_checks.check_reset(cfg, state, memory, SELF)
     chosen = mask_of(cfg, rows, batch)
-    fresh: State[Array] = State.of(memory, no_tokens(cfg, 1, memory.keys.dtype), jnp.zeros(1, jnp.int32))
+    dtype = memory.keys.dtype
+    fresh: State[Array] = State.of(memory, no_tokens(cfg, 1, dtype), jnp.zeros(1, jnp.int32), no_uses(cfg, 1, dtype))
     return _blended(chosen, state, fresh)
 
 
@@ -128,10 +129,13 @@ def is_traced(x: Any) -> bool:
 
 @placed
 @partial(jax.jit, static_argnums=(0, 1))
-def _initial(cfg: FwPKMConfig, batch_size: int, memory: Memory, like: Array | None) -> tuple[Memory, Tokens]:
+def _initial(
+    cfg: FwPKMConfig, batch_size: int, memory: Memory, like: Array | None
+) -> tuple[Memory, Tokens, Array | None]:
     memories = memories_for(cfg, batch_size)
     tables = Memory(*(jnp.broadcast_to(x, (memories, *x.shape[1:])) for x in memory))
-    begun = tables, no_tokens(cfg, batch_size, memory.keys.dtype)
+    dtype = memory.keys.dtype
+    begun = tables, no_tokens(cfg, batch_size, dtype), no_uses(cfg, memories, dtype)
     return begun if like is None or len(like) != batch_size else dealt_as(like, begun)
 
 
@@ -143,7 +147,8 @@ def _selected(own: bool, state: State, ids: Any) -> State:
     """
     if not is_traced(ids):
         memory = Memory(*(x[ids] for x in state.memory)) if own else state.memory
-        return State.of(memory, state.pending.map(lambda x: x[ids]), state.position[ids])
+        uses = state.uses[ids] if own and state.uses is not None else state.uses
+        return State.of(memory, state.pending.map(lambda x: x[ids]), state.position[ids], uses)
     legal = (ids >= 0) & (ids < len(state.position))
     known, shown = jnp.where(legal, ids, 0), legal if own else legal.all()[None]
 
@@ -153,7 +158,8 @@ def _selected(own: bool, state: State, ids: Any) -> State:
     tables = Memory(*(x[known] for x in state.memory)) if own else state.memory
     memory = Memory(*(jnp.where(outer(shown, x), x, jnp.nan) for x in tables))
     position = taken(state.position) if own else state.position[known]  # whose one clock is that of all rows
-    return State.of(memory, state.pending.map(taken), position)
+    uses = taken(state.uses) if own and state.uses is not None else state.uses
+    return State.of(memory, state.pending.map(taken), position, uses)
 
 
 @placed

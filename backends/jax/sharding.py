@@ -182,11 +182,12 @@ def _check_dealt(args: Any) -> None:
         sharding, name = _sharding_of(x) if _is_dealt(x) else None, _name(path)
         if not isinstance(sharding, NamedSharding):
             continue
-        if name in Memory._fields:
+        if name in (*Memory._fields, "uses"):
             allowed = (0, x.ndim - 1) if name == "values" else (0,)
             if any(axis is not None for i, axis in enumerate(sharding.spec) if i not in allowed):
+                field = "state.uses" if name == "uses" else f"memory.{name}"
                 raise ValueError(
-                    f"memory.{name} must not be dealt out to devices by slots: a token may write any of them. Deal it "
+                    f"{field} must not be dealt out to devices by slots: a token may write any of them. Deal it "
                     "out by its first axis, a memory a row, or values by their last, the columns. "
                     f"Received: shape {x.shape}, {sharding.spec}"
                 )

@@ -30,6 +30,16 @@ def no_tokens(cfg: FwPKMConfig, batch_size: int, dtype: jnp.dtype) -> Tokens:
     return specs.map(lambda spec: jnp.zeros(spec.shape, dtype if spec.kind == "float" else bool))
 
 
+def no_uses(cfg: FwPKMConfig, memories: int, dtype: jnp.dtype) -> Array | None:
+    """``[M, N]``: the uses that memories begin with; None where nothing weighs them."""
+    return jnp.zeros((memories, cfg.num_slots), dtype) if cfg.usage_weight else None
+
+
+def uses_in(uses: Array | None, dtype: jnp.dtype) -> Array | None:
+    """Uses in the dtype that a call computes in."""
+    return None if uses is None else uses.astype(dtype)
+
+
 def as_table(tokens: Tokens) -> Array:
     """``[R, D]``: all fields of tokens ``[B, n, ...]`` side by side, so that one gather finds all of a token."""
     count, dtype = tokens.mask.size, tokens.query.dtype

@@ -90,6 +90,7 @@ def write_rows(
     coefficient: Array,
     error: Array,
     count: Array,
+    rates: Array | None,
     may_move: Array,
     moves: Array | None,
 ) -> tuple[Array, Array]:
@@ -102,13 +103,14 @@ def write_rows(
         coefficient: ``[T, K]``, κ g w of each entry.
         error: ``[T, D]``, v̂ - u.
         count: ``[E]``, N_i.
+        rates: ``[E]``, η_i; None where all are η.
         may_move: ``[E]`` bool: read by a counted token, in a memory where the chunk has a pair.
         moves: ``[E]`` bool: the rows that move, where that is known.
 
     Returns:
         the rows, and which of them moved.
     """
-    return _write_rows(cfg, rows, row_index, coefficient, error, count, may_move, moves)[0]
+    return _write_rows(cfg, rows, row_index, coefficient, error, count, rates, may_move, moves)[0]
 
 
 class _WriteResiduals(NamedTuple):
@@ -118,19 +120,20 @@ class _WriteResiduals(NamedTuple):
     coefficient: Array
     error: Array
     fraction: Array
+    rates: Array | None
     moves: Array
     unclipped: Array | None
 
 
-def _write_rows(cfg, rows, row_index, coefficient, error, count, may_move, moves):
+def _write_rows(cfg, rows, row_index, coefficient, error, count, rates, may_move, moves):
     """The result, and its residuals."""
     fraction = 1 / jnp.maximum(count, 1).astype(rows.dtype)
     gradient = value_gradient(rows, row_index, coefficient, error, fraction)
-    new = step(jnp, cfg, rows, gradient)
+    new = step(jnp, cfg, rows, gradient, rates)
     if moves is None:
         moves = may_move & finite_rows(new)
     unclipped = None if cfg.grad_clip is None else jnp.abs(gradient) <= cfg.grad_clip
-    residuals = _WriteResiduals(row_index, coefficient, error, fraction, moves, unclipped)
+    residuals = _WriteResiduals(row_index, coefficient, error, fraction, rates, moves, unclipped)
     return (jnp.where(moves[:, None], new, rows), moves), residuals
 
 
@@ -138,14 +141,14 @@ def _write_rows_backward(cfg, saved, gradients):
     row_index, moves = saved.row_index, saved.moves[:, None]
     d_after, _ = gradients
     unclipped = None if saved.unclipped is None else saved.unclipped.astype(d_after.dtype)
-    d_rows, d_gradient = step_vjp(jnp, cfg, jnp.where(moves, d_after, 0), unclipped)
+    d_rows, d_gradient = step_vjp(jnp, cfg, jnp.where(moves, d_after, 0), unclipped, saved.rates)
     d_rows = jnp.where(moves, d_rows, d_after)
     # An error that is not finite moved nothing, and must not turn that into NaN.
     error = jnp.where(finite_rows(saved.error)[:, None], saved.error, 0)
     fraction = gather(saved.fraction, row_index)
     d_error = read(d_gradient, row_index, saved.coefficient * fraction)
     d_coefficient = jnp.nan_to_num(fraction * dot(d_gradient, row_index, error))
-    return d_rows, None, d_coefficient, d_error, None, None, None
+    return d_rows, None, d_coefficient, d_error, None, None, None, None
 
 
 write_rows.defvjp(_write_rows, _write_rows_backward)

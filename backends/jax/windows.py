@@ -25,7 +25,7 @@ from fwpkm.backends.jax.tokens import NAME, ahead, by_memory, from_table, halves
 from fwpkm.backends.jax.values import Touched, read, write_rows
 from fwpkm.config import FwPKMConfig
 from fwpkm.containers import Losses, Memory, memories_for
-from fwpkm.rules import write_scale
+from fwpkm.rules import learning_rates, write_scale
 from fwpkm.tokens import Tokens
 from fwpkm.validation import Implementation
 
@@ -34,7 +34,7 @@ SELF = Implementation.of(
     (Array, np.ndarray),
     """
     key_dim value_dim num_heads num_subkeys top_k chunk_size lookahead boundary score score_eps temperature
-    learning_rate write_scale weight_decay grad_clip addressing_weight memory_scope query value gate mask
+    learning_rate write_scale weight_decay grad_clip addressing_weight memory_scope usage_weight query value gate mask
     """,
 )
 """The fields of a configuration and of a token that this backend computes with."""
@@ -55,6 +55,8 @@ class Selected(NamedTuple):
     """``Found`` on the way; None where it is to be computed, to be differentiated."""
     dead: Any
     """``[B, n]`` bool: some selected score is not finite; None once such tokens are blanked."""
+    uses: Any = None
+    """``[E]`` U_i of those rows; None where nothing weighs them, or nothing is written."""
 
 
 class Write(NamedTuple):
@@ -88,6 +90,8 @@ class Computed(NamedTuple):
     """the codebooks afterwards."""
     rows: Array
     """the touched rows afterwards."""
+    uses: Any = None
+    """``[E]`` U_i of the touched rows afterwards; None where nothing weighs them, or nothing is written."""
     memorization: Any = None
     """``[M]`` loss; None where nothing is written, as are the next two."""
     addressing: Any = None
@@ -109,6 +113,8 @@ class Result(NamedTuple):
     """``[n, H*k]``"""
     losses: Losses
     """``[M, W]`` each."""
+    uses: Any = None
+    """``[M, N]`` afterwards; None where nothing weighs them."""
 
 
 class RoundResiduals(NamedTuple):
@@ -126,6 +132,8 @@ class RoundResiduals(NamedTuple):
     """the codebooks that it read; None where those are what the call gives, as nothing is written after it."""
     moved: Any
     """``Moved``, likewise."""
+    uses: Any
+    """``[E]`` U_i of the rows that it wrote, before; None where nothing weighs them, or nothing is written."""
 
 
 class Residuals(NamedTuple):
@@ -154,11 +162,17 @@ def memorization_loss(error: Array, gate: Array, pair: Array, memories: int) -> 
 
 
 def select_window(
-    cfg: FwPKMConfig, memory: Memory, window: Tokens, of: Array | None = None, distinct: bool = True
+    cfg: FwPKMConfig,
+    memory: Memory,
+    window: Tokens,
+    of: Array | None = None,
+    distinct: bool = True,
+    uses: Array | None = None,
 ) -> Selected:
     """Find what a window's tokens pick, all of them finite: in the memories ``of`` [R], or in all.
 
-    Rows that are neither written nor differentiated need not be ``distinct``, which takes a sort.
+    Rows that are neither written nor differentiated need not be ``distinct``, which takes a sort. ``uses`` [M, N] are
+    for a write that weighs them.
     """
     memories, slots, width = memory.values.shape
     keys, of = of_rows(memory.keys, of), jnp.arange(memories, dtype=jnp.int32) if of is None else of
@@ -170,8 +184,9 @@ def select_window(
         return Selected(keys, gather(table, touched.ids, mode="clip"), touched, selection, found, ~finite)
     touched = Touched.of(entries, memories * slots)
     # Without the barrier XLA may read the tables again where these are used, after a write, and so copies them first.
-    keys, rows = lax.optimization_barrier((keys, touched.gather(table)))
-    return Selected(keys, rows, touched, selection, found, ~finite)
+    before = None if uses is None else touched.gather(uses.ravel())
+    keys, rows, before = lax.optimization_barrier((keys, touched.gather(table), before))
+    return Selected(keys, rows, touched, selection, found, ~finite, before)
 
 
 def chunk_of(cfg: FwPKMConfig, window: Tokens, may_write: Array | bool = True) -> Write:
@@ -233,15 +248,26 @@ def compute_window(
     count = scatter_sum(len(rows), row_index, entries)
     owner = jnp.minimum(selected.touched.ids // num_slots - first, memories - 1)
     may_move = active[owner] & (count > 0)
-    rows, rows_move = write_rows(cfg, rows, row_index, coefficient, error, count, may_move, rows_move)
+    rates, uses = None, selected.uses
+    if uses is not None:
+        reads = count.astype(uses.dtype)
+        rates = learning_rates(cfg, jnp.maximum(reads, 1), uses)
+        uses = uses + jnp.where(may_move, reads, 0)  # though the new value may not be finite
+    rows, rows_move = write_rows(cfg, rows, row_index, coefficient, error, count, rates, may_move, rows_move)
     memorization = lax.stop_gradient(memorization_loss(error, gate, pair, memories))
     return computed._replace(
         keys=keys,
         rows=rows,
+        uses=uses,
         memorization=memorization,
         addressing=lax.stop_gradient(jnp.where(has_pair, addressing, 0)),
         moved=Moved(keys_move, rows_move),
     )
+
+
+def put_uses(uses: Array | None, selected: Selected, computed: Computed) -> Array | None:
+    """``[M, N]``: U with those of the touched rows replaced."""
+    return None if uses is None else selected.touched.put(uses.ravel(), computed.uses).reshape(uses.shape)
 
 
 # --- The rounds of a call ---
@@ -251,6 +277,7 @@ def windows(
     cfg: FwPKMConfig,
     plan: Plan,
     memory: Memory,
+    uses: Array | None,
     source: Array,
     streams: Streams,
     residuals: Residuals | None = None,
@@ -261,6 +288,7 @@ def windows(
         cfg: the configuration.
         plan: what is static about the call.
         memory: the tables.
+        uses: ``[M, N]`` U, or None where nothing weighs them.
         source: ``[cells, D]`` the tokens; zeros for those that are not finite or masked.
         streams: where they stand.
         residuals: space for what each round met, or None to keep nothing.
@@ -280,7 +308,8 @@ def windows(
         window = from_table(cfg, gather(source, cells))
         of = at.rows if streams.tables is None else of_rows(streams.tables, at.rows)
         distinct = writes or residuals is not None
-        selected = select_window(cfg, Memory(result.keys, result.values), window, of, distinct)
+        weighed = result.uses if writes else None
+        selected = select_window(cfg, Memory(result.keys, result.values), window, of, distinct, weighed)
         live = without(window, selected.dead)
         write = chunk_of(cfg, live, of_rows(streams.due, at.rows) > at.chunk) if writes else None
         computed = compute_window(
@@ -303,6 +332,7 @@ def windows(
             of,
             selected.keys if writes else None,
             computed.moved,
+            selected.uses,
         )
         return result, computed, (selected, one)
 
@@ -318,7 +348,7 @@ def windows(
             values = selected.touched.put(result.values.reshape(-1, width), computed.rows).reshape(result.values.shape)
             of = row if streams.tables is None else gather(streams.tables, row)
             keys = lax.dynamic_update_slice_in_dim(result.keys, computed.keys, of, 0)
-            result = result._replace(keys=keys, values=values)
+            result = result._replace(keys=keys, values=values, uses=put_uses(result.uses, selected, computed))
         return result, keep(residuals, "writes", index, selected, one)
 
     def read_only(index: Array, carry: tuple[Result, Residuals | None]) -> tuple[Result, Residuals | None]:
@@ -335,7 +365,7 @@ def windows(
         every = jax.tree.map(lambda all_, x: lax.dynamic_update_index_in_dim(all_, x, index, 0), every, one)
         return residuals._replace(rows=rows, **{kind: every})
 
-    carry, _ = alike((_nothing_read(cfg, plan, memory), residuals), source)
+    carry, _ = alike((_nothing_read(cfg, plan, memory, uses), residuals), source)
     if plan.writes:
         carry = lax.fori_loop(0, streams.write_ends[-1], write, carry)
     if plan.reads:
@@ -349,12 +379,12 @@ def noted(computed: Computed) -> Array:
     return jnp.concatenate([computed.reads, computed.weights], axis=-1)
 
 
-def _nothing_read(cfg: FwPKMConfig, plan: Plan, memory: Memory) -> Result:
+def _nothing_read(cfg: FwPKMConfig, plan: Plan, memory: Memory, uses: Array | None) -> Result:
     """The result of a call of which nothing has been read yet."""
     entries, dtype = cfg.slots_per_token, memory.keys.dtype
     losses = jnp.zeros((memories_for(cfg, plan.batch), plan.columns + plan.is_one_loop), dtype)
     reads = jnp.zeros((plan.new, cfg.value_dim + entries), dtype)
-    return Result(*memory, reads, jnp.zeros((plan.new, entries), jnp.int32), Losses(losses, losses))
+    return Result(*memory, reads, jnp.zeros((plan.new, entries), jnp.int32), Losses(losses, losses), uses)
 
 
 def row_offset(cfg: FwPKMConfig, plan: Plan, kind: str, index: Any) -> Any:
