@@ -9,10 +9,11 @@ from asserting import assert_close, assert_same_bits
 from drawn import drawn
 from hypothesis import given
 from hypothesis import strategies as st
-from keras_suite.layers import BACKEND
+from keras_suite.layers import BACKEND, leaves
 
 import fwpkm
 from fwpkm import FwPKMConfig, Memory, agreement, reference
+from fwpkm.backends.keras import as_state
 from fwpkm.conformance.running import as_numpy, draw_cotangents, gradients, native, start, stream
 from fwpkm.conformance.strategies import PACKED, PADDED, cases, splits
 
@@ -88,7 +89,7 @@ if BACKEND == "tensorflow":
             tokens = drawn(cfg, rows, length, dtype="float32").tokens
             uses = np.arange(rows * cfg.num_slots, dtype="float32").reshape(rows, -1)
             inputs = [native(be, x) for x in (uses, np.arange(rows, dtype="int32"), tokens.mask, *tokens[:3])]
-            found, expected = (keras.tree.flatten(call(*inputs)) for call in (graph, run))
+            found, expected = (leaves(call(*inputs)) for call in (graph, run))
             for a, b in zip(found, expected, strict=True):
                 assert agreement.relative_error(be.to_numpy(a), be.to_numpy(b)) < bound
 
@@ -97,16 +98,13 @@ if BACKEND == "tensorflow":
 
         state = be.init_state(USED, be.init_memory(USED), 2)
         tokens = native(be, drawn(USED, 2, 4, dtype="float32").tokens)
-        leaves = keras.tree.flatten(state)
-
-        def run(*leaves):
-            return be.apply(USED, keras.tree.pack_sequence_as(state, leaves), *tokens)[0]
-
-        unknown = [tensorflow.TensorSpec((None, *x.shape[1:]), x.dtype) for x in leaves]
-        graph = tensorflow.function(run, input_signature=unknown, autograph=False)
-        assert graph(*leaves).shape == (2, 4, 3)
+        unknown = [tensorflow.TensorSpec((None, *x.shape[1:]), x.dtype) for x in leaves(state)]
+        graph = tensorflow.function(
+            lambda *arrays: be.apply(USED, as_state(arrays), *tokens)[0], input_signature=unknown, autograph=False
+        )
+        assert graph(*leaves(state)).shape == (2, 4, 3)
         with pytest.raises(tensorflow.errors.InvalidArgumentError):
-            graph(*leaves[:-1], state.uses[:1])
+            graph(*leaves(state)[:-1], state.uses[:1])
 
     def test_a_chunk_without_a_pair_counts_nothing(be):
         cfg = dataclasses.replace(USED, chunk_size=2)
