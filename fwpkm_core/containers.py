@@ -12,6 +12,8 @@ from fwpkm.tokens import TOKEN_FIELDS, Array, ArraySpec, Tokens, token_specs
 
 A = TypeVar("A")
 """The type of one framework's arrays."""
+Rows = TypeVar("Rows")
+"""The type of a number of rows: int, None where it is unknown, or a framework's array."""
 if TYPE_CHECKING:
     from typing import Generic
 else:
@@ -186,8 +188,8 @@ class LayerTrace(NamedTuple):
     """``[B, T]`` g of each token: 0 for a masked token, NaN for a dead one; 1 for others where a layer has no gate."""
 
 
-def memories_for(cfg: FwPKMConfig, batch_size: int) -> int:
-    """M, the tables that a batch of this size reads: B in "sequence" scope, 1 in "batch" scope.
+def memories_for(cfg: FwPKMConfig, batch_size: Rows) -> Rows | int:
+    """M, the tables that a batch of this size reads: B in "sequence" scope, 1 in "batch" scope, however many rows.
 
     Raises:
         ValueError: the scope is another one.
@@ -208,7 +210,7 @@ def memory_specs(cfg: FwPKMConfig, memories: int | None) -> Memory:
 
 def state_specs(cfg: FwPKMConfig, batch: int | None) -> State:
     """What the arrays of a state of B rows must be, as ``ArraySpec``."""
-    memory = memory_specs(cfg, None if batch is None else memories_for(cfg, batch))
+    memory = memory_specs(cfg, memories_for(cfg, batch))
     pending = token_specs(cfg, batch, ("P", cfg.capacity))
     uses = ArraySpec(memory.values.axes[:2], "float") if cfg.usage_weight else None
     return State.of(memory, pending, ArraySpec((("B", batch),), "int32"), uses)

@@ -97,23 +97,28 @@ def reloaded(made: keras.Model, distribution: Any) -> float:
     return relative_error(again.predict(X, batch_size=ROWS, verbose=0), expected)
 
 
-def stateful() -> float:
+USED = {"usage_weight": 0.7, "addressing_weight": 0.0}
+"""Keys at rest, so that slots are read again, and their uses count."""
+
+
+def stateful(options: dict[str, float], **layouts: Any) -> float:
     """A state whose rows and columns are dealt out, where its layout says so."""
-    _, expected = trained(None, stateful=True)
-    layouts = {
+    _, expected = trained(None, stateful=True, **options)
+    layouts |= {
         "memory_values": (None, "columns"),
         "state_memory_keys": ("batch", None, None, None, None),
         "state_memory_values": ("batch", None, "columns"),
     }
-    made, found = trained(of_two_axes(**layouts), stateful=True)
-    assert spec_of(made, "state_memory_values") == ("batch", None, "columns")
+    made, found = trained(of_two_axes(**layouts), stateful=True, **options)
+    for name in layouts:
+        assert spec_of(made, name) == layouts[name]
     return compared(found, expected)
 
 
-def by_slots(**layouts: Any) -> None:
-    """A table whose slots are dealt out."""
+def by_slots(options: dict[str, float], **layouts: Any) -> None:
+    """A table, or its uses, whose slots are dealt out."""
     ways.set_distribution(of_two_axes(**layouts))
-    model(stateful=True)
+    model(stateful=True, **options)
 
 
 def indivisible() -> None:
@@ -130,9 +135,12 @@ if __name__ == "__main__":
     cases: dict[str, Callable[[], Any]] = {
         "rows": lambda: data_parallel(plain),
         "rows and columns": lambda: model_parallel(plain),
-        "stateful": stateful,
-        "refused: slots": lambda: by_slots(memory_values=("columns", None)),
-        "refused: slots of a state": lambda: by_slots(state_memory_values=("batch", "columns", None)),
+        "stateful": lambda: stateful({}),
+        "uses": lambda: stateful(USED),
+        "uses by rows": lambda: stateful(USED, state_uses=("batch", None)),
+        "refused: slots": lambda: by_slots({}, memory_values=("columns", None)),
+        "refused: slots of a state": lambda: by_slots({}, state_memory_values=("batch", "columns", None)),
+        "refused: slots of uses": lambda: by_slots(USED, state_uses=("batch", "columns")),
         "refused: columns that do not divide": indivisible,
     }
     for name, case in cases.items():

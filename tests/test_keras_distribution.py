@@ -20,7 +20,7 @@ def found() -> dict[str, float | str]:
 
 
 @pytest.mark.timeout(1000)
-@pytest.mark.parametrize("case", ["rows", "rows and columns", "stateful"])
+@pytest.mark.parametrize("case", ["rows", "rows and columns", "stateful", "uses", "uses by rows"])
 def test_devices_agree_with_one(found: dict[str, float | str], case: str) -> None:
     error = found[case]
     assert not isinstance(error, str), error
@@ -32,6 +32,7 @@ def test_devices_agree_with_one(found: dict[str, float | str], case: str) -> Non
     [
         ("slots", "memory/memory_values must not be dealt out to devices by slots"),
         ("slots of a state", "memory/state_memory_values must not be dealt out to devices by slots"),
+        ("slots of uses", "memory/state_uses must not be dealt out to devices by slots"),
         (
             "columns that do not divide",
             "array axis 1 is partitioned 3 times, but the dimension size is 8",

@@ -10,7 +10,7 @@ from keras import KerasTensor, initializers, ops
 
 from fwpkm import validation
 from fwpkm.backends.keras import checks, native, segments
-from fwpkm.backends.keras.layout import NAMES, as_state, copies_of, fill, specs, trace_spec
+from fwpkm.backends.keras.layout import as_state, copies_of, fill, specs, trace_spec
 from fwpkm.backends.keras.tokens import blank, dtype_of, finite_rows, nan_where
 from fwpkm.backends.keras.windows import SELF
 from fwpkm.config import FwPKMConfig
@@ -325,7 +325,7 @@ class FwPKM(keras.layers.Layer):
 
     def compute_mask(self, inputs: Any, previous_mask: Any = None) -> Any:
         """The mask goes on with y; the arrays of a state have none."""
-        return [previous_mask, *[None] * len(NAMES)] if self.return_state else previous_mask
+        return [previous_mask, *[None] * len(specs(self._config, None))] if self.return_state else previous_mask
 
     def get_config(self) -> dict[str, Any]:
         """Every argument of the layer."""
@@ -350,7 +350,8 @@ class FwPKM(keras.layers.Layer):
         """
         if not self.stateful:
             raise ValueError("only a layer with stateful=True keeps a state. Received: stateful=False")
-        return as_state([ops.stop_gradient(ops.copy(self._weight(f"state.{name}"))) for name in NAMES])
+        self._weight("memory.keys")  # which says so where the layer is not built
+        return as_state([ops.stop_gradient(ops.copy(weight)) for weight in self._state_weights()])
 
     def reset_state(self) -> None:
         """Let a stateful layer start from its initial memory again; nothing happens before it is built.
@@ -379,11 +380,12 @@ class FwPKM(keras.layers.Layer):
         anew. Files of 0.2 do not tell the configuration.
 
         Raises:
-            ValueError: the file has another number of weights, or other shapes; nothing is filled.
+            ValueError: the file has another number of weights, other shapes, or a configuration with fields that this
+                version does not know; nothing is filled.
         """
         arrays = {name: store[name] for name in store.keys()}  # noqa: SIM118 (not a mapping)
         saved = arrays.pop(_CONFIG, None)
-        same = saved is None or bytes(np.asarray(saved)).decode() == self._config.to_json()
+        same = saved is None or FwPKMConfig.from_json(bytes(np.asarray(saved)).decode()) == self._config
         if not fill(self.weights, self._state_weights() if same else [], arrays) and self.stateful:
             self.reset_state()
 
@@ -445,7 +447,7 @@ class FwPKM(keras.layers.Layer):
         """The arrays of a stateful layer's state, once it is built."""
         if not (self.stateful and self.built):
             return []
-        return [self._weight(f"state.{name}") for name in NAMES]
+        return [self._weight(f"state.{name}") for name in specs(self._config, None)]
 
     def _canonical(self) -> dict[str, keras.Variable]:
         """Weights and initial tables by canonical name."""

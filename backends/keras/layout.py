@@ -8,16 +8,17 @@ from keras import KerasTensor, ops
 
 from fwpkm import schedule
 from fwpkm.config import FwPKMConfig
-from fwpkm.containers import LayerTrace, Memory, State, memories_for, memory_specs, state_specs
+from fwpkm.containers import LayerTrace, Memory, State, memories_for, state_specs
 from fwpkm.tokens import Array, ArraySpec
 
-NAMES = tuple(state_specs(FwPKMConfig(), None).arrays())
+NAMES = tuple(state_specs(FwPKMConfig(usage_weight=1.0), None).arrays())
+"""Of the arrays of a state in order; one without uses, which come last, has one fewer."""
 
 
 def from_names(arrays: Mapping[str, Any]) -> State:
     """The inverse of ``State.arrays``."""
     memory = Memory(**{name: arrays[f"memory.{name}"] for name in Memory._fields})
-    return State(memory, **{name: arrays[name] for name in NAMES if not name.startswith("memory.")})
+    return State(memory, **{name: x for name, x in arrays.items() if not name.startswith("memory.")})
 
 
 def as_state(arrays: Any, argument: str = "initial_state") -> State:
@@ -32,24 +33,24 @@ def as_state(arrays: Any, argument: str = "initial_state") -> State:
     """
     if isinstance(arrays, State):
         return arrays
-    if not isinstance(arrays, Sequence) or len(arrays) != len(NAMES):
+    if not isinstance(arrays, Sequence) or len(arrays) not in (len(NAMES) - 1, len(NAMES)):
         received = f"{len(arrays)} arrays" if isinstance(arrays, Sequence) else type(arrays).__name__
         raise ValueError(
-            f"{argument} must be a fwpkm.State or the list of its arrays [{', '.join(NAMES)}]. Received: {received}"
+            f"{argument} must be a fwpkm.State or the list of its arrays [{', '.join(NAMES)}], without the last where "
+            f"usage_weight is 0. Received: {received}"
         )
     return from_names(dict(zip(NAMES, arrays)))
 
 
 def specs(cfg: FwPKMConfig, batch_size: Any) -> dict[str, ArraySpec]:
     """What a state of ``batch_size`` rows, None where unknown, consists of."""
-    memory = memory_specs(cfg, memories_for(cfg, batch_size))  # one in batch scope, however many rows
-    return state_specs(cfg, batch_size)._replace(memory=memory).arrays()
+    return state_specs(cfg, batch_size).arrays()
 
 
 def trace_spec(cfg: FwPKMConfig, shape: Sequence[int | None], dtype: str) -> LayerTrace:
     """What the trace of a call on x ``[B, T, hidden_size]`` consists of, as KerasTensors; sizes may be unknown."""
     batch, length = shape[:2]
-    memories: Any = memories_for(cfg, batch)  # type: ignore[arg-type]
+    memories = memories_for(cfg, batch)
     reads = (batch, length, cfg.slots_per_token)
     losses = (memories, None if length is None else schedule.max_writes(cfg, length))
     return LayerTrace(
@@ -78,17 +79,17 @@ def fill(weights: Sequence[keras.Variable], state: Sequence[keras.Variable], sto
         ValueError: neither so many arrays as weights, nor those and a state's; or weights of other shapes.
     """
     found = [store[f"{i}"] for i in range(len(store.keys()))]
-    if len(found) not in (len(weights), len(weights) + len(NAMES)):
+    if len(found) - len(weights) not in (0, len(NAMES) - 1, len(NAMES)):
         raise ValueError(
-            f"the file must hold the {len(weights)} weights of the layer, with or without the {len(NAMES)} arrays of a "
-            f"state behind them. Received: {len(found)} arrays"
+            f"the file must hold the {len(weights)} weights of the layer, with or without the arrays of a state behind "
+            f"them, {len(NAMES) - 1}, or {len(NAMES)} where usage_weight is not 0. Received: {len(found)} arrays"
         )
     wrong = [(x.name, tuple(x.shape), tuple(y.shape)) for x, y in zip(weights, found) if not _fits(x, y)]
     if wrong:
         wanted, received = (", ".join(f"{x[0]} {x[i]}" for x in wrong) for i in (1, 2))
         raise ValueError(f"the file must hold weights of the layer's shapes: {wanted}. Received: {received}")
     saved = found[len(weights) :]
-    has_state = bool(state and saved) and all([_fits(x, y) for x, y in zip(state, saved)])
+    has_state = bool(state) and len(state) == len(saved) and all([_fits(x, y) for x, y in zip(state, saved)])
     for weight, x in zip([*weights, *state] if has_state else weights, found):
         weight.assign(x)
     return has_state

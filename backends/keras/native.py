@@ -111,7 +111,7 @@ def check_distribution(variables: Sequence[keras.Variable]) -> None:
         )
     for variable in variables:
         layout = distribution.get_variable_layout(variable)
-        if layout is not None and variable.name.endswith(("memory_keys", "memory_values")):
+        if layout is not None and variable.name.endswith(("memory_keys", "memory_values", "state_uses")):
             _check_layout(variable, layout)
 
 

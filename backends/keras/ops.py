@@ -36,6 +36,7 @@ from fwpkm.backends.keras.windows import (
     nothing_read,
     read_only,
     select_window,
+    while_loop,
     windows,
     write_chunk,
     write_window,
@@ -73,6 +74,7 @@ def apply(
     state = fitted(cfg, state, shape[0] if cu_seqlens is None else ops.shape(cu_seqlens)[0] - 1)
     memory = _as_tables(state.memory, query)
     dtype = _dtype(memory)
+    uses = None if state.uses is None else ops.cast(state.uses, dtype)
     inputs = Tokens(query, value, gate, mask).map(lambda x: with_rows(x, shape[0]))
     tokens, legal = filled(dtype, inputs), None
     if cu_seqlens is not None and not known:  # nobody can raise: the call is then one of empty sequences
@@ -83,10 +85,10 @@ def apply(
         reads = nothing_read(cfg, tokens)
     elif update:
         streams = streams_of(cfg, filled(dtype, state.pending), state.position, tokens, cu_seqlens)
-        reads, memory, losses = windows(cfg, memory, streams, tokens)
+        reads, memory, uses, losses = windows(cfg, memory, uses, streams, tokens)
         rest = streams.cells(streams.due * cfg.chunk_size, cfg.capacity)
         left = streams.tokens(rest, reads.dead | ~ops.reshape(tokens.mask, (-1,)))
-        state = State.of(memory, left, streams.position(cfg, state.position))
+        state = State.of(memory, left, streams.position(cfg, state.position), uses)
         writes = ops.reshape(streams.due, (ops.shape(memory.keys)[0], -1))[:, 0]
     elif cu_seqlens is not None:  # as if nothing were pending
         streams = streams_of(cfg, filled(dtype, state.pending), ops.zeros_like(state.position), tokens, cu_seqlens)
@@ -120,17 +122,17 @@ def flush(cfg: FwPKMConfig, state: State, rows: Any = None) -> tuple[State, Trac
     def due(written: Array, *_: Any) -> Array:
         return (written == 0) & ops.any(may_write)
 
-    def write(written: Array, memory: Memory, losses: Losses) -> tuple:
-        _, memory, losses = write_window(cfg, memory, tokens, may_write)
-        return written + 1, memory, Losses(*(x[:, None] for x in losses))
+    def write(written: Array, memory: Memory, uses: Array | None, losses: Losses) -> tuple:
+        _, memory, uses, losses = write_window(cfg, memory, uses, tokens, may_write)
+        return written + 1, memory, uses, Losses(*(x[:, None] for x in losses))
 
-    start = (ops.zeros((), "int32"), state.memory, no_losses(state.memory, 1))
-    _, memory, losses = ops.while_loop(due, write, start, maximum_iterations=1)
+    start = (ops.zeros((), "int32"), state.memory, state.uses, no_losses(state.memory, 1))
+    _, memory, uses, losses = while_loop(due, write, start, 1)
     nothing = ops.zeros((*ops.shape(state.pending_mask)[:1], 0, cfg.slots_per_token), dtype)
     writes = schedule.flush_writes(cfg, ops.where(chosen, num_pending, 0))
     writes = ops.reshape(writes, (ops.shape(memory.keys)[0], -1))[:, 0]
     trace = Trace(ops.cast(nothing, "int32"), nothing, losses.memorization, losses.addressing, writes)
-    return State.of(memory, without(state.pending, chosen), ops.where(chosen, 0, state.position)), trace
+    return State.of(memory, without(state.pending, chosen), ops.where(chosen, 0, state.position), uses), trace
 
 
 def lookup(cfg: FwPKMConfig, memory: Memory, query: Array) -> Lookup:
@@ -167,8 +169,7 @@ def chunk_update(
 def detach(state: State) -> State:
     """The state without its gradient history."""
     validation.check_is_state(state)
-    stop = ops.stop_gradient
-    return State.of(Memory(*map(stop, state.memory)), state.pending.map(stop), stop(state.position))
+    return state.map(ops.stop_gradient)
 
 
 def start_decoding(state: State) -> State:

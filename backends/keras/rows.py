@@ -25,11 +25,9 @@ def init_state(cfg: FwPKMConfig, memory: Memory, batch_size: int | Array) -> Sta
         validation.check_initial(cfg, memory, batch_size, implementation())
     memories = memories_for(cfg, batch_size)
     tables = Memory(*(ops.broadcast_to(x, (memories, *x.shape[1:])) for x in memory))
-    return State.of(
-        tables,
-        no_tokens(cfg, batch_size, keras.backend.standardize_dtype(memory.keys.dtype)),
-        ops.zeros((batch_size,), "int32"),
-    )
+    dtype = keras.backend.standardize_dtype(memory.keys.dtype)
+    uses = ops.zeros((memories, cfg.num_slots), dtype) if cfg.usage_weight else None
+    return State.of(tables, no_tokens(cfg, batch_size, dtype), ops.zeros((batch_size,), "int32"), uses)
 
 
 def reset(cfg: FwPKMConfig, state: State, memory: Memory, rows: Any = None) -> State:
@@ -56,8 +54,9 @@ def select(cfg: FwPKMConfig, state: State, rows: Any) -> State:
     def take(x: Array) -> Array:
         return ops.take(x, ids, axis=0)
 
-    memory = Memory(*map(take, state.memory)) if cfg.memory_scope == "sequence" else state.memory
-    return State.of(memory, state.pending.map(take), take(state.position))
+    if cfg.memory_scope == "sequence":
+        return state.map(take)
+    return State.of(state.memory, state.pending.map(take), take(state.position), state.uses)
 
 
 def _shown(cfg: FwPKMConfig, state: State, ids: Array) -> State:
@@ -70,9 +69,10 @@ def _shown(cfg: FwPKMConfig, state: State, ids: Array) -> State:
     own = cfg.memory_scope == "sequence"
     wrong = ~legal if own else ops.any(~legal)[None]
     memory = Memory(*(nan_where(wrong, take(x) if own else x) for x in state.memory))
-    position = take(state.position)
-    position = blank(position, ~legal) if own else position  # whose one clock is that of all rows
-    return State.of(memory, state.pending.map(lambda x: blank(take(x), ~legal)), position)
+    position, uses = take(state.position), state.uses
+    if own:  # else the one clock is that of all rows
+        position, uses = blank(position, ~legal), None if uses is None else blank(take(uses), ~legal)
+    return State.of(memory, state.pending.map(lambda x: blank(take(x), ~legal)), position, uses)
 
 
 def concat(cfg: FwPKMConfig, states: Sequence[State]) -> State:
@@ -129,8 +129,7 @@ def pending(cfg: FwPKMConfig, state: State) -> Array:
 def nbytes(state: State) -> int:
     """The bytes that a state takes."""
     validation.check_is_state(state)
-    arrays = (*state.memory, *state.pending, state.position)
-    return sum(math.prod(x.shape) * _itemsize(x) for x in arrays)
+    return sum(math.prod(x.shape) * _itemsize(x) for x in state.arrays().values())
 
 
 def fitted(cfg: FwPKMConfig, state: State, rows: int | Array) -> State:
@@ -139,10 +138,11 @@ def fitted(cfg: FwPKMConfig, state: State, rows: int | Array) -> State:
     def fit(rows: int | Array) -> Callable[[Array], Array]:
         return lambda x: with_rows(x, rows)
 
-    if isinstance(rows, int) and None not in {x.shape[0] for x in (*state.memory, *state.pending, state.position)}:
+    if isinstance(rows, int) and None not in {x.shape[0] for x in state.arrays().values()}:
         return state  # they were compared
-    memory = Memory(*map(fit(memories_for(cfg, rows)), state.memory))
-    return State.of(memory, state.pending.map(fit(rows)), with_rows(state.position, rows))
+    of_memory = fit(memories_for(cfg, rows))
+    memory, uses = Memory(*map(of_memory, state.memory)), None if state.uses is None else of_memory(state.uses)
+    return State.of(memory, state.pending.map(fit(rows)), with_rows(state.position, rows), uses)
 
 
 def with_rows(x: Array, rows: int | Array) -> Array:

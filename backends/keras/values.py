@@ -7,7 +7,7 @@ from keras import ops
 
 from fwpkm.backends.keras.tokens import ChunkFlags, blank, finite_rows
 from fwpkm.config import FwPKMConfig
-from fwpkm.rules import step
+from fwpkm.rules import learning_rates, step
 from fwpkm.tokens import Array
 
 
@@ -41,20 +41,28 @@ def value_gradient(coefficient: Array, error: Array, count: Array, leader: Array
 
 
 def write_values(
-    cfg: FwPKMConfig, values: Array, row_index: Array, coefficient: Array, error: Array, flags: ChunkFlags
-) -> Array:
-    """The table after one chunk: rows - η (clip(G) + λ rows) where a counted token has read (§4).
+    cfg: FwPKMConfig,
+    values: Array,
+    uses: Array | None,
+    row_index: Array,
+    coefficient: Array,
+    error: Array,
+    flags: ChunkFlags,
+) -> tuple[Array, Array | None]:
+    """The table after one chunk: rows - η_i (clip(G) + λ rows) where a counted token has read (§4).
 
     Args:
         cfg: the configuration.
         values: ``[M, N, Dv]``.
+        uses: ``[M, N]``: U; None where all rows move by η.
         row_index: ``[M, R, K]`` rows of all tables.
         coefficient: ``[M, R, K]``: κ g w of each entry, 0 without a pair.
         error: ``[M, R, Dv]``: v̂ - u, 0 without a pair.
         flags: which tokens count, and which have a pair.
 
     Returns:
-        ``[M, N, Dv]``. Rows that are not written, or whose new value would not be finite, keep their bits.
+        ``[M, N, Dv]``, where rows that are not written, or whose new value would not be finite, keep their bits; and U
+        with the N_i of this write.
     """
     entries = ops.reshape(row_index, (-1,))
     number = ops.arange(ops.shape(entries)[0], dtype=entries.dtype)
@@ -65,19 +73,28 @@ def write_values(
         repeated = ops.broadcast_to(ops.cast(token_flags, values.dtype)[..., None], ops.shape(row_index))
         return ops.stop_gradient(repeated)[..., None]
 
+    counted = flags.counted & flags.active[:, None]
     # An error that overflowed makes its rows not finite; autodiff must not meet it.
     nonfinite = flags.pair & ~finite_rows(error)
-    count, spoiled = _total(per_entry(flags.counted), leader), _total(per_entry(nonfinite), leader) > 0
+    count, spoiled = _total(per_entry(counted), leader), _total(per_entry(nonfinite), leader) > 0
     gradient = value_gradient(coefficient, blank(error, nonfinite), count, leader)
     rows, leads = ops.take(_flat(values), entries, axis=0), (leader == number)[:, None]
-    new = step(ops, cfg, rows, gradient)
-    moves = leads & (count > 0) & ~spoiled & finite_rows(new)[:, None]
-    active = flags.active[:, None] & ops.ones_like(flags.counted)
-    moves &= ops.reshape(per_entry(active), (-1, 1)) > 0
-    new = ops.where(moves, new, rows)
+    rates, uses = (None, None) if uses is None else _use(cfg, uses, entries, count[:, 0])
+    new = step(ops, cfg, rows, gradient, rates)
+    new = ops.where(leads & (count > 0) & ~spoiled & finite_rows(new)[:, None], new, rows)
     # All entries of a slot write what its leader does, and the leader alone passes the gradient on.
     new = ops.where(leads, new, ops.take(ops.stop_gradient(new), leader, axis=0))
-    return ops.reshape(ops.scatter_update(_flat(values), entries[:, None], new), (-1, *values.shape[1:]))
+    return ops.reshape(ops.scatter_update(_flat(values), entries[:, None], new), (-1, *values.shape[1:])), uses
+
+
+def _use(cfg: FwPKMConfig, uses: Array, entries: Array, count: Array) -> tuple[Array, Array]:
+    """η_i at the leader of each slot ``[M*R*K]``, and U + N ``[M, N]``, from ``count`` [M*R*K]: N_i at leaders, else 0.
+
+    A row counts as used though its new value may turn out not to be finite.
+    """
+    flat = ops.reshape(ops.stop_gradient(uses), (-1,))
+    rates = learning_rates(cfg, ops.maximum(count, 1), ops.take(flat, entries, axis=0))
+    return rates, ops.reshape(flat + ops.segment_sum(count, entries, ops.shape(flat)[0]), ops.shape(uses))
 
 
 def _total(x: Array, leader: Array) -> Array:

@@ -4,6 +4,7 @@ Window w of a call holds the tokens from w·C on of every row's stream (streams.
 the first C are written (schedule.py); others only read.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from keras import ops
@@ -36,7 +37,7 @@ SELF = Implementation.of(
     object,  # the type of its arrays is known once tensorflow is loaded: ops.py
     """
     key_dim value_dim num_heads num_subkeys top_k chunk_size lookahead boundary score score_eps temperature
-    learning_rate write_scale weight_decay grad_clip addressing_weight memory_scope query value gate mask
+    learning_rate write_scale weight_decay grad_clip addressing_weight memory_scope usage_weight query value gate mask
     """,
 )
 """The fields of a configuration and of a token that this backend computes with."""
@@ -86,14 +87,16 @@ def select_window(cfg: FwPKMConfig, memory: Memory, window: Tokens) -> tuple[Rea
     return reads, Selected(selection, without(window, dead), row_index, output)
 
 
-def write_window(cfg: FwPKMConfig, memory: Memory, window: Tokens, may_write: Array) -> tuple[Reads, Memory, Losses]:
+def write_window(
+    cfg: FwPKMConfig, memory: Memory, uses: Array | None, window: Tokens, may_write: Array
+) -> tuple[Reads, Memory, Array | None, Losses]:
     """Read a window and write its first C tokens in rows that ``may_write`` [B]; those after serve only as targets."""
     reads, selected = select_window(cfg, memory, window)
     live = selected.tokens.mask
     counted = live & (ops.arange(live.shape[1]) < cfg.chunk_size)
     target = ahead(selected.tokens.value, cfg.lookahead)
     pair = pairs(cfg, counted, live) & may_write[:, None]
-    return reads, *_write(cfg, memory, selected, target, counted, pair)
+    return reads, *_write(cfg, memory, uses, selected, target, counted, pair)
 
 
 def write_chunk(cfg: FwPKMConfig, memory: Memory, chunk: Tokens, pair: Array | None) -> tuple[Memory, Losses]:
@@ -102,14 +105,17 @@ def write_chunk(cfg: FwPKMConfig, memory: Memory, chunk: Tokens, pair: Array | N
     _, selected = select_window(cfg, memory, chunk._replace(value=blank(chunk.value, ~has_target)))
     counted = selected.tokens.mask
     has_target = has_target if pair is None else has_target & pair
-    return _write(cfg, memory, selected, selected.tokens.value, counted, counted & has_target)
+    memory, _, losses = _write(cfg, memory, None, selected, selected.tokens.value, counted, counted & has_target)
+    return memory, losses
 
 
-def windows(cfg: FwPKMConfig, memory: Memory, streams: Streams, tokens: Tokens) -> tuple[Reads, Memory, Losses]:
+def windows(
+    cfg: FwPKMConfig, memory: Memory, uses: Array | None, streams: Streams, tokens: Tokens
+) -> tuple[Reads, Memory, Array | None, Losses]:
     """Read the tokens of a call and write the chunks that are due (§5).
 
     Returns:
-        what the tokens read ``[n, ...]``, the tables afterwards, and the losses ``[M, W]``.
+        what the tokens read ``[n, ...]``, the tables and their uses afterwards, and the losses ``[M, W]``.
     """
     length, size, lag = ops.shape(tokens.mask)[1], cfg.chunk_size, schedule.lag(cfg)
     columns, last = schedule.max_writes(cfg, length), ops.max(streams.due)
@@ -117,23 +123,23 @@ def windows(cfg: FwPKMConfig, memory: Memory, streams: Streams, tokens: Tokens) 
     def due(window: Array, *_: Any) -> Array:
         return window < last
 
-    def read_one(window: Array, memory: Memory, reads: Reads, losses: Losses) -> tuple:
+    def read_one(window: Array, memory: Memory, uses: Array | None, reads: Reads, losses: Losses) -> tuple:
         start = ops.zeros_like(streams.due) + window * size
         tokens = streams.tokens(streams.cells(start, size + lag), reads.dead)
-        here, memory, written = write_window(cfg, memory, tokens, streams.due > window)
+        here, memory, uses, written = write_window(cfg, memory, uses, tokens, streams.due > window)
         first = (streams.index >= _read_before(cfg, window)) & (streams.index < (window + 1) * size + lag)
         column = ops.arange(columns, dtype="int32") == window
         losses = Losses(*(ops.where(column, x[:, None], all_) for x, all_ in zip(written, losses)))
-        return window + 1, memory, _merge(streams, reads, here, start, first), losses
+        return window + 1, memory, uses, _merge(streams, reads, here, start, first), losses
 
-    start = (ops.zeros((), "int32"), memory, nothing_read(cfg, tokens), no_losses(memory, columns))
-    _, memory, reads, losses = ops.while_loop(due, read_one, start, maximum_iterations=columns)
+    start = (ops.zeros((), "int32"), memory, uses, nothing_read(cfg, tokens), no_losses(memory, columns))
+    _, memory, uses, reads, losses = while_loop(due, read_one, start, columns)
     # What no write covers: of each row at most so many tokens, the last of its stream.
     tail = ops.minimum(length, size + lag)
     start_of_tail = ops.maximum(streams.num_pending, _read_before(cfg, last))
     here, _ = select_window(cfg, memory, streams.tokens(streams.cells(start_of_tail, tail), reads.dead))
     first = streams.index >= _read_before(cfg, last)
-    return _merge(streams, reads, here, start_of_tail, first), memory, losses
+    return _merge(streams, reads, here, start_of_tail, first), memory, uses, losses
 
 
 def read_only(cfg: FwPKMConfig, memory: Memory, streams: Streams, tokens: Tokens) -> Reads:
@@ -176,16 +182,32 @@ def no_losses(memory: Memory, columns: int | Array) -> Losses:
     return Losses(zeros, zeros)
 
 
+def while_loop(going: Callable, body: Callable, start: tuple, maximum_iterations: int | Array) -> tuple:
+    """``ops.while_loop`` of variables some of which may be None, which tensorflow's may not be."""
+
+    def present(variables: tuple) -> tuple:
+        return tuple(x for x in variables if x is not None)
+
+    def whole(variables: tuple) -> tuple:
+        rest = iter(variables)
+        return tuple(None if x is None else next(rest) for x in start)
+
+    def next_variables(*variables: Any) -> tuple:
+        return present(body(*whole(variables)))
+
+    return whole(ops.while_loop(going, next_variables, present(start), maximum_iterations=maximum_iterations))
+
+
 def _write(
-    cfg: FwPKMConfig, memory: Memory, selected: Selected, target: Array, counted: Array, pair: Array
-) -> tuple[Memory, Losses]:
+    cfg: FwPKMConfig, memory: Memory, uses: Array | None, selected: Selected, target: Array, counted: Array, pair: Array
+) -> tuple[Memory, Array | None, Losses]:
     """Write the counted tokens ``[B, n]``, those with a pair moving their slots towards their targets (§4)."""
     memories, weights = ops.shape(memory.keys)[0], selected.selection.weights
     target, counted, pair, gate = (by_memory(x, memories) for x in (target, counted, pair, selected.tokens.gate))
     # Without a pair nothing moves, not even where the token's own error would overflow.
     error, flags = blank(selected.reads - target, ~pair), ChunkFlags(counted, pair)
     coefficient = blank(write_scale(ops, cfg, weights) * gate, ~pair)[..., None] * weights
-    values = write_values(cfg, memory.values, selected.row_index, coefficient, error, flags)
+    values, uses = write_values(cfg, memory.values, uses, selected.row_index, coefficient, error, flags)
     keys, addressing = write_keys(cfg, memory.keys, selected.selection, flags)
     losses = Losses(memorization_loss(error, gate, pair), addressing)
-    return Memory(keys, values), Losses(*map(ops.stop_gradient, losses))
+    return Memory(keys, values), uses, Losses(*map(ops.stop_gradient, losses))

@@ -43,6 +43,11 @@ def _numpy(x):
     return ops.convert_to_numpy(ops.cast(x, "float32") if low else x)
 
 
+def leaves(tree):
+    """The arrays of a tree, without what is None, which Keras on tensorflow counts as a leaf."""
+    return [x for x in keras.tree.flatten(tree) if x is not None]
+
+
 def gradients(layer, x, cotangent, **options):
     """Gradients of Σ y · cotangent, by name: of the layer's trainable weights, and of x as "x"."""
     weights, x = layer.trainable_weights, native(x)

@@ -4,12 +4,12 @@ import keras
 import numpy as np
 import pytest
 import test_vectors
-from keras_suite.layers import BACKEND
+from keras_suite.layers import BACKEND, leaves
 from test_vectors import NAMES, worst  # noqa: F401 (a fixture)
 
 import fwpkm
 from fwpkm import FwPKMConfig, Memory, agreement
-from fwpkm.backends.keras import FwPKM
+from fwpkm.backends.keras import FwPKM, as_state
 
 if BACKEND == "tensorflow":
     from test_errors import *  # noqa: F403
@@ -78,9 +78,7 @@ if BACKEND == "tensorflow":  # which alone has tf.function
             arrays = (rng.normal(size=(*shape, 8)), rng.normal(size=(*shape, 3)), rng.uniform(size=shape))
             inputs = [*memory, *(be.asarray(array, "float32") for array in arrays)]
             inputs.append(be.asarray(np.full(shape[0], position), "int32"))
-            for actual, expected in zip(
-                keras.tree.flatten(graph(*inputs)), keras.tree.flatten(run(*inputs)), strict=True
-            ):
+            for actual, expected in zip(leaves(graph(*inputs)), leaves(run(*inputs)), strict=True):
                 assert agreement.relative_error(be.to_numpy(actual), be.to_numpy(expected)) < bound
 
     def test_a_graph_of_unknown_length_takes_no_tokens(be):
@@ -124,10 +122,10 @@ if BACKEND == "tensorflow":  # which alone has tf.function
                 assert np.isnan(be.to_numpy(x)[mask]).all()
                 assert (be.to_numpy(x)[~mask] == 0).all()
             assert not be.to_numpy(trace.writes).any()
-            for a, b in zip(keras.tree.flatten(after or ()), keras.tree.flatten(state) if after else ()):
+            for a, b in zip(leaves(after or ()), leaves(state) if after else ()):
                 np.testing.assert_array_equal(be.to_numpy(a), be.to_numpy(b))
         legal = be.asarray([0, 5, 7], "int32")
-        found, expected = (keras.tree.flatten(call(length, legal)) for call in (graph, run))
+        found, expected = (leaves(call(length, legal)) for call in (graph, run))
         for a, b in zip(found, expected, strict=True):
             assert a is b is None or agreement.relative_error(be.to_numpy(a), be.to_numpy(b)) < bound
 
@@ -140,12 +138,12 @@ if BACKEND == "tensorflow":  # which alone has tf.function
         memory, rng = be.init_memory(cfg), np.random.default_rng(0)
         tokens = [be.asarray(rng.normal(size=(1, 2, width)), "float32") for width in (4, 3)]
         two, states = [keras.ops.repeat(x, 2, 0) for x in tokens], [be.init_state(cfg, memory, b) for b in (1, 2)]
-        unknown = [tensorflow.TensorSpec((None, *x.shape[1:]), x.dtype) for x in (*keras.tree.flatten(states[0]),)]
+        unknown = [tensorflow.TensorSpec((None, *x.shape[1:]), x.dtype) for x in leaves(states[0])]
         any_tokens = [tensorflow.TensorSpec((None, None, width)) for width in (4, 3)]
 
         def graph(function, *signature):
             def call(*args):
-                state = keras.tree.pack_sequence_as(states[0], args[: len(unknown)])
+                state = as_state(args[: len(unknown)])
                 return function(state, *args[len(unknown) :])
 
             signature = [*unknown, *signature]
@@ -153,10 +151,10 @@ if BACKEND == "tensorflow":  # which alone has tf.function
 
         def fails(function, state, *args):
             with pytest.raises(tensorflow.errors.InvalidArgumentError):  # of several nodes: which is first varies
-                function(*keras.tree.flatten(state), *args)
+                function(*leaves(state), *args)
 
         apply = graph(lambda state, q, v: be.apply(cfg, state, q, v)[0], *any_tokens)
-        assert apply(*keras.tree.flatten(states[1]), *two).shape == (2, 2, 3)
+        assert apply(*leaves(states[1]), *two).shape == (2, 2, 3)
         fails(apply, states[0], *two)
         fails(apply, states[1], *tokens)
         fails(apply, states[1]._replace(pending_gate=states[0].pending_gate), *two)
@@ -247,9 +245,9 @@ if BACKEND == "tensorflow":  # which alone has tf.function
             np.testing.assert_array_equal(output[0], be.to_numpy(be.apply(cfg, state, *tokens)[0])[0])
             assert be.to_numpy(selected.position).tolist() == [3, 0]
             for received, expected in ((reset(rows[1:]), state), (put(rows), others)):
-                for a, b in zip(keras.tree.flatten(received), keras.tree.flatten(expected), strict=True):
+                for a, b in zip(leaves(received), leaves(expected), strict=True):
                     np.testing.assert_array_equal(be.to_numpy(a), be.to_numpy(b))
         flags = be.asarray([True, True], "bool")
         one = compiled(lambda rows: be.put(cfg, state, rows, be.select(cfg, state, [1])))(flags)
-        for a, b in zip(keras.tree.flatten(one), keras.tree.flatten(others), strict=True):
+        for a, b in zip(leaves(one), leaves(others), strict=True):
             np.testing.assert_array_equal(be.to_numpy(a), be.to_numpy(b))

@@ -84,10 +84,10 @@ def test_a_batch_that_is_refused_leaves_the_state_as_it_was():
     model = memory_model(batch_size=4, stateful=True)
     model.compile(jit_compile=False)
     model.predict(X, batch_size=4, verbose=0)
-    before = [numpy(x).copy() for x in keras.tree.flatten(model.layers[1].state)]
+    before = [numpy(x).copy() for x in model.layers[1].state.arrays().values()]
     with pytest.raises(Exception, match=r"B=4 rows|needs_4_rows"):
         model.predict(X[:3], batch_size=4, verbose=0)
-    for a, b in zip(before, keras.tree.flatten(model.layers[1].state), strict=True):
+    for a, b in zip(before, model.layers[1].state.arrays().values(), strict=True):
         np.testing.assert_array_equal(a, numpy(b))
 
 

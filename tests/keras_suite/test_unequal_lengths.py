@@ -156,7 +156,7 @@ def test_rows_go_on_from_where_each_of_them_stands(options):
         if own.any():
             y, *alone = layer(x[b : b + 1, own])
             assert agreement.relative_error(np.nan_to_num(outputs[b, own]), np.nan_to_num(numpy(y)[0])) < BOUNDS.forward
-            for name, array, wanted in zip(NAMES, state, alone, strict=True):
+            for name, array, wanted in zip(NAMES[:-1], state, alone, strict=True):
                 assert agreement.relative_error(numpy(array)[b], numpy(wanted)[0]) < BOUNDS.forward, name
     keeping.reset_state()
     assert numpy(keeping.state.position).tolist() == [0] * 3
