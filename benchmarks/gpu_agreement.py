@@ -70,22 +70,24 @@ def vector(name: str) -> Report:
         Memory(arrays["out_keys"], arrays["out_values"]),
     )
 
-    def compute() -> tuple[Any, Any, dict[str, np.ndarray]]:
+    def compute() -> tuple[Any, Any, Any, dict[str, np.ndarray]]:
         packed = {} if ends is None else {"cu_seqlens": running.native(be, ends)}
         call = running.native(be, case.tokens).present() | packed
         output, state, trace = be.apply(cfg, running.start(be, case), **call)
         flushed, last = be.flush(cfg, state)
-        output, trace, last, tables = running.as_numpy(be, (output, trace, last, flushed.memory))
+        output, trace, last, tables, uses = running.as_numpy(be, (output, trace, last, flushed.memory, flushed.uses))
         received = running.gradients(be, case, cotangents, **packed)
         derived = {field: x for field, x in zip(running.INPUTS, received) if x is not None}
-        return running.Reading(output, **running.joined_traces([trace]), memory=tables), last, derived
+        return running.Reading(output, **running.joined_traces([trace]), memory=tables), uses, last, derived
 
-    (reading, last, derived), bits = twice(compute)
+    (reading, uses, last, derived), bits = twice(compute)
     errors = dict(judging.reading_errors(cfg, reading, expected))
     if errors["slots"] and agreement.comparable_tokens(cfg, memory, tokens, cu_seqlens=ends) < tokens.length:
         return Report([bits], ["not compared: choices hang on a gap below the rule's, and the kernels' differ"])
     for loss in ("memorization", "addressing"):
         errors[f"flush {loss}"] = agreement.relative_error(getattr(last, loss)[:, 0], arrays[f"flush_{loss}"])
+    if uses is not None:
+        errors["uses"] = agreement.relative_error(uses, arrays["out_uses"])
     errors |= {f"grad {key}": agreement.relative_error(x, arrays[f"grad_{key}"]) for key, x in derived.items()}
     return Report([bits, *_judged(errors.items())])
 

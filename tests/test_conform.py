@@ -257,6 +257,9 @@ def test_every_run_covers_the_branches_of_the_equations(seed, unit):
         assert {name in shape.left_out for shape in drawn} == {True, False}
     assert any(cfg.chunk_size == 1 for cfg in cfgs)
     assert {cfg.grad_clip is None for cfg in cfgs} == {cfg.weight_decay == 0 for cfg in cfgs} == {True, False}
+    assert {(cfg.usage_weight > 0, cfg.memory_scope) for cfg in cfgs} == {
+        (weighted, scope) for weighted in (True, False) for scope in ("sequence", "batch")
+    }
     for field in ("key_dim", "value_dim"):
         widths = {getattr(cfg, field) for cfg in cfgs}
         assert len(widths) > 1
@@ -295,7 +298,7 @@ def test_readings_of_dead_tokens_are_judged():
 def test_vectors_are_written_once(tmp_path, capsys):
     target = tmp_path / "a" / "vectors"
     assert cli.main(["vectors", str(target)]) == 0
-    assert f"51 vectors in {target}" in capsys.readouterr().out
+    assert f"53 vectors in {target}" in capsys.readouterr().out
     assert sorted(path.name for path in target.iterdir()) == vectors.names()
     with np.load(target / "base.npz") as file:
         assert file["out_output"].shape == (2, 20, 16)
@@ -319,7 +322,7 @@ def test_vectors_fill_an_empty_folder_or_leave_it_alone(tmp_path, monkeypatch):
     place = (tmp_path / "vectors").stat().st_ino  # of a mount point, say, which cannot be replaced
     vectors.write(str(tmp_path / "vectors"))
     assert (tmp_path / "vectors").stat().st_ino == place
-    assert len(list((tmp_path / "vectors").iterdir())) == 51
+    assert len(list((tmp_path / "vectors").iterdir())) == 53
     assert len(list(tmp_path.iterdir())) == 1
 
 

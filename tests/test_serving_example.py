@@ -1,5 +1,6 @@
 """The engine of examples/serve.py: every user as alone, bounded tables, nothing mixed, nothing lost, nothing left."""
 
+import dataclasses
 import os
 import random
 import resource
@@ -28,41 +29,45 @@ def make_model(seed=0, config=CONFIG):
 
 
 MODEL = make_model()
+WEIGHTED = make_model(config=dataclasses.replace(CONFIG, usage_weight=0.25))
 
 
-def serving(folder, **sizes):
-    return Engine(MODEL, folder, **{"rows": 2, "in_memory": 1, "piece": 5} | sizes)
+def serving(folder, model=MODEL, **sizes):
+    return Engine(model, folder, **{"rows": 2, "in_memory": 1, "piece": 5} | sizes)
 
 
 def assert_alone(engine, user, written):
     """Each byte in these places of a user's text is the one that a model chooses which reads that text alone."""
     text = engine.text(user)
-    chosen = choices(MODEL, text)
+    chosen = choices(engine.tables.model, text)
     assert [text[i] for i in written] == [chosen[i - 1] for i in written]
 
 
 def assert_state_alone(engine, user):
     """What is kept of a user is what one call makes of the text, to rounding."""
     engine.leave(user)
-    packed = engine.store.load(user)
+    packed, model = engine.store.load(user), engine.tables.model
     if packed is None:
         return
-    x = MODEL.embedding(torch.tensor([list(engine.text(user)[: int(packed.memories["0"].position[0])])]))
-    for i, memory in enumerate(MODEL.memories):
+    x = model.embedding(torch.tensor([list(engine.text(user)[: int(packed.memories["0"].position[0])])]))
+    for i, memory in enumerate(model.memories):
         read, alone = memory(x)
-        kept = unpack(MODEL.config, packed.memories[str(i)], memory.memory())
-        pending, expected = kept.pending.present(), alone.pending.present()
-        assert pending.keys() == expected.keys()
-        assert_close((*kept.memory, *pending.values()), (*alone.memory, *expected.values()), "float64")
+        kept, expected = unpack(model.config, packed.memories[str(i)], memory.memory()).arrays(), alone.arrays()
+        assert kept.keys() == expected.keys()
+        assert_close(tuple(kept.values()), tuple(expected.values()), "float64")
         x = x + read
 
 
 # Every user as alone
 
 
-@pytest.mark.parametrize(("seed", "rows", "in_memory", "piece"), [(0, 2, 1, 5), (1, 3, 0, 1), (2, 1, 3, 40)])
-def test_users_who_come_and_go_get_what_each_gets_alone(tmp_path, seed, rows, in_memory, piece):
-    engine = serving(tmp_path, rows=rows, in_memory=in_memory, piece=piece)
+@pytest.mark.parametrize(
+    ("model", "seed", "rows", "in_memory", "piece"),
+    [(MODEL, 0, 2, 1, 5), (MODEL, 1, 3, 0, 1), (MODEL, 2, 1, 3, 40), (WEIGHTED, 3, 2, 1, 5)],
+    ids=["plain", "a token a call", "long pieces", "writes weighted by use"],
+)
+def test_users_who_come_and_go_get_what_each_gets_alone(tmp_path, model, seed, rows, in_memory, piece):
+    engine = serving(tmp_path, model, rows=rows, in_memory=in_memory, piece=piece)
     clients = Clients(engine, seed)
     for round_ in range(80):
         clients.act()
@@ -71,7 +76,7 @@ def test_users_who_come_and_go_get_what_each_gets_alone(tmp_path, seed, rows, in
             assert len(engine.resident) <= rows
             assert len(engine.store.bytes_in_memory()) <= in_memory
         if round_ in (30, 60):  # a process that begins anew
-            engine = clients.engine = serving(tmp_path, rows=rows, in_memory=in_memory, piece=piece)
+            engine = clients.engine = serving(tmp_path, model, rows=rows, in_memory=in_memory, piece=piece)
     while engine.busy:
         clients.step()
     assert min(clients.counts.values()) > 0, clients.counts

@@ -128,7 +128,8 @@ def test_models_that_have_nothing_to_remember_are_refused():
 def test_the_load_test_serves_a_trained_model(tmp_path, capsys):
     data = np.random.default_rng(0).integers(97, 123, 2000).astype(np.uint8)
     corpus = Corpus(Texts(data, np.array([0, 2000]), ("a",)), Texts(data, np.array([0, 2000]), ("b",)), "5ha")
-    tables = {"model": SMALL | {"memories": [0, 2]}, "training": {"steps": 1, "batch": 1, "length": 96, "facts": 0.0}}
+    model = SMALL | {"memories": [0, 2], "memory": {**MEMORY, "usage_weight": 0.25}}
+    tables = {"model": model, "training": {"steps": 1, "batch": 1, "length": 96, "facts": 0.0}}
     path = training.train(Experiment.of(tables, "test"), corpus, tmp_path / "run", torch.device("cpu"))
     tensors, about = checkpoint._read(path)
     grown = {key: 8 * x if x.ndim > 1 else x for key, x in tensors.items()}  # so that memories show

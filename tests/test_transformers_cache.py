@@ -25,9 +25,12 @@ from fwpkm.integrations.transformers.cache import with_states
 IDS = prompt(30)
 
 
-@pytest.fixture(scope="module")
-def model():
-    return with_memory("llama")
+USES = {"usage_weight": 0.25}
+
+
+@pytest.fixture(scope="module", params=[{}, USES], ids=str)
+def model(request):
+    return with_memory("llama", **request.param)
 
 
 def test_pieces_equal_one_pass(model):
@@ -85,9 +88,10 @@ def with_recording(model, cache):
     return cache
 
 
-def test_a_crop_takes_back_the_very_bits():
-    """In float32: rows, keys and pending tokens are those that a write replaced."""
-    model = with_memory("llama", dtype=torch.float32)
+@pytest.mark.parametrize("fields", [{}, USES, USES | {"learning_rate": 0.0}], ids=str)
+def test_a_crop_takes_back_the_very_bits(fields):
+    """In float32: rows, uses, keys and pending tokens are those that a write replaced."""
+    model = with_memory("llama", dtype=torch.float32, **fields)
     cache = with_recording(model, DynamicCache())
     read(model, IDS[:, :21], cache)
     before = copy.deepcopy(cache)
@@ -98,8 +102,11 @@ def test_a_crop_takes_back_the_very_bits():
 
 
 def arrays(states):
-    state = states.rows.state()
-    return tuple(x.numpy() for x in (*state.memory, *state.pending, state.position))
+    return as_numpy(states.rows.state())
+
+
+def as_numpy(state):
+    return tuple(x.numpy() for x in state.arrays().values())
 
 
 @pytest.mark.parametrize(("recorded", "undo", "removed"), [(False, None, 7), (True, 1, 15), (True, None, 33)])
@@ -159,13 +166,12 @@ def test_the_states_go_into_the_files_of_the_library(model, tmp_path):
     read(model, torch.cat([IDS[:, :20], prompt(20, 3)]), cache)
     kept = {f"layers.{states.layer_idx}": states.state for states in cache.states}
     fwpkm.save_states(tmp_path / "states", kept, cache.states[0].config)
-    before = [tuple(x.clone() for x in (*state.memory, *state.pending, state.position)) for state in kept.values()]
+    before = [state.clone() for state in kept.values()]
     loaded = fwpkm.load_states(tmp_path / "states", cache.states[0].config, backend="torch")
     read(model, prompt(20, 5).repeat(2, 1), cache)  # the copies stay
     for state, old, new in zip(kept.values(), before, loaded.values()):
         for received in (state, new):
-            arrays = (*received.memory, *received.pending, received.position)
-            assert_same_bits(tuple(x.numpy() for x in arrays), tuple(x.numpy() for x in old))
+            assert_same_bits(as_numpy(received), as_numpy(old))
 
 
 def test_a_cache_is_copied_and_pickled(model):

@@ -5,8 +5,8 @@ import pytest
 import torch
 from asserting import assert_close
 from tiny_models import (
-    FAMILIES,
     MEMORY,
+    MODELS,
     VOCABULARY,
     cache_name,
     cache_of,
@@ -26,9 +26,10 @@ PROMPTS = [prompt(length, seed) for seed, length in enumerate((3, 19, 8, 1, 14))
 NEW = 30  # three chunks' ends and more for each prompt, whatever its length
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=MODELS, ids=str)
 def model(request):
-    return with_memory(request.param)
+    family, fields = request.param
+    return with_memory(family, **fields)
 
 
 def generate(model, *, new=NEW, **arguments):

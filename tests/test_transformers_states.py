@@ -32,7 +32,11 @@ NEW = 26  # three chunks' ends and more
 NAMES = [f"layers.{layer_idx}.fwpkm" for layer_idx in LAYERS]
 
 
-@pytest.fixture(scope="module", params=[("llama", {}), ("qwen3", {"boundary": "wait", "lookahead": 3})], ids=str)
+@pytest.fixture(
+    scope="module",
+    params=[("llama", {}), ("qwen3", {"boundary": "wait", "lookahead": 3, "usage_weight": 0.25})],
+    ids=str,
+)
 def model(request):
     family, fields = request.param
     return with_memory(family, **fields)
@@ -49,7 +53,7 @@ def said(model, rows=(0, 1, 2)):
 
 
 def bits(states):
-    return tuple(x.numpy() for state in states.values() for x in (*state.memory, *state.pending, state.position))
+    return tuple(x.numpy() for state in states.values() for x in state.arrays().values())
 
 
 class Reading:

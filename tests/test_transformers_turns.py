@@ -5,16 +5,17 @@ import copy
 import pytest
 import torch
 from asserting import assert_close, assert_same_bits
-from tiny_models import FAMILIES, PAD, cache_name, full_pass, left_padded, memories, prompt, read, with_memory
+from tiny_models import MODELS, PAD, cache_name, full_pass, left_padded, memories, prompt, read, with_memory
 from transformers import DynamicCache
 
 PROMPTS = [prompt(length, seed) for seed, length in enumerate((19, 8, 14))]
 NEW, QUESTION = 20, torch.cat([prompt(6, seed) for seed in (7, 8, 9)])
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=MODELS, ids=str)
 def model(request):
-    return with_memory(request.param)
+    family, fields = request.param
+    return with_memory(family, **fields)
 
 
 def first_turn(model, rows=3, **arguments):
@@ -52,6 +53,7 @@ def test_rows_that_have_ended_rest(model, pad):
         assert int(received.position[row]) == int(expected.position)
         assert_close(received.memory.values[row].numpy(), expected.memory.values[0].numpy(), "float64")
         assert_close(received.memory.keys[row].numpy(), expected.memory.keys[0].numpy(), "float64")
+        assert expected.uses is None or torch.equal(received.uses[row], expected.uses[0])
     asked, known = torch.cat([ids, QUESTION], dim=1), torch.nn.functional.pad(mask, (0, 6), value=1)
     plain = {"do_sample": False, "max_new_tokens": NEW, "attention_mask": known}
     answers = model.generate(asked, **plain, **{cache_name(model): cache})

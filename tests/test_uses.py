@@ -297,6 +297,10 @@ def test_files_and_packed_states_hold_the_uses(functions, tmp_path):
     for backend in ("numpy", "torch", "jax"):
         loaded = fwpkm.load_state(tmp_path / "state.safetensors", USED, backend)
         assert_same_bits(as_numpy(fwpkm.get_backend(backend), loaded), as_numpy(be, state))
+    fwpkm.save_states(tmp_path / "states.safetensors", {"a": state, "b": begun(be, case)}, USED)
+    for name, loaded in fwpkm.load_states(tmp_path / "states.safetensors", USED, backend).items():
+        expected = {"a": state, "b": begun(be, case)}[name]
+        assert_same_bits(as_numpy(fwpkm.get_backend(backend), loaded), as_numpy(be, expected))
     packed = be.pack(USED, state, native(be, case.memory))
     fwpkm.save_packed(tmp_path / "packed.safetensors", {"a": packed})
     back = be.unpack(USED, fwpkm.load_packed(tmp_path / "packed.safetensors")["a"], native(be, case.memory))

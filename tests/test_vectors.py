@@ -6,6 +6,7 @@ import functools
 import itertools
 from pathlib import Path
 
+import make_vectors
 import numpy as np
 import pytest
 from asserting import assert_close
@@ -23,10 +24,10 @@ _NAMES = """
     heads_normalized heads_temperature larger lookahead0 lookahead2 mask mask_batch mask_heads mask_nonfinite masked_out
     no_addressing no_gate no_gate_mask nonfinite normalized packed packed_heads packed_mask packed_nonfinite
     packed_short packed_wait pad_left pad_left_wait pad_right short single state state_batch state_wait temperature
-    ties top_k_all unit wait wait0 wait2 wait_batch wait_flush wait_mask wait_nonfinite
+    ties top_k_all unit uses uses_packed wait wait0 wait2 wait_batch wait_flush wait_mask wait_nonfinite
 """
 NAMES = _NAMES.split()
-STATES = ["state", "state_batch", "state_wait"]
+STATES = ["state", "state_batch", "state_wait", "uses"]
 SPLITS = ("one call", "single tokens", "uneven")
 FORWARD = [
     *itertools.product(["numpy"], ["float64"], SPLITS),
@@ -89,7 +90,7 @@ def calls(be, vector, case, sizes):
 
 
 def read(be, vector, case, sizes):
-    """Every call's output and trace as NumPy arrays, the position before the flush, and what the flush gave."""
+    """Every call's output and trace as NumPy arrays, the state before the flush, and the state and trace after it."""
     state, outputs, traces = start(be, case), [], []
     for tokens, packed in calls(be, vector, case, sizes):
         output, state, trace = be.apply(case.cfg, state, **native(be, tokens).present(), **packed)
@@ -97,7 +98,7 @@ def read(be, vector, case, sizes):
         traces.append(as_numpy(be, trace))
     flushed, trace = be.flush(case.cfg, state)
     reading = Reading(np.concatenate(outputs, 1), **joined_traces(traces), memory=as_numpy(be, flushed.memory))
-    return reading, as_numpy(be, state), as_numpy(be, trace)
+    return reading, as_numpy(be, state), as_numpy(be, flushed), as_numpy(be, trace)
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +124,16 @@ def splits_of(length):
     return {"one call": [length], "single tokens": [1] * length, "uneven": thirds}
 
 
+@pytest.mark.parametrize("name", make_vectors.VECTORS)
+def test_the_command_makes_these(name):
+    """All but the gradients, which take it minutes."""
+    vector, made = load(name), make_vectors.made(name, gradients=False)
+    assert FwPKMConfig.from_json(str(made.pop("config"))) == vector.case.cfg
+    assert made.keys() == {field for field in vector.arrays if not field.startswith("grad_")}
+    for field, x in made.items():
+        assert_close(x, vector.arrays[field], "float64", name=field)
+
+
 def test_no_vector_is_missing():
     assert sorted(path.stem for path in FOLDER.glob("*.npz")) == sorted(NAMES)
 
@@ -141,7 +152,7 @@ def test_forward(name, backend, dtype, split, worst):
     be, vector = fwpkm.get_backend(backend), load(name)
     case, arrays = vector.case.map(lambda x: x.astype(dtype)), vector.arrays
     cfg, length = case.cfg, case.length
-    reading, state, flushed = read(be, vector, case, splits_of(length)[split])
+    reading, state, after, flushed = read(be, vector, case, splits_of(length)[split])
 
     # A float32 run may leave the vector's path in a chunk that holds a tie; before it, never.
     whole = dtype == "float64" or same_slots(vector, reading.slots)
@@ -167,6 +178,8 @@ def test_forward(name, backend, dtype, split, worst):
         judge_forward((backend, dtype, loss), actual=getattr(flushed, loss)[:, 0], expected=arrays[f"flush_{loss}"])
     for table in Memory._fields if whole else ():
         judge_forward((backend, dtype, table), actual=getattr(reading.memory, table), expected=arrays[f"out_{table}"])
+    if whole:
+        np.testing.assert_array_equal(after.uses, arrays.get("out_uses"))
 
 
 @pytest.mark.parametrize("backend", ["numpy", "torch", "jax"])
@@ -175,7 +188,7 @@ def test_states_in_mid_sequence(name, backend, worst):
     be, vector = fwpkm.get_backend(backend), load(name)
     tokens = vector.case.tokens.slice(0, int(vector.arrays["split"]))
     state = as_numpy(be, stream(be, vector.case.cfg, start(be, vector.case), tokens)[1])
-    arrays = state.memory._asdict() | {field: x for field, x in state._asdict().items() if field != "memory"}
+    arrays = {field.removeprefix("memory."): x for field, x in state.arrays().items()}
     assert {f"mid_{field}" for field in arrays} == {name for name in vector.arrays if name.startswith("mid_")}
     for field, x in arrays.items():
         judge(worst, (backend, "float64", field), name, x, vector.arrays[f"mid_{field}"], "float64")

@@ -9,6 +9,8 @@ from fwpkm.integrations.transformers import insert_memory
 
 FAMILIES = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM)}
 MEMORY = {"key_dim": 8, "value_dim": 8, "num_subkeys": 8, "top_k": 4, "chunk_size": 8, "lookahead": 1}
+MODELS = [("llama", {}), ("qwen3", {"usage_weight": 0.25})]
+"""What ``with_memory`` takes: each family, and each way that a slot's uses count."""
 LAYERS = (0, 2)
 VOCABULARY = 40
 PAD = 0

@@ -141,11 +141,10 @@ def _empty_residuals(cfg: FwPKMConfig, plan: Plan, memory: Memory, uses: Array |
         def one(memory: Memory, uses: Array | None, source: Array) -> RoundResiduals:
             cells = jnp.zeros((rows, length), jnp.int32)
             of = jnp.zeros(rows, jnp.int32) if plan.packed or plan.is_shared else None
-            weighed = uses if writes else None
-            selected = select_window(cfg, memory, from_table(cfg, gather(source, cells)), of, uses=weighed)
+            selected = select_window(cfg, memory, from_table(cfg, gather(source, cells)), of, uses=uses)
             moved = Moved(jnp.zeros((*selected.keys.shape[:-1], 1), bool), jnp.zeros(len(selected.rows), bool))
-            kept = (selected.keys, moved) if writes else (None, None)
-            return RoundResiduals(cells, cells, selected.touched, selected.selection, of, *kept, selected.uses)
+            kept = (selected.keys, moved, selected.uses) if writes else (None, None, None)
+            return RoundResiduals(cells, cells, selected.touched, selected.selection, of, *kept)
 
         shapes = jax.eval_shape(one, memory, uses, source)
         empty = jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), shapes)

@@ -24,19 +24,19 @@ T = TypeVar("T")
 _DECAY, _CLIP = st.sampled_from([0.01, 0.1]), st.sampled_from([0.05, 0.2])
 _COLUMNS = (
     *("boundary", "memory_scope", "score", "write_scale", "num_heads", "lookahead", "left_out", "layout"),
-    *("grad_clip", "weight_decay", "temperature", "learning_rate", "addressing_weight", "score_eps"),
+    *("grad_clip", "weight_decay", "temperature", "learning_rate", "addressing_weight", "score_eps", "usage_weight"),
 )
 STRATA: tuple[tuple[Any, ...], ...] = (
-    ("drop", "sequence", "idw", "slots", 1, 1, (), PADDED, None, 0.0, 1.0, 1.0, 0.3, 1e-3),
-    ("wait", "sequence", "idw", "normalized", 2, 1, (), PADDED, None, 0.0, 0.5, 1.0, 0.3, 0.1),
-    ("drop", "batch", "dot_product", "unit", 2, 2, ("mask",), PADDED, None, _DECAY, 2.0, 1.0, 1.0, 1e-3),
-    ("wait", "batch", "idw", "slots", 1, 2, ("gate",), PADDED, _CLIP, 0.0, 1.0, 0.5, 1.0, 1e-3),
-    ("drop", "sequence", "dot_product", "normalized", 1, 0, ("mask",), PADDED, _CLIP, 0.0, 0.5, 1.0, 1.0, 1e-3),
-    ("wait", "sequence", "dot_product", "unit", 2, 0, ("gate", "mask"), UNMASKED, None, _DECAY, 1.0, 0.5, 1.0, 1e-3),
-    ("drop", "batch", "idw", "normalized", 2, 1, (), PADDED, None, _DECAY, 2.0, 1.0, 1.0, 0.1),
-    ("wait", "batch", "dot_product", "normalized", 1, 2, (), PADDED, None, 0.0, 1.0, 1.0, 1.0, 1e-3),
-    ("wait", "sequence", "idw", "unit", 3, 3, (), PACKED, _CLIP, _DECAY, 1.0, 1.0, 0.3, 0.1),
-    ("drop", "sequence", "idw", "unit", 2, 0, (), PADDED, None, 0.0, 1.0, 0.5, 0.3, 0.1),
+    ("drop", "sequence", "idw", "slots", 1, 1, (), PADDED, None, 0.0, 1.0, 1.0, 0.3, 1e-3, 0),
+    ("wait", "sequence", "idw", "normalized", 2, 1, (), PADDED, None, 0.0, 0.5, 1.0, 0.3, 0.1, 0.25),
+    ("drop", "batch", "dot_product", "unit", 2, 2, ("mask",), PADDED, None, _DECAY, 2.0, 1.0, 1.0, 1e-3, 1.0),
+    ("wait", "batch", "idw", "slots", 1, 2, ("gate",), PADDED, _CLIP, 0.0, 1.0, 0.5, 1.0, 1e-3, 1.0),
+    ("drop", "sequence", "dot_product", "normalized", 1, 0, ("mask",), PADDED, _CLIP, 0.0, 0.5, 1.0, 1.0, 1e-3, 0),
+    ("wait", "sequence", "dot_product", "unit", 2, 0, ("gate", "mask"), UNMASKED, None, _DECAY, 1.0, 0.5, 1.0, 1e-3, 0),
+    ("drop", "batch", "idw", "normalized", 2, 1, (), PADDED, None, _DECAY, 2.0, 1.0, 1.0, 0.1, 0.25),
+    ("wait", "batch", "dot_product", "normalized", 1, 2, (), PADDED, None, 0.0, 1.0, 1.0, 1.0, 1e-3, 0),
+    ("wait", "sequence", "idw", "unit", 3, 3, (), PACKED, _CLIP, _DECAY, 1.0, 1.0, 0.3, 0.1, 1.0),
+    ("drop", "sequence", "idw", "unit", 2, 0, (), PADDED, None, 0.0, 1.0, 0.5, 0.3, 0.1, 0),
 )
 """Ten rows under ``_COLUMNS``: each value of each choice, and the combinations in which one hides another's error."""
 

@@ -17,7 +17,8 @@ from fwpkm.conformance.strategies import PADDED, Case, floating
 from fwpkm.containers import Lookup, State
 
 QUANTITIES = (
-    *("output", "slots", "weights", "memorization", "addressing", "writes", "keys", "values", "pending", "position"),
+    *("output", "slots", "weights", "memorization", "addressing", "writes", "keys", "values", "pending"),
+    *("position", "uses"),
     *(f"grad {name}" for name in INPUTS),
     *("init_memory", "init_state", "lookup output", "lookup slots", "lookup weights"),
     *(f"chunk_update {name}" for name in ("keys", "values", "memorization", "addressing")),
@@ -26,11 +27,12 @@ QUANTITIES = (
     *("arguments", "apart"),
 )
 """What is judged, in the order of the table: what sequences gave, the state in mid-sequence (pending tokens, and their
-mask with the position), gradients, each function by itself, and whether states are values, in place too."""
+mask with the position; the uses of slots), gradients, each function by itself, and whether states are values, in place
+too."""
 
 EXACT = frozenset(
-    {"writes", "position", "init_memory", "init_state", "update=False state", "pending, nbytes", "pack"}
-    | {"arguments", "apart"}
+    {"writes", "position", "uses", "init_memory", "init_state", "update=False state", "pending, nbytes"}
+    | {"pack", "arguments", "apart"}
     | {name for name in QUANTITIES if name.endswith("slots")}
 )
 """Quantities that are equal or not: their error is 0 or infinite."""
@@ -56,6 +58,7 @@ def errors(cfg: FwPKMConfig, actual: Result, expected: Result) -> Iterator[tuple
     yield from reading_errors(cfg, actual.reading, expected.reading)
     yield "pending", _pending_error(actual.state, expected.state)
     yield "position", _position_error(cfg, actual.state, expected.state)
+    yield "uses", _uses_error(actual.state, expected.state)
     for name, gradient in actual.gradients.items():
         yield f"grad {name}", agreement.relative_error(gradient, expected.gradients[name])
     yield from _call_errors(cfg, actual.calls, expected.calls)
@@ -124,7 +127,8 @@ def _field_errors(actual: Any, expected: Any, prefix: str = "") -> Iterator[tupl
 
 def _state_error(cfg: FwPKMConfig, actual: State, expected: State) -> float:
     tables = [error for _, error in _field_errors(actual.memory, expected.memory)]
-    return max(*tables, _pending_error(actual, expected), _position_error(cfg, actual, expected))
+    others = _pending_error(actual, expected), _position_error(cfg, actual, expected), _uses_error(actual, expected)
+    return max(*tables, *others)
 
 
 def _pending_error(actual: State, expected: State) -> float:
@@ -140,6 +144,14 @@ def _position_error(cfg: FwPKMConfig, actual: State, expected: State) -> float:
     same_place = (actual.position - expected.position) % cfg.chunk_size == 0
     same_dtype = actual.position.dtype == np.int32
     return _exact_error(same_mask and same_dtype and np.where(early, same, same_place).all())
+
+
+def _uses_error(actual: State, expected: State) -> float:
+    """Counts, in the tables' dtype; None where they are not weighed."""
+    if actual.uses is None or expected.uses is None:
+        return _exact_error(actual.uses is expected.uses)
+    same_dtype = actual.uses.dtype == actual.memory.values.dtype
+    return _exact_error(same_dtype and np.array_equal(actual.uses, expected.uses))
 
 
 def _exact_error(equal: Any) -> float:

@@ -152,7 +152,8 @@ def _calls(be: Any, passage: Passage, middle: State) -> Calls:
     memory, tokens = native(be, case.memory), native(be, chunk)
     pair = native(be, rng.uniform(size=chunk.query.shape[:2]) < 0.75)
     fields = tokens.present()
-    written, losses = be.chunk_update(cfg, memory, target=fields.pop("value"), **fields, pair=pair)
+    plain = dataclasses.replace(cfg, usage_weight=0.0)  # tables alone keep no uses
+    written, losses = be.chunk_update(plain, memory, target=fields.pop("value"), **fields, pair=pair)
     starts = [running.start(be, case), native(be, middle)]
     # All tokens, which may be more than a chunk; those of all calls together may be masked between others.
     layout = PADDED if case.layout == PADDED else PACKED

@@ -24,10 +24,10 @@ _EQUATIONS = {
     ("mean over all tokens instead of unmasked ones", "addressing"): ("max(1, counted.sum())", "len(counted)"),
     ("temperature in the addressing loss", "keys"): ("softmax(chosen_scores)", "softmax(chosen_scores / 2)"),
     ("masked reads counted in N", "values"): (
-        "reads[:, None].astype(terms.dtype)",
-        "np.bincount(selection.slots.ravel())[touched][:, None].astype(terms.dtype)",
+        "reads = reads.astype(terms.dtype)",
+        "reads = np.bincount(selection.slots.ravel())[touched].astype(terms.dtype)",
     ),
-    ("sums of terms instead of means", "values"): (" / reads[:, None].astype(terms.dtype)", ""),
+    ("sums of terms instead of means", "values"): (" / reads[:, None]", ""),
     ("kappa constant under normalized", "values"): (
         "return 1 / np.square(weights).sum(-1)",
         "return np.full(len(weights), cfg.slots_per_token, weights.dtype)",
@@ -36,6 +36,10 @@ _EQUATIONS = {
     ("gradients clipped by norm", "values"): (
         "np.clip(gradient, -cfg.grad_clip, cfg.grad_clip)",
         "gradient * min(1, cfg.grad_clip / (np.linalg.norm(gradient) + 1e-9))",
+    ),
+    ("decay is not weighted by use", "values"): (
+        "rate * (gradient + rows.dtype.type(cfg.weight_decay) * rows)",
+        "rate * gradient - rows.dtype.type(cfg.learning_rate * cfg.weight_decay) * rows",
     ),
 }
 _REFERENCE = {
@@ -53,8 +57,8 @@ _REFERENCE = {
     ),
     ("keys not updated", "keys"): ("keys[...] = equations.step(cfg, keys, weighted)", "pass"),
     ("untouched slots decay", "values"): (
-        "equations.step(cfg, values[touched], gradient)",
-        "equations.step(cfg, values[touched], gradient); values *= 1 - cfg.weight_decay",
+        "equations.step(cfg, values[touched], gradient, rates)",
+        "equations.step(cfg, values[touched], gradient, rates); values *= 1 - cfg.weight_decay",
     ),
     ("wait reading late", "output"): (
         "trace.writes[m] += 1",
@@ -71,8 +75,8 @@ _REFERENCE = {
         "State.of(Memory(*(x[::-1].copy() for x in memory)), rows, position",
     ),
     ("flush keeps the position", "position"): (
-        "np.where(chosen, 0, state.position)), trace",
-        "state.position), trace",
+        "np.where(chosen, 0, state.position), uses), trace",
+        "state.position, uses), trace",
     ),
     ("values that are not finite are targets", "output"): (
         '[x for field, x in zip(TOKEN_FIELDS, tokens) if field.kind == "float"]',
@@ -82,8 +86,8 @@ _REFERENCE = {
 _ENDS = "else cu_seqlens"
 _CLOCKS = {
     ("rows read each other's tables", "output"): (
-        "x[m : m + 1] for x in memory)), _at",
-        "x[::-1][m : m + 1] for x in memory)), _at",
+        "*_of_memory(m, memory, uses), _at",
+        "*_of_memory(len(memory.keys) - 1 - m, memory, uses), _at",
     ),
     ("masked tokens take positions", "position"): (
         "start + np.flatnonzero(mask.ravel()[start:stop])[None]",
@@ -116,13 +120,27 @@ _CLOCKS = {
         "np.where(chosen.any(), 0, state.position)",
     ),
 }
+_USES = {
+    ("uses are not counted", "uses"): ("uses[m, touched] += reads", "pass"),
+    ("uses are counted before the step", "values"): ("uses[m, touched])", "uses[m, touched] + reads)"),
+    ("a chunk without a pair counts as use", "flush"): (
+        "            continue\n        chosen",
+        "            for b in [] if uses is None else rows:\n"
+        "                np.add.at(uses[m], selections[b].slots[counted[b]], 1)\n"
+        "            continue\n        chosen",
+    ),
+    ("flush forgets the uses", "flush"): (
+        "np.where(chosen, 0, state.position), uses), trace",
+        "np.where(chosen, 0, state.position), uses if uses is None else 0 * uses), trace",
+    ),
+}
 _SCHEDULE = {("wait writes at once", "output"): ("return cfg.lookahead", "return 0")}
 
 LINES = [
     Mutant(name, file, right, wrong, caught_by)
     for file, mistakes in (
         ("equations.py", _EQUATIONS),
-        ("reference.py", _REFERENCE | _CLOCKS),
+        ("reference.py", _REFERENCE | _CLOCKS | _USES),
         ("schedule.py", _SCHEDULE),
     )
     for (name, caught_by), (right, wrong) in mistakes.items()

@@ -103,6 +103,10 @@ def _reset_keeps_the_position(cfg, state, memory, rows):
     return reference.reset(cfg, state, memory, rows)._replace(position=state.position)
 
 
+def _reset_keeps_uses(cfg, state, memory, rows):
+    return reference.reset(cfg, state, memory, rows)._replace(uses=state.uses)
+
+
 def _reset_to_the_first_memory(cfg, state, memory, rows):
     return reference.reset(cfg, state, Memory(*(x[:1] for x in memory)), rows)
 
@@ -300,6 +304,7 @@ FUNCTIONS = [
     _wrong("reset keeps pending tokens", "reset", reset=_reset_tables_alone),
     _wrong("reset of every row", "reset", reset=_reset_every_row),
     _wrong("reset keeps the position", "reset", reset=_reset_keeps_the_position),
+    _wrong("reset keeps the uses", "reset", reset=_reset_keeps_uses),
     _wrong("reset to the first row's memory", "reset", reset=_reset_to_the_first_memory),
     _wrong("select in the state's order", "select", select=_select_sorted),
     _wrong("select keeps the positions", "select", select=_select_keeps_positions),

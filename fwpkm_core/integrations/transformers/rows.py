@@ -18,9 +18,11 @@ class Overwritten(NamedTuple):
     keys: Tensor
     """``[H, 2, S, Dk/2]``"""
     slots: Tensor
-    """``[n]`` the slots whose bits the write changed."""
+    """``[n]`` the slots whose bits or uses the write changed."""
     values: Tensor
     """``[n, Dv]`` what they held."""
+    uses: Tensor | None
+    """``[n]`` how often they had been used; None where uses do not count."""
     pending: Tokens
     """``[P, ...]``"""
 
@@ -29,9 +31,14 @@ class Overwritten(NamedTuple):
         """Of one row of two states, one token apart."""
         old, new = before.memory.values[row].detach(), after.memory.values[row].detach()
         bits = torch.int64 if old.dtype == torch.float64 else torch.int32
-        slots = (old.view(bits) != new.view(bits)).any(-1).nonzero().squeeze(1)
+        changed, uses = (old.view(bits) != new.view(bits)).any(-1), None
+        if before.uses is not None and after.uses is not None:
+            uses = before.uses[row]
+            changed |= uses != after.uses[row]
+        slots = changed.nonzero().squeeze(1)
         pending = before.pending.map(lambda x: x[row].detach().clone())
-        return cls(before.memory.keys[row].detach().clone(), slots, old[slots], pending)
+        uses = None if uses is None else uses[slots]
+        return cls(before.memory.keys[row].detach().clone(), slots, old[slots], uses, pending)
 
 
 class Crop(NamedTuple):
@@ -53,6 +60,7 @@ class Rows:
 
     Attributes:
         tables: M tables.
+        uses: ``[M, N]`` of their slots; None where the configuration does not weigh them.
         owners: row b reads table ``owners[b]``.
         pending: ``[B, P, ...]``
         position: ``[B]`` int32, on the CPU.
@@ -64,7 +72,7 @@ class Rows:
     def __init__(self, config: FwPKMConfig, state: State[Tensor]):
         """Sequences that stand where ``state`` says; its tables may be overwritten."""
         self.config = config
-        self.tables, self.pending = state.memory, state.pending
+        self.tables, self.pending, self.uses = state.memory, state.pending, state.uses
         self.position: Tensor = state.position
         self.owners = list(range(len(state.position)))
         self.columns, self.seen = 0, None
@@ -82,8 +90,9 @@ class Rows:
         if not self._is_own():
             owners = torch.tensor(self.owners, device=self.tables.keys.device)
             self.tables = Memory(*(t.index_select(0, owners) for t in self.tables))
+            self.uses = None if self.uses is None else self.uses.index_select(0, owners)
             self.owners = list(range(len(self)))
-        return State.of(self.tables, self.pending, self.position)
+        return State.of(self.tables, self.pending, self.position, self.uses)
 
     def _is_own(self) -> bool:
         """Whether table b is that of row b alone."""
@@ -142,7 +151,7 @@ class Rows:
                 self.past[row].append(Overwritten.between(before, after, row))
             else:
                 self.past[row].clear()  # what was recorded before cannot be reached any more
-        self.tables, self.pending, self.position = after.memory, after.pending, after.position
+        self.tables, self.uses, self.pending, self.position = after.memory, after.uses, after.pending, after.position
         return y
 
     def _read_shared(self, layer: FwPKM, x: Tensor, mask: Tensor | None) -> Tensor:
@@ -151,8 +160,9 @@ class Rows:
         for owner in dict.fromkeys(self.owners):
             ids = torch.tensor([row for row, own in enumerate(self.owners) if own == owner])
             there = ids.to(x.device)
-            table = Memory(*(t[owner : owner + 1].expand(len(ids), *t.shape[1:]) for t in self.tables))
-            state: State[Tensor] = State.of(table, _rows_of(self.pending, there), self.position[ids])
+            tables = Memory(*(_repeated(t, owner, len(ids)) for t in self.tables))
+            uses = None if self.uses is None else _repeated(self.uses, owner, len(ids))
+            state: State[Tensor] = State.of(tables, _rows_of(self.pending, there), self.position[ids], uses)
             y, after = layer(x[there], state, None if mask is None else mask[ids])
             outputs.append(y)
             states.append(after)
@@ -198,6 +208,7 @@ class Rows:
             state = self.state()
             if not _may_overwrite(state):
                 self.tables = Memory(*(t.clone() for t in self.tables))
+                self.uses = None if self.uses is None else self.uses.clone()
             self.pending = self.pending.map(torch.clone)
             with torch.no_grad():
                 for row, count in enumerate(crop.chunks.tolist()):
@@ -215,6 +226,8 @@ class Rows:
             old = self.past[row].pop()
             self.tables.keys[row] = old.keys
             self.tables.values[row].index_copy_(0, old.slots, old.values)
+            if self.uses is not None and old.uses is not None:
+                self.uses[row].index_copy_(0, old.slots, old.uses)
             for field, before in zip(self.pending, old.pending):
                 field[row] = before
 
@@ -226,6 +239,11 @@ class Rows:
         self.seen = None if self.seen is None else self.seen[ids]
         self.owners = [self.owners[row] for row in ids.tolist()]
         self.past = [list(self.past[row]) for row in ids.tolist()]
+
+
+def _repeated(x: Tensor, owner: int, times: int) -> Tensor:
+    """What belongs to one of M tables, as of so many rows that share it."""
+    return x[owner : owner + 1].expand(times, *x.shape[1:])
 
 
 def _rows_of(tokens: Tokens, rows: Tensor) -> Tokens:
@@ -244,4 +262,4 @@ def _may_overwrite(state: State) -> bool:
     """Whether a call may write in place: no gradient needs the tables, and they were not made for inference alone."""
     if torch.is_grad_enabled() or any(t.requires_grad for t in state.memory):
         return False
-    return torch.is_inference_mode_enabled() or not any(x.is_inference() for x in (*state.memory, *state.pending))
+    return torch.is_inference_mode_enabled() or not any(x.is_inference() for x in state.arrays().values())

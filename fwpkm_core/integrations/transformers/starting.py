@@ -79,7 +79,7 @@ def _check_one(name: str, memory: MemoryLayer, state: Any) -> int:
             f"states[{name!r}] must have tables of the memory's dtype, {dtype_name(table)}: load the model in the "
             f"dtype that the states were read in. Received: {dtype_name(received)}"
         )
-    where = {x.device for x in (*state.memory, *state.pending)}
+    where = {x.device for name, x in state.arrays().items() if name != "position"}
     if not table.is_meta and where != {table.device}:  # one that accelerate has taken away comes with the call
         raise ValueError(
             f"states[{name!r}] must lie where its memory lies, on {table.device}: move it with to_device of "
