@@ -345,7 +345,9 @@ def _check_uses(cfg: FwPKMConfig, state: State, implementation: Implementation) 
     if spec is None or state.uses is None:
         if spec is not state.uses:
             wanted = "None" if spec is None else "an array [M, N], as init_state makes of this configuration"
-            received = "None" if state.uses is None else type(state.uses).__name__
+            shape = getattr(state.uses, "shape", None)  # a traced array's type would say nothing
+            kind = "None" if state.uses is None else type(state.uses).__name__
+            received = kind if shape is None else f"an array of shape {tuple(shape)}"
             raise ValueError(
                 f"state.uses must be {wanted}, since usage_weight is {cfg.usage_weight!r}. Received: {received}"
             )
