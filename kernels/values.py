@@ -15,7 +15,7 @@ from fwpkm.kernels.runtime.windows import Call
 from fwpkm.kernels.step import step
 from fwpkm.kernels.tokens import LIVE
 
-EQUATIONS = ("value_gradient", "step")
+EQUATIONS = ("value_gradient", "step", "learning_rates")
 
 
 @triton.jit
