@@ -100,6 +100,16 @@ def test_a_chunk_without_a_pair_counts_nothing():
         assert_same_bits(as_numpy(be, state.uses), before)
 
 
+def test_a_chunk_that_is_due_without_a_pair_counts_nothing():
+    """The partner of its only pair is there, and not finite."""
+    cfg = dataclasses.replace(USED, chunk_size=2)
+    case = drawn(cfg, 1, 4, left_out=["mask"])
+    case.tokens.value[0, 3] = np.nan
+    for be in EVERY:
+        state = read(be, case, begun(be, case))[1]
+        assert as_numpy(be, state.uses).sum() == 2 * cfg.slots_per_token
+
+
 def test_a_row_that_keeps_its_bits_counts_as_used():
     """Its new value would not be finite."""
     case = drawn(dataclasses.replace(USED, learning_rate=1e300), 1, 3, left_out=["mask"])
