@@ -57,11 +57,15 @@ class State(NamedTuple, Generic[A]):
     """``[B, P]`` bool"""
     position: A
     """``[B]`` int32: the tokens that each row has read since it began, was reset or flushed; equal in batch scope."""
+    uses: A | None = None
+    """``[M, N]`` in the tables' dtype: how often the chunks written since a row began or was reset have selected each
+    slot (SPEC.md §4); None where ``usage_weight`` is 0."""
 
     @classmethod
-    def of(cls, memory: Memory, pending: Tokens, position: Array) -> Self:
+    def of(cls, memory: Memory, pending: Tokens, position: Array, uses: Array | None = None) -> Self:
         """A state of these parts; ``pending`` [B, P, ...]."""
-        return cls(memory, position=position, **{f"pending_{name}": x for name, x in pending._asdict().items()})
+        tokens = {f"pending_{name}": x for name, x in pending._asdict().items()}
+        return cls(memory, position=position, uses=uses, **tokens)
 
     @property
     def pending(self) -> Tokens:
@@ -70,13 +74,23 @@ class State(NamedTuple, Generic[A]):
 
     def replace_pending(self, pending: Tokens) -> Self:
         """The state with other pending tokens ``[B, P, ...]``."""
-        return self.of(self.memory, pending, self.position)
+        return self.of(self.memory, pending, self.position, self.uses)
+
+    def arrays(self) -> dict[str, Array]:
+        """The arrays that are there by the names that files give them; those of the memory are "memory.keys" and so on.
+
+        Of a state of specs, the specs.
+        """
+        fields = {name: x for name, x in self._asdict().items() if x is not None}
+        memory = fields.pop("memory")
+        return {f"memory.{name}": x for name, x in memory._asdict().items()} | fields
 
     def map(self, function: Callable[..., Array], *others: Self) -> Self:
         """A state whose every array is ``function`` of it, and of the same array of ``others``."""
         memory = Memory(*map(function, self.memory, *(x.memory for x in others)))
         pending = Tokens(*map(function, self.pending, *(x.pending for x in others)))
-        return self.of(memory, pending, function(self.position, *(x.position for x in others)))
+        uses = None if self.uses is None else function(self.uses, *(x.uses for x in others))
+        return self.of(memory, pending, function(self.position, *(x.position for x in others)), uses)
 
     def detach(self) -> Self:
         """The state without its gradient history: truncated backpropagation between calls."""
@@ -196,4 +210,5 @@ def state_specs(cfg: FwPKMConfig, batch: int | None) -> State:
     """What the arrays of a state of B rows must be, as ``ArraySpec``."""
     memory = memory_specs(cfg, None if batch is None else memories_for(cfg, batch))
     pending = token_specs(cfg, batch, ("P", cfg.capacity))
-    return State.of(memory, pending, ArraySpec((("B", batch),), "int32"))
+    uses = ArraySpec(memory.values.axes[:2], "float") if cfg.usage_weight else None
+    return State.of(memory, pending, ArraySpec((("B", batch),), "int32"), uses)

@@ -137,8 +137,8 @@ def write_scale(cfg: FwPKMConfig, weights: Array) -> Array:
 
 def value_gradient(
     cfg: FwPKMConfig, selection: Selection, error: Array, gate: Array, pair: Array, counted: Array
-) -> tuple[Array, Array]:
-    """The slots with N_i > 0 [r] and their G_i = (1/N_i) Σ κ w g (v̂ - u) [r, Dv]."""
+) -> tuple[Array, Array, Array]:
+    """The slots with N_i > 0 [r], these N_i [r] and G_i = (1/N_i) Σ κ w g (v̂ - u) [r, Dv]."""
     strength = np.where(pair, write_scale(cfg, selection.weights) * gate, 0)
     flat = selection.slots[counted].ravel()
     order = np.argsort(flat, kind="stable")
@@ -147,7 +147,8 @@ def value_gradient(
     token = np.repeat(np.flatnonzero(counted), cfg.slots_per_token)[order]
     # A token without a pair contributes nothing, even where its own error would overflow.
     terms = coefficient[:, None] * np.where(pair[:, None], error, 0)[token]
-    return touched, np.add.reduceat(terms, first, axis=0) / reads[:, None].astype(terms.dtype)
+    reads = reads.astype(terms.dtype)
+    return touched, reads, np.add.reduceat(terms, first, axis=0) / reads[:, None]
 
 
 def key_gradient(cfg: FwPKMConfig, keys: Array, query: Array, selection: Selection, counted: Array) -> Array:
@@ -176,9 +177,15 @@ def score_gradient(cfg: FwPKMConfig, query: Array, keys: Array) -> Array:
     return cfg.refuse("score", REFERENCE)
 
 
-def step(cfg: FwPKMConfig, rows: Array, gradient: Array) -> Array:
-    """rows - η (clip(gradient) + λ rows); a row that would not be finite keeps its bits."""
+def learning_rates(cfg: FwPKMConfig, reads: Array, uses: Array) -> Array:
+    """η_i = η N_i / (N_i + β U_i) of slots with N_i = ``reads`` > 0 and U_i = ``uses``: [r]."""
+    return uses.dtype.type(cfg.learning_rate) * reads / (reads + uses.dtype.type(cfg.usage_weight) * uses)
+
+
+def step(cfg: FwPKMConfig, rows: Array, gradient: Array, rates: Array | None = None) -> Array:
+    """rows - η (clip(gradient) + λ rows), η_i = ``rates`` [r] where given; a row that would not be finite stays."""
     if cfg.grad_clip is not None:
         gradient = np.clip(gradient, -cfg.grad_clip, cfg.grad_clip)
-    new = rows - rows.dtype.type(cfg.learning_rate) * (gradient + rows.dtype.type(cfg.weight_decay) * rows)
+    rate = rows.dtype.type(cfg.learning_rate) if rates is None else rates[:, None]
+    new = rows - rate * (gradient + rows.dtype.type(cfg.weight_decay) * rows)
     return np.where(np.isfinite(new).all(-1, keepdims=True), new, rows)

@@ -252,7 +252,7 @@ def _tensors(path: PathLike, argument: str, state: Any, cfg: FwPKMConfig) -> Ten
     if not isinstance(state, State):
         raise ValueError(f"{argument} must be a fwpkm.State. Received: {type(state).__name__}")
     to_numpy = registry.backend_of(state.memory.values).to_numpy
-    tensors = {name: np.asarray(to_numpy(array)) for name, array in state_arrays(state).items()}
+    tensors = {name: np.asarray(to_numpy(array)) for name, array in state.arrays().items()}
     forms = forms_of(tensors)
     check_forms(path, forms, state_forms(cfg, forms), f"Pass the config that {argument} was made with.")
     check_positions(path, "position", cfg, tensors["position"], f"Pass {argument} as apply or flush returned it.")
@@ -260,7 +260,7 @@ def _tensors(path: PathLike, argument: str, state: Any, cfg: FwPKMConfig) -> Ten
 
 
 def _native(module: Any, tensors: Tensors, device: Any) -> State:
-    arrays = {name: module.asarray(tensors[name], tensors[name].dtype.name) for name in _STATE_NAMES}
+    arrays = {name: module.asarray(x, x.dtype.name) for name, x in tensors.items()}
     memory = Memory(arrays.pop("memory.keys"), arrays.pop("memory.values"))
     state = State(memory, **arrays)
     return state if device is None else module.to_device(state, device)
@@ -277,16 +277,6 @@ def _backend(backend: Any, device: Any) -> Any:
     return module
 
 
-def state_arrays(state: State) -> dict[str, Any]:
-    """The arrays of a state by the names that they have in files."""
-    fields = state._asdict()
-    memory = fields.pop("memory")
-    return {"memory.keys": memory.keys, "memory.values": memory.values, **fields}
-
-
-_STATE_NAMES = tuple(state_arrays(state_specs(FwPKMConfig(), None)))
-
-
 def _layer_forms(layer: Layer) -> Forms:
     return {name: Form(tuple(shape), FLOATS) for name, shape in layer.tensor_shapes().items()}
 
@@ -296,7 +286,7 @@ def state_forms(cfg: FwPKMConfig, found: Forms) -> Forms:
     rows = found["position"].shape if "position" in found else ()
     batch = rows[0] if rows and rows[0] else 1
     dtypes = {"float": FLOATS, "bool": ("bool",), "int32": ("int32",)}
-    specs = state_arrays(state_specs(cfg, batch))
+    specs = state_specs(cfg, batch).arrays()
     return {name: Form(spec.shape, dtypes[spec.kind]) for name, spec in specs.items()}
 
 

@@ -49,6 +49,8 @@ class PackedState:
     """``[p, ...]``: the pending tokens of all sequences, one after the other."""
     position: np.ndarray
     """``[B]`` int32."""
+    uses: np.ndarray | None = None
+    """``[M, N]`` in the keys' dtype; None where the configuration's ``usage_weight`` is 0."""
 
     @property
     def nbytes(self) -> int:
@@ -65,6 +67,8 @@ def arrays(packed: PackedState) -> dict[str, Any]:
     """The arrays of a packed state by the names that files give them; "pending_query" and so on for tokens."""
     fields = {field.name: getattr(packed, field.name) for field in dataclasses.fields(packed)}
     del fields["config"]
+    if packed.uses is None:
+        del fields["uses"]
     pending = fields.pop("pending")
     return fields | {f"pending_{name}": x for name, x in pending._asdict().items()}
 
@@ -81,7 +85,7 @@ def specs(cfg: FwPKMConfig, batch: int, rows: int, tokens: int) -> dict[str, Arr
 
     The kind of values is "float", although they may be uint16.
     """
-    memories, n = memories_for(cfg, batch), ("n", rows)
+    memories, n, state = memories_for(cfg, batch), ("n", rows), state_specs(cfg, batch)
     pending = token_specs(cfg, tokens, ("time", 1))._asdict()
     return {
         "initial": ArraySpec((("M", memories), ("", 32)), "uint8"),
@@ -89,7 +93,8 @@ def specs(cfg: FwPKMConfig, batch: int, rows: int, tokens: int) -> dict[str, Arr
         "counts": ArraySpec((("M", memories),), "int32"),
         "slots": ArraySpec((n,), "int32"),
         "values": ArraySpec((n, ("Dv", cfg.value_dim)), "float"),
-        "position": state_specs(cfg, batch).position,
+        "position": state.position,
+        **({} if state.uses is None else {"uses": state.uses}),
         **{f"pending_{name}": ArraySpec((("p", tokens), *x.axes[2:]), x.kind) for name, x in pending.items()},
     }
 
@@ -129,6 +134,7 @@ def pack(
         values=kept if dtype is None else to_bfloat16(kept),
         pending=state.pending.map(lambda x: to_numpy(x)[there]),
         position=position,
+        uses=None if state.uses is None else np.array(to_numpy(state.uses), order="C"),
     )
 
 
@@ -236,7 +242,7 @@ def unpack(cfg: FwPKMConfig, packed: PackedState, memory: Memory) -> State:
     """The state of what :func:`prepare` returned beside an initial memory of NumPy arrays."""
     values = np.broadcast_to(memory.values, (len(packed.counts), *memory.values.shape[1:])).copy()
     values[memory_ids(packed), packed.slots] = packed.values
-    return State.of(Memory(packed.keys, values), unpack_pending(cfg, packed), packed.position)
+    return State.of(Memory(packed.keys, values), unpack_pending(cfg, packed), packed.position, packed.uses)
 
 
 def memory_ids(packed: PackedState) -> np.ndarray:
@@ -269,10 +275,17 @@ def check(name: str, packed: PackedState) -> None:
         if not isinstance(x, np.ndarray) or x.ndim == 0:
             raise ValueError(f"{name}.{field} must be a NumPy array. Received: {type(x).__name__}")
     expected = specs(packed.config, len(packed.position), len(packed.slots), len(packed.pending.query))
+    if ("uses" in found) != ("uses" in expected):
+        wanted = "an array" if "uses" in expected else "None"
+        raise ValueError(
+            f"{name}.uses must be {wanted}, since usage_weight is {packed.config.usage_weight!r}. "
+            f"Received: {'an array' if 'uses' in found else 'None'}"
+        )
     for field, spec in expected.items():
         kind = "uint16" if field == "values" and packed.values.dtype == np.uint16 else spec.kind
         validation.check_array(f"{name}.{field}", found[field], spec.axes, kind, np.ndarray)
     floats = ["values"] if packed.values.dtype != np.uint16 else []
+    floats += ["uses"] if "uses" in found else []
     floats += [field for field, spec in expected.items() if field.startswith("pending_") and spec.kind == "float"]
     for field in floats:
         if found[field].dtype != packed.keys.dtype:

@@ -50,7 +50,7 @@ SELF = Implementation.of(
     Array,
     """
     key_dim value_dim num_heads num_subkeys top_k chunk_size lookahead boundary score score_eps temperature
-    learning_rate write_scale weight_decay grad_clip addressing_weight memory_scope query value gate mask
+    learning_rate write_scale weight_decay grad_clip addressing_weight memory_scope usage_weight query value gate mask
     """,
 )
 
@@ -70,7 +70,8 @@ def init_state(cfg: FwPKMConfig, memory: Memory[Array], batch_size: int) -> Stat
     memories = memories_for(cfg, batch_size)
     tables = Memory(*(np.broadcast_to(x, (memories, *x.shape[1:])).copy() for x in memory))
     position = np.zeros(batch_size, np.int32)
-    return _state(cfg, tables, [_no_tokens(cfg, batch_size, memory.keys.dtype)], position)
+    uses = np.zeros(tables.values.shape[:2], memory.keys.dtype) if cfg.usage_weight else None
+    return _state(cfg, tables, [_no_tokens(cfg, batch_size, memory.keys.dtype)], position, uses)
 
 
 @_quiet
@@ -94,11 +95,12 @@ def apply(
         output, _, trace = apply(cfg, fresh, query, value, gate, mask, cu_seqlens, update, inplace=True)
         return output, None, trace
     validation.check_positions(cfg, state.position.tolist())
-    _check_inplace(inplace, state.memory)
+    _check_inplace(inplace, (*state.memory, state.uses))
     if cu_seqlens is not None:
         validation.check_cu_seqlens(cu_seqlens.tolist(), tokens.length)
     memory = _as_tables(state.memory, query)
     dtype, memories = memory.keys.dtype, len(memory.keys)
+    uses = None if state.uses is None else state.uses.astype(dtype, copy=False)
     tokens = _filled(dtype, tokens)
     flat = tokens.map(lambda x: x.reshape(-1, *x.shape[2:]))
     trace = _empty_trace(cfg, memories, (tokens.mask.size,), schedule.max_writes(cfg, tokens.length), dtype)
@@ -108,10 +110,10 @@ def apply(
     first = position.reshape(memories, -1)[:, 0].tolist()
     due = [schedule.written(cfg, p + at.shape[1]) > schedule.written(cfg, p) for p, at in zip(first, read_by)]
     if update and any(due) and not inplace:
-        memory = Memory(*(x.copy() for x in memory))
+        memory, uses = _copies(memory, uses)
     pending = []
     for m, (at, before) in enumerate(zip(read_by, _pending(cfg, state, dtype))):
-        own, stream = Memory(*(x[m : m + 1] for x in memory)), _at(flat, at)
+        own, own_uses, stream = *_of_memory(m, memory, uses), _at(flat, at)
         for start, stop, completes in windows(cfg, first[m], at.shape[1], update):
             part, here = stream.slice(start, stop), at[:, start:stop]
             look, finite = _look(cfg, own, part.query)
@@ -121,7 +123,7 @@ def apply(
             trace.weights[here] = _blanked(look.weights, there, dead)
             before = _join(before, _without(part, dead | ~there))
             if completes:
-                losses, column = _write_window(cfg, own, before), trace.writes[m]
+                losses, column = _write_window(cfg, own, own_uses, before), trace.writes[m]
                 trace.memorization[m, column], trace.addressing[m, column] = (x[0] for x in losses)
                 trace.writes[m] += 1
                 before = before.slice(cfg.chunk_size, None)
@@ -130,8 +132,8 @@ def apply(
     trace = trace._replace(**{x: getattr(trace, x).reshape(*shape, cfg.slots_per_token) for x in ("slots", "weights")})
     if update:
         counts = np.repeat([at.shape[1] for at in read_by], batch // memories)
-        tables = memory if any(due) else state.memory
-        state = _state(cfg, tables, pending, position + counts)
+        tables, uses = (memory, uses) if any(due) else (state.memory, state.uses)
+        state = _state(cfg, tables, pending, position + counts, uses)
     return output.reshape(*shape, cfg.value_dim).astype(query.dtype), state, trace
 
 
@@ -162,23 +164,23 @@ def flush(
     """Write the pending chunk of every sequence, or of ``rows``, empty it and restart the count (§5)."""
     batch, memories = validation.check_state(cfg, state, SELF), len(state.memory.keys)
     validation.check_positions(cfg, state.position.tolist())
-    _check_inplace(inplace, state.memory)
+    _check_inplace(inplace, (*state.memory, state.uses))
     chosen = row_checks.mask_of(cfg, rows, batch)
-    memory, dtype = state.memory, state.memory.keys.dtype
+    memory, uses, dtype = state.memory, state.uses, state.memory.keys.dtype
     trace = _empty_trace(cfg, memories, (batch, 0), 1, dtype)
     pending = _pending(cfg, state, dtype)
     of_memory = chosen.reshape(memories, -1)[:, 0]
     due = [of_memory[m] and before.length > cfg.lookahead for m, before in enumerate(pending)]  # else no pair
     if any(due) and not inplace:
-        memory = Memory(*(x.copy() for x in memory))
+        memory, uses = _copies(memory, uses)
     for m, before in enumerate(pending):
         if of_memory[m]:
             trace.writes[m] = schedule.flush_writes(cfg, before.length)
             pending[m] = before.slice(0, 0)
         if due[m]:
-            losses = _write_window(cfg, Memory(*(x[m : m + 1] for x in memory)), before)
+            losses = _write_window(cfg, *_of_memory(m, memory, uses), before)
             trace.memorization[m], trace.addressing[m] = losses
-    return _state(cfg, memory, pending, np.where(chosen, 0, state.position)), trace
+    return _state(cfg, memory, pending, np.where(chosen, 0, state.position), uses), trace
 
 
 @_quiet
@@ -213,7 +215,7 @@ def chunk_update(
     chunk = _without(chunk, ~finite)
     has_target = finite_target & (True if pair is None else pair)
     tables = Memory(*(x.copy() for x in tables))
-    losses = _write(cfg, tables, selections, chunk, chunk.value, chunk.mask, chunk.mask & has_target)
+    losses = _write(cfg, tables, None, selections, chunk, chunk.value, chunk.mask, chunk.mask & has_target)
     return tables, losses
 
 
@@ -241,7 +243,8 @@ def select(cfg: FwPKMConfig, state: State[Array], rows: Any) -> State[Array]:
     ids = row_checks.check_select(cfg, state, rows, SELF)
     tables = ids if cfg.memory_scope == "sequence" else [0]
     memory = Memory(*(x[tables] for x in state.memory))
-    return State.of(memory, state.pending.map(lambda x: x[ids]), state.position[ids])
+    uses = None if state.uses is None else state.uses[tables]
+    return State.of(memory, state.pending.map(lambda x: x[ids]), state.position[ids], uses)
 
 
 def concat(cfg: FwPKMConfig, states: Sequence[State[Array]]) -> State[Array]:
@@ -268,13 +271,13 @@ def _put(state: State, ids: Array, other: State, inplace: bool) -> State:
         x[ids if len(x) == len(state.position) else slice(None)] = y
         return x
 
-    _check_inplace(inplace, (*state.memory, *state.pending, state.position))
+    _check_inplace(inplace, tuple(state.arrays().values()))
     return state.map(replaced, other)
 
 
-def _check_inplace(inplace: bool, overwritten: Sequence[Array]) -> None:
+def _check_inplace(inplace: bool, overwritten: Sequence[Array | None]) -> None:
     validation.check_flag("inplace", inplace)
-    if inplace and not all(x.flags.writeable for x in overwritten):
+    if inplace and not all(x is None or x.flags.writeable for x in overwritten):
         raise ValueError(
             "inplace=True would overwrite arrays of the state that are read-only: pass copies, or inplace=False. "
             "Received: a state with an array whose flags.writeable is False"
@@ -291,7 +294,7 @@ def pending(cfg: FwPKMConfig, state: State[Array]) -> Array:
 def nbytes(state: State[Array]) -> int:
     """The bytes that a state takes, those of a table that rows share counted once (§5)."""
     validation.check_is_state(state)
-    arrays = (*state.memory, *state.pending, state.position)
+    arrays = state.arrays().values()
     return sum(x.itemsize * math.prod(n for n, stride in zip(x.shape, x.strides) if stride) for x in arrays if x.size)
 
 
@@ -339,6 +342,16 @@ def _as_tables(memory: Memory, query: Array) -> Memory:
     return Memory(*(x.astype(dtype, copy=False) for x in memory))
 
 
+def _copies(memory: Memory, uses: Array | None) -> tuple[Memory, Array | None]:
+    """What a write may overwrite."""
+    return Memory(*(x.copy() for x in memory)), None if uses is None else uses.copy()
+
+
+def _of_memory(m: int, memory: Memory, uses: Array | None) -> tuple[Memory, Array | None]:
+    """Views of one memory's tables and uses, M = 1."""
+    return Memory(*(x[m : m + 1] for x in memory)), None if uses is None else uses[m : m + 1]
+
+
 def _filled(dtype: np.dtype, tokens: Tokens) -> Tokens:
     """The tokens of a call in the tables' dtype, with defaults for what was left out."""
     shape, arrays = tokens.query.shape[:2], []
@@ -381,7 +394,7 @@ def _pending(cfg: FwPKMConfig, state: State, dtype: np.dtype) -> list[Tokens]:
     return [_at(tokens, rows).slice(0, counts[rows.start]) for rows in shares]
 
 
-def _state(cfg: FwPKMConfig, memory: Memory, pending: list[Tokens], position: Array) -> State:
+def _state(cfg: FwPKMConfig, memory: Memory, pending: list[Tokens], position: Array, uses: Array | None) -> State:
     """Of the pending tokens of each memory, padded to P, so that shapes never change."""
 
     def padded(x: Array) -> Array:
@@ -389,7 +402,7 @@ def _state(cfg: FwPKMConfig, memory: Memory, pending: list[Tokens], position: Ar
 
     rows = Tokens(*(np.concatenate([padded(x) for x in field]) for field in zip(*pending)))
     rows = _filled(memory.keys.dtype, rows)  # tables that are wider than what a call computed in stay so until a write
-    return State.of(memory, rows, position.astype(np.int32))
+    return State.of(memory, rows, position.astype(np.int32), uses)
 
 
 def _blanked(x: Array, there: Array, dead: Array | None = None) -> Array:
@@ -433,18 +446,19 @@ def _memory_of(row: int, memory: Memory) -> int:
     return min(row, len(memory.keys) - 1)
 
 
-def _write_window(cfg: FwPKMConfig, memory: Memory, window: Tokens) -> Losses:
+def _write_window(cfg: FwPKMConfig, memory: Memory, uses: Array | None, window: Tokens) -> Losses:
     """Write, in place, the chunk that begins a window; tokens after its first C serve only as targets (§5)."""
     selections = _select(cfg, memory, window.query)
     live = window.mask & np.stack([s.finite for s in selections])
     counted = live & (np.arange(live.shape[1]) < cfg.chunk_size)
     pair = equations.pairs(cfg, counted, live)
-    return _write(cfg, memory, selections, window, ahead(cfg, window.value), counted, pair)
+    return _write(cfg, memory, uses, selections, window, ahead(cfg, window.value), counted, pair)
 
 
 def _write(
     cfg: FwPKMConfig,
     memory: Memory,
+    uses: Array | None,
     selections: list[Selection],
     tokens: Tokens,
     target: Array,
@@ -466,8 +480,11 @@ def _write(
         p = equations.sub_key_probabilities(chosen.sub_scores)
         losses.memorization[m] = equations.memorization_loss(error, g, has)
         losses.addressing[m] = equations.addressing_loss(equations.mean_probabilities(cfg, p, chosen.subkeys, n))
-        touched, gradient = equations.value_gradient(cfg, chosen, error, g, has, n)
-        values[touched] = equations.step(cfg, values[touched], gradient)
+        touched, reads, gradient = equations.value_gradient(cfg, chosen, error, g, has, n)
+        rates = None if uses is None else equations.learning_rates(cfg, reads, uses[m, touched])
+        values[touched] = equations.step(cfg, values[touched], gradient, rates)
+        if uses is not None:
+            uses[m, touched] += reads
         weighted = keys.dtype.type(cfg.addressing_weight) * equations.key_gradient(cfg, keys, q, chosen, n)
         keys[...] = equations.step(cfg, keys, weighted)
     return losses

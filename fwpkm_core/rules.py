@@ -39,6 +39,11 @@ def addressing_slope(xp: Any, mean: Array) -> Array:
     return xp.log(mean + LOG_EPS) + mean / (mean + LOG_EPS)
 
 
+def learning_rates(cfg: FwPKMConfig, reads: Array, uses: Array) -> Array:
+    """η_i = η N_i / (N_i + β U_i) of slots (§4), from N_i = ``reads`` > 0 and U_i = ``uses``."""
+    return cfg.learning_rate * reads / (reads + cfg.usage_weight * uses)
+
+
 def step(xp: Any, cfg: FwPKMConfig, rows: Array, gradient: Array) -> Array:
     """rows - η (clip(gradient) + λ rows) (§4), for keys and, where that costs nothing, for values.
 

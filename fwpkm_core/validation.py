@@ -219,6 +219,11 @@ def check_chunk(cfg: FwPKMConfig, memory: Any, chunk: Tokens, pair: Any, impleme
     _check_served_tokens(chunk, "", implementation)
     check_lookup(cfg, memory, chunk.query, implementation)
     _check_tokens(cfg, chunk, "n", implementation.arrays, names={"value": "target"})
+    if cfg.usage_weight:
+        raise ValueError(
+            "usage_weight must be 0 here: it weighs what earlier chunks used, which a state keeps and tables alone do "
+            f"not; apply writes by it. Received: usage_weight={cfg.usage_weight!r}"
+        )
     if pair is not None:
         axes = [("B", chunk.query.shape[0]), ("n", chunk.query.shape[1])]
         check_array("pair", pair, axes, "bool", implementation.arrays)
@@ -330,7 +335,27 @@ def check_state(cfg: FwPKMConfig, state: Any, implementation: Implementation) ->
                 f"state.pending_{name} must have the tables' dtype, {dtype_name(state.memory.keys)}; something cast it "
                 f"on the way. Received: {dtype_name(array)}"
             )
+    _check_uses(cfg, state, implementation)
     return batch
+
+
+def _check_uses(cfg: FwPKMConfig, state: State, implementation: Implementation) -> None:
+    """Raise unless a state counts uses where its configuration weighs them, and there alone."""
+    spec = state_specs(cfg, state.position.shape[0]).uses
+    if spec is None or state.uses is None:
+        if spec is not state.uses:
+            wanted = "None" if spec is None else "an array [M, N], as init_state makes of this configuration"
+            received = "None" if state.uses is None else type(state.uses).__name__
+            raise ValueError(
+                f"state.uses must be {wanted}, since usage_weight is {cfg.usage_weight!r}. Received: {received}"
+            )
+        return
+    _check_spec("state.uses", state.uses, spec, implementation.arrays)
+    if state.uses.dtype != state.memory.keys.dtype:
+        raise ValueError(
+            f"state.uses must have the tables' dtype, {dtype_name(state.memory.keys)}; something cast it on the way. "
+            f"Received: {dtype_name(state.uses)}"
+        )
 
 
 def check_positions(cfg: FwPKMConfig, positions: list[int]) -> None:

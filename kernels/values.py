@@ -108,20 +108,28 @@ def piece_kernel(
     tl.store(partial_counts + tl.program_id(0), count)
 
 
+@triton.jit
+def learning_rates(reads, before, RATE: tl.constexpr, USAGE: tl.constexpr):
+    """η_i = η N_i / (N_i + β U_i) of a slot with N_i = ``reads`` > 0 and U_i = ``before``."""
+    return RATE * reads / (reads + USAGE * before)
+
+
 @triton.jit(do_not_specialize=["window", "memories", "length", "first", "total"])
 def values_kernel(
-    table, sorted_rows, order, weights, strength, error, window_flags, active, partial, partial_counts,
-    segment_start, step_sizes, old_rows, values_unclipped, window, memories, length, first, total,
+    table, uses, sorted_rows, order, weights, strength, error, window_flags, active, partial, partial_counts,
+    segment_start, step_sizes, decays, old_rows, values_unclipped, window, memories, length, first, total,
     SLOTS: tl.constexpr, WIDTH: tl.constexpr, ENTRIES: tl.constexpr, CHUNK: tl.constexpr,
-    RATE: tl.constexpr, DECAY: tl.constexpr, CLIP: tl.constexpr, BLOCK: tl.constexpr, PIECE: tl.constexpr,
-    ENTRY_BLOCK: tl.constexpr, WRITES: tl.constexpr,
+    RATE: tl.constexpr, DECAY: tl.constexpr, CLIP: tl.constexpr, USAGE: tl.constexpr, BLOCK: tl.constexpr,
+    PIECE: tl.constexpr, ENTRY_BLOCK: tl.constexpr, WRITES: tl.constexpr,
 ):  # fmt: skip
-    """values_i ← values_i - η (clip(G_i) + λ values_i), G_i = (1/N_i) Σ κ w g (v̂ - u) over the entries of slot i.
+    """values_i ← values_i - η_i (clip(G_i) + λ values_i), G_i = (1/N_i) Σ κ w g (v̂ - u) over the entries of slot i.
+
+    Then U_i ← U_i + N_i where β = USAGE is not 0; else η_i = η, and there are no ``uses``.
 
     All entries of the call lie sorted by window, table row and token. Those of one row and window are a segment, and
     the program of its first entry owns the row; the sums of the pieces behind its own are there already. It
-    keeps what a backward needs, where one comes, by segment: the row and the step size η/N_i; and for each entry, its
-    segment.
+    keeps what a backward needs, where one comes, by segment: the row, the step size η_i/N_i and, where that is not one
+    number for all, η_i λ; and for each entry, its segment.
     """
     begin = (first * ENTRIES).to(tl.int64)
     segment = begin + tl.program_id(0)
@@ -138,6 +146,8 @@ def values_kernel(
     row_index = row.to(tl.int64) - window * memories.to(tl.int64) * SLOTS
     offset = row_index * WIDTH
     old = tl.load(table + offset + d, mask=d < WIDTH, other=0.0)
+    if WRITES and USAGE:
+        before = tl.load(uses + row_index)
     # Most rows have few entries: the first alone needs few registers.
     gradient = tl.zeros([BLOCK], tl.float32)
     count = 0
@@ -177,16 +187,25 @@ def values_kernel(
     if old_rows is not None:
         tl.store(old_rows + segment * WIDTH + d, old, mask=d < WIDTH)
     if WRITES:
-        fraction = 1.0 / tl.maximum(count, 1).to(tl.float32)
+        reads = tl.maximum(count, 1).to(tl.float32)
+        fraction = 1.0 / reads
         gradient = gradient * fraction
         if values_unclipped is not None:
             tl.store(values_unclipped + segment * WIDTH + d, (tl.abs(gradient) <= CLIP).to(tl.int8), mask=d < WIDTH)
-        new, finite = step(old, gradient, d < WIDTH, RATE, DECAY, CLIP)
+        if USAGE:
+            rate = learning_rates(reads, before, RATE, USAGE)
+            if (count > 0) & lives:  # though the row may not be finite
+                tl.store(uses + row_index, before + reads)
+        else:
+            rate = RATE
+        new, finite = step(old, gradient, d < WIDTH, rate, DECAY, CLIP)
         moves = (count > 0) & lives & finite
         if moves:
             tl.store(table + offset + d, new, mask=d < WIDTH)
         if step_sizes is not None:
-            tl.store(step_sizes + segment, tl.where(moves, RATE * fraction, 0.0))
+            tl.store(step_sizes + segment, tl.where(moves, rate * fraction, 0.0))
+        if decays is not None:
+            tl.store(decays + segment, rate * DECAY)
     elif step_sizes is not None:
         tl.store(step_sizes + segment, 0.0)
 
@@ -247,7 +266,7 @@ def piece_backward_kernel(
 
 @triton.jit(do_not_specialize=["window", "memories", "first", "total"])
 def rows_backward_kernel(
-    sorted_rows, order, weights, step_sizes, latest, gradients, d_values, d_read, partial,
+    sorted_rows, order, weights, step_sizes, decays, latest, gradients, d_values, d_read, partial,
     window, memories, first, total,
     SLOTS: tl.constexpr, WIDTH: tl.constexpr, ENTRIES: tl.constexpr, RATE: tl.constexpr, DECAY: tl.constexpr,
     BLOCK: tl.constexpr, PIECE: tl.constexpr, ENTRY_BLOCK: tl.constexpr,
@@ -265,7 +284,10 @@ def rows_backward_kernel(
     d = tl.arange(0, BLOCK)
     row_index = row.to(tl.int64) - window * memories.to(tl.int64) * SLOTS
     next_segment = tl.load(latest + row_index).to(tl.int64)
-    left = tl.where(tl.load(step_sizes + segment) != 0, 1 - RATE * DECAY, 1.0)
+    left = 1 - RATE * DECAY
+    if decays is not None:
+        left = 1 - tl.load(decays + segment)
+    left = tl.where(tl.load(step_sizes + segment) != 0, left, 1.0)
     # Most rows have few entries: the first alone needs few registers.
     toward = tl.load(d_read + (entry // ENTRIES - first) * WIDTH + d, mask=d < WIDTH, other=0.0)
     toward = tl.load(weights + entry) * toward

@@ -32,5 +32,8 @@ def assert_same_bits(actual, expected):
         for a, b in zip(actual, expected):
             assert_same_bits(a, b)
         return
+    if expected is None:
+        assert actual is None
+        return
     assert actual.dtype == expected.dtype
     np.testing.assert_array_equal(actual, expected)

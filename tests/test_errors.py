@@ -195,8 +195,9 @@ def wrong_memories():
 def wrong_states():
     """Each field with each axis too long by one, and of another dtype or kind."""
     good = _state(B)
-    for name in good._fields[1:]:
-        array = getattr(good, name)
+    for name, array in good.arrays().items():
+        if name.startswith("memory."):
+            continue
         for axis in range(array.ndim):
             if name == "position" and axis == 0:
                 continue  # another batch size: the other fields are then at odds with it, below
@@ -212,6 +213,8 @@ def wrong_states():
                 f"state.pending_{name} must have the tables' dtype",
                 good._replace(**{f"pending_{name}": array.astype(dtype)}),
             )
+    for uses in (f32(B, 16), "a text"):
+        yield "state.uses must be None, since usage_weight is 0.0", good._replace(uses=uses)
     yield "", good._replace(position=np.zeros(B + 1, np.int32))  # which of them is wrong, nobody can say
     for words, memory in wrong_memories():
         yield words, good._replace(memory=memory)

@@ -33,7 +33,7 @@ def built(seed=0, **fields):
 
 def tensors(part):
     """All tensors in a reading or a state, in order."""
-    return [part] if isinstance(part, torch.Tensor) else [x for inner in part for x in tensors(inner)]
+    return [part] if isinstance(part, torch.Tensor) else [x for inner in part or () for x in tensors(inner)]
 
 
 def copied(reading):

@@ -108,6 +108,17 @@ def two_memories():
 BATCHES = list(training.batches(CORPUS, experiment().training, 0))
 
 
+def test_how_tables_were_used_goes_on_with_them_and_begins_anew_with_them():
+    weighted = experiment(model={"memory": {**MEMORY, "usage_weight": 1.0}})
+    trainer = training.Trainer(weighted, CPU)
+    (state,) = trainer.reading.memories
+    a_step = TRAINING["length"] * MEMORY["top_k"]
+    trainer.take(BATCHES[0]._replace(anew=[False, False]))
+    assert state.uses.sum(1).tolist() == [a_step, a_step]
+    trainer.take(BATCHES[1]._replace(anew=[False, True]))
+    assert state.uses.sum(1).tolist() == [2 * a_step, a_step]
+
+
 def test_a_row_that_begins_anew_starts_from_the_initial_tables():
     (fresh, expected), (spoiled, found) = two_memories(), two_memories()
     for table in found:

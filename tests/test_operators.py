@@ -54,7 +54,8 @@ def test_compiled_without_a_break_it_gives_the_same(name: str) -> None:
         more, state, trace = be.apply(cfg, state, *second, **options)
         again, same, _ = be.apply(cfg, state, query, value, gate, update=False, **options)
         assert same.memory is state.memory
-        return torch.cat([output, more, again], 1), *flatten(state), *trace._replace(writes=trace.writes.to(DEVICE))
+        trace = trace._replace(writes=trace.writes.to(DEVICE))
+        return torch.cat([output, more, again], 1), *state.arrays().values(), *trace
 
     results = []
     compiled = torch.compile(read, fullgraph=True, backend="aot_eager")
@@ -113,7 +114,7 @@ def test_ragged_rows_are_read_as_eagerly(kind: str, name: str, where: str) -> No
         live = [output, more, *state.memory, state.pending_query, state.pending_value]
         total = sum((x.nan_to_num() * torch.linspace(-1, 1, x.numel(), device=x.device).view_as(x)).sum() for x in live)
         records = [x.float() for trace in traces for x in trace._replace(slots=trace.slots * trace.weights.isfinite())]
-        results.append([*live, *flatten(state), *records, *torch.autograd.grad(total, [*inputs, *tables])])
+        results.append([*live, *state.arrays().values(), *records, *torch.autograd.grad(total, [*inputs, *tables])])
     for expected, received in zip(*results, strict=True):
         same_or_close(received, expected)
 
@@ -147,7 +148,7 @@ def test_what_a_compiled_layer_reads_packed_and_masked(monkeypatch) -> None:
         received, after = compiled(x, mask=mask, cu_seqlens=ends, return_state=keep)
         same_or_close(received, expected)
         assert (after is None) == (not keep)
-        for a, b in zip(flatten(after) if keep else [], flatten(state)):
+        for a, b in zip(after.arrays().values() if keep else [], state.arrays().values()):
             same_or_close(a, b)
 
 
@@ -309,14 +310,14 @@ def test_decoding_equals_reading(name: str, implementation: str) -> None:
     mask[1, 3] = False
     state = state_of(cfg)
     decoding = be.start_decoding(state)
-    fields = flatten(decoding)
+    fields = [*decoding.arrays().values()]
     with torch.no_grad():
         for t in range(11):
             one = [x[:, t : t + 1] for x in (query, value, gate, mask)]
             expected, state, _ = be.apply(cfg, state, *one, implementation="eager")
             received = be.decode(cfg, decoding, *one, implementation=implementation)
             same_or_close(received, expected)
-            for field, wanted in zip(fields, flatten(state), strict=True):
+            for field, wanted in zip(fields, state.arrays().values(), strict=True):
                 same_or_close(field, wanted)
 
 
@@ -335,7 +336,7 @@ def test_decoding_rows_at_different_positions_and_rows_that_rest(boundary: str) 
         before = decoding.map(torch.clone)
         expected, state, _ = be.apply(cfg, state, *one, implementation="eager")
         same_or_close(be.decode(cfg, decoding, *one, implementation="triton"), expected)
-        for field, old, wanted in zip(*map(flatten, (decoding, before, state)), strict=True):
+        for field, old, wanted in zip(*(x.arrays().values() for x in (decoding, before, state)), strict=True):
             same_or_close(field, wanted)
             assert torch.equal(field[~mask[:, t]], old[~mask[:, t]])
 

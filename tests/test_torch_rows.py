@@ -6,7 +6,6 @@ from interpreter import DEVICE, same_or_close
 
 from fwpkm import FwPKMConfig
 from fwpkm.backends import torch as be
-from fwpkm.backends.torch.flat import flatten
 from fwpkm.backends.torch.left_aligned import rounded
 from fwpkm.containers import Memory, State
 from fwpkm.kernels.runtime import windows
@@ -39,9 +38,9 @@ def test_in_place_each_row_has_a_table_of_its_own(name: str, rows: list[int]) ->
     after = CALLS[name](beams)
     torch.manual_seed(0)
     expected = CALLS[name](kept[1])
-    for x, y in zip(flatten(after), flatten(expected)):
+    for x, y in zip(after.arrays().values(), expected.arrays().values()):
         assert torch.equal(x, y)
-    for x, y in zip(flatten(state), flatten(kept[0])):
+    for x, y in zip(state.arrays().values(), kept[0].arrays().values()):
         assert torch.equal(x, y)
     assert not torch.equal(after.memory.values[0], state.memory.values[rows[0]])
 
@@ -204,7 +203,7 @@ def test_a_position_made_for_inference_is_not_found_too_late(call: str) -> None:
     state = half_read()
     with torch.inference_mode():
         state = state._replace(position=state.position.clone())
-    before = [x.clone() for x in flatten(state)]
+    before = [x.clone() for x in state.arrays().values()]
     with pytest.raises(RuntimeError, match="inference"):
         CALLS[call](state)
-    assert all(map(torch.equal, flatten(state), before))
+    assert all(map(torch.equal, state.arrays().values(), before))

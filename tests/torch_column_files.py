@@ -18,7 +18,6 @@ from fwpkm import FwPKMConfig
 from fwpkm.backends import torch as be
 from fwpkm.backends.torch import FwPKM, columns
 from fwpkm.containers import State
-from fwpkm.files import state_arrays
 
 # Refusals: what was raised, on this rank
 
@@ -169,7 +168,7 @@ def save() -> float:
         columns.save_state(FOLDER / "state", state, cfg)
         columns.save(FOLDER / "layer", layer)
     assert len(list((FOLDER / "state").iterdir())) == RANKS + 1
-    checkpoint.save({"layer": layer.state_dict(), "state": state_arrays(state)}, checkpoint_id=FOLDER / f"dcp-{RANKS}")
+    checkpoint.save({"layer": layer.state_dict(), "state": state.arrays()}, checkpoint_id=FOLDER / f"dcp-{RANKS}")
     if RANK == 0:
         columns.join(FOLDER / "state", FOLDER / "state.safetensors")
         columns.join(FOLDER / "layer", FOLDER / "layer.safetensors")
@@ -190,7 +189,7 @@ def load() -> float:
         layer = columns.shard(FwPKM(8, **SMALL, learn_memory=True, dtype=torch.float64), mesh())
         if source == "dcp":
             fresh = columns.shard(be.init_state(cfg, be.init_memory(cfg), 2), mesh())
-            held = {"layer": layer.state_dict(), "state": state_arrays(fresh)}
+            held = {"layer": layer.state_dict(), "state": fresh.arrays()}
             checkpoint.load(held, checkpoint_id=FOLDER / f"dcp-{6 - RANKS}")  # two load what four saved, and four that
             errors.append(worst(leaves(fresh), leaves(expected)))
         else:

@@ -10,7 +10,7 @@ from keras import KerasTensor, initializers, ops
 
 from fwpkm import validation
 from fwpkm.backends.keras import checks, native, segments
-from fwpkm.backends.keras.layout import NAMES, as_state, by_name, copies_of, fill, specs, trace_spec
+from fwpkm.backends.keras.layout import NAMES, as_state, copies_of, fill, specs, trace_spec
 from fwpkm.backends.keras.tokens import blank, dtype_of, finite_rows, nan_where
 from fwpkm.backends.keras.windows import SELF
 from fwpkm.config import FwPKMConfig
@@ -212,13 +212,13 @@ class FwPKM(keras.layers.Layer):
         tokens = self._tokens(ops.cast(x, self.compute_dtype), there)
         if _decoding:
             read, after = native.decode(self._config, initial_state, tokens.map(ops.stop_gradient))
-            return [ops.stop_gradient(self._output(read, tokens)), *by_name(after).values()]
+            return [ops.stop_gradient(self._output(read, tokens)), *after.arrays().values()]
         read, state, trace = self._read(tokens, segment_ids, initial_state, update)
         outputs = [self._output(read, tokens)]
         if state is not None:
             if self.stateful and update:
                 self._keep(native.after(read, native.functions().detach(state)))
-            outputs += by_name(state).values() if self.return_state else ()
+            outputs += state.arrays().values() if self.return_state else ()
         if return_trace:
             assert trace is not None
             outputs.append(self._trace(trace, tokens.gate))
@@ -421,7 +421,7 @@ class FwPKM(keras.layers.Layer):
 
     def _keep(self, state: State) -> None:
         """Let the next call of a stateful layer go on from here."""
-        for name, array in by_name(state).items():
+        for name, array in state.arrays().items():
             self._weight(f"state.{name}").assign(array)
 
     @property

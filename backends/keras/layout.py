@@ -11,21 +11,13 @@ from fwpkm.config import FwPKMConfig
 from fwpkm.containers import LayerTrace, Memory, State, memories_for, memory_specs, state_specs
 from fwpkm.tokens import Array, ArraySpec
 
-
-def by_name(state: State) -> dict[str, Any]:
-    """The arrays of a state, or their specs, by name; those of its memory as "memory.keys" and so on."""
-    fields = state._asdict()
-    memory = fields.pop("memory")
-    return {f"memory.{name}": x for name, x in memory._asdict().items()} | fields
-
-
-NAMES = tuple(by_name(state_specs(FwPKMConfig(), None)))
+NAMES = tuple(state_specs(FwPKMConfig(), None).arrays())
 
 
 def from_names(arrays: Mapping[str, Any]) -> State:
-    """The inverse of :func:`by_name`."""
+    """The inverse of ``State.arrays``."""
     memory = Memory(**{name: arrays[f"memory.{name}"] for name in Memory._fields})
-    return State(memory, **{name: arrays[name] for name in State._fields if name != "memory"})
+    return State(memory, **{name: arrays[name] for name in NAMES if not name.startswith("memory.")})
 
 
 def as_state(arrays: Any, argument: str = "initial_state") -> State:
@@ -51,7 +43,7 @@ def as_state(arrays: Any, argument: str = "initial_state") -> State:
 def specs(cfg: FwPKMConfig, batch_size: Any) -> dict[str, ArraySpec]:
     """What a state of ``batch_size`` rows, None where unknown, consists of."""
     memory = memory_specs(cfg, memories_for(cfg, batch_size))  # one in batch scope, however many rows
-    return by_name(state_specs(cfg, batch_size)._replace(memory=memory))
+    return state_specs(cfg, batch_size)._replace(memory=memory).arrays()
 
 
 def trace_spec(cfg: FwPKMConfig, shape: Sequence[int | None], dtype: str) -> LayerTrace:

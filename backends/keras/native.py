@@ -11,7 +11,6 @@ from typing import Any
 import keras
 from keras import ops
 
-from fwpkm.backends.keras.layout import by_name
 from fwpkm.config import FwPKMConfig
 from fwpkm.containers import Memory, State, Trace
 from fwpkm.tokens import Array, Tokens
@@ -62,7 +61,7 @@ def decode(cfg: FwPKMConfig, state: State, tokens: Tokens) -> tuple[Array, State
         return output, after
     if keras.backend.backend() == "jax":
         return functions().decode(cfg, state, **tokens.present())
-    device, owned = state.memory.keys.device, all(getattr(x, _OWNED, False) for x in by_name(state).values())
+    device, owned = state.memory.keys.device, all(getattr(x, _OWNED, False) for x in state.arrays().values())
     state = functions().detach(state).map(lambda x: x.to(device).contiguous())
     state = _owned(state if owned else state.map(lambda x: x.clone()))
     return functions().decode(cfg, state, **tokens.present()), state
@@ -83,14 +82,14 @@ _OWNED = "_fwpkm_owned"
 
 
 def _owned(state: State) -> State:
-    for x in by_name(state).values():
+    for x in state.arrays().values():
         setattr(x, _OWNED, True)
     return state
 
 
 def share(state: State) -> None:
     """Take the marks of a state: a call that reads on from it may return the same tables."""
-    for x in by_name(state).values():
+    for x in state.arrays().values():
         if hasattr(x, _OWNED):
             delattr(x, _OWNED)
 
@@ -159,7 +158,7 @@ def after(read: Array, state: State) -> State:
         return state
     import tensorflow
 
-    with tensorflow.control_dependencies([read, *by_name(state).values()]):
+    with tensorflow.control_dependencies([read, *state.arrays().values()]):
         return state.map(tensorflow.identity)
 
 

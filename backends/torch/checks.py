@@ -64,9 +64,10 @@ def check_state_device(tokens: Tensor, state: State) -> None:
     check_device(tokens, **{f"state.{field}": x for field, x in state._asdict().items()})
 
 
-def check_inplace(inplace: bool, *overwritten: Tensor) -> None:
+def check_inplace(inplace: bool, *tensors: Tensor | None) -> None:
     """Raise a RuntimeError where autograd needs what a call may overwrite, or where that was made for inference."""
     validation.check_flag("inplace", inplace)
+    overwritten = [x for x in tensors if x is not None]
     if inplace and not torch.is_inference_mode_enabled() and any(x.is_inference() for x in overwritten):
         raise RuntimeError(
             "inplace=True would overwrite tensors that were made under torch.inference_mode(): call under it too, or "

@@ -58,7 +58,7 @@ def save_state(folder: PathLike, state: State, cfg: FwPKMConfig) -> None:
         validation.check_positions(cfg, state.position.tolist())
         return json.loads(cfg.to_json())
 
-    _save(folder, "state", _columns_of(state.memory.values), checked_spec, lambda: files.state_arrays(state))
+    _save(folder, "state", _columns_of(state.memory.values), checked_spec, state.arrays)
 
 
 def save(folder: PathLike, layer: Any) -> None:

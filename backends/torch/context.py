@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import CheckpointFunction
 
-from fwpkm.backends.torch.flat import flatten
 from fwpkm.containers import State, Trace
 
 Result: TypeAlias = tuple[Tensor, State | None, Trace]
@@ -60,7 +59,7 @@ def through_checkpoints(call: Callable[..., Result]) -> Callable[..., Result]:
 def _check_lineage(state: State, reentrant: bool) -> None:
     """Raise a RuntimeError where a gradient through the state would be lost."""
     cut = getattr(state.position, _CUT, False) and (reentrant or torch.is_grad_enabled())
-    if cut or (reentrant and any(x.requires_grad for x in flatten(state))):
+    if cut or (reentrant and any(x.requires_grad for x in state.arrays().values())):
         raise RuntimeError(
             "torch.utils.checkpoint with use_reentrant=True passes no gradient through a state: call it with "
             "use_reentrant=False, or cut the history with fwpkm.backends.torch.detach(state). Received: a state that "

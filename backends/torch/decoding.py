@@ -7,7 +7,6 @@ from fwpkm import validation
 from fwpkm.backends.torch import engine, exporting, fast, operators, ops, ranks
 from fwpkm.backends.torch.checks import check_device, check_state_device
 from fwpkm.backends.torch.column_parallel import by_columns, is_sharded
-from fwpkm.backends.torch.flat import flatten, unflatten
 from fwpkm.backends.torch.windows import SELF
 from fwpkm.config import FwPKMConfig
 from fwpkm.containers import State
@@ -32,7 +31,7 @@ def start_decoding(state: State[Tensor]) -> State[Tensor]:
         x = x.detach().clone(memory_format=torch.contiguous_format).to(device)
         return x.to(dtype) if x.is_floating_point() else x
 
-    return unflatten(State, map(copy, flatten(state)))
+    return state.map(copy)
 
 
 @torch.no_grad()
@@ -90,11 +89,14 @@ def decode_tokens(
     if traced or not (in_columns or engine.choose_engine(implementation, cfg, state.memory, tokens.query) == "eager"):
         return operators.decode(cfg, state, tokens)
     # What was made for inference may be overwritten there alone.
-    with torch.inference_mode(torch.is_inference_mode_enabled() or any(x.is_inference() for x in flatten(state))):
+    with torch.inference_mode(
+        torch.is_inference_mode_enabled() or any(x.is_inference() for x in state.arrays().values())
+    ):
         on_host = state._replace(position=state.position.cpu())
         engine_of = implementation if in_columns else "eager"
         output, after, _ = ops.read_on(cfg, on_host, tokens, None, True, True, engine_of, layer)
-        for old, new in zip(flatten(state), flatten(after)):
+        assert after is not None
+        for old, new in zip(state.arrays().values(), after.arrays().values()):
             if old is not new:
                 old.copy_(new)
     return output if torch.is_inference_mode_enabled() or not output.is_inference() else output.clone()

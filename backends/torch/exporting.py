@@ -12,7 +12,7 @@ from torch.utils._pytree import _register_namedtuple
 
 from fwpkm import schedule
 from fwpkm.backends.torch.flat import flat, flatten, schema, unflatten
-from fwpkm.backends.torch.operators import unpacked
+from fwpkm.backends.torch.operators import present, unpacked
 from fwpkm.config import FwPKMConfig
 from fwpkm.containers import LayerTrace, Memory, State, Trace
 from fwpkm.tokens import Tokens
@@ -55,7 +55,8 @@ def apply(
 ) -> tuple[Tensor, State, Trace]:
     """``ops.apply`` of arguments that were checked."""
     arguments = _Read(cfg.to_json(), state, inputs, cu_seqlens, update)
-    return unflatten(_Result, torch.ops.fwpkm.read(*flatten(arguments)))
+    output, after, trace = unflatten(_Result, torch.ops.fwpkm.read(*flatten(arguments)))
+    return output, after if cfg.usage_weight else after._replace(uses=None), trace
 
 
 @torch.library.custom_op("fwpkm::read", mutates_args=(), schema=f"({schema(_Read)}) -> Tensor[]")
@@ -70,7 +71,8 @@ def _read(*arguments: Any) -> list[Tensor]:
     after = after.map(lambda x: x.to(dtype) if x.is_floating_point() else x)
     taken = {x.untyped_storage()._cdata for x in arguments if isinstance(x, Tensor)}
     results = []
-    for x in flatten(_Result(output, after, trace)):  # an operator's results are its own, each apart from the others
+    # An operator's results are its own, each apart from the others.
+    for x in present(tokens.query, _Result(output, after, trace)):
         results.append(x.clone() if x.untyped_storage()._cdata in taken else x)
         taken.add(x.untyped_storage()._cdata)
     return results
@@ -92,7 +94,7 @@ def _(*arguments: Any) -> list[Tensor]:
         writes=query.new_empty(memories, dtype=torch.int32),
     )
     after = state.map(lambda x: x.new_empty(x.shape, dtype=dtype if x.is_floating_point() else x.dtype))
-    return flatten(_Result(query.new_empty(rows, length, cfg.value_dim), after, trace))
+    return present(query, _Result(query.new_empty(rows, length, cfg.value_dim), after, trace))
 
 
 def _table_dtype(state: State, tokens: Tokens) -> torch.dtype:

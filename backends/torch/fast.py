@@ -16,6 +16,7 @@ from fwpkm import schedule, validation
 from fwpkm.backends.torch.column_parallel import Columns
 from fwpkm.backends.torch.derivatives import first_only
 from fwpkm.backends.torch.flat import flat, flatten, unflatten
+from fwpkm.backends.torch.rows import own_uses
 from fwpkm.backends.torch.tokens import filled, join, pad, without
 from fwpkm.config import FwPKMConfig
 from fwpkm.containers import Lookup, Losses, Memory, State, Trace
@@ -34,14 +35,12 @@ def check_decoding(state: State, query: Tensor) -> None:
             f"state.position must be on the tokens' device, {query.device}: decode takes what start_decoding(state) "
             f"returns. Received: position on {state.position.device}"
         )
-    for name, x in (*state.memory._asdict().items(), *state._asdict().items()):
-        if not isinstance(x, Tensor):
-            continue
+    for name, x in state.arrays().items():
         narrow = x.is_floating_point() and x.element_size() < 4
         if narrow or x.requires_grad or not x.is_contiguous():
             raise ValueError(
-                f"{name} of the state must be float32, contiguous and without gradient: decode takes what "
-                f"start_decoding(state) returns. Received: {x.dtype}, contiguous={x.is_contiguous()}, "
+                f"{name.removeprefix('memory.')} of the state must be float32, contiguous and without gradient: decode "
+                f"takes what start_decoding(state) returns. Received: {x.dtype}, contiguous={x.is_contiguous()}, "
                 f"requires_grad={x.requires_grad}"
             )
 
@@ -81,7 +80,7 @@ def unwritten(stream: Tokens, first: int, flags: Tensor) -> Tokens:
 
 def apply(
     cfg: FwPKMConfig, state: State, position: int, new_tokens: Tokens, update: bool, owned: bool
-) -> tuple[Tensor, Memory, Tokens, Trace]:
+) -> tuple[Tensor, Memory, Tensor | None, Tokens, Trace]:
     """Read T tokens and write every chunk that they complete.
 
     Args:
@@ -93,7 +92,7 @@ def apply(
         owned: the value table may be overwritten.
 
     Returns:
-        output, tables, what is pending then, and the trace.
+        output, tables, uses, what is pending then, and the trace.
     """
     from fwpkm.kernels.runtime import windows
 
@@ -102,20 +101,22 @@ def apply(
     pending = state.pending
     stream = stream_of(pending, plan.num_pending, new_tokens)
     columns, dtype = schedule.max_writes(cfg, length), new_tokens.query.dtype
-    done = run(cfg, plan, state.memory, stream, None, owned, columns, dtype)
+    done = run(cfg, plan, state.memory, stream, None, owned, columns, dtype, state.uses)
     if plan.num_pending or plan.first_unwritten < plan.num_tokens:  # else there are zeros before and after
         pending = pad(unwritten(stream, plan.first_unwritten, done.flags), cfg.capacity)
     writes = torch.full(done.memory.keys.shape[:1], plan.num_writes, dtype=torch.int32)
-    return done.output, done.memory, pending, done.trace._replace(writes=writes)
+    return done.output, done.memory, done.uses, pending, done.trace._replace(writes=writes)
 
 
-def flush(cfg: FwPKMConfig, memory: Memory, pending: Tokens, owned: bool) -> tuple[Memory, Losses]:
-    """Write the pending tokens: the tables, and the losses ``[M, 1]``."""
+def flush(
+    cfg: FwPKMConfig, memory: Memory, pending: Tokens, owned: bool, uses: Tensor | None
+) -> tuple[Memory, Tensor | None, Losses]:
+    """Write the pending tokens: the tables, the uses, and the losses ``[M, 1]``."""
     from fwpkm.kernels.runtime import windows
 
     plan = windows.write(pending.length, pending.query.shape[0])
-    done = run(cfg, plan, memory, pending, None, owned, 1, pending.query.dtype)
-    return done.memory, Losses(done.trace.memorization, done.trace.addressing)
+    done = run(cfg, plan, memory, pending, None, owned, 1, pending.query.dtype, uses)
+    return done.memory, done.uses, Losses(done.trace.memorization, done.trace.addressing)
 
 
 def lookup(cfg: FwPKMConfig, memory: Memory, query: Tensor) -> Lookup:
@@ -151,6 +152,7 @@ class Done(NamedTuple):
     """Without ``writes``."""
     weights: Tensor
     """Those of the trace, differentiable."""
+    uses: Tensor | None
 
 
 class Settings(NamedTuple):
@@ -168,24 +170,25 @@ class Settings(NamedTuple):
 
 def run(
     cfg: FwPKMConfig, plan: Any, memory: Memory, stream: Tokens, pair: Tensor | None, owned: bool, columns: int,
-    dtype: torch.dtype,
+    dtype: torch.dtype, uses: Tensor | None = None,
 ) -> Done:  # fmt: skip
-    """One call: output in ``dtype``, and a trace of so many columns."""
-    dealt, whole = Columns.of(memory.values), memory
+    """One call: output in ``dtype``, and a trace of so many columns; ``uses`` [M, N] are those before it."""
+    dealt, whole, before = Columns.of(memory.values), memory, uses
     if dealt is not None:
         cfg, memory, stream = dealt.narrowed(cfg, memory, stream)
     keys, values = as_tables(memory)
     if not plan.num_writes and keys.stride(0) == values.stride(0) == 0:  # rows that share a table read it where it is
         keys, values = keys[:1], values[:1]
     stream, pair, settings = stream.map(plain), plain(pair), Settings(cfg, plan, owned, dtype, dealt)
+    uses = own_uses(uses, torch.float32, owned) if plan.num_writes else None
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (keys, values, *stream)):
-        flat_inputs = (keys, values, pair, *flatten(stream))
+        flat_inputs = (keys, values, pair, *flatten(stream), uses)
         results = unflatten(Results, _Call.apply(settings, *flat_inputs))
     else:
-        results = results_of(*forward(settings, keys, values, stream, pair, False))
+        results = results_of(*forward(settings, keys, values, stream, pair, False, uses))
     if dealt is not None:
         results = _of_all_columns(dealt, results)
-    return done_with(results, whole, columns)
+    return done_with(results, whole, columns, before if uses is None else uses)
 
 
 def _of_all_columns(dealt: Columns, results: "Results") -> "Results":
@@ -205,8 +208,11 @@ def as_tables(memory: Memory) -> Memory:
     return Memory(*(table.to(torch.float32).resolve_neg() for table in memory))
 
 
-def done_with(results: "Results", memory: Memory, columns: int) -> Done:
-    """What a call gives that read ``memory``: the same tables where nothing was written; a trace of so many columns."""
+def done_with(results: "Results", memory: Memory, columns: int, uses: Tensor | None) -> Done:
+    """What a call gives that read ``memory``: the same tables where nothing was written; a trace of so many columns.
+
+    ``uses`` are those after the call.
+    """
     writes = len(results.memorization)
     if writes:
         memory = Memory(results.keys, results.values)
@@ -216,13 +222,17 @@ def done_with(results: "Results", memory: Memory, columns: int) -> Done:
     elif writes < columns:
         losses = {name: torch.nn.functional.pad(x, (0, columns - writes)) for name, x in losses.items()}
     trace = Trace(results.slots, results.weights.detach(), **losses, writes=None)
-    return Done(results.output, memory, results.flags, trace, results.weights)
+    return Done(results.output, memory, results.flags, trace, results.weights, uses)
 
 
 def forward(
-    settings: Settings, keys: Tensor, values: Tensor, stream: Tokens, pair: Tensor | None, save: bool, most: Any = None
-) -> tuple[Any, Tensor]:
-    """The result, and the table that was written: that of the caller if it is ``owned``, else a copy."""
+    settings: Settings, keys: Tensor, values: Tensor, stream: Tokens, pair: Tensor | None, save: bool,
+    uses: Tensor | None, most: Any = None,
+) -> tuple[Any, Tensor]:  # fmt: skip
+    """The result, and the table that was written: that of the caller if it is ``owned``, else a copy.
+
+    ``uses`` [M, N] float32, contiguous, are overwritten.
+    """
     from fwpkm.kernels.runtime import call
 
     cfg, plan, owned, dtype, _ = settings
@@ -234,7 +244,7 @@ def forward(
         # Autograd must see what the kernels overwrite, or a backward that kept the table would take the new one.
         torch.autograd.graph.increment_version(values)
     with on_device_of(values):
-        return call.forward(cfg, plan, keys.contiguous(), values, stream, pair, save, dtype, most), values
+        return call.forward(cfg, plan, keys.contiguous(), values, stream, pair, save, dtype, uses, most), values
 
 
 def _by_window(plan: Any, batch: int, d: Tensor) -> Tensor:
@@ -256,6 +266,8 @@ class _Inputs(NamedTuple):
     """``[M, N, Dv]``; its gradient may be None."""
     pair: Tensor | None
     tokens: Tokens
+    uses: Tensor | None
+    """Overwritten; a count, without gradient."""
 
 
 @flat
@@ -294,9 +306,9 @@ class _Call(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *inputs):
-        settings, keys, values, pair, tokens = unflatten(_Inputs, inputs)
+        settings, keys, values, pair, tokens, uses = unflatten(_Inputs, inputs)
         save = any(ctx.needs_input_grad)
-        result, written = forward(settings, keys, values, tokens, pair, save)
+        result, written = forward(settings, keys, values, tokens, pair, save, uses)
         results = results_of(result, written)
         if results.values is values:
             ctx.mark_dirty(values)
@@ -330,4 +342,4 @@ class _Call(torch.autograd.Function):
                 None if dealt is None else dealt.summed,
             )  # fmt: skip
         of_tokens = gradients.tokens._replace(query=gradients.tokens.query.to(tokens.query.dtype))
-        return tuple(flatten(_Inputs(None, gradients.keys, gradients.values, None, of_tokens)))
+        return tuple(flatten(_Inputs(None, gradients.keys, gradients.values, None, of_tokens, None)))

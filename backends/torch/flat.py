@@ -48,12 +48,12 @@ def _filled(kind: type[T], leaves: Iterator[Any]) -> T:
 def schema(kind: type, mutated: str | None = None) -> str:
     """The arguments of an operator that takes ``flatten`` of a NamedTuple, in the words of torch.
 
-    Every tensor may be None, but those of the field ``mutated``, which the operator overwrites.
+    Every tensor may be None; those of the field ``mutated`` the operator overwrites.
     """
     hints = get_type_hints(kind)
     arguments: list[str] = []
     for name, nested in _NESTED[kind].items():
-        of = "Tensor(a{}!)" if name == mutated else _TYPES.get(hints[name], "Tensor?")
+        of = "Tensor(a{}!)?" if name == mutated else _TYPES.get(hints[name], "Tensor?")
         arguments += [f"{of.format(len(arguments) + i)} {leaf}" for i, leaf in enumerate(_leaves(name, nested))]
     return ", ".join(arguments)
 

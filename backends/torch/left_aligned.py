@@ -50,12 +50,12 @@ def apply(
     passed = num_new if num_new is not None else _later(rows.num_new, state.position.device)
     pair, columns = rows.places.pair if update else None, schedule.max_writes(cfg, inputs.length)
     if compiled:
-        done = operators.run(cfg, state.memory, rows.tokens, pair, update, columns, inputs.query.dtype)
+        done = operators.run(cfg, state.memory, state.uses, rows.tokens, pair, update, columns, inputs.query.dtype)
     else:
         from fwpkm.kernels.runtime import windows
 
         plan = windows.plan(cfg, 0, longest, batch, update)
-        done = fast.run(cfg, plan, state.memory, rows.tokens, pair, owned, columns, inputs.query.dtype)
+        done = fast.run(cfg, plan, state.memory, rows.tokens, pair, owned, columns, inputs.query.dtype, state.uses)
     writes = (rows.places.due if update else rows.places.due * 0).view(state.memory.keys.shape[0], -1)[:, 0]
     output, slots, weights = rows.of_call(done.output, done.trace.slots, done.trace.weights)
     if wrong is not None:
@@ -66,7 +66,8 @@ def apply(
         left = rows.left(cfg, done.flags)
         moved = passed() if callable(passed) else passed
         left = filled(done.memory.keys.dtype, left)
-        state = State.of(done.memory, left, schedule.reduced(cfg, state.position) + moved.to(state.position))
+        position = schedule.reduced(cfg, state.position) + moved.to(state.position)
+        state = State.of(done.memory, left, position, done.uses)
     return output, state, trace
 
 

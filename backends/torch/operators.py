@@ -14,6 +14,7 @@ from torch import Tensor
 from fwpkm import schedule, validation
 from fwpkm.backends.torch import fast
 from fwpkm.backends.torch.flat import flat, flatten, leaf_names, schema, unflatten
+from fwpkm.backends.torch.rows import own_uses
 from fwpkm.backends.torch.windows import SELF
 from fwpkm.config import FwPKMConfig
 from fwpkm.containers import Memory, State
@@ -25,7 +26,7 @@ unpacked = functools.lru_cache(FwPKMConfig.from_json)
 
 @flat
 class _Apply(NamedTuple):
-    """What ``fwpkm::apply`` takes; it returns ``fast.Results``, and the residuals that a backward needs."""
+    """What ``fwpkm::apply`` takes; ``_taken`` says what it returns."""
 
     config: str
     memory: Memory
@@ -35,6 +36,8 @@ class _Apply(NamedTuple):
     """Of the output."""
     update: bool
     save: bool
+    uses: Tensor | None
+    """Before the call."""
 
 
 @flat
@@ -69,15 +72,21 @@ class _Decode(NamedTuple):
 
 
 def run(
-    cfg: FwPKMConfig, memory: Memory, stream: Tokens, pair: Tensor | None, update: bool, columns: int,
-    dtype: torch.dtype,
+    cfg: FwPKMConfig, memory: Memory, uses: Tensor | None, stream: Tokens, pair: Tensor | None, update: bool,
+    columns: int, dtype: torch.dtype,
 ) -> fast.Done:  # fmt: skip
     """``fast.run`` of rows at position 0, as one operator."""
     leaves = (*memory, *stream)
     save = torch.is_grad_enabled() and any([x is not None and x.requires_grad for x in leaves])
-    arguments = _Apply(cfg.to_json(), memory, pair, stream, dtype, update, save)
-    results = unflatten(fast.Results, torch.ops.fwpkm.apply(*flatten(arguments)))
-    return fast.done_with(results, memory, columns)
+    arguments = _Apply(cfg.to_json(), memory, pair, stream, dtype, update, save, uses)
+    results, (after, *_) = _taken(torch.ops.fwpkm.apply(*flatten(arguments)))
+    return fast.done_with(results, memory, columns, uses if uses is None or not len(results.memorization) else after)
+
+
+def _taken(output: list[Tensor]) -> tuple[fast.Results, list[Tensor]]:
+    """What ``fwpkm::apply`` returns: the results; then the uses, and the residuals that a backward needs."""
+    leaves = iter(output)
+    return unflatten(fast.Results, leaves), [*leaves]
 
 
 def _plan(cfg: FwPKMConfig, query: Tensor, update: bool) -> Any:
@@ -96,18 +105,20 @@ def _residuals_of(cfg: FwPKMConfig, query: Tensor, update: bool) -> tuple:
 
 @torch.library.custom_op("fwpkm::apply", mutates_args=(), schema=f"({schema(_Apply)}) -> Tensor[]")
 def _apply(*arguments: Any) -> list[Tensor]:
-    config, memory, pair, tokens, dtype, update, save = unflatten(_Apply, arguments)
+    config, memory, pair, tokens, dtype, update, save, uses = unflatten(_Apply, arguments)
     cfg, query = unpacked(config), tokens.query
     settings = fast.Settings(cfg, _plan(cfg, query, update), False, dtype)
     _, most, *_ = _residuals_of(cfg, query, update)
     tables, stream = fast.as_tables(memory), tokens.map(fast.plain)
-    result, written = fast.forward(settings, *tables, stream, fast.plain(pair), save, most)
+    uses = own_uses(uses, torch.float32, False)
+    result, written = fast.forward(settings, *tables, stream, fast.plain(pair), save, uses, most)
     results = fast.results_of(result, written)
     results = results._replace(flags=results.flags.clone())  # which lie in the residuals' buffer
-    return [*_present(query, results), *([result.residuals.buffer] if save else [])]
+    after = query.new_empty(0) if uses is None else uses
+    return [*present(query, results), after, *([result.residuals.buffer] if save else [])]
 
 
-def _present(query: Tensor, results: tuple) -> list[Tensor]:
+def present(query: Tensor, results: tuple) -> list[Tensor]:
     """The leaves of what an operator returns, empty where there is none."""
     return [query.new_empty(0) if x is None else x for x in flatten(results)]
 
@@ -117,7 +128,7 @@ def _(*arguments: Any) -> list[Tensor]:
     from fwpkm import kernels
     from fwpkm.kernels.runtime import layouts
 
-    config, memory, _, tokens, dtype, update, save = unflatten(_Apply, arguments)
+    config, memory, _, tokens, dtype, update, save, uses = unflatten(_Apply, arguments)
     cfg, query = unpacked(config), tokens.query
     reason = kernels.why_unsupported(cfg, memory, query)
     if reason is not None:
@@ -133,16 +144,16 @@ def _(*arguments: Any) -> list[Tensor]:
         memorization=new(writes, memories), addressing=new(writes, memories),
         flags=new(layout.spec("flags").shape, dtype=torch.int8),
     )  # fmt: skip
-    return [*flatten(results), *([new(layout.size, dtype=torch.uint8)] if save else [])]
+    after = new(0 if uses is None else uses.shape)
+    return [*flatten(results), after, *([new(layout.size, dtype=torch.uint8)] if save else [])]
 
 
 def _set_up(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
     taken = unflatten(_Apply, inputs)
-    results = iter(output)
-    unflatten(fast.Results, results)
+    _, (_, *residuals) = _taken(output)
     ctx.set_materialize_grads(False)
     ctx.config, ctx.update = taken.config, taken.update
-    ctx.save_for_backward(*flatten(taken.tokens), next(results, None))
+    ctx.save_for_backward(*flatten(taken.tokens), next(iter(residuals), None))
 
 
 def _backward(ctx: Any, d_results: list[Tensor | None]) -> tuple[Tensor | None, ...]:
@@ -157,7 +168,7 @@ def _backward(ctx: Any, d_results: list[Tensor | None]) -> tuple[Tensor | None, 
     found = unflatten(_Gradients, torch.ops.fwpkm.apply_backward(*flatten(arguments)))
     memory = found.memory._replace(values=found.memory.values if table else None)
     asked = {name: getattr(found.tokens, name) for name in NUMBERS if getattr(tokens, name) is not None}
-    return tuple(flatten(_Apply(None, memory, None, Tokens(**asked), None, None, None)))  # type: ignore[arg-type]
+    return tuple(flatten(_Apply(None, memory, None, Tokens(**asked), *[None] * 4)))  # type: ignore[arg-type]
 
 
 _apply.register_autograd(_backward, setup_context=_set_up)
@@ -178,7 +189,7 @@ def _apply_backward(*arguments: Any) -> list[Tensor]:
         found = call.backward(cfg, plan, stream, residuals, d_output, d_keys, d_values, shape)
     of_tokens = found.tokens._replace(query=found.tokens.query.to(query.dtype))
     # What lies in a buffer with more is no result of an operator.
-    return _present(query, _Gradients(Memory(found.keys.clone(), found.values), of_tokens))
+    return present(query, _Gradients(Memory(found.keys.clone(), found.values), of_tokens))
 
 
 @_apply_backward.register_fake
@@ -190,7 +201,7 @@ def _(*arguments: Any) -> list[Tensor]:
     keys = new(memories, cfg.num_heads, 2, cfg.num_subkeys, cfg.key_dim // 2)
     values = new(memories, cfg.num_slots, cfg.value_dim) if table else None
     of_tokens = tokens._replace(mask=None).map(torch.empty_like)
-    return _present(query, _Gradients(Memory(keys, values), of_tokens))
+    return present(query, _Gradients(Memory(keys, values), of_tokens))
 
 
 @torch.library.custom_op(

@@ -13,7 +13,7 @@ from fwpkm.backends.torch import engine, exporting, fast, left_aligned, ranks
 from fwpkm.backends.torch.checks import check_apply, check_device, check_inplace, check_state_device
 from fwpkm.backends.torch.column_parallel import by_columns, is_sharded, refuse_columns
 from fwpkm.backends.torch.context import through_checkpoints
-from fwpkm.backends.torch.rows import init_state, mask_of, start_state
+from fwpkm.backends.torch.rows import init_state, mask_of, own_uses, start_state
 from fwpkm.backends.torch.streams import Streams, pending_of, streams_of, together
 from fwpkm.backends.torch.tokens import filled, maybe_any, without
 from fwpkm.backends.torch.windows import (
@@ -30,7 +30,7 @@ from fwpkm.backends.torch.windows import (
 from fwpkm.config import FwPKMConfig
 from fwpkm.containers import Lookup, Losses, Memory, State, Trace, memories_for
 from fwpkm.initial import initial_arrays
-from fwpkm.tokens import Tokens
+from fwpkm.tokens import Array, Tokens
 
 
 def init_memory(cfg: FwPKMConfig, memories: int = 1, seed: int = 0) -> Memory[Tensor]:
@@ -143,7 +143,7 @@ def _apply(
     memory = getattr(state, "memory", None)
     with ranks.agreed("apply", memory, cfg, update, inplace, implementation, layer=layer, **same):
         check_apply(cfg, state, inputs, cu_seqlens, update)
-        check_inplace(inplace, *state.memory)
+        check_inplace(inplace, *state.memory, state.uses)
         if cu_seqlens is not None:
             cu_seqlens = cu_seqlens.cpu()
             validation.check_cu_seqlens(cu_seqlens.tolist(), inputs.length)
@@ -161,20 +161,21 @@ def _apply(
         return left_aligned.apply(cfg, state, inputs, cu_seqlens, update, inplace, fresh)
     inputs = inputs._replace(mask=None if inputs.mask is None else inputs.mask.to(device))
     if on_kernels and positions:
-        output, memory, left, trace = fast.apply(cfg, state, positions[0], inputs, update, inplace)
+        output, memory, uses, left, trace = fast.apply(cfg, state, positions[0], inputs, update, inplace)
         if update:
             left = filled(memory.keys.dtype, left)
-            state = State.of(memory, left, schedule.reduced(cfg, state.position) + inputs.length)
+            state = State.of(memory, left, schedule.reduced(cfg, state.position) + inputs.length, uses)
         return output, state, trace
     memory = _as_tables(state.memory, inputs.query)
     dtype = memory.keys.dtype
     tokens, ends = filled(dtype, inputs), None if cu_seqlens is None else cu_seqlens.to(device)
     streams = streams_of(cfg, state, tokens, inputs.mask, ends, update, dtype)
-    output, written, trace = _run_eagerly(cfg, memory, streams, tokens, inputs.mask, inplace)
+    uses = own_uses(state.uses, dtype, inplace or not update)
+    output, written, trace = _run_eagerly(cfg, memory, streams, tokens, inputs.mask, inplace, uses)
     if update:
-        memory = state.memory if written is None else written
         # Tables that are wider than what a call computed in stay so until a write.
-        state = State.of(memory, filled(memory.keys.dtype, streams.left()), streams.position(state.position))
+        memory, uses = (state.memory, state.uses) if written is None else (written, uses)
+        state = State.of(memory, filled(memory.keys.dtype, streams.left()), streams.position(state.position), uses)
     return output.to(inputs.query.dtype), state, trace
 
 
@@ -185,15 +186,15 @@ def _beside_tables(state: Any, fresh: bool = False) -> dict[str, Any]:
 
 
 def _run_eagerly(
-    cfg: FwPKMConfig, memory: Memory, streams: Streams, tokens: Tokens, mask: Tensor | None, owned: bool
+    cfg: FwPKMConfig, memory: Memory, streams: Streams, tokens: Tokens, mask: Tensor | None, owned: bool, uses: Array
 ) -> tuple[Tensor, Memory | None, Trace]:
-    """In plain PyTorch: the output, the tables if they were written, and the trace."""
+    """In plain PyTorch: the output, the tables if they were written, and the trace; ``uses`` is overwritten."""
     columns = schedule.max_writes(cfg, tokens.length)
     with _full_precision(tokens.query):
         walked, keys = windows(cfg, memory.keys, streams)
         if not walked:
             return _nothing_read(memory, tokens), None, empty_trace(cfg, memory, tokens.mask.shape, columns)
-        reads, values, losses = apply_values(cfg, memory.values, walked, owned)
+        reads, values, losses = apply_values(cfg, memory.values, walked, owned, uses)
         output, dead = streams.of_call(reads), streams.of_call([w.dead for w in walked])
         if maybe_any(dead):
             output = output.masked_fill(dead[..., None], torch.nan)
@@ -229,7 +230,7 @@ def flush(
         batch = validation.check_state(cfg, state, SELF)
         check_state_device(state.pending_query, state)
         validation.check_positions(cfg, state.position.tolist())
-        check_inplace(inplace, *state.memory)
+        check_inplace(inplace, *state.memory, state.uses)
         chosen = mask_of(cfg, rows, batch)
         memory = _as_tables(state.memory, state.pending_query)
         chosen_engine = engine.choose_engine(implementation, cfg, memory, state.pending_query)
@@ -238,30 +239,35 @@ def flush(
     of_memory = counts.view(memories, -1)[:, 0]
     trace = empty_trace(cfg, memory, (batch, 0), columns=1)
     trace = trace._replace(writes=schedule.flush_writes(cfg, of_memory).int())
-    tables = state.memory
+    tables, uses = state.memory, state.uses
     if (of_memory > cfg.lookahead).any():  # else no token has a pair
         pending = filled(memory.keys.dtype, state.pending)
         if chosen_engine == "triton":
-            tables, losses = fast.flush(cfg, memory, pending_of(cfg, pending, counts, None), inplace)
+            tables, uses, losses = fast.flush(cfg, memory, pending_of(cfg, pending, counts, None), inplace, uses)
         else:
-            tables, losses = _write_pending(cfg, memory, pending, counts, inplace)
+            uses = own_uses(uses, memory.keys.dtype, inplace)
+            tables, losses = _write_pending(cfg, memory, pending, counts, inplace, uses)
         trace = trace._replace(**losses._asdict())
     gone = chosen.to(state.pending_mask.device)
     left = without(state.pending, gone[:, None].expand_as(state.pending_mask))
-    return State.of(tables, left, state.position.masked_fill(chosen.to(state.position.device), 0)), trace
+    position = state.position.masked_fill(chosen.to(state.position.device), 0)
+    return State.of(tables, left, position, uses), trace
 
 
 def _write_pending(
-    cfg: FwPKMConfig, memory: Memory, pending: Tokens, counts: Tensor, owned: bool
+    cfg: FwPKMConfig, memory: Memory, pending: Tokens, counts: Tensor, owned: bool, uses: Array
 ) -> tuple[Memory, Losses]:
-    """Write the first ``counts`` [B] pending tokens of each row: the tables, and the losses ``[M, 1]``."""
+    """Write the first ``counts`` [B] pending tokens of each row: the tables, and the losses ``[M, 1]``.
+
+    ``uses`` is overwritten.
+    """
     memories, rows = memory.keys.shape[0], None
     due = (counts.view(memories, -1)[:, 0] > cfg.lookahead).nonzero().squeeze(1).to(memory.keys.device)
     if len(due) < memories:
         rows = due
     with _full_precision(memory.keys):
         window, keys = write_part(cfg, memory.keys, pending_of(cfg, pending, counts, rows), rows)
-        _, values, (memorization,) = apply_values(cfg, memory.values, [window], owned)
+        _, values, (memorization,) = apply_values(cfg, memory.values, [window], owned, uses)
     none = memory.keys.new_zeros(memories)
     losses = (none.index_copy(0, due, x.detach())[:, None] for x in (memorization, window.addressing))
     return Memory(keys, values), Losses(*losses)
@@ -322,7 +328,8 @@ def detach(state: State[Tensor]) -> State[Tensor]:
     """The state without its gradient history."""
     validation.check_is_state(state)
     memory = Memory(*map(by_columns(Tensor.detach), state.memory))
-    return State.of(memory, state.pending.map(Tensor.detach), state.position.detach())
+    uses = None if state.uses is None else state.uses.detach()
+    return State.of(memory, state.pending.map(Tensor.detach), state.position.detach(), uses)
 
 
 def asarray(x: Any, dtype: str) -> Tensor:

@@ -39,7 +39,8 @@ def unpack(cfg: FwPKMConfig, packed: PackedState | Sequence[PackedState], memory
     at = packing.memory_ids(whole) * cfg.num_slots + whole.slots
     values.view(-1, cfg.value_dim).index_copy_(0, on_device(at), on_device(whole.values))
     pending = packing.unpack_pending(cfg, whole).map(on_device)
-    return State.of(Memory(on_device(whole.keys), values), pending, torch.tensor(whole.position))
+    uses = None if whole.uses is None else on_device(whole.uses)
+    return State.of(Memory(on_device(whole.keys), values), pending, torch.tensor(whole.position), uses)
 
 
 _KNOWN: dict[int, tuple[weakref.ref[Tensor], tuple[Any, ...], np.ndarray]] = {}

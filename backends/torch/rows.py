@@ -40,7 +40,22 @@ def start_state(
     """A state at position 0 of these tables."""
     device = "cpu" if position_device is None else position_device
     position = torch.full((batch_size,), 0, dtype=torch.int32, device=device)
-    return State.of(memory, no_tokens(cfg, memory.keys, batch_size), position)
+    uses = None
+    if cfg.usage_weight:
+        if is_sharded(memory.values):
+            raise ValueError(
+                "usage_weight must be 0 where a table lies in columns, whose ranks do not count uses. "
+                f"Received: usage_weight={cfg.usage_weight!r}, and columns over {memory.values.device_mesh}"
+            )
+        uses = memory.values.new_zeros(memory.values.shape[:2])
+    return State.of(memory, no_tokens(cfg, memory.keys, batch_size), position, uses)
+
+
+def own_uses(uses: Tensor | None, dtype: torch.dtype, owned: bool) -> Tensor | None:
+    """``[M, N]`` in a dtype, for writes to overwrite: a copy, unless the caller's may be."""
+    if uses is None or (owned and uses.dtype == dtype and uses.is_contiguous()):
+        return uses
+    return uses.to(dtype, copy=True, memory_format=torch.contiguous_format)
 
 
 def reset(
@@ -68,8 +83,10 @@ def select(cfg: FwPKMConfig, state: State[Tensor], rows: Any) -> State[Tensor]:
             return x.clone()  # or a call in place on one of the states would write the other
         return x[ids[:1]].expand(len(ids), *x.shape[1:]) if beams else _rows_of(x, ids)
 
-    memory = Memory(*map(tables, state.memory))
-    return State.of(memory, state.pending.map(lambda x: _rows_of(x, ids)), _rows_of(state.position, ids))
+    memory, uses = Memory(*map(tables, state.memory)), state.uses
+    if uses is not None:
+        uses = _rows_of(uses, ids) if cfg.memory_scope == "sequence" else uses.clone()
+    return State.of(memory, state.pending.map(lambda x: _rows_of(x, ids)), _rows_of(state.position, ids), uses)
 
 
 def concat(cfg: FwPKMConfig, states: Sequence[State[Tensor]]) -> State[Tensor]:
@@ -106,7 +123,7 @@ def _put(state: State, ids: Tensor, other: State, inplace: bool) -> State:
         # In place each row needs a table of its own.
         return x.index_copy_(0, at, y) if inplace and _is_own(x) else x.index_copy(0, at, y)
 
-    check_inplace(inplace, *state.memory, *state.pending.present().values(), state.position)
+    check_inplace(inplace, *state.arrays().values())
     return state.map(replaced, other)
 
 
@@ -161,8 +178,7 @@ def pending(cfg: FwPKMConfig, state: State[Tensor]) -> Tensor:
 def nbytes(state: State[Tensor]) -> int:
     """The bytes that a state takes on this rank, those of a table that rows share counted once."""
     validation.check_is_state(state)
-    tables = (x.to_local() if is_sharded(x) else x for x in state.memory)
-    arrays = (*tables, *state.pending, state.position)
+    arrays = [x.to_local() if is_sharded(x) else x for x in state.arrays().values()]
     return sum(x.element_size() * math.prod(n for n, by in zip(x.shape, x.stride()) if by) for x in arrays if x.numel())
 
 

@@ -21,6 +21,7 @@ from fwpkm.backends.torch.column_parallel import Columns
 from fwpkm.backends.torch.derivatives import first_only
 from fwpkm.backends.torch.tokens import finite_rows, maybe_any
 from fwpkm.config import FwPKMConfig
+from fwpkm.rules import learning_rates
 from fwpkm.tokens import Array
 
 
@@ -97,6 +98,7 @@ def read_and_write(
     target: Tensor,
     counted: Tensor,
     active: Tensor,
+    uses: Tensor | None,
     owned: bool,
     columns: Columns | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -112,6 +114,8 @@ def read_and_write(
         target: ``[T, Dv]``: u of the tokens that have a pair.
         counted: ``[T]`` bool: the tokens whose reads count in N_i.
         active: ``[len(spans), M]`` bool: the memories in which a window's chunk has a pair.
+        uses: ``[M, N]``, contiguous: U of each slot, overwritten with what the writes make of it; None where they do
+            not weigh it.
         owned: the table may be overwritten.
         columns: of which these are one rank's, where the table does not lie whole.
 
@@ -120,13 +124,13 @@ def read_and_write(
         the written windows, without gradient.
     """
     reads, squared, written = _Table.apply(
-        cfg, spans, values, weights, strength, target, slots, counted, active, owned, columns
+        cfg, spans, values, weights, strength, target, slots, counted, active, uses, owned, columns
     )
     return reads, values if written is None else written, squared
 
 
 class _Residuals(NamedTuple):
-    """What the backward of one window needs; the last three are None where nothing is written."""
+    """What the backward of one window needs; the last four are None where nothing is written."""
 
     rows: Tensor
     """``[P]`` ids of the rows that it touched."""
@@ -138,7 +142,9 @@ class _Residuals(NamedTuple):
     error: Array
     """``[T, Dv]``: v̂ - u, 0 where it is not finite."""
     rate: Array
-    """``[P]``: η / N_i of the rows that moved, else 0."""
+    """``[P]``: η_i / N_i of the rows that moved, else 0."""
+    decay: Array
+    """``[P]``: η_i λ of the rows that moved, else 0; None where nothing decays."""
     unclipped: Array
     """``[P, Dv]``: which elements were not clipped, None where none can be."""
 
@@ -152,7 +158,7 @@ class _Table(torch.autograd.Function):
     """``read_and_write``; its gradients are those of values, weights, strength and target."""
 
     @staticmethod
-    def forward(ctx, cfg, spans, values, weights, strength, target, slots, counted, active, owned, columns):
+    def forward(ctx, cfg, spans, values, weights, strength, target, slots, counted, active, uses, owned, columns):
         _, num_slots, width = values.shape
         writes = any(span.writes for span in spans)
         if writes and owned and values.is_contiguous():
@@ -167,19 +173,20 @@ class _Table(torch.autograd.Function):
             w, c, u, n = (x[start:stop] for x in (weights, strength, target, counted))
             before = table.index_select(0, rows)
             read = entries.read(before, w)
-            error = rate = unclipped = None
+            error = rate = decay = unclipped = None
             reads[start:stop] = read
             if write:
                 error = read - u
                 squared[start:stop] = error.square().sum(-1)
                 count = entries.count(n)
                 moves = active[i].index_select(0, rows // num_slots) & (count > 0)
-                after, error, rate, unclipped = _write(
-                    cfg, entries, before, error, c[:, None] * w, count, moves, columns
+                rates = None if uses is None else _use(cfg, uses, rows, count, moves)
+                after, error, rate, decay, unclipped = _write(
+                    cfg, entries, before, error, c[:, None] * w, count, moves, rates, columns
                 )
                 table.index_copy_(0, rows, after)
             if keep:
-                residuals.append(_Residuals(rows, before, *entries, error=error, rate=rate, unclipped=unclipped))
+                residuals.append(_Residuals(rows, before, *entries, error, rate, decay, unclipped))
         ctx.save_for_backward(*(residuals and (weights, strength)), *(x for window in residuals for x in window))
         ctx.cfg, ctx.spans, ctx.shape = cfg, spans, values.shape
         ctx.mark_non_differentiable(squared)
@@ -190,7 +197,7 @@ class _Table(torch.autograd.Function):
     @first_only
     def backward(ctx, d_reads, _, d_values):
         if d_reads is None and d_values is None:
-            return (None,) * 11
+            return (None,) * 12
         weights, strength, *saved = ctx.saved_tensors
         residuals = [_Residuals(*fields) for fields in zip(*[iter(saved)] * len(_Residuals._fields))]
         dense = ctx.needs_input_grad[2]
@@ -215,7 +222,7 @@ class _Table(torch.autograd.Function):
                     _add(gradient, at, window.entries.scatter_add(d_read, w), decay, dense)
             d_weights[start:stop] = d_w
         d_table = gradient.view(ctx.shape) if ctx.needs_input_grad[2] else None
-        return None, None, d_table, d_weights, d_strength, d_target, None, None, None, None, None
+        return None, None, d_table, d_weights, d_strength, d_target, None, None, None, None, None, None
 
 
 def value_gradient(entries: Entries, error: Tensor, coefficient: Tensor, inverse_count: Tensor) -> Tensor:
@@ -230,6 +237,17 @@ def value_gradient(entries: Entries, error: Tensor, coefficient: Tensor, inverse
     return entries.scatter_add(error, coefficient * inverse_count[entries.row_index])
 
 
+def _use(cfg: FwPKMConfig, uses: Tensor, rows: Tensor, count: Tensor, moves: Tensor) -> Tensor:
+    """η_i of a write's rows ``[P]``, whose N_i = ``count`` is then added to U_i; arguments as of ``_write``.
+
+    A row counts as used though its new value may turn out not to be finite.
+    """
+    uses, count = uses.view(-1), count.to(uses.dtype)
+    before = uses.index_select(0, rows)
+    uses.index_copy_(0, rows, torch.where(moves, before + count, before))
+    return learning_rates(cfg, count.clamp(min=1), before)
+
+
 def _write(
     cfg: FwPKMConfig,
     entries: Entries,
@@ -238,17 +256,19 @@ def _write(
     coefficient: Tensor,
     count: Tensor,
     moves: Tensor,
+    rates: Tensor | None,
     columns: Columns | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """The rows after a write ``[P, Dv]``, then error, rate and unclipped of ``_Residuals``.
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """The rows after a write ``[P, Dv]``, then error, rate, decay and unclipped of ``_Residuals``.
 
-    ``before`` [P, Dv] are the rows, ``count`` [P] is N_i, and ``moves`` [P] tells the rows that a counted token reads
-    in a memory where the chunk has a pair; ``value_gradient`` explains the rest.
+    ``before`` [P, Dv] are the rows, ``count`` [P] is N_i, ``rates`` [P] are η_i or None where all are η, and ``moves``
+    [P] tells the rows that a counted token reads in a memory where the chunk has a pair; ``value_gradient`` explains
+    the rest.
     """
     inverse_count = count.clamp(min=1).to(before.dtype).reciprocal_()
     gradient = value_gradient(entries, error, coefficient, inverse_count)
     unclipped = None if cfg.grad_clip is None else gradient.abs() <= cfg.grad_clip
-    after = _step_in_place(cfg, before, gradient)
+    after = _step_in_place(cfg, before, gradient, rates)
     finite = finite_rows(after)
     moves = moves & (finite if columns is None else columns.on_all(finite))
     if not moves.is_meta and maybe_any(~moves):
@@ -256,16 +276,21 @@ def _write(
     nonfinite = ~finite_rows(error)
     if maybe_any(nonfinite):
         error = error.masked_fill(nonfinite[:, None], 0)
-    return after, error, (cfg.learning_rate * inverse_count).masked_fill_(~moves, 0), unclipped
+    rate = inverse_count.mul_(cfg.learning_rate if rates is None else rates).masked_fill_(~moves, 0)
+    decay = None
+    if cfg.weight_decay:
+        decay = rate.new_full((), cfg.learning_rate * cfg.weight_decay) if rates is None else rates * cfg.weight_decay
+        decay = decay * moves
+    return after, error, rate, decay, unclipped
 
 
-def _step_in_place(cfg: FwPKMConfig, rows: Tensor, gradient: Tensor) -> Tensor:
+def _step_in_place(cfg: FwPKMConfig, rows: Tensor, gradient: Tensor, rates: Tensor | None) -> Tensor:
     """``fwpkm.rules.step``, overwriting the gradient: a third of the time, since a chunk touches many rows."""
     if cfg.grad_clip is not None:
         gradient = gradient.clamp_(-cfg.grad_clip, cfg.grad_clip)
     if cfg.weight_decay:
         gradient = gradient.add_(rows, alpha=cfg.weight_decay)
-    return gradient.mul_(-cfg.learning_rate).add_(rows)
+    return gradient.mul_(-cfg.learning_rate if rates is None else -rates[:, None]).add_(rows)
 
 
 def _write_backward(
@@ -285,10 +310,9 @@ def _write_backward(
     d_error = entries.read(rows, -coefficient * rate)
     # An error near the largest number may overflow here; an entry that moves no row must not turn that into NaN.
     d_coefficient = torch.where(rate == 0, 0, entries.dot(rows, window.error) * -rate).nan_to_num_()
-    if not cfg.weight_decay:
+    if window.decay is None:
         return None, d_error, d_coefficient
-    decay = (window.rate != 0).to(rows.dtype) * (-cfg.learning_rate * cfg.weight_decay)
-    return gradient.index_select(0, at) * decay[:, None], d_error, d_coefficient
+    return gradient.index_select(0, at) * -window.decay[:, None], d_error, d_coefficient
 
 
 def _gradient_rows(

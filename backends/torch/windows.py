@@ -26,7 +26,7 @@ SELF = Implementation.of(
     Tensor,
     """
     key_dim value_dim num_heads num_subkeys top_k chunk_size lookahead boundary score score_eps temperature
-    learning_rate write_scale weight_decay grad_clip addressing_weight memory_scope query value gate mask
+    learning_rate write_scale weight_decay grad_clip addressing_weight memory_scope usage_weight query value gate mask
     """,
 )
 """The fields of a configuration and of a token that this backend computes with."""
@@ -116,7 +116,7 @@ def write_chunk(cfg: FwPKMConfig, keys: Tensor, chunk: Tokens, pair: Tensor | No
 
 
 def apply_values(
-    cfg: FwPKMConfig, values: Tensor, walked: list[Window], owned: bool
+    cfg: FwPKMConfig, values: Tensor, walked: list[Window], owned: bool, uses: Tensor | None = None
 ) -> tuple[list[Tensor], Tensor, list[Tensor]]:
     """Read the values of every window, writing the chunks between them.
 
@@ -125,6 +125,7 @@ def apply_values(
         values: ``[M, N, Dv]``, whole or in columns.
         walked: the windows in order.
         owned: the table may be overwritten.
+        uses: ``[M, N]``, contiguous, overwritten where a window writes; or None.
 
     Returns:
         reads ``[r, n, Dv]`` of each window, the table afterwards, and the memorization loss ``[M]`` of each write.
@@ -151,7 +152,7 @@ def apply_values(
     if columns is not None:
         slots, weights, strength, target = columns.enter(slots, weights, strength, target)
     reads, written, squared = read_and_write(
-        cfg, table, spans, slots, weights, strength, target, counted, torch.stack(active), owned, columns
+        cfg, table, spans, slots, weights, strength, target, counted, torch.stack(active), uses, owned, columns
     )
     if columns is not None:
         reads, squared = columns.leave(reads, squared)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from examples.language_model.checkpoint import load, ready, replace
 from examples.language_model.corpus import Corpus
-from examples.language_model.model import LanguageModel, Reading
+from examples.language_model.model import Going, LanguageModel, Reading
 from examples.language_model.needle import MEMORIES, another, parts, read, together
 from examples.language_model.training import autocast, device_name
 
@@ -52,7 +52,7 @@ def documents(corpus: Corpus, length: int) -> tuple[np.ndarray, list[str]]:
 def _begun(start: Reading, left: Reading) -> Reading:
     """The start of documents with the tables that were left; no token that is still to be written comes along."""
     memories = zip(start.memories, left.memories)
-    return start._replace(memories=tuple(state._replace(memory=other.memory) for state, other in memories))
+    return start._replace(memories=tuple(Going.of(other).into(state) for state, other in memories))
 
 
 def measure(folder: Path, corpus: Corpus, out: Path, device: torch.device, *, length: int) -> Path:

@@ -21,7 +21,7 @@ class Reading(NamedTuple):
     """Where a batch of sequences stands."""
 
     memories: tuple[State | baselines.Carried, ...]
-    """of each memory, or of what stands in its place; ``state.memory`` [B, ...] goes on from text to text"""
+    """of each memory, or of what stands in its place"""
     windows: tuple[Tensor, ...]
     """of each layer: ``[2, B, w, width]``, keys and values of the last w tokens, w at most the window less one."""
 
@@ -39,6 +39,27 @@ class Reading(NamedTuple):
         """Bytes of memories and windows."""
         memories = sum(nbytes(state) if isinstance(state, State) else state.nbytes for state in self.memories)
         return memories + sum(past.nbytes for past in self.windows)
+
+
+class Going(NamedTuple):
+    """What of a state goes on from text to text; the first axis of each tensor is the row."""
+
+    memory: tuple[Tensor, ...]
+    uses: Tensor | None
+
+    @classmethod
+    def of(cls, state: State | baselines.Carried) -> "Going":
+        """That of a memory, or of what stands in its place."""
+        return cls(state.memory, getattr(state, "uses", None))
+
+    def into(self, state: Any) -> Any:
+        """Another state with these."""
+        return state._replace(**{name: x for name, x in self._asdict().items() if x is not None})
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All of them, in order."""
+        return [*self.memory] if self.uses is None else [*self.memory, self.uses]
 
 
 def mapped(function: Callable[[Tensor], Tensor], part: Any) -> Any:

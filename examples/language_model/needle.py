@@ -17,7 +17,7 @@ from examples.language_model.baselines import Carried
 from examples.language_model.checkpoint import load, ready, replace
 from examples.language_model.corpus import Corpus
 from examples.language_model.haystacks import Draw, Haystack, haystacks
-from examples.language_model.model import LanguageModel, Reading, mapped
+from examples.language_model.model import Going, LanguageModel, Reading, mapped
 from examples.language_model.phrasings import VALUE_LENGTH
 from examples.language_model.training import autocast, device_name
 from fwpkm import State
@@ -117,7 +117,7 @@ def another(reading: Reading) -> Reading:
     """Each sequence with the memory of the one before it; what attention sees stays its own."""
 
     def turned(state: State | Carried) -> State | Carried:
-        return state._replace(memory=mapped(lambda x: x.roll(1, 0), state.memory))
+        return mapped(lambda x: x.roll(1, 0), Going.of(state)).into(state)
 
     return reading._replace(memories=tuple(map(turned, reading.memories)))
 

@@ -21,7 +21,7 @@ from examples.language_model import checkpoint
 from examples.language_model.corpus import Corpus
 from examples.language_model.facts import check_fit, rows, training_batch
 from examples.language_model.interrupt import noted
-from examples.language_model.model import mapped
+from examples.language_model.model import Going, mapped
 from examples.language_model.settings import Experiment, TrainingSettings
 from fwpkm.integrations.distributed import share_initial_memory
 
@@ -188,8 +188,10 @@ class Trainer:
 
     def _begin(self, anew: list[bool]) -> None:
         """Give rows their initial memories back, in the tables that a CUDA graph knows."""
+        if not any(anew):
+            return
         for state, layer in zip(self.reading.memories, self.model.memories.values()):
-            for table, first in zip(state.memory, layer.memory()):
+            for table, first in zip(Going.of(state).tensors, Going.of(layer.init_state(1)).tensors):
                 for row in np.flatnonzero(anew):
                     table[row].copy_(first[0])
 
@@ -212,9 +214,9 @@ class Trainer:
             hidden, after = self.model(tokens[:, :-1], reading, inplace=self.device.type == "cuda")
             objective, *measured = self._loss(hidden, tokens[:, 1:], self.asked)
         objective.backward()
-        # Nothing is pending at a chunk's end, so the tables are all that goes on.
+        # Nothing is pending at a chunk's end.
         for state, new in zip(self.reading.memories, after.memories):
-            for table, written in zip(state.memory, new.memory):
+            for table, written in zip(Going.of(state).tensors, Going.of(new).tensors):
                 if written.data_ptr() != table.data_ptr():
                     table.copy_(written.detach())
         self.measured[:-1].copy_(torch.stack(measured))

@@ -12,7 +12,7 @@ import safetensors
 
 from fwpkm import packing, schedule
 from fwpkm.config import FwPKMConfig
-from fwpkm.containers import Memory, memory_specs, state_specs
+from fwpkm.containers import memory_specs, state_specs
 from fwpkm.diagnostics.record import MAGIC
 from fwpkm.files import named, part_of
 from fwpkm.tensor_files import FORMAT_VERSION, config_digest
@@ -52,9 +52,7 @@ def _state(spec: Spec, tensors: Tensors, name: str = "") -> list[Part]:
     config = FwPKMConfig.from_json(json.dumps(spec))
     prefix = f"{name}." if name else ""
     position, values = (tensors[f"{prefix}{field}"] for field in ("position", "memory.values"))
-    arrays = state_specs(config, len(position))._asdict()
-    memory: Memory = arrays.pop("memory")
-    arrays |= {f"memory.{field}": x for field, x in memory._asdict().items()}
+    arrays = state_specs(config, len(position)).arrays()
     return [Part(name, config, {f"{prefix}{field}": x.shape for field, x in arrays.items()}, values, position)]
 
 

@@ -163,9 +163,7 @@ class ShardedStates:
     def _local(self) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
         for name, state in self.states.items():
-            fields = {**state.memory._asdict(), **state._asdict()}
-            del fields["memory"]
-            found |= {f"{name}.{field}": x for field, x in fields.items()}
+            found |= {f"{name}.{field.removeprefix('memory.')}": x for field, x in state.arrays().items()}
         return found
 
     def _sharded(self, x: Tensor) -> Tensor:

@@ -52,9 +52,9 @@ class Gradients(NamedTuple):
 
 def forward(
     cfg: FwPKMConfig, plan: Plan, keys: Tensor, values: Tensor, tokens: Tokens, pair: Tensor | None, save: bool,
-    dtype: torch.dtype, most: Bounds | None = None,
+    dtype: torch.dtype, uses: Tensor | None = None, most: Bounds | None = None,
 ) -> Result:  # fmt: skip
-    """Read and write all windows; ``values`` [M, N, Dv] is overwritten, ``keys`` is not.
+    """Read and write all windows; ``values`` [M, N, Dv] and ``uses`` [M, N] are overwritten, ``keys`` is not.
 
     Args:
         cfg: the configuration.
@@ -65,9 +65,10 @@ def forward(
         pair: ``[B, n]`` bool, contiguous: the tokens whose values may be bound; None is all.
         save: keep what ``backward`` needs.
         dtype: of the output.
+        uses: ``[M, N]`` float32, contiguous: U of each slot; None where no write weighs it.
         most: what to make space for, so that the shapes of residuals do not depend on the position.
     """
-    inputs = {**tokens._asdict(), "pair": pair, "initial_keys": keys, "table": values, "due": None}
+    inputs = {**tokens._asdict(), "pair": pair, "initial_keys": keys, "table": values, "uses": uses, "due": None}
     batch = tokens.query.shape[0]
     call = Call(cfg, plan, tokens.query.dtype, batch, keys.shape[0], save)
     launches = _forward_launches(call, most)
@@ -106,7 +107,7 @@ def _forward_launches(call: Call, most: Bounds | None) -> _Forward:
     most = most or least(call.plan, call.batch)
     residuals = residuals_layout(call.cfg, most, call.memories, call.batch, call.save)
     workspace = forward_layout(call, residuals.spec("sorted_rows").dtype)
-    inputs = *_INPUTS, "initial_keys", "table", "new_slots", "new_weights", "output"
+    inputs = *_INPUTS, "initial_keys", "table", "uses", "new_slots", "new_weights", "output"
     prepare, address, write = (
         Launches(residuals, inputs=_INPUTS),
         *(Launches(residuals, workspace, inputs=inputs) for _ in range(2)),

@@ -45,7 +45,7 @@ def decode(cfg: FwPKMConfig, state: State, tokens: Tokens) -> Tensor:
 @of_call
 def _launches(call: Call) -> Launches:
     """The launches of a step, those of the write among them."""
-    inputs = *_PENDING, *_TOKEN, "keys", "table", "position", "output"
+    inputs = *_PENDING, *_TOKEN, "keys", "table", "uses", "position", "output"
     launches = Launches(*_layouts(call), inputs=inputs)
     kernels.add_read_token(launches, call)
     kernels.add_stage(launches, call)

@@ -66,6 +66,7 @@ def layout_of_residuals(
         "coefficient_sums": ((windows, groups, subkeys), _FLOAT),  # Σ c
         "segment_start": ((entries,), _INT),  # where each entry's segment begins in the order
         "step_sizes": ((entries,), _FLOAT),  # by segment: η/N of a row that moved, else 0
+        "decays": ((entries,), _FLOAT) if cfg.usage_weight and cfg.weight_decay else None,  # by segment: η λ
         "old_rows": ((entries, width), _FLOAT),  # by segment: the table row before the write
         "keys_unclipped": ((windows, groups, subkeys, half), _BYTE) if clipped else None,
         "values_unclipped": ((entries, width), _BYTE) if clipped else None,

@@ -117,7 +117,14 @@ def shapes(cfg: FwPKMConfig, query: torch.dtype) -> SimpleNamespace:
             "num_warps": 4,
         },
         piece={**of_piece, "CHUNK": cfg.chunk_size},
-        values={**table, "CHUNK": cfg.chunk_size, **rate, "CLIP": cfg.grad_clip, **few},
+        values={
+            **table,
+            "CHUNK": cfg.chunk_size,
+            **rate,
+            "CLIP": cfg.grad_clip,
+            "USAGE": cfg.usage_weight,
+            **few,
+        },
         read_backward={
             **table,
             **bound,

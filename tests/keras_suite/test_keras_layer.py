@@ -13,7 +13,7 @@ from keras_suite.layers import BACKEND, HIDDEN, SMALL, gradients, inputs, make, 
 import fwpkm
 from fwpkm import FwPKMConfig, agreement, config
 from fwpkm.backends.keras import FwPKM, as_state
-from fwpkm.backends.keras.layout import NAMES, by_name
+from fwpkm.backends.keras.layout import NAMES
 from fwpkm.rules import zscore
 
 FORWARD = agreement.BOUNDS["float32"].forward
@@ -43,7 +43,7 @@ def test_the_layer_is_the_torch_layer(dtype, options, tmp_path):
     expected, expected_state = torch_layer(torch_x)
     y, *state = layer(x)
     assert error(y, expected) < bounds.forward
-    for actual, wanted in zip(state, by_name(expected_state).values(), strict=True):
+    for actual, wanted in zip(state, expected_state.arrays().values(), strict=True):
         assert keras.backend.standardize_dtype(actual.dtype) == str(wanted.dtype).removeprefix("torch.")
         assert error(actual, wanted) < bounds.forward
     cotangent = inputs(dtype=dtype)[..., ::-1].copy()
@@ -334,7 +334,7 @@ def test_a_stateful_layer_goes_on_until_it_is_reset():
     second, *state = layer(x[:, 6:])
     outputs = np.concatenate([numpy(first), numpy(second)], axis=1)
     assert agreement.relative_error(outputs, numpy(whole)) < FORWARD
-    for actual, held, expected in zip(state, by_name(layer.state).values(), final, strict=True):
+    for actual, held, expected in zip(state, layer.state.arrays().values(), final, strict=True):
         assert agreement.relative_error(numpy(actual), numpy(expected)) < FORWARD
         np.testing.assert_array_equal(numpy(held), numpy(actual))
     layer(x, update=False)
