@@ -148,7 +148,7 @@ def load_state(path: PathLike, cfg: FwPKMConfig, backend: Any, device: Any = Non
     module = _backend(backend, device)
     _, tensors = read(path, "state", lambda _: _fields(cfg), lambda _, forms: state_forms(cfg, forms))
     check_positions(path, "position", cfg, tensors["position"], DAMAGED)
-    return _native(module, tensors, device)
+    return _native(module, cfg, tensors, device)
 
 
 def load_states(
@@ -190,7 +190,7 @@ def load_states(
     configs, parts = _configs(cfgs, saved, ""), {name: part_of(tensors, name) for name in saved}
     for name, part in parts.items():
         check_positions(path, f"{name}.position", configs[name], part["position"], DAMAGED)
-    return {name: _native(module, part, device) for name, part in parts.items()}
+    return {name: _native(module, configs[name], part, device) for name, part in parts.items()}
 
 
 # --- Several in one file: tensors are named "NAME.FIELD"; fields have other last parts, so no two names meet ---
@@ -259,8 +259,9 @@ def _tensors(path: PathLike, argument: str, state: Any, cfg: FwPKMConfig) -> Ten
     return tensors
 
 
-def _native(module: Any, tensors: Tensors, device: Any) -> State:
-    arrays = {name: module.asarray(x, x.dtype.name) for name, x in tensors.items()}
+def _native(module: Any, cfg: FwPKMConfig, tensors: Tensors, device: Any) -> State:
+    names = state_specs(cfg, None).arrays()
+    arrays = {name: module.asarray(tensors[name], tensors[name].dtype.name) for name in names}
     memory = Memory(arrays.pop("memory.keys"), arrays.pop("memory.values"))
     state = State(memory, **arrays)
     return state if device is None else module.to_device(state, device)

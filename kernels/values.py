@@ -124,7 +124,7 @@ def values_kernel(
 ):  # fmt: skip
     """values_i ← values_i - η_i (clip(G_i) + λ values_i), G_i = (1/N_i) Σ κ w g (v̂ - u) over the entries of slot i.
 
-    Then U_i ← U_i + N_i where β = USAGE is not 0; else η_i = η, and there are no ``uses``.
+    Then U_i ← U_i + N_i. Where nothing weighs them there are no ``uses``, and η_i = η.
 
     All entries of the call lie sorted by window, table row and token. Those of one row and window are a segment, and
     the program of its first entry owns the row; the sums of the pieces behind its own are there already. It
@@ -146,13 +146,13 @@ def values_kernel(
     row_index = row.to(tl.int64) - window * memories.to(tl.int64) * SLOTS
     offset = row_index * WIDTH
     old = tl.load(table + offset + d, mask=d < WIDTH, other=0.0)
-    if WRITES and USAGE:
-        before = tl.load(uses + row_index)
     # Most rows have few entries: the first alone needs few registers.
     gradient = tl.zeros([BLOCK], tl.float32)
     count = 0
     lives = False
     if WRITES:
+        if uses is not None:
+            before = tl.load(uses + row_index)
         token = first_entry // ENTRIES
         miss = tl.load(error + token * WIDTH + d, mask=d < WIDTH, other=0.0)
         coefficient = tl.load(strength + token) * tl.load(weights + first_entry)
@@ -192,7 +192,7 @@ def values_kernel(
         gradient = gradient * fraction
         if values_unclipped is not None:
             tl.store(values_unclipped + segment * WIDTH + d, (tl.abs(gradient) <= CLIP).to(tl.int8), mask=d < WIDTH)
-        if USAGE:
+        if uses is not None:
             rate = learning_rates(reads, before, RATE, USAGE)
             if (count > 0) & lives:  # though the row may not be finite
                 tl.store(uses + row_index, before + reads)

@@ -35,7 +35,7 @@ CONFIGS = {
     "odd": (
         FwPKMConfig(
             key_dim=48, value_dim=80, num_subkeys=100, num_heads=3, top_k=5, score="dot_product", grad_clip=0.1,
-            write_scale="normalized", boundary="wait", lookahead=3, weight_decay=0.1,
+            write_scale="normalized", boundary="wait", lookahead=3, weight_decay=0.1, usage_weight=0.5,
         ), torch.float16, True,
     ),
 }  # fmt: skip
@@ -86,11 +86,12 @@ def kernels_of(cfg: FwPKMConfig, dtype: torch.dtype, masked: bool) -> dict:
         empty(memories, cfg.num_heads, 2, cfg.num_subkeys, cfg.key_dim // 2),
         empty(memories, cfg.num_slots, cfg.value_dim),
     )
+    uses = empty(memories, cfg.num_slots) if cfg.usage_weight else None
     run, launch.Launches.run = launch.Launches.run, record
     try:
         plan, stream = windows.plan(cfg, 0, length, batch, True), tokens(length)
-        call.forward(cfg, plan, *memory, stream, None, save=False, dtype=dtype)
-        residuals = call.forward(cfg, plan, *memory, stream, None, save=True, dtype=dtype).residuals
+        call.forward(cfg, plan, *memory, stream, None, save=False, dtype=dtype, uses=uses)
+        residuals = call.forward(cfg, plan, *memory, stream, None, save=True, dtype=dtype, uses=uses).residuals
         d_output = empty(batch, length, cfg.value_dim, dtype=dtype)
         call.backward(cfg, plan, stream, residuals, d_output, memory.keys, memory.values, memory.values.shape)
         before = Tokens(
@@ -102,7 +103,7 @@ def kernels_of(cfg: FwPKMConfig, dtype: torch.dtype, masked: bool) -> dict:
         clock = empty(batch, dtype=torch.int32)
         left_align(cfg, *places, None, clock, before.mask, batch, length + pending)
         left_align(cfg, *places, empty(batch + 1, dtype=torch.int32), clock, before.mask, batch, length + pending)
-        decoding.decode(cfg, State.of(memory, before, empty(batch, dtype=torch.int32)), tokens(1))
+        decoding.decode(cfg, State.of(memory, before, empty(batch, dtype=torch.int32), uses), tokens(1))
     finally:
         launch.Launches.run = run
     return found

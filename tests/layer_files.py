@@ -54,8 +54,7 @@ def same_bits(a: Tensors, b: Tensors) -> bool:
 
 
 def arrays(state: State, be: Any = reference) -> Tensors:
-    fields = {"keys": state.memory.keys, "values": state.memory.values, **state._asdict()}
-    del fields["memory"]
+    fields = {name.removeprefix("memory."): array for name, array in state.arrays().items()}
     return {name: np.asarray(be.to_numpy(array)) for name, array in fields.items()}
 
 
