@@ -314,6 +314,7 @@ def test_packed_rows_that_do_not_fit(model):
         ({"slots": 3}, TypeError, "takes no argument 'slots'"),
         ({"top_k": 9}, ValueError, "top_k must be at most num_subkeys"),
         ({"memory_scope": "batch"}, ValueError, "memory_scope must be 'sequence'"),
+        ({"usage_weight": 0.5}, ValueError, r"usage_weight must be 0 here: .*usage_weight=0\.5$"),
         ({"undo": 0}, ValueError, "undo must be an integer of at least 1"),
         ({"gated": "no"}, ValueError, "gated"),
         ({"config": {}}, ValueError, "cfg must be an FwPKMConfig"),

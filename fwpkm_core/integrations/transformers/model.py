@@ -101,6 +101,11 @@ def insert_memory(
             "memory_scope must be 'sequence', so that no row of a batch reads what another wrote. "
             f"Received: memory_scope={config.memory_scope!r}"
         )
+    if config.usage_weight:
+        raise ValueError(
+            "usage_weight must be 0 here: a cache of transformers does not keep the uses that it weighs. "
+            f"Received: usage_weight={config.usage_weight!r}"
+        )
     if undo is not None:
         validation.check_count("undo", undo)
     settings = Settings(_indices(layers), config, gated, value_norm, learn_memory, undo)
