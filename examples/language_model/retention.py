@@ -29,6 +29,7 @@ from examples.language_model.domains import Domains
 from examples.language_model.haystacks import Haystack, haystacks
 from examples.language_model.model import LanguageModel, Reading
 from examples.language_model.needle import MEMORIES, answers, read, together
+from examples.language_model.snapshots import Snapshots
 from examples.language_model.training import device_name
 
 SIZE = 131072  # bytes that are read of a domain
@@ -124,7 +125,7 @@ class Found(NamedTuple):
 
 @torch.no_grad()
 def moments(
-    model: LanguageModel, given: Read, rows: np.ndarray, device: torch.device
+    model: LanguageModel, given: Read, rows: np.ndarray, device: torch.device, snapshots: bool = False
 ) -> Iterator[tuple[str, int, Found]]:
     """Read everything, and measure the frozen memories in between.
 
@@ -133,6 +134,7 @@ def moments(
         given: what is read.
         rows: int [B, 2]; the domain that a row begins with, and which of each domain's texts it reads.
         device: of the model.
+        snapshots: keep the memories after each domain; what is measured reads those that fit it (snapshots.py).
 
     Yields:
         "unread", "filler", "others", "kept" or, of texts of the domain that was read last instead of the first,
@@ -147,17 +149,24 @@ def moments(
 
     asked, value = here(stated.asked), here(stated.value)
 
-    def bits_of(reading: Reading, domain: np.ndarray) -> dict[str, np.ndarray]:
+    def bits_of(reading: Reading, domain: np.ndarray, kept: Snapshots | None) -> dict[str, np.ndarray]:
         fresh = reading._replace(windows=tuple(past[:, :, :0] for past in reading.windows))
         # Sentences push out what stands at the end, at most a bin.
         its = {
-            "episodes": given.texts[domain, text, : given.texts.shape[2] - BIN + 1],
-            "domain": given.other[domain, text],
+            "episodes": here(given.texts[domain, text, : given.texts.shape[2] - BIN + 1]),
+            "domain": here(given.other[domain, text]),
         }
-        return {name: bits(model, here(x), fresh, update=False)[0].mean(1) for name, x in its.items()}
+        return {
+            name: bits(model, x, fresh if kept is None else kept.best(x), update=False)[0].mean(1)
+            for name, x in its.items()
+        }
 
-    def look(reading: Reading) -> Found:
-        return Found(**bits_of(reading, first), right=answers(model, asked, value, reading).cpu().numpy())
+    def look(reading: Reading, kept: Snapshots | None = None) -> Found:
+        if kept is not None:
+            kept.keep(reading)
+        found = bits_of(reading, first, kept)
+        reading = reading if kept is None else kept.best(asked.flatten(1))
+        return Found(**found, right=answers(model, asked, value, reading).cpu().numpy())
 
     reading = model.start(len(rows))
     yield "unread", 0, look(reading)
@@ -165,15 +174,15 @@ def moments(
     yield "filler", 0, look(reading)
     for name in ("others", "kept"):
         del reading  # its tables, so that new ones fit
-        reading = model.start(len(rows))
+        reading, kept = model.start(len(rows)), Snapshots(model) if snapshots else None
         if name == "kept":
             reading = read(model, here(stated.tokens), reading)
-            yield name, 0, look(reading)
+            yield name, 0, look(reading, kept)
         for count in range(1, number):
             reading = read(model, here(given.texts[(first + count) % number, text]), reading)
-            found = look(reading)
+            found = look(reading, kept)
             yield name, count, found
-    yield "last", number - 1, found._replace(**bits_of(reading, (first + number - 1) % number))
+    yield "last", number - 1, found._replace(**bits_of(reading, (first + number - 1) % number, kept))
 
 
 def check(learned: str, domains: Domains) -> None:
@@ -187,7 +196,8 @@ def check(learned: str, domains: Domains) -> None:
 
 def measure(
     folder: Path, domains: Domains, out: Path, device: torch.device, *, size: int = SIZE, other: int = OTHER,
-    texts: int = TEXTS, memory: Mapping[str, Any] | None = None, seed: int = 0, tell: Callable[[str], None] = print,
+    texts: int = TEXTS, memory: Mapping[str, Any] | None = None, seed: int = 0, snapshots: bool = False,
+    tell: Callable[[str], None] = print,
 ) -> Path:  # fmt: skip
     """Measure the model of a folder; saves every number of every row in ``out``.
 
@@ -201,6 +211,7 @@ def measure(
         texts: of each domain; that many rows begin with each.
         memory: fields of the memories' configuration to override, to try them without training.
         seed: of the facts.
+        snapshots: as in ``moments``; on the host each takes about as much as the memories do.
         tell: receives a line for each moment.
 
     Raises:
@@ -219,7 +230,7 @@ def measure(
     found: dict[str, dict[int, list[Found]]] = {}
     at_once = together(model, device, AT_ONCE, sets=1)
     for part in np.array_split(rows, -(-len(rows) // at_once)):
-        for name, count, here in moments(model, given, part, device):
+        for name, count, here in moments(model, given, part, device, snapshots):
             found.setdefault(name, {}).setdefault(count, []).append(here)
             tell(
                 f"{len(part)} of {len(rows)} rows, {name} {count}: {here.episodes.mean():.4f} bits per byte of the "
@@ -229,7 +240,7 @@ def measure(
     about = {
         "domains": domains.sha256, "corpus": domains.corpus, "device": device_name(device),
         "experiment": experiment.tables(), "trained": folder.name, "memory": memory, "seed": seed, "size": size,
-        "other": other, "names": given.names, "state_bytes": model.start(1).nbytes,
+        "snapshots": snapshots, "other": other, "names": given.names, "state_bytes": model.start(1).nbytes,
         "seconds": round(time.monotonic() - began, 1), "rows": _rows(found, given, rows),
     }  # fmt: skip
     replace(out, lambda beside: beside.write_text(json.dumps(about)))

@@ -27,6 +27,7 @@ def add(commands: Any, on_device: Callable[[argparse.ArgumentParser], None]) -> 
     keep.add_argument("--other", type=int, default=retention.OTHER, help="bytes of its other documents, to measure on")
     keep.add_argument("--texts", type=int, default=retention.TEXTS, help="of each domain")
     keep.add_argument("--memory", type=_pair, nargs="+", default=[], metavar="FIELD=VALUE", help="override the model's")
+    keep.add_argument("--snapshots", action="store_true", help="keep the memories after each domain; read what fits")
     on_device(keep)
     keep.set_defaults(run=_retention)
 
@@ -63,7 +64,7 @@ def _retention(options: argparse.Namespace) -> None:
     fields = {name: _value(value) for name, value in options.memory}
     path = retention.measure(
         options.model, domains.load(options.domains), options.out, options.device, size=options.size,
-        other=options.other, texts=options.texts, memory=fields,
+        other=options.other, texts=options.texts, memory=fields, snapshots=options.snapshots,
     )  # fmt: skip
     print(path)
 
