@@ -41,8 +41,9 @@ def whole(x: Tensor) -> Tensor:
 
 
 def leaves(*found: Any) -> list[Tensor]:
-    """The tensors of results, tables whole."""
-    return [y for x in found for y in (leaves(*x) if isinstance(x, (tuple, list)) else [whole(x)])]
+    """The tensors of results, tables whole; a None is left out."""
+    there = [x for x in found if x is not None]
+    return [y for x in there for y in (leaves(*x) if isinstance(x, (tuple, list)) else [whole(x)])]
 
 
 def worst(received: list[Tensor], expected: list[Tensor]) -> float:

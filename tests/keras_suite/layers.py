@@ -32,11 +32,13 @@ def native(array):
 
 
 def numpy(tree):
-    """Arrays and weights as NumPy arrays, bfloat16 and float16 as float32."""
+    """Arrays and weights as NumPy arrays, bfloat16 and float16 as float32; None as it is."""
     return keras.tree.map_structure(_numpy, tree)
 
 
 def _numpy(x):
+    if x is None:
+        return None
     low = "float16" in keras.backend.standardize_dtype(x.dtype)
     return ops.convert_to_numpy(ops.cast(x, "float32") if low else x)
 
