@@ -16,7 +16,8 @@ from fwpkm import Memory
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
-    return LanguageModel(ModelSettings(**MODEL, memory=MEMORY), memory_scope="sequence", boundary="wait", usage_weight=0.5)
+    settings = ModelSettings(**MODEL, memory={**MEMORY, "usage_weight": 0.5})
+    return LanguageModel(settings, memory_scope="sequence", boundary="wait")
 
 
 def drawn(seed, *shape):
