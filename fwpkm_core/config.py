@@ -22,7 +22,7 @@ CHOICES = {
 """The values of the fields that name a rule. Whatever computes by one names every value and refuses any other."""
 _POSITIVE_INTEGERS = ("key_dim", "value_dim", "num_heads", "num_subkeys", "top_k", "chunk_size")
 _POSITIVE_NUMBERS = ("score_eps", "temperature", "grad_clip")
-_NON_NEGATIVE_NUMBERS = ("learning_rate", "weight_decay", "addressing_weight", "usage_weight")
+_NON_NEGATIVE_NUMBERS = ("learning_rate", "weight_decay", "addressing_weight", "usage_weight", "usage_dealing")
 
 
 def check_arguments(taker: str, received: Iterable[str], known: Sequence[str]) -> None:
@@ -68,6 +68,7 @@ class FwPKMConfig(_Text):
         addressing_weight: α, weight of the addressing loss (§4).
         memory_scope: "sequence" gives each row of a batch its own tables, "batch" one table to all (§1).
         usage_weight: β: a slot that earlier chunks have used much takes smaller steps; 0 is the plain rule (§4).
+        usage_dealing: γ: how far a token's slots that were used less make up for those smaller steps; 0 not at all (§11).
 
     Raises:
         ValueError: a field breaks its rule; names the field, the rule and the value.
@@ -93,6 +94,7 @@ class FwPKMConfig(_Text):
     addressing_weight: float = 1.0
     memory_scope: str = "sequence"
     usage_weight: float = 0.0
+    usage_dealing: float = 0.0
 
     def __post_init__(self) -> None:
         """Check every field and store plain ints and floats, so that configs compare and serialise alike."""

@@ -135,14 +135,31 @@ def write_scale(cfg: FwPKMConfig, weights: Array) -> Array:
     return cfg.refuse("write_scale", REFERENCE)
 
 
+def dealing(cfg: FwPKMConfig, weights: Array, fractions: Array) -> Array:
+    """ρ = (1 + γ) / (1 + γ Σ p w² / Σ w²) of each token [n]; w and p = N / (N + β U) of its slots [n, H*k]."""
+    free = (fractions * np.square(weights)).sum(-1) / np.square(weights).sum(-1)
+    more = weights.dtype.type(cfg.usage_dealing)
+    return (1 + more) / (1 + more * free)
+
+
 def value_gradient(
-    cfg: FwPKMConfig, selection: Selection, error: Array, gate: Array, pair: Array, counted: Array
+    cfg: FwPKMConfig,
+    selection: Selection,
+    error: Array,
+    gate: Array,
+    pair: Array,
+    counted: Array,
+    uses: Array | None = None,
 ) -> tuple[Array, Array, Array]:
-    """The slots with N_i > 0 [r], these N_i [r] and G_i = (1/N_i) Σ κ w g (v̂ - u) [r, Dv]."""
+    """The slots with N_i > 0 [r], these N_i [r] and G_i = (1/N_i) Σ κ ρ w g (v̂ - u) [r, Dv]; U = ``uses`` [N]."""
     strength = np.where(pair, write_scale(cfg, selection.weights) * gate, 0)
     flat = selection.slots[counted].ravel()
     order = np.argsort(flat, kind="stable")
     touched, first, reads = np.unique(flat[order], return_index=True, return_counts=True)
+    if uses is not None and cfg.usage_dealing:
+        number = np.searchsorted(touched, selection.slots[counted])
+        fractions = (reads / (reads + cfg.usage_weight * uses[touched]))[number].astype(uses.dtype)
+        strength[counted] *= dealing(cfg, selection.weights[counted], fractions)
     coefficient = (strength[:, None] * selection.weights)[counted].ravel()[order]
     token = np.repeat(np.flatnonzero(counted), cfg.slots_per_token)[order]
     # A token without a pair contributes nothing, even where its own error would overflow.

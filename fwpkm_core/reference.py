@@ -50,7 +50,8 @@ SELF = Implementation.of(
     Array,
     """
     key_dim value_dim num_heads num_subkeys top_k chunk_size lookahead boundary score score_eps temperature
-    learning_rate write_scale weight_decay grad_clip addressing_weight memory_scope usage_weight query value gate mask
+    learning_rate write_scale weight_decay grad_clip addressing_weight memory_scope usage_weight usage_dealing
+    query value gate mask
     """,
 )
 
@@ -480,7 +481,8 @@ def _write(
         p = equations.sub_key_probabilities(chosen.sub_scores)
         losses.memorization[m] = equations.memorization_loss(error, g, has)
         losses.addressing[m] = equations.addressing_loss(equations.mean_probabilities(cfg, p, chosen.subkeys, n))
-        touched, reads, gradient = equations.value_gradient(cfg, chosen, error, g, has, n)
+        before = None if uses is None else uses[m]
+        touched, reads, gradient = equations.value_gradient(cfg, chosen, error, g, has, n, before)
         rates = None if uses is None else equations.learning_rates(cfg, reads, uses[m, touched])
         values[touched] = equations.step(cfg, values[touched], gradient, rates)
         if uses is not None:

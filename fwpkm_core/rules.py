@@ -39,9 +39,23 @@ def addressing_slope(xp: Any, mean: Array) -> Array:
     return xp.log(mean + LOG_EPS) + mean / (mean + LOG_EPS)
 
 
-def learning_rates(cfg: FwPKMConfig, reads: Array, uses: Array) -> Array:
-    """η_i = η N_i / (N_i + β U_i) of slots (§4), from N_i = ``reads`` > 0 and U_i = ``uses``."""
-    return cfg.learning_rate * reads / (reads + cfg.usage_weight * uses)
+def free_fractions(cfg: FwPKMConfig, reads: Array, uses: Array) -> Array:
+    """p_i = N_i / (N_i + β U_i) of slots (§11), which move by η_i = η p_i; N_i = ``reads`` > 0 and U_i = ``uses``."""
+    return reads / (reads + cfg.usage_weight * uses)
+
+
+def dealing(xp: Any, cfg: FwPKMConfig, weights: Array, fractions: Array) -> tuple[Array, Array]:
+    """ρ = (1 + γ) / (1 + γ Σ p w² / Σ w²) of tokens ``[...]`` (§11), and its derivative by the weights ``[..., H*k]``.
+
+    p = ``fractions`` ``[..., H*k]``: ``free_fractions`` of a token's slots.
+    """
+    square = xp.square(weights)
+    power = xp.sum(square, -1)
+    free = xp.sum(fractions * square, -1) / power
+    rest = 1 + cfg.usage_dealing * free
+    scale = (1 + cfg.usage_dealing) / rest
+    slope = -2 * cfg.usage_dealing * scale / (rest * power)
+    return scale, slope[..., None] * weights * (fractions - free[..., None])
 
 
 def step(xp: Any, cfg: FwPKMConfig, rows: Array, gradient: Array) -> Array:

@@ -27,6 +27,13 @@ def write_scale(power, ENTRIES: tl.constexpr, WRITE_SCALE: tl.constexpr):
 
 
 @triton.jit
+def dealing(power, freed, DEALING: tl.constexpr):
+    """ρ = (1 + γ) / (1 + γ A) of a token, and A = Σ p w² / Σ w² = ``freed`` / ``power`` (§11)."""
+    free = freed / power
+    return (1 + DEALING) / (1 + DEALING * free), free
+
+
+@triton.jit
 def write_scale_vjp(d_strength, g, power, WRITE_SCALE: tl.constexpr):
     """What the gradient of κ g gives to each weight, in units of the weight."""
     if WRITE_SCALE == "slots":
@@ -42,12 +49,13 @@ def write_scale_vjp(d_strength, g, power, WRITE_SCALE: tl.constexpr):
 
 @triton.jit(do_not_specialize=_VARYING)
 def read_kernel(
-    table, slots, weights, window_flags, value, gate, output, error, strength, squared, due,
+    table, slots, weights, window_flags, free_fractions, value, gate, output, error, strength, squared, due,
     start, length, first, num_tokens, rows, first_new, num_pending, num_new,
     SLOTS: tl.constexpr, WIDTH: tl.constexpr, ENTRIES: tl.constexpr, CHUNK: tl.constexpr, LOOKAHEAD: tl.constexpr,
-    WRITE_SCALE: tl.constexpr, BLOCK: tl.constexpr, ENTRY_BLOCK: tl.constexpr, WRITES: tl.constexpr,
+    WRITE_SCALE: tl.constexpr, DEALING: tl.constexpr, BLOCK: tl.constexpr, ENTRY_BLOCK: tl.constexpr,
+    WRITES: tl.constexpr,
 ):  # fmt: skip
-    """v̂ = Σ w · values[slot]; before a write also v̂ - u, κ g and ½ g ‖v̂ - u‖² of the tokens that have a pair.
+    """v̂ = Σ w · values[slot]; before a write also v̂ - u, κ ρ g and ½ g ‖v̂ - u‖² of the tokens that have a pair.
 
     The stream's tokens from ``first_new`` on have not been read before: they are output, NaN where they are dead, or 0
     where they are masked.
@@ -63,6 +71,7 @@ def read_kernel(
     d = tl.arange(0, BLOCK)
     read = tl.zeros([BLOCK], tl.float32)
     power = 0.0
+    freed = 0.0
     for at in range(0, ENTRIES, ENTRY_BLOCK):
         e = at + tl.arange(0, ENTRY_BLOCK)
         row = memory * SLOTS + tl.load(slots + here * ENTRIES + e, mask=e < ENTRIES, other=0)
@@ -70,6 +79,9 @@ def read_kernel(
         known = (alive & (e < ENTRIES))[:, None] & (d < WIDTH)[None, :]
         read += tl.sum(w[:, None] * tl.load(table + row[:, None] * WIDTH + d[None, :], mask=known, other=0.0), 0)
         power += tl.sum(w * w, 0)
+        if WRITES and free_fractions is not None:
+            p = tl.load(free_fractions + here * ENTRIES + e, mask=e < ENTRIES, other=0.0)
+            freed += tl.sum(p * w * w, 0)
     if start + t >= first_new:
         out = b.to(tl.int64) * num_new + start + t - num_pending
         shown = tl.where(alive | ((flag & GONE) != 0), read, float("nan"))
@@ -81,6 +93,9 @@ def read_kernel(
         miss = tl.where(pair & (d < WIDTH), read - u, 0.0)
         g = gate_of(gate, stream)
         scale = write_scale(power, ENTRIES, WRITE_SCALE)
+        if free_fractions is not None:
+            dealt, _ = dealing(power, freed, DEALING)
+            scale = scale * dealt
         tl.store(error + here * WIDTH + d, miss, mask=d < WIDTH)
         tl.store(strength + here, tl.where(pair, scale * g, 0.0))
         tl.store(squared + here, tl.where(pair, memorization_loss(miss, g), 0.0))
@@ -110,11 +125,12 @@ def gradient_after(gradients, d_values, values_unclipped, next_segment, segment,
 
 @triton.jit(do_not_specialize=_VARYING)
 def read_backward_kernel(
-    slots, weights, window_flags, gate, error, strength, segment_start, step_sizes, latest, old_rows, values_unclipped,
+    slots, weights, window_flags, free_fractions, gate, error, strength, segment_start, step_sizes, latest, old_rows, values_unclipped,
     gradients, d_values, d_output, d_weights, d_read, d_value, d_gate,
     start, length, first, num_tokens, rows, first_new, num_pending, num_new,
     SLOTS: tl.constexpr, WIDTH: tl.constexpr, ENTRIES: tl.constexpr, CHUNK: tl.constexpr, LOOKAHEAD: tl.constexpr,
-    WRITE_SCALE: tl.constexpr, BLOCK: tl.constexpr, ENTRY_BLOCK: tl.constexpr, WRITES: tl.constexpr,
+    WRITE_SCALE: tl.constexpr, DEALING: tl.constexpr, BLOCK: tl.constexpr, ENTRY_BLOCK: tl.constexpr,
+    WRITES: tl.constexpr,
 ):  # fmt: skip
     """Through the write into v̂, u, κ g; then through the read into w."""
     r = tl.program_id(0)
@@ -125,11 +141,17 @@ def read_backward_kernel(
     d = tl.arange(0, BLOCK)
     toward = tl.zeros([BLOCK], tl.float32)
     power = 0.0
+    freed = 0.0
     for at in range(0, ENTRIES, ENTRY_BLOCK):
         e = at + tl.arange(0, ENTRY_BLOCK)
         w = tl.load(weights + here * ENTRIES + e, mask=e < ENTRIES, other=0.0)
         power += tl.sum(w * w, 0)
+        if WRITES and free_fractions is not None:
+            p = tl.load(free_fractions + here * ENTRIES + e, mask=e < ENTRIES, other=0.0)
+            freed += tl.sum(p * w * w, 0)
     d_power = 0.0
+    d_free = 0.0  # of A, in units of what A gives to a weight
+    free = 0.0
     if WRITES:
         c = tl.load(strength + here)
         miss = tl.load(error + here * WIDTH + d, mask=d < WIDTH, other=0.0)
@@ -155,10 +177,16 @@ def read_backward_kernel(
         tl.debug_barrier()  # other threads of this program load them below
         pair = pairs(window_flags, here, t, length, t < CHUNK, LOOKAHEAD) & ((flag & LIVE) != 0)
         stream = b.to(tl.int64) * num_tokens + start + t
+        scale = write_scale(power, ENTRIES, WRITE_SCALE)
+        if free_fractions is not None:
+            dealt, free = dealing(power, freed, DEALING)
+            if pair:
+                d_dealt = scale * gate_of(gate, stream) * d_strength
+                d_free = -2 * DEALING * dealt * d_dealt / ((1 + DEALING * free) * power)
+            d_strength = d_strength * dealt
         if pair:
             tl.store(d_value + (stream + LOOKAHEAD) * WIDTH + d, (-toward).to(d_value.dtype.element_ty), mask=d < WIDTH)
             if gate is not None:
-                scale = write_scale(power, ENTRIES, WRITE_SCALE)
                 tl.store(d_gate + stream, (scale * d_strength).to(d_gate.dtype.element_ty))
             d_power = write_scale_vjp(d_strength, gate_of(gate, stream), power, WRITE_SCALE)
     if d_output is not None:
@@ -181,6 +209,9 @@ def read_backward_kernel(
         d_w = tl.sum(row * toward[None, :], 1) + d_power * w
         if WRITES:
             d_w += tl.load(d_weights + here * ENTRIES + e, mask=known, other=0.0)
+            if free_fractions is not None:
+                p = tl.load(free_fractions + here * ENTRIES + e, mask=known, other=0.0)
+                d_w += d_free * w * (p - free)
         tl.store(d_weights + here * ENTRIES + e, d_w, mask=known)
 
 

@@ -109,9 +109,52 @@ def piece_kernel(
 
 
 @triton.jit
-def learning_rates(reads, before, RATE: tl.constexpr, USAGE: tl.constexpr):
-    """η_i = η N_i / (N_i + β U_i) of a slot with N_i = ``reads`` > 0 and U_i = ``before``."""
-    return RATE * reads / (reads + USAGE * before)
+def free_fraction(reads, before, USAGE: tl.constexpr):
+    """p_i = N_i / (N_i + β U_i) of a slot with N_i = ``reads`` > 0 and U_i = ``before``."""
+    return reads / (reads + USAGE * before)
+
+
+@triton.jit(do_not_specialize=["window", "memories", "length", "first", "total"])
+def free_fractions_kernel(
+    uses, sorted_rows, order, window_flags, free_fractions, window, memories, length, first, total,
+    SLOTS: tl.constexpr, ENTRIES: tl.constexpr, CHUNK: tl.constexpr, USAGE: tl.constexpr, ENTRY_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """p of each entry's slot, before a window's write; 1 where no token counts."""
+    begin = (first * ENTRIES).to(tl.int64)
+    segment = begin + tl.program_id(0)
+    last = total.to(tl.int64) * ENTRIES
+    row, new_row = begins_row(sorted_rows, begin, segment)
+    if not new_row:
+        return
+    reads = 0
+    at = segment
+    found = ENTRY_BLOCK
+    while (found == ENTRY_BLOCK) & (at < last):
+        e = at + tl.arange(0, ENTRY_BLOCK)
+        same = tl.load(sorted_rows + e, mask=e < last, other=-1) == row
+        token = tl.load(order + e, mask=same, other=0).to(tl.int64) // ENTRIES
+        live = (tl.load(window_flags + token, mask=same, other=0) & LIVE) != 0
+        reads += tl.sum((same & live & ((token - first) % length < CHUNK)).to(tl.int32), 0)
+        found = tl.sum(same.to(tl.int32), 0)
+        at += ENTRY_BLOCK
+    before = tl.load(uses + row.to(tl.int64) - window * memories.to(tl.int64) * SLOTS)
+    fraction = tl.where(reads > 0, free_fraction(tl.maximum(reads, 1).to(tl.float32), before, USAGE), 1.0)
+    at = segment
+    found = ENTRY_BLOCK
+    while (found == ENTRY_BLOCK) & (at < last):
+        e = at + tl.arange(0, ENTRY_BLOCK)
+        same = tl.load(sorted_rows + e, mask=e < last, other=-1) == row
+        entry = tl.load(order + e, mask=same, other=0).to(tl.int64)
+        tl.store(free_fractions + entry, fraction + tl.zeros([ENTRY_BLOCK], tl.float32), mask=same)
+        found = tl.sum(same.to(tl.int32), 0)
+        at += ENTRY_BLOCK
+
+
+def add_free_fractions(launches: Launches, call: Call, integers: dict[str, int]) -> None:
+    """Add what a window's tokens deal their writes by."""
+    if call.plan.windows[integers["window"]].writes and call.cfg.usage_weight and call.cfg.usage_dealing:
+        entries = call.batch * integers["length"] * call.cfg.slots_per_token
+        launches.add(free_fractions_kernel, (entries,), integers, call.shapes.free_fractions)
 
 
 @triton.jit(do_not_specialize=["window", "memories", "length", "first", "total"])
@@ -193,7 +236,7 @@ def values_kernel(
         if values_unclipped is not None:
             tl.store(values_unclipped + segment * WIDTH + d, (tl.abs(gradient) <= CLIP).to(tl.int8), mask=d < WIDTH)
         if uses is not None:
-            rate = learning_rates(reads, before, RATE, USAGE)
+            rate = RATE * free_fraction(reads, before, USAGE)
             if (count > 0) & lives:  # though the row may not be finite
                 tl.store(uses + row_index, before + reads)
         else:

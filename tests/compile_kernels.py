@@ -36,6 +36,7 @@ CONFIGS = {
         FwPKMConfig(
             key_dim=48, value_dim=80, num_subkeys=100, num_heads=3, top_k=5, score="dot_product", grad_clip=0.1,
             write_scale="normalized", boundary="wait", lookahead=3, weight_decay=0.1, usage_weight=0.5,
+            usage_dealing=4.0,
         ), torch.float16, True,
     ),
 }  # fmt: skip

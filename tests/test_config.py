@@ -33,10 +33,11 @@ DEFAULTS = {
     "addressing_weight": 1.0,
     "memory_scope": "sequence",
     "usage_weight": 0.0,
+    "usage_dealing": 0.0,
 }
 MINIMA = {"key_dim": 1, "value_dim": 1, "num_heads": 1, "num_subkeys": 1, "top_k": 1, "chunk_size": 1, "lookahead": 0}
 POSITIVE = ["score_eps", "temperature", "grad_clip"]
-NON_NEGATIVE = ["learning_rate", "weight_decay", "addressing_weight", "usage_weight"]
+NON_NEGATIVE = ["learning_rate", "weight_decay", "addressing_weight", "usage_weight", "usage_dealing"]
 CHOICES = {
     "boundary": ["drop", "wait"],
     "score": ["idw", "dot_product"],

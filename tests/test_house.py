@@ -45,7 +45,7 @@ def test_the_table_has_every_equation_of_the_reference() -> None:
         name for source in sources("fwpkm") if source.path.name == "equations.py" for name in names_of(source.tree)
     }
     functions = {name for name in found if name.islower() and not name.startswith("_")}
-    helpers = {"softmax", "ahead", "score_gradient", "np", "learning_rates"}
+    helpers = {"softmax", "ahead", "score_gradient", "np", "learning_rates", "dealing"}
     assert functions - helpers == set(MEMORY) - {"windows"}
 
 

@@ -19,6 +19,7 @@ from fwpkm.conformance.strategies import cases, untied_case
 TORCH = fwpkm.get_backend("torch")
 USED = FwPKMConfig(4, 3, 2, 4, 2, 3, 1, usage_weight=0.7, weight_decay=0.05)
 WEIGHTS = st.sampled_from([0.25, 1.0, 3.0])
+DEALINGS = st.sampled_from([0.0, 0.5, 20.0])
 OTHERS = ("jax",)
 pytestmark = pytest.mark.filterwarnings(
     "ignore:invalid value:RuntimeWarning",
@@ -86,6 +87,18 @@ def test_a_row_is_the_mean_of_what_was_written_to_it():
     assert state.uses.tolist() == [[9.0]]
 
 
+def test_dealt_in_full_a_token_gets_its_value_however_used_its_slots_are():
+    """A normalized write of one token, with η = 1: it reads its value back, and fresh slots moved more than used."""
+    cfg = FwPKMConfig(4, 3, 1, 4, 2, 1, 0, write_scale="normalized", usage_weight=2.0, usage_dealing=1e12)
+    cfg = dataclasses.replace(cfg, addressing_weight=0.0)  # keys stay, so the query finds the same slots
+    case = drawn(cfg, 1, 9, left_out=["mask", "gate"])
+    for be in (reference, TORCH):
+        _, state = read(be, case, begun(be, case))
+        assert np.unique(as_numpy(be, state.uses)).size > 2
+        last = be.lookup(cfg, state.memory, native(be, case.tokens).query[:, -1:])
+        assert_close(as_numpy(be, last.output), case.tokens.value[:, -1:], "float64")
+
+
 def test_a_chunk_without_a_pair_counts_nothing():
     cfg = dataclasses.replace(USED, chunk_size=2)
     case = drawn(cfg, 1, 4)
@@ -113,7 +126,7 @@ def test_a_row_that_keeps_its_bits_counts_as_used():
 # Torch beside the reference
 
 
-@given(cases(usage_weight=WEIGHTS))
+@given(cases(usage_weight=WEIGHTS, usage_dealing=DEALINGS))
 def test_torch_gives_what_the_reference_gives(case):
     expected, state = read(reference, case, begun(reference, case))
     received, found = read(TORCH, case, begun(TORCH, case))
@@ -138,7 +151,9 @@ def test_any_split_gives_the_same(case, data):
         np.testing.assert_array_equal(as_numpy(be, state.uses), as_numpy(be, whole.uses))
 
 
-@pytest.mark.parametrize("fields", [{}, {"boundary": "wait"}, {"grad_clip": 0.3}, {"memory_scope": "batch"}])
+@pytest.mark.parametrize(
+    "fields", [{}, {"boundary": "wait"}, {"grad_clip": 0.3}, {"memory_scope": "batch"}, {"usage_dealing": 4.0}]
+)
 def test_gradients_equal_central_differences_of_the_reference(fields):
     cfg = dataclasses.replace(USED, score_eps=0.1, **fields)
     clear = 100 * agreement.DIFFERENCE_STEP / 1e-3**0.5
@@ -167,7 +182,14 @@ def test_gradients_equal_central_differences_of_the_reference(fields):
 
 @pytest.mark.parametrize("cuts", [[10], [2, 9, 10]])
 @pytest.mark.parametrize(
-    "fields", [{}, {"weight_decay": 0.1, "grad_clip": 0.02}, {"boundary": "wait", "memory_scope": "batch"}]
+    "fields",
+    [
+        {},
+        {"weight_decay": 0.1, "grad_clip": 0.02},
+        {"boundary": "wait", "memory_scope": "batch"},
+        {"usage_dealing": 4.0, "write_scale": "normalized"},
+        {"usage_dealing": 4.0, "boundary": "wait", "grad_clip": 0.02},
+    ],
 )
 def test_kernels_give_what_eager_gives(fields, cuts):
     cfg = FwPKMConfig(**SMALL | {"usage_weight": 0.7} | fields)

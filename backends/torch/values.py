@@ -21,7 +21,7 @@ from fwpkm.backends.torch.column_parallel import Columns
 from fwpkm.backends.torch.derivatives import first_only
 from fwpkm.backends.torch.tokens import finite_rows, maybe_any
 from fwpkm.config import FwPKMConfig
-from fwpkm.rules import learning_rates
+from fwpkm.rules import dealing, free_fractions
 from fwpkm.tokens import Array
 
 
@@ -130,7 +130,7 @@ def read_and_write(
 
 
 class _Residuals(NamedTuple):
-    """What the backward of one window needs; the last four are None where nothing is written."""
+    """What the backward of one window needs; those behind ``starts`` are None where nothing is written."""
 
     rows: Tensor
     """``[P]`` ids of the rows that it touched."""
@@ -147,6 +147,10 @@ class _Residuals(NamedTuple):
     """``[P]``: η_i λ of the rows that moved, else 0; None where nothing decays."""
     unclipped: Array
     """``[P, Dv]``: which elements were not clipped, None where none can be."""
+    dealt: Array
+    """``[T]``: ρ of each token, None where none is dealt."""
+    d_dealt: Array
+    """``[T, K]``: its derivative by the weights."""
 
     @property
     def entries(self) -> Entries:
@@ -173,20 +177,27 @@ class _Table(torch.autograd.Function):
             w, c, u, n = (x[start:stop] for x in (weights, strength, target, counted))
             before = table.index_select(0, rows)
             read = entries.read(before, w)
-            error = rate = decay = unclipped = None
+            error = rate = decay = unclipped = dealt = d_dealt = None
             reads[start:stop] = read
             if write:
                 error = read - u
                 squared[start:stop] = error.square().sum(-1)
                 count = entries.count(n)
                 moves = active[i].index_select(0, rows // num_slots) & (count > 0)
-                rates = None if uses is None else _use(cfg, uses, rows, count, moves)
+                rates = None
+                if uses is not None:
+                    free = _use(cfg, uses, rows, count, moves)
+                    rates = cfg.learning_rate * free
+                    if cfg.usage_dealing:  # a token that does not count writes nothing, and its slots may have no N
+                        of_entries = torch.where(n[:, None], free[entries.row_index], 1)
+                        dealt, d_dealt = dealing(torch, cfg, w, of_entries)
+                        c = c * dealt
                 after, error, rate, decay, unclipped = _write(
                     cfg, entries, before, error, c[:, None] * w, count, moves, rates, columns
                 )
                 table.index_copy_(0, rows, after)
             if keep:
-                residuals.append(_Residuals(rows, before, *entries, error, rate, decay, unclipped))
+                residuals.append(_Residuals(rows, before, *entries, error, rate, decay, unclipped, dealt, d_dealt))
         ctx.save_for_backward(*(residuals and (weights, strength)), *(x for window in residuals for x in window))
         ctx.cfg, ctx.spans, ctx.shape = cfg, spans, values.shape
         ctx.mark_non_differentiable(squared)
@@ -210,9 +221,14 @@ class _Table(torch.autograd.Function):
             d_read = None if d_reads is None else d_reads[start:stop]
             at, d_w, decay = locate(window.rows), torch.zeros_like(w), None
             if write and reached:
-                decay, d_error, d_coefficient = _write_backward(ctx.cfg, window, gradient, at, c[:, None] * w)
-                d_w += c[:, None] * d_coefficient
-                d_strength[start:stop] = (w * d_coefficient).sum(-1)
+                dealt = c if window.dealt is None else c * window.dealt
+                decay, d_error, d_coefficient = _write_backward(ctx.cfg, window, gradient, at, dealt[:, None] * w)
+                d_w += dealt[:, None] * d_coefficient
+                d_dealt = (w * d_coefficient).sum(-1)
+                if window.dealt is not None:
+                    d_w += (c * d_dealt)[:, None] * window.d_dealt
+                    d_dealt = d_dealt * window.dealt
+                d_strength[start:stop] = d_dealt
                 d_target[start:stop] = d_error.neg()
                 d_read = d_error if d_read is None else d_read + d_error
             if d_read is not None:
@@ -238,14 +254,14 @@ def value_gradient(entries: Entries, error: Tensor, coefficient: Tensor, inverse
 
 
 def _use(cfg: FwPKMConfig, uses: Tensor, rows: Tensor, count: Tensor, moves: Tensor) -> Tensor:
-    """η_i of a write's rows ``[P]``, whose N_i = ``count`` is then added to U_i; arguments as of ``_write``.
+    """p_i of a write's rows ``[P]``, whose N_i = ``count`` is then added to U_i; arguments as of ``_write``.
 
     A row counts as used though its new value may turn out not to be finite.
     """
     uses, count = uses.view(-1), count.to(uses.dtype)
     before = uses.index_select(0, rows)
     uses.index_copy_(0, rows, torch.where(moves, before + count, before))
-    return learning_rates(cfg, count.clamp(min=1), before)
+    return free_fractions(cfg, count.clamp(min=1), before)
 
 
 def _write(

@@ -26,7 +26,8 @@ SELF = Implementation.of(
     Tensor,
     """
     key_dim value_dim num_heads num_subkeys top_k chunk_size lookahead boundary score score_eps temperature
-    learning_rate write_scale weight_decay grad_clip addressing_weight memory_scope usage_weight query value gate mask
+    learning_rate write_scale weight_decay grad_clip addressing_weight memory_scope usage_weight usage_dealing
+    query value gate mask
     """,
 )
 """The fields of a configuration and of a token that this backend computes with."""

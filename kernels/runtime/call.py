@@ -138,6 +138,7 @@ def add_write(launches: Launches, call: Call) -> None:
     """Add the reads of all windows and the writes of their chunks."""
     for i in range(len(call.plan.windows)):
         integers = call.integers(i)
+        values.add_free_fractions(launches, call, integers)
         read.add_read(launches, call, integers)
         values.add_values(launches, call, integers)
 

@@ -36,7 +36,12 @@ def shapes(cfg: FwPKMConfig, query: torch.dtype) -> SimpleNamespace:
     ranked, scored = names | {"HALF": half} | score, names | {"K": k} | score
     chosen = scored | {"CHUNK": cfg.chunk_size}
     table = {"SLOTS": cfg.num_slots, "WIDTH": cfg.value_dim, "ENTRIES": entries}
-    bound = {"CHUNK": cfg.chunk_size, "LOOKAHEAD": cfg.lookahead, "WRITE_SCALE": cfg.write_scale}
+    bound = {
+        "CHUNK": cfg.chunk_size,
+        "LOOKAHEAD": cfg.lookahead,
+        "WRITE_SCALE": cfg.write_scale,
+        "DEALING": cfg.usage_dealing,
+    }
     rate = {"RATE": cfg.learning_rate, "DECAY": cfg.weight_decay}
     exact = query == torch.bfloat16
     products = {"EXACT": exact, "UPCAST": INTERPRETED}
@@ -115,6 +120,14 @@ def shapes(cfg: FwPKMConfig, query: torch.dtype) -> SimpleNamespace:
             "BLOCK": width,
             "ENTRY_BLOCK": min(8, triton.next_power_of_2(entries)),
             "num_warps": 4,
+        },
+        free_fractions={
+            "SLOTS": cfg.num_slots,
+            "ENTRIES": entries,
+            "CHUNK": cfg.chunk_size,
+            "USAGE": cfg.usage_weight,
+            "ENTRY_BLOCK": 8,
+            "num_warps": 1,
         },
         piece={**of_piece, "CHUNK": cfg.chunk_size},
         values={
