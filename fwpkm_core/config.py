@@ -68,7 +68,7 @@ class FwPKMConfig(_Text):
         addressing_weight: α, weight of the addressing loss (§4).
         memory_scope: "sequence" gives each row of a batch its own tables, "batch" one table to all (§1).
         usage_weight: β: a slot that earlier chunks have used much takes smaller steps; 0 is the plain rule (§4).
-        usage_dealing: γ: how far a token's slots that were used less make up for those smaller steps; 0 not at all (§11).
+        usage_dealing: γ: how far a token's less used slots make up for the smaller steps of the others (§11).
 
     Raises:
         ValueError: a field breaks its rule; names the field, the rule and the value.

@@ -136,7 +136,7 @@ def write_scale(cfg: FwPKMConfig, weights: Array) -> Array:
 
 
 def dealing(cfg: FwPKMConfig, weights: Array, fractions: Array) -> Array:
-    """ρ = (1 + γ) / (1 + γ Σ p w² / Σ w²) of each token [n]; w and p = N / (N + β U) of its slots [n, H*k]."""
+    """δ = (1 + γ) / (1 + γ Σ p w² / Σ w²) of each token [n]; w and p = N / (N + β U) of its slots [n, H*k]."""
     free = (fractions * np.square(weights)).sum(-1) / np.square(weights).sum(-1)
     more = weights.dtype.type(cfg.usage_dealing)
     return (1 + more) / (1 + more * free)
@@ -151,7 +151,7 @@ def value_gradient(
     counted: Array,
     uses: Array | None = None,
 ) -> tuple[Array, Array, Array]:
-    """The slots with N_i > 0 [r], these N_i [r] and G_i = (1/N_i) Σ κ ρ w g (v̂ - u) [r, Dv]; U = ``uses`` [N]."""
+    """The slots with N_i > 0 [r], these N_i [r] and G_i = (1/N_i) Σ κ δ w g (v̂ - u) [r, Dv]; U = ``uses`` [N]."""
     strength = np.where(pair, write_scale(cfg, selection.weights) * gate, 0)
     flat = selection.slots[counted].ravel()
     order = np.argsort(flat, kind="stable")

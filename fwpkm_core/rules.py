@@ -45,7 +45,7 @@ def free_fractions(cfg: FwPKMConfig, reads: Array, uses: Array) -> Array:
 
 
 def dealing(xp: Any, cfg: FwPKMConfig, weights: Array, fractions: Array) -> tuple[Array, Array]:
-    """ρ = (1 + γ) / (1 + γ Σ p w² / Σ w²) of tokens ``[...]`` (§11), and its derivative by the weights ``[..., H*k]``.
+    """δ = (1 + γ) / (1 + γ Σ p w² / Σ w²) of tokens ``[...]`` (§11), and its derivative by the weights ``[..., H*k]``.
 
     p = ``fractions`` ``[..., H*k]``: ``free_fractions`` of a token's slots.
     """

@@ -28,7 +28,7 @@ def write_scale(power, ENTRIES: tl.constexpr, WRITE_SCALE: tl.constexpr):
 
 @triton.jit
 def dealing(power, freed, DEALING: tl.constexpr):
-    """ρ = (1 + γ) / (1 + γ A) of a token, and A = Σ p w² / Σ w² = ``freed`` / ``power`` (§11)."""
+    """δ = (1 + γ) / (1 + γ A) of a token, and A = Σ p w² / Σ w² = ``freed`` / ``power`` (§11)."""
     free = freed / power
     return (1 + DEALING) / (1 + DEALING * free), free
 
@@ -55,7 +55,7 @@ def read_kernel(
     WRITE_SCALE: tl.constexpr, DEALING: tl.constexpr, BLOCK: tl.constexpr, ENTRY_BLOCK: tl.constexpr,
     WRITES: tl.constexpr,
 ):  # fmt: skip
-    """v̂ = Σ w · values[slot]; before a write also v̂ - u, κ ρ g and ½ g ‖v̂ - u‖² of the tokens that have a pair.
+    """v̂ = Σ w · values[slot]; before a write also v̂ - u, κ δ g and ½ g ‖v̂ - u‖² of the tokens that have a pair.
 
     The stream's tokens from ``first_new`` on have not been read before: they are output, NaN where they are dead, or 0
     where they are masked.
@@ -125,8 +125,8 @@ def gradient_after(gradients, d_values, values_unclipped, next_segment, segment,
 
 @triton.jit(do_not_specialize=_VARYING)
 def read_backward_kernel(
-    slots, weights, window_flags, free_fractions, gate, error, strength, segment_start, step_sizes, latest, old_rows, values_unclipped,
-    gradients, d_values, d_output, d_weights, d_read, d_value, d_gate,
+    slots, weights, window_flags, free_fractions, gate, error, strength, segment_start, step_sizes, latest, old_rows,
+    values_unclipped, gradients, d_values, d_output, d_weights, d_read, d_value, d_gate,
     start, length, first, num_tokens, rows, first_new, num_pending, num_new,
     SLOTS: tl.constexpr, WIDTH: tl.constexpr, ENTRIES: tl.constexpr, CHUNK: tl.constexpr, LOOKAHEAD: tl.constexpr,
     WRITE_SCALE: tl.constexpr, DEALING: tl.constexpr, BLOCK: tl.constexpr, ENTRY_BLOCK: tl.constexpr,

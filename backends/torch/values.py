@@ -148,7 +148,7 @@ class _Residuals(NamedTuple):
     unclipped: Array
     """``[P, Dv]``: which elements were not clipped, None where none can be."""
     dealt: Array
-    """``[T]``: ρ of each token, None where none is dealt."""
+    """``[T]``: δ of each token, None where none is dealt."""
     d_dealt: Array
     """``[T, K]``: its derivative by the weights."""
 

@@ -55,7 +55,7 @@ def layout_of_residuals(
         "weights": ((total, cfg.slots_per_token), _FLOAT),
         # p of each entry's slot.
         "free_fractions": ((entries,), _FLOAT) if cfg.usage_weight and cfg.usage_dealing else None,
-        "strength": ((total,), _FLOAT),  # κ ρ g of the tokens that have a pair, else 0
+        "strength": ((total,), _FLOAT),  # κ δ g of the tokens that have a pair, else 0
         "error": ((total, width), _FLOAT),  # v̂ - u of those, else 0
         "order": ((entries,), _LONG),  # the entries by window, table row and token
         # Their table rows, those of the next window's tables behind those of this one's.
