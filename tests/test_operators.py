@@ -162,7 +162,7 @@ def test_a_graph_shows_a_cu_seqlens_that_is_not_legal(monkeypatch) -> None:
     choose = engine.choose_engine
     monkeypatch.setattr(engine, "choose_engine", lambda _, *rest: choose("triton", *rest))
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    for a, b in zip(flatten(compiled(x, state, mask, offsets)[1]), flatten(expected[1])):
+    for a, b in zip(compiled(x, state, mask, offsets)[1].arrays().values(), expected[1].arrays().values(), strict=True):
         same_or_close(a, b)
     for ends in ([1, 3, 7], [0, 5, 2], [0, 5, 9], [0, -1, 7]):
         y, after, trace = compiled(x, state, mask, torch.tensor(ends, dtype=torch.int32), return_trace=True)
@@ -170,7 +170,7 @@ def test_a_graph_shows_a_cu_seqlens_that_is_not_legal(monkeypatch) -> None:
             assert found[mask].isnan().all()
             assert not found[~mask].any()
         assert not trace.writes.any()
-        for a, b in zip(flatten(after), flatten(state)):
+        for a, b in zip(after.arrays().values(), state.arrays().values(), strict=True):
             assert torch.equal(a, b)
     y, _ = compiled(x, None, None, torch.tensor([0, 5, 2], dtype=torch.int32), return_state=False)
     assert y.isnan().all()
@@ -243,7 +243,7 @@ def test_the_operators_are_what_they_say() -> None:
     """Schemas, shapes without data, and gradients, by torch's own checks."""
     cfg = FwPKMConfig(**SMALL)
     state, (query, value, gate) = state_of(cfg), tokens_of(cfg, 5)
-    arguments = (cfg.to_json(), *state.memory, None, query, value, gate, None, torch.float32, True, False)
+    arguments = (cfg.to_json(), *state.memory, None, query, value, gate, None, torch.float32, True, False, None)
     torch.library.opcheck(torch.ops.fwpkm.apply.default, arguments, test_utils=("test_schema", "test_faketensor"))
     started = be.start_decoding(state)
     one = [x[:, :1].contiguous() for x in (query, value, gate)]
