@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_language_model_training import CPU, RECORD, WEIGHTS, equal, experiment, stopping
+from test_language_model_training import CPU, MEMORY, RECORD, WEIGHTS, equal, experiment, stopping
 from tiny_experiments import CORPUS
 
 from examples.language_model import checkpoint, results, training
@@ -84,7 +84,8 @@ def test_a_model_is_loaded_with_the_keys_that_it_settled_on(tmp_path, pieces):
     assert torch.equal(state.memory.keys, kept.expand_as(state.memory.keys))
     moved = checkpoint.load(tmp_path, CPU, memory_scope="sequence", addressing_weight=1.0)[0]
     assert not torch.equal(moved(tokens, moved.start(2))[1].memories[0].memory.keys[:1], kept)
-    with pytest.raises(ValueError, match=re.escape("memories.1.memory.keys")):
+    checkpoint.load(tmp_path, CPU, num_subkeys=16)
+    with pytest.raises(ValueError, match=r"num_subkeys must be 16: the keys of .* have settled. Received: 8"):
         checkpoint.load(tmp_path, CPU, num_subkeys=8)
 
 
@@ -104,8 +105,8 @@ def test_a_trained_model_reads_as_it_is_told(tmp_path):
     ("reading", "said"),
     [
         ({"num_subkeys": 32, "boundary": "wait"}, "model.reading cannot change ['boundary', 'num_subkeys']"),
-        ({"rate": 1}, "model.memory has fields that FwPKMConfig lacks: ['rate']"),
-        ({"learning_rate": -1.0}, "learning_rate must be"),
+        ({"rate": 1}, "model.reading has fields that FwPKMConfig lacks: ['rate']"),
+        ({"learning_rate": -1.0}, "model.reading.learning_rate must be"),
         (3, "model.reading must be a table of FwPKMConfig's fields. Received: 3"),
     ],
 )
@@ -121,6 +122,8 @@ def test_a_reading_that_cannot_be_is_refused(reading, said):
         ({}, 7, "training.settle must be at most training.steps, 6"),
         ({"memories": [], "memory": {}}, 2, "training.settle must be 0 where no memory is written. Received: 2"),
         ({"memories": [], "memory": {}, "reading": {"top_k": 3}}, 0, "model.reading must be empty where no memory"),
+        ({"memory": MEMORY | {"weight_decay": 0.1}}, 2, "training.settle wants model.memory.weight_decay = 0"),
+        ({"reading": {"weight_decay": 0.1}}, 2, "training.settle wants model.memory.weight_decay = 0"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(model, settle, said):

@@ -83,7 +83,7 @@ def refusals() -> list[str]:
     memory, wide = be.init_memory(cfg), FwPKMConfig(**SMALL | {"key_dim": 16, "value_dim": 16})
     dealt = columns.shard(memory, mesh())
     state = be.init_state(cfg, dealt, 1)
-    odd = be.init_memory(FwPKMConfig(**SMALL | {"value_dim": 7}))
+    odd, used = be.init_memory(FwPKMConfig(**SMALL | {"value_dim": 7})), FwPKMConfig(**SMALL, usage_weight=0.5)
     attempts: dict[str, Callable[[], Any]] = {
         "rows": lambda: call(distribute_tensor(memory.values, mesh(), [Shard(1)])),
         "rows of a layer": lambda: rows_of_layer(),
@@ -118,6 +118,9 @@ def refusals() -> list[str]:
         "pack": lambda: be.pack(cfg, state, dealt),
         "to device": lambda: be.to_device(state, "cpu"),
         "twice": lambda: columns.shard(state, mesh()),
+        "a state with uses": lambda: columns.shard(be.init_state(used, memory, 1), mesh()),
+        "uses from columns": lambda: be.init_state(used, dealt, 1),
+        "a layer that weighs them": lambda: columns.shard(be.FwPKM(8, used), mesh()),
         "gather": lambda: columns.gather(memory),
         "nothing": lambda: columns.shard(nn.Linear(2, 2), mesh()),
         "mesh of others": lambda: columns.shard(memory, DeviceMesh("cpu", [1 - min(RANK, 1)], _init_backend=False)),

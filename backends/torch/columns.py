@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fwpkm.backends.torch.column_files import join, load, load_state, save, save_state
 from fwpkm.backends.torch.column_parallel import Columns, check_divides, check_mesh, is_sharded
 from fwpkm.backends.torch.parts import InitialMemory
+from fwpkm.config import FwPKMConfig
 from fwpkm.containers import Memory, State
 
 __all__ = ["gather", "join", "load", "load_state", "save", "save_state", "shard"]
@@ -85,6 +86,9 @@ def _with_tables(what: Any, function: Any, device: str | None) -> Any:
     if not memories:
         received = type(what).__name__
         raise ValueError(f"what must be a State, a Memory or a module with FwPKM layers. Received: {received}")
+    weights = [cfg.usage_weight for x in what.modules() if isinstance(cfg := getattr(x, "config", None), FwPKMConfig)]
+    if any(weights):
+        raise ValueError(f"usage_weight must be 0 where a table lies in columns. Received: layers with {weights}")
     for memory, values in [(x, function(x.values)) for x in memories]:
         if isinstance(memory.values, nn.Parameter):
             memory.values = nn.Parameter(values, requires_grad=memory.values.requires_grad)

@@ -227,6 +227,11 @@ def load(folder: Path, device: torch.device, **memory: Any) -> tuple[LanguageMod
     model = build(experiment, device, **held | {**experiment.model.reading, **memory})
     if "num_subkeys" not in memory and about["tables"] != tables_of(model):
         raise ValueError(f"{folder / WEIGHTS} was trained with other tables than seed {experiment.training.seed} gives")
+    own, kept = experiment.model.memory_config().num_subkeys, any(f"model.{x}" in tensors for x in initial_keys(model))
+    if kept and memory.get("num_subkeys", own) != own:
+        raise ValueError(
+            f"num_subkeys must be {own}: the keys of {folder} have settled. Received: {memory['num_subkeys']}"
+        )
     _fill(model, tensors, folder)
     return model.requires_grad_(False).eval(), experiment
 

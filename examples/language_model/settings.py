@@ -93,7 +93,10 @@ class ModelSettings:
             raise ValueError(f"model.reading cannot change {fixed}: the model is trained with them")
         if self.reading and not self.writes:
             raise ValueError(f"model.reading must be empty where no memory is written. Received: {self.reading!r}")
-        self.memory_config(**self.reading)
+        try:
+            self.memory_config(**self.reading)
+        except ValueError as error:
+            raise ValueError(str(error).replace("model.memory", "model.reading", 1)) from error
         if self.memory_config().boundary != "drop":
             # Under "wait" the last chunk of a step would be pending, and the next step would not write it.
             raise ValueError(f'model.memory.boundary must be "drop". Received: {self.memory["boundary"]!r}')
@@ -212,6 +215,10 @@ class Experiment:
             )
         if self.training.settle and not self.model.writes:
             raise ValueError(f"training.settle must be 0 where no memory is written. Received: {self.training.settle}")
+        if self.training.settle and self.model.memory_config(**self.model.reading).weight_decay:
+            raise ValueError(
+                "training.settle wants model.memory.weight_decay = 0: decay moves keys that shall stand still"
+            )
         if self.model.writes and self.training.length % chunk:
             raise ValueError(
                 f"training.length must be a multiple of model.memory.chunk_size. "
