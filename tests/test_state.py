@@ -172,7 +172,8 @@ def test_a_call_leaves_its_arguments_as_they_were(be, case, update):
     be.apply(cfg, state, **tokens.present(), update=update)
     be.flush(cfg, state)
     be.lookup(cfg, memory, tokens.query)
-    be.chunk_update(cfg, memory, tokens.query, tokens.value, tokens.gate, tokens.mask)
+    plain = dataclasses.replace(cfg, usage_weight=0.0)  # tables alone keep no uses
+    be.chunk_update(plain, memory, tokens.query, tokens.value, tokens.gate, tokens.mask)
     be.reset(cfg, state, memory)
     be.select(cfg, state, list(range(case.batch)))
     if cfg.memory_scope == "sequence":
