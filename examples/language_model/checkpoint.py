@@ -1,7 +1,7 @@
 """What training leaves in a folder: the experiment, a record of losses, and a checkpoint that it goes on from.
 
 A checkpoint holds weights and the optimizer's moments. The initial tables follow from the seed, so files stay small;
-keys that have settled (settings.py) are kept.
+keys that are held (settings.py) are kept.
 """
 
 import hashlib
@@ -223,15 +223,13 @@ def load(folder: Path, device: torch.device, **memory: Any) -> tuple[LanguageMod
         ValueError: a file is damaged, or of other tables than this version of torch draws.
     """
     experiment, (tensors, about) = settings_of(folder), _found(folder)
-    held = {"addressing_weight": 0.0} if experiment.training.settled(int(about["step"])) else {}
+    held = {"addressing_weight": 0.0} if experiment.training.holds(int(about["step"])) else {}
     model = build(experiment, device, **held | {**experiment.model.reading, **memory})
     if "num_subkeys" not in memory and about["tables"] != tables_of(model):
         raise ValueError(f"{folder / WEIGHTS} was trained with other tables than seed {experiment.training.seed} gives")
     own, kept = experiment.model.memory_config().num_subkeys, any(f"model.{x}" in tensors for x in initial_keys(model))
     if kept and memory.get("num_subkeys", own) != own:
-        raise ValueError(
-            f"num_subkeys must be {own}: the keys of {folder} have settled. Received: {memory['num_subkeys']}"
-        )
+        raise ValueError(f"num_subkeys must be {own}: the keys of {folder} are held. Received: {memory['num_subkeys']}")
     _fill(model, tensors, folder)
     return model.requires_grad_(False).eval(), experiment
 

@@ -148,8 +148,9 @@ class TrainingSettings:
         gap: bytes from a statement of a fact to its question, at least; with memories more than a chunk.
         crowd: how many times as many facts one row in four states.
         reread: every so many steps, a step reads what the step before it read, its memories going on; 0 for never.
-        settle: for so many steps a row begins with the mean of all rows' keys, then those stand still, in training and
-            in reading, as with ``addressing_weight = 0``; 0 for rows that begin with the drawn keys, which always move.
+        hold_after: for so many steps a row begins with the mean of all rows' keys, then those stand still, in training
+            and in reading, as with ``addressing_weight = 0``; 0 for rows that begin with the drawn keys, which always
+            move.
         seed: of weights, tables and data.
     """
 
@@ -167,16 +168,16 @@ class TrainingSettings:
     gap: int = 520
     crowd: int = 1
     reread: int = 0
-    settle: int = 0
+    hold_after: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
         """Check every field."""
         require = functools.partial(_require, "training", self)
         require("steps batch length span crowd", lambda x: _integer(x, 1), "an integer of at least 1")
-        require("warmup seed gap settle", lambda x: _integer(x, 0), "an integer of at least 0")
+        require("warmup seed gap hold_after", lambda x: _integer(x, 0), "an integer of at least 0")
         require("reread", lambda x: _integer(x, 0) and x != 1, "0, or an integer of at least 2")
-        require("settle", lambda x: x <= self.steps, f"at most training.steps, {self.steps}")
+        require("hold_after", lambda x: x <= self.steps, f"at most training.steps, {self.steps}")
         require("span seed gap", lambda x: x < 2**31, "less than 2^31")
         require("facts decay", lambda x: _number(x) and 0 <= x <= 1, "a share from 0 to 1")
         require("learning_rate clip asked_weight", lambda x: _number(x) and x > 0, "a number above 0")
@@ -187,9 +188,9 @@ class TrainingSettings:
         again = bool(self.reread) and (step + 1) % self.reread == 0
         return step - ((step + 1) // self.reread if self.reread else 0), again
 
-    def settled(self, step: int) -> bool:
+    def holds(self, step: int) -> bool:
         """Whether keys stand still after so many steps."""
-        return 0 < self.settle <= step
+        return 0 < self.hold_after <= step
 
     def rate(self, step: int) -> float:
         """The learning rate of a step, counted from 0: up, level, and down to 0."""
@@ -213,11 +214,13 @@ class Experiment:
                 f"training.gap must be more than model.memory.chunk_size, or a fact would be stated again before it is "
                 f"written. Received: gap={self.training.gap}, chunk_size={chunk}"
             )
-        if self.training.settle and not self.model.writes:
-            raise ValueError(f"training.settle must be 0 where no memory is written. Received: {self.training.settle}")
-        if self.training.settle and self.model.memory_config(**self.model.reading).weight_decay:
+        if self.training.hold_after and not self.model.writes:
             raise ValueError(
-                "training.settle wants model.memory.weight_decay = 0: decay moves keys that shall stand still"
+                f"training.hold_after must be 0 where no memory is written. Received: {self.training.hold_after}"
+            )
+        if self.training.hold_after and self.model.memory_config(**self.model.reading).weight_decay:
+            raise ValueError(
+                "training.hold_after wants model.memory.weight_decay = 0: decay moves keys that shall stand still"
             )
         if self.model.writes and self.training.length % chunk:
             raise ValueError(

@@ -121,7 +121,7 @@ class Trainer:
     def resume(self, folder: Path, corpus: str) -> None:
         """Go on from the checkpoint of a folder. Raises as ``checkpoint.resume`` does."""
         self.step = checkpoint.resume(folder, self.model, self.optimizer, corpus)
-        if self.settings.settled(self.step):
+        if self.settings.holds(self.step):
             self.model.hold_keys()
         self._begin([True] * len(self.tokens))  # with the keys that were kept
 
@@ -145,7 +145,7 @@ class Trainer:
         else:
             self._take(*[self._captured(half) for half in (self._backward, self._update)])
         self.step += 1
-        if self.step <= self.settings.settle:
+        if self.step <= self.settings.hold_after:
             self._follow()
         return self.measured
 
@@ -171,17 +171,17 @@ class Trainer:
 
     @torch.no_grad()
     def _follow(self) -> None:
-        """Let rows begin with the mean of all rows' keys; after the last of ``settle`` steps those stand still."""
-        settles = self.settings.settled(self.step)
+        """Let rows begin with the mean of all rows' keys; after the last of ``hold_after`` steps those stand still."""
+        holds = self.settings.holds(self.step)
         for state, layer in zip(self.reading.memories, self.model.memories.values()):
             mean = state.memory.keys.mean(0)
             if self._gradients is not None:
                 dist.all_reduce(mean)
                 mean /= dist.get_world_size()
             layer.memory.keys.copy_(mean)
-            if settles:
+            if holds:
                 state.memory.keys.copy_(mean)
-        if settles:
+        if holds:
             self.model.hold_keys()
             # What was captured moves keys.
             self._graphs, self._warmed = [], 0

@@ -1,4 +1,4 @@
-"""What a trained memory reads with: keys that have settled, and fields that are others than in training."""
+"""What a trained memory reads with: keys that are held, and fields that are others than in training."""
 
 import re
 
@@ -18,7 +18,7 @@ def keys_of(trainer):
 
 
 def test_rows_begin_with_the_mean_of_all_keys_until_these_stand_still():
-    trainer = training.Trainer(experiment(settle=3, span=2), CPU)
+    trainer = training.Trainer(experiment(hold_after=3, span=2), CPU)
     batches = list(training.batches(CORPUS, trainer.settings, 0))
     drawn = keys_of(trainer)[0].clone()
     for batch in batches[:2]:
@@ -55,12 +55,12 @@ def test_without_it_rows_begin_with_the_drawn_keys():
 
 @pytest.mark.parametrize("at", [1, 2, 4])
 def test_a_stop_changes_nothing(tmp_path, monkeypatch, at):
-    training.train(experiment(settle=3), CORPUS, tmp_path / "whole", CPU)
+    training.train(experiment(hold_after=3), CORPUS, tmp_path / "whole", CPU)
     with monkeypatch.context() as patch:
         stopping(patch, at=at)
         with pytest.raises(KeyboardInterrupt):
-            training.train(experiment(settle=3), CORPUS, tmp_path / "parts", CPU)
-    training.train(experiment(settle=3), CORPUS, tmp_path / "parts", CPU)
+            training.train(experiment(hold_after=3), CORPUS, tmp_path / "parts", CPU)
+    training.train(experiment(hold_after=3), CORPUS, tmp_path / "parts", CPU)
     whole, parts = (load_file(tmp_path / name / WEIGHTS) for name in ("whole", "parts"))
     assert equal(parts, whole)
     assert "model.memories.1.memory.keys" in whole
@@ -68,8 +68,8 @@ def test_a_stop_changes_nothing(tmp_path, monkeypatch, at):
 
 
 @pytest.mark.parametrize("pieces", [False, True])
-def test_a_model_is_loaded_with_the_keys_that_it_settled_on(tmp_path, pieces):
-    training.train(experiment(settle=3), CORPUS, tmp_path, CPU)
+def test_a_model_is_loaded_with_the_keys_that_are_held(tmp_path, pieces):
+    training.train(experiment(hold_after=3), CORPUS, tmp_path, CPU)
     kept = load_file(tmp_path / WEIGHTS)["model.memories.1.memory.keys"]
     if pieces:
         checkpoint.split(tmp_path)
@@ -85,7 +85,7 @@ def test_a_model_is_loaded_with_the_keys_that_it_settled_on(tmp_path, pieces):
     moved = checkpoint.load(tmp_path, CPU, memory_scope="sequence", addressing_weight=1.0)[0]
     assert not torch.equal(moved(tokens, moved.start(2))[1].memories[0].memory.keys[:1], kept)
     checkpoint.load(tmp_path, CPU, num_subkeys=16)
-    with pytest.raises(ValueError, match=r"num_subkeys must be 16: the keys of .* have settled. Received: 8"):
+    with pytest.raises(ValueError, match=r"num_subkeys must be 16: the keys of .* are held. Received: 8"):
         checkpoint.load(tmp_path, CPU, num_subkeys=8)
 
 
@@ -116,16 +116,16 @@ def test_a_reading_that_cannot_be_is_refused(reading, said):
 
 
 @pytest.mark.parametrize(
-    ("model", "settle", "said"),
+    ("model", "hold_after", "said"),
     [
-        ({}, -1, "training.settle must be an integer of at least 0"),
-        ({}, 7, "training.settle must be at most training.steps, 6"),
-        ({"memories": [], "memory": {}}, 2, "training.settle must be 0 where no memory is written. Received: 2"),
+        ({}, -1, "training.hold_after must be an integer of at least 0"),
+        ({}, 7, "training.hold_after must be at most training.steps, 6"),
+        ({"memories": [], "memory": {}}, 2, "training.hold_after must be 0 where no memory is written. Received: 2"),
         ({"memories": [], "memory": {}, "reading": {"top_k": 3}}, 0, "model.reading must be empty where no memory"),
-        ({"memory": MEMORY | {"weight_decay": 0.1}}, 2, "training.settle wants model.memory.weight_decay = 0"),
-        ({"reading": {"weight_decay": 0.1}}, 2, "training.settle wants model.memory.weight_decay = 0"),
+        ({"memory": MEMORY | {"weight_decay": 0.1}}, 2, "training.hold_after wants model.memory.weight_decay = 0"),
+        ({"reading": {"weight_decay": 0.1}}, 2, "training.hold_after wants model.memory.weight_decay = 0"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(model, settle, said):
+def test_settings_that_cannot_be_are_refused(model, hold_after, said):
     with pytest.raises(ValueError, match=re.escape(said)):
-        experiment(model, settle=settle)
+        experiment(model, hold_after=hold_after)
