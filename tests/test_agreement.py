@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.errors import Unsatisfiable
 
 from fwpkm import FwPKMConfig, Memory, agreement, reference
-from fwpkm.conformance.strategies import cases, is_untied
+from fwpkm.conformance.strategies import cases, is_untied, untied_case
 from fwpkm.tokens import Tokens
 
 INF, NAN = float("inf"), float("nan")
@@ -85,6 +87,25 @@ def test_comparable_tokens_sees_the_reads_that_only_a_write_makes():
     query[0, 2] = keys[0, 0].mean(axis=1)[:, 0]  # midway between the moved keys
     assert agreement.deciding_gap(cfg, memory, query[:, 2:3]) > agreement.GAP
     assert agreement.comparable_tokens(cfg, memory, Tokens(query, value)) == 2
+
+
+def test_what_is_masked_makes_no_tie():
+    """Masked tokens may hold zeros, whose products with all keys are equal, and nobody reads them."""
+    cfg = FwPKMConfig(2, 2, 1, 7, 5, 4, 3, boundary="wait", score="dot_product")
+    case = untied_case(cfg, 1000, "float64", frozenset({"padded", "at_keys"}), 3, 13, frozenset(), None)
+    assert (agreement.deciding_gap(cfg, case.memory, case.tokens.query) == 0).any()
+    assert case.seed < 1010
+
+
+def test_a_search_without_an_end_is_given_up():
+    cfg = FwPKMConfig(2, 2, 1, 7, 5, 4, 3)
+
+    @given(st.just(0))
+    def search(seed):
+        untied_case(cfg, seed, "float64", frozenset(), 1, 4, frozenset({"mask"}), None, gap=100.0)
+
+    with pytest.raises(Unsatisfiable):
+        search()
 
 
 def test_few_drawn_cases_are_close():
