@@ -87,6 +87,9 @@ class ModelSettings:
             raise ValueError(f"model.memory must be a table of FwPKMConfig's fields. Received: {self.memory!r}")
         if self.mixer in ("attention", "delta") and self.memory:
             raise ValueError(f'model.memory must be empty with mixer = "{self.mixer}". Received: {self.memory!r}')
+        if self.memory_config().boundary != "drop":
+            # Under "wait" the last chunk of a step would be pending, and the next step would not write it.
+            raise ValueError(f'model.memory.boundary must be "drop". Received: {self.memory["boundary"]!r}')
         if not isinstance(self.reading, Mapping):
             raise ValueError(f"model.reading must be a table of FwPKMConfig's fields. Received: {self.reading!r}")
         if fixed := sorted(set(self.reading) & set(TRAINED)):
@@ -97,9 +100,6 @@ class ModelSettings:
             self.memory_config(**self.reading)
         except ValueError as error:
             raise ValueError(str(error).replace("model.memory", "model.reading", 1)) from error
-        if self.memory_config().boundary != "drop":
-            # Under "wait" the last chunk of a step would be pending, and the next step would not write it.
-            raise ValueError(f'model.memory.boundary must be "drop". Received: {self.memory["boundary"]!r}')
 
     @property
     def writes(self) -> bool:
