@@ -71,7 +71,7 @@ def numbers(be: Any, cfg: fwpkm.FwPKMConfig, seed: int, options: dict[str, Any],
     found: dict[str, Any] = {}
 
     def keep(prefix: Any, parts: dict[str, Any]) -> None:
-        found.update({f"{prefix}.{name}": x for name, x in parts.items() if name != "memory"})
+        found.update({f"{prefix}.{name}": x for name, x in parts.items() if not name.startswith("memory.")})
 
     def forward(query: Any, value: Any, gate: Any, *tables: Any) -> tuple[Any, ...]:
         state, outputs, at = be.init_state(cfg, fwpkm.Memory(*tables), BATCH), [], 0
@@ -79,7 +79,7 @@ def numbers(be: Any, cfg: fwpkm.FwPKMConfig, seed: int, options: dict[str, Any],
             part = [x[:, at : at + size] for x in (query, value, gate, mask)]
             output, state, trace = be.apply(cfg, state, *part, **options)
             outputs.append(output)
-            keep(number, trace._asdict() | state._asdict())
+            keep(number, trace._asdict() | state.arrays())
             at += size
         state, trace = be.flush(cfg, state, **options)
         keep("flush", {name: getattr(trace, name) for name in ("memorization", "addressing", "writes")})

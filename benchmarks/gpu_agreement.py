@@ -75,7 +75,9 @@ def vector(name: str) -> Report:
         call = running.native(be, case.tokens).present() | packed
         output, state, trace = be.apply(cfg, running.start(be, case), **call)
         flushed, last = be.flush(cfg, state)
-        output, trace, last, tables, uses = running.as_numpy(be, (output, trace, last, flushed.memory, flushed.uses))
+        output, trace, last, tables, uses = running.as_numpy(
+            be, (output, trace, last, flushed.memory, flushed.maybe_uses)
+        )
         received = running.gradients(be, case, cotangents, **packed)
         derived = {field: x for field, x in zip(running.INPUTS, received) if x is not None}
         return running.Reading(output, **running.joined_traces([trace]), memory=tables), uses, last, derived

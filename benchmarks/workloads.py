@@ -186,7 +186,7 @@ class Decoder:
         self.config, self.token, self.state = cfg, (query, value, gate[..., 0]), be.start_decoding(state)
         self.step = self._eager
         if self.buffer.is_cuda:
-            arrays = [*self.state.memory, *(x for name, x in self.state._asdict().items() if name != "memory")]
+            arrays = [*self.state.arrays().values()]
             before = [x.clone() for x in arrays]
             self.step = capture(self._eager)[0].replay
             for x, y in zip(arrays, before, strict=True):  # forget the tokens that warmed up

@@ -59,39 +59,46 @@ class State(NamedTuple, Generic[A]):
     """``[B, P]`` bool"""
     position: A
     """``[B]`` int32: the tokens that each row has read since it began, was reset or flushed; equal in batch scope."""
-    uses: A | None = None
+    uses: A | tuple[()] = ()
     """``[M, N]`` in the tables' dtype: how often the chunks written since a row began or was reset have selected each
-    slot (SPEC.md §4); None where ``usage_weight`` is 0."""
+    slot (SPEC.md §4); ``()`` where ``usage_weight`` is 0, no leaf to any framework, as None would be."""
 
     @classmethod
     def of(cls, memory: Memory, pending: Tokens, position: Array, uses: Array | None = None) -> Self:
         """A state of these parts; ``pending`` [B, P, ...]."""
         tokens = {f"pending_{name}": x for name, x in pending._asdict().items()}
-        return cls(memory, position=position, uses=uses, **tokens)
+        return cls(memory, position=position, uses=() if uses is None else uses, **tokens)
 
     @property
     def pending(self) -> Tokens:
         """The pending fields as tokens ``[B, P, ...]``; valid entries come first, the rest are zero."""
         return Tokens(**{field.name: getattr(self, f"pending_{field.name}") for field in TOKEN_FIELDS})
 
+    @property
+    def maybe_uses(self) -> A | None:
+        """``uses``; None where there are none, be that ``()`` or, in a state that was built by hand, None itself."""
+        return None if isinstance(self.uses, tuple) and not self.uses else self.uses
+
     def replace_pending(self, pending: Tokens) -> Self:
         """The state with other pending tokens ``[B, P, ...]``."""
-        return self.of(self.memory, pending, self.position, self.uses)
+        return self.of(self.memory, pending, self.position, self.maybe_uses)
 
     def arrays(self) -> dict[str, Array]:
         """The arrays that are there by the names that files give them; those of the memory are "memory.keys" and so on.
 
         Of a state of specs, the specs.
         """
-        fields = {name: x for name, x in self._asdict().items() if x is not None}
+        fields = self._asdict() | {"uses": self.maybe_uses}
         memory = fields.pop("memory")
-        return {f"memory.{name}": x for name, x in memory._asdict().items()} | fields
+        there = {name: x for name, x in fields.items() if x is not None}
+        return {f"memory.{name}": x for name, x in memory._asdict().items()} | there
 
     def map(self, function: Callable[..., Array], *others: Self) -> Self:
         """A state whose every array is ``function`` of it, and of the same array of ``others``."""
         memory = Memory(*map(function, self.memory, *(x.memory for x in others)))
         pending = Tokens(*map(function, self.pending, *(x.pending for x in others)))
-        uses = None if self.uses is None else function(self.uses, *(x.uses for x in others))
+        uses = self.maybe_uses
+        uses = None if uses is None else function(uses, *(x.uses for x in others))
         return self.of(memory, pending, function(self.position, *(x.position for x in others)), uses)
 
     def detach(self) -> Self:

@@ -147,7 +147,7 @@ def load_state(path: PathLike, cfg: FwPKMConfig, backend: Any, device: Any = Non
     validation.check_config(cfg)
     module = _backend(backend, device)
     _, tensors = read(path, "state", lambda _: _fields(cfg), lambda _, forms: state_forms(cfg, forms))
-    check_positions(path, "position", cfg, tensors["position"], DAMAGED)
+    check_counts(path, "", cfg, tensors, DAMAGED)
     return _native(module, cfg, tensors, device)
 
 
@@ -189,7 +189,7 @@ def load_states(
     saved, tensors = read(path, "set of states", wanted, expected)
     configs, parts = _configs(cfgs, saved, ""), {name: part_of(tensors, name) for name in saved}
     for name, part in parts.items():
-        check_positions(path, f"{name}.position", configs[name], part["position"], DAMAGED)
+        check_counts(path, f"{name}.", configs[name], part, DAMAGED)
     return {name: _native(module, configs[name], part, device) for name, part in parts.items()}
 
 
@@ -253,9 +253,9 @@ def _tensors(path: PathLike, argument: str, state: Any, cfg: FwPKMConfig) -> Ten
         raise ValueError(f"{argument} must be a fwpkm.State. Received: {type(state).__name__}")
     to_numpy = registry.backend_of(state.memory.values).to_numpy
     tensors = {name: np.asarray(to_numpy(array)) for name, array in state.arrays().items()}
-    forms = forms_of(tensors)
-    check_forms(path, forms, state_forms(cfg, forms), f"Pass the config that {argument} was made with.")
-    check_positions(path, "position", cfg, tensors["position"], f"Pass {argument} as apply or flush returned it.")
+    forms, advice = forms_of(tensors), f"Pass {argument} as apply or flush returned it"
+    check_forms(path, forms, state_forms(cfg, forms), f"{advice}, and the config that it was made with.")
+    check_counts(path, "", cfg, tensors, f"{advice}.")
     return tensors
 
 
@@ -283,12 +283,18 @@ def _layer_forms(layer: Layer) -> Forms:
 
 
 def state_forms(cfg: FwPKMConfig, found: Forms) -> Forms:
-    """What a state must hold; only B is taken from what was found."""
+    """What a state must hold; only B and the dtype of all that is floating are taken from what was found."""
     rows = found["position"].shape if "position" in found else ()
     batch = rows[0] if rows and rows[0] else 1
-    dtypes = {"float": FLOATS, "bool": ("bool",), "int32": ("int32",)}
+    dtypes = {"float": floats_beside(found, "memory.keys"), "bool": ("bool",), "int32": ("int32",)}
     specs = state_specs(cfg, batch).arrays()
     return {name: Form(spec.shape, dtypes[spec.kind]) for name, spec in specs.items()}
+
+
+def floats_beside(found: Forms, keys: str) -> tuple[str, ...]:
+    """What dtypes the floating arrays beside the keys of this name may have: theirs, where they may have it."""
+    dtypes = found[keys].dtypes if keys in found else FLOATS
+    return dtypes if set(dtypes) <= set(FLOATS) else FLOATS
 
 
 _METHODS = ("spec", "tensor_shapes", "table_dtype", "export_tensors", "import_tensors")
@@ -328,9 +334,11 @@ def _is_own(layer: Any, name: str) -> bool:
     return method is None or (getattr(method, "__self__", None) is layer and method.__func__ is own)
 
 
-def check_positions(path: PathLike, name: str, cfg: FwPKMConfig, position: np.ndarray, advice: str) -> None:
-    """Raise unless rows can stand at the positions that a file holds."""
-    shared = cfg.memory_scope != "sequence"  # one clock
+def check_counts(path: PathLike, prefix: str, cfg: FwPKMConfig, tensors: Tensors, advice: str) -> None:
+    """Raise unless rows can stand at the positions that a file holds, and have used slots as often."""
+    position, shared = tensors["position"], cfg.memory_scope != "sequence"  # one clock
     if position.min() < 0 or (shared and position.min() != position.max()):
         expected = "numbers of at least 0" + ", equal in all rows" * shared
-        raise bad(path, f"bad {name}", expected, position.tolist(), advice)
+        raise bad(path, f"bad {prefix}position", expected, position.tolist(), advice)
+    if wrong := validation.wrong_uses(tensors.get("uses")):
+        raise bad(path, f"bad {prefix}uses", validation.RIGHT_USES, wrong, advice)

@@ -6,9 +6,9 @@ from typing import Any
 
 from fwpkm import packing
 from fwpkm.config import FwPKMConfig
-from fwpkm.files import check_names, check_saved_names, named, part_of
+from fwpkm.files import check_names, check_saved_names, floats_beside, named, part_of
 from fwpkm.packing import PackedState
-from fwpkm.tensor_files import DAMAGED, FLOATS, Form, Forms, PathLike, bad, read, write
+from fwpkm.tensor_files import DAMAGED, Form, Forms, PathLike, bad, read, write
 
 _KIND = "set of packed states"
 
@@ -75,7 +75,7 @@ def _forms(cfg: FwPKMConfig, found: Forms) -> Forms:
     def length(name: str) -> int:
         return next(iter(found[name].shape), 0) if name in found else 0
 
-    dtype = found["keys"].dtypes if "keys" in found and found["keys"].dtypes[0] in FLOATS else FLOATS
+    dtype = floats_beside(found, "keys")
     specs = packing.specs(cfg, length("position"), length("slots"), length("pending_query"))
     forms = {name: Form(spec.shape, dtype if spec.kind == "float" else (spec.kind,)) for name, spec in specs.items()}
     return forms | {"values": Form(specs["values"].shape, (*dtype, "uint16"))}

@@ -94,7 +94,7 @@ def specs(cfg: FwPKMConfig, batch: int, rows: int, tokens: int) -> dict[str, Arr
         "slots": ArraySpec((n,), "int32"),
         "values": ArraySpec((n, ("Dv", cfg.value_dim)), "float"),
         "position": state.position,
-        **({} if state.uses is None else {"uses": state.uses}),
+        **({} if state.maybe_uses is None else {"uses": state.maybe_uses}),
         **{f"pending_{name}": ArraySpec((("p", tokens), *x.axes[2:]), x.kind) for name, x in pending.items()},
     }
 
@@ -117,6 +117,9 @@ def pack(
     _check_dtype(dtype, validation.dtype_name(memory.keys))
     position = np.array(to_numpy(state.position))
     validation.check_positions(cfg, position.tolist())
+    uses = None if state.maybe_uses is None else np.array(to_numpy(state.maybe_uses), order="C")
+    if wrong := validation.wrong_uses(uses):
+        raise ValueError(f"state.uses must hold {validation.RIGHT_USES}. Received: {wrong}")
     memories = state.memory.values.shape[0]
     values, initial, find = state.memory.values, memory.values, changed
     if find is None:
@@ -134,7 +137,7 @@ def pack(
         values=kept if dtype is None else to_bfloat16(kept),
         pending=state.pending.map(lambda x: to_numpy(x)[there]),
         position=position,
-        uses=None if state.uses is None else np.array(to_numpy(state.uses), order="C"),
+        uses=uses,
     )
 
 
@@ -316,7 +319,8 @@ def problem_of(packed: PackedState) -> tuple[str, str, str] | None:
     if len(slots) and (slots.min() < 0 or slots.max() >= cfg.num_slots or not ((np.diff(slots) > 0) | first[1:]).all()):
         wanted = f"ids in [0, {cfg.num_slots}), rising in each memory"
         return "slots", wanted, f"{slots[:8].tolist()} and so on, from {slots.min()} to {slots.max()}"
-    return None
+    wrong = validation.wrong_uses(packed.uses)
+    return ("uses", validation.RIGHT_USES, wrong) if wrong else None
 
 
 def _check_dtype(dtype: Any, of_tables: str) -> None:

@@ -95,12 +95,12 @@ def apply(
         output, _, trace = apply(cfg, fresh, query, value, gate, mask, cu_seqlens, update, inplace=True)
         return output, None, trace
     validation.check_positions(cfg, state.position.tolist())
-    _check_inplace(inplace, (*state.memory, state.uses))
+    _check_inplace(inplace, (*state.memory, state.maybe_uses))
     if cu_seqlens is not None:
         validation.check_cu_seqlens(cu_seqlens.tolist(), tokens.length)
     memory = _as_tables(state.memory, query)
     dtype, memories = memory.keys.dtype, len(memory.keys)
-    uses = None if state.uses is None else state.uses.astype(dtype, copy=False)
+    uses = None if state.maybe_uses is None else state.maybe_uses.astype(dtype, copy=False)
     tokens = _filled(dtype, tokens)
     flat = tokens.map(lambda x: x.reshape(-1, *x.shape[2:]))
     trace = _empty_trace(cfg, memories, (tokens.mask.size,), schedule.max_writes(cfg, tokens.length), dtype)
@@ -132,7 +132,7 @@ def apply(
     trace = trace._replace(**{x: getattr(trace, x).reshape(*shape, cfg.slots_per_token) for x in ("slots", "weights")})
     if update:
         counts = np.repeat([at.shape[1] for at in read_by], batch // memories)
-        tables, uses = (memory, uses) if any(due) else (state.memory, state.uses)
+        tables, uses = (memory, uses) if any(due) else (state.memory, state.maybe_uses)
         state = _state(cfg, tables, pending, position + counts, uses)
     return output.reshape(*shape, cfg.value_dim).astype(query.dtype), state, trace
 
@@ -164,9 +164,9 @@ def flush(
     """Write the pending chunk of every sequence, or of ``rows``, empty it and restart the count (§5)."""
     batch, memories = validation.check_state(cfg, state, SELF), len(state.memory.keys)
     validation.check_positions(cfg, state.position.tolist())
-    _check_inplace(inplace, (*state.memory, state.uses))
+    _check_inplace(inplace, (*state.memory, state.maybe_uses))
     chosen = row_checks.mask_of(cfg, rows, batch)
-    memory, uses, dtype = state.memory, state.uses, state.memory.keys.dtype
+    memory, uses, dtype = state.memory, state.maybe_uses, state.memory.keys.dtype
     trace = _empty_trace(cfg, memories, (batch, 0), 1, dtype)
     pending = _pending(cfg, state, dtype)
     of_memory = chosen.reshape(memories, -1)[:, 0]
@@ -243,7 +243,7 @@ def select(cfg: FwPKMConfig, state: State[Array], rows: Any) -> State[Array]:
     ids = row_checks.check_select(cfg, state, rows, SELF)
     tables = ids if cfg.memory_scope == "sequence" else [0]
     memory = Memory(*(x[tables] for x in state.memory))
-    uses = None if state.uses is None else state.uses[tables]
+    uses = None if state.maybe_uses is None else state.maybe_uses[tables]
     return State.of(memory, state.pending.map(lambda x: x[ids]), state.position[ids], uses)
 
 

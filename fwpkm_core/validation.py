@@ -341,22 +341,22 @@ def check_state(cfg: FwPKMConfig, state: Any, implementation: Implementation) ->
 
 def _check_uses(cfg: FwPKMConfig, state: State, implementation: Implementation) -> None:
     """Raise unless a state counts uses where its configuration weighs them, and there alone."""
-    spec = state_specs(cfg, state.position.shape[0]).uses
-    if spec is None or state.uses is None:
-        if spec is not state.uses:
-            wanted = "None" if spec is None else "an array [M, N], as init_state makes of this configuration"
-            shape = getattr(state.uses, "shape", None)  # a traced array's type would say nothing
-            kind = "None" if state.uses is None else type(state.uses).__name__
+    spec, uses = state_specs(cfg, state.position.shape[0]).maybe_uses, state.maybe_uses
+    if spec is None or uses is None:
+        if spec is not uses:
+            wanted = "()" if spec is None else "an array [M, N], as init_state makes of this configuration"
+            shape = getattr(uses, "shape", None)  # a traced array's type would say nothing
+            kind = "()" if uses is None else type(uses).__name__
             received = kind if shape is None else f"an array of shape {tuple(shape)}"
             raise ValueError(
                 f"state.uses must be {wanted}, since usage_weight is {cfg.usage_weight!r}. Received: {received}"
             )
         return
-    _check_spec("state.uses", state.uses, spec, implementation.arrays)
-    if state.uses.dtype != state.memory.keys.dtype:
+    _check_spec("state.uses", uses, spec, implementation.arrays)
+    if uses.dtype != state.memory.keys.dtype:
         raise ValueError(
             f"state.uses must have the tables' dtype, {dtype_name(state.memory.keys)}; something cast it on the way. "
-            f"Received: {dtype_name(state.uses)}"
+            f"Received: {dtype_name(uses)}"
         )
 
 
@@ -369,6 +369,15 @@ def check_positions(cfg: FwPKMConfig, positions: list[int]) -> None:
             "state.position must be the same in all rows, which share one memory and its clock "
             f"(memory_scope='batch'). Received: {positions}"
         )
+
+
+RIGHT_USES = "finite numbers of at least 0"
+
+
+def wrong_uses(uses: np.ndarray | None) -> str | None:
+    """What of a state's uses on the host is no count, in words; None where all is well."""
+    wrong = [] if uses is None else uses[~(np.isfinite(uses) & (uses >= 0))]
+    return f"{len(wrong)} others, the first {wrong[0]}" if len(wrong) else None
 
 
 def dtype_name(array: Any) -> str:

@@ -214,7 +214,7 @@ def wrong_states():
                 good._replace(**{f"pending_{name}": array.astype(dtype)}),
             )
     for uses in (f32(B, 16), "a text"):
-        yield "state.uses must be None, since usage_weight is 0.0", good._replace(uses=uses)
+        yield "state.uses must be (), since usage_weight is 0.0", good._replace(uses=uses)
     yield "", good._replace(position=np.zeros(B + 1, np.int32))  # which of them is wrong, nobody can say
     for words, memory in wrong_memories():
         yield words, good._replace(memory=memory)

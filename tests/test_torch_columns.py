@@ -82,6 +82,10 @@ def test_two_ranks_load_what_four_have_saved(folder: Path, of_four: Any) -> None
 REFUSALS = {
     "a state with uses": r"ValueError: what must be a state without uses \(usage_weight=0\).*Received: uses of shape",
     "uses from columns": r"ValueError: usage_weight must be 0 where a table lies in columns.*usage_weight=0.5",
+    "uses by hand": r"ValueError: usage_weight must be 0 where a table lies in columns.*usage_weight=0.5",
+    "uses by hand in a flush": r"ValueError: usage_weight must be 0 where a table lies in columns.*usage_weight=0.5",
+    "uses by hand in a file": r"ValueError: usage_weight must be 0 where a table lies in columns.*usage_weight=0.5",
+    "a file of uses": r"ValueError: usage_weight must be 0 where a table lies in columns.*usage_weight=0.5",
     "a layer that weighs them": r"ValueError: usage_weight must be 0 where a table lies in columns. Received: .*0.5",
     "rows": r"ValueError: values must be placed by Shard\(2\).*in rows \(Shard\(0\)\), a rank would drop every write",
     "rows of a layer": r"ValueError: values must be placed by Shard\(1\).*Received: placements \(Shard\(dim=0\),\)",

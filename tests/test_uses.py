@@ -252,7 +252,7 @@ def test_a_state_without_it_has_no_uses():
     case = drawn(cfg, 2, 8)
     for be in EVERY:
         state = read(be, case, begun(be, case))[1]
-        assert state.uses is None
+        assert state.uses == ()
         assert "uses" not in state.arrays()
 
 
@@ -263,7 +263,7 @@ def test_uses_and_their_weight_go_together():
         with pytest.raises(ValueError, match=r"state\.uses must be an array \[M, N\].*usage_weight is 0\.7"):
             read(be, case, state._replace(uses=None))
         plain = dataclasses.replace(case, cfg=dataclasses.replace(USED, usage_weight=0.0))
-        with pytest.raises(ValueError, match=r"state\.uses must be None, since usage_weight is 0\.0"):
+        with pytest.raises(ValueError, match=r"state\.uses must be \(\), since usage_weight is 0\.0"):
             read(be, plain, state)
         with pytest.raises(ValueError, match=r"state\.uses must have shape \[M=2, N=16\]"):
             read(be, case, state._replace(uses=state.uses[:, 1:]))

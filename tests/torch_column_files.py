@@ -84,6 +84,7 @@ def refusals() -> list[str]:
     dealt = columns.shard(memory, mesh())
     state = be.init_state(cfg, dealt, 1)
     odd, used = be.init_memory(FwPKMConfig(**SMALL | {"value_dim": 7})), FwPKMConfig(**SMALL, usage_weight=0.5)
+    by_hand = state._replace(uses=torch.zeros(1, used.num_slots))
     attempts: dict[str, Callable[[], Any]] = {
         "rows": lambda: call(distribute_tensor(memory.values, mesh(), [Shard(1)])),
         "rows of a layer": lambda: rows_of_layer(),
@@ -120,6 +121,10 @@ def refusals() -> list[str]:
         "twice": lambda: columns.shard(state, mesh()),
         "a state with uses": lambda: columns.shard(be.init_state(used, memory, 1), mesh()),
         "uses from columns": lambda: be.init_state(used, dealt, 1),
+        "uses by hand": lambda: be.apply(used, by_hand, draw(1, 5, 8).float(), draw(1, 5, 8).float()),
+        "uses by hand in a flush": lambda: be.flush(used, by_hand),
+        "uses by hand in a file": lambda: columns.save_state(FOLDER, by_hand, used),
+        "a file of uses": lambda: columns.load_state(FOLDER, used, mesh()),
         "a layer that weighs them": lambda: columns.shard(be.FwPKM(8, used), mesh()),
         "gather": lambda: columns.gather(memory),
         "nothing": lambda: columns.shard(nn.Linear(2, 2), mesh()),

@@ -114,7 +114,7 @@ def _decode(cfg: FwPKMConfig, state: State, tokens: Tokens) -> tuple[Array, Stat
     ticks = there.astype(jnp.int32)
     due = schedule.written(cfg, num_pending + ticks) > 0
     pending = _stored(pending, new, jnp.where(there & ~due, num_pending, cfg.capacity))
-    begun = _Step(memory, uses_in(state.uses, dtype), pending, reads)
+    begun = _Step(memory, uses_in(state.maybe_uses, dtype), pending, reads)
     step = _write_due(cfg, *alike(begun, new, due))
     output = jnp.where(new.mask[..., None], step.reads, jnp.nan)
     output = output if tokens.mask is None else jnp.where(tokens.mask[..., None], output, 0)

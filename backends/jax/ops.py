@@ -85,7 +85,7 @@ def _apply_checked(
         return look.output, state, trace
     output, written, pending, position, trace = _apply(cfg, writes, state, tokens, cu_seqlens)
     # Tables that are wider than what a call computed in stay so until a write.
-    memory, uses = (state.memory, state.uses) if written is None else written
+    memory, uses = (state.memory, state.maybe_uses) if written is None else written
     return output, State.of(memory, filled(memory.keys.dtype, pending), position, uses), trace
 
 
@@ -132,7 +132,7 @@ def flush(cfg: FwPKMConfig, state: State[Array], rows: Any = None) -> tuple[Stat
         due = schedule.pending(cfg, positions) > cfg.lookahead  # else no token has a pair
         writes = bool((due if is_traced(chosen) else due & chosen).any())
     written, pending, position, trace = _flush(cfg, writes, state, chosen)
-    memory, uses = (state.memory, state.uses) if written is None else written
+    memory, uses = (state.memory, state.maybe_uses) if written is None else written
     return State.of(memory, pending, position, uses), trace
 
 
@@ -274,7 +274,7 @@ def _apply(
     plan = plan_apply(cfg, batch, tokens.query[..., 0].size, cu_seqlens is not None, writes)
     streams = streams_of(cfg, plan, schedule.pending(cfg, state.position), tokens.mask, cu_seqlens)
     source = _source(dtype, tokens, state.pending)
-    given = tables_in(state.memory, dtype), uses_in(state.uses, dtype), source, streams
+    given = tables_in(state.memory, dtype), uses_in(state.maybe_uses, dtype), source, streams
     result = run(cfg, plan, *alike(*given))
     left = cells_after(cfg, plan, streams)
     weight = gather(result.reads[:, cfg.value_dim], left - plan.first_cell, mode="fill", fill_value=0)
@@ -335,7 +335,7 @@ def _flush(cfg: FwPKMConfig, writes: bool, state: State, chosen: Array) -> tuple
         plan = plan_flush(cfg, batch)
         due = (chosen & (num_pending > cfg.lookahead)).astype(jnp.int32)
         streams = streams_of(cfg, plan, num_pending, None, None, due)
-        result = run(cfg, plan, *alike(state.memory, state.uses, _source(dtype, None, state.pending), streams))
+        result = run(cfg, plan, *alike(state.memory, state.maybe_uses, _source(dtype, None, state.pending), streams))
         written, losses = _Written(Memory(result.keys, result.values), result.uses), result.losses
     entries = jnp.zeros((batch, 0, cfg.slots_per_token), dtype)
     count = schedule.flush_writes(cfg, jnp.where(chosen, num_pending, 0)).reshape(memories, -1)[:, 0]

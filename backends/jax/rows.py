@@ -145,9 +145,10 @@ def _selected(own: bool, state: State, ids: Any) -> State:
 
     Rows that are traced, and that the state does not have, get tables of NaN and nothing else.
     """
+    uses = state.maybe_uses
     if not is_traced(ids):
         memory = Memory(*(x[ids] for x in state.memory)) if own else state.memory
-        uses = state.uses[ids] if own and state.uses is not None else state.uses
+        uses = uses[ids] if own and uses is not None else uses
         return State.of(memory, state.pending.map(lambda x: x[ids]), state.position[ids], uses)
     legal = (ids >= 0) & (ids < len(state.position))
     known, shown = jnp.where(legal, ids, 0), legal if own else legal.all()[None]
@@ -158,7 +159,7 @@ def _selected(own: bool, state: State, ids: Any) -> State:
     tables = Memory(*(x[known] for x in state.memory)) if own else state.memory
     memory = Memory(*(jnp.where(outer(shown, x), x, jnp.nan) for x in tables))
     position = taken(state.position) if own else state.position[known]  # whose one clock is that of all rows
-    uses = taken(state.uses) if own and state.uses is not None else state.uses
+    uses = taken(uses) if own and uses is not None else uses
     return State.of(memory, state.pending.map(taken), position, uses)
 
 

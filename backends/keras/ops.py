@@ -74,7 +74,7 @@ def apply(
     state = fitted(cfg, state, shape[0] if cu_seqlens is None else ops.shape(cu_seqlens)[0] - 1)
     memory = _as_tables(state.memory, query)
     dtype = _dtype(memory)
-    uses = None if state.uses is None else ops.cast(state.uses, dtype)
+    uses = None if state.maybe_uses is None else ops.cast(state.maybe_uses, dtype)
     inputs = Tokens(query, value, gate, mask).map(lambda x: with_rows(x, shape[0]))
     tokens, legal = filled(dtype, inputs), None
     if cu_seqlens is not None and not known:  # nobody can raise: the call is then one of empty sequences
@@ -126,7 +126,7 @@ def flush(cfg: FwPKMConfig, state: State, rows: Any = None) -> tuple[State, Trac
         _, memory, uses, losses = write_window(cfg, memory, uses, tokens, may_write)
         return written + 1, memory, uses, Losses(*(x[:, None] for x in losses))
 
-    start = (ops.zeros((), "int32"), state.memory, state.uses, no_losses(state.memory, 1))
+    start = (ops.zeros((), "int32"), state.memory, state.maybe_uses, no_losses(state.memory, 1))
     _, memory, uses, losses = while_loop(due, write, start, 1)
     nothing = ops.zeros((*ops.shape(state.pending_mask)[:1], 0, cfg.slots_per_token), dtype)
     writes = schedule.flush_writes(cfg, ops.where(chosen, num_pending, 0))

@@ -56,7 +56,7 @@ def select(cfg: FwPKMConfig, state: State, rows: Any) -> State:
 
     if cfg.memory_scope == "sequence":
         return state.map(take)
-    return State.of(state.memory, state.pending.map(take), take(state.position), state.uses)
+    return State.of(state.memory, state.pending.map(take), take(state.position), state.maybe_uses)
 
 
 def _shown(cfg: FwPKMConfig, state: State, ids: Array) -> State:
@@ -69,7 +69,7 @@ def _shown(cfg: FwPKMConfig, state: State, ids: Array) -> State:
     own = cfg.memory_scope == "sequence"
     wrong = ~legal if own else ops.any(~legal)[None]
     memory = Memory(*(nan_where(wrong, take(x) if own else x) for x in state.memory))
-    position, uses = take(state.position), state.uses
+    position, uses = take(state.position), state.maybe_uses
     if own:  # else the one clock is that of all rows
         position, uses = blank(position, ~legal), None if uses is None else blank(take(uses), ~legal)
     return State.of(memory, state.pending.map(lambda x: blank(take(x), ~legal)), position, uses)
@@ -141,7 +141,8 @@ def fitted(cfg: FwPKMConfig, state: State, rows: int | Array) -> State:
     if isinstance(rows, int) and None not in {x.shape[0] for x in state.arrays().values()}:
         return state  # they were compared
     of_memory = fit(memories_for(cfg, rows))
-    memory, uses = Memory(*map(of_memory, state.memory)), None if state.uses is None else of_memory(state.uses)
+    memory, uses = Memory(*map(of_memory, state.memory)), state.maybe_uses
+    uses = None if uses is None else of_memory(uses)
     return State.of(memory, state.pending.map(fit(rows)), with_rows(state.position, rows), uses)
 
 

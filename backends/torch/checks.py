@@ -39,7 +39,7 @@ def _signature_of(cfg: FwPKMConfig, state: State, inputs: Tokens) -> tuple | Non
     """What the checks look at; None of what is no tensor, or has symbols for sizes: those have no hash."""
     if not (isinstance(cfg, FwPKMConfig) and isinstance(state, State) and isinstance(state.memory, Memory)):
         return None
-    leaves = [x for x in (*state.memory, *state, *inputs) if not isinstance(x, Memory)]
+    leaves = [*state.memory, *state.pending, state.position, state.maybe_uses, *inputs]
     if not all([x is None or isinstance(x, Tensor) for x in leaves]):
         return None
     signature = (cfg, *[None if x is None else (x.shape, x.dtype, x.device) for x in leaves])
@@ -61,7 +61,7 @@ def check_device(tokens: Tensor, /, **others: Any) -> None:
 
 def check_state_device(tokens: Tensor, state: State) -> None:
     """``check_device`` of what a state holds."""
-    check_device(tokens, **{f"state.{field}": x for field, x in state._asdict().items()})
+    check_device(tokens, **{f"state.{name}": x for name, x in state.arrays().items()})
 
 
 def check_inplace(inplace: bool, *tensors: Tensor | None) -> None:

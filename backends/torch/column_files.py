@@ -18,7 +18,7 @@ from torch import Tensor, distributed
 
 from fwpkm import files, tensor_files, validation
 from fwpkm.backends.torch import parts, ranks
-from fwpkm.backends.torch.column_parallel import Columns, check_divides, check_mesh, like
+from fwpkm.backends.torch.column_parallel import Columns, check_divides, check_mesh, like, refuse_uses
 from fwpkm.backends.torch.layer import FwPKM
 from fwpkm.backends.torch.ops import asarray, to_numpy
 from fwpkm.backends.torch.windows import SELF
@@ -55,6 +55,7 @@ def save_state(folder: PathLike, state: State, cfg: FwPKMConfig) -> None:
 
     def checked_spec() -> dict[str, Any]:
         validation.check_state(cfg, state, SELF)
+        refuse_uses(cfg, state.memory.values)
         validation.check_positions(cfg, state.position.tolist())
         return json.loads(cfg.to_json())
 
@@ -104,9 +105,10 @@ def load_state(folder: PathLike, cfg: FwPKMConfig, mesh: Any) -> State:
         validation.check_config(cfg)
         check_divides(cfg.value_dim, mesh.size())
         empty = _empty(mesh, cfg.value_dim)
+        refuse_uses(cfg, empty)
         spec = json.loads(cfg.to_json())
         tensors = _read_own(folder, "state", _columns_of(empty), spec, lambda x: files.state_forms(cfg, x))
-        files.check_positions(folder, "position", cfg, tensors["position"], DAMAGED)
+        files.check_counts(folder, "", cfg, tensors, DAMAGED)
         arrays = {name: asarray(x, x.dtype.name) for name, x in tensors.items()}
         position = arrays.pop("position")
         arrays = {name: x.to(mesh.device_type) for name, x in arrays.items()}

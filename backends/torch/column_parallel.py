@@ -193,6 +193,15 @@ def refuse_columns(x: Tensor) -> None:
         )
 
 
+def refuse_uses(cfg: FwPKMConfig, values: Tensor) -> None:
+    """Raise a ValueError where writes into a table in columns would be weighed by use."""
+    if cfg.usage_weight and is_sharded(values):
+        raise ValueError(
+            "usage_weight must be 0 where a table lies in columns, whose ranks do not count uses. "
+            f"Received: usage_weight={cfg.usage_weight!r}, and columns over {values.device_mesh}"
+        )
+
+
 def like(whole: "DTensor", columns: Tensor) -> "DTensor":
     """A DTensor over the mesh of ``whole``, whose columns here are these ``[..., Dv/n]``; a gradient passes."""
     from torch.distributed.tensor import DTensor, Replicate, Shard

@@ -75,10 +75,10 @@ def _with_tables(what: Any, function: Any, device: str | None) -> Any:
     if isinstance(what, Memory):
         return Memory(what.keys if device is None else what.keys.to(device), function(what.values))
     if isinstance(what, State):
-        if what.uses is not None:
+        if what.maybe_uses is not None:
             raise ValueError(
                 "what must be a state without uses (usage_weight=0): ranks that hold columns do not count them. "
-                f"Received: uses of shape {tuple(what.uses.shape)}"
+                f"Received: uses of shape {tuple(what.maybe_uses.shape)}"
             )
         pending = what.pending if device is None else what.pending.map(lambda x: x.to(device))
         return State.of(_with_tables(what.memory, function, device), pending, what.position)

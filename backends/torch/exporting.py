@@ -56,7 +56,7 @@ def apply(
     """``ops.apply`` of arguments that were checked."""
     arguments = _Read(cfg.to_json(), state, inputs, cu_seqlens, update)
     output, after, trace = unflatten(_Result, torch.ops.fwpkm.read(*flatten(arguments)))
-    return output, after if cfg.usage_weight else after._replace(uses=None), trace
+    return output, after if cfg.usage_weight else after._replace(uses=()), trace
 
 
 @torch.library.custom_op("fwpkm::read", mutates_args=(), schema=f"({schema(_Read)}) -> Tensor[]")

@@ -101,7 +101,7 @@ def apply(
     pending = state.pending
     stream = stream_of(pending, plan.num_pending, new_tokens)
     columns, dtype = schedule.max_writes(cfg, length), new_tokens.query.dtype
-    done = run(cfg, plan, state.memory, stream, None, owned, columns, dtype, state.uses)
+    done = run(cfg, plan, state.memory, stream, None, owned, columns, dtype, state.maybe_uses)
     if plan.num_pending or plan.first_unwritten < plan.num_tokens:  # else there are zeros before and after
         pending = pad(unwritten(stream, plan.first_unwritten, done.flags), cfg.capacity)
     writes = torch.full(done.memory.keys.shape[:1], plan.num_writes, dtype=torch.int32)

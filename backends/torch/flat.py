@@ -31,8 +31,11 @@ flat(Tokens)
 
 
 def flatten(x: Any) -> list[Any]:
-    """The fields of a NamedTuple in order, and of those that it holds; of what is no tuple, itself."""
-    return [leaf for field in x for leaf in flatten(field)] if isinstance(x, tuple) else [x]
+    """The fields of a NamedTuple in order, and of those that it holds; of what is no tuple, itself.
+
+    Operators take and return lists of one length: of ``()``, where a state has no uses, None.
+    """
+    return ([leaf for field in x for leaf in flatten(field)] or [None]) if isinstance(x, tuple) else [x]
 
 
 def unflatten(kind: type[T], leaves: Iterable[Any]) -> T:

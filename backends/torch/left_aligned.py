@@ -49,13 +49,14 @@ def apply(
     rows = left_align(cfg, pending, num_pending, here, ends, batch, longest)
     passed = num_new if num_new is not None else _later(rows.num_new, state.position.device)
     pair, columns = rows.places.pair if update else None, schedule.max_writes(cfg, inputs.length)
+    uses = state.maybe_uses
     if compiled:
-        done = operators.run(cfg, state.memory, state.uses, rows.tokens, pair, update, columns, inputs.query.dtype)
+        done = operators.run(cfg, state.memory, uses, rows.tokens, pair, update, columns, inputs.query.dtype)
     else:
         from fwpkm.kernels.runtime import windows
 
         plan = windows.plan(cfg, 0, longest, batch, update)
-        done = fast.run(cfg, plan, state.memory, rows.tokens, pair, owned, columns, inputs.query.dtype, state.uses)
+        done = fast.run(cfg, plan, state.memory, rows.tokens, pair, owned, columns, inputs.query.dtype, uses)
     writes = (rows.places.due if update else rows.places.due * 0).view(state.memory.keys.shape[0], -1)[:, 0]
     output, slots, weights = rows.of_call(done.output, done.trace.slots, done.trace.weights)
     if wrong is not None:

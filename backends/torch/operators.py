@@ -110,7 +110,7 @@ def _apply(*arguments: Any) -> list[Tensor]:
     settings = fast.Settings(cfg, _plan(cfg, query, update), False, dtype)
     _, most, *_ = _residuals_of(cfg, query, update)
     tables, stream = fast.as_tables(memory), tokens.map(fast.plain)
-    uses = own_uses(uses, torch.float32, False)
+    uses = own_uses(uses, torch.float32, False) if settings.plan.num_writes else None
     result, written = fast.forward(settings, *tables, stream, fast.plain(pair), save, uses, most)
     results = fast.results_of(result, written)
     results = results._replace(flags=results.flags.clone())  # which lie in the residuals' buffer
@@ -144,7 +144,7 @@ def _(*arguments: Any) -> list[Tensor]:
         memorization=new(writes, memories), addressing=new(writes, memories),
         flags=new(layout.spec("flags").shape, dtype=torch.int8),
     )  # fmt: skip
-    after = new(0 if uses is None else uses.shape)
+    after = new(uses.shape if writes and uses is not None else 0)
     return [*flatten(results), after, *([new(layout.size, dtype=torch.uint8)] if save else [])]
 
 

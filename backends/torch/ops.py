@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fwpkm import schedule, validation
 from fwpkm.backends.torch import engine, exporting, fast, left_aligned, ranks
 from fwpkm.backends.torch.checks import check_apply, check_device, check_inplace, check_state_device
-from fwpkm.backends.torch.column_parallel import by_columns, is_sharded, refuse_columns
+from fwpkm.backends.torch.column_parallel import by_columns, is_sharded, refuse_columns, refuse_uses
 from fwpkm.backends.torch.context import through_checkpoints
 from fwpkm.backends.torch.rows import init_state, mask_of, own_uses, start_state
 from fwpkm.backends.torch.streams import Streams, pending_of, streams_of, together
@@ -143,7 +143,8 @@ def _apply(
     memory = getattr(state, "memory", None)
     with ranks.agreed("apply", memory, cfg, update, inplace, implementation, layer=layer, **same):
         check_apply(cfg, state, inputs, cu_seqlens, update)
-        check_inplace(inplace, *state.memory, state.uses)
+        refuse_uses(cfg, state.memory.values)
+        check_inplace(inplace, *state.memory, state.maybe_uses)
         if cu_seqlens is not None:
             cu_seqlens = cu_seqlens.cpu()
             validation.check_cu_seqlens(cu_seqlens.tolist(), inputs.length)
@@ -170,30 +171,35 @@ def _apply(
     dtype = memory.keys.dtype
     tokens, ends = filled(dtype, inputs), None if cu_seqlens is None else cu_seqlens.to(device)
     streams = streams_of(cfg, state, tokens, inputs.mask, ends, update, dtype)
-    uses = own_uses(state.uses, dtype, inplace or not update)
+    uses = state.maybe_uses
     output, written, trace = _run_eagerly(cfg, memory, streams, tokens, inputs.mask, inplace, uses)
     if update:
         # Tables that are wider than what a call computed in stay so until a write.
-        memory, uses = (state.memory, state.uses) if written is None else (written, uses)
+        memory, uses = (state.memory, uses) if written is None else written
         state = State.of(memory, filled(memory.keys.dtype, streams.left()), streams.position(state.position), uses)
     return output.to(inputs.query.dtype), state, trace
 
 
 def _beside_tables(state: Any, fresh: bool = False) -> dict[str, Any]:
-    """What of a state, checked or not, is whole on every rank; of one that begins, the position alone."""
-    names = [name for name in State._fields if name != "memory" and (name == "position" or not fresh)]
+    """What of a state, checked or not, is whole on every rank; of one that begins, the position alone.
+
+    No uses: a state in columns has none.
+    """
+    names = [name for name in State._fields if name not in ("memory", "uses") and (name == "position" or not fresh)]
     return {name: getattr(state, name, None) for name in names}
 
 
 def _run_eagerly(
     cfg: FwPKMConfig, memory: Memory, streams: Streams, tokens: Tokens, mask: Tensor | None, owned: bool, uses: Array
-) -> tuple[Tensor, Memory | None, Trace]:
-    """In plain PyTorch: the output, the tables if they were written, and the trace; ``uses`` is overwritten."""
+) -> tuple[Tensor, tuple[Memory, Array] | None, Trace]:
+    """In plain PyTorch: the output, the tables and uses if they were written, and the trace."""
     columns = schedule.max_writes(cfg, tokens.length)
     with _full_precision(tokens.query):
         walked, keys = windows(cfg, memory.keys, streams)
         if not walked:
             return _nothing_read(memory, tokens), None, empty_trace(cfg, memory, tokens.mask.shape, columns)
+        if any(w.addressing is not None for w in walked):  # else nothing is written
+            uses = own_uses(uses, memory.keys.dtype, owned)
         reads, values, losses = apply_values(cfg, memory.values, walked, owned, uses)
         output, dead = streams.of_call(reads), streams.of_call([w.dead for w in walked])
         if maybe_any(dead):
@@ -201,7 +207,7 @@ def _run_eagerly(
         trace = trace_of(cfg, memory, streams, walked, losses, columns)
         if mask is not None:
             output, trace = without_masked(output, trace, mask)
-    return output, Memory(keys, values) if losses else None, trace
+    return output, (Memory(keys, values), uses) if losses else None, trace
 
 
 def _nothing_read(memory: Memory, tokens: Tokens) -> Tensor:
@@ -229,8 +235,9 @@ def flush(
     with ranks.agreed("flush", memory, cfg, rows, inplace, implementation, **_beside_tables(state)):
         batch = validation.check_state(cfg, state, SELF)
         check_state_device(state.pending_query, state)
+        refuse_uses(cfg, state.memory.values)
         validation.check_positions(cfg, state.position.tolist())
-        check_inplace(inplace, *state.memory, state.uses)
+        check_inplace(inplace, *state.memory, state.maybe_uses)
         chosen = mask_of(cfg, rows, batch)
         memory = _as_tables(state.memory, state.pending_query)
         chosen_engine = engine.choose_engine(implementation, cfg, memory, state.pending_query)
@@ -239,7 +246,7 @@ def flush(
     of_memory = counts.view(memories, -1)[:, 0]
     trace = empty_trace(cfg, memory, (batch, 0), columns=1)
     trace = trace._replace(writes=schedule.flush_writes(cfg, of_memory).int())
-    tables, uses = state.memory, state.uses
+    tables, uses = state.memory, state.maybe_uses
     if (of_memory > cfg.lookahead).any():  # else no token has a pair
         pending = filled(memory.keys.dtype, state.pending)
         if chosen_engine == "triton":
@@ -327,9 +334,7 @@ def chunk_update(
 def detach(state: State[Tensor]) -> State[Tensor]:
     """The state without its gradient history."""
     validation.check_is_state(state)
-    memory = Memory(*map(by_columns(Tensor.detach), state.memory))
-    uses = None if state.uses is None else state.uses.detach()
-    return State.of(memory, state.pending.map(Tensor.detach), state.position.detach(), uses)
+    return state.map(by_columns(Tensor.detach))
 
 
 def asarray(x: Any, dtype: str) -> Tensor:

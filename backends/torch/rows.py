@@ -12,7 +12,7 @@ from fwpkm import rows as row_checks
 from fwpkm import schedule, validation
 from fwpkm.backends.torch import engine
 from fwpkm.backends.torch.checks import check_inplace, check_present
-from fwpkm.backends.torch.column_parallel import by_columns, is_sharded
+from fwpkm.backends.torch.column_parallel import by_columns, is_sharded, refuse_uses
 from fwpkm.backends.torch.tokens import no_tokens
 from fwpkm.backends.torch.windows import SELF
 from fwpkm.config import FwPKMConfig
@@ -40,14 +40,8 @@ def start_state(
     """A state at position 0 of these tables."""
     device = "cpu" if position_device is None else position_device
     position = torch.full((batch_size,), 0, dtype=torch.int32, device=device)
-    uses = None
-    if cfg.usage_weight:
-        if is_sharded(memory.values):
-            raise ValueError(
-                "usage_weight must be 0 where a table lies in columns, whose ranks do not count uses. "
-                f"Received: usage_weight={cfg.usage_weight!r}, and columns over {memory.values.device_mesh}"
-            )
-        uses = memory.values.new_zeros(memory.values.shape[:2])
+    refuse_uses(cfg, memory.values)
+    uses = memory.values.new_zeros(memory.values.shape[:2]) if cfg.usage_weight else None
     return State.of(memory, no_tokens(cfg, memory.keys, batch_size), position, uses)
 
 
@@ -83,7 +77,7 @@ def select(cfg: FwPKMConfig, state: State[Tensor], rows: Any) -> State[Tensor]:
             return x.clone()  # or a call in place on one of the states would write the other
         return x[ids[:1]].expand(len(ids), *x.shape[1:]) if beams else _rows_of(x, ids)
 
-    memory, uses = Memory(*map(tables, state.memory)), state.uses
+    memory, uses = Memory(*map(tables, state.memory)), state.maybe_uses
     if uses is not None:
         uses = _rows_of(uses, ids) if cfg.memory_scope == "sequence" else uses.clone()
     return State.of(memory, state.pending.map(lambda x: _rows_of(x, ids)), _rows_of(state.position, ids), uses)

@@ -50,7 +50,7 @@ class Going(NamedTuple):
     @classmethod
     def of(cls, state: State | baselines.Carried) -> "Going":
         """That of a memory, or of what stands in its place."""
-        return cls(state.memory, getattr(state, "uses", None))
+        return cls(state.memory, getattr(state, "maybe_uses", None))
 
     def into(self, state: Any) -> Any:
         """Another state with these."""

@@ -147,11 +147,11 @@ def _position_error(cfg: FwPKMConfig, actual: State, expected: State) -> float:
 
 
 def _uses_error(actual: State, expected: State) -> float:
-    """Counts, in the tables' dtype; None where they are not weighed."""
-    if actual.uses is None or expected.uses is None:
-        return _exact_error(actual.uses is expected.uses)
-    same_dtype = actual.uses.dtype == actual.memory.values.dtype
-    return _exact_error(same_dtype and np.array_equal(actual.uses, expected.uses))
+    """Counts, in the tables' dtype; none where they are not weighed."""
+    uses, wanted = actual.maybe_uses, expected.maybe_uses
+    if uses is None or wanted is None:
+        return _exact_error(uses is wanted)
+    return _exact_error(uses.dtype == actual.memory.values.dtype and np.array_equal(uses, wanted))
 
 
 def _exact_error(equal: Any) -> float:

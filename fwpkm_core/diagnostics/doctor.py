@@ -156,6 +156,8 @@ def _open(path: str | os.PathLike[str], report: dict[str, Any]) -> list[Part]:
     for name, found in report["tensors"].items():
         if found["not_finite"]:
             problems.append(f"{name}: {found['not_finite']} of {tensors[name].size} numbers are not finite")
+        if name.rpartition(".")[2] == "uses" and (tensors[name] < 0).any():
+            problems.append(f"{name}: expected numbers of at least 0, received {tensors[name].min()}")
     try:
         spec = json.loads(metadata["config"])
         report["config"] = spec

@@ -8,7 +8,7 @@ from keras_suite.layers import BACKEND, leaves
 from test_vectors import NAMES, worst  # noqa: F401 (a fixture)
 
 import fwpkm
-from fwpkm import FwPKMConfig, Memory, agreement
+from fwpkm import FwPKMConfig, Memory, State, agreement
 from fwpkm.backends.keras import FwPKM, as_state
 
 if BACKEND == "tensorflow":
@@ -80,6 +80,36 @@ if BACKEND == "tensorflow":  # which alone has tf.function
             inputs.append(be.asarray(np.full(shape[0], position), "int32"))
             for actual, expected in zip(leaves(graph(*inputs)), leaves(run(*inputs)), strict=True):
                 assert agreement.relative_error(be.to_numpy(actual), be.to_numpy(expected)) < bound
+
+    @pytest.mark.parametrize("usage_weight", [0.0, 0.5])
+    def test_loops_carry_a_state(usage_weight, be):
+        """The loops of a graph carry tensors alone: where nothing is weighed by use, no field may be a None."""
+        import tensorflow
+
+        cfg = FwPKMConfig(4, 3, 1, 4, 2, 2, 0, usage_weight=usage_weight)
+        query, value = (tensorflow.random.stateless_normal((3, 2, 5, width), seed=(0, 1)) for width in (4, 3))
+        begun = be.init_state(cfg, be.init_memory(cfg), 2)
+
+        def while_loop(state):
+            def read_on(i, state):
+                return i + 1, be.apply(cfg, state, query[i], value[i])[1]
+
+            return tensorflow.while_loop(lambda i, _: i < 3, read_on, (tensorflow.constant(0), state))[1]
+
+        def for_loop(state):
+            for i in tensorflow.range(3):
+                state = be.apply(cfg, state, query[i], value[i])[1]
+            return state
+
+        expected = begun
+        for i in range(3):
+            expected = be.apply(cfg, expected, query[i], value[i])[1]
+        for function in (while_loop, for_loop):
+            after = tensorflow.function(function)(begun)
+            assert type(after) is State
+            for a, b in zip(leaves(after), leaves(expected), strict=True):
+                assert agreement.relative_error(be.to_numpy(a), be.to_numpy(b)) < agreement.BOUNDS["float32"].forward
+        tensorflow.nest.assert_same_structure(begun, after)
 
     def test_a_graph_of_unknown_length_takes_no_tokens(be):
         import tensorflow

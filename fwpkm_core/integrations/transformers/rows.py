@@ -32,9 +32,9 @@ class Overwritten(NamedTuple):
         old, new = before.memory.values[row].detach(), after.memory.values[row].detach()
         bits = torch.int64 if old.dtype == torch.float64 else torch.int32
         changed, uses = (old.view(bits) != new.view(bits)).any(-1), None
-        if before.uses is not None and after.uses is not None:
-            uses = before.uses[row]
-            changed |= uses != after.uses[row]
+        if before.maybe_uses is not None and after.maybe_uses is not None:
+            uses = before.maybe_uses[row]
+            changed |= uses != after.maybe_uses[row]
         slots = changed.nonzero().squeeze(1)
         pending = before.pending.map(lambda x: x[row].detach().clone())
         uses = None if uses is None else uses[slots]
@@ -72,7 +72,7 @@ class Rows:
     def __init__(self, config: FwPKMConfig, state: State[Tensor]):
         """Sequences that stand where ``state`` says; its tables may be overwritten."""
         self.config = config
-        self.tables, self.pending, self.uses = state.memory, state.pending, state.uses
+        self.tables, self.pending, self.uses = state.memory, state.pending, state.maybe_uses
         self.position: Tensor = state.position
         self.owners = list(range(len(state.position)))
         self.columns, self.seen = 0, None
@@ -151,7 +151,8 @@ class Rows:
                 self.past[row].append(Overwritten.between(before, after, row))
             else:
                 self.past[row].clear()  # what was recorded before cannot be reached any more
-        self.tables, self.uses, self.pending, self.position = after.memory, after.uses, after.pending, after.position
+        self.tables, self.uses = after.memory, after.maybe_uses
+        self.pending, self.position = after.pending, after.position
         return y
 
     def _read_shared(self, layer: FwPKM, x: Tensor, mask: Tensor | None) -> Tensor:
