@@ -227,7 +227,7 @@ def test_names_that_do_not_fit(tmp_path: Path, states_file: Path) -> None:
         ("states must have texts for names", lambda p: fwpkm.save_states(p, {0: half_read_state()}, CFG)),
         ("states['a'] must be a fwpkm.State", lambda p: fwpkm.save_states(p, {"a": packed["a"]}, CFG)),
         (
-            "Pass the config that states['a'] was made with",
+            "Pass states['a'] as apply or flush returned it, and the config that it was made with",
             lambda p: fwpkm.save_states(p, {"a": half_read_state()}, WAIT),
         ),
         ("packed must be a dict", lambda p: fwpkm.save_packed(p, packed["a"])),

@@ -10,16 +10,22 @@ import pytest
 import torch
 from asserting import assert_same_bits
 from drawn import drawn
+from interpreter import DEVICE, SMALL
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fwpkm
-from fwpkm import FwPKMConfig, State, reference
+from fwpkm import FwPKMConfig, Memory, State, reference
 from fwpkm.conformance.running import as_numpy, native
 
 TORCH, JAX = map(fwpkm.get_backend, ("torch", "jax"))
 PLAIN = FwPKMConfig(4, 3, 2, 4, 2, 3, 1)
 USED = dataclasses.replace(PLAIN, usage_weight=0.7)
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.torch.jit.script_method. is deprecated:DeprecationWarning",  # what torch's own compiler uses
+    "ignore:.*autograd.function.Function.* should not be instantiated:DeprecationWarning",  # as it does while it traces
+)
 
 
 def begun(be, cfg=PLAIN, rows=2):
@@ -55,6 +61,23 @@ def test_a_scan_carries_a_state():
     expected = JAX.apply(PLAIN, begun(JAX), *native(JAX, (case.tokens.query, case.tokens.value)))[1]
     assert jax.tree.structure(after) == jax.tree.structure(expected)
     np.testing.assert_array_equal(after.position, expected.position)
+
+
+@pytest.mark.parametrize("usage_weight", [0.0, 0.5])
+def test_a_graph_takes_the_state_that_it_returned(usage_weight):
+    """Without a break, and compiled once."""
+    torch.compiler.reset()
+    cfg = FwPKMConfig(**SMALL, usage_weight=usage_weight)
+    state = TORCH.init_state(cfg, Memory(*(table.to(DEVICE) for table in TORCH.init_memory(cfg))), 2)
+    counter = CompileCounterWithBackend("aot_eager")
+
+    @torch.compile(backend=counter, fullgraph=True)
+    def read_on(state, query, value):
+        return TORCH.apply(cfg, state, query, value, implementation="triton")[1]
+
+    for _ in range(3):
+        state = read_on(state, *torch.rand(2, 2, 3, 16, device=DEVICE))
+    assert counter.frame_count == 1
 
 
 @pytest.mark.parametrize("functions", [reference, TORCH, JAX])
