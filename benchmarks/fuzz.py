@@ -3,13 +3,13 @@
 A life draws a configuration and a batch, which then reads (padded, packed, read only, token by token), is flushed,
 reset, chosen from, put and joined, packed and unpacked, saved and loaded, by another backend too; damaged copies of its
 files must be refused. After each step every backend must hold what the reference holds, which reads each row of the
-batch by itself: outputs, slots, weights, losses, tables and pending tokens within the bounds of float64 (SPEC.md §6);
-and states that nobody may overwrite must keep their bits.
+batch by itself: outputs, slots, weights, losses, tables and pending tokens within the bounds of float64 (SPEC.md §6),
+positions and uses to the bit; and states that nobody may overwrite must keep their bits.
 
 A second reference reads the same numbers, each moved by half a unit of rounding. A life ends early where that moves a
 result by more than a twentieth of a bound: no run can be judged there. So a failure is a fault.
 
-Before it starts it must find three bugs that it plants itself; where it does not, nothing that it says can be believed,
+Before it starts it must find four bugs that it plants itself; where it does not, nothing that it says can be believed,
 and the exit status is 2. Where a life fails, the status is 1, and the line that repeats that life is printed; the same
 number, backends and versions give the same life. With jax, which compiles for seconds, all lives are of a few
 configurations and lengths.
@@ -27,6 +27,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+from hypothesis import strategies as st
 
 import fwpkm
 from benchmarks import report
@@ -38,6 +39,7 @@ from fwpkm.conformance.running import as_numpy, same_bits
 from fwpkm.conformance.strategies import OPTIONAL, configs, draw_memory, draw_tokens, floating, unmasked
 from fwpkm.tokens import Tokens
 
+CONFIGS = configs(usage_weight=st.sampled_from([0.0, 0.25, 3.0]))
 MOST_ROWS, MOST_STEPS = 4, 30
 COMPILED_CONFIGS = 6
 """Of how many configurations the lives are where a backend compiles for each."""
@@ -57,7 +59,7 @@ class Life:
         """The backends by name, and a folder for files."""
         self.number, self.folder, self.rng = number, folder, np.random.default_rng(number)
         self.compiled = "jax" in backends
-        self.cfg = draw(configs(), f"fuzz/{number % COMPILED_CONFIGS if self.compiled else number}")
+        self.cfg = draw(CONFIGS, f"fuzz/{number % COMPILED_CONFIGS if self.compiled else number}")
         kind = Alone if self.cfg.memory_scope == "sequence" else Batch
         self.expected = kind(reference, self.cfg)
         self.nudged = kind(reference, self.cfg, np.random.default_rng(number))
@@ -251,10 +253,16 @@ def _losing_a_pending_token(cfg: Any, packed: Any, memory: Any) -> Any:
     return state
 
 
+def _forgetting_uses(cfg: Any, state: Any, rows: Any, other: Any, **options: Any) -> Any:
+    state = reference.put(cfg, state, rows, other, **options)
+    return state if state.maybe_uses is None else state._replace(uses=np.zeros_like(state.uses))
+
+
 PLANTED: dict[str, dict[str, Callable]] = {
     "apply that reads masked tokens": {"apply": _ignoring_the_mask},
     "flush of all rows, whichever were named": {"flush": _flushing_every_row},
     "unpack that loses the first pending value": {"unpack": _losing_a_pending_token},
+    "put that begins to count uses anew": {"put": _forgetting_uses},
 }
 """Wrong functions, by what they are."""
 

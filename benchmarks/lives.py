@@ -259,3 +259,4 @@ def errors(cfg: FwPKMConfig, actual: Seen, expected: Seen) -> Iterator[tuple[str
     same = np.array_equal(actual.state.pending.mask, expected.state.pending.mask)
     same &= np.array_equal(actual.state.position, expected.state.position)
     yield "position", 0.0 if same else float("inf")
+    yield "uses", judging.uses_error(actual.state, expected.state)

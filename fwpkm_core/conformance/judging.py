@@ -58,7 +58,7 @@ def errors(cfg: FwPKMConfig, actual: Result, expected: Result) -> Iterator[tuple
     yield from reading_errors(cfg, actual.reading, expected.reading)
     yield "pending", _pending_error(actual.state, expected.state)
     yield "position", _position_error(cfg, actual.state, expected.state)
-    yield "uses", _uses_error(actual.state, expected.state)
+    yield "uses", uses_error(actual.state, expected.state)
     for name, gradient in actual.gradients.items():
         yield f"grad {name}", agreement.relative_error(gradient, expected.gradients[name])
     yield from _call_errors(cfg, actual.calls, expected.calls)
@@ -127,7 +127,7 @@ def _field_errors(actual: Any, expected: Any, prefix: str = "") -> Iterator[tupl
 
 def _state_error(cfg: FwPKMConfig, actual: State, expected: State) -> float:
     tables = [error for _, error in _field_errors(actual.memory, expected.memory)]
-    others = _pending_error(actual, expected), _position_error(cfg, actual, expected), _uses_error(actual, expected)
+    others = _pending_error(actual, expected), _position_error(cfg, actual, expected), uses_error(actual, expected)
     return max(*tables, *others)
 
 
@@ -146,7 +146,7 @@ def _position_error(cfg: FwPKMConfig, actual: State, expected: State) -> float:
     return _exact_error(same_mask and same_dtype and np.where(early, same, same_place).all())
 
 
-def _uses_error(actual: State, expected: State) -> float:
+def uses_error(actual: State, expected: State) -> float:
     """Counts, in the tables' dtype; none where they are not weighed."""
     uses, wanted = actual.maybe_uses, expected.maybe_uses
     if uses is None or wanted is None:
