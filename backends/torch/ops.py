@@ -111,18 +111,21 @@ def begin(
         check_device(inputs.query, cu_seqlens=cu_seqlens)
         cu_seqlens = cu_seqlens.cpu()  # before the copies of the tables, behind which it would wait
     owned = keep and not (compiled or memory.values.requires_grad)
+    initial = None if keep else memory.values  # on which the kernels lay what rows write
     if keep and not (compiled or exported):
         state = init_state(cfg, memory, batch, position_device)
-    else:  # what writes makes the copy
+    else:  # what writes makes the copy, if any
         memories = memories_for(cfg, batch)
         shared = Memory(*map(by_columns(lambda x: x.expand(memories, *x.shape[1:])), memory))
         state = start_state(cfg, shared, batch, position_device)
     if exported:
         output, state, trace = exporting.apply(cfg, state, inputs, cu_seqlens, update)
     elif compiled:
-        output, state, trace = left_aligned.apply(cfg, state, inputs, cu_seqlens, update, False, True)
+        output, state, trace = left_aligned.apply(cfg, state, inputs, cu_seqlens, update, False, True, initial)
     else:
-        output, state, trace = _apply(cfg, state, inputs, cu_seqlens, update, owned, implementation, True, layer)
+        output, state, trace = _apply(
+            cfg, state, inputs, cu_seqlens, update, owned, implementation, True, layer, initial
+        )
     return output, state if keep else None, trace
 
 
@@ -137,8 +140,12 @@ def _apply(
     implementation: str | None,
     fresh: bool = False,
     layer: nn.Module | None = None,
-) -> tuple[Tensor, State, Trace]:
-    """``fresh``: the state is one at position 0, with nothing pending."""
+    initial: Tensor | None = None,
+) -> tuple[Tensor, State | None, Trace]:
+    """``fresh``: the state is one at position 0, with nothing pending.
+
+    ``initial`` is the one value table that its rows begin from, where no state is asked for: the kernels return none.
+    """
     same = {**inputs._asdict(), "cu_seqlens": cu_seqlens, **_beside_tables(state, fresh)}
     memory = getattr(state, "memory", None)
     with ranks.agreed("apply", memory, cfg, update, inplace, implementation, layer=layer, **same):
@@ -159,10 +166,12 @@ def _apply(
     device = inputs.query.device
     alike = together(cfg, positions, inputs.mask, cu_seqlens)
     if on_kernels and not (alike and positions):
-        return left_aligned.apply(cfg, state, inputs, cu_seqlens, update, inplace, fresh)
+        return left_aligned.apply(cfg, state, inputs, cu_seqlens, update, inplace, fresh, initial)
     inputs = inputs._replace(mask=None if inputs.mask is None else inputs.mask.to(device))
     if on_kernels and positions:
-        output, memory, uses, left, trace = fast.apply(cfg, state, positions[0], inputs, update, inplace)
+        output, memory, uses, left, trace = fast.apply(cfg, state, positions[0], inputs, update, inplace, initial)
+        if initial is not None:
+            return output, None, trace
         if update:
             left = filled(memory.keys.dtype, left)
             state = State.of(memory, left, schedule.reduced(cfg, state.position) + inputs.length, uses)
