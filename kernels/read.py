@@ -66,14 +66,13 @@ def read_kernel(
     power = 0.0
     for at in range(0, ENTRIES, ENTRY_BLOCK):
         e = at + tl.arange(0, ENTRY_BLOCK)
-        slot = tl.load(slots + here * ENTRIES + e, mask=e < ENTRIES, other=0)
-        row = memory * SLOTS + slot
+        row = memory * SLOTS + tl.load(slots + here * ENTRIES + e, mask=e < ENTRIES, other=0)
         w = tl.load(weights + here * ENTRIES + e, mask=e < ENTRIES, other=0.0)
         known = (alive & (e < ENTRIES))[:, None] & (d < WIDTH)[None, :]
         place = table + row[:, None] * WIDTH
         if latest is not None:
             source = tl.load(latest + row, mask=e < ENTRIES, other=-1)
-            place = row_of(table, new_rows, source, slot, WIDTH)[:, None]
+            place = row_of(table, new_rows, source, row - memory * SLOTS, WIDTH)[:, None]
         read += tl.sum(w[:, None] * tl.load(place + d[None, :], mask=known, other=0.0), 0)
         power += tl.sum(w * w, 0)
     if start + t >= first_new:

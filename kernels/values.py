@@ -161,8 +161,10 @@ def values_kernel(
         return
     d = tl.arange(0, BLOCK)
     row_index = row.to(tl.int64) - window * memories.to(tl.int64) * SLOTS
-    place = table + row_index * WIDTH
-    if latest is not None:
+    offset = row_index * WIDTH
+    if latest is None:
+        old = tl.load(table + offset + d, mask=d < WIDTH, other=0.0)
+    else:
         source, last_window = tl.load(latest + row_index), tl.load(last_windows + row_index)
         if sources is not None:
             tl.store(sources + segment, source)
@@ -171,8 +173,7 @@ def values_kernel(
                 note_segment(segment, row, sorted_rows, order, segment_start, last, PIECE)
                 tl.store(step_sizes + segment, 0.0)
             return
-        place = row_of(table, new_rows, source, row_index % SLOTS, WIDTH)
-    old = tl.load(place + d, mask=d < WIDTH, other=0.0)
+        old = tl.load(row_of(table, new_rows, source, row_index % SLOTS, WIDTH) + d, mask=d < WIDTH, other=0.0)
     # Most rows have few entries: the first alone needs few registers.
     gradient = tl.zeros([BLOCK], tl.float32)
     count = 0
@@ -228,10 +229,11 @@ def values_kernel(
         new, finite = step(old, gradient, d < WIDTH, rate, DECAY, CLIP)
         moves = (count > 0) & lives & finite
         if moves:
-            if latest is not None:
-                place = new_rows + segment * WIDTH
+            if latest is None:
+                tl.store(table + offset + d, new, mask=d < WIDTH)
+            else:
+                tl.store(new_rows + segment * WIDTH + d, new, mask=d < WIDTH)
                 tl.store(latest + row_index, segment.to(tl.int32))
-            tl.store(place + d, new, mask=d < WIDTH)
         if step_sizes is not None:
             tl.store(step_sizes + segment, tl.where(moves, rate * fraction, 0.0))
         if decays is not None:
