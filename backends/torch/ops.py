@@ -118,15 +118,16 @@ def begin(
         memories = memories_for(cfg, batch)
         shared = Memory(*map(by_columns(lambda x: x.expand(memories, *x.shape[1:])), memory))
         state = start_state(cfg, shared, batch, position_device)
+    after: State[Tensor] | None
     if exported:
-        output, state, trace = exporting.apply(cfg, state, inputs, cu_seqlens, update)
+        output, after, trace = exporting.apply(cfg, state, inputs, cu_seqlens, update)
     elif compiled:
-        output, state, trace = left_aligned.apply(cfg, state, inputs, cu_seqlens, update, False, True, initial)
+        output, after, trace = left_aligned.apply(cfg, state, inputs, cu_seqlens, update, False, True, initial)
     else:
-        output, state, trace = _apply(
+        output, after, trace = _apply(
             cfg, state, inputs, cu_seqlens, update, owned, implementation, True, layer, initial
         )
-    return output, state if keep else None, trace
+    return output, after if keep else None, trace
 
 
 @engine.outside_graphs

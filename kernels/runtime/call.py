@@ -87,8 +87,7 @@ def forward(
     used = slice(plan.total * entries)
     torch.sort(workspace["table_rows"], stable=True, out=(residuals["sorted_rows"][used], residuals["order"][used]))
     if overlaid:
-        for name in ("latest", "last_windows"):
-            workspace[name].fill_(-1)
+        workspace["by_row"].fill_(-1)
     launches.write.run(inputs, residuals, workspace)
     writes = plan.num_writes
     written = workspace["squared"][: writes * batch * plan.windows[0].length]
@@ -224,7 +223,7 @@ class _Backward(NamedTuple):
 @of_call
 def _backward_launches(call: Call, overlap: bool, table: bool, residuals: Layout) -> _Backward:
     """Those of a call; whether windows ``overlap``, and whether the gradient of the ``table`` is asked for."""
-    workspace = backward_layout(call)
+    workspace = backward_layout(call, table)
     inputs = (
         *_INPUTS, "latest", "table", "needed_by", "d_keys", "d_values", "d_output", "d_table",
         *(f"d_{name}" for name in NUMBERS),

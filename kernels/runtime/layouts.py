@@ -93,12 +93,11 @@ def forward_layout(call: Call, row: torch.dtype) -> Layout:
     half, subkeys, entries, writes = cfg.key_dim // 2, cfg.num_subkeys, cfg.slots_per_token, plan.num_writes > 0
     by_token = call.batch * plan.longest, cfg.num_heads, 2
     pieces = blocks_of(call.batch * plan.longest * entries, size.piece["PIECE"]) * writes
-    of_rows = ((call.memories * cfg.num_slots,), _INT) if call.overlaid else None
-    return Layout.of(
+    by_row = ((call.memories * cfg.num_slots,), _INT) if call.overlaid else None
+    layout = Layout.of(
         {
-            # By row of each memory: the segment that wrote it last, or -1; the last window that reads it.
-            "latest": of_rows,
-            "last_windows": of_rows,
+            "latest": by_row,  # of each memory's: the segment that wrote it last, or -1
+            "last_windows": by_row,  # the last window that reads it, or -1
             "norms": ((call.groups, subkeys), _FLOAT),  # ‖K‖²
             "keys_hi_lo": ((call.groups, 2, subkeys, half), torch.bfloat16),  # each sub-key as a sum of two
             "proposals": ((*by_token, size.propose["TILES"] * size.propose["PROPOSED"]), _INT),  # (propose_kernel)
@@ -112,15 +111,21 @@ def forward_layout(call: Call, row: torch.dtype) -> Layout:
             "squared": ((plan.total,), _FLOAT),  # ½ g ‖v̂ - u‖²
         }
     )
+    if by_row is None:
+        return layout
+    end = layout.spec("last_windows")
+    both = TensorSpec(0, ((end.offset + end.nbytes) // 4,), _INT)  # which begin as -1
+    return Layout({**layout.tensors, "by_row": both}, layout.size)
 
 
-def backward_layout(call: Call) -> Layout:
-    """Of what the backward needs besides."""
+def backward_layout(call: Call, table: bool) -> Layout:
+    """Of what the backward needs besides; whether the gradient of the ``table`` is asked for."""
     cfg, plan, entries, width = call.cfg, call.plan, call.cfg.slots_per_token, call.cfg.value_dim
     longest, choices = call.batch * plan.longest, ((plan.total, cfg.num_heads, 2, cfg.top_k), _FLOAT)
     return Layout.of(
         {
-            "gradients": ((plan.total * entries, width), _FLOAT),  # by segment
+            # By segment; nobody asks for those of the first window's rows but the table.
+            "gradients": ((plan.total * entries * (table or len(plan.windows) > 1), width), _FLOAT),
             "d_weights": ((plan.total, entries), _FLOAT),
             "d_read": ((longest, width), _FLOAT),
             "partial": ((blocks_of(longest * entries, call.shapes.piece_backward["PIECE"]), width), _FLOAT),
