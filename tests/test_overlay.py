@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fwpkm import FwPKMConfig
 from fwpkm.agreement import BOUNDS, relative_error
 from fwpkm.backends import torch as be
-from fwpkm.backends.torch import engine
+from fwpkm.backends.torch import engine, groups
 from fwpkm.containers import Memory
 
 CONFIGS = {
@@ -156,3 +156,30 @@ def test_a_layer_that_returns_no_state(compiled: bool, monkeypatch: pytest.Monke
         found.append([y, x.grad, *(p.grad for p in layer.parameters())])
     for expected, received in zip(*found, strict=True):
         assert error(received, expected) < BOUNDS["float32"].gradient
+
+
+@pytest.mark.parametrize(
+    ("lengths", "expected"),
+    [
+        ([1600] * 20, [[*range(20)]]),
+        ([32768], [[0]]),
+        ([500, 9000, 30, 0, 9100, 512], [[1, 4], [0, 2, 3, 5]]),
+        ([700, 600, 500], [[0, 1, 2]]),  # the padding of one costs less than another window
+        ([2000] + [3] * 1000, [[0], [*range(1, 1001)]]),
+    ],
+)
+def test_sequences_are_read_with_others_of_like_length(lengths: list[int], expected: list[list[int]]) -> None:
+    assert groups.groups_of(FwPKMConfig(chunk_size=512), [*itertools.accumulate(lengths, initial=0)]) == expected
+
+
+def test_groups_give_what_one_call_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One long sequence between short ones: more padding than the kernels take in one rectangle."""
+    cfg, lengths = FwPKMConfig(**SMALL), [1, 2, 17, 0, 5, 1, 1]
+    expected, derived = reading(cfg, "eager", lengths, True, True, torch.float64)
+    with pytest.raises(ValueError, match="at most 4 times their tokens"):
+        reading(cfg, "triton", lengths, True, True)
+    monkeypatch.setattr(groups, "_WINDOW", 1)
+    received, gradients = reading(cfg, "triton", lengths, True, True)
+    for a, b in zip((*received, *gradients), (*expected, *derived), strict=True):
+        assert a.shape == b.shape
+        assert error(a, b) < BOUNDS["float32"].gradient

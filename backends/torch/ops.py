@@ -1,6 +1,7 @@
 """The PyTorch backend's functions (SPEC.md §8): pure, sparse, differentiable."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fwpkm import schedule, validation
-from fwpkm.backends.torch import engine, exporting, fast, left_aligned, ranks
+from fwpkm.backends.torch import engine, exporting, fast, groups, left_aligned, ranks
 from fwpkm.backends.torch.checks import check_apply, check_device, check_inplace, check_state_device
 from fwpkm.backends.torch.column_parallel import by_columns, is_sharded, refuse_columns, refuse_uses
 from fwpkm.backends.torch.context import through_checkpoints
@@ -110,6 +111,9 @@ def begin(
     elif cu_seqlens is not None and not exported:
         check_device(inputs.query, cu_seqlens=cu_seqlens)
         cu_seqlens = cu_seqlens.cpu()  # before the copies of the tables, behind which it would wait
+        if update and not keep and (apart := _groups(cfg, memory, inputs, cu_seqlens, implementation)):
+            part = functools.partial(begin, cfg, memory, update=True, keep=False, implementation=implementation)
+            return groups.read_groups(cfg, inputs, cu_seqlens.tolist(), apart, part)
     owned = keep and not (compiled or memory.values.requires_grad)
     initial = None if keep else memory.values  # on which the kernels lay what rows write
     if keep and not (compiled or exported):
@@ -128,6 +132,18 @@ def begin(
             cfg, state, inputs, cu_seqlens, update, owned, implementation, True, layer, initial
         )
     return output, after if keep else None, trace
+
+
+def _groups(
+    cfg: FwPKMConfig, memory: Memory, inputs: Tokens, cu_seqlens: Tensor, implementation: str | None
+) -> list[list[int]]:
+    """Those in which the kernels read packed sequences that keep no state; empty where it is one, or not theirs."""
+    if is_sharded(memory.values) or engine.choose_engine(implementation, cfg, memory, inputs.query) != "triton":
+        return []
+    ends = cu_seqlens.tolist()
+    validation.check_cu_seqlens(ends, inputs.length)
+    apart = groups.groups_of(cfg, ends)
+    return apart if len(apart) > 1 else []
 
 
 @engine.outside_graphs
