@@ -32,7 +32,7 @@ def last_windows_kernel(
     inside = e < total.to(tl.int64) * ENTRIES
     row = tl.load(table_rows + e, mask=inside, other=0).to(tl.int64)
     rows = memories.to(tl.int64) * SLOTS
-    tl.atomic_max(last_windows + row % rows, (row // rows).to(tl.int32), mask=inside)
+    tl.atomic_max(last_windows + row % rows, (row // rows).to(tl.int32), mask=inside, sem="relaxed")
 
 
 def add_last_windows(launches: Launches, call: Call) -> None:

@@ -51,28 +51,36 @@ def read_groups(
     read: Callable[[Tokens, Tensor], tuple[Tensor, Any, Trace]],
 ) -> tuple[Tensor, None, Trace]:  # fmt: skip
     """``ops.begin`` of a packed row, whose groups ``read`` takes one after the other, each with its ``cu_seqlens``."""
-    spans = [[torch.arange(ends[i], ends[i + 1]) for i in group] for group in groups]
-    spans[-1].append(torch.arange(ends[-1], inputs.length))  # behind the last sequence
-    order = torch.cat(list(itertools.chain(*spans)))
-    orders = {x.device: order.to(x.device) for x in inputs.present().values()}
-    sizes = [sum(map(len, group)) for group in spans]
+    sequences, length = [*itertools.chain(*groups)], inputs.length
+    starts = [*(ends[i] for i in sequences), ends[-1]]  # and of what is behind the last sequence
+    lengths = [*(ends[i + 1] - ends[i] for i in sequences), length - ends[-1]]
+    shifts = [start - before for start, before in zip(starts, itertools.accumulate(lengths, initial=0))]
+    orders = {x.device: _order(shifts, lengths, length, x.device) for x in inputs.present().values()}
+    sizes = [sum(ends[i + 1] - ends[i] for i in group) for group in groups]
+    sizes[-1] += lengths[-1]
     parts = {name: x.index_select(1, orders[x.device]).split(sizes, 1) for name, x in inputs.present().items()}
     outputs, traces = [], []
     for i, group in enumerate(groups):
-        lengths = torch.tensor([0, *(ends[j + 1] - ends[j] for j in group)])
-        output, _, trace = read(Tokens(**{name: of[i] for name, of in parts.items()}), lengths.cumsum(0).int())
+        of_group = torch.tensor([0, *(ends[j + 1] - ends[j] for j in group)]).cumsum(0).int()
+        output, _, trace = read(Tokens(**{name: of[i] for name, of in parts.items()}), of_group)
         outputs.append(output)
         traces.append(trace)
-    here, columns = orders[inputs.query.device], schedule.max_writes(cfg, inputs.length)
-    back = torch.empty_like(here).scatter_(0, here, torch.arange(len(here), device=here.device))
-    sequence = torch.tensor(list(itertools.chain(*groups))).argsort()
+    here, columns = orders[inputs.query.device], schedule.max_writes(cfg, length)
+    back = torch.empty_like(here).scatter_(0, here, torch.arange(length, device=here.device))
+    row = torch.tensor(sequences).argsort()
 
     def of_tokens(parts: list[Tensor]) -> Tensor:
         return torch.cat(parts, 1).index_select(1, back)
 
     def of_sequences(parts: list[Tensor]) -> Tensor:
         whole = torch.cat([F.pad(x, (0, columns - x.shape[1])) if x.ndim == 2 else x for x in parts])
-        return whole.index_select(0, sequence.to(whole.device))
+        return whole.index_select(0, row.to(whole.device, non_blocking=True))
 
     by_field = Trace(*zip(*traces))
     return of_tokens(outputs), None, Trace(*map(of_tokens, by_field[:2]), *map(of_sequences, by_field[2:]))
+
+
+def _order(shifts: list[int], lengths: list[int], length: int, device: torch.device) -> Tensor:
+    """``[T]``: tokens by group, of sequences that move by ``shifts``; made on the device, as a long copy may wait."""
+    shift, number = (torch.tensor(x).to(device, non_blocking=True) for x in (shifts, lengths))
+    return torch.arange(length, device=device) + shift.repeat_interleave(number, output_size=length)

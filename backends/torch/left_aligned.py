@@ -44,7 +44,7 @@ def apply(
     longest = _longest(cfg, num_pending, num_new, inputs.length, cu_seqlens)
     pending = None if num_pending is None else state.pending
     here = inputs._replace(mask=None if inputs.mask is None else inputs.mask.to(device))
-    ends, wrong = None if cu_seqlens is None else cu_seqlens.to(device), None
+    ends, wrong = None if cu_seqlens is None else _sent(cu_seqlens, device), None
     if compiled and ends is not None:  # nobody can raise: the call is then one of empty sequences, and outputs say it
         legal = is_legal(ends, inputs.length)
         ends, wrong = ends.where(legal, 0), ~legal if here.mask is None else (~legal & here.mask)[..., None]
@@ -176,6 +176,11 @@ def rounded(length: int) -> int:
     """
     step = 1 << max(0, length.bit_length() - 6)
     return max(1, -(-length // step) * step)
+
+
+def _sent(x: Tensor, device: torch.device) -> Tensor:
+    """x on a device; the host waits for the copy only where it would read x later, as it does from pinned memory."""
+    return x.to(device, non_blocking=not (torch.compiler.is_compiling() or (x.is_cpu and x.is_pinned())))
 
 
 def _later(x: Tensor, device: torch.device) -> Callable[[], Tensor]:
