@@ -84,6 +84,12 @@ def checks(seed: int) -> list[Task]:
         *map(small, gpu_agreement.SHAPES),
         *(Task("bits", f"bits: process {number}", gpu_agreement.repeatable, bits) for number in (1, 2)),
         Task("graphs", "a training step: no wait, CUDA graph", gpu_agreement.training, (_STEP, DTYPE, seed)),
+        Task(
+            "graphs stateless",
+            "a training step from a memory: no wait, CUDA graph",
+            gpu_agreement.training,
+            (_OVERLAID, DTYPE, seed, True),
+        ),
         Task("conform", "fwpkm conform: 40 cases", conform, ("--cases", "40")),
         *(Task("agreement", f"vectors: {name}", gpu_agreement.vector, (name,)) for name in vectors.names()),
     ]

@@ -363,19 +363,24 @@ def repeatable(workload: Workload, dtype: str, seed: int, runs: int = 20) -> Rep
     return Report(findings, [f"sha256 of outputs, tables and gradients: {digest(first)}"])
 
 
-def training(workload: Workload, dtype: str, seed: int) -> Report:
+def training(workload: Workload, dtype: str, seed: int, stateless: bool = False) -> Report:
     """A training step, after steps that compile: a wait of the host for the device is an error; in a CUDA graph,
     replayed on other inputs than it was captured with, it gives the bits of the step itself.
+
+    ``stateless``, it begins from a memory.
 
     Raises:
         RuntimeError: it waited.
     """
     inputs = make_inputs(workload, seed=seed, device=DEVICE, dtype=dtype)
-    state = be.init_state(workload.config, draw_memory(workload, seed=seed), batch_size=workload.batch)
+    memory = draw_memory(workload, seed=seed)
+    state: Any = Memory(*(table[:1] for table in memory))
+    if not stateless:
+        state = be.init_state(workload.config, memory, batch_size=workload.batch)
 
     def step() -> tuple[Tensor, ...]:
         output, after, _ = be.apply(workload.config, state, *inputs.tokens, implementation="triton")
-        return output, *after.memory, *torch.autograd.grad(output, inputs.tokens, inputs.cotangent)
+        return output, *(after.memory if after else ()), *torch.autograd.grad(output, inputs.tokens, inputs.cotangent)
 
     for _ in range(3):
         step()

@@ -97,6 +97,15 @@ def test_many_tokens_of_many_sequences_on_four_slots() -> None:
         assert error(a, b) < BOUNDS["float32"].forward
 
 
+def test_the_same_bits_as_with_a_state() -> None:
+    cfg = FwPKMConfig(**SMALL | {"weight_decay": 0.1})
+    inputs, options = drawn(cfg, PACKED, True, torch.float32)
+    memory = Memory(*(x.to(DEVICE) for x in be.init_memory(cfg, seed=1)))
+    of_state, _, _ = be.apply(cfg, be.init_state(cfg, memory, len(PACKED)), *inputs, **options, implementation="triton")
+    of_memory, _, _ = be.apply(cfg, memory, *inputs, **options, implementation="triton")
+    assert torch.equal(of_memory.nan_to_num(), of_state.nan_to_num())
+
+
 class Allocations(TorchDispatchMode):
     """Notes the most bytes of any tensor that an operation makes."""
 
