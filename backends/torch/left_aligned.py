@@ -59,9 +59,7 @@ def apply(
         from fwpkm.kernels.runtime import windows
 
         plan = windows.plan(cfg, 0, longest, batch, update)
-        done = fast.run(
-            cfg, plan, state.memory, rows.tokens, pair, owned, columns, inputs.query.dtype, uses, initial
-        )
+        done = fast.run(cfg, plan, state.memory, rows.tokens, pair, owned, columns, inputs.query.dtype, uses, initial)
     writes = (rows.places.due if update else rows.places.due * 0).view(state.memory.keys.shape[0], -1)[:, 0]
     output, slots, weights = rows.of_call(done.output, done.trace.slots, done.trace.weights)
     if wrong is not None:
