@@ -68,7 +68,7 @@ def coefficients_kernel(
     live = live & ((tl.load(window_flags + here, mask=live, other=0) & LIVE) != 0)
     if half == 0:
         pair = pairs(window_flags, here, t, length, live, LOOKAHEAD)
-        tl.atomic_or(active + window * memories + memory, tl.max(pair.to(tl.int32), 0))
+        tl.atomic_or(active + window * memories + memory, tl.max(pair.to(tl.int32), 0), sem="relaxed")
     count = count_of(counts, window, memory, memories)
     probability_sums += rows_before(window, tl.num_programs(1), SUBKEYS)
     at = (here * 2 * HEADS + half) * K

@@ -48,7 +48,7 @@ def store_key(
     tl.store(keys + at * HALF + d, key, mask=d < HALF)
     square = tl.sum(key * key, 0)
     tl.store(norms + row, square)
-    tl.atomic_max(largest + window * groups + group, square.to(tl.int32, bitcast=True))
+    tl.atomic_max(largest + window * groups + group, square.to(tl.int32, bitcast=True), sem="relaxed")
     hi = key.to(tl.bfloat16)
     base = keys_hi_lo + ((2 * group).to(tl.int64) * SUBKEYS + subkey) * HALF + d
     tl.store(base, hi, mask=d < HALF)

@@ -117,19 +117,19 @@ def select_slots_kernel(
         tl.debug_barrier()  # other threads of this program have stored the sorted choices
         counted = inside & ((flag & LIVE) != 0) & (t < CHUNK)
         if WRITES:
-            tl.atomic_add(counts + window * memories + memory, tl.sum(counted.to(tl.int32), 0))
+            tl.atomic_add(counts + window * memories + memory, tl.sum(counted.to(tl.int32), 0), sem="relaxed")
         for half in tl.static_range(2 * HEADS):
             at = ((here * 2 * HEADS + half) * K)[:, None] + choice[None, :]
             asked = (inside & alive)[:, None] & picked[None, :]
             subkey = tl.load(ids + at, mask=asked, other=0)
             row = ((window * memories + memory) * 2 * HEADS + half).to(tl.int64) * SUBKEYS + subkey
             bit = (tl.zeros_like(subkey) + 1) << (r % 32)[:, None]
-            tl.atomic_or(maps + row * words + (r // 32)[:, None], bit, mask=asked)
+            tl.atomic_or(maps + row * words + (r // 32)[:, None], bit, mask=asked, sem="relaxed")
             if WRITES:
                 score = sub_scores(tl.load(ranks + at, mask=asked, other=0.0), SCORE)
                 p = sub_key_probabilities(score, picked[None, :])
                 p = (p * PROBABILITY_UNIT).to(tl.int64)
-                tl.atomic_add(probability_sums + row, p, mask=asked & counted[:, None])
+                tl.atomic_add(probability_sums + row, p, mask=asked & counted[:, None], sem="relaxed")
 
 
 def add_select_slots(launches: Launches, call: Call, integers: dict[str, int]) -> None:
