@@ -98,15 +98,16 @@ def propose_kernel(
     column = tile * COLUMNS + tl.arange(0, COLUMNS)
     # In a loop of its own: of an operand that is also used as numbers Triton 3.6 pipelines one buffer too few,
     # and a copy overwrites what a product still reads.
-    square = tl.zeros([BLOCK], tl.float32)
-    for at in tl.range(0, HALF, DEPTH, num_stages=1):
+    squares = tl.zeros([BLOCK, DEPTH], tl.float32)
+    for at in tl.static_range(0, HALF, DEPTH):  # all loads in flight, and lanes are added across once
         d = at + tl.arange(0, DEPTH)
-        q = tl.load(
+        x = tl.load(
             query + token[:, None] * (2 * HEADS * HALF) + d[None, :],
             mask=live[:, None] & (d < HALF)[None, :],
             other=0.0,
         ).to(tl.float32)
-        square += tl.sum(q * q, 1)
+        squares += x * x
+    square = tl.sum(squares, 1)
     product = tl.zeros([BLOCK, COLUMNS], tl.float32)
     for at in range(0, HALF, DEPTH):
         d = at + tl.arange(0, DEPTH)
