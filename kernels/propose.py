@@ -130,8 +130,11 @@ def propose_kernel(
     unit: tl.constexpr = 2 ** (31 - BITS)
     level = product * (unit / tl.maximum(scale, 1e-30))[:, None]
     level = tl.where(level > 1 - unit, level, 1 - unit)  # also what is not a number
-    packed = tl.minimum(level, unit - 1).to(tl.int32) * (2**BITS) + (2**BITS - 1 - column)[None, :]
-    packed = tl.where((column < SUBKEYS)[None, :], packed, NOTHING)
+    # 1.5 · 2^23 more is a float whose last bits are the integer: so it is added as fast as any number.
+    level = (tl.minimum(level, unit - 1) + 1.5 * 2**23).to(tl.int32, bitcast=True)
+    packed = (level - 0x4B400000) * (2**BITS) + (2**BITS - 1 - column)[None, :]
+    if SUBKEYS % COLUMNS:
+        packed = tl.where((column < SUBKEYS)[None, :], packed, NOTHING)
     at = ((memory * rows * length + r).to(tl.int64) * 2 * HEADS + half) * TILES + tile
     for j in range(PROPOSED):
         best = tl.max(packed, 1)
