@@ -6,6 +6,7 @@ A float32 number is split into hi + lo of bfloat16, which a GPU multiplies as ma
 import triton
 import triton.language as tl
 
+from fwpkm.kernels.lists import largest_of_rows
 from fwpkm.kernels.runtime.launch import Launches
 from fwpkm.kernels.runtime.shapes import blocks_of
 from fwpkm.kernels.runtime.windows import Call
@@ -136,10 +137,15 @@ def propose_kernel(
     if SUBKEYS % COLUMNS:
         packed = tl.where((column < SUBKEYS)[None, :], packed, NOTHING)
     at = ((memory * rows * length + r).to(tl.int64) * 2 * HEADS + half) * TILES + tile
-    for j in range(PROPOSED):
-        best = tl.max(packed, 1)
-        tl.store(proposals + at * PROPOSED + j, best, mask=inside)
-        packed = tl.where(packed == best[:, None], NOTHING, packed)
+    if PROPOSED <= 16:
+        best = largest_of_rows(packed, BLOCK, COLUMNS, PROPOSED)
+        for j in tl.static_range(PROPOSED):
+            tl.store(proposals + at * PROPOSED + j, tl.reshape(best[j], [BLOCK]), mask=inside)
+    else:  # whose lists would take minutes to compile
+        for j in range(PROPOSED):
+            best = tl.max(packed, 1)
+            tl.store(proposals + at * PROPOSED + j, best, mask=inside)
+            packed = tl.where(packed == best[:, None], NOTHING, packed)
     if tile == 0:
         tl.store(scales + at // TILES, scale, mask=inside)
 
