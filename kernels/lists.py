@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 
 EQUATIONS = ()
+INDEX_BITS = tl.constexpr(22)
+"""Of an index beside a number; the largest table has so many slots."""
 
 
 @triton.jit
@@ -58,3 +60,58 @@ def largest_of_rows(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr, MOST: tl.const
         if 2**level <= COLUMNS:
             best = merged_pairs(paired(best, ROWS, 2, COLUMNS // 2**level), 1, MOST)
     return best
+
+
+@triton.jit
+def with_index(number, index, cell):
+    """A float and its index below 2^22 as one integer: of larger ones the larger, of equal ones that of the lower cell.
+
+    ``cell`` is an integer below 1024; of one cell the lower index is the larger.
+    """
+    bits = (number + 0.0).to(tl.int32, bitcast=True)  # a sum that is not -0
+    bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # so negative floats have the order of their integers
+    return bits.to(tl.int64) * 2**32 - index.to(tl.int64) + (2**32 - 1 - cell * 2**INDEX_BITS)
+
+
+@triton.jit
+def numbers_of(best):
+    """The floats of ``with_index``."""
+    result = ()
+    for i in tl.static_range(len(best)):
+        bits = (best[i] >> 32).to(tl.int32)
+        result = result + ((bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True),)
+    return result
+
+
+@triton.jit
+def indices_of(best):
+    """The indices of ``with_index``."""
+    result = ()
+    for i in tl.static_range(len(best)):
+        result = result + ((~best[i] & (2**INDEX_BITS - 1)).to(tl.int32),)
+    return result
+
+
+@triton.jit
+def loaded(address, mask, COUNT: tl.constexpr):
+    """COUNT numbers from each address on, 0 where not ``mask``."""
+    result = ()
+    for i in tl.static_range(COUNT):
+        result = result + (tl.load(address + i, mask=mask, other=0),)
+    return result
+
+
+@triton.jit
+def softmax(x):
+    """exp(x) / Σ exp(x) over a tuple."""
+    most = x[0]
+    for i in tl.static_range(1, len(x)):
+        most = tl.maximum(most, x[i])
+    e, total = (), 0.0
+    for i in tl.static_range(len(x)):
+        e = e + (tl.exp(x[i] - most),)
+        total += e[i]
+    result = ()
+    for i in tl.static_range(len(x)):
+        result = result + (e[i] / total,)
+    return result

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from fwpkm.kernels.listed_slots import MOST_LISTED, listed_select_slots_kernel
 from fwpkm.kernels.losses import PROBABILITY_UNIT, sub_key_probabilities
 from fwpkm.kernels.runtime.launch import Launches
 from fwpkm.kernels.runtime.shapes import blocks_of
@@ -135,8 +136,11 @@ def select_slots_kernel(
 def add_select_slots(launches: Launches, call: Call, integers: dict[str, int]) -> None:
     """Add the slots and weights of a window; before a write, and for a backward, also maps of who chose what."""
     constants, writes = call.shapes.select_slots, call.plan.windows[integers["window"]].writes
+    kernel = select_slots_kernel
+    if call.cfg.slots_per_token <= MOST_LISTED:
+        kernel, constants = listed_select_slots_kernel, call.shapes.listed_select_slots
     launches.add(
-        select_slots_kernel,
+        kernel,
         (blocks_of(call.rows * integers["length"], constants["BLOCK"]), call.memories),
         integers | {"words": launches.spec("maps").shape[-1]},
         constants | {"WRITES": writes, "MAPS": writes or call.save},

@@ -126,7 +126,8 @@ def check_buffers(name: str, module: str) -> None:
 def refuse(field: str) -> None:
     """Print the kernels that take a choice by name and do not compile for an unknown one; raise where one does."""
     refused, compiled = set(), set()
-    for (name, *_), (source, options) in kernels_of(*CONFIGS["paper"]).items():
+    kernels = kernels_of(*CONFIGS["paper"]) | kernels_of(*CONFIGS["odd"])  # of few slots a token, and of many
+    for (name, *_), (source, options) in kernels.items():
         index = (source.fn.arg_names.index(field),) if field in source.fn.arg_names else None
         if index is not None:
             known: Any = source.constants[index]

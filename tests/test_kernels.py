@@ -15,8 +15,8 @@ from fwpkm.containers import Memory
 
 CONFIGS = {
     "plain": {},
-    "wait, one table": {"boundary": "wait", "lookahead": 2, "memory_scope": "batch"},
-    "dot product, clipped": {"score": "dot_product", "num_heads": 2, "grad_clip": 0.02, "weight_decay": 0.1},
+    "wait, one table": {"boundary": "wait", "lookahead": 2, "memory_scope": "batch", "num_heads": 2},
+    "dot product, clipped": {"score": "dot_product", "num_heads": 3, "grad_clip": 0.02, "weight_decay": 0.1},
     "normalized": {"write_scale": "normalized", "temperature": 0.5, "lookahead": 0, "grad_clip": 0.02},
     "unit, every sub-key": {"write_scale": "unit", "top_k": 5, "addressing_weight": 3.0},
     "keys at rest": {"addressing_weight": 0.0},

@@ -1,5 +1,6 @@
 """Launches that are listed once: what they pass on when they are made again. Kernels here are stand-ins."""
 
+import dataclasses
 import importlib
 import pkgutil
 from types import SimpleNamespace
@@ -153,6 +154,8 @@ def test_every_tensor_of_every_kernel_is_bound_by_its_own_name(scope: str, clip:
     for save in (False, True):
         forward = call._forward_launches(windows.Call(cfg, plan, torch.float32, 2, memories, save), None)
         lists += forward.prepare, forward.address, forward.write
+    many = dataclasses.replace(cfg, num_heads=3)  # more slots a token than a thread takes
+    lists.append(call._forward_launches(windows.Call(many, plan, torch.float32, 2, memories, True), None).address)
     derived = windows.Call(cfg, plan, torch.float32, 2, memories, True)
     backward = call._backward_launches(derived, True, True, forward.residuals)
     step = windows.Call(cfg, windows.write(4, 2), torch.float32, 2, memories, False)

@@ -49,7 +49,7 @@ def layout_of_residuals(
     computed: dict = {
         "flags": ((batch * num_tokens,), _BYTE),
         "window_flags": ((total,), _BYTE),  # the flags as the window found them
-        "ids": (choices, _INT),  # sub-keys, best first
+        "ids": (choices, _INT),  # sub-keys, in any order
         "ranks": (choices, _FLOAT),  # -‖q - K‖², or q·K
         "slots": ((total, cfg.slots_per_token), _INT),
         "weights": ((total, cfg.slots_per_token), _FLOAT),

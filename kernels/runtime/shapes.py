@@ -91,6 +91,12 @@ def shapes(cfg: FwPKMConfig, query: torch.dtype) -> SimpleNamespace:
             **proposals,
         },
         select_slots={**chosen, "TEMPERATURE": cfg.temperature, **by_warp},
+        listed_select_slots={  # a token a thread
+            **chosen,
+            "TEMPERATURE": cfg.temperature,
+            "BLOCK": 32,
+            "num_warps": 1,
+        },
         coefficients={
             **chosen,
             "LOOKAHEAD": cfg.lookahead,
