@@ -22,20 +22,26 @@ def words_for(tokens: int) -> int:
 
 
 @triton.jit
+def rows_before(window, groups, SUBKEYS: tl.constexpr):
+    """How many sub-keys lie before a window's own where each window has them all."""
+    return window * groups.to(tl.int64) * SUBKEYS
+
+
+@triton.jit
 def lowest_bit(word):
     """The number of the lowest bit that is set; without meaning where none is."""
     bit = (word & -word).to(tl.uint32, bitcast=True).to(tl.float32)  # a power of two, which a float holds exactly
     return (bit.to(tl.int32, bitcast=True) >> 23) - 127
 
 
-@triton.jit(do_not_specialize=["window", "version", "offset", "words", "pieces", "rounds", *VARYING])
+@triton.jit(do_not_specialize=["window", "windows", "version", "offset", "words", "pieces", "rounds", *VARYING])
 def key_sums_kernel(
     query, keys, ids, maps, factors, sums, totals, due,
-    window, version, offset, words, pieces, rounds, start, length, first, num_tokens, rows,
+    window, windows, version, offset, words, pieces, rounds, start, length, first, num_tokens, rows,
     HEADS: tl.constexpr, SUBKEYS: tl.constexpr, HALF: tl.constexpr, K: tl.constexpr, SCORE: tl.constexpr,
-    QUERIES: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr, CHOICES: tl.constexpr,
+    CHUNK: tl.constexpr, QUERIES: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr, CHOICES: tl.constexpr,
 ):  # fmt: skip
-    """Σ f and Σ f (q - K), or Σ f q, of the factors f of a sub-key's choices, for one piece of the tokens.
+    """Σ f and Σ f (q - K), or Σ f q, of the factors f of a sub-key's choices, for one piece of the tokens of windows.
 
     Each round takes one token of each word of the map, the first that is left; the pieces are added later. ``factors``
     [., H, 2, k] begin ``offset`` tokens before the window's.
@@ -46,7 +52,6 @@ def key_sums_kernel(
     if not_due(due, memory):
         return
     row = group.to(tl.int64) * SUBKEYS + subkey
-    maps += (window * tl.num_programs(1).to(tl.int64) * SUBKEYS + row) * words
     d = tl.arange(0, BLOCK)
     choice = tl.arange(0, CHOICES)
     result = tl.zeros([BLOCK], tl.float32)
@@ -55,13 +60,16 @@ def key_sums_kernel(
     if QUERIES:
         key_row = version * tl.num_programs(1).to(tl.int64) * SUBKEYS + row
         key = tl.load(keys + key_row * HALF + d, mask=d < HALF, other=0.0)
-    for number in range(piece * rounds, piece * rounds + rounds):
-        index = number * WORDS + tl.arange(0, WORDS)
-        word = tl.load(maps + index, mask=index < words, other=0)
+    memories, of_window = tl.num_programs(1) // (2 * HEADS), tl.cdiv(rows * length, 32 * WORDS)
+    for at_round in range(piece * rounds, tl.minimum(piece * rounds + rounds, windows * of_window)):
+        number = at_round // of_window
+        index = (at_round % of_window) * WORDS + tl.arange(0, WORDS)
+        before = rows_before(window + number, tl.num_programs(1), SUBKEYS)
+        word = tl.load(maps + (before + row) * words + index)
         while tl.max((word != 0).to(tl.int32), 0) > 0:
             known = word != 0
             r = tl.where(known, index * 32 + lowest_bit(word), 0)
-            here = (first + memory * rows * length + r).to(tl.int64)
+            here = (first + (number * memories + memory) * rows * length + r).to(tl.int64)
             at = (here * 2 * HEADS + half) * K
             use = known[:, None] & (choice < K)[None, :]
             chosen = tl.load(ids + at[:, None] + choice[None, :], mask=use, other=-1)
@@ -70,7 +78,7 @@ def key_sums_kernel(
             f = tl.sum(tl.where(chosen == subkey, f, 0.0), 1)
             total += f
             if QUERIES:
-                token, _ = token_of(r, memory, start, length, num_tokens, rows)
+                token, _ = token_of(r, memory, start + number * CHUNK, length, num_tokens, rows)
                 q = tl.load(
                     query + token[:, None] * (2 * HEADS * HALF) + half * HALF + d[None, :],
                     mask=known[:, None] & (d < HALF)[None, :],
@@ -87,21 +95,21 @@ def key_sums_kernel(
 def add_key_sums(
     launches: Launches, call: Call, integers: dict[str, int], factors: str, offset: int = 0, queries: bool = True
 ) -> int:
-    """Add the sums of ``factors`` [., H, 2, k] over a window's tokens, in pieces that whoever reads them adds.
+    """Add the sums of ``factors`` [., H, 2, k] over the tokens of windows, in pieces that whoever reads them adds.
 
     Args:
         launches: receives the launch.
         call: what it follows from.
-        integers: of the window; ``version`` of the keys among them.
+        integers: of the windows; ``version`` of the keys among them.
         factors: the name of their tensor.
-        offset: how many tokens before the window's own it begins.
+        offset: how many tokens before the windows' own it begins.
         queries: whether Σ f (q - K), or Σ f q, is asked for, beside Σ f.
 
     Returns:
         in how many pieces the sums are.
     """
     constants = call.shapes.key_sums | {"QUERIES": queries}
-    rounds = rounds_over(call.rows * integers["length"], constants["WORDS"])
+    rounds = call.blocks(integers, 32 * constants["WORDS"])
     pieces, rounds = pieces_of(rounds, call.groups * call.cfg.num_subkeys)
     words = launches.spec("maps").shape[-1]
     launches.add(
@@ -109,11 +117,6 @@ def add_key_sums(
         integers | {"offset": offset, "words": words, "pieces": pieces, "rounds": rounds}, constants, factors=factors,
     )  # fmt: skip
     return pieces
-
-
-def rounds_over(tokens: int, words: int) -> int:
-    """How many rounds of so many words a map of so many tokens takes."""
-    return blocks_of(tokens, 32 * words)
 
 
 def most_pieces(rounds: int, rows: int) -> int:

@@ -3,22 +3,16 @@
 import triton
 import triton.language as tl
 
-from fwpkm.kernels.key_sums import add_key_sums, sum_of_pieces
+from fwpkm.kernels.key_sums import add_key_sums, rows_before, sum_of_pieces
 from fwpkm.kernels.losses import addressing_loss, mean_probabilities
 from fwpkm.kernels.propose import store_key
 from fwpkm.kernels.runtime.launch import Launches
-from fwpkm.kernels.runtime.windows import Call
+from fwpkm.kernels.runtime.windows import Call, keys_move
 from fwpkm.kernels.scores import add_direction_vjp
 from fwpkm.kernels.step import step
 from fwpkm.kernels.tokens import not_due
 
 EQUATIONS = ("mean_probabilities", "addressing_loss", "key_gradient", "step")
-
-
-@triton.jit
-def rows_before(window, groups, SUBKEYS: tl.constexpr):
-    """How many sub-keys lie before a window's own where each window has them all."""
-    return window * groups.to(tl.int64) * SUBKEYS
 
 
 @triton.jit
@@ -29,25 +23,21 @@ def count_of(counts, window, memory, memories):
 
 @triton.jit(do_not_specialize=["window", "before", "after", "pieces"])
 def keys_kernel(
-    keys, norms, largest, keys_hi_lo, sums, totals, probability_sums, counts, active, addressing_terms, moved,
-    coefficient_sums, keys_unclipped, due, window, before, after, pieces,
+    keys, norms, largest, keys_hi_lo, sums, totals, active, moved, coefficient_sums, keys_unclipped, due,
+    window, before, after, pieces,
     HEADS: tl.constexpr, SUBKEYS: tl.constexpr, HALF: tl.constexpr,
     RATE: tl.constexpr, DECAY: tl.constexpr, CLIP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """keys ← keys - η (clip(α ∇L_addr) + λ keys), and the sub-key's term p̄ log(p̄ + 1e-8) of the loss.
-
-    ∇ = Σ c (q - K), or Σ c q.
-    """
+    """keys ← keys - η (clip(α ∇L_addr) + λ keys), ∇ = Σ c (q - K), or Σ c q."""
     subkey, group = tl.program_id(0), tl.program_id(1)
     groups = tl.num_programs(1)
     memory, memories = group // (2 * HEADS), groups // (2 * HEADS)
     if not_due(due, memory):
         return
     row = group.to(tl.int64) * SUBKEYS + subkey
-    here = window * groups.to(tl.int64) * SUBKEYS + row
+    here = rows_before(window, groups, SUBKEYS) + row
     d = tl.arange(0, BLOCK)
     key = tl.load(keys + (before * groups.to(tl.int64) * SUBKEYS + row) * HALF + d, mask=d < HALF, other=0.0)
-    count = count_of(counts, window, memory, memories)
     lives = tl.load(active + window * memories + memory) != 0
     gradient, total = sum_of_pieces(sums, totals, pieces, groups, row, SUBKEYS, d, HALF)
     if keys_unclipped is not None:
@@ -56,21 +46,40 @@ def keys_kernel(
     moves = lives & finite
     new = tl.where(moves, new, key)
     store_key(new, keys, norms, largest, keys_hi_lo, after, window + 1, groups, group, subkey, d, SUBKEYS, HALF)
-    mean = mean_probabilities(tl.load(probability_sums + here), count)
-    tl.store(addressing_terms + here, tl.where(lives, addressing_loss(mean), 0.0))
     if moved is not None:
         tl.store(moved + here, moves.to(tl.int8))
         tl.store(coefficient_sums + here, total)
 
 
 def add_keys(launches: Launches, call: Call, integers: dict[str, int]) -> None:
-    """Add the write of the keys after a window, from ``version`` to the next, where each is kept."""
+    """Add the write of the keys after a window, from ``version`` to the next, where each is kept; they must move."""
     before = integers["version"]
     pieces = 0  # without an addressing loss all coefficients are 0
     if call.cfg.addressing_weight:
         pieces = add_key_sums(launches, call, integers, "coefficients", offset=integers["first"])
     integers = integers | {"before": before, "after": before + call.save, "pieces": pieces}
     launches.add(keys_kernel, (call.cfg.num_subkeys, call.groups), integers, call.shapes.keys)
+
+
+@triton.jit
+def addressing_loss_kernel(
+    probability_sums, counts, active, addressing, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """L_addr of a window and memory (§3): Σ p̄ log(p̄ + 1e-8) over its ROWS sub-keys; 0 where no token has a pair."""
+    at = tl.program_id(0)
+    count = count_of(counts, at, 0, 1)
+    total = tl.zeros([BLOCK], tl.float32)
+    for begin in range(0, ROWS, BLOCK):
+        row = begin + tl.arange(0, BLOCK)
+        summed = tl.load(probability_sums + at.to(tl.int64) * ROWS + row, mask=row < ROWS, other=0)
+        total += addressing_loss(mean_probabilities(summed, count))
+    tl.store(addressing + at, tl.where(tl.load(active + at) != 0, tl.sum(total, 0), 0.0))
+
+
+def add_addressing_loss(launches: Launches, call: Call) -> None:
+    """Add the addressing losses of all windows that are written."""
+    if call.plan.num_writes:
+        launches.add(addressing_loss_kernel, (call.plan.num_writes * call.memories,), {}, call.shapes.addressing_loss)
 
 
 @triton.jit
@@ -94,17 +103,17 @@ def key_gradients_after(d_keys, window, groups, SUBKEYS: tl.constexpr, HALF: tl.
     return d_keys + ((window + 1) % 2) * groups.to(tl.int64) * SUBKEYS * HALF
 
 
-@triton.jit(do_not_specialize=["window", "pieces"])
+@triton.jit(do_not_specialize=["window", "windows", "pieces"])
 def keys_backward_kernel(
-    d_keys, sums, totals, moved, coefficient_sums, keys_unclipped, window, pieces,
+    d_keys, sums, totals, moved, coefficient_sums, keys_unclipped, window, windows, pieces,
     HEADS: tl.constexpr, SUBKEYS: tl.constexpr, HALF: tl.constexpr, SCORE: tl.constexpr,
     RATE: tl.constexpr, DECAY: tl.constexpr, BLOCK: tl.constexpr, WRITES: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of each sub-key as the window found it, from Σ f (q - K), or Σ f q, of its ranks' gradients f."""
+    """The gradient of each sub-key as the windows found it, from Σ f (q - K), or Σ f q, of its ranks' gradients f."""
     subkey, group = tl.program_id(0), tl.program_id(1)
     groups = tl.num_programs(1)
     before = rows_before(window, groups, SUBKEYS)
-    after = key_gradients_after(d_keys, window, groups, SUBKEYS, HALF)
+    after = key_gradients_after(d_keys, window + windows - 1, groups, SUBKEYS, HALF)
     row = group.to(tl.int64) * SUBKEYS + subkey
     d = tl.arange(0, BLOCK)
     gradient = tl.load(after + row * HALF + d, mask=d < HALF, other=0.0)
@@ -121,7 +130,8 @@ def keys_backward_kernel(
 
 
 def add_keys_backward(launches: Launches, call: Call, integers: dict[str, int]) -> None:
-    """Add the gradient of the keys before a window."""
+    """Add the gradient of the keys before windows."""
     integers = integers | {"pieces": add_key_sums(launches, call, integers, "d_ranks")}
-    constants = call.shapes.keys_backward | {"WRITES": call.plan.windows[integers["window"]].writes}
+    writes = call.plan.windows[integers["window"]].writes and keys_move(call.cfg)
+    constants = call.shapes.keys_backward | {"WRITES": writes}
     launches.add(keys_backward_kernel, (call.cfg.num_subkeys, call.groups), integers, constants)

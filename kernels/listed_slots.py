@@ -12,7 +12,7 @@ import triton.language as tl
 from fwpkm.kernels.lists import indices_of, inserted, loaded, numbers_of, softmax, with_index
 from fwpkm.kernels.losses import PROBABILITY_UNIT
 from fwpkm.kernels.scores import sub_scores
-from fwpkm.kernels.tokens import DEAD, GONE, INF, LIVE, VARYING, not_due, token_of
+from fwpkm.kernels.tokens import DEAD, GONE, INF, LIVE, VARYING, not_due, token_of, window_of
 
 EQUATIONS = ("select_slots", "sub_key_probabilities")
 MOST_LISTED = 8
@@ -73,7 +73,9 @@ def listed_select_slots_kernel(
     memory = tl.program_id(1)
     if not_due(due, memory):
         return
-    r = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    number, block, before = window_of(tl.program_id(0), length, rows, memories, BLOCK)
+    window, start, first = window + number, start + number * CHUNK, first + before
+    r = block * BLOCK + tl.arange(0, BLOCK)
     inside = r < rows * length
     token, t = token_of(r, memory, start, length, num_tokens, rows)
     flag = tl.load(flags + token, mask=inside, other=DEAD).to(tl.int32)
@@ -108,7 +110,7 @@ def listed_select_slots_kernel(
     tl.store(flags + token, flag.to(tl.int8), mask=inside)
     tl.store(window_flags + here, flag.to(tl.int8), mask=inside)
 
-    if MAPS:
+    if WRITES or MAPS:
         asked = inside & alive
         counted = asked & ((flag & LIVE) != 0) & (t < CHUNK)
         if WRITES:
@@ -116,7 +118,7 @@ def listed_select_slots_kernel(
         bit = (tl.zeros_like(r) + 1) << (r % 32)
         for half in tl.static_range(2 * HEADS):
             row = ((window * memories + memory) * 2 * HEADS + half).to(tl.int64) * SUBKEYS
-            for j in tl.static_range(K):
+            for j in tl.static_range(K if MAPS else 0):
                 tl.atomic_or(maps + (row + chosen[half][j]) * words + r // 32, bit, mask=asked, sem="relaxed")
             if WRITES:
                 p = softmax(scores[half])

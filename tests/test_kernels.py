@@ -19,9 +19,12 @@ CONFIGS = {
     "dot product, clipped": {"score": "dot_product", "num_heads": 3, "grad_clip": 0.02, "weight_decay": 0.1},
     "normalized": {"write_scale": "normalized", "temperature": 0.5, "lookahead": 0, "grad_clip": 0.02},
     "unit, every sub-key": {"write_scale": "unit", "top_k": 5, "addressing_weight": 3.0},
-    "keys at rest": {"addressing_weight": 0.0},
+    "keys at rest": {"addressing_weight": 0.0, "num_subkeys": 24},
+    "keys at rest, windows that overlap": {
+        "addressing_weight": 0.0, "boundary": "wait", "lookahead": 2, "memory_scope": "batch", "grad_clip": 0.02,
+    },
     "keys that only decay": {"addressing_weight": 0.0, "weight_decay": 0.1, "grad_clip": 0.02, "boundary": "wait"},
-}
+}  # fmt: skip
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning", "ignore:divide by zero:RuntimeWarning")
 
 
@@ -62,7 +65,7 @@ def reading(cfg: FwPKMConfig, implementation: str, cuts: list[int], with_holes: 
     ("name", "cuts", "with_holes"),
     [
         *((name, [10], False) for name in CONFIGS),
-        *((name, [2, 9, 10], True) for name in (*list(CONFIGS)[1:3], *list(CONFIGS)[-2:])),
+        *((name, [2, 9, 10], True) for name in (*list(CONFIGS)[1:3], *list(CONFIGS)[-3:])),
     ],
 )
 def test_kernels_give_what_eager_gives(name: str, cuts: list[int], with_holes: bool) -> None:
@@ -71,6 +74,22 @@ def test_kernels_give_what_eager_gives(name: str, cuts: list[int], with_holes: b
     received = reading(cfg, "triton", cuts, with_holes)
     for a, b in zip(received, expected, strict=True):
         same_or_close(a, b)
+
+
+def test_of_windows_that_are_addressed_at_once_one_has_no_pair() -> None:
+    """Keys are at rest. A token alone in its chunk has none, so the chunk has no loss and counts no uses (§4)."""
+    cfg = FwPKMConfig(**SMALL, addressing_weight=0.0, usage_weight=0.5)
+    draw = torch.Generator().manual_seed(5)
+    query, value = ((torch.rand(2, 12, 16, generator=draw) - 0.5).to(DEVICE) for _ in range(2))
+    value[0, 5:8], value[1, 1:4] = torch.nan, torch.nan
+    found = []
+    for implementation in ("eager", "triton"):
+        state = be.init_state(cfg, Memory(*(x.to(DEVICE) for x in be.init_memory(cfg))), batch_size=2)
+        _, state, trace = be.apply(cfg, state, query, value, implementation=implementation)
+        found.append([*state.memory, state.uses, trace.memorization, trace.addressing])
+    for expected, received in zip(*found, strict=True):
+        same_or_close(received, expected)
+    assert (found[1][-1] == 0).tolist() == [[False, True, False], [True, False, False]]
 
 
 def test_near_a_key_the_choice_is_that_of_differences() -> None:

@@ -71,6 +71,7 @@ def shapes(cfg: FwPKMConfig, query: torch.dtype) -> SimpleNamespace:
         begin_keys={"SUBKEYS": subkeys, "HALF": half, "BLOCK": half_block, "num_warps": 1},
         propose={
             **ranked,
+            "CHUNK": cfg.chunk_size,
             "BLOCK": 64,  # the fewest rows that a warp group multiplies at once
             "COLUMNS": columns,
             "DEPTH": max(16, min(32, half_block)),
@@ -82,6 +83,7 @@ def shapes(cfg: FwPKMConfig, query: torch.dtype) -> SimpleNamespace:
         rank={
             **ranked,
             "K": k,
+            "CHUNK": cfg.chunk_size,
             # A warp holds 1024 numbers of its token's sub-keys at once: 32 registers, all loads in flight.
             "DEPTH": max(8, min(1024 // choices, half_block)),
             "CHOICES": choices,
@@ -108,12 +110,14 @@ def shapes(cfg: FwPKMConfig, query: torch.dtype) -> SimpleNamespace:
         key_sums={
             **ranked,
             "K": k,
+            "CHUNK": cfg.chunk_size,
             "BLOCK": half_block,
             "CHOICES": choices,
             # A warp takes so many tokens at once: their queries are 64 of its registers, and nothing crosses warps.
             "WORDS": max(1, min(8, 2048 // half_block)),
             "num_warps": 1,
         },
+        addressing_loss={"ROWS": 2 * heads * subkeys, "BLOCK": 1024, "num_warps": 4},
         keys={**names, "HALF": half, **rate, "CLIP": cfg.grad_clip, "BLOCK": half_block, "num_warps": 1},
         read={
             **table,
