@@ -21,7 +21,7 @@ CONFIGS = {
     "unit, every sub-key": {"write_scale": "unit", "top_k": 5, "addressing_weight": 3.0},
     "keys at rest": {"addressing_weight": 0.0, "num_subkeys": 24},
     "keys at rest, windows that overlap": {
-        "addressing_weight": 0.0, "boundary": "wait", "lookahead": 2, "memory_scope": "batch", "grad_clip": 0.02,
+        "addressing_weight": 0.0, "boundary": "wait", "lookahead": 2, "memory_scope": "batch", "num_heads": 3,
     },
     "keys that only decay": {"addressing_weight": 0.0, "weight_decay": 0.1, "grad_clip": 0.02, "boundary": "wait"},
 }  # fmt: skip
