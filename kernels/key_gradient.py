@@ -6,7 +6,7 @@ Or Σ c q, where the score is the dot product. Backward: from the keys after a w
 import triton
 import triton.language as tl
 
-from fwpkm.kernels.key_sums import add_key_sums
+from fwpkm.kernels.key_sums import add_key_sums, integers_of_sums
 from fwpkm.kernels.keys import count_of, key_gradients, key_gradients_after, rows_before
 from fwpkm.kernels.losses import addressing_curvature, addressing_slope, mean_probabilities, sub_key_probabilities
 from fwpkm.kernels.runtime.launch import Launches
@@ -225,11 +225,12 @@ def scores_backward_kernel(
 
 def add_scores_backward(launches: Launches, call: Call, integers: dict[str, int], add: bool) -> None:
     """Add the gradients of ranks and queries of windows, the latter to float32 that is there where ``add``."""
-    constants, pieces = call.shapes.by_token, 0
+    constants, integers = call.shapes.by_token, integers | {"pieces": 0}
     writes = call.plan.windows[integers["window"]].writes and call.cfg.addressing_weight > 0  # nothing to pass on else
     grid = call.blocks(integers, constants["BLOCK"]), call.groups
     if writes:
         launches.add(coefficients_backward_kernel, grid, integers, constants)
-        pieces = add_key_sums(launches, call, integers, "d_slopes", queries=False)
+        integers = integers_of_sums(launches, call, integers)
+        add_key_sums(launches, call, integers, "d_slopes", queries=False)
     constants = constants | {"WRITES": writes, "ADD": add}
-    launches.add(scores_backward_kernel, grid, integers | {"pieces": pieces}, constants)
+    launches.add(scores_backward_kernel, grid, integers, constants)

@@ -12,6 +12,7 @@ from fwpkm import FwPKMConfig, config, kernels
 from fwpkm.agreement import BOUNDS, relative_error
 from fwpkm.backends import torch as be
 from fwpkm.containers import Memory
+from fwpkm.kernels.runtime.shapes import shapes
 
 CONFIGS = {
     "plain": {},
@@ -237,11 +238,15 @@ print(kernels.why_unsupported(cfg, be.init_memory(cfg), torch.zeros(1, 2, 16)))
 
 
 @pytest.mark.parametrize(("scope", "save"), [("batch", True), ("sequence", True), ("sequence", False)])
-def test_rows_that_many_tokens_read(scope: str, save: bool) -> None:
-    """Four slots for 90 tokens of two sequences: rows with hundreds of entries, over several pieces, in two windows."""
+def test_rows_that_many_tokens_read(scope: str, save: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four slots for 90 tokens of two sequences: rows with hundreds of entries, over several pieces, in two windows.
+
+    And sub-keys with as many: of all sequences in pieces, of one in none.
+    """
     cfg = FwPKMConfig(
         **SMALL | {"num_subkeys": 2, "top_k": 2, "chunk_size": 50, "memory_scope": scope, "write_scale": "unit"}
     )
+    monkeypatch.setitem(shapes(cfg, torch.float32).key_sums, "WORDS", 1)
     draw = torch.Generator().manual_seed(3)
     inputs = [(torch.rand(2, 90, *w, generator=draw) - 0.5).to(DEVICE) for w in ((16,), (16,))]
     mask = (torch.rand(2, 90, generator=draw) > 0.2).to(DEVICE)

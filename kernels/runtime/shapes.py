@@ -118,7 +118,7 @@ def shapes(cfg: FwPKMConfig, query: torch.dtype) -> SimpleNamespace:
             "num_warps": 1,
         },
         addressing_loss={"ROWS": 2 * heads * subkeys, "BLOCK": 1024, "num_warps": 4},
-        keys={**names, "HALF": half, **rate, "CLIP": cfg.grad_clip, "BLOCK": half_block, "num_warps": 1},
+        keys={**rate, "CLIP": cfg.grad_clip},  # beside those of key_sums
         read={
             **table,
             **bound,
@@ -156,7 +156,7 @@ def shapes(cfg: FwPKMConfig, query: torch.dtype) -> SimpleNamespace:
             "DEPTH": max(8, min(1024 // choices, half_block)),
             "num_warps": 1,
         },
-        keys_backward={**ranked, **rate, "BLOCK": half_block, "num_warps": 1},
+        keys_backward=rate,
         scan={**ranked, "CHOICES": 16, "DEPTH": max(8, min(128, half_block)), "num_warps": 1},
         token={
             **chosen,
