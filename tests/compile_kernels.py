@@ -39,7 +39,7 @@ CONFIGS = {
     "odd": (
         FwPKMConfig(
             key_dim=48, value_dim=80, num_subkeys=100, num_heads=3, top_k=5, score="dot_product", grad_clip=0.1,
-            write_scale="normalized", boundary="wait", lookahead=3, weight_decay=0.1, usage_weight=0.5,
+            write_scale="normalized", boundary="wait", lookahead=3, weight_decay=0.1, usage_weight=0.5, chunk_size=256,
         ), torch.float16, True,
     ),
 }  # fmt: skip

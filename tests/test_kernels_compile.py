@@ -6,8 +6,9 @@ import pytest
 from processes import python
 
 SCORING = """
-    coefficients_backward_kernel coefficients_kernel key_sums_kernel keys_backward_kernel listed_select_slots_kernel
-    propose_kernel rank_kernel scan_kernel scores_backward_kernel select_slots_kernel token_kernel
+    coefficients_backward_kernel coefficients_kernel key_sums_kernel keys_backward_kernel keys_kernel
+    listed_select_slots_kernel propose_kernel rank_kernel scan_kernel scores_backward_kernel select_slots_kernel
+    token_kernel
 """
 
 
