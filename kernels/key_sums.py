@@ -41,7 +41,8 @@ def sums_over_tokens(
     query, ids, maps, factors, key, group, subkey, window, begin, end, offset, words,
     start, length, first, num_tokens, rows,
     HEADS: tl.constexpr, SUBKEYS: tl.constexpr, HALF: tl.constexpr, K: tl.constexpr, SCORE: tl.constexpr,
-    CHUNK: tl.constexpr, QUERIES: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr, CHOICES: tl.constexpr,
+    CHUNK: tl.constexpr, AT_REST: tl.constexpr, QUERIES: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr,
+    CHOICES: tl.constexpr,
 ):  # fmt: skip
     """Σ f (q - K), or Σ f q, and Σ f of the factors f of a sub-key's choices, over some rounds through its maps.
 
@@ -54,8 +55,10 @@ def sums_over_tokens(
     result = tl.zeros([BLOCK], tl.float32)
     total = tl.zeros([WORDS], tl.float32)
     for at_round in range(begin, end):
-        number = at_round // of_window
-        index = (at_round % of_window) * WORDS + tl.arange(0, WORDS)
+        number = 0
+        if AT_REST:  # else there is one window, and its number would cost registers
+            number = at_round // of_window
+        index = (at_round - number * of_window) * WORDS + tl.arange(0, WORDS)
         row = rows_before(window + number, groups, SUBKEYS) + group.to(tl.int64) * SUBKEYS + subkey
         word = tl.load(maps + row * words + index)
         while tl.max((word != 0).to(tl.int32), 0) > 0:
@@ -92,7 +95,8 @@ def key_sums_kernel(
     query, keys, ids, maps, factors, sums, totals, due,
     window, windows, version, offset, words, pieces, rounds, start, length, first, num_tokens, rows,
     HEADS: tl.constexpr, SUBKEYS: tl.constexpr, HALF: tl.constexpr, K: tl.constexpr, SCORE: tl.constexpr,
-    CHUNK: tl.constexpr, QUERIES: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr, CHOICES: tl.constexpr,
+    CHUNK: tl.constexpr, AT_REST: tl.constexpr, QUERIES: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr,
+    CHOICES: tl.constexpr,
 ):  # fmt: skip
     """``sums_over_tokens`` of one piece of the tokens of windows; the pieces are added later."""
     group, subkey = tl.program_id(1), tl.program_id(0) // pieces
@@ -108,7 +112,7 @@ def key_sums_kernel(
     result, total = sums_over_tokens(
         query, ids, maps, factors, key, group, subkey, window, piece * rounds, end, offset, words,
         start, length, first, num_tokens, rows,
-        HEADS, SUBKEYS, HALF, K, SCORE, CHUNK, QUERIES, WORDS, BLOCK, CHOICES,
+        HEADS, SUBKEYS, HALF, K, SCORE, CHUNK, AT_REST, QUERIES, WORDS, BLOCK, CHOICES,
     )  # fmt: skip
     row += rows_before(piece, groups, SUBKEYS)
     if QUERIES:

@@ -16,7 +16,8 @@ from fwpkm.kernels.key_sums import (
 from fwpkm.kernels.losses import addressing_loss, mean_probabilities
 from fwpkm.kernels.propose import store_key
 from fwpkm.kernels.runtime.launch import Launches
-from fwpkm.kernels.runtime.windows import Call, keys_move
+from fwpkm.kernels.runtime.shapes import keys_move
+from fwpkm.kernels.runtime.windows import Call
 from fwpkm.kernels.scores import add_direction_vjp
 from fwpkm.kernels.step import step
 from fwpkm.kernels.tokens import VARYING, not_due
@@ -38,14 +39,15 @@ def summed(
     query, ids, maps, factors, sums, totals, key, group, subkey, window, windows, offset, words, pieces,
     start, length, first, num_tokens, rows,
     HEADS: tl.constexpr, SUBKEYS: tl.constexpr, HALF: tl.constexpr, K: tl.constexpr, SCORE: tl.constexpr,
-    CHUNK: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr, CHOICES: tl.constexpr, WHOLE: tl.constexpr,
+    CHUNK: tl.constexpr, AT_REST: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr, CHOICES: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Σ f (q - K), or Σ f q, and Σ f of a sub-key: made here where they are WHOLE, of one piece; else its pieces'."""
     if WHOLE:
         result, total = sums_over_tokens(
             query, ids, maps, factors, key, group, subkey, window, 0, rounds_over(windows, length, rows, WORDS),
             offset, words, start, length, first, num_tokens, rows,
-            HEADS, SUBKEYS, HALF, K, SCORE, CHUNK, True, WORDS, BLOCK, CHOICES,
+            HEADS, SUBKEYS, HALF, K, SCORE, CHUNK, AT_REST, True, WORDS, BLOCK, CHOICES,
         )  # fmt: skip
     else:
         row = group.to(tl.int64) * SUBKEYS + subkey
@@ -59,8 +61,8 @@ def keys_kernel(
     keys_unclipped, due,
     after, window, windows, version, offset, words, pieces, start, length, first, num_tokens, rows,
     HEADS: tl.constexpr, SUBKEYS: tl.constexpr, HALF: tl.constexpr, K: tl.constexpr, SCORE: tl.constexpr,
-    CHUNK: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr, CHOICES: tl.constexpr, WHOLE: tl.constexpr,
-    RATE: tl.constexpr, DECAY: tl.constexpr, CLIP: tl.constexpr,
+    CHUNK: tl.constexpr, AT_REST: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr, CHOICES: tl.constexpr,
+    WHOLE: tl.constexpr, RATE: tl.constexpr, DECAY: tl.constexpr, CLIP: tl.constexpr,
 ):  # fmt: skip
     """keys ← keys - η (clip(α ∇L_addr) + λ keys), ∇ = Σ c (q - K), or Σ c q; ``factors`` are the coefficients c."""
     subkey, group = tl.program_id(0), tl.program_id(1)
@@ -76,7 +78,7 @@ def keys_kernel(
     gradient, total = summed(
         query, ids, maps, factors, sums, totals, key, group, subkey, window, windows, offset, words, pieces,
         start, length, first, num_tokens, rows,
-        HEADS, SUBKEYS, HALF, K, SCORE, CHUNK, WORDS, BLOCK, CHOICES, WHOLE,
+        HEADS, SUBKEYS, HALF, K, SCORE, CHUNK, AT_REST, WORDS, BLOCK, CHOICES, WHOLE,
     )  # fmt: skip
     if keys_unclipped is not None:
         tl.store(keys_unclipped + here * HALF + d, (tl.abs(gradient) <= CLIP).to(tl.int8), mask=d < HALF)
@@ -155,8 +157,8 @@ def keys_backward_kernel(
     query, ids, maps, factors, keys, d_keys, sums, totals, moved, coefficient_sums, keys_unclipped,
     window, windows, version, offset, words, pieces, start, length, first, num_tokens, rows,
     HEADS: tl.constexpr, SUBKEYS: tl.constexpr, HALF: tl.constexpr, K: tl.constexpr, SCORE: tl.constexpr,
-    CHUNK: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr, CHOICES: tl.constexpr, WHOLE: tl.constexpr,
-    RATE: tl.constexpr, DECAY: tl.constexpr, WRITES: tl.constexpr,
+    CHUNK: tl.constexpr, AT_REST: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr, CHOICES: tl.constexpr,
+    WHOLE: tl.constexpr, RATE: tl.constexpr, DECAY: tl.constexpr, WRITES: tl.constexpr,
 ):  # fmt: skip
     """The gradient of each sub-key as the windows found it, from Σ f (q - K), or Σ f q, of its ranks' gradients f."""
     subkey, group = tl.program_id(0), tl.program_id(1)
@@ -170,7 +172,7 @@ def keys_backward_kernel(
     toward, _ = summed(
         query, ids, maps, factors, sums, totals, key, group, subkey, window, windows, offset, words, pieces,
         start, length, first, num_tokens, rows,
-        HEADS, SUBKEYS, HALF, K, SCORE, CHUNK, WORDS, BLOCK, CHOICES, WHOLE,
+        HEADS, SUBKEYS, HALF, K, SCORE, CHUNK, AT_REST, WORDS, BLOCK, CHOICES, WHOLE,
     )  # fmt: skip
     if WRITES:
         moves = tl.load(moved + before + row).to(tl.float32)

@@ -17,7 +17,8 @@ from fwpkm.config import FwPKMConfig
 from fwpkm.kernels import key_gradient, keys, propose, ranks, read, slots, tokens, values
 from fwpkm.kernels.runtime.launch import Launches
 from fwpkm.kernels.runtime.layouts import backward_layout, forward_layout, residuals_layout
-from fwpkm.kernels.runtime.windows import Bounds, Call, Plan, keys_move, least, of_call
+from fwpkm.kernels.runtime.shapes import keys_move
+from fwpkm.kernels.runtime.windows import Bounds, Call, Plan, least, of_call
 from fwpkm.kernels.runtime.workspace import Layout, Workspace
 from fwpkm.tokens import NUMBERS, SCALARS, Tokens
 

@@ -11,8 +11,8 @@ import torch
 
 from fwpkm.config import FwPKMConfig
 from fwpkm.kernels.key_sums import most_pieces, words_for
-from fwpkm.kernels.runtime.shapes import blocks_of
-from fwpkm.kernels.runtime.windows import Bounds, Call, keys_move
+from fwpkm.kernels.runtime.shapes import blocks_of, keys_move
+from fwpkm.kernels.runtime.windows import Bounds, Call
 from fwpkm.kernels.runtime.workspace import Layout, Specs, TensorSpec
 
 _FLOAT, _INT, _LONG, _BYTE = torch.float32, torch.int32, torch.int64, torch.int8

@@ -22,6 +22,11 @@ class Score(NamedTuple):
     epsilon: float
 
 
+def keys_move(cfg: FwPKMConfig) -> bool:
+    """Whether a write moves the keys (SPEC.md §4); else they are at rest."""
+    return bool(cfg.addressing_weight or cfg.weight_decay)
+
+
 @functools.lru_cache
 def shapes(cfg: FwPKMConfig, query: torch.dtype) -> SimpleNamespace:
     """By kernel, its compile-time arguments for a configuration and the dtype of the queries."""
@@ -111,6 +116,7 @@ def shapes(cfg: FwPKMConfig, query: torch.dtype) -> SimpleNamespace:
             **ranked,
             "K": k,
             "CHUNK": cfg.chunk_size,
+            "AT_REST": not keys_move(cfg),
             "BLOCK": half_block,
             "CHOICES": choices,
             # A warp takes so many tokens at once: their queries are 64 of its registers, and nothing crosses warps.

@@ -10,7 +10,7 @@ import torch
 
 from fwpkm import schedule
 from fwpkm.config import FwPKMConfig
-from fwpkm.kernels.runtime.shapes import blocks_of, shapes
+from fwpkm.kernels.runtime.shapes import blocks_of, keys_move, shapes
 
 
 class Window(NamedTuple):
@@ -86,11 +86,6 @@ def _plan(cfg: FwPKMConfig, num_pending: int | None, length: int, batch: int) ->
         first, first_new = first + batch * (end - begin), end
         start += cfg.chunk_size * writes
     return Plan.of(windows, num_pending, first_new, start, first)
-
-
-def keys_move(cfg: FwPKMConfig) -> bool:
-    """Whether a write moves the keys (SPEC.md §4); else they are at rest."""
-    return bool(cfg.addressing_weight or cfg.weight_decay)
 
 
 class Call(NamedTuple):
