@@ -120,8 +120,8 @@ def addressing_loss_kernel(
     total = tl.zeros([BLOCK], tl.float32)
     for begin in range(0, ROWS, BLOCK):
         row = begin + tl.arange(0, BLOCK)
-        summed = tl.load(probability_sums + at.to(tl.int64) * ROWS + row, mask=row < ROWS, other=0)
-        total += addressing_loss(mean_probabilities(summed, count))
+        p = tl.load(probability_sums + at.to(tl.int64) * ROWS + row, mask=row < ROWS, other=0)
+        total += addressing_loss(mean_probabilities(p, count))
     tl.store(addressing + at, tl.where(tl.load(active + at) != 0, tl.sum(total, 0), 0.0))
 
 
