@@ -33,7 +33,8 @@ def decode(cfg: FwPKMConfig, state: State, tokens: Tokens) -> Tensor:
     batch, num_tokens = tokens.query.shape[0], cfg.chunk_size + schedule.lag(cfg)
     output = tokens.query.new_empty(batch, 1, cfg.value_dim)
     inputs = {
-        **state._asdict(), **dict(zip(_TOKEN, tokens)), "keys": keys, "table": values, "output": output,
+        **state._asdict(), **dict(zip(_TOKEN, tokens)), "uses": state.maybe_uses, "keys": keys, "table": values,
+        "output": output,
     }  # fmt: skip
     # Queries are float32 once they are pending; what reads the token itself does not depend on their dtype.
     call = Call(cfg, write(num_tokens, batch), torch.float32, batch, keys.shape[0], False)
