@@ -376,8 +376,9 @@ RIGHT_USES = "finite numbers of at least 0"
 
 def wrong_uses(uses: np.ndarray | None) -> str | None:
     """What of a state's uses on the host is no count, in words; None where all is well."""
-    wrong = [] if uses is None else uses[~(np.isfinite(uses) & (uses >= 0))]
-    return f"{len(wrong)} others, the first {wrong[0]}" if len(wrong) else None
+    if uses is None or not len(wrong := uses[~(np.isfinite(uses) & (uses >= 0))]):
+        return None
+    return f"{len(wrong)} of {uses.size} are not, the first {wrong[0]}"
 
 
 def dtype_name(array: Any) -> str:

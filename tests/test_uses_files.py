@@ -29,12 +29,12 @@ def state_with(number):
 def test_uses_that_are_no_counts(number, tmp_path, capsys):
     """They are not written; a file that holds them is not read, and told by ``doctor``."""
     bad, path = state_with(number), tmp_path / "file"
-    wanted = rf"bad {{}}uses\. Expected: {RIGHT}\. Received: 1 others, the first {number}\."
+    wanted = rf"bad {{}}uses\. Expected: {RIGHT}\. Received: 1 of 18 are not, the first {number}\."
     with pytest.raises(ValueError, match=wanted.format("")):
         fwpkm.save_state(path, bad, USED)
     with pytest.raises(ValueError, match=wanted.format("")):
         fwpkm.save_states(path, {"a": bad}, USED)
-    with pytest.raises(ValueError, match=rf"state\.uses must hold {RIGHT}\. Received: 1 others, the first {number}"):
+    with pytest.raises(ValueError, match=rf"state\.uses must hold {RIGHT}\. Received: 1 of 18 are not, the first {number}"):
         reference.pack(USED, bad, MEMORY)
     packed = dataclasses.replace(reference.pack(USED, state_with(3), MEMORY), uses=bad.uses)
     with pytest.raises(ValueError, match=rf"packed\['a'\]\.uses must hold {RIGHT}"):
