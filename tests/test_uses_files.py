@@ -34,7 +34,7 @@ def test_uses_that_are_no_counts(number, tmp_path, capsys):
         fwpkm.save_state(path, bad, USED)
     with pytest.raises(ValueError, match=wanted.format("")):
         fwpkm.save_states(path, {"a": bad}, USED)
-    with pytest.raises(ValueError, match=rf"state\.uses must hold {RIGHT}\. Received: 1 of 18 are not, the first {number}"):
+    with pytest.raises(ValueError, match=rf"state\.uses must hold {RIGHT}\. Received: 1 of 18 are not, .*{number}"):
         reference.pack(USED, bad, MEMORY)
     packed = dataclasses.replace(reference.pack(USED, state_with(3), MEMORY), uses=bad.uses)
     with pytest.raises(ValueError, match=rf"packed\['a'\]\.uses must hold {RIGHT}"):
