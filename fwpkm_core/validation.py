@@ -346,7 +346,7 @@ def _check_uses(cfg: FwPKMConfig, state: State, implementation: Implementation) 
         if spec is not uses:
             wanted = "()" if spec is None else "an array [M, N], as init_state makes of this configuration"
             shape = getattr(uses, "shape", None)  # a traced array's type would say nothing
-            kind = "()" if uses is None else type(uses).__name__
+            kind = repr(state.uses) if uses is None else type(uses).__name__
             received = kind if shape is None else f"an array of shape {tuple(shape)}"
             raise ValueError(
                 f"state.uses must be {wanted}, since usage_weight is {cfg.usage_weight!r}. Received: {received}"
