@@ -12,8 +12,8 @@ from examples.language_model import choices, commands
 from examples.language_model.commands import main
 
 
-def write(folder, name, *, right=None, bits=None, speed=None):
-    """Files of a model: digits right of each context of 128K, bits of each document, steps per second."""
+def write(folder, name, *, right=None, bits=None, speed=None, steps=1):
+    """Files of a model: digits right of each context of 128K, bits of each document, steps (per second)."""
     if right is not None:
         about = {"control": "memory", "kind": "near", "readings": 1}
         rows = [{**about, "length": 131072, "right": right}, {**about, "length": 131072, "readings": 2, "right": [[0]]},
@@ -27,7 +27,7 @@ def write(folder, name, *, right=None, bits=None, speed=None):
         )
     if speed is not None:
         line = {
-            "step": 1,
+            "step": steps,
             "device": "CPU",
             "side_by_side": 1,
             "steps_per_second": speed,
@@ -43,7 +43,7 @@ def folder(tmp_path):
     write(tmp_path, "plain-0", right=half, bits=[[2.0, 2.0], [4.0, 4.0]], speed=10.0)
     write(tmp_path, "plain-1", right=[[6, 6]] * 4, bits=[[2.0, 2.0], [4.0, 4.0]], speed=10.0)
     write(tmp_path, "better-0", right=[[6, 6]] * 4, bits=[[1.0, 2.0], [3.0, 3.0]], speed=5.0)
-    write(tmp_path, "quick-0", speed=20.0)
+    write(tmp_path, "quick-0", speed=20.0, steps=3)
     return tmp_path
 
 
@@ -58,7 +58,7 @@ def test_a_line_for_each_model_and_a_column_for_what_was_measured(folder, capsys
     assert rows == [
         ["plain", "0, 1", "75.0%", "3.0000", "1.00"],
         ["better", "0", "100.0%, +25.0 (+25.0 to +25.0)", "2.2500, -25.0 (-25.0 to -25.0)", "2.00"],
-        ["quick", "0", "-", "-", "0.50"],
+        ["quick", "0", "-", "-", "1.50"],
     ]
 
 
@@ -68,6 +68,14 @@ def test_differences_are_paired(folder):
     write(folder, "plain-1", right=[[6, 6]] * 3 + [[0, 0]])
     rows = choices.report(choices.load(folder), "plain").splitlines()
     assert cells(rows[7])[:3] == ["better", "0", "100.0%, +25.0 (-54.6 to +104.6)"]
+
+
+def test_a_model_without_memory_is_compared(folder):
+    write(folder, "none-0", bits=[[2.0, 2.0], [1.0, 1.0]])
+    path = folder / "none-0.bits.json"
+    path.write_text(path.read_text().replace('"reset"', '"no memory"'))
+    rows = choices.report(choices.load(folder), "plain").splitlines()
+    assert cells(rows[8])[:4] == ["none", "0", "-", "1.5000, -37.5 (-514.0 to +439.0)"]
 
 
 def test_retention_stands_in_the_table(folder, monkeypatch):

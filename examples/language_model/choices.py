@@ -30,7 +30,7 @@ class Choice(NamedTuple):
         retention: what it keeps.
         needles: by length, the share of each context's facts that is answered exactly [contexts].
         bits: per byte of each held-out document.
-        speed: median steps per second of training, where no other shared its device.
+        seconds: of training, its steps at their median speed, where no other shared its device.
     """
 
     label: str
@@ -38,7 +38,7 @@ class Choice(NamedTuple):
     retention: Model | None
     needles: dict[int, np.ndarray]
     bits: Measured | None
-    speed: float | None
+    seconds: float | None
 
 
 def load(folder: Path) -> list[Choice]:
@@ -65,7 +65,7 @@ def _choice(name: str, files: dict[str, dict[int, Path]], retention: Model | Non
         return [_read(path, read) for path in files.get(kind, {}).values()]
 
     needles = {length: each("needle.json", functools.partial(_needles, length=length)) for length in LENGTHS}
-    bits, speeds = each("bits.json", functools.partial(intervals.bits, mode="reset")), each("record.jsonl", _speed)
+    bits, seconds = each("bits.json", _bits), each("record.jsonl", _seconds)
     asked = [{None if x is None else len(x) for x in rows} for rows in needles.values()]
     if max(map(len, asked)) > 1 or len({tuple(x.values) for x in bits}) > 1:
         raise ValueError(f"the seeds of {name} were measured otherwise, one than the other: measure them again")
@@ -76,7 +76,7 @@ def _choice(name: str, files: dict[str, dict[int, Path]], retention: Model | Non
         retention,
         {n: np.mean(rows, 0) for n, rows in needles.items() if rows and rows[0] is not None},
         Measured(means, bits[0].writers) if bits else None,
-        statistics.mean(known) if (known := [x for x in speeds if x is not None]) else None,
+        statistics.mean(known) if (known := [x for x in seconds if x is not None]) else None,
     )
 
 
@@ -87,6 +87,12 @@ def _read(path: Path, read: Callable[[Path], Any]) -> Any:
         raise ValueError(f"{path} is damaged, or of another version ({error!r}): measure or copy it again") from error
 
 
+def _bits(path: Path) -> Measured:
+    """With memories that begin anew, or of a model without any."""
+    modes = json.loads(path.read_text(encoding="utf-8-sig"))["bits"]
+    return intervals.bits(path, results.NO_MEMORY if results.NO_MEMORY in modes else "reset")
+
+
 def _needles(path: Path, length: int) -> np.ndarray | None:
     for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
         if (row["control"], row["kind"], row["length"], row["readings"]) == ("memory", "near", length, 1):
@@ -94,9 +100,9 @@ def _needles(path: Path, length: int) -> np.ndarray | None:
     return None
 
 
-def _speed(path: Path) -> float | None:
+def _seconds(path: Path) -> float | None:
     record = results.record(path.read_text(encoding="utf-8"))
-    return results.speed(record) if results.shared(record) == 1 else None
+    return record[-1]["step"] / results.speed(record) if results.shared(record) == 1 else None
 
 
 # The table
@@ -153,7 +159,7 @@ def _predicted(x: Choice, base: Choice) -> str:
 
 
 def _time(x: Choice, base: Choice) -> str:
-    return f"{base.speed / x.speed:.2f}" if x.speed and base.speed else NOTHING
+    return f"{x.seconds / base.seconds:.2f}" if x.seconds and base.seconds else NOTHING
 
 
 def _bytes(x: Choice, base: Choice) -> str:
