@@ -150,13 +150,15 @@ def test_every_tensor_of_every_kernel_is_bound_by_its_own_name(scope: str, clip:
     cfg = FwPKMConfig(**SMALL, memory_scope=scope, grad_clip=clip)
     plan, memories = windows.plan(cfg, 0, 11, 2, True), {"batch": 1, "sequence": 2}[scope]
     lists = []
-    for save in (False, True):
-        forward = call._forward_launches(windows.Call(cfg, plan, torch.float32, 2, memories, save), None)
-        lists += forward.prepare, forward.address, forward.write
-    derived = windows.Call(cfg, plan, torch.float32, 2, memories, True)
-    backward = call._backward_launches(derived, True, True, forward.residuals)
+    for overlaid in (False, True):
+        for save in (False, True):
+            of_forward = windows.Call(cfg, plan, torch.float32, 2, memories, save, overlaid)
+            forward = call._forward_launches(of_forward, None)
+            lists += forward.prepare, forward.address, forward.write
+        backward = call._backward_launches(of_forward, True, True, forward.residuals)
+        lists += backward.through_values, backward.through_keys
     step = windows.Call(cfg, windows.write(4, 2), torch.float32, 2, memories, False)
-    lists += backward.through_values, backward.through_keys, decoding._launches(step)
+    lists.append(decoding._launches(step))
     lists += left_align._left_align(cfg, 2, 11, 11, 22), left_align._left_over(cfg, 2, 11), left_align._rows(22, (16,))
     factors, kernels = set(), set()
     for launches in lists:

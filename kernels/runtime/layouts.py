@@ -19,7 +19,7 @@ _FLOAT, _INT, _LONG, _BYTE = torch.float32, torch.int32, torch.int64, torch.int8
 
 
 def layout_of_residuals(
-    cfg: FwPKMConfig, most: Bounds, memories: int, batch: int, save: bool, keys: bool = True
+    cfg: FwPKMConfig, most: Bounds, memories: int, batch: int, save: bool, keys: bool = True, overlaid: bool = False
 ) -> Layout:
     """Of what outlives a call's forward, for its backward.
 
@@ -32,8 +32,9 @@ def layout_of_residuals(
         batch: B.
         save: whether a backward will come.
         keys: whether the keys are among it.
+        overlaid: whether what is written is laid over one table.
     """
-    windows, total, num_tokens, longest = most
+    windows, total, num_tokens, longest, followed = most
     groups, half, subkeys = 2 * memories * cfg.num_heads, cfg.key_dim // 2, cfg.num_subkeys
     entries, width = total * cfg.slots_per_token, cfg.value_dim
     choices, clipped = (total, cfg.num_heads, 2, cfg.top_k), cfg.grad_clip is not None
@@ -59,6 +60,8 @@ def layout_of_residuals(
         # Their table rows, those of the next window's tables behind those of this one's.
         "sorted_rows": ((entries,), _LONG if windows * memories * cfg.num_slots > 2**31 - 1 else _INT),
     }
+    # By segment: the table row after the write.
+    computed["new_rows"] = ((followed * cfg.slots_per_token, width), _FLOAT) if overlaid else None
     if keys:  # before each window, and after the last; or only the last
         computed["keys"] = (windows + 1 if save else 1, groups, subkeys, half), _FLOAT
     saved: Specs = {
@@ -67,7 +70,9 @@ def layout_of_residuals(
         "segment_start": ((entries,), _INT),  # where each entry's segment begins in the order
         "step_sizes": ((entries,), _FLOAT),  # by segment: η/N of a row that moved, else 0
         "decays": ((entries,), _FLOAT) if cfg.usage_weight and cfg.weight_decay else None,  # by segment: η λ
-        "old_rows": ((entries, width), _FLOAT),  # by segment: the table row before the write
+        # By segment: the table row before the write; or the segment that left it, -1 for the one table.
+        "old_rows": None if overlaid else ((entries, width), _FLOAT),
+        "sources": ((entries,), _INT) if overlaid else None,
         "keys_unclipped": ((windows, groups, subkeys, half), _BYTE) if clipped else None,
         "values_unclipped": ((entries, width), _BYTE) if clipped else None,
     }
@@ -88,8 +93,11 @@ def forward_layout(call: Call, row: torch.dtype) -> Layout:
     half, subkeys, entries, writes = cfg.key_dim // 2, cfg.num_subkeys, cfg.slots_per_token, plan.num_writes > 0
     by_token = call.batch * plan.longest, cfg.num_heads, 2
     pieces = blocks_of(call.batch * plan.longest * entries, size.piece["PIECE"]) * writes
-    return Layout.of(
+    by_row = ((call.memories * cfg.num_slots,), _INT) if call.overlaid else None
+    layout = Layout.of(
         {
+            "latest": by_row,  # of each memory's: the segment that wrote it last, or -1
+            "last_windows": by_row,  # the last window that reads it, or -1
             "norms": ((call.groups, subkeys), _FLOAT),  # ‖K‖²
             "keys_hi_lo": ((call.groups, 2, subkeys, half), torch.bfloat16),  # each sub-key as a sum of two
             "proposals": ((*by_token, size.propose["TILES"] * size.propose["PROPOSED"]), _INT),  # (propose_kernel)
@@ -103,15 +111,21 @@ def forward_layout(call: Call, row: torch.dtype) -> Layout:
             "squared": ((plan.total,), _FLOAT),  # ½ g ‖v̂ - u‖²
         }
     )
+    if by_row is None:
+        return layout
+    end = layout.spec("last_windows")
+    both = TensorSpec(0, ((end.offset + end.nbytes) // 4,), _INT)  # which begin as -1
+    return Layout({**layout.tensors, "by_row": both}, layout.size)
 
 
-def backward_layout(call: Call) -> Layout:
-    """Of what the backward needs besides."""
+def backward_layout(call: Call, table: bool) -> Layout:
+    """Of what the backward needs besides; whether the gradient of the ``table`` is asked for."""
     cfg, plan, entries, width = call.cfg, call.plan, call.cfg.slots_per_token, call.cfg.value_dim
     longest, choices = call.batch * plan.longest, ((plan.total, cfg.num_heads, 2, cfg.top_k), _FLOAT)
     return Layout.of(
         {
-            "gradients": ((plan.total * entries, width), _FLOAT),  # by segment
+            # By segment; nobody asks for those of the first window's rows but the table.
+            "gradients": ((plan.total * entries * (table or len(plan.windows) > 1), width), _FLOAT),
             "d_weights": ((plan.total, entries), _FLOAT),
             "d_read": ((longest, width), _FLOAT),
             "partial": ((blocks_of(longest * entries, call.shapes.piece_backward["PIECE"]), width), _FLOAT),

@@ -101,6 +101,8 @@ class Call(NamedTuple):
     """M"""
     save: bool
     """Whether the forward keeps what its backward needs."""
+    overlaid: bool = False
+    """Whether what is written is laid over one table (overlay.py), of which nothing outlives the call."""
 
     @property
     def shapes(self) -> SimpleNamespace:
@@ -116,6 +118,10 @@ class Call(NamedTuple):
     def groups(self) -> int:
         """The codebooks of all memories: M·H·2."""
         return self.memories * self.cfg.num_heads * 2
+
+    def keeps(self, number: int) -> bool:
+        """Whether anyone reads the rows that a window writes."""
+        return self.plan.windows[number].writes and not (self.overlaid and number == len(self.plan.windows) - 1)
 
     def integers(self, number: int) -> dict[str, int]:
         """What kernels ask of a window, by the names that they have for it."""
@@ -149,16 +155,19 @@ class Bounds(NamedTuple):
     num_tokens: int
     longest: int
     """Tokens of a sequence in the longest window."""
+    followed: int
+    """Tokens of all windows that another follows, of all sequences."""
 
 
 def bounds(cfg: FwPKMConfig, length: int, batch: int, update: bool) -> Bounds:
     """The bounds of ``plan`` at position 0, of plain integers or of symbols."""
     if not update:
-        return Bounds(1, batch * length, length, length)
+        return Bounds(1, batch * length, length, length, 0)
     windows, lag = schedule.max_writes(cfg, length), schedule.lag(cfg)
-    return Bounds(windows, batch * (length + lag * windows), length, cfg.chunk_size + lag)
+    total = batch * (length + lag * windows)
+    return Bounds(windows, total, length, cfg.chunk_size + lag, total)
 
 
 def least(plan: Plan, batch: int) -> Bounds:
     """What one plan needs."""
-    return Bounds(len(plan.windows), plan.total, plan.num_tokens, plan.longest)
+    return Bounds(len(plan.windows), plan.total, plan.num_tokens, plan.longest, plan.windows[-1].first)
