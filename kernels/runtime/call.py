@@ -1,8 +1,9 @@
 """One call of the memory on a GPU: the windows of SPEC.md §5 through the kernels of each step, and back.
 
-The keys do not depend on the values. So the windows are addressed one after the other, moving the keys; the entries of
-all windows are then sorted by table row at once; and the windows read and write the values one after the other. The
-backward takes the windows in reverse, first through the values, then through the keys.
+The keys do not depend on the values. So the windows are addressed one after the other, moving the keys, or all at once
+where no write moves them; the entries of all windows are then sorted by table row at once; and the windows read and
+write the values one after the other. The backward takes them in reverse, first through the values, then through the
+keys.
 """
 
 import functools
@@ -16,6 +17,7 @@ from fwpkm.config import FwPKMConfig
 from fwpkm.kernels import key_gradient, keys, overlay, propose, ranks, read, slots, tokens, values
 from fwpkm.kernels.runtime.launch import Launches
 from fwpkm.kernels.runtime.layouts import backward_layout, forward_layout, residuals_layout
+from fwpkm.kernels.runtime.shapes import keys_move
 from fwpkm.kernels.runtime.windows import Bounds, Call, Plan, least, of_call
 from fwpkm.kernels.runtime.workspace import Layout, Workspace
 from fwpkm.tokens import NUMBERS, SCALARS, Tokens
@@ -82,7 +84,8 @@ def forward(
     slots = keys.new_empty(batch, plan.num_new, entries, dtype=torch.int64)
     weights = keys.new_empty(batch, plan.num_new, entries)
     output = values.new_empty(batch, plan.num_new, cfg.value_dim, dtype=dtype)
-    inputs |= {"new_slots": slots, "new_weights": weights, "output": output}
+    addressing = keys.new_empty(plan.num_writes, call.memories)
+    inputs |= {"new_slots": slots, "new_weights": weights, "output": output, "addressing": addressing}
     launches.address.run(inputs, residuals, workspace)
     used = slice(plan.total * entries)
     torch.sort(workspace["table_rows"], stable=True, out=(residuals["sorted_rows"][used], residuals["order"][used]))
@@ -92,9 +95,8 @@ def forward(
     writes = plan.num_writes
     written = workspace["squared"][: writes * batch * plan.windows[0].length]
     memorization = written.view(writes, call.memories, -1).sum(2) if writes else keys.new_zeros(0, call.memories)
-    terms = workspace["addressing_terms"][:writes].view(writes, call.memories, 2 * cfg.num_heads, cfg.num_subkeys)
-    last = None if overlaid else residuals["keys"][writes * save].view(keys.shape).clone()
-    return Result(output, slots, weights, last, memorization, terms.sum((2, 3)), residuals)
+    last = None if overlaid else residuals["keys"][writes * save * keys_move(cfg)].view(keys.shape).clone()
+    return Result(output, slots, weights, last, memorization, addressing, residuals)
 
 
 class _Forward(NamedTuple):
@@ -113,7 +115,7 @@ def _forward_launches(call: Call, most: Bounds | None) -> _Forward:
     most = most or least(call.plan, call.batch)
     residuals = residuals_layout(call.cfg, most, call.memories, call.batch, call.save, overlaid=call.overlaid)
     workspace = forward_layout(call, residuals.spec("sorted_rows").dtype)
-    inputs = *_INPUTS, "initial_keys", "table", "uses", "new_slots", "new_weights", "output"
+    inputs = *_INPUTS, "initial_keys", "table", "uses", "new_slots", "new_weights", "output", "addressing"
     prepare, address, write = (
         Launches(residuals, inputs=_INPUTS),
         *(Launches(residuals, workspace, inputs=inputs) for _ in range(2)),
@@ -121,6 +123,7 @@ def _forward_launches(call: Call, most: Bounds | None) -> _Forward:
     tokens.add_prepare(prepare, call)
     propose.add_begin_keys(address, call)
     add_address(address, call)
+    keys.add_addressing_loss(address, call)
     add_write(write, call)
     return _Forward(residuals, workspace, prepare, address, write)
 
@@ -130,14 +133,15 @@ def add_address(launches: Launches, call: Call) -> None:
 
     Where the tensor ``due`` is not None but int32 on the GPU, the launches do nothing for memories of which it is 0.
     """
-    for i, window in enumerate(call.plan.windows):
-        integers = call.integers(i) | {"version": i * call.save}  # each window before has written
+    for window, windows in call.runs:
+        integers = call.integers(window, windows)
         propose.add_propose(launches, call, integers)
         ranks.add_rank(launches, call, integers)
         slots.add_select_slots(launches, call, integers)
-        if window.writes:
+        if call.plan.windows[window].writes:
             key_gradient.add_coefficients(launches, call, integers)
-            keys.add_keys(launches, call, integers)
+            if keys_move(call.cfg):
+                keys.add_keys(launches, call, integers)
 
 
 def add_write(launches: Launches, call: Call) -> None:
@@ -249,8 +253,8 @@ def _add_values_backward(launches: Launches, call: Call, table: bool) -> None:
 
 
 def _add_keys_backward(launches: Launches, call: Call, overlap: bool) -> None:
-    """Add what gives the gradients of the keys before each window, and of the stream's queries."""
-    for i in reversed(range(len(call.plan.windows))):
-        integers = call.integers(i) | {"version": i}
+    """Add what gives the gradients of the keys before each run, and of the stream's queries."""
+    for run in reversed(call.runs):
+        integers = call.integers(*run)
         key_gradient.add_scores_backward(launches, call, integers, overlap)
         keys.add_keys_backward(launches, call, integers)

@@ -10,7 +10,7 @@ import torch
 
 from fwpkm import schedule
 from fwpkm.config import FwPKMConfig
-from fwpkm.kernels.runtime.shapes import shapes
+from fwpkm.kernels.runtime.shapes import blocks_of, keys_move, shapes
 
 
 class Window(NamedTuple):
@@ -123,11 +123,32 @@ class Call(NamedTuple):
         """Whether anyone reads the rows that a window writes."""
         return self.plan.windows[number].writes and not (self.overlaid and number == len(self.plan.windows) - 1)
 
-    def integers(self, number: int) -> dict[str, int]:
-        """What kernels ask of a window, by the names that they have for it."""
+    @property
+    def runs(self) -> list[tuple[int, int]]:
+        """Windows of one length that read the same keys, as (the first one's number, how many): none before a write
+        that moves them, so where keys are at rest all that write, and what is left.
+        """
+        number, writes = len(self.plan.windows), self.plan.num_writes
+        if keys_move(self.cfg):
+            return [(i, 1) for i in range(number)]
+        return [run for run in ((0, writes), (writes, number - writes)) if run[1]]
+
+    @property
+    def most_windows(self) -> int:
+        """How many windows the longest run has."""
+        return max(windows for _, windows in self.runs)
+
+    def blocks(self, integers: dict[str, int], block: int) -> int:
+        """How many blocks of a memory's tokens cover the windows of a launch; each is of one window (``window_of``)."""
+        return integers["windows"] * blocks_of(self.rows * integers["length"], block)
+
+    def integers(self, number: int, windows: int = 1) -> dict[str, int]:
+        """What kernels ask of a window, and of so many from it on, by the names that they have for it."""
         plan, window = self.plan, self.plan.windows[number]
+        moves = number * keys_move(self.cfg)  # each window before has written
         return {
-            "window": number, "start": window.start, "length": window.length, "first": window.first,
+            "window": number, "windows": windows, "moves": moves, "version": moves * self.save,
+            "start": window.start, "length": window.length, "first": window.first,
             "first_new": window.first_new, "num_tokens": plan.num_tokens, "num_pending": plan.num_pending,
             "num_new": plan.num_new, "total": plan.total, "rows": self.rows, "memories": self.memories,
         }  # fmt: skip
