@@ -46,6 +46,10 @@ _TAIL = Workload("tail-512", WORKLOADS["shared-512"].config, batch=5, length=130
 part's tokens have more pieces than those over a chunk's."""
 _OVERLAID = dataclasses.replace(WORKLOADS["step-256"], name="overlaid-256", batch=6)
 """Four chunks of six sequences, whose one table has a gradient."""
+_AT_REST = dataclasses.replace(
+    _OVERLAID, name="at-rest-256", config=dataclasses.replace(_OVERLAID.config, addressing_weight=0.0)
+)
+"""The same where no write moves the keys: one launch addresses all windows."""
 _STEP = Workload("step-256", WORKLOADS["shared-256"].config, batch=2, length=1300)
 _DECODED = Workload("decode-512", WORKLOADS["decode-512"].config, batch=1, length=1100)
 _CONFORM_SHAPES = 10
@@ -75,6 +79,7 @@ def checks(seed: int) -> list[Task]:
         *(eager(_TIMED[name], WORKLOADS[name], DTYPE, name != "read-128k-512") for name in _TIMED),
         *(stateless(WORKLOADS[_ROWS], DTYPE, packed, False) for packed in (False, True)),
         *(stateless(_OVERLAID, dtype, True, True) for dtype in ("float32", "bfloat16")),
+        *(stateless(_AT_REST, DTYPE, packed, True) for packed in (False, True)),
         *(streams(range(first, first + 10)) for first in range(0, 40, 10)),
         # Each of conform's shapes compiles, so they do it side by side before the whole run.
         *(Task("conform", f"fwpkm conform: case {n}", conform, ("--case", str(n))) for n in range(_CONFORM_SHAPES)),

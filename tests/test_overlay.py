@@ -19,6 +19,7 @@ CONFIGS = {
     "wait, two heads": {"boundary": "wait", "lookahead": 2, "num_heads": 2, "num_subkeys": 3, "top_k": 2},
     "clipped, decaying": {"grad_clip": 0.02, "weight_decay": 0.1, "lookahead": 0, "write_scale": "unit"},
     "weighed by use": {"usage_weight": 0.5, "weight_decay": 0.1, "write_scale": "normalized"},
+    "keys at rest": {"addressing_weight": 0.0, "usage_weight": 0.5, "boundary": "wait", "lookahead": 2},
     "one memory": {"memory_scope": "batch"},
 }
 PACKED = [11, 3, 0, 8, 4]
@@ -68,6 +69,7 @@ def error(received: Tensor, expected: Tensor) -> float:
     [
         *((name, PACKED, True, name != "plain") for name in list(CONFIGS)[:-1]),
         ("plain", [10, 10], False, True),
+        ("keys at rest", [11, 11], False, True),
         ("one memory", [10, 10], False, True),
         ("plain", [3, 2], True, True),  # nothing is written
     ],
@@ -181,9 +183,10 @@ def test_sequences_are_read_with_others_of_like_length(lengths: list[int], expec
     assert groups.groups_of(FwPKMConfig(chunk_size=512), [*itertools.accumulate(lengths, initial=0)]) == expected
 
 
-def test_groups_give_what_one_call_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("addressing_weight", [1.0, 0.0])
+def test_groups_give_what_one_call_gives(addressing_weight: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """One long sequence between short ones: more padding than the kernels take in one rectangle."""
-    cfg, lengths = FwPKMConfig(**SMALL), [1, 2, 17, 0, 5, 1, 1]
+    cfg, lengths = FwPKMConfig(**SMALL, addressing_weight=addressing_weight), [1, 2, 17, 0, 5, 1, 1]
     expected, derived = reading(cfg, "eager", lengths, True, True, torch.float64)
     with pytest.raises(ValueError, match="at most 4 times their tokens"):
         reading(cfg, "triton", lengths, True, True)
