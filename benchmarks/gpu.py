@@ -6,6 +6,7 @@ NaN before the kernels write it, and all is computed twice for equal bits. Then 
 itself. What did not agree is not timed, and the exit status is 1.
 """
 
+import dataclasses
 import importlib
 import os
 import secrets
@@ -28,7 +29,7 @@ _LEGEND = (
     "captured: one call in a CUDA graph, replayed with one set of inputs, so without the host's part",
     "the floor: each input and touched row read once, each output and touched row written once, at a copy's bandwidth",
 )
-SECTIONS = ("agreement", "bits", "graphs", "conform", "speed", "rows", "decode")
+SECTIONS = ("agreement", "bits", "graphs", "conform", "speed", "rows", "stateless", "decode")
 DTYPE = "bfloat16"
 """Of the inputs that are timed."""
 CHECK_LIMIT, TIMING_LIMIT = 240.0, 120.0
@@ -43,6 +44,12 @@ _TIMED = dict.fromkeys(
 _TAIL = Workload("tail-512", WORKLOADS["shared-512"].config, batch=5, length=1300)
 """Two chunks of each sequence and a part of a third, whose gradients pass through the final tables. The sums over that
 part's tokens have more pieces than those over a chunk's."""
+_OVERLAID = dataclasses.replace(WORKLOADS["step-256"], name="overlaid-256", batch=6)
+"""Four chunks of six sequences, whose one table has a gradient."""
+_AT_REST = dataclasses.replace(
+    _OVERLAID, name="at-rest-256", config=dataclasses.replace(_OVERLAID.config, addressing_weight=0.0)
+)
+"""The same where no write moves the keys: one launch addresses all windows."""
 _STEP = Workload("step-256", WORKLOADS["shared-256"].config, batch=2, length=1300)
 _DECODED = Workload("decode-512", WORKLOADS["decode-512"].config, batch=1, length=1100)
 _CONFORM_SHAPES = 10
@@ -62,9 +69,17 @@ def checks(seed: int) -> list[Task]:
         name = f"ragged streams, against eager: {numbers.start} to {numbers.stop - 1}"
         return Task("agreement rows", name, gpu_agreement.streams, (numbers,))
 
+    def stateless(workload: Workload, dtype: str, packed: bool, learned: bool) -> Task:
+        name = f"from a memory, against eager: {workload.name}, {dtype}{', packed' * packed}{', learned' * learned}"
+        arguments = workload, dtype, seed, packed, learned
+        return Task("agreement stateless", name, gpu_agreement.from_memory, arguments)
+
     bits = WORKLOADS["shared-512"], DTYPE, seed
     return [
         *(eager(_TIMED[name], WORKLOADS[name], DTYPE, name != "read-128k-512") for name in _TIMED),
+        *(stateless(WORKLOADS[_ROWS], DTYPE, packed, False) for packed in (False, True)),
+        *(stateless(_OVERLAID, dtype, True, True) for dtype in ("float32", "bfloat16")),
+        *(stateless(_AT_REST, DTYPE, packed, True) for packed in (False, True)),
         *(streams(range(first, first + 10)) for first in range(0, 40, 10)),
         # Each of conform's shapes compiles, so they do it side by side before the whole run.
         *(Task("conform", f"fwpkm conform: case {n}", conform, ("--case", str(n))) for n in range(_CONFORM_SHAPES)),
@@ -74,6 +89,12 @@ def checks(seed: int) -> list[Task]:
         *map(small, gpu_agreement.SHAPES),
         *(Task("bits", f"bits: process {number}", gpu_agreement.repeatable, bits) for number in (1, 2)),
         Task("graphs", "a training step: no wait, CUDA graph", gpu_agreement.training, (_STEP, DTYPE, seed)),
+        Task(
+            "graphs stateless",
+            "a training step from a memory: no wait, CUDA graph",
+            gpu_agreement.training,
+            (_OVERLAID, DTYPE, seed, True),
+        ),
         Task("conform", "fwpkm conform: 40 cases", conform, ("--cases", "40")),
         *(Task("agreement", f"vectors: {name}", gpu_agreement.vector, (name,)) for name in vectors.names()),
     ]
@@ -95,6 +116,10 @@ def timings() -> list[Task]:
         task("decode-512", gpu_speed.decoding, "decode: ", "decode"),
         Task("rows", "rows: mask", gpu_speed.masked, (WORKLOADS[_ROWS], DTYPE)),
         Task("rows", "rows: 32", gpu_speed.ragged, (WORKLOADS[_ROWS], DTYPE, 32)),
+        *(
+            Task("stateless", f"stateless: {number}", gpu_speed.stateless, (WORKLOADS[_ROWS], DTYPE, number))
+            for number in (20, 64)
+        ),
         attention(8, 4096),
         *(task(f"shared-{s}", gpu_speed.kernels, "kernels: ") for s in (256, 512, 1024)),
         *(task(name, gpu_speed.initial_state, "initial state: ") for name in ("shared-512", "train-512")),
@@ -130,7 +155,9 @@ def main(arguments: Sequence[str] | None = None, anywhere: bool = False) -> int:
     """
     workers = min(12, len(os.sched_getaffinity(0)))
     parser = report.parser("gpu", __doc__, *report.JUDGED, workers=(workers, "checks side by side"))
-    sections = f"of {', '.join(SECTIONS)} (default: all); speed, rows and decode first compare what they time"
+    sections = (
+        f"of {', '.join(SECTIONS)} (default: all); speed, rows, stateless and decode first compare what they time"
+    )
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS, metavar="SECTION", help=sections)
     parser.add_argument("--seed", type=int, help="of inputs and tables (default: another one in every run)")
     options, started = parser.parse_args(arguments), time.perf_counter()

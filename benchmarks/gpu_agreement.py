@@ -160,11 +160,15 @@ def agree(workload: Workload, dtype: str, seed: int, derived: bool = True, table
     return Report([bits, *judge(workload, actual, expected)])
 
 
-def untied_inputs(workload: Workload, dtype: str, seed: int) -> Inputs:
-    """Inputs whose every choice of slots hangs on a clear gap; drawn for as long as the task may take."""
+def untied_inputs(workload: Workload, dtype: str, seed: int, shared: bool = False) -> Inputs:
+    """Inputs whose every choice of slots hangs on a clear gap; drawn for as long as the task may take.
+
+    ``shared``, all sequences begin from the first memory.
+    """
     # Keys do not depend on values: a table one number wide leads them along the same path.
     cfg = dataclasses.replace(workload.config, value_dim=1)
     memory = Memory(*(x.double() for x in draw_memory(dataclasses.replace(workload, config=cfg), seed=seed)))
+    memory = Memory(*(table[:1] for table in memory)) if shared else memory
     state = be.init_state(cfg, memory, batch_size=workload.batch)
     inputs = make_inputs(workload, seed=seed, device=DEVICE, dtype=dtype)
     query, generator = inputs.query.detach(), torch.Generator(DEVICE).manual_seed(seed + 1)
@@ -228,18 +232,51 @@ def judge(workload: Workload, actual: dict[str, Tensor], expected: dict[str, Ten
     cfg, pair, tables = workload.config, [], []
     rows = written_rows(workload, expected["slots"])
     for found in (actual, expected):
-        slots, weights = (found[name].unflatten(-1, (cfg.num_heads, cfg.top_k)) for name in ("slots", "weights"))
-        slots, order = slots.sort(dim=-1)
         tables.append(found["values"].flatten(0, 1))
-        pair.append(found | {"slots": slots, "weights": weights.gather(-1, order), "values": tables[-1][rows]})
+        pair.append(_in_order(cfg, found) | {"values": tables[-1][rows]})
     unwritten = equal("rows not written", not differing_rows(*tables).index_fill_(0, rows, False).any())
     return [*compared(*pair), unwritten]
+
+
+def _in_order(cfg: FwPKMConfig, found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What was found, each head's entries by slot id."""
+    slots, weights = (found[name].unflatten(-1, (cfg.num_heads, cfg.top_k)) for name in ("slots", "weights"))
+    slots, order = slots.sort(dim=-1)
+    return found | {"slots": slots, "weights": weights.gather(-1, order)}
 
 
 def written_rows(workload: Workload, slots: Tensor) -> Tensor:
     """The table rows of all memories that complete chunks touched."""
     whole = workload.length // workload.config.chunk_size * workload.config.chunk_size
     return workload.rows(slots[:, :whole]).unique()
+
+
+def from_memory(workload: Workload, dtype: str, seed: int, packed: bool, learned: bool) -> Report:
+    """A call from a memory without a state, beside eager float32 as in ``agree``.
+
+    ``packed``, the sequences have fewer and fewer tokens; ``learned``, gradients are those of the tables too.
+    """
+    cfg, options = workload.config, {}
+    inputs = untied_inputs(workload, dtype, seed, shared=True)
+    if packed:
+        lengths = torch.linspace(workload.length, 1, workload.batch).long()
+        there = (torch.arange(workload.length) < lengths[:, None]).to(DEVICE)
+        inputs = Inputs(*(x.detach()[there][None] for x in inputs))
+        options["cu_seqlens"] = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).int()
+
+    def compute(implementation: str, drawn: Inputs) -> dict[str, Tensor]:
+        tokens = [x.detach().requires_grad_() for x in drawn.tokens]
+        memory = Memory(*(table[:1].clone().requires_grad_(learned) for table in draw_memory(workload, seed=seed)))
+        output, _, trace = be.apply(cfg, memory, *tokens, **options, implementation=implementation)
+        leaves = [*tokens, *memory] if learned else tokens
+        gradients = torch.autograd.grad(output, leaves, drawn.cotangent.detach())
+        names = ("query", "value", "gate", "keys", "values")
+        found = {"output": output.detach(), **trace._asdict()}
+        return found | {f"grad {name}": x for name, x in zip(names, gradients)}
+
+    actual, bits = twice(lambda: compute("triton", inputs))
+    expected = compute("eager", Inputs(*(x.float() for x in inputs)))
+    return Report([bits, *compared(*(_in_order(cfg, found) for found in (actual, expected)))])
 
 
 # --- Rows that are not alike ---
@@ -326,19 +363,24 @@ def repeatable(workload: Workload, dtype: str, seed: int, runs: int = 20) -> Rep
     return Report(findings, [f"sha256 of outputs, tables and gradients: {digest(first)}"])
 
 
-def training(workload: Workload, dtype: str, seed: int) -> Report:
+def training(workload: Workload, dtype: str, seed: int, stateless: bool = False) -> Report:
     """A training step, after steps that compile: a wait of the host for the device is an error; in a CUDA graph,
     replayed on other inputs than it was captured with, it gives the bits of the step itself.
+
+    ``stateless``, it begins from a memory.
 
     Raises:
         RuntimeError: it waited.
     """
     inputs = make_inputs(workload, seed=seed, device=DEVICE, dtype=dtype)
-    state = be.init_state(workload.config, draw_memory(workload, seed=seed), batch_size=workload.batch)
+    memory = draw_memory(workload, seed=seed)
+    state: Any = Memory(*(table[:1] for table in memory))
+    if not stateless:
+        state = be.init_state(workload.config, memory, batch_size=workload.batch)
 
     def step() -> tuple[Tensor, ...]:
         output, after, _ = be.apply(workload.config, state, *inputs.tokens, implementation="triton")
-        return output, *after.memory, *torch.autograd.grad(output, inputs.tokens, inputs.cotangent)
+        return output, *(after.memory if after else ()), *torch.autograd.grad(output, inputs.tokens, inputs.cotangent)
 
     for _ in range(3):
         step()

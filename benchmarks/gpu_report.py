@@ -45,6 +45,20 @@ _TARGETS: tuple[tuple[str, str, str, float, tuple[float | None, ...]], ...] = (
         "the same packed / 32 of 4096: {text}",
         *("rows: 32/packed {step}", "rows: 32/full {step}", 1, (None, None)),
     ),
+    (
+        _BATCH + ", from one memory without a state / in place, a table a sequence: {text}",
+        *("stateless: 20/rows {step}", "stateless: 20/in place {step}", 1, (1.2, 1.2)),
+    ),
+    (
+        "20 packed sequences of as many tokens, nearly alike / the same: {text}",
+        *("stateless: 20/even {step}", "stateless: 20/in place {step}", 1, (1.2, 1.2)),
+    ),
+    (
+        "20 of 100 tokens up / the same: {text}",
+        *("stateless: 20/uneven {step}", "stateless: 20/in place {step}", 1, (1.2, 1.2)),
+    ),
+    ("64 packed sequences without a state: extra GiB, {text}", "stateless: 64/extra: even {step}", "", 2**-30, (4, 4)),
+    ("64 of 100 tokens up: extra GiB, {text}", "stateless: 64/extra: uneven {step}", "", 2**-30, (4, 4)),
     ("decode B=1 in a CUDA graph, µs a token", "decode: decode-512/graph", "", 1e6, (40,)),
 )
 """What the kernels are to reach on one H200."""
@@ -56,7 +70,7 @@ Timings = dict[str, list[float]]
 def targets(timings: Timings, sections: set[str]) -> Iterator[Claim]:
     """What is to be reached in the sections that were run, and what was."""
     for what, quantity, over, unit, bounds in _TARGETS:
-        section = next((x for x in ("decode", "rows") if quantity.startswith(x)), "speed")
+        section = next((x for x in ("decode", "rows", "stateless") if quantity.startswith(x)), "speed")
         for (step, text), bound in zip(STEPS.items(), bounds if section in sections else ()):
             found = measured(timings, quantity.format(step=step), over.format(step=step), unit)
             yield Claim(what.format(text=text), found, at_most=bound)
@@ -106,8 +120,10 @@ def line(outcome: Outcome) -> str:
 
 def tables(checks: Sequence[Outcome], timings: Timings, claims: Sequence[Claim]) -> list[Table]:
     """Everything that was found."""
-    others = [name for name in timings if name.startswith(("decode: ", "initial state: ", "rows: "))]
-    rows = [(name, _cell(timings, name, 1e6)) for name in others]
+    others = [name for name in timings if name.startswith(("decode: ", "initial state: ", "rows: ", "stateless: "))]
+    peaks = [name for name in timings if "/extra: " in name and name.startswith("stateless: ")]
+    rows = [(name, _cell(timings, name, 1e6)) for name in others if name not in peaks]
+    rows += [(f"{name}, MiB", _cell(timings, name, 2**-20)) for name in peaks]
     made = [
         *(agreement_table(checks), *workload_tables(timings), kernels_table(timings)),
         Table("Decoding a token; copying an initial memory; rows that are not alike", ("what", "µs"), rows),

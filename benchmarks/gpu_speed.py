@@ -6,9 +6,11 @@ slots, weights, losses) is left out, and so are second reads of what no cache co
 """
 
 import dataclasses
+import itertools
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from torch import Tensor
 from benchmarks import measure
 from benchmarks.measure import DEVICE
 from benchmarks.workloads import Decoder, Inputs, TorchSteps, Workload, capture, make_inputs, make_memory
+from fwpkm import Memory, State
 from fwpkm.backends import torch as be
 
 STEPS = {"forward": "forward", "train": "forward + backward"}
@@ -244,17 +247,64 @@ def ragged(workload: Workload, dtype: str, batch: int, samples: int = SAMPLES) -
     return _in_turn(workload, calls, samples)
 
 
-def _in_turn(workload: Workload, calls: dict[str, tuple[Inputs, dict[str, Tensor]]], samples: int) -> Samples:
-    """Samples of every call by turns, all of them from one state at position 0 whose tables each rewrites."""
+def stateless(workload: Workload, dtype: str, sequences: int, samples: int = SAMPLES) -> Samples:
+    """Seconds of calls from a memory without a state, by step, beside "in place", rows that rewrite their own tables.
+
+    "rows" are the same rows; "even" are ``sequences`` packed ones of nearly one length, and "uneven" of 100 tokens up,
+    each of as many tokens in all. Bytes: "extra: even train" and so on, the peak beyond inputs and outputs.
+    """
+    rows = make_inputs(workload, seed=1, device=DEVICE, dtype=dtype)
+    packed = Inputs(*(x.detach().flatten(0, 1)[None].requires_grad_(x.requires_grad) for x in rows))
+    tokens = workload.batch * workload.length
+    calls: dict[str, tuple[Inputs, dict[str, Tensor]]] = {"in place": (rows, {}), "rows": (rows, {})}
+    for name, fewest in (("even", tokens // sequences), ("uneven", min(_FEWEST, tokens // sequences))):
+        calls[name] = packed, {"cu_seqlens": _ends(tokens, sequences, fewest)}
+    memory = make_memory(workload, device=DEVICE)
+    memory = Memory(*(table[:1].clone() for table in memory))
+    measure.free_device_memory()
+    found = _in_turn(workload, calls, samples, {name: memory for name in calls if name != "in place"})
+    steps = TorchSteps(dataclasses.replace(workload, batch=1), DEVICE)
+    for name, step in itertools.product(calls, STEPS):
+        if name != "in place":
+            inputs, options = calls[name]
+            run = partial(_run, steps, memory, step, inputs, options)
+            found[f"extra: {name} {step}"] = _extra_bytes(lambda _, run=run: run(), inputs)
+    return found
+
+
+def _ends(tokens: int, sequences: int, fewest: int) -> Tensor:
+    """``cu_seqlens`` of so many sequences, from ``fewest`` tokens up in even steps, that have all tokens."""
+    most = 2 * tokens // sequences - fewest
+    lengths = torch.linspace(fewest, most, sequences, dtype=torch.float64).cumsum(0)
+    ends = (lengths * tokens / lengths[-1]).round()
+    return torch.cat([ends.new_zeros(1), ends]).int()
+
+
+def _run(
+    steps: TorchSteps, start: State | Memory, step: str, inputs: Inputs, options: dict[str, Tensor]
+) -> tuple[Tensor, ...]:
+    """What a step returns that begins from a state, which it rewrites, or from a memory."""
+    steps.state = start if isinstance(start, Memory) else be.detach(start)
+    steps.options = {"implementation": "triton", **options}
+    return getattr(steps, step)(inputs)
+
+
+def _in_turn(
+    workload: Workload,
+    calls: dict[str, tuple[Inputs, dict[str, Tensor]]],
+    samples: int,
+    memories: Mapping[str, Memory] = MappingProxyType({}),
+) -> Samples:
+    """Samples of every call by turns, from one state at position 0 whose tables each rewrites, or from a memory."""
     steps = TorchSteps(workload, DEVICE)
     start = steps.state
 
-    def run(step: str, inputs: Inputs, options: dict[str, Tensor]) -> None:
-        steps.state, steps.options = be.detach(start), {"implementation": "triton", **options}
-        getattr(steps, step)(inputs)
+    def run(step: str, begin: State | Memory, inputs: Inputs, options: dict[str, Tensor]) -> None:
+        _run(steps, begin, step, inputs, options)
 
     contestants = {
-        name: lambda _, call=call: {step: partial(run, step, *call) for step in STEPS} for name, call in calls.items()
+        name: lambda _, name=name: {step: partial(run, step, memories.get(name, start), *calls[name]) for step in STEPS}
+        for name in calls
     }
     timed = measure.interleaved({"": contestants}, samples, warm_up=2, timer=measure.device_timed)
     return {f"{name} {step}": found for (_, name, step), found in timed.items()}

@@ -145,7 +145,7 @@ class TorchSteps:
         """Draw the tables; ``options`` are those of ``apply``."""
         self.workload, self.config, self.options = workload, workload.config, options
         memory = make_memory(workload, device=device)
-        self.state: State = be.init_state(workload.config, memory, batch_size=workload.batch)
+        self.state: State | Memory | None = be.init_state(workload.config, memory, batch_size=workload.batch)
         self.slots: Tensor
 
     @torch.no_grad()
@@ -161,7 +161,7 @@ class TorchSteps:
         results = output, *torch.autograd.grad(output, inputs.tokens, inputs.cotangent)
         if not inplace:
             return *results, *state.memory
-        self.state = be.detach(state)
+        self.state = state and be.detach(state)  # None of a call from a memory
         return results
 
     @torch.no_grad()

@@ -6,11 +6,10 @@ Or Σ c q, where the score is the dot product. Backward: from the keys after a w
 import triton
 import triton.language as tl
 
-from fwpkm.kernels.key_sums import add_key_sums
+from fwpkm.kernels.key_sums import add_key_sums, integers_of_sums
 from fwpkm.kernels.keys import count_of, key_gradients, key_gradients_after, rows_before
 from fwpkm.kernels.losses import addressing_curvature, addressing_slope, mean_probabilities, sub_key_probabilities
 from fwpkm.kernels.runtime.launch import Launches
-from fwpkm.kernels.runtime.shapes import blocks_of
 from fwpkm.kernels.runtime.windows import Call
 from fwpkm.kernels.scores import (
     add_factor_vjp,
@@ -20,7 +19,7 @@ from fwpkm.kernels.scores import (
     query_direction_vjp,
     sub_scores,
 )
-from fwpkm.kernels.tokens import DEAD, LIVE, VARYING, not_due, pairs, token_of
+from fwpkm.kernels.tokens import DEAD, LIVE, VARYING, not_due, pairs, token_of, window_of
 
 EQUATIONS = ("sub_scores", "sub_key_probabilities", "mean_probabilities", "key_gradient", "pairs")
 
@@ -55,36 +54,39 @@ def coefficients_kernel(
     HEADS: tl.constexpr, SUBKEYS: tl.constexpr, K: tl.constexpr, SCORE: tl.constexpr,
     CHUNK: tl.constexpr, LOOKAHEAD: tl.constexpr, WEIGHT: tl.constexpr, BLOCK: tl.constexpr, CHOICES: tl.constexpr,
 ):  # fmt: skip
-    """c of every choice of the window, from p̄; and whether any token of a memory has a pair."""
+    """Whether any token of a memory has a pair; and c of every choice of the window, from p̄, if it has a WEIGHT."""
     group = tl.program_id(1)
     memory, half = group // (2 * HEADS), group % (2 * HEADS)
     if not_due(due, memory):
         return
     memories = tl.num_programs(1) // (2 * HEADS)
-    r = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    number, block, before = window_of(tl.program_id(0), length, rows, memories, BLOCK)
+    window, first = window + number, first + before
+    r = block * BLOCK + tl.arange(0, BLOCK)
     here = (first + memory * rows * length + r).to(tl.int64)
     t = r % length
     live = (r < rows * length) & (t < CHUNK)
     live = live & ((tl.load(window_flags + here, mask=live, other=0) & LIVE) != 0)
     if half == 0:
         pair = pairs(window_flags, here, t, length, live, LOOKAHEAD)
-        tl.atomic_or(active + window * memories + memory, tl.max(pair.to(tl.int32), 0))
-    count = count_of(counts, window, memory, memories)
-    probability_sums += rows_before(window, tl.num_programs(1), SUBKEYS)
-    at = (here * 2 * HEADS + half) * K
-    _, _, _, _, c = coefficients_of(
-        ids, ranks, probability_sums, at, live, live, group, count, SUBKEYS, K, SCORE, WEIGHT, CHOICES
-    )
-    choice = tl.arange(0, CHOICES)
-    out = ((memory * rows * length + r).to(tl.int64) * 2 * HEADS + half) * K
-    inside = (r < rows * length)[:, None] & (choice < K)[None, :]
-    tl.store(coefficients + out[:, None] + choice[None, :], c, mask=inside)
+        tl.atomic_or(active + window * memories + memory, tl.max(pair.to(tl.int32), 0), sem="relaxed")
+    if WEIGHT > 0:
+        count = count_of(counts, window, memory, memories)
+        probability_sums += rows_before(window, tl.num_programs(1), SUBKEYS)
+        at = (here * 2 * HEADS + half) * K
+        _, _, _, _, c = coefficients_of(
+            ids, ranks, probability_sums, at, live, live, group, count, SUBKEYS, K, SCORE, WEIGHT, CHOICES
+        )
+        choice = tl.arange(0, CHOICES)
+        out = ((memory * rows * length + r).to(tl.int64) * 2 * HEADS + half) * K
+        inside = (r < rows * length)[:, None] & (choice < K)[None, :]
+        tl.store(coefficients + out[:, None] + choice[None, :], c, mask=inside)
 
 
 def add_coefficients(launches: Launches, call: Call, integers: dict[str, int]) -> None:
-    """Add the coefficients of a window that is written."""
+    """Add the coefficients of windows that are written."""
     constants = call.shapes.coefficients
-    grid = blocks_of(call.rows * integers["length"], constants["BLOCK"]), call.groups
+    grid = call.blocks(integers, constants["BLOCK"]), call.groups
     launches.add(coefficients_kernel, grid, integers, constants)
 
 
@@ -140,11 +142,11 @@ def coefficients_backward_kernel(
     tl.store(d_slopes + at[:, None] + choice[None, :], d_slope, mask=inside)
 
 
-@triton.jit(do_not_specialize=["window", "pieces", *VARYING])
+@triton.jit(do_not_specialize=["window", "version", "pieces", *VARYING])
 def scores_backward_kernel(
     query, keys, d_keys, ids, ranks, window_flags, probability_sums, counts, moved, keys_unclipped,
     d_coefficients, totals, d_scores, d_ranks, d_query,
-    window, pieces, start, length, first, num_tokens, rows,
+    window, version, pieces, start, length, first, num_tokens, rows,
     HEADS: tl.constexpr, SUBKEYS: tl.constexpr, HALF: tl.constexpr, K: tl.constexpr, SCORE: tl.constexpr,
     CHUNK: tl.constexpr, RATE: tl.constexpr, WEIGHT: tl.constexpr,
     BLOCK: tl.constexpr, CHOICES: tl.constexpr, DEPTH: tl.constexpr, WRITES: tl.constexpr, ADD: tl.constexpr,
@@ -155,7 +157,9 @@ def scores_backward_kernel(
     """
     group = tl.program_id(1)
     memory, half = group // (2 * HEADS), group % (2 * HEADS)
-    r = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    number, block, earlier = window_of(tl.program_id(0), length, rows, tl.num_programs(1) // (2 * HEADS), BLOCK)
+    window, start, first = window + number, start + number * CHUNK, first + earlier
+    r = block * BLOCK + tl.arange(0, BLOCK)
     inside = r < rows * length
     token, t = token_of(r, memory, start, length, num_tokens, rows)
     here = (first + memory * rows * length + r).to(tl.int64)
@@ -166,7 +170,7 @@ def scores_backward_kernel(
     before = rows_before(window, groups, SUBKEYS)
     count = count_of(counts, window, memory, groups // (2 * HEADS))
     d_keys = key_gradients_after(d_keys, window, groups, SUBKEYS, HALF)
-    keys += before * HALF
+    keys += rows_before(version, groups, SUBKEYS) * HALF
     probability_sums += before
     choice = tl.arange(0, CHOICES)
     use = alive[:, None] & (choice < K)[None, :]
@@ -213,18 +217,20 @@ def scores_backward_kernel(
         if WRITES:
             after = key_gradients(d_keys, moved, keys_unclipped, before, row, use & live[:, None], d, HALF, RATE)
             result += tl.sum(query_direction_vjp(c[:, :, None], after, SCORE), 1)
-        if ADD:
-            result += tl.load(d_query + stream, mask=within, other=0.0).to(tl.float32)
-        tl.store(d_query + stream, result.to(d_query.dtype.element_ty), mask=within)
+        if ADD:  # a token is in two windows at most, and of two sums to 0 the order makes no difference
+            tl.atomic_add(d_query + stream, result, mask=within, sem="relaxed")
+        else:
+            tl.store(d_query + stream, result.to(d_query.dtype.element_ty), mask=within)
 
 
 def add_scores_backward(launches: Launches, call: Call, integers: dict[str, int], add: bool) -> None:
-    """Add the gradients of a window's ranks and queries, the latter to what is there where ``add``."""
-    constants, pieces = call.shapes.by_token, 0
+    """Add the gradients of ranks and queries of windows, the latter to float32 that is there where ``add``."""
+    constants, integers = call.shapes.by_token, integers | {"pieces": 0}
     writes = call.plan.windows[integers["window"]].writes and call.cfg.addressing_weight > 0  # nothing to pass on else
-    grid = blocks_of(call.rows * integers["length"], constants["BLOCK"]), call.groups
+    grid = call.blocks(integers, constants["BLOCK"]), call.groups
     if writes:
         launches.add(coefficients_backward_kernel, grid, integers, constants)
-        pieces = add_key_sums(launches, call, integers, "d_slopes", queries=False)
+        integers = integers_of_sums(launches, call, integers)
+        add_key_sums(launches, call, integers, "d_slopes", queries=False)
     constants = constants | {"WRITES": writes, "ADD": add}
-    launches.add(scores_backward_kernel, grid, integers | {"pieces": pieces}, constants)
+    launches.add(scores_backward_kernel, grid, integers, constants)

@@ -1,24 +1,28 @@
 """The write of the keys (SPEC.md §4), by codebook and sub-key, from the sums over the tokens that chose it."""
 
+from typing import Any
+
 import triton
 import triton.language as tl
 
-from fwpkm.kernels.key_sums import add_key_sums, sum_of_pieces
+from fwpkm.kernels.key_sums import (
+    add_key_sums,
+    integers_of_sums,
+    rounds_over,
+    rows_before,
+    sum_of_pieces,
+    sums_over_tokens,
+)
 from fwpkm.kernels.losses import addressing_loss, mean_probabilities
 from fwpkm.kernels.propose import store_key
 from fwpkm.kernels.runtime.launch import Launches
+from fwpkm.kernels.runtime.shapes import keys_move
 from fwpkm.kernels.runtime.windows import Call
 from fwpkm.kernels.scores import add_direction_vjp
 from fwpkm.kernels.step import step
-from fwpkm.kernels.tokens import not_due
+from fwpkm.kernels.tokens import VARYING, not_due
 
 EQUATIONS = ("mean_probabilities", "addressing_loss", "key_gradient", "step")
-
-
-@triton.jit
-def rows_before(window, groups, SUBKEYS: tl.constexpr):
-    """How many sub-keys lie before a window's own where each window has them all."""
-    return window * groups.to(tl.int64) * SUBKEYS
 
 
 @triton.jit
@@ -27,50 +31,104 @@ def count_of(counts, window, memory, memories):
     return tl.maximum(tl.load(counts + window * memories + memory), 1).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["window", "before", "after", "pieces"])
-def keys_kernel(
-    keys, norms, largest, keys_hi_lo, sums, totals, probability_sums, counts, active, addressing_terms, moved,
-    coefficient_sums, keys_unclipped, due, window, before, after, pieces,
-    HEADS: tl.constexpr, SUBKEYS: tl.constexpr, HALF: tl.constexpr,
-    RATE: tl.constexpr, DECAY: tl.constexpr, CLIP: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """keys ← keys - η (clip(α ∇L_addr) + λ keys), and the sub-key's term p̄ log(p̄ + 1e-8) of the loss.
+_OF_SUMS = ["window", "windows", "version", "offset", "words", "pieces", *VARYING]
 
-    ∇ = Σ c (q - K), or Σ c q.
-    """
+
+@triton.jit
+def summed(
+    query, ids, maps, factors, sums, totals, key, group, subkey, window, windows, offset, words, pieces,
+    start, length, first, num_tokens, rows,
+    HEADS: tl.constexpr, SUBKEYS: tl.constexpr, HALF: tl.constexpr, K: tl.constexpr, SCORE: tl.constexpr,
+    CHUNK: tl.constexpr, AT_REST: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr, CHOICES: tl.constexpr,
+    WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Σ f (q - K), or Σ f q, and Σ f of a sub-key: made here where they are WHOLE, of one piece; else its pieces'."""
+    if WHOLE:
+        result, total = sums_over_tokens(
+            query, ids, maps, factors, key, group, subkey, window, 0, rounds_over(windows, length, rows, WORDS),
+            offset, words, start, length, first, num_tokens, rows,
+            HEADS, SUBKEYS, HALF, K, SCORE, CHUNK, AT_REST, True, WORDS, BLOCK, CHOICES,
+        )  # fmt: skip
+    else:
+        row = group.to(tl.int64) * SUBKEYS + subkey
+        result, total = sum_of_pieces(sums, totals, pieces, tl.num_programs(1), row, SUBKEYS, tl.arange(0, BLOCK), HALF)
+    return result, total
+
+
+@triton.jit(do_not_specialize=["after", *_OF_SUMS])
+def keys_kernel(
+    query, ids, maps, factors, keys, norms, largest, keys_hi_lo, sums, totals, active, moved, coefficient_sums,
+    keys_unclipped, due,
+    after, window, windows, version, offset, words, pieces, start, length, first, num_tokens, rows,
+    HEADS: tl.constexpr, SUBKEYS: tl.constexpr, HALF: tl.constexpr, K: tl.constexpr, SCORE: tl.constexpr,
+    CHUNK: tl.constexpr, AT_REST: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr, CHOICES: tl.constexpr,
+    WHOLE: tl.constexpr, RATE: tl.constexpr, DECAY: tl.constexpr, CLIP: tl.constexpr,
+):  # fmt: skip
+    """keys ← keys - η (clip(α ∇L_addr) + λ keys), ∇ = Σ c (q - K), or Σ c q; ``factors`` are the coefficients c."""
     subkey, group = tl.program_id(0), tl.program_id(1)
     groups = tl.num_programs(1)
     memory, memories = group // (2 * HEADS), groups // (2 * HEADS)
     if not_due(due, memory):
         return
     row = group.to(tl.int64) * SUBKEYS + subkey
-    here = window * groups.to(tl.int64) * SUBKEYS + row
+    here = rows_before(window, groups, SUBKEYS) + row
     d = tl.arange(0, BLOCK)
-    key = tl.load(keys + (before * groups.to(tl.int64) * SUBKEYS + row) * HALF + d, mask=d < HALF, other=0.0)
-    count = count_of(counts, window, memory, memories)
+    key = tl.load(keys + (rows_before(version, groups, SUBKEYS) + row) * HALF + d, mask=d < HALF, other=0.0)
     lives = tl.load(active + window * memories + memory) != 0
-    gradient, total = sum_of_pieces(sums, totals, pieces, groups, row, SUBKEYS, d, HALF)
+    gradient, total = summed(
+        query, ids, maps, factors, sums, totals, key, group, subkey, window, windows, offset, words, pieces,
+        start, length, first, num_tokens, rows,
+        HEADS, SUBKEYS, HALF, K, SCORE, CHUNK, AT_REST, WORDS, BLOCK, CHOICES, WHOLE,
+    )  # fmt: skip
     if keys_unclipped is not None:
         tl.store(keys_unclipped + here * HALF + d, (tl.abs(gradient) <= CLIP).to(tl.int8), mask=d < HALF)
     new, finite = step(key, gradient, d < HALF, RATE, DECAY, CLIP)
     moves = lives & finite
     new = tl.where(moves, new, key)
     store_key(new, keys, norms, largest, keys_hi_lo, after, window + 1, groups, group, subkey, d, SUBKEYS, HALF)
-    mean = mean_probabilities(tl.load(probability_sums + here), count)
-    tl.store(addressing_terms + here, tl.where(lives, addressing_loss(mean), 0.0))
     if moved is not None:
         tl.store(moved + here, moves.to(tl.int8))
         tl.store(coefficient_sums + here, total)
 
 
 def add_keys(launches: Launches, call: Call, integers: dict[str, int]) -> None:
-    """Add the write of the keys after a window, from ``version`` to the next, where each is kept."""
-    before = integers["version"]
-    pieces = 0  # without an addressing loss all coefficients are 0
-    if call.cfg.addressing_weight:
-        pieces = add_key_sums(launches, call, integers, "coefficients", offset=integers["first"])
-    integers = integers | {"before": before, "after": before + call.save, "pieces": pieces}
-    launches.add(keys_kernel, (call.cfg.num_subkeys, call.groups), integers, call.shapes.keys)
+    """Add the write of the keys after a window, from ``version`` to the next, where each is kept; they must move."""
+    integers = integers_of_sums(launches, call, integers, offset=integers["first"])
+    integers = integers | {"after": integers["version"] + call.save}
+    if not call.cfg.addressing_weight:
+        integers["pieces"] = 0  # all coefficients are 0
+    add_with_sums(launches, call, integers, keys_kernel, call.shapes.keys, "coefficients")
+
+
+def add_with_sums(
+    launches: Launches, call: Call, integers: dict[str, int], kernel: Any, constants: dict[str, Any], factors: str
+) -> None:
+    """Add a kernel of every sub-key that asks for ``summed``; before it their pieces, where there are several."""
+    if integers["pieces"] > 1:
+        add_key_sums(launches, call, integers, factors)
+    constants = call.shapes.key_sums | constants | {"WHOLE": integers["pieces"] == 1}
+    launches.add(kernel, (call.cfg.num_subkeys, call.groups), integers, constants, factors=factors)
+
+
+@triton.jit
+def addressing_loss_kernel(
+    probability_sums, counts, active, addressing, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """L_addr of a window and memory (§3): Σ p̄ log(p̄ + 1e-8) over its ROWS sub-keys; 0 where no token has a pair."""
+    at = tl.program_id(0)
+    count = count_of(counts, at, 0, 1)
+    total = tl.zeros([BLOCK], tl.float32)
+    for begin in range(0, ROWS, BLOCK):
+        row = begin + tl.arange(0, BLOCK)
+        p = tl.load(probability_sums + at.to(tl.int64) * ROWS + row, mask=row < ROWS, other=0)
+        total += addressing_loss(mean_probabilities(p, count))
+    tl.store(addressing + at, tl.where(tl.load(active + at) != 0, tl.sum(total, 0), 0.0))
+
+
+def add_addressing_loss(launches: Launches, call: Call) -> None:
+    """Add the addressing losses of all windows that are written."""
+    if call.plan.num_writes:
+        launches.add(addressing_loss_kernel, (call.plan.num_writes * call.memories,), {}, call.shapes.addressing_loss)
 
 
 @triton.jit
@@ -94,21 +152,28 @@ def key_gradients_after(d_keys, window, groups, SUBKEYS: tl.constexpr, HALF: tl.
     return d_keys + ((window + 1) % 2) * groups.to(tl.int64) * SUBKEYS * HALF
 
 
-@triton.jit(do_not_specialize=["window", "pieces"])
+@triton.jit(do_not_specialize=_OF_SUMS)
 def keys_backward_kernel(
-    d_keys, sums, totals, moved, coefficient_sums, keys_unclipped, window, pieces,
-    HEADS: tl.constexpr, SUBKEYS: tl.constexpr, HALF: tl.constexpr, SCORE: tl.constexpr,
-    RATE: tl.constexpr, DECAY: tl.constexpr, BLOCK: tl.constexpr, WRITES: tl.constexpr,
+    query, ids, maps, factors, keys, d_keys, sums, totals, moved, coefficient_sums, keys_unclipped,
+    window, windows, version, offset, words, pieces, start, length, first, num_tokens, rows,
+    HEADS: tl.constexpr, SUBKEYS: tl.constexpr, HALF: tl.constexpr, K: tl.constexpr, SCORE: tl.constexpr,
+    CHUNK: tl.constexpr, AT_REST: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr, CHOICES: tl.constexpr,
+    WHOLE: tl.constexpr, RATE: tl.constexpr, DECAY: tl.constexpr, WRITES: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of each sub-key as the window found it, from Σ f (q - K), or Σ f q, of its ranks' gradients f."""
+    """The gradient of each sub-key as the windows found it, from Σ f (q - K), or Σ f q, of its ranks' gradients f."""
     subkey, group = tl.program_id(0), tl.program_id(1)
     groups = tl.num_programs(1)
     before = rows_before(window, groups, SUBKEYS)
-    after = key_gradients_after(d_keys, window, groups, SUBKEYS, HALF)
+    after = key_gradients_after(d_keys, window + windows - 1, groups, SUBKEYS, HALF)
     row = group.to(tl.int64) * SUBKEYS + subkey
     d = tl.arange(0, BLOCK)
     gradient = tl.load(after + row * HALF + d, mask=d < HALF, other=0.0)
-    toward, _ = sum_of_pieces(sums, totals, pieces, groups, row, SUBKEYS, d, HALF)
+    key = tl.load(keys + (rows_before(version, groups, SUBKEYS) + row) * HALF + d, mask=d < HALF, other=0.0)
+    toward, _ = summed(
+        query, ids, maps, factors, sums, totals, key, group, subkey, window, windows, offset, words, pieces,
+        start, length, first, num_tokens, rows,
+        HEADS, SUBKEYS, HALF, K, SCORE, CHUNK, AT_REST, WORDS, BLOCK, CHOICES, WHOLE,
+    )  # fmt: skip
     if WRITES:
         moves = tl.load(moved + before + row).to(tl.float32)
         passed = gradient * -RATE * moves
@@ -121,7 +186,7 @@ def keys_backward_kernel(
 
 
 def add_keys_backward(launches: Launches, call: Call, integers: dict[str, int]) -> None:
-    """Add the gradient of the keys before a window."""
-    integers = integers | {"pieces": add_key_sums(launches, call, integers, "d_ranks")}
-    constants = call.shapes.keys_backward | {"WRITES": call.plan.windows[integers["window"]].writes}
-    launches.add(keys_backward_kernel, (call.cfg.num_subkeys, call.groups), integers, constants)
+    """Add the gradient of the keys before windows."""
+    writes = call.plan.windows[integers["window"]].writes and keys_move(call.cfg)
+    constants, integers = call.shapes.keys_backward | {"WRITES": writes}, integers_of_sums(launches, call, integers)
+    add_with_sums(launches, call, integers, keys_backward_kernel, constants, "d_ranks")

@@ -6,11 +6,11 @@ A float32 number is split into hi + lo of bfloat16, which a GPU multiplies as ma
 import triton
 import triton.language as tl
 
+from fwpkm.kernels.lists import largest_of_rows
 from fwpkm.kernels.runtime.launch import Launches
-from fwpkm.kernels.runtime.shapes import blocks_of
 from fwpkm.kernels.runtime.windows import Call
 from fwpkm.kernels.scores import proposed_ranks
-from fwpkm.kernels.tokens import DEAD, VARYING, not_due, token_of
+from fwpkm.kernels.tokens import DEAD, VARYING, not_due, token_of, window_of
 
 EQUATIONS = ("top_k",)
 NOTHING = tl.constexpr(-(2**31))
@@ -35,7 +35,7 @@ def lo_of(x, hi):
 
 @triton.jit
 def store_key(
-    key, keys, norms, largest, keys_hi_lo, version, window, groups, group, subkey, d,
+    key, keys, norms, largest, keys_hi_lo, version, moves, groups, group, subkey, d,
     SUBKEYS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     """A sub-key; and for ``propose_kernel`` its square, the largest square of its codebook, and hi and lo.
@@ -48,7 +48,7 @@ def store_key(
     tl.store(keys + at * HALF + d, key, mask=d < HALF)
     square = tl.sum(key * key, 0)
     tl.store(norms + row, square)
-    tl.atomic_max(largest + window * groups + group, square.to(tl.int32, bitcast=True))
+    tl.atomic_max(largest + moves * groups + group, square.to(tl.int32, bitcast=True), sem="relaxed")
     hi = key.to(tl.bfloat16)
     base = keys_hi_lo + ((2 * group).to(tl.int64) * SUBKEYS + subkey) * HALF + d
     tl.store(base, hi, mask=d < HALF)
@@ -71,13 +71,13 @@ def add_begin_keys(launches: Launches, call: Call) -> None:
     launches.add(begin_keys_kernel, (call.cfg.num_subkeys, call.groups), {}, call.shapes.begin_keys)
 
 
-@triton.jit(do_not_specialize=["version", "window", *VARYING])
+@triton.jit(do_not_specialize=["moves", *VARYING])
 def propose_kernel(
-    query, flags, norms, largest, keys_hi_lo, proposals, scales, due,
-    version, window, start, length, first, num_tokens, rows,
+    query, flags, norms, largest, keys_hi_lo, proposals, scales, due, moves, start, length, num_tokens, rows,
     HEADS: tl.constexpr, SUBKEYS: tl.constexpr, HALF: tl.constexpr, SCORE: tl.constexpr,
     TILES: tl.constexpr, PROPOSED: tl.constexpr, BITS: tl.constexpr,
-    BLOCK: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, EXACT: tl.constexpr, UPCAST: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, EXACT: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Propose the PROPOSED best sub-keys of each token, codebook and tile of sub-keys.
 
@@ -89,8 +89,9 @@ def propose_kernel(
     memory, half = group // (2 * HEADS), group % (2 * HEADS)
     if not_due(due, memory):
         return
-    r = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    token, _ = token_of(r, memory, start, length, num_tokens, rows)
+    number, block, before = window_of(tl.program_id(0), length, rows, tl.num_programs(1) // (2 * HEADS), BLOCK)
+    r = block * BLOCK + tl.arange(0, BLOCK)
+    token, _ = token_of(r, memory, start + number * CHUNK, length, num_tokens, rows)
     inside = r < rows * length
     live = inside & ((tl.load(flags + token, mask=inside, other=DEAD) & DEAD) == 0)
     query += half * HALF
@@ -98,15 +99,16 @@ def propose_kernel(
     column = tile * COLUMNS + tl.arange(0, COLUMNS)
     # In a loop of its own: of an operand that is also used as numbers Triton 3.6 pipelines one buffer too few,
     # and a copy overwrites what a product still reads.
-    square = tl.zeros([BLOCK], tl.float32)
-    for at in tl.range(0, HALF, DEPTH, num_stages=1):
+    squares = tl.zeros([BLOCK, DEPTH], tl.float32)
+    for at in tl.static_range(0, HALF, DEPTH):  # all loads in flight, and lanes are added across once
         d = at + tl.arange(0, DEPTH)
-        q = tl.load(
+        x = tl.load(
             query + token[:, None] * (2 * HEADS * HALF) + d[None, :],
             mask=live[:, None] & (d < HALF)[None, :],
             other=0.0,
         ).to(tl.float32)
-        square += tl.sum(q * q, 1)
+        squares += x * x
+    square = tl.sum(squares, 1)
     product = tl.zeros([BLOCK, COLUMNS], tl.float32)
     for at in range(0, HALF, DEPTH):
         d = at + tl.arange(0, DEPTH)
@@ -124,24 +126,32 @@ def propose_kernel(
         product = dot_hi_lo(q_hi, k_lo, product, UPCAST)
         if not EXACT:
             product = dot_hi_lo(lo_of(q.to(tl.float32), q_hi).to(tl.bfloat16), k_hi, product, UPCAST)
-    longest = tl.sqrt(tl.load(largest + window * tl.num_programs(1) + group).to(tl.float32, bitcast=True))
+    longest = tl.sqrt(tl.load(largest + moves * tl.num_programs(1) + group).to(tl.float32, bitcast=True))
     product, scale = proposed_ranks(product, square, norms + group * SUBKEYS, longest, column, SUBKEYS, SCORE)
     unit: tl.constexpr = 2 ** (31 - BITS)
     level = product * (unit / tl.maximum(scale, 1e-30))[:, None]
     level = tl.where(level > 1 - unit, level, 1 - unit)  # also what is not a number
-    packed = tl.minimum(level, unit - 1).to(tl.int32) * (2**BITS) + (2**BITS - 1 - column)[None, :]
-    packed = tl.where((column < SUBKEYS)[None, :], packed, NOTHING)
-    at = ((memory * rows * length + r).to(tl.int64) * 2 * HEADS + half) * TILES + tile
-    for j in range(PROPOSED):
-        best = tl.max(packed, 1)
-        tl.store(proposals + at * PROPOSED + j, best, mask=inside)
-        packed = tl.where(packed == best[:, None], NOTHING, packed)
+    # 1.5 · 2^23 more is a float whose last bits are the integer: so it is added as fast as any number.
+    level = (tl.minimum(level, unit - 1) + 1.5 * 2**23).to(tl.int32, bitcast=True)
+    packed = (level - 0x4B400000) * (2**BITS) + (2**BITS - 1 - column)[None, :]
+    if SUBKEYS % COLUMNS:
+        packed = tl.where((column < SUBKEYS)[None, :], packed, NOTHING)
+    at = ((before + memory * rows * length + r).to(tl.int64) * 2 * HEADS + half) * TILES + tile
+    if PROPOSED <= 16:
+        best = largest_of_rows(packed, BLOCK, COLUMNS, PROPOSED)
+        for j in tl.static_range(PROPOSED):
+            tl.store(proposals + at * PROPOSED + j, tl.reshape(best[j], [BLOCK]), mask=inside)
+    else:  # whose lists would take minutes to compile
+        for j in range(PROPOSED):
+            best = tl.max(packed, 1)
+            tl.store(proposals + at * PROPOSED + j, best, mask=inside)
+            packed = tl.where(packed == best[:, None], NOTHING, packed)
     if tile == 0:
         tl.store(scales + at // TILES, scale, mask=inside)
 
 
 def add_propose(launches: Launches, call: Call, integers: dict[str, int]) -> None:
-    """Add the proposals of a window, from ``version`` of the keys."""
+    """Add the proposals of windows, from the keys after so many ``moves``."""
     constants = call.shapes.propose
-    grid = blocks_of(call.rows * integers["length"], constants["BLOCK"]), call.groups, constants["TILES"]
+    grid = call.blocks(integers, constants["BLOCK"]), call.groups, constants["TILES"]
     launches.add(propose_kernel, grid, integers, constants)

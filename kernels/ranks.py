@@ -7,7 +7,7 @@ from fwpkm.kernels.propose import NOTHING
 from fwpkm.kernels.runtime.launch import Launches
 from fwpkm.kernels.runtime.windows import Call
 from fwpkm.kernels.scores import exact_ranks, proposal_error
-from fwpkm.kernels.tokens import DEAD, INF, VARYING, not_due, token_of
+from fwpkm.kernels.tokens import DEAD, INF, VARYING, not_due, token_of, window_of
 
 EQUATIONS = ("top_k",)
 
@@ -113,16 +113,16 @@ def rank_kernel(
     query, keys, proposals, scales, flags, ids, ranks, due, version, start, length, first, num_tokens, rows,
     HEADS: tl.constexpr, SUBKEYS: tl.constexpr, HALF: tl.constexpr, K: tl.constexpr, SCORE: tl.constexpr,
     TILES: tl.constexpr, PROPOSED: tl.constexpr, BITS: tl.constexpr,
-    LISTED: tl.constexpr, EXACT: tl.constexpr, CHOICES: tl.constexpr, DEPTH: tl.constexpr,
+    LISTED: tl.constexpr, EXACT: tl.constexpr, CHOICES: tl.constexpr, DEPTH: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """The k best sub-keys of one token and codebook, in any order, and their ranks, of float32 quality."""
     group = tl.program_id(1)
     memory, half = group // (2 * HEADS), group % (2 * HEADS)
     if not_due(due, memory):
         return
-    r = tl.program_id(0)
-    token, _ = token_of(r, memory, start, length, num_tokens, rows)
-    local = (memory * rows * length + r).to(tl.int64)
+    number, r, before = window_of(tl.program_id(0), length, rows, tl.num_programs(1) // (2 * HEADS), 1)
+    token, _ = token_of(r, memory, start + number * CHUNK, length, num_tokens, rows)
+    local = (before + memory * rows * length + r).to(tl.int64)
     row_index = local * 2 * HEADS + half
     alive = (tl.load(flags + token).to(tl.int32) & DEAD) == 0
     rank, chosen = top_k_proposed(
@@ -138,5 +138,5 @@ def rank_kernel(
 
 
 def add_rank(launches: Launches, call: Call, integers: dict[str, int]) -> None:
-    """Add the top-k of a window's proposals, ranked by ``version`` of the keys."""
-    launches.add(rank_kernel, (call.rows * integers["length"], call.groups), integers, call.shapes.rank)
+    """Add the top-k of the proposals of windows, ranked by ``version`` of the keys."""
+    launches.add(rank_kernel, (call.blocks(integers, 1), call.groups), integers, call.shapes.rank)

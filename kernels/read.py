@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from fwpkm.kernels.losses import memorization_loss
+from fwpkm.kernels.overlay import row_of
 from fwpkm.kernels.runtime.launch import Launches
 from fwpkm.kernels.runtime.windows import Call
 from fwpkm.kernels.tokens import DEAD, GONE, INF, LIVE, VARYING, gate_of, not_due, pairs
@@ -42,7 +43,7 @@ def write_scale_vjp(d_strength, g, power, WRITE_SCALE: tl.constexpr):
 
 @triton.jit(do_not_specialize=_VARYING)
 def read_kernel(
-    table, slots, weights, window_flags, value, gate, output, error, strength, squared, due,
+    table, latest, new_rows, slots, weights, window_flags, value, gate, output, error, strength, squared, due,
     start, length, first, num_tokens, rows, first_new, num_pending, num_new,
     SLOTS: tl.constexpr, WIDTH: tl.constexpr, ENTRIES: tl.constexpr, CHUNK: tl.constexpr, LOOKAHEAD: tl.constexpr,
     WRITE_SCALE: tl.constexpr, BLOCK: tl.constexpr, ENTRY_BLOCK: tl.constexpr, WRITES: tl.constexpr,
@@ -68,7 +69,11 @@ def read_kernel(
         row = memory * SLOTS + tl.load(slots + here * ENTRIES + e, mask=e < ENTRIES, other=0)
         w = tl.load(weights + here * ENTRIES + e, mask=e < ENTRIES, other=0.0)
         known = (alive & (e < ENTRIES))[:, None] & (d < WIDTH)[None, :]
-        read += tl.sum(w[:, None] * tl.load(table + row[:, None] * WIDTH + d[None, :], mask=known, other=0.0), 0)
+        place = table + row[:, None] * WIDTH
+        if latest is not None:
+            source = tl.load(latest + row, mask=e < ENTRIES, other=-1)
+            place = row_of(table, new_rows, source, row - memory * SLOTS, WIDTH)[:, None]
+        read += tl.sum(w[:, None] * tl.load(place + d[None, :], mask=known, other=0.0), 0)
         power += tl.sum(w * w, 0)
     if start + t >= first_new:
         out = b.to(tl.int64) * num_new + start + t - num_pending
@@ -110,8 +115,8 @@ def gradient_after(gradients, d_values, values_unclipped, next_segment, segment,
 
 @triton.jit(do_not_specialize=_VARYING)
 def read_backward_kernel(
-    slots, weights, window_flags, gate, error, strength, segment_start, step_sizes, latest, old_rows, values_unclipped,
-    gradients, d_values, d_output, d_weights, d_read, d_value, d_gate,
+    slots, weights, window_flags, gate, error, strength, segment_start, step_sizes, latest, old_rows, table, new_rows,
+    sources, values_unclipped, gradients, d_values, d_output, d_weights, d_read, d_value, d_gate,
     start, length, first, num_tokens, rows, first_new, num_pending, num_new,
     SLOTS: tl.constexpr, WIDTH: tl.constexpr, ENTRIES: tl.constexpr, CHUNK: tl.constexpr, LOOKAHEAD: tl.constexpr,
     WRITE_SCALE: tl.constexpr, BLOCK: tl.constexpr, ENTRY_BLOCK: tl.constexpr, WRITES: tl.constexpr,
@@ -173,11 +178,13 @@ def read_backward_kernel(
         known = e < ENTRIES
         w = tl.load(weights + here * ENTRIES + e, mask=known, other=0.0)
         segment = tl.load(segment_start + here * ENTRIES + e, mask=known, other=0).to(tl.int64)
-        row = tl.load(
-            old_rows + segment[:, None] * WIDTH + d[None, :],
-            mask=(alive & known)[:, None] & (d < WIDTH)[None, :],
-            other=0.0,
-        )
+        if sources is None:
+            place = old_rows + segment[:, None] * WIDTH
+        else:
+            source = tl.load(sources + segment, mask=known, other=-1)
+            slot = tl.load(slots + here * ENTRIES + e, mask=known, other=0)
+            place = row_of(table, new_rows, source, slot, WIDTH)[:, None]
+        row = tl.load(place + d[None, :], mask=(alive & known)[:, None] & (d < WIDTH)[None, :], other=0.0)
         d_w = tl.sum(row * toward[None, :], 1) + d_power * w
         if WRITES:
             d_w += tl.load(d_weights + here * ENTRIES + e, mask=known, other=0.0)
@@ -186,5 +193,5 @@ def read_backward_kernel(
 
 def add_read_backward(launches: Launches, call: Call, integers: dict[str, int]) -> None:
     """Add the gradients of a window's weights, and of the values and gates that it wrote."""
-    constants = call.shapes.read_backward | {"WRITES": call.plan.windows[integers["window"]].writes}
+    constants = call.shapes.read_backward | {"WRITES": call.keeps(integers["window"])}
     launches.add(read_backward_kernel, (call.batch * integers["length"],), integers, constants)

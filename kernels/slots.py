@@ -3,12 +3,13 @@
 import triton
 import triton.language as tl
 
+from fwpkm.kernels.listed_slots import MOST_LISTED, listed_select_slots_kernel
 from fwpkm.kernels.losses import PROBABILITY_UNIT, sub_key_probabilities
 from fwpkm.kernels.runtime.launch import Launches
 from fwpkm.kernels.runtime.shapes import blocks_of
 from fwpkm.kernels.runtime.windows import Call
 from fwpkm.kernels.scores import bounded_scores, sub_scores
-from fwpkm.kernels.tokens import DEAD, GONE, INF, LIVE, VARYING, not_due, token_of
+from fwpkm.kernels.tokens import DEAD, GONE, INF, LIVE, VARYING, not_due, token_of, window_of
 
 EQUATIONS = ("select_slots", "sub_key_probabilities")
 
@@ -70,7 +71,9 @@ def select_slots_kernel(
     memory = tl.program_id(1)
     if not_due(due, memory):
         return
-    r = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    number, block, before = window_of(tl.program_id(0), length, rows, memories, BLOCK)
+    window, start, first = window + number, start + number * CHUNK, first + before
+    r = block * BLOCK + tl.arange(0, BLOCK)
     inside = r < rows * length
     token, t = token_of(r, memory, start, length, num_tokens, rows)
     flag = tl.load(flags + token, mask=inside, other=DEAD).to(tl.int32)
@@ -113,33 +116,37 @@ def select_slots_kernel(
     tl.store(flags + token, flag.to(tl.int8), mask=inside)
     tl.store(window_flags + here, flag.to(tl.int8), mask=inside)
 
-    if MAPS:
+    if WRITES or MAPS:
         tl.debug_barrier()  # other threads of this program have stored the sorted choices
         counted = inside & ((flag & LIVE) != 0) & (t < CHUNK)
         if WRITES:
-            tl.atomic_add(counts + window * memories + memory, tl.sum(counted.to(tl.int32), 0))
+            tl.atomic_add(counts + window * memories + memory, tl.sum(counted.to(tl.int32), 0), sem="relaxed")
         for half in tl.static_range(2 * HEADS):
             at = ((here * 2 * HEADS + half) * K)[:, None] + choice[None, :]
             asked = (inside & alive)[:, None] & picked[None, :]
             subkey = tl.load(ids + at, mask=asked, other=0)
             row = ((window * memories + memory) * 2 * HEADS + half).to(tl.int64) * SUBKEYS + subkey
-            bit = (tl.zeros_like(subkey) + 1) << (r % 32)[:, None]
-            tl.atomic_or(maps + row * words + (r // 32)[:, None], bit, mask=asked)
+            if MAPS:
+                bit = (tl.zeros_like(subkey) + 1) << (r % 32)[:, None]
+                tl.atomic_or(maps + row * words + (r // 32)[:, None], bit, mask=asked, sem="relaxed")
             if WRITES:
                 score = sub_scores(tl.load(ranks + at, mask=asked, other=0.0), SCORE)
                 p = sub_key_probabilities(score, picked[None, :])
                 p = (p * PROBABILITY_UNIT).to(tl.int64)
-                tl.atomic_add(probability_sums + row, p, mask=asked & counted[:, None])
+                tl.atomic_add(probability_sums + row, p, mask=asked & counted[:, None], sem="relaxed")
 
 
 def add_select_slots(launches: Launches, call: Call, integers: dict[str, int]) -> None:
-    """Add the slots and weights of a window; before a write, and for a backward, also maps of who chose what."""
+    """Add the slots and weights of windows; for a backward, and before a write of keys, maps of who chose what."""
     constants, writes = call.shapes.select_slots, call.plan.windows[integers["window"]].writes
+    kernel = select_slots_kernel
+    if call.cfg.slots_per_token <= MOST_LISTED:
+        kernel, constants = listed_select_slots_kernel, call.shapes.listed_select_slots
     launches.add(
-        select_slots_kernel,
-        (blocks_of(call.rows * integers["length"], constants["BLOCK"]), call.memories),
+        kernel,
+        (call.blocks(integers, constants["BLOCK"]), call.memories),
         integers | {"words": launches.spec("maps").shape[-1]},
-        constants | {"WRITES": writes, "MAPS": writes or call.save},
+        constants | {"WRITES": writes, "MAPS": call.save or (writes and call.cfg.addressing_weight > 0)},
     )
 
 

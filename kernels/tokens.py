@@ -54,6 +54,17 @@ def token_of(r, memory, start, length, num_tokens, rows):
 
 
 @triton.jit
+def window_of(program, length, rows, memories, BLOCK: tl.constexpr):
+    """Which of the windows of a launch a program is of, which block of a memory's tokens there; and the tokens before.
+
+    A launch of several has the blocks of each, one after the other; ``start`` of each is a chunk further.
+    """
+    blocks = tl.cdiv(rows * length, BLOCK)
+    number = program // blocks
+    return number, program % blocks, number * memories * rows * length
+
+
+@triton.jit
 def pairs(window_flags, here, t, length, counted, LOOKAHEAD: tl.constexpr):
     """Which ``counted`` tokens at time t have a partner, L tokens later in their window, that may be bound (§3)."""
     has_partner = counted & (t + LOOKAHEAD < length)

@@ -9,6 +9,7 @@ the final table.
 import triton
 import triton.language as tl
 
+from fwpkm.kernels.overlay import row_of
 from fwpkm.kernels.runtime.launch import Launches
 from fwpkm.kernels.runtime.shapes import blocks_of
 from fwpkm.kernels.runtime.windows import Call
@@ -47,6 +48,20 @@ def entries_of(
         )
         gradient += tl.sum(tl.where((counted & (coefficient != 0))[:, None], coefficient[:, None] * miss, 0.0), 0)
     return gradient, count, tl.sum(same.to(tl.int32), 0)
+
+
+@triton.jit
+def note_segment(segment, row, sorted_rows, order, segment_start, last, BLOCK: tl.constexpr):
+    """Store for each entry of a row, from its first on, where they begin."""
+    at = segment
+    found = BLOCK
+    while found == BLOCK:
+        e = at + tl.arange(0, BLOCK)
+        same = tl.load(sorted_rows + e, mask=e < last, other=-1) == row
+        entry = tl.load(order + e, mask=same, other=0).to(tl.int64)
+        tl.store(segment_start + entry, segment.to(tl.int32) + tl.zeros_like(e).to(tl.int32), mask=same)
+        found = tl.sum(same.to(tl.int32), 0)
+        at += BLOCK
 
 
 @triton.jit
@@ -116,8 +131,9 @@ def learning_rates(reads, before, RATE: tl.constexpr, USAGE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["window", "memories", "length", "first", "total"])
 def values_kernel(
-    table, uses, sorted_rows, order, weights, strength, error, window_flags, active, partial, partial_counts,
-    segment_start, step_sizes, decays, old_rows, values_unclipped, window, memories, length, first, total,
+    table, latest, last_windows, new_rows, uses, sorted_rows, order, weights, strength, error, window_flags, active,
+    partial, partial_counts, segment_start, step_sizes, decays, old_rows, sources, values_unclipped,
+    window, memories, length, first, total,
     SLOTS: tl.constexpr, WIDTH: tl.constexpr, ENTRIES: tl.constexpr, CHUNK: tl.constexpr,
     RATE: tl.constexpr, DECAY: tl.constexpr, CLIP: tl.constexpr, USAGE: tl.constexpr, BLOCK: tl.constexpr,
     PIECE: tl.constexpr, ENTRY_BLOCK: tl.constexpr, WRITES: tl.constexpr,
@@ -129,7 +145,8 @@ def values_kernel(
     All entries of the call lie sorted by window, table row and token. Those of one row and window are a segment, and
     the program of its first entry owns the row; the sums of the pieces behind its own are there already. It
     keeps what a backward needs, where one comes, by segment: the row, the step size η_i/N_i and, where that is not one
-    number for all, η_i λ; and for each entry, its segment.
+    number for all, η_i λ; and for each entry, its segment. Laid over the one table (overlay.py), it keeps the segment
+    that left the row in place of the row, and does nothing that no later window reads.
     """
     begin = (first * ENTRIES).to(tl.int64)
     segment = begin + tl.program_id(0)
@@ -145,7 +162,18 @@ def values_kernel(
     d = tl.arange(0, BLOCK)
     row_index = row.to(tl.int64) - window * memories.to(tl.int64) * SLOTS
     offset = row_index * WIDTH
-    old = tl.load(table + offset + d, mask=d < WIDTH, other=0.0)
+    if latest is None:
+        old = tl.load(table + offset + d, mask=d < WIDTH, other=0.0)
+    else:
+        source, last_window = tl.load(latest + row_index), tl.load(last_windows + row_index)
+        if sources is not None:
+            tl.store(sources + segment, source)
+        if last_window == window:
+            if sources is not None:
+                note_segment(segment, row, sorted_rows, order, segment_start, last, PIECE)
+                tl.store(step_sizes + segment, 0.0)
+            return
+        old = tl.load(row_of(table, new_rows, source, row_index % SLOTS, WIDTH) + d, mask=d < WIDTH, other=0.0)
     # Most rows have few entries: the first alone needs few registers.
     gradient = tl.zeros([BLOCK], tl.float32)
     count = 0
@@ -201,7 +229,11 @@ def values_kernel(
         new, finite = step(old, gradient, d < WIDTH, rate, DECAY, CLIP)
         moves = (count > 0) & lives & finite
         if moves:
-            tl.store(table + offset + d, new, mask=d < WIDTH)
+            if latest is None:
+                tl.store(table + offset + d, new, mask=d < WIDTH)
+            else:
+                tl.store(new_rows + segment * WIDTH + d, new, mask=d < WIDTH)
+                tl.store(latest + row_index, segment.to(tl.int32))
         if step_sizes is not None:
             tl.store(step_sizes + segment, tl.where(moves, rate * fraction, 0.0))
         if decays is not None:
@@ -212,8 +244,7 @@ def values_kernel(
 
 def add_values(launches: Launches, call: Call, integers: dict[str, int]) -> None:
     """Add the write of a window's rows, and what its backward needs of them."""
-    writes, entries = call.plan.windows[integers["window"]].writes, call.batch * integers["length"]
-    entries *= call.cfg.slots_per_token
+    writes, entries = call.keeps(integers["window"]), call.batch * integers["length"] * call.cfg.slots_per_token
     if writes:
         constants = call.shapes.piece
         launches.add(piece_kernel, (blocks_of(entries, constants["PIECE"]),), integers, constants)
@@ -266,12 +297,15 @@ def piece_backward_kernel(
 
 @triton.jit(do_not_specialize=["window", "memories", "first", "total"])
 def rows_backward_kernel(
-    sorted_rows, order, weights, step_sizes, decays, latest, gradients, d_values, d_read, partial,
+    sorted_rows, order, weights, step_sizes, decays, needed_by, latest, gradients, d_values, d_read, partial,
     window, memories, first, total,
     SLOTS: tl.constexpr, WIDTH: tl.constexpr, ENTRIES: tl.constexpr, RATE: tl.constexpr, DECAY: tl.constexpr,
     BLOCK: tl.constexpr, PIECE: tl.constexpr, ENTRY_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of each row as the window found it: what decay leaves of that after, and Σ w d v̂."""
+    """The gradient of each row as the window found it: what decay leaves of that after, and Σ w d v̂.
+
+    Where only a segment that left the row asks for it, ``needed_by`` has that by segment, or -1 for nobody.
+    """
     begin = (first * ENTRIES).to(tl.int64)
     segment = begin + tl.program_id(0)
     last = total.to(tl.int64) * ENTRIES
@@ -279,6 +313,8 @@ def rows_backward_kernel(
     row, new_row = begins_row(sorted_rows, begin, segment)  # loads go out together, as in values_kernel
     follows = tl.load(sorted_rows + segment + 1, mask=segment + 1 < end, other=-1) == row
     entry = tl.load(order + segment).to(tl.int64)
+    if needed_by is not None:
+        new_row = new_row & (tl.load(needed_by + segment) >= 0)
     if not new_row:
         return
     d = tl.arange(0, BLOCK)

@@ -1,7 +1,7 @@
 """Compile every kernel of a call, its backward and a decode step for a GPU that need not be here.
 
-``python tests/compile_kernels.py 90 paper``: one line a kernel; any that does not compile, or needs more shared memory
-than the GPU has, raises. Tensors hold no data, and what would be launched is compiled instead.
+``python tests/compile_kernels.py 90 paper rest``: one line a kernel; any that does not compile, or needs more shared
+memory than the GPU has, raises. Tensors hold no data, and what would be launched is compiled instead.
 ``python tests/compile_kernels.py refuse SCORE``: those that would compute something, were a choice unknown, do not.
 """
 
@@ -29,13 +29,17 @@ TYPES = {
 }  # fmt: skip
 CONFIGS = {
     "paper": (FwPKMConfig(key_dim=512, value_dim=512, num_subkeys=512, memory_scope="batch"), torch.bfloat16, False),
+    "rest": (
+        FwPKMConfig(key_dim=512, value_dim=512, num_subkeys=512, addressing_weight=0.0, boundary="wait"),
+        torch.bfloat16, False,
+    ),
     "largest": (
         FwPKMConfig(key_dim=1024, value_dim=1024, num_subkeys=2048, num_heads=4, top_k=32), torch.float32, True,
     ),
     "odd": (
         FwPKMConfig(
             key_dim=48, value_dim=80, num_subkeys=100, num_heads=3, top_k=5, score="dot_product", grad_clip=0.1,
-            write_scale="normalized", boundary="wait", lookahead=3, weight_decay=0.1, usage_weight=0.5,
+            write_scale="normalized", boundary="wait", lookahead=3, weight_decay=0.1, usage_weight=0.5, chunk_size=256,
         ), torch.float16, True,
     ),
 }  # fmt: skip
@@ -94,6 +98,13 @@ def kernels_of(cfg: FwPKMConfig, dtype: torch.dtype, masked: bool) -> dict:
         residuals = call.forward(cfg, plan, *memory, stream, None, save=True, dtype=dtype, uses=uses).residuals
         d_output = empty(batch, length, cfg.value_dim, dtype=dtype)
         call.backward(cfg, plan, stream, residuals, d_output, memory.keys, memory.values, memory.values.shape)
+        one = memory.values[:1]  # of which calls without a state write no row
+        for save in (False, True):
+            residuals = call.forward(
+                cfg, plan, memory.keys, one, stream, None, save, dtype, uses, overlaid=True
+            ).residuals  # fmt: skip
+        for table in (None, one.shape):
+            call.backward(cfg, plan, stream, residuals, d_output, None, None, table, initial=one)
         before = Tokens(
             empty(batch, pending, width), empty(batch, pending, cfg.value_dim), empty(batch, pending),
             empty(batch, pending, dtype=torch.bool),
@@ -126,7 +137,8 @@ def check_buffers(name: str, module: str) -> None:
 def refuse(field: str) -> None:
     """Print the kernels that take a choice by name and do not compile for an unknown one; raise where one does."""
     refused, compiled = set(), set()
-    for (name, *_), (source, options) in kernels_of(*CONFIGS["paper"]).items():
+    kernels = kernels_of(*CONFIGS["paper"]) | kernels_of(*CONFIGS["odd"])  # of few slots a token, and of many
+    for (name, *_), (source, options) in kernels.items():
         index = (source.fn.arg_names.index(field),) if field in source.fn.arg_names else None
         if index is not None:
             known: Any = source.constants[index]
@@ -146,13 +158,16 @@ def refuse(field: str) -> None:
     print(*sorted(refused))
 
 
-def main(capability: int, config: str) -> None:
-    """Compile them all, or raise."""
-    for (name, *_), (source, options) in kernels_of(*CONFIGS[config]).items():
+def main(capability: int, *configs: str) -> None:
+    """Compile all that such configurations launch, or raise."""
+    kernels: dict = {}
+    for config in configs:
+        kernels |= kernels_of(*CONFIGS[config])
+    for (name, *_), (source, options) in kernels.items():
         compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
         check_buffers(name, compiled.asm["ttgir"])
         shared = compiled.metadata.shared
-        print(config, capability, name, f"{shared} bytes shared", flush=True)
+        print(capability, name, f"{shared} bytes shared", flush=True)
         if shared > SHARED_BYTES[capability]:
             raise MemoryError(f"{name} needs {shared} bytes of shared memory, of {SHARED_BYTES[capability]}")
 
@@ -161,4 +176,4 @@ if __name__ == "__main__":
     if sys.argv[1] == "refuse":
         refuse(sys.argv[2])
     else:
-        main(int(sys.argv[1]), sys.argv[2])
+        main(int(sys.argv[1]), *sys.argv[2:])

@@ -29,17 +29,18 @@ def test_without_a_gpu_it_says_so(monkeypatch, capsys):
 
 
 def test_the_kernels_are_compared_and_timed_in_the_interpreter():
-    sections = ("agreement", "speed", "rows", "decode")
+    sections = ("agreement", "speed", "rows", "stateless", "decode")
     line = (ROOT / "tests" / "tiny_gpu_benchmark.py", "--only", *sections, "--workers", "2", "--markdown")
     done = python(
         *line, cwd=ROOT, timeout=500, TRITON_INTERPRET="1", PYTHONPATH=os.pathsep.join((str(ROOT), *sys.path))
     )
     assert done.returncode == 0, done.stderr
     rows = re.findall(r"^\| ([^|]+) \| 1 \| (\d+) \| [^|]+ \| agrees \|$", done.stdout, re.MULTILINE)
-    assert [(name, int(quantities) >= least) for (name, quantities), least in zip(rows, (12, 12, 8, 30))] == [
+    assert [(name, int(quantities) >= least) for (name, quantities), least in zip(rows, (12, 12, 8, 12, 30))] == [
         ("eager at tiny-kernels, float32", True),
         ("float64 at small shapes", True),
         ("decode, against eager", True),
+        ("from a memory, against eager", True),
         ("ragged streams, against eager", True),
     ]
     for title in ("Time", "Traffic; a device copy", "Memory", "Decoding"):
@@ -166,6 +167,7 @@ def test_targets_are_judged_and_what_was_not_measured_is_missed():
     assert claims["B=1 T=131072 N=512², memory / attention: forward"] == "not measured"
     assert claims["decode B=1 in a CUDA graph, µs a token"] == "holds"
     assert len(claims) == 18
+    assert len([*gpu_report.targets(found, {"stateless"})]) == 10
     assert not list(gpu_report.targets(found, {"agreement"}))
 
 

@@ -12,16 +12,20 @@ from fwpkm import FwPKMConfig, config, kernels
 from fwpkm.agreement import BOUNDS, relative_error
 from fwpkm.backends import torch as be
 from fwpkm.containers import Memory
+from fwpkm.kernels.runtime.shapes import shapes
 
 CONFIGS = {
     "plain": {},
-    "wait, one table": {"boundary": "wait", "lookahead": 2, "memory_scope": "batch"},
-    "dot product, clipped": {"score": "dot_product", "num_heads": 2, "grad_clip": 0.02, "weight_decay": 0.1},
+    "wait, one table": {"boundary": "wait", "lookahead": 2, "memory_scope": "batch", "num_heads": 2},
+    "dot product, clipped": {"score": "dot_product", "num_heads": 3, "grad_clip": 0.02, "weight_decay": 0.1},
     "normalized": {"write_scale": "normalized", "temperature": 0.5, "lookahead": 0, "grad_clip": 0.02},
     "unit, every sub-key": {"write_scale": "unit", "top_k": 5, "addressing_weight": 3.0},
-    "keys at rest": {"addressing_weight": 0.0},
+    "keys at rest": {"addressing_weight": 0.0, "num_subkeys": 24},
+    "keys at rest, windows that overlap": {
+        "addressing_weight": 0.0, "boundary": "wait", "lookahead": 2, "memory_scope": "batch", "num_heads": 3,
+    },
     "keys that only decay": {"addressing_weight": 0.0, "weight_decay": 0.1, "grad_clip": 0.02, "boundary": "wait"},
-}
+}  # fmt: skip
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning", "ignore:divide by zero:RuntimeWarning")
 
 
@@ -62,7 +66,7 @@ def reading(cfg: FwPKMConfig, implementation: str, cuts: list[int], with_holes: 
     ("name", "cuts", "with_holes"),
     [
         *((name, [10], False) for name in CONFIGS),
-        *((name, [2, 9, 10], True) for name in (*list(CONFIGS)[1:3], *list(CONFIGS)[-2:])),
+        *((name, [2, 9, 10], True) for name in (*list(CONFIGS)[1:3], *list(CONFIGS)[-3:])),
     ],
 )
 def test_kernels_give_what_eager_gives(name: str, cuts: list[int], with_holes: bool) -> None:
@@ -71,6 +75,22 @@ def test_kernels_give_what_eager_gives(name: str, cuts: list[int], with_holes: b
     received = reading(cfg, "triton", cuts, with_holes)
     for a, b in zip(received, expected, strict=True):
         same_or_close(a, b)
+
+
+def test_of_windows_that_are_addressed_at_once_one_has_no_pair() -> None:
+    """Keys are at rest. A token alone in its chunk has none, so the chunk has no loss and counts no uses (§4)."""
+    cfg = FwPKMConfig(**SMALL, addressing_weight=0.0, usage_weight=0.5)
+    draw = torch.Generator().manual_seed(5)
+    query, value = ((torch.rand(2, 12, 16, generator=draw) - 0.5).to(DEVICE) for _ in range(2))
+    value[0, 5:8], value[1, 1:4] = torch.nan, torch.nan
+    found = []
+    for implementation in ("eager", "triton"):
+        state = be.init_state(cfg, Memory(*(x.to(DEVICE) for x in be.init_memory(cfg))), batch_size=2)
+        _, state, trace = be.apply(cfg, state, query, value, implementation=implementation)
+        found.append([*state.memory, state.uses, trace.memorization, trace.addressing])
+    for expected, received in zip(*found, strict=True):
+        same_or_close(received, expected)
+    assert (found[1][-1] == 0).tolist() == [[False, True, False], [True, False, False]]
 
 
 def test_near_a_key_the_choice_is_that_of_differences() -> None:
@@ -95,9 +115,10 @@ def test_ties_go_to_the_lower_id(num_subkeys: int) -> None:
     assert be.lookup(cfg, memory, query, implementation="triton").slots.tolist() == [[[0, 1, 2]] * 2]
 
 
-@pytest.mark.parametrize("score", ["idw", "dot_product"])
-def test_sub_keys_in_two_tiles(score: str) -> None:
-    cfg = FwPKMConfig(**SMALL | {"num_subkeys": 300, "top_k": 5, "score": score})
+@pytest.mark.parametrize(("score", "top_k"), [("idw", 5), ("dot_product", 5), ("idw", 14)])
+def test_sub_keys_in_two_tiles(score: str, top_k: int) -> None:
+    """Of 14 choices the lists would be long, so other code takes them."""
+    cfg = FwPKMConfig(**SMALL | {"num_subkeys": 300, "top_k": top_k, "score": score})
     memory = Memory(*(x.to(DEVICE) for x in be.init_memory(cfg, seed=2)))
     query = (torch.rand(1, 6, 16, generator=torch.Generator().manual_seed(0)) - 0.5).to(DEVICE)
     expected, received = (be.lookup(cfg, memory, query, implementation=name) for name in ("eager", "triton"))
@@ -217,11 +238,15 @@ print(kernels.why_unsupported(cfg, be.init_memory(cfg), torch.zeros(1, 2, 16)))
 
 
 @pytest.mark.parametrize(("scope", "save"), [("batch", True), ("sequence", True), ("sequence", False)])
-def test_rows_that_many_tokens_read(scope: str, save: bool) -> None:
-    """Four slots for 90 tokens of two sequences: rows with hundreds of entries, over several pieces, in two windows."""
+def test_rows_that_many_tokens_read(scope: str, save: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four slots for 90 tokens of two sequences: rows with hundreds of entries, over several pieces, in two windows.
+
+    And sub-keys with as many: of all sequences in pieces, of one in none.
+    """
     cfg = FwPKMConfig(
         **SMALL | {"num_subkeys": 2, "top_k": 2, "chunk_size": 50, "memory_scope": scope, "write_scale": "unit"}
     )
+    monkeypatch.setitem(shapes(cfg, torch.float32).key_sums, "WORDS", 1)
     draw = torch.Generator().manual_seed(3)
     inputs = [(torch.rand(2, 90, *w, generator=draw) - 0.5).to(DEVICE) for w in ((16,), (16,))]
     mask = (torch.rand(2, 90, generator=draw) > 0.2).to(DEVICE)

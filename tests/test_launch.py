@@ -1,5 +1,6 @@
 """Launches that are listed once: what they pass on when they are made again. Kernels here are stand-ins."""
 
+import dataclasses
 import importlib
 import pkgutil
 from types import SimpleNamespace
@@ -150,13 +151,17 @@ def test_every_tensor_of_every_kernel_is_bound_by_its_own_name(scope: str, clip:
     cfg = FwPKMConfig(**SMALL, memory_scope=scope, grad_clip=clip)
     plan, memories = windows.plan(cfg, 0, 11, 2, True), {"batch": 1, "sequence": 2}[scope]
     lists = []
-    for save in (False, True):
-        forward = call._forward_launches(windows.Call(cfg, plan, torch.float32, 2, memories, save), None)
-        lists += forward.prepare, forward.address, forward.write
-    derived = windows.Call(cfg, plan, torch.float32, 2, memories, True)
-    backward = call._backward_launches(derived, True, True, forward.residuals)
+    for overlaid in (False, True):
+        for save in (False, True):
+            of_forward = windows.Call(cfg, plan, torch.float32, 2, memories, save, overlaid)
+            forward = call._forward_launches(of_forward, None)
+            lists += forward.prepare, forward.address, forward.write
+        backward = call._backward_launches(of_forward, True, True, forward.residuals)
+        lists += backward.through_values, backward.through_keys
+    many = dataclasses.replace(cfg, num_heads=3)  # more slots a token than a thread takes
+    lists.append(call._forward_launches(windows.Call(many, plan, torch.float32, 2, memories, True), None).address)
     step = windows.Call(cfg, windows.write(4, 2), torch.float32, 2, memories, False)
-    lists += backward.through_values, backward.through_keys, decoding._launches(step)
+    lists.append(decoding._launches(step))
     lists += left_align._left_align(cfg, 2, 11, 11, 22), left_align._left_over(cfg, 2, 11), left_align._rows(22, (16,))
     factors, kernels = set(), set()
     for launches in lists:
@@ -172,3 +177,23 @@ def test_every_tensor_of_every_kernel_is_bound_by_its_own_name(scope: str, clip:
         importlib.import_module(f"fwpkm.kernels.{found.name}") for found in pkgutil.iter_modules(package.__path__)
     ]
     assert kernels == {name for module in modules for name in vars(module) if name.endswith("_kernel")}
+
+
+@pytest.mark.parametrize("boundary", ["drop", "wait"])
+def test_where_keys_are_at_rest_all_windows_are_addressed_at_once(boundary: str) -> None:
+    """As many launches for any number of windows, and one copy of the keys, whatever a backward needs."""
+
+    def counts(length: int, **fields) -> tuple[int, ...]:
+        cfg = FwPKMConfig(**SMALL, boundary=boundary, **fields)
+        made = windows.Call(cfg, windows.plan(cfg, 0, length, 2, True), torch.float32, 2, 2, True)
+        forward = call._forward_launches(made, None)
+        backward = call._backward_launches(made, boundary == "wait", True, forward.residuals).through_keys
+        names = [forward.address.kernels[number].kernel.__name__ for number, *_ in forward.address.launches]
+        copies, _, _, _ = forward.residuals.spec("keys").shape
+        return len(names), names.count("keys_kernel"), len(backward.launches), copies
+
+    of_short, of_long = (counts(4 * chunks + 3, addressing_weight=0.0) for chunks in (3, 9))
+    assert of_short == of_long
+    assert of_long[1::2] == (0, 1)
+    of_short, of_long = (counts(4 * chunks + 3) for chunks in (3, 9))
+    assert [b - a for a, b in zip(of_short, of_long)] == [6 * 5, 6, 6 * 4, 6]

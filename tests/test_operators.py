@@ -243,8 +243,12 @@ def test_the_operators_are_what_they_say() -> None:
     """Schemas, shapes without data, and gradients, by torch's own checks."""
     cfg = FwPKMConfig(**SMALL)
     state, (query, value, gate) = state_of(cfg), tokens_of(cfg, 5)
-    arguments = (cfg.to_json(), *state.memory, None, query, value, gate, None, torch.float32, True, False, None)
-    torch.library.opcheck(torch.ops.fwpkm.apply.default, arguments, test_utils=("test_schema", "test_faketensor"))
+    for overlaid, values in ((False, state.memory.values), (True, state.memory.values[:1])):
+        tokens = query, value, gate, None
+        arguments = (
+            cfg.to_json(), state.memory.keys, values, None, *tokens, torch.float32, True, False, None, overlaid,
+        )  # fmt: skip
+        torch.library.opcheck(torch.ops.fwpkm.apply.default, arguments, test_utils=("test_schema", "test_faketensor"))
     started = be.start_decoding(state)
     one = [x[:, :1].contiguous() for x in (query, value, gate)]
     arguments = (cfg.to_json(), *flatten(started), *one, None)

@@ -1,5 +1,6 @@
 """``python -m benchmarks.gpu`` with a few tiny tasks in place of its own, for Triton's interpreter."""
 
+import dataclasses
 import sys
 
 from benchmarks import gpu, gpu_agreement, gpu_speed
@@ -7,6 +8,10 @@ from benchmarks.worker import Task
 from benchmarks.workloads import WORKLOADS
 
 TINY = WORKLOADS["tiny-kernels"], "float32"
+OWN = (
+    dataclasses.replace(TINY[0], config=dataclasses.replace(TINY[0].config, memory_scope="sequence"), batch=2),
+    "float32",
+)
 
 
 def checks(seed: int) -> list[Task]:
@@ -15,6 +20,12 @@ def checks(seed: int) -> list[Task]:
         Task("agreement", "float64 at small shapes: tiny", gpu_agreement.drawn, ("tiny", seed, (2,))),
         *(Task("bits", f"bits: process {number}", gpu_agreement.repeatable, (*TINY, seed, 2)) for number in (1, 2)),
         Task("decode", "decode, against eager", gpu_agreement.decoded, (*TINY, seed)),
+        Task(
+            "agreement stateless",
+            "from a memory, against eager: tiny",
+            gpu_agreement.from_memory,
+            (*OWN, seed, True, True),
+        ),
         Task("agreement rows", "ragged streams, against eager: 3", gpu_agreement.streams, (range(3, 4), 3)),
     ]
 
@@ -26,6 +37,7 @@ def timings() -> list[Task]:
         Task("decode", "decode: tiny-kernels", gpu_speed.decoding, TINY),
         Task("rows", "rows: mask", gpu_speed.masked, (*TINY, 1)),
         Task("rows", "rows: 3", gpu_speed.ragged, (*TINY, 3, 1)),
+        Task("stateless", "stateless: 2", gpu_speed.stateless, (*OWN, 2, 1)),
     ]
 
 

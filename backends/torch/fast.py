@@ -79,8 +79,9 @@ def unwritten(stream: Tokens, first: int, flags: Tensor) -> Tokens:
 
 
 def apply(
-    cfg: FwPKMConfig, state: State, position: int, new_tokens: Tokens, update: bool, owned: bool
-) -> tuple[Tensor, Memory, Tensor | None, Tokens, Trace]:
+    cfg: FwPKMConfig, state: State, position: int, new_tokens: Tokens, update: bool, owned: bool,
+    initial: Tensor | None = None,
+) -> tuple[Tensor, Memory, Tensor | None, Tokens, Trace]:  # fmt: skip
     """Read T tokens and write every chunk that they complete.
 
     Args:
@@ -90,6 +91,7 @@ def apply(
         new_tokens: as the caller passed them; gate and mask may be None.
         update: False only reads.
         owned: the value table may be overwritten.
+        initial: that of ``run``; what is pending then and the tables are those from before the call.
 
     Returns:
         output, tables, uses, what is pending then, and the trace.
@@ -101,8 +103,10 @@ def apply(
     pending = state.pending
     stream = stream_of(pending, plan.num_pending, new_tokens)
     columns, dtype = schedule.max_writes(cfg, length), new_tokens.query.dtype
-    done = run(cfg, plan, state.memory, stream, None, owned, columns, dtype, state.maybe_uses)
-    if plan.num_pending or plan.first_unwritten < plan.num_tokens:  # else there are zeros before and after
+    done = run(cfg, plan, state.memory, stream, None, owned, columns, dtype, state.maybe_uses, initial)
+    if initial is None and (
+        plan.num_pending or plan.first_unwritten < plan.num_tokens
+    ):  # else there are zeros before and after
         pending = pad(unwritten(stream, plan.first_unwritten, done.flags), cfg.capacity)
     writes = torch.full(done.memory.keys.shape[:1], plan.num_writes, dtype=torch.int32)
     return done.output, done.memory, done.uses, pending, done.trace._replace(writes=writes)
@@ -166,20 +170,28 @@ class Settings(NamedTuple):
     """Of the output."""
     dealt: Columns | None = None
     """Of which columns the table is, where it does not lie whole."""
+    overlaid: bool = False
+    """Whether what is written is laid over one table of all memories, and not returned."""
 
 
 def run(
     cfg: FwPKMConfig, plan: Any, memory: Memory, stream: Tokens, pair: Tensor | None, owned: bool, columns: int,
-    dtype: torch.dtype, uses: Tensor | None = None,
+    dtype: torch.dtype, uses: Tensor | None = None, initial: Tensor | None = None,
 ) -> Done:  # fmt: skip
-    """One call: output in ``dtype``, and a trace of so many columns; ``uses`` [M, N] are those before it."""
+    """One call: output in ``dtype``, and a trace of so many columns; ``uses`` [M, N] are those before it.
+
+    ``initial`` [1, N, Dv] is the one table that all memories begin from, where nothing that they write is asked for.
+    The result then has the tables of before.
+    """
+    overlaid = initial is not None
+    memory = memory._replace(values=initial) if overlaid else memory
     dealt, whole, before = Columns.of(memory.values), memory, uses
     if dealt is not None:
         cfg, memory, stream = dealt.narrowed(cfg, memory, stream)
     keys, values = as_tables(memory)
-    if not plan.num_writes and keys.stride(0) == values.stride(0) == 0:  # rows that share a table read it where it is
-        keys, values = keys[:1], values[:1]
-    stream, pair, settings = stream.map(plain), plain(pair), Settings(cfg, plan, owned, dtype, dealt)
+    if not plan.num_writes and keys.stride(0) == 0 == values.stride(0) * (not overlaid):
+        keys, values = keys[:1], values if overlaid else values[:1]  # rows that share a table read it where it is
+    stream, pair, settings = stream.map(plain), plain(pair), Settings(cfg, plan, owned, dtype, dealt, overlaid)
     uses = own_uses(uses, torch.float32, owned) if plan.num_writes else None
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (keys, values, *stream)):
         flat_inputs = (keys, values, pair, *flatten(stream), uses)
@@ -214,7 +226,7 @@ def done_with(results: "Results", memory: Memory, columns: int, uses: Tensor | N
     ``uses`` are those after the call.
     """
     writes = len(results.memorization)
-    if writes:
+    if results.keys is not None:
         memory = Memory(results.keys, results.values)
     losses = {"memorization": results.memorization.T, "addressing": results.addressing.T}
     if not writes:  # rows that share a table were read as one memory
@@ -235,8 +247,8 @@ def forward(
     """
     from fwpkm.kernels.runtime import call
 
-    cfg, plan, owned, dtype, _ = settings
-    if not plan.num_writes:
+    cfg, plan, owned, dtype, _, overlaid = settings
+    if overlaid or not plan.num_writes:
         values = values.contiguous()
     elif not (owned and values.is_contiguous()):
         values = values.clone(memory_format=torch.contiguous_format)
@@ -244,7 +256,8 @@ def forward(
         # Autograd must see what the kernels overwrite, or a backward that kept the table would take the new one.
         torch.autograd.graph.increment_version(values)
     with on_device_of(values):
-        return call.forward(cfg, plan, keys.contiguous(), values, stream, pair, save, dtype, uses, most), values
+        result = call.forward(cfg, plan, keys.contiguous(), values, stream, pair, save, dtype, uses, most, overlaid)
+    return result, values
 
 
 def _by_window(plan: Any, batch: int, d: Tensor) -> Tensor:
@@ -290,11 +303,13 @@ class _Saved(NamedTuple):
 
     tokens: Tokens
     residuals: Tensor
+    initial: Tensor | None
+    """The table of an overlaid call."""
 
 
 def results_of(result: Any, written: Tensor) -> Results:
     """As autograd sees a call: a result of the kernels, and the table that they wrote."""
-    keys, values = (result.keys, written) if len(result.memorization) else (None, None)
+    keys, values = (result.keys, written) if len(result.memorization) and result.keys is not None else (None, None)
     return Results(
         result.output, keys, values, result.slots, result.weights, result.memorization, result.addressing,
         result.residuals["flags"],
@@ -313,7 +328,8 @@ class _Call(torch.autograd.Function):
         if results.values is values:
             ctx.mark_dirty(values)
         if save:
-            ctx.save_for_backward(*flatten(_Saved(tokens, result.residuals.buffer)))
+            saved = _Saved(tokens, result.residuals.buffer, written if settings.overlaid else None)
+            ctx.save_for_backward(*flatten(saved))
             ctx.settings, ctx.shape, ctx.layout = settings, written.shape, result.residuals.layout
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(results.slots, results.memorization, results.addressing, results.flags)
@@ -339,7 +355,7 @@ class _Call(torch.autograd.Function):
         with on_device_of(tokens.query):
             gradients = call.backward(
                 ctx.settings.cfg, plan, tokens, residuals, d_output, d_keys, d_values, table, d_weights,
-                None if dealt is None else dealt.summed,
+                None if dealt is None else dealt.summed, saved.initial,
             )  # fmt: skip
         of_tokens = gradients.tokens._replace(query=gradients.tokens.query.to(tokens.query.dtype))
         return tuple(flatten(_Inputs(None, gradients.keys, gradients.values, None, of_tokens, None)))

@@ -23,8 +23,9 @@ from fwpkm.tokens import NUMBERS, SCALARS, Array, Tokens
 
 
 def apply(
-    cfg: FwPKMConfig, state: State, inputs: Tokens, cu_seqlens: Tensor | None, update: bool, owned: bool, fresh: bool
-) -> tuple[Tensor, State, Trace]:
+    cfg: FwPKMConfig, state: State, inputs: Tokens, cu_seqlens: Tensor | None, update: bool, owned: bool, fresh: bool,
+    initial: Tensor | None = None,
+) -> tuple[Tensor, State | None, Trace]:  # fmt: skip
     """``ops.apply`` of such rows on the kernels: the output, the next state and the trace.
 
     Args:
@@ -35,6 +36,7 @@ def apply(
         update: False only reads.
         owned: the value table may be overwritten, unless the call is compiled.
         fresh: nothing is pending.
+        initial: the one table of a call that keeps no state, as of ``fast.run``; the next state is then None.
     """
     device, batch, compiled = inputs.query.device, state.position.shape[0], torch.compiler.is_compiling()
     num_pending = None if fresh or not update else _num_pending(cfg, state.position)
@@ -42,7 +44,7 @@ def apply(
     longest = _longest(cfg, num_pending, num_new, inputs.length, cu_seqlens)
     pending = None if num_pending is None else state.pending
     here = inputs._replace(mask=None if inputs.mask is None else inputs.mask.to(device))
-    ends, wrong = None if cu_seqlens is None else cu_seqlens.to(device), None
+    ends, wrong = None if cu_seqlens is None else _sent(cu_seqlens, device), None
     if compiled and ends is not None:  # nobody can raise: the call is then one of empty sequences, and outputs say it
         legal = is_legal(ends, inputs.length)
         ends, wrong = ends.where(legal, 0), ~legal if here.mask is None else (~legal & here.mask)[..., None]
@@ -51,18 +53,21 @@ def apply(
     pair, columns = rows.places.pair if update else None, schedule.max_writes(cfg, inputs.length)
     uses = state.maybe_uses
     if compiled:
-        done = operators.run(cfg, state.memory, uses, rows.tokens, pair, update, columns, inputs.query.dtype)
+        dtype = inputs.query.dtype
+        done = operators.run(cfg, state.memory, uses, rows.tokens, pair, update, columns, dtype, initial)
     else:
         from fwpkm.kernels.runtime import windows
 
         plan = windows.plan(cfg, 0, longest, batch, update)
-        done = fast.run(cfg, plan, state.memory, rows.tokens, pair, owned, columns, inputs.query.dtype, uses)
+        done = fast.run(cfg, plan, state.memory, rows.tokens, pair, owned, columns, inputs.query.dtype, uses, initial)
     writes = (rows.places.due if update else rows.places.due * 0).view(state.memory.keys.shape[0], -1)[:, 0]
     output, slots, weights = rows.of_call(done.output, done.trace.slots, done.trace.weights)
     if wrong is not None:
         output, weights = (x.masked_fill(wrong, torch.nan) for x in (output, weights))
     losses = {"memorization": done.trace.memorization, "addressing": done.trace.addressing}
     trace = Trace(slots, weights, **losses, writes=writes)  # torch 2.11 compiles no ``_replace`` of what is returned
+    if initial is not None:
+        return output, None, trace
     if update:
         left = rows.left(cfg, done.flags)
         moved = passed() if callable(passed) else passed
@@ -169,6 +174,11 @@ def rounded(length: int) -> int:
     """
     step = 1 << max(0, length.bit_length() - 6)
     return max(1, -(-length // step) * step)
+
+
+def _sent(x: Tensor, device: torch.device) -> Tensor:
+    """x on a device; the host waits for the copy only where it would read x later, as it does from pinned memory."""
+    return x.to(device, non_blocking=not (torch.compiler.is_compiling() or (x.is_cpu and x.is_pinned())))
 
 
 def _later(x: Tensor, device: torch.device) -> Callable[[], Tensor]:

@@ -1,7 +1,8 @@
 """The kernels as operators of torch, which torch.compile keeps in its graph (SPEC.md §8).
 
-``fwpkm::apply`` reads rows at position 0, and is functional: it clones the table once, and what it returns shares no
-memory; left_aligned.py makes any call one of such rows. ``fwpkm::decode`` overwrites the state and has no gradient.
+``fwpkm::apply`` reads rows at position 0, and is functional: it clones the table once, or lays what it writes over it
+and returns no tables, and what it returns shares no memory; left_aligned.py makes any call one of such rows.
+``fwpkm::decode`` overwrites the state and has no gradient.
 Operators take and return flat lists: those of the NamedTuples here (flat.py).
 """
 
@@ -38,6 +39,8 @@ class _Apply(NamedTuple):
     save: bool
     uses: Tensor | None
     """Before the call."""
+    overlaid: bool
+    """Whether the value table is one for all memories, and none are returned."""
 
 
 @flat
@@ -52,6 +55,8 @@ class _Backward(NamedTuple):
     update: bool
     table: bool
     """Whether the gradient of the value table is asked for."""
+    initial: Tensor | None
+    """The value table of an overlaid call."""
 
 
 @flat
@@ -73,13 +78,17 @@ class _Decode(NamedTuple):
 
 def run(
     cfg: FwPKMConfig, memory: Memory, uses: Tensor | None, stream: Tokens, pair: Tensor | None, update: bool,
-    columns: int, dtype: torch.dtype,
+    columns: int, dtype: torch.dtype, initial: Tensor | None = None,
 ) -> fast.Done:  # fmt: skip
     """``fast.run`` of rows at position 0, as one operator."""
+    overlaid = initial is not None
+    memory = memory._replace(values=initial) if overlaid else memory
     leaves = (*memory, *stream)
     save = torch.is_grad_enabled() and any([x is not None and x.requires_grad for x in leaves])
-    arguments = _Apply(cfg.to_json(), memory, pair, stream, dtype, update, save, uses)
+    arguments = _Apply(cfg.to_json(), memory, pair, stream, dtype, update, save, uses, overlaid)
     results, (after, *_) = _taken(torch.ops.fwpkm.apply(*flatten(arguments)))
+    if overlaid or not len(results.memorization):
+        results = results._replace(keys=None, values=None)
     return fast.done_with(results, memory, columns, uses if uses is None or not len(results.memorization) else after)
 
 
@@ -95,20 +104,21 @@ def _plan(cfg: FwPKMConfig, query: Tensor, update: bool) -> Any:
     return windows.plan(cfg, 0, query.shape[1], query.shape[0], update)
 
 
-def _residuals_of(cfg: FwPKMConfig, query: Tensor, update: bool) -> tuple:
+def _residuals_of(cfg: FwPKMConfig, query: Tensor, update: bool, overlaid: bool) -> tuple:
     """What the layout of a call's residuals follows from; of a query that is traced, symbols."""
     from fwpkm.kernels.runtime import windows
 
     batch, length = query.shape[:2]
-    return cfg, windows.bounds(cfg, length, batch, update), validation.memories_for(cfg, batch), batch, True
+    most, memories = windows.bounds(cfg, length, batch, update), validation.memories_for(cfg, batch)
+    return cfg, most, memories, batch, True, True, overlaid
 
 
 @torch.library.custom_op("fwpkm::apply", mutates_args=(), schema=f"({schema(_Apply)}) -> Tensor[]")
 def _apply(*arguments: Any) -> list[Tensor]:
-    config, memory, pair, tokens, dtype, update, save, uses = unflatten(_Apply, arguments)
+    config, memory, pair, tokens, dtype, update, save, uses, overlaid = unflatten(_Apply, arguments)
     cfg, query = unpacked(config), tokens.query
-    settings = fast.Settings(cfg, _plan(cfg, query, update), False, dtype)
-    _, most, *_ = _residuals_of(cfg, query, update)
+    settings = fast.Settings(cfg, _plan(cfg, query, update), False, dtype, None, overlaid)
+    _, most, *_ = _residuals_of(cfg, query, update, overlaid)
     tables, stream = fast.as_tables(memory), tokens.map(fast.plain)
     uses = own_uses(uses, torch.float32, False) if settings.plan.num_writes else None
     result, written = fast.forward(settings, *tables, stream, fast.plain(pair), save, uses, most)
@@ -128,7 +138,7 @@ def _(*arguments: Any) -> list[Tensor]:
     from fwpkm import kernels
     from fwpkm.kernels.runtime import layouts
 
-    config, memory, _, tokens, dtype, update, save, uses = unflatten(_Apply, arguments)
+    config, memory, _, tokens, dtype, update, save, uses, overlaid = unflatten(_Apply, arguments)
     cfg, query = unpacked(config), tokens.query
     reason = kernels.why_unsupported(cfg, memory, query)
     if reason is not None:
@@ -136,8 +146,10 @@ def _(*arguments: Any) -> list[Tensor]:
     (batch, length), memories, entries = query.shape[:2], memory.keys.shape[0], cfg.slots_per_token
     new = functools.partial(torch.empty, device=query.device, dtype=torch.float32)
     writes = schedule.written(cfg, length) if update else 0
-    tables = Memory(*(new(x.shape) for x in memory)) if writes else Memory(query.new_empty(0), query.new_empty(0))
-    layout = layouts.layout_of_residuals(*_residuals_of(cfg, query, update))
+    tables = Memory(query.new_empty(0), query.new_empty(0))
+    if writes and not overlaid:
+        tables = Memory(*(new(x.shape) for x in memory))
+    layout = layouts.layout_of_residuals(*_residuals_of(cfg, query, update, overlaid))
     results = fast.Results(
         output=new(batch, length, cfg.value_dim, dtype=dtype), **tables._asdict(),
         slots=new(batch, length, entries, dtype=torch.int64), weights=new(batch, length, entries),
@@ -153,22 +165,23 @@ def _set_up(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
     _, (_, *residuals) = _taken(output)
     ctx.set_materialize_grads(False)
     ctx.config, ctx.update = taken.config, taken.update
-    ctx.save_for_backward(*flatten(taken.tokens), next(iter(residuals), None))
+    initial = taken.memory.values if taken.overlaid else None
+    ctx.save_for_backward(*flatten(taken.tokens), next(iter(residuals), None), initial)
 
 
 def _backward(ctx: Any, d_results: list[Tensor | None]) -> tuple[Tensor | None, ...]:
-    *tokens, residuals = ctx.saved_tensors
+    *tokens, residuals, initial = ctx.saved_tensors
     tokens, d = unflatten(Tokens, tokens), unflatten(fast.Results, d_results)
     written = [x for x in (d.keys, d.values) if x is not None and x.numel()]
     if d.output is None and not written:
         return (None,) * len(ctx.needs_input_grad)
     d_memory = Memory(d.keys, d.values) if written else Memory(None, None)
     table = unflatten(_Apply, ctx.needs_input_grad).memory.values
-    arguments = _Backward(ctx.config, tokens, residuals, d.output, d_memory, ctx.update, table)
+    arguments = _Backward(ctx.config, tokens, residuals, d.output, d_memory, ctx.update, table, initial)
     found = unflatten(_Gradients, torch.ops.fwpkm.apply_backward(*flatten(arguments)))
     memory = found.memory._replace(values=found.memory.values if table else None)
     asked = {name: getattr(found.tokens, name) for name in NUMBERS if getattr(tokens, name) is not None}
-    return tuple(flatten(_Apply(None, memory, None, Tokens(**asked), *[None] * 4)))  # type: ignore[arg-type]
+    return tuple(flatten(_Apply(None, memory, None, Tokens(**asked), *[None] * 5)))  # type: ignore[arg-type]
 
 
 _apply.register_autograd(_backward, setup_context=_set_up)
@@ -178,28 +191,32 @@ _apply.register_autograd(_backward, setup_context=_set_up)
 def _apply_backward(*arguments: Any) -> list[Tensor]:
     from fwpkm.kernels.runtime import call, layouts, workspace
 
-    config, tokens, buffer, d_output, d_memory, update, table = unflatten(_Backward, arguments)
-    cfg, query = unpacked(config), tokens.query
-    residuals = workspace.Workspace(layouts.residuals_layout(*_residuals_of(cfg, query, update)), buffer)
-    memories = validation.memories_for(cfg, query.shape[0])
-    shape = torch.Size((memories, cfg.num_slots, cfg.value_dim)) if table else None
-    d_output, d_keys, d_values = (fast.plain(x) for x in (d_output, *d_memory))
+    config, tokens, buffer, d_output, d_memory, update, table, initial = unflatten(_Backward, arguments)
+    cfg, query, overlaid = unpacked(config), tokens.query, initial is not None
+    residuals = workspace.Workspace(layouts.residuals_layout(*_residuals_of(cfg, query, update, overlaid)), buffer)
+    shape = torch.Size(_table_shape(cfg, query, overlaid)) if table else None
+    d_output, d_keys, d_values, initial = (fast.plain(x) for x in (d_output, *d_memory, initial))
     plan, stream = _plan(cfg, query, update), tokens.map(fast.plain)
     with fast.on_device_of(query):
-        found = call.backward(cfg, plan, stream, residuals, d_output, d_keys, d_values, shape)
+        found = call.backward(cfg, plan, stream, residuals, d_output, d_keys, d_values, shape, initial=initial)
     of_tokens = found.tokens._replace(query=found.tokens.query.to(query.dtype))
     # What lies in a buffer with more is no result of an operator.
     return present(query, _Gradients(Memory(found.keys.clone(), found.values), of_tokens))
 
 
+def _table_shape(cfg: FwPKMConfig, query: Tensor, overlaid: bool) -> tuple:
+    """Of the value table that a call takes."""
+    return 1 if overlaid else validation.memories_for(cfg, query.shape[0]), cfg.num_slots, cfg.value_dim
+
+
 @_apply_backward.register_fake
 def _(*arguments: Any) -> list[Tensor]:
-    config, tokens, _, _, _, _, table = unflatten(_Backward, arguments)
+    config, tokens, _, _, _, _, table, initial = unflatten(_Backward, arguments)
     cfg, query = unpacked(config), tokens.query
     memories = validation.memories_for(cfg, query.shape[0])
     new = functools.partial(torch.empty, device=query.device, dtype=torch.float32)
     keys = new(memories, cfg.num_heads, 2, cfg.num_subkeys, cfg.key_dim // 2)
-    values = new(memories, cfg.num_slots, cfg.value_dim) if table else None
+    values = new(_table_shape(cfg, query, initial is not None)) if table else None
     of_tokens = tokens._replace(mask=None).map(torch.empty_like)
     return present(query, _Gradients(Memory(keys, values), of_tokens))
 

@@ -1,8 +1,9 @@
 """One call of the memory on a GPU: the windows of SPEC.md §5 through the kernels of each step, and back.
 
-The keys do not depend on the values. So the windows are addressed one after the other, moving the keys; the entries of
-all windows are then sorted by table row at once; and the windows read and write the values one after the other. The
-backward takes the windows in reverse, first through the values, then through the keys.
+The keys do not depend on the values. So the windows are addressed one after the other, moving the keys, or all at once
+where no write moves them; the entries of all windows are then sorted by table row at once; and the windows read and
+write the values one after the other. The backward takes them in reverse, first through the values, then through the
+keys.
 """
 
 import functools
@@ -13,9 +14,10 @@ import torch
 from torch import Tensor
 
 from fwpkm.config import FwPKMConfig
-from fwpkm.kernels import key_gradient, keys, propose, ranks, read, slots, tokens, values
+from fwpkm.kernels import key_gradient, keys, overlay, propose, ranks, read, slots, tokens, values
 from fwpkm.kernels.runtime.launch import Launches
 from fwpkm.kernels.runtime.layouts import backward_layout, forward_layout, residuals_layout
+from fwpkm.kernels.runtime.shapes import keys_move
 from fwpkm.kernels.runtime.windows import Bounds, Call, Plan, least, of_call
 from fwpkm.kernels.runtime.workspace import Layout, Workspace
 from fwpkm.tokens import NUMBERS, SCALARS, Tokens
@@ -32,7 +34,8 @@ class Result(NamedTuple):
     """``[B, T, H*k]`` int64"""
     weights: Tensor
     """``[B, T, H*k]``: NaN for dead tokens."""
-    keys: Tensor
+    keys: Tensor | None
+    """None of an overlaid call."""
     memorization: Tensor
     """``[windows, M]``"""
     addressing: Tensor
@@ -52,9 +55,11 @@ class Gradients(NamedTuple):
 
 def forward(
     cfg: FwPKMConfig, plan: Plan, keys: Tensor, values: Tensor, tokens: Tokens, pair: Tensor | None, save: bool,
-    dtype: torch.dtype, uses: Tensor | None = None, most: Bounds | None = None,
+    dtype: torch.dtype, uses: Tensor | None = None, most: Bounds | None = None, overlaid: bool = False,
 ) -> Result:  # fmt: skip
     """Read and write all windows; ``values`` [M, N, Dv] and ``uses`` [M, N] are overwritten, ``keys`` is not.
+
+    ``overlaid``, ``values`` is [1, N, Dv] for all memories, and stays: what is written serves this call alone.
 
     Args:
         cfg: the configuration.
@@ -67,10 +72,11 @@ def forward(
         dtype: of the output.
         uses: ``[M, N]`` float32, contiguous: U of each slot; None where no write weighs it.
         most: what to make space for, so that the shapes of residuals do not depend on the position.
+        overlaid: every memory begins from one table, and the written ones are not asked for.
     """
     inputs = {**tokens._asdict(), "pair": pair, "initial_keys": keys, "table": values, "uses": uses, "due": None}
     batch = tokens.query.shape[0]
-    call = Call(cfg, plan, tokens.query.dtype, batch, keys.shape[0], save)
+    call = Call(cfg, plan, tokens.query.dtype, batch, keys.shape[0], save, overlaid)
     launches = _forward_launches(call, most)
     residuals = Workspace.empty(launches.residuals, keys)
     launches.prepare.run(inputs, residuals)  # which an idle GPU does while the rest is made ready
@@ -78,17 +84,19 @@ def forward(
     slots = keys.new_empty(batch, plan.num_new, entries, dtype=torch.int64)
     weights = keys.new_empty(batch, plan.num_new, entries)
     output = values.new_empty(batch, plan.num_new, cfg.value_dim, dtype=dtype)
-    inputs |= {"new_slots": slots, "new_weights": weights, "output": output}
+    addressing = keys.new_empty(plan.num_writes, call.memories)
+    inputs |= {"new_slots": slots, "new_weights": weights, "output": output, "addressing": addressing}
     launches.address.run(inputs, residuals, workspace)
     used = slice(plan.total * entries)
     torch.sort(workspace["table_rows"], stable=True, out=(residuals["sorted_rows"][used], residuals["order"][used]))
+    if overlaid:
+        workspace["by_row"].fill_(-1)
     launches.write.run(inputs, residuals, workspace)
     writes = plan.num_writes
     written = workspace["squared"][: writes * batch * plan.windows[0].length]
     memorization = written.view(writes, call.memories, -1).sum(2) if writes else keys.new_zeros(0, call.memories)
-    terms = workspace["addressing_terms"][:writes].view(writes, call.memories, 2 * cfg.num_heads, cfg.num_subkeys)
-    last = residuals["keys"][writes * save].view(keys.shape).clone()
-    return Result(output, slots, weights, last, memorization, terms.sum((2, 3)), residuals)
+    last = None if overlaid else residuals["keys"][writes * save * keys_move(cfg)].view(keys.shape).clone()
+    return Result(output, slots, weights, last, memorization, addressing, residuals)
 
 
 class _Forward(NamedTuple):
@@ -105,9 +113,9 @@ class _Forward(NamedTuple):
 def _forward_launches(call: Call, most: Bounds | None) -> _Forward:
     """Those of a call whose residuals have space for ``most``, or for its own windows."""
     most = most or least(call.plan, call.batch)
-    residuals = residuals_layout(call.cfg, most, call.memories, call.batch, call.save)
+    residuals = residuals_layout(call.cfg, most, call.memories, call.batch, call.save, overlaid=call.overlaid)
     workspace = forward_layout(call, residuals.spec("sorted_rows").dtype)
-    inputs = *_INPUTS, "initial_keys", "table", "uses", "new_slots", "new_weights", "output"
+    inputs = *_INPUTS, "initial_keys", "table", "uses", "new_slots", "new_weights", "output", "addressing"
     prepare, address, write = (
         Launches(residuals, inputs=_INPUTS),
         *(Launches(residuals, workspace, inputs=inputs) for _ in range(2)),
@@ -115,6 +123,7 @@ def _forward_launches(call: Call, most: Bounds | None) -> _Forward:
     tokens.add_prepare(prepare, call)
     propose.add_begin_keys(address, call)
     add_address(address, call)
+    keys.add_addressing_loss(address, call)
     add_write(write, call)
     return _Forward(residuals, workspace, prepare, address, write)
 
@@ -124,18 +133,21 @@ def add_address(launches: Launches, call: Call) -> None:
 
     Where the tensor ``due`` is not None but int32 on the GPU, the launches do nothing for memories of which it is 0.
     """
-    for i, window in enumerate(call.plan.windows):
-        integers = call.integers(i) | {"version": i * call.save}  # each window before has written
+    for window, windows in call.runs:
+        integers = call.integers(window, windows)
         propose.add_propose(launches, call, integers)
         ranks.add_rank(launches, call, integers)
         slots.add_select_slots(launches, call, integers)
-        if window.writes:
+        if call.plan.windows[window].writes:
             key_gradient.add_coefficients(launches, call, integers)
-            keys.add_keys(launches, call, integers)
+            if keys_move(call.cfg):
+                keys.add_keys(launches, call, integers)
 
 
 def add_write(launches: Launches, call: Call) -> None:
     """Add the reads of all windows and the writes of their chunks."""
+    if call.overlaid:
+        overlay.add_last_windows(launches, call)
     for i in range(len(call.plan.windows)):
         integers = call.integers(i)
         read.add_read(launches, call, integers)
@@ -153,6 +165,7 @@ def backward(
     table: torch.Size | None,
     d_weights: Tensor | None = None,
     summed: Callable[[Tensor], Tensor] | None = None,
+    initial: Tensor | None = None,
 ) -> Gradients:
     """Gradients of a call from those of its output, final keys and final values (None: zero).
 
@@ -167,6 +180,7 @@ def backward(
         table: the shape of the value table, if its own gradient is asked for.
         d_weights: ``[w, H*k]`` float32, of the weights themselves.
         summed: makes the sum over all columns of the values, in place, where the table holds some of them.
+        initial: ``[1, N, Dv]`` of an overlaid call: the table that its forward read.
     """
     query, memories = tokens.query, residuals.layout.spec("counts").shape[1]
     new = functools.partial(torch.empty, dtype=torch.float32, device=query.device)
@@ -175,16 +189,19 @@ def backward(
     after = both[len(plan.windows) % 2]
     after.zero_() if d_keys is None else after.copy_(d_keys.view_as(after))
     d_table = None
-    if table is not None:
+    if table is not None and initial is not None:
+        d_table = new(table)
+    elif table is not None:
         d_table = new(table).zero_() if d_values is None else d_values.clone()
     numbers, wider = [name for name in tokens.present() if name in NUMBERS], {"query": torch.float32} if overlap else {}
     d_tokens = Tokens(**{x: torch.zeros_like(getattr(tokens, x), dtype=wider.get(x)) for x in numbers})
     inputs = {
         **tokens._asdict(), "latest": new(memories * cfg.num_slots, dtype=torch.int32).fill_(-1), "d_keys": both,
-        "d_values": d_values, "d_output": d_output, "d_table": d_table, "due": None,
+        "d_values": d_values, "d_output": d_output, "d_table": d_table, "due": None, "table": initial,
+        "needed_by": residuals["sources"] if initial is not None and table is None else None,
         **{f"d_{name}": x for name, x in d_tokens._asdict().items()},
     }  # fmt: skip
-    call = Call(cfg, plan, query.dtype, query.shape[0], memories, True)
+    call = Call(cfg, plan, query.dtype, query.shape[0], memories, True, initial is not None)
     launches = _backward_launches(call, overlap, table is not None, residuals.layout)
     workspace = Workspace.empty(launches.workspace, query)
     launches.through_values.run(inputs, residuals, workspace)
@@ -210,8 +227,11 @@ class _Backward(NamedTuple):
 @of_call
 def _backward_launches(call: Call, overlap: bool, table: bool, residuals: Layout) -> _Backward:
     """Those of a call; whether windows ``overlap``, and whether the gradient of the ``table`` is asked for."""
-    workspace = backward_layout(call)
-    inputs = *_INPUTS, "latest", "d_keys", "d_values", "d_output", "d_table", *(f"d_{name}" for name in NUMBERS)
+    workspace = backward_layout(call, table)
+    inputs = (
+        *_INPUTS, "latest", "table", "needed_by", "d_keys", "d_values", "d_output", "d_table",
+        *(f"d_{name}" for name in NUMBERS),
+    )  # fmt: skip
     through_values, through_keys = (Launches(residuals, workspace, inputs=inputs) for _ in range(2))
     _add_values_backward(through_values, call, table)
     slots.add_select_slots_backward(through_keys, call)
@@ -226,13 +246,15 @@ def _add_values_backward(launches: Launches, call: Call, table: bool) -> None:
         read.add_read_backward(launches, call, integers)
         if i > 0 or table:
             values.add_values_backward(launches, call, integers)
-    if table:
+    if table and call.overlaid:
+        overlay.add_initial_backward(launches, call)
+    elif table:
         values.add_table_backward(launches, call)
 
 
 def _add_keys_backward(launches: Launches, call: Call, overlap: bool) -> None:
-    """Add what gives the gradients of the keys before each window, and of the stream's queries."""
-    for i in reversed(range(len(call.plan.windows))):
-        integers = call.integers(i) | {"version": i}
+    """Add what gives the gradients of the keys before each run, and of the stream's queries."""
+    for run in reversed(call.runs):
+        integers = call.integers(*run)
         key_gradient.add_scores_backward(launches, call, integers, overlap)
         keys.add_keys_backward(launches, call, integers)

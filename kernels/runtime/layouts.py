@@ -10,8 +10,8 @@ import math
 import torch
 
 from fwpkm.config import FwPKMConfig
-from fwpkm.kernels.key_sums import most_pieces, rounds_over, words_for
-from fwpkm.kernels.runtime.shapes import blocks_of
+from fwpkm.kernels.key_sums import most_pieces, words_for
+from fwpkm.kernels.runtime.shapes import blocks_of, keys_move
 from fwpkm.kernels.runtime.windows import Bounds, Call
 from fwpkm.kernels.runtime.workspace import Layout, Specs, TensorSpec
 
@@ -19,7 +19,7 @@ _FLOAT, _INT, _LONG, _BYTE = torch.float32, torch.int32, torch.int64, torch.int8
 
 
 def layout_of_residuals(
-    cfg: FwPKMConfig, most: Bounds, memories: int, batch: int, save: bool, keys: bool = True
+    cfg: FwPKMConfig, most: Bounds, memories: int, batch: int, save: bool, keys: bool = True, overlaid: bool = False
 ) -> Layout:
     """Of what outlives a call's forward, for its backward.
 
@@ -32,8 +32,10 @@ def layout_of_residuals(
         batch: B.
         save: whether a backward will come.
         keys: whether the keys are among it.
+        overlaid: whether what is written is laid over one table.
     """
-    windows, total, num_tokens, longest = most
+    windows, total, num_tokens, longest, followed = most
+    moving = windows if keys_move(cfg) else 0
     groups, half, subkeys = 2 * memories * cfg.num_heads, cfg.key_dim // 2, cfg.num_subkeys
     entries, width = total * cfg.slots_per_token, cfg.value_dim
     choices, clipped = (total, cfg.num_heads, 2, cfg.top_k), cfg.grad_clip is not None
@@ -44,12 +46,12 @@ def layout_of_residuals(
         "counts": ((windows, memories), _INT),  # n
         "active": ((windows, memories), _INT),  # whether any token has a pair
         # The largest ‖K‖² before each window, as the integer that has its bits; behind what else begins as zeros.
-        "largest": ((windows + 1, groups), _INT),
+        "largest": ((moving + 1, groups), _INT),
     }
     computed: dict = {
         "flags": ((batch * num_tokens,), _BYTE),
         "window_flags": ((total,), _BYTE),  # the flags as the window found them
-        "ids": (choices, _INT),  # sub-keys, best first
+        "ids": (choices, _INT),  # sub-keys, in any order
         "ranks": (choices, _FLOAT),  # -‖q - K‖², or q·K
         "slots": ((total, cfg.slots_per_token), _INT),
         "weights": ((total, cfg.slots_per_token), _FLOAT),
@@ -59,16 +61,20 @@ def layout_of_residuals(
         # Their table rows, those of the next window's tables behind those of this one's.
         "sorted_rows": ((entries,), _LONG if windows * memories * cfg.num_slots > 2**31 - 1 else _INT),
     }
-    if keys:  # before each window, and after the last; or only the last
-        computed["keys"] = (windows + 1 if save else 1, groups, subkeys, half), _FLOAT
+    # By segment: the table row after the write.
+    computed["new_rows"] = ((followed * cfg.slots_per_token, width), _FLOAT) if overlaid else None
+    if keys:  # before each window, and after the last, where they move; or only the last
+        computed["keys"] = (moving * save + 1, groups, subkeys, half), _FLOAT
     saved: Specs = {
-        "moved": ((windows, groups, subkeys), _BYTE),  # whether the sub-key moved
-        "coefficient_sums": ((windows, groups, subkeys), _FLOAT),  # Σ c
+        "moved": ((moving, groups, subkeys), _BYTE),  # whether the sub-key moved
+        "coefficient_sums": ((moving, groups, subkeys), _FLOAT),  # Σ c
         "segment_start": ((entries,), _INT),  # where each entry's segment begins in the order
         "step_sizes": ((entries,), _FLOAT),  # by segment: η/N of a row that moved, else 0
         "decays": ((entries,), _FLOAT) if cfg.usage_weight and cfg.weight_decay else None,  # by segment: η λ
-        "old_rows": ((entries, width), _FLOAT),  # by segment: the table row before the write
-        "keys_unclipped": ((windows, groups, subkeys, half), _BYTE) if clipped else None,
+        # By segment: the table row before the write; or the segment that left it, -1 for the one table.
+        "old_rows": None if overlaid else ((entries, width), _FLOAT),
+        "sources": ((entries,), _INT) if overlaid else None,
+        "keys_unclipped": ((moving, groups, subkeys, half), _BYTE) if clipped else None,
         "values_unclipped": ((entries, width), _BYTE) if clipped else None,
     }
     layout = Layout.of({**counters, **computed, **(saved if save else dict.fromkeys(saved))})
@@ -86,32 +92,40 @@ def forward_layout(call: Call, row: torch.dtype) -> Layout:
     """Of what the forward needs besides; ``row`` holds the number of any table row."""
     cfg, plan, size = call.cfg, call.plan, call.shapes
     half, subkeys, entries, writes = cfg.key_dim // 2, cfg.num_subkeys, cfg.slots_per_token, plan.num_writes > 0
-    by_token = call.batch * plan.longest, cfg.num_heads, 2
+    moving, by_token = writes and keys_move(cfg), (call.batch * plan.longest * call.most_windows, cfg.num_heads, 2)
     pieces = blocks_of(call.batch * plan.longest * entries, size.piece["PIECE"]) * writes
-    return Layout.of(
+    by_row = ((call.memories * cfg.num_slots,), _INT) if call.overlaid else None
+    layout = Layout.of(
         {
+            "latest": by_row,  # of each memory's: the segment that wrote it last, or -1
+            "last_windows": by_row,  # the last window that reads it, or -1
             "norms": ((call.groups, subkeys), _FLOAT),  # ‖K‖²
             "keys_hi_lo": ((call.groups, 2, subkeys, half), torch.bfloat16),  # each sub-key as a sum of two
             "proposals": ((*by_token, size.propose["TILES"] * size.propose["PROPOSED"]), _INT),  # (propose_kernel)
             "scales": (by_token, _FLOAT),  # the unit of their ranks
             "table_rows": ((plan.total * entries,), row),  # the entries', unsorted
-            "coefficients": ((*by_token, cfg.top_k * writes), _FLOAT),  # c of each choice
-            **(_sums_specs(call) if writes else {}),
-            "addressing_terms": ((len(plan.windows), call.groups, subkeys), _FLOAT),  # of the addressing loss
+            "coefficients": ((*by_token, cfg.top_k * moving), _FLOAT),  # c of each choice
+            **(_sums_specs(call) if moving else {}),
             "partial": ((pieces, cfg.value_dim), _FLOAT),  # sums over the entries of a row that has many
             "partial_counts": ((pieces,), _INT),  # how many of those count
             "squared": ((plan.total,), _FLOAT),  # ½ g ‖v̂ - u‖²
         }
     )
+    if by_row is None:
+        return layout
+    end = layout.spec("last_windows")
+    both = TensorSpec(0, ((end.offset + end.nbytes) // 4,), _INT)  # which begin as -1
+    return Layout({**layout.tensors, "by_row": both}, layout.size)
 
 
-def backward_layout(call: Call) -> Layout:
-    """Of what the backward needs besides."""
+def backward_layout(call: Call, table: bool) -> Layout:
+    """Of what the backward needs besides; whether the gradient of the ``table`` is asked for."""
     cfg, plan, entries, width = call.cfg, call.plan, call.cfg.slots_per_token, call.cfg.value_dim
     longest, choices = call.batch * plan.longest, ((plan.total, cfg.num_heads, 2, cfg.top_k), _FLOAT)
     return Layout.of(
         {
-            "gradients": ((plan.total * entries, width), _FLOAT),  # by segment
+            # By segment; nobody asks for those of the first window's rows but the table.
+            "gradients": ((plan.total * entries * (table or len(plan.windows) > 1), width), _FLOAT),
             "d_weights": ((plan.total, entries), _FLOAT),
             "d_read": ((longest, width), _FLOAT),
             "partial": ((blocks_of(longest * entries, call.shapes.piece_backward["PIECE"]), width), _FLOAT),
@@ -122,8 +136,8 @@ def backward_layout(call: Call) -> Layout:
 
 
 def _sums_specs(call: Call) -> Specs:
-    """Of the sums over each sub-key's tokens of a window, in pieces."""
+    """Of the sums over each sub-key's tokens of a run of windows, in pieces."""
     rows = call.groups, call.cfg.num_subkeys
-    rounds = rounds_over(call.rows * call.plan.longest, call.shapes.key_sums["WORDS"])
+    rounds = call.most_windows * blocks_of(call.rows * call.plan.longest, 32 * call.shapes.key_sums["WORDS"])
     pieces = most_pieces(rounds, math.prod(rows))
     return {"sums": ((pieces, *rows, call.cfg.key_dim // 2), _FLOAT), "totals": ((pieces, *rows), _FLOAT)}

@@ -22,6 +22,11 @@ class Score(NamedTuple):
     epsilon: float
 
 
+def keys_move(cfg: FwPKMConfig) -> bool:
+    """Whether a write moves the keys (SPEC.md §4); else they are at rest."""
+    return bool(cfg.addressing_weight or cfg.weight_decay)
+
+
 @functools.lru_cache
 def shapes(cfg: FwPKMConfig, query: torch.dtype) -> SimpleNamespace:
     """By kernel, its compile-time arguments for a configuration and the dtype of the queries."""
@@ -71,6 +76,7 @@ def shapes(cfg: FwPKMConfig, query: torch.dtype) -> SimpleNamespace:
         begin_keys={"SUBKEYS": subkeys, "HALF": half, "BLOCK": half_block, "num_warps": 1},
         propose={
             **ranked,
+            "CHUNK": cfg.chunk_size,
             "BLOCK": 64,  # the fewest rows that a warp group multiplies at once
             "COLUMNS": columns,
             "DEPTH": max(16, min(32, half_block)),
@@ -82,6 +88,7 @@ def shapes(cfg: FwPKMConfig, query: torch.dtype) -> SimpleNamespace:
         rank={
             **ranked,
             "K": k,
+            "CHUNK": cfg.chunk_size,
             # A warp holds 1024 numbers of its token's sub-keys at once: 32 registers, all loads in flight.
             "DEPTH": max(8, min(1024 // choices, half_block)),
             "CHOICES": choices,
@@ -91,6 +98,12 @@ def shapes(cfg: FwPKMConfig, query: torch.dtype) -> SimpleNamespace:
             **proposals,
         },
         select_slots={**chosen, "TEMPERATURE": cfg.temperature, **by_warp},
+        listed_select_slots={  # a token a thread
+            **chosen,
+            "TEMPERATURE": cfg.temperature,
+            "BLOCK": 32,
+            "num_warps": 1,
+        },
         coefficients={
             **chosen,
             "LOOKAHEAD": cfg.lookahead,
@@ -102,13 +115,16 @@ def shapes(cfg: FwPKMConfig, query: torch.dtype) -> SimpleNamespace:
         key_sums={
             **ranked,
             "K": k,
+            "CHUNK": cfg.chunk_size,
+            "AT_REST": not keys_move(cfg),
             "BLOCK": half_block,
             "CHOICES": choices,
             # A warp takes so many tokens at once: their queries are 64 of its registers, and nothing crosses warps.
             "WORDS": max(1, min(8, 2048 // half_block)),
             "num_warps": 1,
         },
-        keys={**names, "HALF": half, **rate, "CLIP": cfg.grad_clip, "BLOCK": half_block, "num_warps": 1},
+        addressing_loss={"ROWS": 2 * heads * subkeys, "BLOCK": 1024, "num_warps": 4},
+        keys={**rate, "CLIP": cfg.grad_clip},  # beside those of key_sums
         read={
             **table,
             **bound,
@@ -134,6 +150,14 @@ def shapes(cfg: FwPKMConfig, query: torch.dtype) -> SimpleNamespace:
         },
         piece_backward=of_piece,
         rows_backward={**table, **rate, **few},
+        last_windows={"SLOTS": cfg.num_slots, "ENTRIES": entries, "BLOCK": 1024, "num_warps": 4},
+        initial_backward={
+            "SLOTS": cfg.num_slots,
+            "WIDTH": cfg.value_dim,
+            "BLOCK": width,
+            "MEMORIES": 32,
+            "num_warps": 4,
+        },
         table_backward={"WIDTH": cfg.value_dim, "BLOCK": width, "num_warps": 4},
         select_slots_backward={**names, "K": k, "TEMPERATURE": cfg.temperature, **by_warp},
         by_token={  # coefficients_backward and scores_backward
@@ -146,7 +170,7 @@ def shapes(cfg: FwPKMConfig, query: torch.dtype) -> SimpleNamespace:
             "DEPTH": max(8, min(1024 // choices, half_block)),
             "num_warps": 1,
         },
-        keys_backward={**ranked, **rate, "BLOCK": half_block, "num_warps": 1},
+        keys_backward=rate,
         scan={**ranked, "CHOICES": 16, "DEPTH": max(8, min(128, half_block)), "num_warps": 1},
         token={
             **chosen,

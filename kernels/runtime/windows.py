@@ -10,7 +10,7 @@ import torch
 
 from fwpkm import schedule
 from fwpkm.config import FwPKMConfig
-from fwpkm.kernels.runtime.shapes import shapes
+from fwpkm.kernels.runtime.shapes import blocks_of, keys_move, shapes
 
 
 class Window(NamedTuple):
@@ -101,6 +101,8 @@ class Call(NamedTuple):
     """M"""
     save: bool
     """Whether the forward keeps what its backward needs."""
+    overlaid: bool = False
+    """Whether what is written is laid over one table (overlay.py), of which nothing outlives the call."""
 
     @property
     def shapes(self) -> SimpleNamespace:
@@ -117,11 +119,36 @@ class Call(NamedTuple):
         """The codebooks of all memories: M·H·2."""
         return self.memories * self.cfg.num_heads * 2
 
-    def integers(self, number: int) -> dict[str, int]:
-        """What kernels ask of a window, by the names that they have for it."""
+    def keeps(self, number: int) -> bool:
+        """Whether anyone reads the rows that a window writes."""
+        return self.plan.windows[number].writes and not (self.overlaid and number == len(self.plan.windows) - 1)
+
+    @property
+    def runs(self) -> list[tuple[int, int]]:
+        """Windows of one length that read the same keys, as (the first one's number, how many): none before a write
+        that moves them, so where keys are at rest all that write, and what is left.
+        """
+        number, writes = len(self.plan.windows), self.plan.num_writes
+        if keys_move(self.cfg):
+            return [(i, 1) for i in range(number)]
+        return [run for run in ((0, writes), (writes, number - writes)) if run[1]]
+
+    @property
+    def most_windows(self) -> int:
+        """How many windows the longest run has."""
+        return max(windows for _, windows in self.runs)
+
+    def blocks(self, integers: dict[str, int], block: int) -> int:
+        """How many blocks of a memory's tokens cover the windows of a launch; each is of one window (``window_of``)."""
+        return integers["windows"] * blocks_of(self.rows * integers["length"], block)
+
+    def integers(self, number: int, windows: int = 1) -> dict[str, int]:
+        """What kernels ask of a window, and of so many from it on, by the names that they have for it."""
         plan, window = self.plan, self.plan.windows[number]
+        moves = number * keys_move(self.cfg)  # each window before has written
         return {
-            "window": number, "start": window.start, "length": window.length, "first": window.first,
+            "window": number, "windows": windows, "moves": moves, "version": moves * self.save,
+            "start": window.start, "length": window.length, "first": window.first,
             "first_new": window.first_new, "num_tokens": plan.num_tokens, "num_pending": plan.num_pending,
             "num_new": plan.num_new, "total": plan.total, "rows": self.rows, "memories": self.memories,
         }  # fmt: skip
@@ -149,16 +176,19 @@ class Bounds(NamedTuple):
     num_tokens: int
     longest: int
     """Tokens of a sequence in the longest window."""
+    followed: int
+    """Tokens of all windows that another follows, of all sequences."""
 
 
 def bounds(cfg: FwPKMConfig, length: int, batch: int, update: bool) -> Bounds:
     """The bounds of ``plan`` at position 0, of plain integers or of symbols."""
     if not update:
-        return Bounds(1, batch * length, length, length)
+        return Bounds(1, batch * length, length, length, 0)
     windows, lag = schedule.max_writes(cfg, length), schedule.lag(cfg)
-    return Bounds(windows, batch * (length + lag * windows), length, cfg.chunk_size + lag)
+    total = batch * (length + lag * windows)
+    return Bounds(windows, total, length, cfg.chunk_size + lag, total)
 
 
 def least(plan: Plan, batch: int) -> Bounds:
     """What one plan needs."""
-    return Bounds(len(plan.windows), plan.total, plan.num_tokens, plan.longest)
+    return Bounds(len(plan.windows), plan.total, plan.num_tokens, plan.longest, plan.windows[-1].first)
