@@ -69,7 +69,7 @@ def launches_of(kernel: Kernel, layout: Layout) -> Launches:
 
 
 def test_addresses_are_those_of_the_call(kernel: Kernel) -> None:
-    layout = Layout.of({"other": ((3,), torch.float32), "mine": ((2, 2), torch.float32)})
+    layout = Layout.of({"other": ((3,), "float32"), "mine": ((2, 2), "float32")})
     launches = launches_of(kernel, layout)
     for _ in range(3):
         workspace, x = Workspace.empty(layout, torch.zeros(1)), torch.zeros(8)
@@ -82,7 +82,7 @@ def test_addresses_are_those_of_the_call(kernel: Kernel) -> None:
 
 
 def test_another_kind_of_tensors_is_compiled_anew(kernel: Kernel) -> None:
-    layout = Layout.of({"mine": ((4,), torch.float32)})
+    layout = Layout.of({"mine": ((4,), "float32")})
     launches, workspace, x = launches_of(kernel, layout), Workspace.empty(layout, torch.zeros(1)), torch.zeros(8)
     tensors = [x, x[1:], x.to(torch.bfloat16), None, x[4:]]  # the last is aligned as the first
     for tensor in tensors:
@@ -94,14 +94,14 @@ def test_another_kind_of_tensors_is_compiled_anew(kernel: Kernel) -> None:
 
 
 def test_tensors_of_a_workspace_do_not_overlap() -> None:
-    specs = {"bytes": ((3,), torch.int8), "none": ((0, 4), torch.float32), "numbers": ((5, 2), torch.int64)}
+    specs = {"bytes": ((3,), "int8"), "none": ((0, 4), "float32"), "numbers": ((5, 2), "int64")}
     layout = Layout.of(specs)
     workspace = Workspace.empty(layout, torch.zeros(1))
     for i, name in enumerate(specs):
         workspace[name].fill_(i + 1)
     for i, (name, (shape, dtype)) in enumerate(specs.items()):
         assert workspace[name].shape == shape
-        assert workspace[name].dtype == dtype
+        assert workspace[name].dtype == getattr(torch, dtype)
         assert (workspace[name] == i + 1).all()
         assert layout.tensors[name].offset % 256 == 0
     assert layout.size == workspace.buffer.numel()
@@ -115,7 +115,7 @@ def test_there_is_space_for_the_pieces_of_shorter_windows(longest: int, shorter:
 
 
 def test_a_name_that_nobody_knows_is_told_before_anything_runs(kernel: Kernel) -> None:
-    layout = Layout.of({"mine": ((4,), torch.float32)})
+    layout = Layout.of({"mine": ((4,), "float32")})
     constants = {"BLOCK": 64}
     with pytest.raises(TypeError, match=r"stand_in\(never=...\): never must be in one layout or input, is in none"):
         Launches(layout, inputs=["passed"]).add(kernel, (1,), {"count": 1}, constants)
@@ -135,7 +135,7 @@ def test_another_tensor_is_bound_where_that_is_said(kernel: Kernel) -> None:
 
 
 def test_what_a_layout_lacks_is_absent(kernel: Kernel) -> None:
-    layout = Layout.of({"never": None, "mine": ((4,), torch.float32)})
+    layout = Layout.of({"never": None, "mine": ((4,), "float32")})
     workspace = Workspace.empty(layout, torch.zeros(1))
     launches_of(kernel, layout).run({"passed": None}, workspace)
     assert [launched[9:] for launched in kernel.launched] == [
@@ -151,13 +151,17 @@ def test_every_tensor_of_every_kernel_is_bound_by_its_own_name(scope: str, clip:
     plan, memories = windows.plan(cfg, 0, 11, 2, True), {"batch": 1, "sequence": 2}[scope]
     lists = []
     for save in (False, True):
-        forward = call._forward_launches(windows.Call(cfg, plan, torch.float32, 2, memories, save), None)
+        forward = call.forward_launches(windows.Call(cfg, plan, torch.float32, 2, memories, save), None)
         lists += forward.prepare, forward.address, forward.write
     derived = windows.Call(cfg, plan, torch.float32, 2, memories, True)
-    backward = call._backward_launches(derived, True, True, forward.residuals)
+    backward = call.backward_launches(derived, True, True, forward.residuals)
     step = windows.Call(cfg, windows.write(4, 2), torch.float32, 2, memories, False)
-    lists += backward.through_values, backward.through_keys, decoding._launches(step)
-    lists += left_align._left_align(cfg, 2, 11, 11, 22), left_align._left_over(cfg, 2, 11), left_align._rows(22, (16,))
+    lists += backward.through_values, backward.through_keys, decoding.decode_launches(step)
+    lists += (
+        left_align.left_align_launches(cfg, 2, 11, 11, 22),
+        left_align.left_over_launches(cfg, 2, 11),
+        left_align.rows_launches(22, (16,)),
+    )
     factors, kernels = set(), set()
     for launches in lists:
         names = [name for name, *_ in launches.sources]

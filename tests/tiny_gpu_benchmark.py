@@ -16,6 +16,8 @@ def checks(seed: int) -> list[Task]:
         *(Task("bits", f"bits: process {number}", gpu_agreement.repeatable, (*TINY, seed, 2)) for number in (1, 2)),
         Task("decode", "decode, against eager", gpu_agreement.decoded, (*TINY, seed)),
         Task("agreement rows", "ragged streams, against eager: 3", gpu_agreement.streams, (range(3, 4), 3)),
+        Task("jax", "jax beside torch: tiny-kernels", gpu.in_jax, (*TINY, "agree", seed)),
+        Task("jax", "jax beside torch: decode", gpu.in_jax, (*TINY, "decoded", seed)),
     ]
 
 
@@ -26,6 +28,7 @@ def timings() -> list[Task]:
         Task("decode", "decode: tiny-kernels", gpu_speed.decoding, TINY),
         Task("rows", "rows: mask", gpu_speed.masked, (*TINY, 1)),
         Task("rows", "rows: 3", gpu_speed.ragged, (*TINY, 3, 1)),
+        Task("jax", "jax: tiny-kernels", gpu.in_jax, (*TINY, "speed", True, 1)),
     ]
 
 

@@ -5,12 +5,11 @@ all windows are then sorted by table row at once; and the windows read and write
 backward takes the windows in reverse, first through the values, then through the keys.
 """
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, NamedTuple
 
 from fwpkm.config import FwPKMConfig
 from fwpkm.kernels import key_gradient, keys, propose, ranks, read, slots, tokens, values
@@ -19,6 +18,10 @@ from fwpkm.kernels.runtime.layouts import backward_layout, forward_layout, resid
 from fwpkm.kernels.runtime.windows import Bounds, Call, Plan, least, of_call
 from fwpkm.kernels.runtime.workspace import Layout, Workspace
 from fwpkm.tokens import NUMBERS, SCALARS, Tokens
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 _INPUTS = ("due", "pair", *Tokens._fields)
 
@@ -68,10 +71,12 @@ def forward(
         uses: ``[M, N]`` float32, contiguous: U of each slot; None where no write weighs it.
         most: what to make space for, so that the shapes of residuals do not depend on the position.
     """
+    import torch  # here, so that who only lists launches needs none
+
     inputs = {**tokens._asdict(), "pair": pair, "initial_keys": keys, "table": values, "uses": uses, "due": None}
     batch = tokens.query.shape[0]
     call = Call(cfg, plan, tokens.query.dtype, batch, keys.shape[0], save)
-    launches = _forward_launches(call, most)
+    launches = forward_launches(call, most)
     residuals = Workspace.empty(launches.residuals, keys)
     launches.prepare.run(inputs, residuals)  # which an idle GPU does while the rest is made ready
     workspace, entries = Workspace.empty(launches.workspace, keys), cfg.slots_per_token
@@ -91,7 +96,7 @@ def forward(
     return Result(output, slots, weights, last, memorization, terms.sum((2, 3)), residuals)
 
 
-class _Forward(NamedTuple):
+class Forward(NamedTuple):
     """The launches of a forward; between the last two the entries are sorted."""
 
     residuals: Layout
@@ -102,7 +107,7 @@ class _Forward(NamedTuple):
 
 
 @of_call
-def _forward_launches(call: Call, most: Bounds | None) -> _Forward:
+def forward_launches(call: Call, most: Bounds | None) -> Forward:
     """Those of a call whose residuals have space for ``most``, or for its own windows."""
     most = most or least(call.plan, call.batch)
     residuals = residuals_layout(call.cfg, most, call.memories, call.batch, call.save)
@@ -116,7 +121,7 @@ def _forward_launches(call: Call, most: Bounds | None) -> _Forward:
     propose.add_begin_keys(address, call)
     add_address(address, call)
     add_write(write, call)
-    return _Forward(residuals, workspace, prepare, address, write)
+    return Forward(residuals, workspace, prepare, address, write)
 
 
 def add_address(launches: Launches, call: Call) -> None:
@@ -168,6 +173,8 @@ def backward(
         d_weights: ``[w, H*k]`` float32, of the weights themselves.
         summed: makes the sum over all columns of the values, in place, where the table holds some of them.
     """
+    import torch
+
     query, memories = tokens.query, residuals.layout.spec("counts").shape[1]
     new = functools.partial(torch.empty, dtype=torch.float32, device=query.device)
     overlap = any(a.start + a.length > b.start for a, b in zip(plan.windows, plan.windows[1:]))
@@ -185,7 +192,7 @@ def backward(
         **{f"d_{name}": x for name, x in d_tokens._asdict().items()},
     }  # fmt: skip
     call = Call(cfg, plan, query.dtype, query.shape[0], memories, True)
-    launches = _backward_launches(call, overlap, table is not None, residuals.layout)
+    launches = backward_launches(call, overlap, table is not None, residuals.layout)
     workspace = Workspace.empty(launches.workspace, query)
     launches.through_values.run(inputs, residuals, workspace)
     if summed is not None:
@@ -199,7 +206,7 @@ def backward(
     return Gradients(keys, d_table, d_tokens)
 
 
-class _Backward(NamedTuple):
+class Backward(NamedTuple):
     """The launches of a backward."""
 
     workspace: Layout
@@ -208,7 +215,7 @@ class _Backward(NamedTuple):
 
 
 @of_call
-def _backward_launches(call: Call, overlap: bool, table: bool, residuals: Layout) -> _Backward:
+def backward_launches(call: Call, overlap: bool, table: bool, residuals: Layout) -> Backward:
     """Those of a call; whether windows ``overlap``, and whether the gradient of the ``table`` is asked for."""
     workspace = backward_layout(call)
     inputs = *_INPUTS, "latest", "d_keys", "d_values", "d_output", "d_table", *(f"d_{name}" for name in NUMBERS)
@@ -216,7 +223,7 @@ def _backward_launches(call: Call, overlap: bool, table: bool, residuals: Layout
     _add_values_backward(through_values, call, table)
     slots.add_select_slots_backward(through_keys, call)
     _add_keys_backward(through_keys, call, overlap)
-    return _Backward(workspace, through_values, through_keys)
+    return Backward(workspace, through_values, through_keys)
 
 
 def _add_values_backward(launches: Launches, call: Call, table: bool) -> None:
