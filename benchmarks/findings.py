@@ -149,7 +149,7 @@ def poisoned() -> Iterator[None]:
         made = empty(*args)
         for name, spec in made.layout.tensors.items():
             if spec is not None:
-                made[name].fill_(_poison(spec.dtype))
+                made[name].fill_(_poison(made[name].dtype))
         return made
 
     empty = Workspace.empty

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -30,10 +31,14 @@ _LEGEND = (
     "the floor: each input and touched row read once, each output and touched row written once, at a copy's bandwidth",
 )
 SECTIONS = ("agreement", "bits", "graphs", "conform", "speed", "rows", "stateless", "decode")
+ASKED = ("jax",)
+"""Sections that run only where they are named: they need jax-triton."""
 DTYPE = "bfloat16"
 """Of the inputs that are timed."""
 CHECK_LIMIT, TIMING_LIMIT = 240.0, 120.0
 """Seconds that a task may take."""
+_JAX = "shared-512"
+"""What JAX is timed at."""
 _ROWS = "train-512"
 """What rows that are not alike are timed at."""
 _TIMED = dict.fromkeys(
@@ -96,6 +101,10 @@ def checks(seed: int) -> list[Task]:
             (_OVERLAID, DTYPE, seed, True),
         ),
         Task("conform", "fwpkm conform: 40 cases", conform, ("--cases", "40")),
+        Task("jax", "jax beside torch: as it is timed", in_jax, (WORKLOADS[_JAX], DTYPE, "agree", seed)),
+        Task("jax", "jax beside torch: a ragged end", in_jax, (_TAIL, "float32", "agree", seed)),
+        Task("jax", "jax beside torch: decode", in_jax, (_DECODED, DTYPE, "decoded", seed)),
+        Task("jax", "jax: fwpkm conform: 10 cases", conform_jax, ("--cases", "10")),
         *(Task("agreement", f"vectors: {name}", gpu_agreement.vector, (name,)) for name in vectors.names()),
     ]
 
@@ -120,6 +129,8 @@ def timings() -> list[Task]:
             Task("stateless", f"stateless: {number}", gpu_speed.stateless, (WORKLOADS[_ROWS], DTYPE, number))
             for number in (20, 64)
         ),
+        Task("jax", f"jax: {_JAX}", in_jax, (WORKLOADS[_JAX], DTYPE, "speed", True)),
+        Task("jax", f"jax: anywhere {_JAX}", in_jax, (WORKLOADS[_JAX], DTYPE, "speed", False)),
         attention(8, 4096),
         *(task(f"shared-{s}", gpu_speed.kernels, "kernels: ") for s in (256, 512, 1024)),
         *(task(name, gpu_speed.initial_state, "initial state: ") for name in ("shared-512", "train-512")),
@@ -128,18 +139,28 @@ def timings() -> list[Task]:
     ]
 
 
+def in_jax(workload: Workload, dtype: str, name: str, *arguments: Any) -> Any:
+    """A function of gpu_jax.py, which imports JAX."""
+    return getattr(importlib.import_module("benchmarks.gpu_jax"), name)(workload, dtype, *arguments)
+
+
 def chosen(sections: set[str], tasks: list[Task]) -> list[Task]:
     """Those of some sections: what is to be timed is compared, whether or not "agreement" is among them."""
     return [task for task in tasks if sections.intersection(task.section.split())]
 
 
-def conform(*arguments: str) -> Report:
+def conform_jax(*arguments: str) -> Report:
+    """``conform`` of the JAX backend on the kernels."""
+    return conform(*arguments, backend="jax-triton")
+
+
+def conform(*arguments: str, backend: str = "triton") -> Report:
     """``fwpkm conform`` of the kernels.
 
     Raises:
         RuntimeError: it failed; with what it printed.
     """
-    command = [sys.executable, "-m", "fwpkm", "conform", "--backends", "triton", *arguments]
+    command = [sys.executable, "-m", "fwpkm", "conform", "--backends", backend, *arguments]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command[1:])} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}")
@@ -155,10 +176,10 @@ def main(arguments: Sequence[str] | None = None, anywhere: bool = False) -> int:
     """
     workers = min(12, len(os.sched_getaffinity(0)))
     parser = report.parser("gpu", __doc__, *report.JUDGED, workers=(workers, "checks side by side"))
-    sections = (
-        f"of {', '.join(SECTIONS)} (default: all); speed, rows, stateless and decode first compare what they time"
+    sections = f"of {', '.join(SECTIONS)} (default: all) and jax; speed, rows, stateless, decode, jax compare first"
+    parser.add_argument(
+        "--only", nargs="+", choices=(*SECTIONS, *ASKED), default=SECTIONS, metavar="SECTION", help=sections
     )
-    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS, metavar="SECTION", help=sections)
     parser.add_argument("--seed", type=int, help="of inputs and tables (default: another one in every run)")
     options, started = parser.parse_args(arguments), time.perf_counter()
     importlib.import_module("triton")  # whose version stands above the tables

@@ -34,6 +34,14 @@ _TARGETS: tuple[tuple[str, str, str, float, tuple[float | None, ...]], ...] = (
     ),
     ("B=1 N=512², a token at T=131072 / 32768", "read-128k-512/forward", "read-32k-512/forward", 1 / 4, (1.1,)),
     (
+        _BATCH + ", one table: {text}, JAX / torch from a CUDA graph",
+        *("jax: shared-512/{step}", "jax: shared-512/torch captured {step}", 1, (1.3, 1.3)),
+    ),
+    (
+        "the same from a state that stands anywhere: {text}",
+        *("jax: anywhere shared-512/{step}", "jax: shared-512/torch captured {step}", 1, (None, None)),
+    ),
+    (
         _BATCH + ", a table a sequence, masked (4 of 5 tokens there) / not: {text}",
         *("rows: mask/masked {step}", "rows: mask/alike {step}", 1, (None, 1.2)),
     ),
@@ -70,7 +78,7 @@ Timings = dict[str, list[float]]
 def targets(timings: Timings, sections: set[str]) -> Iterator[Claim]:
     """What is to be reached in the sections that were run, and what was."""
     for what, quantity, over, unit, bounds in _TARGETS:
-        section = next((x for x in ("decode", "rows", "stateless") if quantity.startswith(x)), "speed")
+        section = next((x for x in ("decode", "rows", "stateless", "jax") if quantity.startswith(x)), "speed")
         for (step, text), bound in zip(STEPS.items(), bounds if section in sections else ()):
             found = measured(timings, quantity.format(step=step), over.format(step=step), unit)
             yield Claim(what.format(text=text), found, at_most=bound)
@@ -94,7 +102,7 @@ def agreed(checks: Sequence[Outcome], task: Task) -> bool:
 
     True of what runs no memory.
     """
-    timed, section = _subject(task), "decode" if task.section == "decode" else "agreement"
+    timed, section = _subject(task), task.section if task.section in ("decode", "jax") else "agreement"
     mine = [x for x in checks if section in x.task.section.split() and _subject(x.task) == timed]
     return timed is None or (bool(mine) and all(map(agrees, mine)))
 
@@ -120,13 +128,14 @@ def line(outcome: Outcome) -> str:
 
 def tables(checks: Sequence[Outcome], timings: Timings, claims: Sequence[Claim]) -> list[Table]:
     """Everything that was found."""
-    others = [name for name in timings if name.startswith(("decode: ", "initial state: ", "rows: ", "stateless: "))]
+    apart = "decode: ", "initial state: ", "rows: ", "stateless: ", "jax: "
+    others = [name for name in timings if name.startswith(apart)]
     peaks = [name for name in timings if "/extra: " in name and name.startswith("stateless: ")]
     rows = [(name, _cell(timings, name, 1e6)) for name in others if name not in peaks]
     rows += [(f"{name}, MiB", _cell(timings, name, 2**-20)) for name in peaks]
     made = [
         *(agreement_table(checks), *workload_tables(timings), kernels_table(timings)),
-        Table("Decoding a token; copying an initial memory; rows that are not alike", ("what", "µs"), rows),
+        Table("Decoding a token; copying an initial memory; rows that are not alike; JAX", ("what", "µs"), rows),
         claims_table("Targets, for one H200", claims, "target"),
     ]
     return [table for table in made if table.rows]

@@ -164,9 +164,9 @@ def _add_conform(commands: Any) -> None:
         nargs="+",
         default=[],
         metavar="NAME",
-        help="numpy, torch, jax, keras-tensorflow, keras-jax, keras-torch, triton (torch's kernels, float32 only), or "
-        "any module that has the functions of SPEC.md §8, such as mypackage.mymodule (default: every backend of this "
-        "package, without triton)",
+        help="numpy, torch, jax, keras-tensorflow, keras-jax, keras-torch, triton and jax-triton (torch and jax on the "
+        "kernels, float32 only), or any module that has the functions of SPEC.md §8, such as mypackage.mymodule "
+        "(default: every backend of this package, without the kernels)",
     )
     for name, default, lowest, text in (
         ("--cases", 200, 1, "how many cases are drawn (default: 200)"),

@@ -7,11 +7,10 @@ pending.
 import functools
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from fwpkm import schedule
 from fwpkm.config import FwPKMConfig
@@ -19,6 +18,9 @@ from fwpkm.kernels.places import Places
 from fwpkm.kernels.runtime.launch import Launches
 from fwpkm.kernels.runtime.shapes import blocks_of
 from fwpkm.kernels.tokens import DEAD, takes_position
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 EQUATIONS = ("windows",)
 NOTHING = tl.constexpr(-1)
@@ -145,11 +147,12 @@ def rows_kernel(
 
 _TOLD = ("token_mask", "cu_seqlens", "num_pending", "pending_mask")
 _SOURCES, _PENDING, _TARGETS = ([f"{name}{i}" for i in range(_MOST_TENSORS)] for name in ("source", "pending", "into"))
-_NO_ROWS: dict[str, Tensor | None] = dict.fromkeys((*_SOURCES, *_PENDING, *_TARGETS))
+_NO_ROWS: "dict[str, Tensor | None]" = dict.fromkeys((*_SOURCES, *_PENDING, *_TARGETS))
 
 
 @functools.lru_cache(1024)
-def _left_align(cfg: FwPKMConfig, batch: int, length: int, longest: int, num_tokens: int) -> Launches:
+def left_align_launches(cfg: FwPKMConfig, batch: int, length: int, longest: int, num_tokens: int) -> Launches:
+    """The launches of ``left_align``."""
     launches = Launches(inputs=(*_TOLD, *Places._fields))
     constants = {**_constants(cfg), "LAG": schedule.lag(cfg), "SCOPE": cfg.memory_scope}
     integers = {"length": length, "longest": longest, "num_tokens": num_tokens}
@@ -158,7 +161,8 @@ def _left_align(cfg: FwPKMConfig, batch: int, length: int, longest: int, num_tok
 
 
 @functools.lru_cache(1024)
-def _left_over(cfg: FwPKMConfig, batch: int, longest: int) -> Launches:
+def left_over_launches(cfg: FwPKMConfig, batch: int, longest: int) -> Launches:
+    """The launches of ``left_over``."""
     launches = Launches(inputs=("flags", "lengths", "due", "index", "inverse", "mask"))
     launches.add(left_over_kernel, (batch,), {"longest": longest}, _constants(cfg))
     return launches
@@ -169,7 +173,8 @@ def _constants(cfg: FwPKMConfig) -> dict:
 
 
 @functools.lru_cache(1024)
-def _rows(places: int, widths: tuple[int, ...]) -> Launches:
+def rows_launches(places: int, widths: tuple[int, ...]) -> Launches:
+    """The launches of ``rows``, of tensors whose rows have so many numbers."""
     launches = Launches(inputs=("index", *_NO_ROWS))
     constants = {"ROWS": _AT_ONCE, "num_warps": 4}
     for i, width in enumerate((*widths, *[1] * (_MOST_TENSORS - len(widths)))):
@@ -180,11 +185,11 @@ def _rows(places: int, widths: tuple[int, ...]) -> Launches:
 
 def left_align(
     cfg: FwPKMConfig,
-    query: Tensor,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    num_pending: Tensor | None,
-    pending_mask: Tensor | None,
+    query: "Tensor",
+    mask: "Tensor | None",
+    cu_seqlens: "Tensor | None",
+    num_pending: "Tensor | None",
+    pending_mask: "Tensor | None",
     batch: int,
     longest: int,
 ) -> Places:
@@ -200,6 +205,8 @@ def left_align(
         batch: B.
         longest: Q, at least the length of every stream.
     """
+    import torch  # here, so that who only lists launches needs none
+
     rows, length = query.shape[:2]
     new = functools.partial(query.new_empty, dtype=torch.int32)
     flags = functools.partial(query.new_empty, dtype=torch.bool)
@@ -209,11 +216,11 @@ def left_align(
     )  # fmt: skip
     told = (None if x is None else x.contiguous() for x in (mask, cu_seqlens, num_pending, pending_mask))
     inputs = dict(zip(_TOLD, told)) | places._asdict()
-    _left_align(cfg, batch, length, longest, rows * length).run(inputs)
+    left_align_launches(cfg, batch, length, longest, rows * length).run(inputs)
     return places
 
 
-def left_over(cfg: FwPKMConfig, places: Places, flags: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def left_over(cfg: FwPKMConfig, places: Places, flags: "Tensor") -> "tuple[Tensor, Tensor, Tensor]":
     """What is pending after a call: an index among the places ``[B·P]``, its inverse ``[B·Q]``, the mask ``[B, P]``.
 
     Args:
@@ -222,18 +229,18 @@ def left_over(cfg: FwPKMConfig, places: Places, flags: Tensor) -> tuple[Tensor, 
         flags: at least ``[B·Q]`` int8: the flags of what stood there.
     """
     batch, longest = places.mask.shape
-    index, inverse = places.cells.new_empty(batch * cfg.capacity), torch.empty_like(places.cells)
+    index, inverse = places.cells.new_empty(batch * cfg.capacity), places.cells.new_empty(batch * longest)
     mask = places.mask.new_empty(batch, cfg.capacity)
     inputs = {
         "flags": flags, "lengths": places.lengths, "due": places.due, "index": index, "inverse": inverse, "mask": mask,
     }  # fmt: skip
-    _left_over(cfg, batch, longest).run(inputs)
+    left_over_launches(cfg, batch, longest).run(inputs)
     return index, inverse, mask
 
 
 def rows(
-    index: Tensor, sources: Sequence[Tensor], pending: Sequence[Tensor], wide: bool, batch: int, length: int
-) -> list[Tensor]:
+    index: "Tensor", sources: "Sequence[Tensor]", pending: "Sequence[Tensor]", wide: bool, batch: int, length: int
+) -> "list[Tensor]":
     """The rows that an index says ``[batch, length, ...]``, of up to three contiguous tensors ``[b, m, ...]``.
 
     Args:
@@ -244,6 +251,8 @@ def rows(
         batch: of the result.
         length: of the result.
     """
+    import torch
+
     inputs, into, widths = dict(_NO_ROWS, index=index), [], []
     for x, source, target in zip(sources, _SOURCES, _TARGETS):
         dtype = torch.float32 if wide and x.is_floating_point() else x.dtype
@@ -252,5 +261,5 @@ def rows(
         inputs[source], inputs[target] = x, into[-1]
     inputs.update(zip(_PENDING, pending))
     if index.shape[0]:
-        _rows(index.shape[0], tuple(widths)).run(inputs)
+        rows_launches(index.shape[0], tuple(widths)).run(inputs)
     return into

@@ -2,23 +2,23 @@
 
 from typing import NamedTuple
 
-from torch import Tensor
+from fwpkm.tokens import Array
 
 
 class Places(NamedTuple):
     """Of streams ``[B, Q]``, each a row's pending tokens and then its new ones, and of the call's ``n`` tokens."""
 
-    cells: Tensor
+    cells: Array
     """``[B·Q]`` int32: an index among the call's tokens and the pending ones."""
-    entries: Tensor
+    entries: Array
     """``[n]`` int32: an index among the ``B·Q`` places: where each token of the call stands."""
-    pending_entries: Tensor
+    pending_entries: Array
     """``[B·P]`` int32: the same of what was pending; empty where nothing was."""
-    mask: Tensor
+    mask: Array
     """``[B, Q]`` bool: an unmasked token stands there."""
-    pair: Tensor
+    pair: Array
     """``[B, Q]`` bool: a write of this call may bind what stands there."""
-    lengths: Tensor
+    lengths: Array
     """``[B]`` int32: of the streams."""
-    due: Tensor
+    due: Array
     """``[B]`` int32: the chunks that they complete."""

@@ -47,6 +47,17 @@ def test_the_kernels_are_compared_and_timed_in_the_interpreter():
         assert f"**{title}" in done.stdout
 
 
+def test_jax_is_compared_with_torch_before_it_is_timed():
+    line = (ROOT / "tests" / "tiny_gpu_benchmark.py", "--only", "jax", "--workers", "2", "--markdown")
+    done = python(
+        *line, cwd=ROOT, timeout=500, TRITON_INTERPRET="1", PYTHONPATH=os.pathsep.join((str(ROOT), *sys.path))
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^\| jax beside torch \| 2 \| 29 \| [^|]+ \| agrees \|$", done.stdout, re.MULTILINE)
+    for step in ("forward", "train"):
+        assert f"| jax: tiny-kernels/{step} |" in done.stdout
+
+
 def test_a_task_that_dies_takes_no_other_with_it():
     code = """
 import math, operator, os

@@ -225,11 +225,28 @@ def test_the_keras_backend_imports_keras_and_tensorflow_only_lazily() -> None:
         assert not is_of(name, "fwpkm.backends") or is_of(name, package), (where, name)
 
 
-def test_only_the_torch_backend_imports_kernels_and_only_when_it_runs_them() -> None:
+def test_only_torch_and_jax_import_kernels_and_only_when_they_run_them() -> None:
     for name, lazy, where in imports_of("fwpkm.backends"):
         if is_of(name, "fwpkm.kernels"):
             assert lazy, where
-            assert where.startswith("fwpkm/backends/torch/"), where
+            assert where.startswith(("fwpkm/backends/torch/", "fwpkm/backends/jax/")), where
+
+
+def test_listing_launches_needs_no_torch(tmp_path: Path) -> None:
+    """Nor does saying what the kernels serve: JAX runs the same lists, where nobody may have torch."""
+    code = """
+import sys
+sys.modules["torch"] = None
+import fwpkm
+from fwpkm.kernels import left_align, served
+from fwpkm.kernels.runtime import call, decoding, windows
+cfg = fwpkm.FwPKMConfig(num_subkeys=8, top_k=2, chunk_size=4)
+one = windows.Call(cfg, windows.plan(cfg, 0, 9, 1, True), "float32", 1, 1, True)
+step = windows.Call(cfg, windows.write(4, 1), "float32", 1, 1, False)
+lists = *call.forward_launches(one, None)[2:], decoding.decode_launches(step), left_align.left_over_launches(cfg, 1, 9)
+print(served.why_unsupported_config(cfg), all(part.launches for part in lists))
+"""
+    assert run(code, tmp_path) == "None True\n"
 
 
 def test_kernels_import_core_torch_and_triton() -> None:

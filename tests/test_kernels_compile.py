@@ -12,8 +12,8 @@ SCORING = """
 """
 
 
-def run(*arguments: str):
-    return python(Path(__file__).parent / "compile_kernels.py", *arguments, timeout=500, TRITON_INTERPRET="0")
+def run(*arguments: str, script: str = "compile_kernels.py"):
+    return python(Path(__file__).parent / script, *arguments, timeout=500, TRITON_INTERPRET="0")
 
 
 @pytest.mark.parametrize(
@@ -25,6 +25,15 @@ def test_every_kernel_compiles(capability: int, configs: str) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     printed = {line.split()[1] for line in done.stdout.splitlines()}
     assert {"propose_kernel", "values_kernel", "scores_backward_kernel", "store_pending_kernel"} <= printed
+
+
+@pytest.mark.parametrize(("capability", "config"), [(90, "paper"), (80, "odd")], ids=str)
+def test_every_kernel_compiles_as_jax_triton_passes_arguments(capability: int, config: str) -> None:
+    """Its parameters stand in another order then; what it may store into is what XLA is told."""
+    done = run(str(capability), config, script="compile_jax_kernels.py")
+    assert done.returncode == 0, done.stderr[-3000:]
+    printed = {line.split()[2] for line in done.stdout.splitlines()}
+    assert {"nothing", "left_over_kernel", "values_kernel", "scores_backward_kernel", "sort_kernel"} <= printed
 
 
 @pytest.mark.parametrize(

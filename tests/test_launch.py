@@ -70,7 +70,7 @@ def launches_of(kernel: Kernel, layout: Layout) -> Launches:
 
 
 def test_addresses_are_those_of_the_call(kernel: Kernel) -> None:
-    layout = Layout.of({"other": ((3,), torch.float32), "mine": ((2, 2), torch.float32)})
+    layout = Layout.of({"other": ((3,), "float32"), "mine": ((2, 2), "float32")})
     launches = launches_of(kernel, layout)
     for _ in range(3):
         workspace, x = Workspace.empty(layout, torch.zeros(1)), torch.zeros(8)
@@ -83,7 +83,7 @@ def test_addresses_are_those_of_the_call(kernel: Kernel) -> None:
 
 
 def test_another_kind_of_tensors_is_compiled_anew(kernel: Kernel) -> None:
-    layout = Layout.of({"mine": ((4,), torch.float32)})
+    layout = Layout.of({"mine": ((4,), "float32")})
     launches, workspace, x = launches_of(kernel, layout), Workspace.empty(layout, torch.zeros(1)), torch.zeros(8)
     tensors = [x, x[1:], x.to(torch.bfloat16), None, x[4:]]  # the last is aligned as the first
     for tensor in tensors:
@@ -95,14 +95,14 @@ def test_another_kind_of_tensors_is_compiled_anew(kernel: Kernel) -> None:
 
 
 def test_tensors_of_a_workspace_do_not_overlap() -> None:
-    specs = {"bytes": ((3,), torch.int8), "none": ((0, 4), torch.float32), "numbers": ((5, 2), torch.int64)}
+    specs = {"bytes": ((3,), "int8"), "none": ((0, 4), "float32"), "numbers": ((5, 2), "int64")}
     layout = Layout.of(specs)
     workspace = Workspace.empty(layout, torch.zeros(1))
     for i, name in enumerate(specs):
         workspace[name].fill_(i + 1)
     for i, (name, (shape, dtype)) in enumerate(specs.items()):
         assert workspace[name].shape == shape
-        assert workspace[name].dtype == dtype
+        assert workspace[name].dtype == getattr(torch, dtype)
         assert (workspace[name] == i + 1).all()
         assert layout.tensors[name].offset % 256 == 0
     assert layout.size == workspace.buffer.numel()
@@ -116,7 +116,7 @@ def test_there_is_space_for_the_pieces_of_shorter_windows(longest: int, shorter:
 
 
 def test_a_name_that_nobody_knows_is_told_before_anything_runs(kernel: Kernel) -> None:
-    layout = Layout.of({"mine": ((4,), torch.float32)})
+    layout = Layout.of({"mine": ((4,), "float32")})
     constants = {"BLOCK": 64}
     with pytest.raises(TypeError, match=r"stand_in\(never=...\): never must be in one layout or input, is in none"):
         Launches(layout, inputs=["passed"]).add(kernel, (1,), {"count": 1}, constants)
@@ -136,7 +136,7 @@ def test_another_tensor_is_bound_where_that_is_said(kernel: Kernel) -> None:
 
 
 def test_what_a_layout_lacks_is_absent(kernel: Kernel) -> None:
-    layout = Layout.of({"never": None, "mine": ((4,), torch.float32)})
+    layout = Layout.of({"never": None, "mine": ((4,), "float32")})
     workspace = Workspace.empty(layout, torch.zeros(1))
     launches_of(kernel, layout).run({"passed": None}, workspace)
     assert [launched[9:] for launched in kernel.launched] == [
@@ -154,15 +154,19 @@ def test_every_tensor_of_every_kernel_is_bound_by_its_own_name(scope: str, clip:
     for overlaid in (False, True):
         for save in (False, True):
             of_forward = windows.Call(cfg, plan, torch.float32, 2, memories, save, overlaid)
-            forward = call._forward_launches(of_forward, None)
+            forward = call.forward_launches(of_forward, None)
             lists += forward.prepare, forward.address, forward.write
-        backward = call._backward_launches(of_forward, True, True, forward.residuals)
+        backward = call.backward_launches(of_forward, True, True, forward.residuals)
         lists += backward.through_values, backward.through_keys
     many = dataclasses.replace(cfg, num_heads=3)  # more slots a token than a thread takes
-    lists.append(call._forward_launches(windows.Call(many, plan, torch.float32, 2, memories, True), None).address)
+    lists.append(call.forward_launches(windows.Call(many, plan, torch.float32, 2, memories, True), None).address)
     step = windows.Call(cfg, windows.write(4, 2), torch.float32, 2, memories, False)
-    lists.append(decoding._launches(step))
-    lists += left_align._left_align(cfg, 2, 11, 11, 22), left_align._left_over(cfg, 2, 11), left_align._rows(22, (16,))
+    lists.append(decoding.decode_launches(step))
+    lists += (
+        left_align.left_align_launches(cfg, 2, 11, 11, 22),
+        left_align.left_over_launches(cfg, 2, 11),
+        left_align.rows_launches(22, (16,)),
+    )
     factors, kernels = set(), set()
     for launches in lists:
         names = [name for name, *_ in launches.sources]
@@ -186,8 +190,8 @@ def test_where_keys_are_at_rest_all_windows_are_addressed_at_once(boundary: str)
     def counts(length: int, **fields) -> tuple[int, ...]:
         cfg = FwPKMConfig(**SMALL, boundary=boundary, **fields)
         made = windows.Call(cfg, windows.plan(cfg, 0, length, 2, True), torch.float32, 2, 2, True)
-        forward = call._forward_launches(made, None)
-        backward = call._backward_launches(made, boundary == "wait", True, forward.residuals).through_keys
+        forward = call.forward_launches(made, None)
+        backward = call.backward_launches(made, boundary == "wait", True, forward.residuals).through_keys
         names = [forward.address.kernels[number].kernel.__name__ for number, *_ in forward.address.launches]
         copies, _, _, _ = forward.residuals.spec("keys").shape
         return len(names), names.count("keys_kernel"), len(backward.launches), copies

@@ -27,6 +27,8 @@ def checks(seed: int) -> list[Task]:
             (*OWN, seed, True, True),
         ),
         Task("agreement rows", "ragged streams, against eager: 3", gpu_agreement.streams, (range(3, 4), 3)),
+        Task("jax", "jax beside torch: tiny-kernels", gpu.in_jax, (*TINY, "agree", seed)),
+        Task("jax", "jax beside torch: decode", gpu.in_jax, (*TINY, "decoded", seed)),
     ]
 
 
@@ -38,6 +40,7 @@ def timings() -> list[Task]:
         Task("rows", "rows: mask", gpu_speed.masked, (*TINY, 1)),
         Task("rows", "rows: 3", gpu_speed.ragged, (*TINY, 3, 1)),
         Task("stateless", "stateless: 2", gpu_speed.stateless, (*OWN, 2, 1)),
+        Task("jax", "jax: tiny-kernels", gpu.in_jax, (*TINY, "speed", True, 1)),
     ]
 
 

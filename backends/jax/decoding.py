@@ -12,8 +12,10 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from fwpkm import schedule, validation
+from fwpkm.backends.jax import fast
 from fwpkm.backends.jax.arguments import takes_numpy
 from fwpkm.backends.jax.checks import check_alive
+from fwpkm.backends.jax.engine import Engine, choose_engine
 from fwpkm.backends.jax.indexing import put
 from fwpkm.backends.jax.ops import call_dtype, tables_in
 from fwpkm.backends.jax.rows import is_traced
@@ -45,6 +47,8 @@ def decode(
     value: Array,
     gate: Array | None = None,
     mask: Array | None = None,
+    *,
+    implementation: str | None = None,
 ) -> tuple[Array, State[Array]]:
     """Read one token of each row and write the chunks that are completed; ``state`` is donated. No gradient.
 
@@ -58,6 +62,7 @@ def decode(
         value: ``[B, 1, Dv]``.
         gate: ``[B, 1]`` in [0, 1], or None for 1.
         mask: ``[B, 1]`` bool, False for rows that rest, or None for True.
+        implementation: as in :func:`fwpkm.backends.jax.apply`.
 
     Returns:
         output ``[B, 1, Dv]`` in the query's dtype, and the next state, in the shapes and dtypes of ``state``.
@@ -73,12 +78,12 @@ def decode(
     check_alive(state)
     if not is_traced(state.position):
         validation.check_positions(cfg, state.position.tolist())
-    return _undifferentiated(cfg, state, tokens)
+    return _undifferentiated(cfg, choose_engine(implementation, cfg, state.memory, query), state, tokens)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _undifferentiated(cfg: FwPKMConfig, state: State, tokens: Tokens) -> tuple[Array, State]:
-    return _decode(cfg, state, tokens)
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _undifferentiated(cfg: FwPKMConfig, engine: Engine, state: State, tokens: Tokens) -> tuple[Array, State]:
+    return _decode(cfg, engine, state, tokens)
 
 
 @_undifferentiated.defjvp
@@ -99,8 +104,10 @@ class _Step(NamedTuple):
 
 
 @placed
-@partial(jax.jit, static_argnums=0, donate_argnums=1)
-def _decode(cfg: FwPKMConfig, state: State, tokens: Tokens) -> tuple[Array, State]:
+@partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
+def _decode(cfg: FwPKMConfig, engine: Engine, state: State, tokens: Tokens) -> tuple[Array, State]:
+    if engine == "triton":
+        return fast.decode(cfg, *alike(state, tokens))
     dtype = call_dtype(state.memory, tokens.query)
     memory, pending = tables_in(state.memory, dtype), filled(dtype, state.pending)
     new = from_table(cfg, live_rows(as_table(filled(dtype, tokens)), tokens.mask)[:, None])

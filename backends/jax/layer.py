@@ -124,13 +124,13 @@ class FwPKM:
     def apply(
         self, variables: Variables, x: AnyArray, state: State[Array] | None = None, mask: AnyArray | None = None,
         cu_seqlens: AnyArray | None = None, update: bool = True, return_state: Literal[True] = True,
-        *, return_trace: Literal[False] = False,
+        *, return_trace: Literal[False] = False, implementation: str | None = None,
     ) -> tuple[Array, State[Array]]: ...  # fmt: skip
     @overload
     def apply(
         self, variables: Variables, x: AnyArray, state: State[Array] | None = None, mask: AnyArray | None = None,
         cu_seqlens: AnyArray | None = None, update: bool = True, return_state: bool = True,
-        *, return_trace: bool = False,
+        *, return_trace: bool = False, implementation: str | None = None,
     ) -> tuple[Any, ...]: ...  # fmt: skip
     @takes_numpy
     def apply(
@@ -144,6 +144,7 @@ class FwPKM:
         return_state: bool = True,
         *,
         return_trace: bool = False,
+        implementation: str | None = None,
     ) -> tuple[Any, ...]:
         """Read T tokens, writing every chunk that they complete.
 
@@ -158,6 +159,7 @@ class FwPKM:
             return_state: False where nobody reads on: without a state nothing is kept that only a later call would
                 read.
             return_trace: return a third thing, what the call did, as a :class:`fwpkm.LayerTrace`.
+            implementation: of the memory, as in :func:`fwpkm.backends.jax.apply`.
 
         Returns:
             y in the shape of x, in the projections' dtype: NaN for tokens that are not finite, 0 for masked ones; and
@@ -186,7 +188,8 @@ class FwPKM:
             start = Memory(*(table[None] for table in self._memory(variables)))
         if state is None and return_state:
             start = begin(self.config, start, len(x) if cu_seqlens is None else len(cu_seqlens) - 1, tokens.query)
-        read, state, trace = ops.apply(self.config, start, **tokens.present(), cu_seqlens=ends, update=update)
+        options: Any = {"update": update, "implementation": implementation}
+        read, state, trace = ops.apply(self.config, start, **tokens.present(), cu_seqlens=ends, **options)
         y, state = self._output(variables, read, tokens, there), state if return_state else None
         if not return_trace:
             return y, state
@@ -195,7 +198,13 @@ class FwPKM:
 
     @takes_numpy
     def decode(
-        self, variables: Variables, x: AnyArray, state: State[Array], mask: AnyArray | None = None
+        self,
+        variables: Variables,
+        x: AnyArray,
+        state: State[Array],
+        mask: AnyArray | None = None,
+        *,
+        implementation: str | None = None,
     ) -> tuple[Array, State[Array]]:
         """Read one token of each row, overwriting ``state``, which is donated. No gradient.
 
@@ -207,6 +216,7 @@ class FwPKM:
             x: ``[B, 1, hidden_size]``.
             state: of ``fwpkm.backends.jax.start_decoding``, or any that nobody needs any more: its arrays are deleted.
             mask: ``[B, 1]`` bool, False for rows that rest; None for True.
+            implementation: of the memory, as in :func:`fwpkm.backends.jax.apply`.
 
         Returns:
             y ``[B, 1, hidden_size]``, and the next state, its arrays in the shapes and dtypes of ``state``.
@@ -220,7 +230,7 @@ class FwPKM:
             validation.check_array("mask", mask, [("B", x.shape[0]), ("T", 1)], "bool", SELF.arrays)
         tokens = self._tokens(variables, x, mask, mask)
         validation.check_not_rounded(state, validation.dtype_name(tokens.query))
-        read, state = decode(self.config, state, **tokens.present())
+        read, state = decode(self.config, state, **tokens.present(), implementation=implementation)
         return self._output(variables, read, tokens, mask), state
 
     def _tokens(self, variables: Variables, x: Any, mask: Any, there: Any) -> Tokens:

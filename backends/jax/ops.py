@@ -11,12 +11,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 
 from fwpkm import schedule, validation
+from fwpkm.backends.jax import fast
 from fwpkm.backends.jax.arguments import takes_numpy
 from fwpkm.backends.jax.backward import run
 from fwpkm.backends.jax.checks import check_alive, check_sizes, in_64_bits
+from fwpkm.backends.jax.engine import Engine, choose_engine
 from fwpkm.backends.jax.indexing import gather
 from fwpkm.backends.jax.rows import begin, is_traced, mask_of
 from fwpkm.backends.jax.sharding import alike, dealt_as, placed
@@ -44,12 +46,15 @@ def apply(
     mask: Array | None = None,
     cu_seqlens: Array | None = None,
     update: bool = True,
+    *,
+    implementation: str | None = None,
 ) -> tuple[Array, State[Array] | None, Trace]:
     """Read T tokens and write every chunk that they complete (SPEC.md §5).
 
     ``cfg`` and ``update`` are static under ``jax.jit``; all else may be traced. Positions and ``cu_seqlens`` are
     checked only where they are known; where it is known that no chunk falls due, the tables come back as the same
-    arrays.
+    arrays. ``implementation`` is None or "xla" for what XLA compiles, or "triton" for the kernels through jax-triton
+    (docs/kernels.md).
     """
     tokens = Tokens(query, value, gate, mask)
     check_sizes("query", query)
@@ -57,21 +62,24 @@ def apply(
     ends = _known(cu_seqlens)
     if ends is not None:
         validation.check_cu_seqlens(ends.tolist(), tokens.length)
+    memory = state if isinstance(state, Memory) else state.memory
+    engine = choose_engine(implementation, cfg, memory, query, cu_seqlens)
     if cu_seqlens is None or ends is not None:
-        return _apply_checked(cfg, state, batch, tokens, cu_seqlens, update)
+        return _apply_checked(cfg, state, batch, tokens, cu_seqlens, update, engine)
     # Traced, so that nobody can raise: the call is then one of empty sequences, whose outputs say it.
     legal, cu_seqlens = _legal_or_empty(cu_seqlens, tokens.length)
-    output, after, trace = _apply_checked(cfg, state, batch, tokens, cu_seqlens, update)
+    output, after, trace = _apply_checked(cfg, state, batch, tokens, cu_seqlens, update, engine)
     output, weights = _nan_unless(output, trace.weights, legal, mask)
     return output, after, trace._replace(weights=weights)
 
 
 def _apply_checked(
-    cfg: FwPKMConfig, state: State | Memory, batch: int, tokens: Tokens, cu_seqlens: Array | None, update: bool
-) -> tuple[Array, State | None, Trace]:
+    cfg: FwPKMConfig, state: State | Memory, batch: int, tokens: Tokens, cu_seqlens: Array | None, update: bool,
+    engine: Engine,
+) -> tuple[Array, State | None, Trace]:  # fmt: skip
     """``apply`` of arguments that fit."""
     if isinstance(state, Memory):
-        return _apply_from(cfg, state, batch, tokens, cu_seqlens, update)
+        return _apply_from(cfg, state, batch, tokens, cu_seqlens, update, engine)
     positions, writes = _known(state.position), True
     if positions is not None:
         validation.check_positions(cfg, positions.tolist())
@@ -80,6 +88,8 @@ def _apply_checked(
         writes = bool((schedule.written(cfg, after) > schedule.written(cfg, positions)).any())
     if tokens.length == 0:
         return jnp.zeros_like(tokens.value, tokens.query.dtype), state, _empty_trace(cfg, state.memory, tokens.query)
+    if engine == "triton":
+        return _apply_on_kernels(cfg, state, positions, writes, tokens, cu_seqlens, update)
     if not update:
         look, trace = _read_only(cfg, state.memory, tokens, cu_seqlens)
         return look.output, state, trace
@@ -89,23 +99,51 @@ def _apply_checked(
     return output, State.of(memory, filled(memory.keys.dtype, pending), position, uses), trace
 
 
+def _apply_on_kernels(
+    cfg: FwPKMConfig, state: State, positions: np.ndarray | None, writes: bool, tokens: Tokens,
+    cu_seqlens: Array | None, update: bool,
+) -> tuple[Array, State, Trace]:  # fmt: skip
+    """``apply`` by the Triton kernels. What is compiled depends on ``positions`` only by whether anything is pending
+    or due.
+    """
+    ends, longest, most = _known(cu_seqlens), tokens.length, cfg.chunk_size + schedule.lag(cfg) - 1
+    if ends is not None:  # the next power of two: each length compiles anew
+        longest = min(longest, 1 << max(0, int(np.diff(ends).max()) - 1).bit_length())
+    if not update:
+        done = fast.read(cfg, state.memory, tokens, cu_seqlens, longest)
+        return done.output, state, done.trace
+    begins = positions is not None and not schedule.pending(cfg, positions).any()
+    is_alike = begins and cu_seqlens is None and (tokens.mask is None or cfg.memory_scope == "batch")
+    longest = max(1, longest if begins else longest + most)
+    longest = longest if writes else max(1, min(longest, most))
+    done = fast.apply(cfg, state, tokens, cu_seqlens, begins, is_alike, longest)
+    memory, uses, after = state.memory, state.maybe_uses, done.state
+    if after.memory is not None:
+        memory, uses = after.memory, after.maybe_uses
+    return done.output, State.of(memory, after.pending, after.position, uses), done.trace
+
+
 def _apply_from(
-    cfg: FwPKMConfig, memory: Memory, batch: int, tokens: Tokens, cu_seqlens: Array | None, update: bool
-) -> tuple[Array, None, Trace]:
+    cfg: FwPKMConfig, memory: Memory, batch: int, tokens: Tokens, cu_seqlens: Array | None, update: bool,
+    engine: Engine,
+) -> tuple[Array, None, Trace]:  # fmt: skip
     """``apply`` of sequences that begin from a memory of M = 1 and whose state nobody wants.
 
     Only those longer than C + lag read what they wrote. The others read the one memory, and write nothing to it.
     """
     settled, owners = cfg.chunk_size + schedule.lag(cfg), batch
+    if engine == "triton" and not update and tokens.length:
+        done = fast.read(cfg, memory, tokens, cu_seqlens, tokens.length)
+        return done.output, None, done.trace
     if cfg.memory_scope == "sequence" and not update:
         owners = 0
     elif cfg.memory_scope == "sequence":
         owners = min(
             batch, tokens.length // (settled + 1) if cu_seqlens is not None else batch * (tokens.length > settled)
         )
-    if tokens.length == 0 or owners == batch:
+    if tokens.length == 0 or owners == batch or engine == "triton":
         start = begin(cfg, memory, batch, tokens.query)
-        output, _, trace = _apply_checked(cfg, start, batch, tokens, cu_seqlens, update)
+        output, _, trace = _apply_checked(cfg, start, batch, tokens, cu_seqlens, update, engine)
     else:
         output, trace = _apply_shared(cfg, owners, batch, update, memory, tokens, cu_seqlens)
     return output, None, trace
@@ -123,7 +161,9 @@ def _most_tokens(cfg: FwPKMConfig, batch: int, tokens: Tokens, ends: np.ndarray 
 
 
 @takes_numpy
-def flush(cfg: FwPKMConfig, state: State[Array], rows: Any = None) -> tuple[State[Array], Trace]:
+def flush(
+    cfg: FwPKMConfig, state: State[Array], rows: Any = None, *, implementation: str | None = None
+) -> tuple[State[Array], Trace]:
     """Write the pending chunk of every row, or of ``rows``, empty it and restart the count (SPEC.md §5)."""
     batch = validation.check_state(cfg, state, SELF)
     chosen, positions, writes = mask_of(cfg, rows, batch), _known(state.position), cfg.capacity > 0
@@ -131,18 +171,22 @@ def flush(cfg: FwPKMConfig, state: State[Array], rows: Any = None) -> tuple[Stat
         validation.check_positions(cfg, positions.tolist())
         due = schedule.pending(cfg, positions) > cfg.lookahead  # else no token has a pair
         writes = bool((due if is_traced(chosen) else due & chosen).any())
-    written, pending, position, trace = _flush(cfg, writes, state, chosen)
+    engine = choose_engine(implementation, cfg, state.memory, state.pending.query)
+    written, pending, position, trace = _flush(cfg, writes, engine, state, chosen)
     memory, uses = (state.memory, state.maybe_uses) if written is None else written
     return State.of(memory, pending, position, uses), trace
 
 
 @takes_numpy
-def lookup(cfg: FwPKMConfig, memory: Memory[Array], query: Array) -> Lookup:
+def lookup(cfg: FwPKMConfig, memory: Memory[Array], query: Array, *, implementation: str | None = None) -> Lookup:
     """Read the tables (SPEC.md §2)."""
     validation.check_lookup(cfg, memory, query, SELF)
+    engine = choose_engine(implementation, cfg, memory, query)
     if query.shape[1] == 0:
         trace = _empty_trace(cfg, memory, query)
         return Lookup(jnp.zeros((*query.shape[:2], cfg.value_dim), query.dtype), trace.slots, trace.weights)
+    if engine == "triton":
+        return fast.lookup(cfg, memory, query)
     return _read_only(cfg, memory, Tokens(query, jnp.zeros((*query.shape[:2], cfg.value_dim), query.dtype)))[0]
 
 
@@ -155,13 +199,16 @@ def chunk_update(
     gate: Array | None = None,
     mask: Array | None = None,
     pair: Array | None = None,
+    *,
+    implementation: str | None = None,
 ) -> tuple[Memory[Array], Losses]:
     """Write one chunk (SPEC.md §4) whose targets are already shifted."""
     chunk = Tokens(query, target, gate, mask)
     validation.check_chunk(cfg, memory, chunk, pair, SELF)
+    engine = choose_engine(implementation, cfg, memory, query)
     if chunk.length == 0:
         return memory, Losses(*jnp.zeros((2, len(memory.keys)), call_dtype(memory, query)))
-    return _chunk_update(cfg, memory, chunk, pair)
+    return _chunk_update(cfg, engine, memory, chunk, pair)
 
 
 @takes_numpy
@@ -325,13 +372,19 @@ def _read_only(
 
 
 @placed
-@partial(jax.jit, static_argnums=(0, 1))
-def _flush(cfg: FwPKMConfig, writes: bool, state: State, chosen: Array) -> tuple[_Written | None, Tokens, Array, Trace]:
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _flush(
+    cfg: FwPKMConfig, writes: bool, engine: Engine, state: State, chosen: Array
+) -> tuple[_Written | None, Tokens, Array, Trace]:
     """``flush``: what is written where a chunk may be pending, pending tokens, the position and the trace."""
     dtype, memories, batch = state.memory.keys.dtype, len(state.memory.keys), len(state.position)
     num_pending, written = schedule.pending(cfg, state.position), None
     losses = Losses(*jnp.zeros((2, memories, 1), dtype))
-    if writes:
+    if writes and engine == "triton":
+        behind = jnp.arange(cfg.capacity) >= jnp.where(chosen, num_pending, 0)[:, None]
+        result: Any = fast.write(cfg, state.memory, state.maybe_uses, without(state.pending, behind), None, False)
+        written, losses = _Written(Memory(result.keys, result.values), result.uses), result.losses
+    elif writes:
         plan = plan_flush(cfg, batch)
         due = (chosen & (num_pending > cfg.lookahead)).astype(jnp.int32)
         streams = streams_of(cfg, plan, num_pending, None, None, due)
@@ -344,8 +397,14 @@ def _flush(cfg: FwPKMConfig, writes: bool, state: State, chosen: Array) -> tuple
 
 
 @placed
-@partial(jax.jit, static_argnums=(0,))
-def _chunk_update(cfg: FwPKMConfig, memory: Memory, chunk: Tokens, pair: Array | None) -> tuple[Memory, Losses]:
+@partial(jax.jit, static_argnums=(0, 1))
+def _chunk_update(
+    cfg: FwPKMConfig, engine: Engine, memory: Memory, chunk: Tokens, pair: Array | None
+) -> tuple[Memory, Losses]:
+    if engine == "triton":
+        pair = jnp.ones(chunk.query.shape[:2], bool) if pair is None else pair
+        result: Any = fast.write(cfg, memory, None, chunk, pair, True)
+        return Memory(result.keys, result.values), Losses(*(lax.stop_gradient(x[:, 0]) for x in result.losses))
     dtype = call_dtype(memory, chunk.query)
     memory, chunk = tables_in(memory, dtype), filled(dtype, chunk)
     finite_target = jnp.isfinite(chunk.value).all(-1)  # those that are not finite make no pair, but are read

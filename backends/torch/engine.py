@@ -38,10 +38,10 @@ def choose_engine(
         cfg = dataclasses.replace(cfg, value_dim=memory.values.to_local().shape[-1])
     engine: Engine
     if torch.compiler.is_compiling():
-        from fwpkm.kernels import support
+        from fwpkm.kernels import served, support
 
-        reason = support.why_unsupported_config(cfg) or support.why_unsupported_tensors(memory, query)
-        held = cu_seqlens is None or cu_seqlens.shape[0] - 1 <= support.MOST_PADDING
+        reason = served.why_unsupported_config(cfg) or support.why_unsupported_tensors(memory, query)
+        held = cu_seqlens is None or cu_seqlens.shape[0] - 1 <= served.MOST_PADDING
         engine = "compiled" if query.shape[1] and held and not is_sharded(memory.values) else "eager"
     else:
         from fwpkm import kernels

@@ -18,7 +18,9 @@ from fwpkm.registry import backend_names, get_backend
 
 KERAS = ("keras-tensorflow", "keras-torch", "keras-jax")
 DEFAULT = (*(name for name in backend_names() if name != "keras"), *KERAS)
-"""What is judged unless names are given: not the kernels ("triton"), which take minutes without a GPU."""
+"""What is judged unless names are given: not the kernels, which take minutes without a GPU."""
+KERNELS = ("triton", "jax-triton")
+"""Torch's and JAX's on them."""
 
 FUNCTIONS = (
     *("init_memory", "init_state", "apply", "flush", "lookup", "chunk_update"),
@@ -30,7 +32,7 @@ FUNCTIONS = (
 def found(name: str) -> bool:
     """Whether a name is one of these, or its top package can be found from the current folder; imports nothing."""
     top = name.partition(".")[0]
-    if name in (*DEFAULT, "keras", "triton") or not top:
+    if name in (*DEFAULT, "keras", *KERNELS) or not top:
         return bool(top)
     return bool(importlib.util.find_spec(top) or PathFinder.find_spec(top, [os.getcwd()]))
 
@@ -41,7 +43,7 @@ class CannotRunError(Exception):
 
 def unit(names: Sequence[str]) -> int:
     """What Dk and Dv of every case are multiples of, so that all these backends can be judged on the same ones."""
-    return 16 if "triton" in names else 1
+    return 16 if {*KERNELS}.intersection(names) else 1
 
 
 def environment(name: str, dtype: str, cache: str) -> dict[str, str]:
@@ -67,15 +69,16 @@ def load(name: str, dtype: str) -> Any:
     """The module, or the functions, that a name stands for, in a process with its ``environment``.
 
     Raises:
-        CannotRunError: it cannot be imported, lacks functions of SPEC.md §8, or is "triton" and cannot serve the dtype.
+        CannotRunError: it cannot be imported, lacks functions of SPEC.md §8, or is of the kernels and cannot serve the
+            dtype.
     """
     try:
-        if name == "triton":
-            return _kernels(dtype)
+        if name in KERNELS:
+            return _kernels(dtype) if name == "triton" else _jax_kernels(dtype)
         known = "keras" if name in KERAS else name
         module: Any = get_backend(known) if known in backend_names() else importlib.import_module(known)
     except ImportError as error:
-        known_names = ", ".join((*DEFAULT, "triton"))
+        known_names = ", ".join((*DEFAULT, *KERNELS))
         missing = isinstance(error, ModuleNotFoundError) and error.name in (name, name.partition(".")[0])
         hint = f". Expected one of {known_names}, or a module that can be imported from here" if missing else ""
         raise CannotRunError(f"{error}{hint}") from error
@@ -109,6 +112,26 @@ def _kernels(dtype: str) -> Any:
     query = asarray(np.zeros((1, 1, cfg.key_dim)), dtype)
     if reason := importlib.import_module("fwpkm.kernels").why_unsupported(cfg, init_memory(cfg), query):
         raise CannotRunError(f"the kernels cannot serve {dtype} here: {reason}")
+    return SimpleNamespace(**vars(be) | _held(be) | {"init_memory": init_memory, "asarray": asarray})
+
+
+def _jax_kernels(dtype: str) -> Any:
+    """The JAX backend held to the kernels, on a GPU where there is one, else in Triton's interpreter.
+
+    Raises:
+        CannotRunError: they cannot serve any case of the dtype here.
+    """
+    be: Any = get_backend("jax")
+    if importlib.import_module("jax").default_backend() == "cpu":
+        os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
+    cfg = FwPKMConfig(key_dim=16, value_dim=16, num_subkeys=4, top_k=1)
+    try:
+        be.lookup(cfg, be.init_memory(cfg), be.asarray(np.zeros((1, 1, cfg.key_dim)), dtype), implementation="triton")
+    except ValueError as error:
+        raise CannotRunError(f"the kernels cannot serve {dtype} here: {error}") from error
+    return SimpleNamespace(**vars(be) | _held(be))
+
+
+def _held(be: Any) -> dict[str, Any]:
     names = ("apply", "flush", "lookup", "chunk_update")
-    held = {name: partial(getattr(be, name), implementation="triton") for name in names}
-    return SimpleNamespace(**vars(be) | held | {"init_memory": init_memory, "asarray": asarray})
+    return {name: partial(getattr(be, name), implementation="triton") for name in names}

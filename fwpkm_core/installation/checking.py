@@ -43,7 +43,7 @@ def check(name: str, patience: float = PATIENCE) -> Answer:
     """Let the part of this name compute one call in a process of its own, and hold what it gives to the reference.
 
     Args:
-        name: a backend's name, "triton", "nnx", "equinox", "transformers", "demo" or "conform".
+        name: a backend's name, "triton", "jax-triton", "nnx", "equinox", "transformers", "demo" or "conform".
         patience: seconds after which a process that says nothing is ended.
     """
     begin = time.perf_counter()
@@ -90,7 +90,8 @@ def main(name: str) -> int:
 
 def _others() -> dict[str, Any]:
     jax_modules = {name: functools.partial(_jax_module, name) for name in ("nnx", "equinox")}
-    return {"triton": _triton, **jax_modules, "transformers": _transformers, "demo": _demo, "conform": _conform}
+    kernels = {"triton": _triton, "jax-triton": _jax_triton}
+    return {**kernels, **jax_modules, "transformers": _transformers, "demo": _demo, "conform": _conform}
 
 
 def _backend(name: str, be: Any, **options: Any) -> str:
@@ -136,6 +137,14 @@ def _triton() -> str:
         return _backend("triton", load("triton", "float32"))
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
     return f"{_backend('triton', load('triton', 'float32'))}, in Triton's interpreter"
+
+
+def _jax_triton() -> str:
+    from fwpkm.conformance.contestants import load
+
+    kernels = load("jax-triton", "float32")
+    where = _backend("jax-triton", kernels)
+    return f"{where}, in Triton's interpreter" if "TRITON_INTERPRET" in os.environ else where
 
 
 def _transformers() -> str:

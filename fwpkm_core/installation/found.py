@@ -37,6 +37,7 @@ class _Part(NamedTuple):
 
 _OTHERS = {
     "triton": _Part(("triton", "torch"), "triton"),
+    "jax-triton": _Part(("jax_triton", "jax"), "jax-triton"),
     "nnx": _Part(("flax", "jax"), "nnx"),
     "equinox": _Part(("equinox", "jax"), "equinox"),
     "transformers": _Part(("transformers", "torch"), "transformers"),
@@ -58,10 +59,16 @@ def other_status() -> tuple[Status, ...]:
     """The kernels, the integrations and the commands that need more than NumPy, by the names of their extras."""
     found = {name: _status(name, part) for name, part in _OTHERS.items()}
     if sys.platform != "linux":
-        reason = "Triton's kernels run on Linux only; the torch backend computes without them"
-        found["triton"] = found["triton"]._replace(reason=reason)
-    kernels, *others = found.values()
-    return kernels, _jax_triton(), *others
+        for name, backend in {"triton": "torch", "jax-triton": "jax"}.items():
+            reason = f"Triton's kernels run on Linux only; the {backend} backend computes without them"
+            found[name] = found[name]._replace(reason=reason)
+    kernels = found["jax-triton"]
+    if kernels.reason:
+        found["jax-triton"] = kernels._replace(reason=f"{kernels.reason}; without it XLA runs the jax backend")
+    else:
+        note = 'for implementation="triton" of the jax backend; XLA runs what does not ask for it'
+        found["jax-triton"] = kernels._replace(note=note)
+    return tuple(found.values())
 
 
 def _status(name: str, part: _Part) -> Status:
@@ -73,13 +80,6 @@ def _status(name: str, part: _Part) -> Status:
         return Status(name, present, f"{' and '.join(missing)} not installed: {install}", "")
     outside = [f"{package} {versions[package]}, needed is {_ranges()[package]}" for package in _outside(versions)]
     return Status(name, present, f"{'; '.join(outside)}: {install or 'pip install -U fwpkm'}" if outside else "", "")
-
-
-def _jax_triton() -> Status:
-    version = version_of("jax_triton")
-    here = "not used" if version else "not installed, and not needed"
-    packages = {"jax_triton": version} if version else {}
-    return Status("jax-triton", packages, f"{here}: the jax backend has no kernels of its own, XLA compiles it", "")
 
 
 def _keras(part: _Part) -> Status:
@@ -139,7 +139,7 @@ def _ranges() -> dict[str, str]:
     for line in metadata.requires("fwpkm") or ():
         name, wanted = re.match(r"([\w.-]+)(?:\[[^]]*\])?\s*([^;\s]*)", line).groups()  # type: ignore[union-attr]
         if wanted:
-            found.setdefault(name, wanted)
+            found.setdefault(name.replace("-", "_"), wanted)
     return found
 
 

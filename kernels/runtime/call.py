@@ -6,12 +6,11 @@ write the values one after the other. The backward takes them in reverse, first 
 keys.
 """
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, NamedTuple
 
 from fwpkm.config import FwPKMConfig
 from fwpkm.kernels import key_gradient, keys, overlay, propose, ranks, read, slots, tokens, values
@@ -21,6 +20,10 @@ from fwpkm.kernels.runtime.shapes import keys_move
 from fwpkm.kernels.runtime.windows import Bounds, Call, Plan, least, of_call
 from fwpkm.kernels.runtime.workspace import Layout, Workspace
 from fwpkm.tokens import NUMBERS, SCALARS, Tokens
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 _INPUTS = ("due", "pair", *Tokens._fields)
 
@@ -74,10 +77,12 @@ def forward(
         most: what to make space for, so that the shapes of residuals do not depend on the position.
         overlaid: every memory begins from one table, and the written ones are not asked for.
     """
+    import torch  # here, so that who only lists launches needs none
+
     inputs = {**tokens._asdict(), "pair": pair, "initial_keys": keys, "table": values, "uses": uses, "due": None}
     batch = tokens.query.shape[0]
     call = Call(cfg, plan, tokens.query.dtype, batch, keys.shape[0], save, overlaid)
-    launches = _forward_launches(call, most)
+    launches = forward_launches(call, most)
     residuals = Workspace.empty(launches.residuals, keys)
     launches.prepare.run(inputs, residuals)  # which an idle GPU does while the rest is made ready
     workspace, entries = Workspace.empty(launches.workspace, keys), cfg.slots_per_token
@@ -99,7 +104,7 @@ def forward(
     return Result(output, slots, weights, last, memorization, addressing, residuals)
 
 
-class _Forward(NamedTuple):
+class Forward(NamedTuple):
     """The launches of a forward; between the last two the entries are sorted."""
 
     residuals: Layout
@@ -110,7 +115,7 @@ class _Forward(NamedTuple):
 
 
 @of_call
-def _forward_launches(call: Call, most: Bounds | None) -> _Forward:
+def forward_launches(call: Call, most: Bounds | None) -> Forward:
     """Those of a call whose residuals have space for ``most``, or for its own windows."""
     most = most or least(call.plan, call.batch)
     residuals = residuals_layout(call.cfg, most, call.memories, call.batch, call.save, overlaid=call.overlaid)
@@ -125,7 +130,7 @@ def _forward_launches(call: Call, most: Bounds | None) -> _Forward:
     add_address(address, call)
     keys.add_addressing_loss(address, call)
     add_write(write, call)
-    return _Forward(residuals, workspace, prepare, address, write)
+    return Forward(residuals, workspace, prepare, address, write)
 
 
 def add_address(launches: Launches, call: Call) -> None:
@@ -182,6 +187,8 @@ def backward(
         summed: makes the sum over all columns of the values, in place, where the table holds some of them.
         initial: ``[1, N, Dv]`` of an overlaid call: the table that its forward read.
     """
+    import torch
+
     query, memories = tokens.query, residuals.layout.spec("counts").shape[1]
     new = functools.partial(torch.empty, dtype=torch.float32, device=query.device)
     overlap = any(a.start + a.length > b.start for a, b in zip(plan.windows, plan.windows[1:]))
@@ -202,7 +209,7 @@ def backward(
         **{f"d_{name}": x for name, x in d_tokens._asdict().items()},
     }  # fmt: skip
     call = Call(cfg, plan, query.dtype, query.shape[0], memories, True, initial is not None)
-    launches = _backward_launches(call, overlap, table is not None, residuals.layout)
+    launches = backward_launches(call, overlap, table is not None, residuals.layout)
     workspace = Workspace.empty(launches.workspace, query)
     launches.through_values.run(inputs, residuals, workspace)
     if summed is not None:
@@ -216,7 +223,7 @@ def backward(
     return Gradients(keys, d_table, d_tokens)
 
 
-class _Backward(NamedTuple):
+class Backward(NamedTuple):
     """The launches of a backward."""
 
     workspace: Layout
@@ -225,7 +232,7 @@ class _Backward(NamedTuple):
 
 
 @of_call
-def _backward_launches(call: Call, overlap: bool, table: bool, residuals: Layout) -> _Backward:
+def backward_launches(call: Call, overlap: bool, table: bool, residuals: Layout) -> Backward:
     """Those of a call; whether windows ``overlap``, and whether the gradient of the ``table`` is asked for."""
     workspace = backward_layout(call, table)
     inputs = (
@@ -236,7 +243,7 @@ def _backward_launches(call: Call, overlap: bool, table: bool, residuals: Layout
     _add_values_backward(through_values, call, table)
     slots.add_select_slots_backward(through_keys, call)
     _add_keys_backward(through_keys, call, overlap)
-    return _Backward(workspace, through_values, through_keys)
+    return Backward(workspace, through_values, through_keys)
 
 
 def _add_values_backward(launches: Launches, call: Call, table: bool) -> None:

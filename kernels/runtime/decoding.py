@@ -1,7 +1,8 @@
 """One token of each sequence on a GPU, and the write of the chunk that it completes, where it does (SPEC.md §5)."""
 
-import torch
-from torch import Tensor
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 from fwpkm import schedule
 from fwpkm.config import FwPKMConfig
@@ -13,6 +14,9 @@ from fwpkm.kernels.runtime.layouts import forward_layout, residuals_layout
 from fwpkm.kernels.runtime.windows import Call, least, of_call, write
 from fwpkm.kernels.runtime.workspace import Layout, Workspace
 from fwpkm.tokens import NUMBERS, TOKEN_FIELDS, Tokens, token_specs
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _PENDING = tuple(f"pending_{field.name}" for field in TOKEN_FIELDS)
 _TOKEN = tuple(f"token_{field.name}" for field in TOKEN_FIELDS)
@@ -37,14 +41,14 @@ def decode(cfg: FwPKMConfig, state: State, tokens: Tokens) -> Tensor:
         "output": output,
     }  # fmt: skip
     # Queries are float32 once they are pending; what reads the token itself does not depend on their dtype.
-    call = Call(cfg, write(num_tokens, batch), torch.float32, batch, keys.shape[0], False)
-    launches = _launches(call)
+    call = Call(cfg, write(num_tokens, batch), "float32", batch, keys.shape[0], False)
+    launches = decode_launches(call)
     launches.run(inputs, *(Workspace.empty(layout, keys) for layout in launches.layouts))
     return output
 
 
 @of_call
-def _launches(call: Call) -> Launches:
+def decode_launches(call: Call) -> Launches:
     """The launches of a step, those of the write among them."""
     inputs = *_PENDING, *_TOKEN, "keys", "table", "uses", "position", "output"
     launches = Launches(*_layouts(call), inputs=inputs)
@@ -63,12 +67,12 @@ def _layouts(call: Call) -> tuple[Layout, ...]:
     residuals = residuals_layout(cfg, least(call.plan, batch), call.memories, batch, False, False)
     chunk = token_specs(cfg, batch, ("n", num_tokens))
     own = {
-        "token_ranks": ((batch, cfg.num_heads, 2, cfg.num_subkeys), torch.float32),
-        "token_flags": ((batch,), torch.int8),
-        "due": ((call.memories,), torch.int32),  # whether a memory's chunk is complete
-        "pending_index": ((batch,), torch.int32),  # where the token will be pending
-        **{name: (spec.shape, torch.float32) for name, spec in chunk._asdict().items() if name in NUMBERS},
-        "new_slots": ((0,), torch.int64),
-        "new_weights": ((0,), torch.float32),
+        "token_ranks": ((batch, cfg.num_heads, 2, cfg.num_subkeys), "float32"),
+        "token_flags": ((batch,), "int8"),
+        "due": ((call.memories,), "int32"),  # whether a memory's chunk is complete
+        "pending_index": ((batch,), "int32"),  # where the token will be pending
+        **{name: (spec.shape, "float32") for name, spec in chunk._asdict().items() if name in NUMBERS},
+        "new_slots": ((0,), "int64"),
+        "new_weights": ((0,), "float32"),
     }
     return residuals, forward_layout(call, residuals.spec("sorted_rows").dtype), Layout.of(own)

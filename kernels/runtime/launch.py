@@ -1,16 +1,23 @@
-"""Launches listed once and made often: Triton looks at every argument each time, which costs more than a kernel."""
+"""Launches listed once and made often: Triton looks at every argument each time, which costs more than a kernel.
+
+The list needs no framework; ``run`` is torch's way to make the launches.
+"""
+
+from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 from triton.runtime import JITFunction
 
 from fwpkm.kernels.runtime.interpreting import keep_truths
 from fwpkm.kernels.runtime.workspace import Layout, TensorSpec, Workspace
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 _COMPILED: dict[tuple, Any] = {}
 _INPUT, _ABSENT = -1, -2
@@ -20,11 +27,11 @@ _OPTIONS = {"num_warps", "num_stages"}
 
 
 @triton.jit
-def _nothing():
-    pass
+def nothing():
+    """A kernel without parameters."""
 
 
-INTERPRETED = not any(isinstance(kernel, JITFunction) for kernel in (_nothing, tl.cdiv))
+INTERPRETED = not any(isinstance(kernel, JITFunction) for kernel in (nothing, tl.cdiv))
 """Whether Triton's interpreter runs the kernels; tl.cdiv is one of its own, for which it was decided earlier."""
 if INTERPRETED:
     keep_truths()
@@ -61,7 +68,7 @@ class Launches:
         """By tensor: its name, and a workspace with an offset, or where else it is."""
         self.kernels: list[Bound] = []
         self.launches: list[tuple[int, tuple[int, int, int], tuple[int, ...]]] = []
-        self._ready: dict[tuple, list[tuple]] = {}
+        self._ready: dict[tuple, tuple[Any, list[tuple]]] = {}
         self._bound: dict[tuple, int] = {}
 
     def add(
@@ -152,12 +159,16 @@ class Launches:
         if key not in self._ready:
             tensors = self.tensors(inputs, *workspaces)
             if not isinstance(self.kernels[0].kernel, JITFunction):  # the interpreter compiles nothing
-                return self._interpret(tensors)
-            self._ready[key] = [self._compiled(number, tensors, device) for number in range(len(self.kernels))]
-        stream = torch._C._cuda_getCurrentRawStream(device.index)
+                return self.interpret(tensors)
+            import torch
+
+            compiled = [self._compiled(number, tensors, device) for number in range(len(self.kernels))]
+            self._ready[key] = torch._C._cuda_getCurrentRawStream, compiled
+        stream_of, compiled = self._ready[key]
+        stream = stream_of(device.index)
         bound = [
             (run, (stream, *function, *[addresses[i] for i in indices]), constants)
-            for (run, function, constants), (_, indices, _, _) in zip(self._ready[key], self.kernels)
+            for (run, function, constants), (_, indices, _, _) in zip(compiled, self.kernels)
         ]
         for number, grid, integers in self.launches:
             run, head, constants = bound[number]
@@ -182,7 +193,8 @@ class Launches:
             _COMPILED[key] = compiled.run, (compiled.function, compiled.packed_metadata, *no_hooks), values
         return _COMPILED[key]
 
-    def _interpret(self, tensors: list[Tensor | None]) -> None:
+    def interpret(self, tensors: list[Tensor | None]) -> None:
+        """Make all launches in Triton's interpreter; the tensors by number."""
         for number, grid, integers in self.launches:
             kernel, indices, _, constants = self.kernels[number]
             kernel[grid](*(tensors[i] for i in indices), *integers, **constants)

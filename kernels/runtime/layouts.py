@@ -7,15 +7,13 @@ tokens.
 import functools
 import math
 
-import torch
-
 from fwpkm.config import FwPKMConfig
 from fwpkm.kernels.key_sums import most_pieces, words_for
 from fwpkm.kernels.runtime.shapes import blocks_of, keys_move
 from fwpkm.kernels.runtime.windows import Bounds, Call
 from fwpkm.kernels.runtime.workspace import Layout, Specs, TensorSpec
 
-_FLOAT, _INT, _LONG, _BYTE = torch.float32, torch.int32, torch.int64, torch.int8
+_FLOAT, _INT, _LONG, _BYTE = "float32", "int32", "int64", "int8"
 
 
 def layout_of_residuals(
@@ -88,7 +86,7 @@ residuals_layout = functools.lru_cache(1024)(layout_of_residuals)
 """The same of plain integers; torch.compile traces symbols, which have no hash."""
 
 
-def forward_layout(call: Call, row: torch.dtype) -> Layout:
+def forward_layout(call: Call, row: str) -> Layout:
     """Of what the forward needs besides; ``row`` holds the number of any table row."""
     cfg, plan, size = call.cfg, call.plan, call.shapes
     half, subkeys, entries, writes = cfg.key_dim // 2, cfg.num_subkeys, cfg.slots_per_token, plan.num_writes > 0
@@ -100,7 +98,7 @@ def forward_layout(call: Call, row: torch.dtype) -> Layout:
             "latest": by_row,  # of each memory's: the segment that wrote it last, or -1
             "last_windows": by_row,  # the last window that reads it, or -1
             "norms": ((call.groups, subkeys), _FLOAT),  # ‖K‖²
-            "keys_hi_lo": ((call.groups, 2, subkeys, half), torch.bfloat16),  # each sub-key as a sum of two
+            "keys_hi_lo": ((call.groups, 2, subkeys, half), "bfloat16"),  # each sub-key as a sum of two
             "proposals": ((*by_token, size.propose["TILES"] * size.propose["PROPOSED"]), _INT),  # (propose_kernel)
             "scales": (by_token, _FLOAT),  # the unit of their ranks
             "table_rows": ((plan.total * entries,), row),  # the entries', unsorted

@@ -5,9 +5,8 @@ Never from B or T, so nothing is tuned anew.
 
 import functools
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import torch
 import triton
 
 from fwpkm import schedule
@@ -28,8 +27,8 @@ def keys_move(cfg: FwPKMConfig) -> bool:
 
 
 @functools.lru_cache
-def shapes(cfg: FwPKMConfig, query: torch.dtype) -> SimpleNamespace:
-    """By kernel, its compile-time arguments for a configuration and the dtype of the queries."""
+def shapes(cfg: FwPKMConfig, query: Any) -> SimpleNamespace:
+    """By kernel, its compile-time arguments for a configuration and the dtype of the queries, of any framework."""
     half, k, heads, subkeys = cfg.key_dim // 2, cfg.top_k, cfg.num_heads, cfg.num_subkeys
     choices = triton.next_power_of_2(k)
     width = triton.next_power_of_2(cfg.value_dim)
@@ -43,7 +42,7 @@ def shapes(cfg: FwPKMConfig, query: torch.dtype) -> SimpleNamespace:
     table = {"SLOTS": cfg.num_slots, "WIDTH": cfg.value_dim, "ENTRIES": entries}
     bound = {"CHUNK": cfg.chunk_size, "LOOKAHEAD": cfg.lookahead, "WRITE_SCALE": cfg.write_scale}
     rate = {"RATE": cfg.learning_rate, "DECAY": cfg.weight_decay}
-    exact = query == torch.bfloat16
+    exact = str(query).rpartition(".")[2] == "bfloat16"
     products = {"EXACT": exact, "UPCAST": INTERPRETED}
     # A row of sub-scores stays within a warp group's registers: 64 tokens x 256 sub-keys are 128 of a thread's 255.
     columns = max(16, min(256, triton.next_power_of_2(subkeys)))

@@ -6,8 +6,6 @@ from collections.abc import Callable, Iterable
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-import torch
-
 from fwpkm import schedule
 from fwpkm.config import FwPKMConfig
 from fwpkm.kernels.runtime.shapes import blocks_of, keys_move, shapes
@@ -93,8 +91,8 @@ class Call(NamedTuple):
 
     cfg: FwPKMConfig
     plan: Plan
-    dtype: torch.dtype
-    """Of the queries."""
+    dtype: Any
+    """Of the queries, as their framework has it."""
     batch: int
     """B"""
     memories: int

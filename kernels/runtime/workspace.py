@@ -1,15 +1,22 @@
-"""Memory for what a call computes: tensors side by side in one allocation, since each costs as much as a launch."""
+"""Memory for what a call computes: tensors side by side in one allocation, since each costs as much as a launch.
+
+A ``Layout`` needs no framework; a ``Workspace`` is torch's.
+"""
+
+from __future__ import annotations
 
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
-Specs = Mapping[str, tuple[tuple[int, ...], torch.dtype] | None]
-"""Shapes and dtypes by name; None of what is absent."""
+Specs = Mapping[str, tuple[tuple[int, ...], str] | None]
+"""Shapes and the names of dtypes by name; None of what is absent."""
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "int64": 8, "int32": 4, "int8": 1}
+"""The dtypes that there are, and what one number takes."""
 _ALIGNMENT = 256
 """Bytes, as of an allocation."""
 
@@ -19,12 +26,12 @@ class TensorSpec(NamedTuple):
 
     offset: int
     shape: tuple[int, ...]
-    dtype: torch.dtype
+    dtype: str
 
     @property
     def nbytes(self) -> int:
         """Its size."""
-        return math.prod(self.shape) * self.dtype.itemsize
+        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -35,7 +42,7 @@ class Layout:
     size: int
 
     @classmethod
-    def of(cls, specs: Specs) -> "Layout":
+    def of(cls, specs: Specs) -> Layout:
         """One tensor after the other."""
         tensors: dict[str, TensorSpec | None] = {}
         offset = 0
@@ -51,6 +58,18 @@ class Layout:
         return spec
 
 
+class _Dtypes(dict[str, Any]):
+    """Torch's dtypes by name, imported when the first is asked for."""
+
+    def __missing__(self, name: str) -> Any:
+        import torch
+
+        return self.setdefault(name, getattr(torch, name))
+
+
+_DTYPES = _Dtypes()
+
+
 class Workspace:
     """A buffer of bytes, and which of them are which tensor."""
 
@@ -61,11 +80,11 @@ class Workspace:
         self.layout, self.buffer = layout, buffer
 
     @classmethod
-    def empty(cls, layout: Layout, like: Tensor) -> "Workspace":
+    def empty(cls, layout: Layout, like: Tensor) -> Workspace:
         """One that nobody has written, on the device of ``like``."""
-        return cls(layout, like.new_empty(layout.size, dtype=torch.uint8))
+        return cls(layout, like.new_empty(layout.size, dtype=_DTYPES["uint8"]))
 
     def __getitem__(self, name: str) -> Tensor:
         """A tensor of it."""
         spec = self.layout.spec(name)
-        return self.buffer[spec.offset : spec.offset + spec.nbytes].view(spec.dtype).view(spec.shape)
+        return self.buffer[spec.offset : spec.offset + spec.nbytes].view(_DTYPES[spec.dtype]).view(spec.shape)
