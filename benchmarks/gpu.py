@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import compare, gpu_agreement, gpu_report, gpu_speed, report
+from benchmarks import compare, gpu_agreement, gpu_layer, gpu_report, gpu_speed, report
 from benchmarks.findings import Report, equal
 from benchmarks.worker import Outcome, Task, run_all
 from benchmarks.workloads import WORKLOADS, Workload
@@ -30,7 +30,7 @@ _LEGEND = (
     "captured: one call in a CUDA graph, replayed with one set of inputs, so without the host's part",
     "the floor: each input and touched row read once, each output and touched row written once, at a copy's bandwidth",
 )
-SECTIONS = ("agreement", "bits", "graphs", "conform", "speed", "rows", "stateless", "decode")
+SECTIONS = ("agreement", "bits", "graphs", "conform", "speed", "rows", "stateless", "layer", "decode")
 ASKED = ("jax",)
 """Sections that run only where they are named: they need jax-triton."""
 DTYPE = "bfloat16"
@@ -44,7 +44,7 @@ _ROWS = "train-512"
 _TIMED = dict.fromkeys(
     ("shared-2048", _ROWS, "shared-1024", "shared-512", "shared-256", "read-32k-512", "read-128k-512"),
     "agreement speed",
-) | {_ROWS: "agreement speed rows"}
+) | {_ROWS: "agreement speed rows layer"}
 """What is timed is compared as it is timed, for those sections."""
 _TAIL = Workload("tail-512", WORKLOADS["shared-512"].config, batch=5, length=1300)
 """Two chunks of each sequence and a part of a third, whose gradients pass through the final tables. The sums over that
@@ -131,6 +131,8 @@ def timings() -> list[Task]:
         ),
         Task("jax", f"jax: {_JAX}", in_jax, (WORKLOADS[_JAX], DTYPE, "speed", True)),
         Task("jax", f"jax: anywhere {_JAX}", in_jax, (WORKLOADS[_JAX], DTYPE, "speed", False)),
+        Task("layer", "layer: ours", gpu_layer.layer, (WORKLOADS[_ROWS], DTYPE)),
+        Task("layer", "layer: Gated DeltaNet", gpu_layer.gated_deltanet, (WORKLOADS[_ROWS], DTYPE)),
         attention(8, 4096),
         *(task(f"shared-{s}", gpu_speed.kernels, "kernels: ") for s in (256, 512, 1024)),
         *(task(name, gpu_speed.initial_state, "initial state: ") for name in ("shared-512", "train-512")),
@@ -176,7 +178,7 @@ def main(arguments: Sequence[str] | None = None, anywhere: bool = False) -> int:
     """
     workers = min(12, len(os.sched_getaffinity(0)))
     parser = report.parser("gpu", __doc__, *report.JUDGED, workers=(workers, "checks side by side"))
-    sections = f"of {', '.join(SECTIONS)} (default: all) and jax; speed, rows, stateless, decode, jax compare first"
+    sections = f"of {', '.join(SECTIONS)} (default: all) and jax; speed and what follows it compare first"
     parser.add_argument(
         "--only", nargs="+", choices=(*SECTIONS, *ASKED), default=SECTIONS, metavar="SECTION", help=sections
     )

@@ -67,6 +67,12 @@ _TARGETS: tuple[tuple[str, str, str, float, tuple[float | None, ...]], ...] = (
     ),
     ("64 packed sequences without a state: extra GiB, {text}", "stateless: 64/extra: even {step}", "", 2**-30, (4, 4)),
     ("64 of 100 tokens up: extra GiB, {text}", "stateless: 64/extra: uneven {step}", "", 2**-30, (4, 4)),
+    ("a layer of width 512, compiled, B=8 T=4096: {text}, ms", "layer: ours/{step}", "", 1e3, (None, None)),
+    ("the same from a CUDA graph: {text}, ms", "layer: ours/captured {step}", "", 1e3, (1.7, 4)),
+    (
+        "the same / a Gated DeltaNet layer from a CUDA graph: {text}",
+        *("layer: ours/captured {step}", "layer: Gated DeltaNet/captured {step}", 1, (None, None)),
+    ),
     ("decode B=1 in a CUDA graph, µs a token", "decode: decode-512/graph", "", 1e6, (40,)),
 )
 """What the kernels are to reach on one H200."""
@@ -78,7 +84,7 @@ Timings = dict[str, list[float]]
 def targets(timings: Timings, sections: set[str]) -> Iterator[Claim]:
     """What is to be reached in the sections that were run, and what was."""
     for what, quantity, over, unit, bounds in _TARGETS:
-        section = next((x for x in ("decode", "rows", "stateless", "jax") if quantity.startswith(x)), "speed")
+        section = next((x for x in ("decode", "rows", "stateless", "layer", "jax") if quantity.startswith(x)), "speed")
         for (step, text), bound in zip(STEPS.items(), bounds if section in sections else ()):
             found = measured(timings, quantity.format(step=step), over.format(step=step), unit)
             yield Claim(what.format(text=text), found, at_most=bound)
@@ -128,14 +134,16 @@ def line(outcome: Outcome) -> str:
 
 def tables(checks: Sequence[Outcome], timings: Timings, claims: Sequence[Claim]) -> list[Table]:
     """Everything that was found."""
-    apart = "decode: ", "initial state: ", "rows: ", "stateless: ", "jax: "
+    apart = "decode: ", "initial state: ", "rows: ", "stateless: ", "layer: ", "jax: "
     others = [name for name in timings if name.startswith(apart)]
     peaks = [name for name in timings if "/extra: " in name and name.startswith("stateless: ")]
     rows = [(name, _cell(timings, name, 1e6)) for name in others if name not in peaks]
     rows += [(f"{name}, MiB", _cell(timings, name, 2**-20)) for name in peaks]
     made = [
         *(agreement_table(checks), *workload_tables(timings), kernels_table(timings)),
-        Table("Decoding a token; copying an initial memory; rows that are not alike; JAX", ("what", "µs"), rows),
+        Table(
+            "Decoding a token; copying an initial memory; rows that are not alike; a layer; JAX", ("what", "µs"), rows
+        ),
         claims_table("Targets, for one H200", claims, "target"),
     ]
     return [table for table in made if table.rows]

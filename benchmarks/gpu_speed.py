@@ -29,7 +29,7 @@ _LONG, _FEW = 65536, 8
 """Calls of so many tokens are sampled less often."""
 _EAGER_TOO = ("read-32k-512",)
 """Calls of more than 8 chunks that the eager backend, which takes tens of milliseconds for each, reads all the same."""
-_SETS = 3
+SETS = 3
 """Sets of inputs that are read in turn, so that none stays in the cache."""
 _HEADS = 8
 _FEWEST = 100
@@ -56,7 +56,7 @@ def speed(workload: Workload, dtype: str, samples: int = SAMPLES) -> Samples:
         function = getattr(steps, step)
         function(sets[0])
         found[f"extra: {step}"] = _extra_bytes(function, sets[1])
-        found[step] = _sample(function, sets, number)
+        found[step] = sample(function, sets, number)
         if short and DEVICE == "cuda":  # what is left of the time where the host need not launch anything
             graph, results = capture(partial(function, sets[0]))
             graph.replay()
@@ -76,7 +76,7 @@ def speed(workload: Workload, dtype: str, samples: int = SAMPLES) -> Samples:
             if short:
                 function(sets[0])
             found[f"extra: eager {step}"] = _extra_bytes(function, sets[1])
-            found[f"eager {step}"] = _sample(function, sets, min(samples, 5) if short else 1)
+            found[f"eager {step}"] = sample(function, sets, min(samples, 5) if short else 1)
     return found | {f"least: {step}": [size] for step, size in least.items()}
 
 
@@ -113,7 +113,7 @@ def touched_rows(workload: Workload, slots: Tensor) -> tuple[int, int]:
 def attention(batch: int, length: int, width: int, dtype: str) -> Samples:
     """Causal attention of 8 heads, by step."""
     shape = (batch, _HEADS, length, width // _HEADS)
-    drawn = [torch.randn(4, *shape, device=DEVICE).to(getattr(torch, dtype)) for _ in range(_SETS)]
+    drawn = [torch.randn(4, *shape, device=DEVICE).to(getattr(torch, dtype)) for _ in range(SETS)]
     sets: list[Any] = [(*(x.clone().requires_grad_() for x in parts[:3]), parts[3]) for parts in drawn]
     number = _FEW if length >= _LONG else SAMPLES
 
@@ -125,7 +125,7 @@ def attention(batch: int, length: int, width: int, dtype: str) -> Samples:
         return output, torch.autograd.grad(output, inputs[:3], inputs[3])
 
     functions = {"forward": torch.no_grad()(forward), "train": train}
-    return {step: _sample(function, sets, number, warm_up=True) for step, function in functions.items()}
+    return {step: sample(function, sets, number, warm_up=True) for step, function in functions.items()}
 
 
 def initial_state(workload: Workload, dtype: str) -> Samples:
@@ -133,7 +133,7 @@ def initial_state(workload: Workload, dtype: str) -> Samples:
     one = make_memory(workload, device=DEVICE)
     one = type(one)(*(table[:1].clone() for table in one))
     measure.free_device_memory()
-    return {"copy": _sample(lambda _: be.init_state(workload.config, one, workload.batch), [None], SAMPLES, True)}
+    return {"copy": sample(lambda _: be.init_state(workload.config, one, workload.batch), [None], SAMPLES, True)}
 
 
 def bandwidth(size: int = 2**32) -> Samples:
@@ -198,10 +198,11 @@ def decoding(workload: Workload, dtype: str) -> Samples:
 
 
 def _inputs(workload: Workload, dtype: str) -> list[Inputs]:
-    return [make_inputs(workload, seed=seed, device=DEVICE, dtype=dtype) for seed in range(1, _SETS + 1)]
+    return [make_inputs(workload, seed=seed, device=DEVICE, dtype=dtype) for seed in range(1, SETS + 1)]
 
 
-def _sample(function: Callable[[Any], Any], sets: Sequence[Any], number: int, warm_up: bool = False) -> list[float]:
+def sample(function: Callable[[Any], Any], sets: Sequence[Any], number: int, warm_up: bool = False) -> list[float]:
+    """Seconds of single calls, each of the next of the sets; ``warm_up`` calls before, one of each."""
     for inputs in sets if warm_up else ():
         function(inputs)
     return [measure.device_timed(function, sets[i % len(sets)])[0] for i in range(number)]

@@ -29,7 +29,7 @@ def test_without_a_gpu_it_says_so(monkeypatch, capsys):
 
 
 def test_the_kernels_are_compared_and_timed_in_the_interpreter():
-    sections = ("agreement", "speed", "rows", "stateless", "decode")
+    sections = ("agreement", "speed", "rows", "stateless", "layer", "decode")
     line = (ROOT / "tests" / "tiny_gpu_benchmark.py", "--only", *sections, "--workers", "2", "--markdown")
     done = python(
         *line, cwd=ROOT, timeout=500, TRITON_INTERPRET="1", PYTHONPATH=os.pathsep.join((str(ROOT), *sys.path))
@@ -45,6 +45,7 @@ def test_the_kernels_are_compared_and_timed_in_the_interpreter():
     ]
     for title in ("Time", "Traffic; a device copy", "Memory", "Decoding"):
         assert f"**{title}" in done.stdout
+    assert "| layer: ours/train |" in done.stdout
 
 
 def test_jax_is_compared_with_torch_before_it_is_timed():

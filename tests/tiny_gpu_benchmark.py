@@ -3,7 +3,7 @@
 import dataclasses
 import sys
 
-from benchmarks import gpu, gpu_agreement, gpu_speed
+from benchmarks import gpu, gpu_agreement, gpu_layer, gpu_speed
 from benchmarks.worker import Task
 from benchmarks.workloads import WORKLOADS
 
@@ -40,6 +40,8 @@ def timings() -> list[Task]:
         Task("rows", "rows: mask", gpu_speed.masked, (*TINY, 1)),
         Task("rows", "rows: 3", gpu_speed.ragged, (*TINY, 3, 1)),
         Task("stateless", "stateless: 2", gpu_speed.stateless, (*OWN, 2, 1)),
+        Task("layer", "layer: ours", gpu_layer.layer, (*TINY, 1)),
+        Task("layer", "layer: Gated DeltaNet", gpu_layer.gated_deltanet, (*TINY, 1)),
         Task("jax", "jax: tiny-kernels", gpu.in_jax, (*TINY, "speed", True, 1)),
     ]
 
