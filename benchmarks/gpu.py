@@ -104,7 +104,7 @@ def checks(seed: int) -> list[Task]:
         Task("jax", "jax beside torch: as it is timed", in_jax, (WORKLOADS[_JAX], DTYPE, "agree", seed)),
         Task("jax", "jax beside torch: a ragged end", in_jax, (_TAIL, "float32", "agree", seed)),
         Task("jax", "jax beside torch: decode", in_jax, (_DECODED, DTYPE, "decoded", seed)),
-        Task("jax", "jax: fwpkm conform: 10 cases", conform_jax, ("--cases", "10")),
+        *(Task("jax", f"jax: conform: case {n}", conform_jax, ("--case", str(n))) for n in range(_CONFORM_SHAPES)),
         *(Task("agreement", f"vectors: {name}", gpu_agreement.vector, (name,)) for name in vectors.names()),
     ]
 
@@ -193,6 +193,7 @@ def main(arguments: Sequence[str] | None = None, anywhere: bool = False) -> int:
         return compare.main("gpu", options)
     for threads in ("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"):  # many processes on few cores
         os.environ.setdefault(threads, "1")
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # many processes on one GPU
     only, seed = set(options.only), secrets.randbits(31) if options.seed is None else options.seed
     _say(f"seed {seed}")
     checked = _check(chosen(only, checks(seed)), options.workers)

@@ -3,12 +3,9 @@
 jax-triton 0.3 must be there; without a GPU both run in Triton's interpreter.
 """
 
-import os
 from collections.abc import Callable
 from functools import partial
 from typing import Any
-
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leaves torch its part of a GPU
 
 import jax
 import jax.numpy as jnp

@@ -111,6 +111,7 @@ def main(capability: int, config: str) -> None:
         kernel, out_shape, grid = (options.pop(name) for name in ("kernel", "out_shape", "grid"))
         aliased = options.pop("input_output_aliases", {})
         assert all(0 < n < 2**31 for n in grid)
+        assert all(isinstance(x, int) or x.size for x in given), f"{kernel.fn.__name__} receives an empty array"
         both = [given[i] for i in aliased] or out_shape
         assert [(x.shape, x.dtype) for x in both] == [(x.shape, x.dtype) for x in out_shape]
         sizes = {name: options.pop(name) for name in ("num_warps", "num_stages") if name in options}

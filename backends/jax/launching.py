@@ -86,9 +86,11 @@ def _wide(launches: Any, known: Arrays) -> set[str]:
 def _launched(launches: Any, known: Arrays, changed: set[str], own: str, taken: Arrays) -> dict[str, Array]:
     """What is ``changed``, by calls of jax-triton; ``taken`` are the arrays of ``known``, perhaps traced anew."""
     missing, wide = _of_kind(known, jax.ShapeDtypeStruct), _wide(launches, known)
+    # XLA would make constants of the empty, and copy them; nobody reads or writes the number that stands for one.
+    shapes = (x if x.size else jax.ShapeDtypeStruct((1,), x.dtype) for x in missing.values())
     # Every launch takes and gives it, so that XLA sees their order: what one reads, another may overwrite later.
     turn = jax.ShapeDtypeStruct((1,), jnp.int32)
-    *made, last = _allocated((*missing.values(), turn), taken[own])
+    *made, last = _allocated((*shapes, turn), taken[own])
     now = {**known, **taken, **dict(zip(missing, made))}
     names = [name for name, *_ in launches.sources]
     for number, grid, integers in launches.launches:
@@ -108,7 +110,7 @@ def _launched(launches: Any, known: Arrays, changed: set[str], own: str, taken: 
             **dict.fromkeys(x for x in tensors if x not in present), **bound.constants,
         )  # fmt: skip
         now |= zip((present[x] for x in stored), results)
-    return {name: now[name] for name in changed}
+    return {name: now[name] if known[name].size else jnp.zeros_like(known[name]) for name in changed}
 
 
 class _Integer(int):
