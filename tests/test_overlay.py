@@ -69,7 +69,7 @@ def error(received: Tensor, expected: Tensor) -> float:
     [
         *((name, PACKED, True, name != "plain") for name in list(CONFIGS)[:-1]),
         ("plain", [10, 10], False, True),
-        ("keys at rest", [11, 11], False, True),
+        ("keys at rest", [13, 13], False, True),
         ("one memory", [10, 10], False, True),
         ("plain", [3, 2], True, True),  # nothing is written
     ],
