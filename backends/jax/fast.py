@@ -282,7 +282,10 @@ def _left_over(cfg: FwPKMConfig, places: Any, flags: Array, stream: Tokens) -> T
     arrays = run(left_over_launches(cfg, batch, longest), arrays, "flags")
     mask, numbers = arrays["mask"], {name: x for name, x in stream.present().items() if name in NUMBERS}
     ways = arrays["index"], arrays["inverse"], None
-    found = _moved(ways, [*numbers.values()], [], True, mask.shape) if cfg.capacity else numbers.values()
+    if cfg.capacity:
+        found = _moved(ways, [*numbers.values()], [], True, mask.shape)
+    else:
+        found = tuple(x[:, :0].astype(jnp.float32) for x in numbers.values())
     left = filled(jnp.float32, Tokens(**dict(zip(numbers, found)), mask=mask))
     return left._replace(**{name: getattr(left, name) * mask for name in SCALARS if name not in numbers})
 
