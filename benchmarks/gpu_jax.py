@@ -32,7 +32,7 @@ def agree(workload: Workload, dtype: str, seed: int) -> Report:
     expected = gpu_agreement.compute(workload, inputs, "triton", seed)
     findings: list[Any] = []
     for name, begins in {"": True, "any position: ": False}.items():
-        received, bits = twice(partial(_compute, workload, inputs, seed, begins))
+        received, bits = twice(partial(_compute, _jitted(workload, "train", begins), workload, inputs, seed))
         received = {key: x.to(expected[key]) for key, x in received.items()}
         for finding in (bits, *gpu_agreement.judge(workload, received, expected)):
             findings.append(finding._replace(what=name + finding.what))
@@ -129,11 +129,11 @@ def _jitted(workload: Workload, step: str, begins: bool) -> Callable[..., Any]:
     return run
 
 
-def _compute(workload: Workload, inputs: Inputs, seed: int, begins: bool) -> dict[str, Tensor]:
-    """What ``gpu_agreement.compute`` gives, of the JAX backend."""
+def _compute(train: Callable[..., Any], workload: Workload, inputs: Inputs, seed: int) -> dict[str, Tensor]:
+    """What ``gpu_agreement.compute`` gives, of a step of the JAX backend."""
     memory = _tables(gpu_agreement.draw_memory(workload, seed=seed))
     state = jax_backend.init_state(workload.config, memory, workload.batch)
-    after, output, trace, gradients = _jitted(workload, "train", begins)(state, *map(_array, inputs))
+    after, output, trace, gradients = train(state, *map(_array, inputs))
     named = zip(("query", "value", "gate"), gradients)
     found = {"output": output, **trace._asdict(), **after.memory._asdict(), **{f"grad {x}": d for x, d in named}}
     return {name: _tensor(x) for name, x in found.items()}
