@@ -44,7 +44,7 @@ def token_kernel(
     CHUNK: tl.constexpr, LAG: tl.constexpr, SCOPE: tl.constexpr,
     HEADS: tl.constexpr, SUBKEYS: tl.constexpr, K: tl.constexpr, SCORE: tl.constexpr,
     TEMPERATURE: tl.constexpr, CHOICES: tl.constexpr, LISTED: tl.constexpr, HEAD_BLOCK: tl.constexpr,
-    DEPTH: tl.constexpr,
+    DEPTH: tl.constexpr, VERSIONS: tl.constexpr,
 ):  # fmt: skip
     """A new token reads: from the ranks of all sub-keys to v̂, NaN where it is dead, or 0 where it is masked.
 
@@ -65,9 +65,9 @@ def token_kernel(
     tl.store(pending_index + b, tl.where(takes, num_pending, -1))
     if b % rows == 0:
         tl.store(due + b // rows, (takes & (num_pending + 1 == settled)).to(tl.int32))
-        for group in range(2 * HEADS):  # before the write and after it
-            tl.store(largest + (b // rows) * 2 * HEADS + group, 0)
-            tl.store(largest + (tl.num_programs(0) // rows + b // rows) * 2 * HEADS + group, 0)
+        for version in tl.static_range(VERSIONS):  # before the write and after it, where it moves keys
+            for group in range(2 * HEADS):
+                tl.store(largest + (version * tl.num_programs(0) + b) // rows * 2 * HEADS + group, 0)
     choice, head = tl.arange(0, CHOICES), tl.arange(0, HEAD_BLOCK)
     alive = ((flag & DEAD) == 0) & (tl.zeros([1], tl.int32) == 0)
     logits = tl.full([1, HEAD_BLOCK, CHOICES], -INF, tl.float32)

@@ -23,7 +23,8 @@ def exact_ranks(
 ):  # fmt: skip
     """-‖q - K‖² from differences, or q·K, of the ``chosen`` [CHOICES]; -inf where not ``wanted``.
 
-    The sum of each has the same order wherever it stands, so equal sub-keys tie.
+    What is no number is +inf, which is first, and kills the token (§2). The sum of each has the same order wherever it
+    stands, so equal sub-keys tie.
     """
     # Line by line of 128 bytes, whose sums are added last: so a warp loads four sub-keys at once, and adds across eight
     # lanes, once. Each lane loads the numbers of the query that it needs: broadcast ones would cross lanes.
@@ -42,7 +43,7 @@ def exact_ranks(
             else:
                 tl.static_assert(False, "the kernels do not know this SCORE")
     rank = tl.sum(total, 1)
-    return tl.where(wanted & (rank == rank), rank, -INF)
+    return tl.where(wanted, tl.where(rank == rank, rank, INF), -INF)
 
 
 @triton.jit

@@ -52,7 +52,7 @@ def why_unsupported_packing(ends: list[int], longest: int | None = None) -> str 
     """The reason that lies in where packed sequences end; ``longest`` of their lengths, where nothing else is known."""
     count = len(ends) - 1
     if longest is None:
-        longest = max(stop - start for start, stop in itertools.pairwise(ends))
+        longest = max((stop - start for start, stop in itertools.pairwise(ends)), default=0)
     if count * longest <= MOST_PADDING * ends[-1]:
         return None
     return (

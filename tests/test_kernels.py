@@ -105,6 +105,30 @@ def test_near_a_key_the_choice_is_that_of_differences() -> None:
     assert torch.equal(triton.slots[0, :, 0].cpu(), torch.arange(16) * 17)
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+@pytest.mark.parametrize("score", ["idw", "dot_product"])
+@pytest.mark.parametrize("number", [torch.nan, 3e38])
+def test_a_score_that_is_no_number_kills_its_token(score: str, number: float) -> None:
+    """It ranks above every number (§2); 3e38 in all of a sub-key makes infinite parts of both signs."""
+    cfg = FwPKMConfig(**SMALL, score=score)
+    memory = be.init_memory(cfg, seed=1)
+    keys = memory.keys.clone()
+    keys[0, 0, 0, 2, :] = torch.tensor([number, -number] * 4)
+    draw = torch.Generator().manual_seed(3)
+    query, value = (torch.randn(1, 8, 16, generator=draw) for _ in range(2))
+    found = []
+    for implementation in ("eager", "triton"):
+        poisoned = Memory(keys.clone().to(DEVICE), memory.values.clone().to(DEVICE))
+        output, _, _ = be.apply(cfg, poisoned, 3 * query.to(DEVICE), value.to(DEVICE), implementation=implementation)
+        state = be.start_decoding(be.init_state(cfg, poisoned, batch_size=1))
+        token = [x[:, :1].to(DEVICE) for x in (3 * query, value)]
+        alone = be.decode(cfg, state, *token, implementation=implementation)
+        found.append([output, alone])
+    for expected, received in zip(*found, strict=True):
+        assert torch.equal(received.isnan(), expected.isnan())
+        same_or_close(received, expected)
+
+
 @pytest.mark.parametrize("num_subkeys", [8, 300])
 def test_ties_go_to_the_lower_id(num_subkeys: int) -> None:
     """All sub-keys are as near: whatever is proposed, all must be ranked; 300 are proposed in two tiles."""

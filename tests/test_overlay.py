@@ -11,8 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fwpkm import FwPKMConfig
 from fwpkm.agreement import BOUNDS, relative_error
 from fwpkm.backends import torch as be
-from fwpkm.backends.torch import engine, groups
+from fwpkm.backends.torch import engine, fast, groups
 from fwpkm.containers import Memory
+from fwpkm.kernels.runtime import windows
 
 CONFIGS = {
     "plain": {},
@@ -99,7 +100,8 @@ def test_many_tokens_of_many_sequences_on_four_slots() -> None:
         assert error(a, b) < BOUNDS["float32"].forward
 
 
-def test_the_same_bits_as_with_a_state() -> None:
+def test_the_same_bits_as_with_a_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fast, "lays_over", lambda *_: True)
     cfg = FwPKMConfig(**SMALL | {"weight_decay": 0.1})
     inputs, options = drawn(cfg, PACKED, True, torch.float32)
     memory = Memory(*(x.to(DEVICE) for x in be.init_memory(cfg, seed=1)))
@@ -133,6 +135,32 @@ def test_no_table_is_copied(learned: bool) -> None:
     with Allocations() as made:
         reading(cfg, "triton", lengths, True, learned)
     assert made.largest < 2 * len(lengths) * table // 3
+
+
+def test_without_a_gradient_the_table_is_copied_where_that_takes_less() -> None:
+    """Of 160 tokens 39 chunks of four write 468 rows: more than a table of 25, and less than one of 1024."""
+    for num_subkeys, overlaid in ((5, False), (32, True)):
+        cfg = FwPKMConfig(**SMALL | {"num_subkeys": num_subkeys})
+        inputs, _ = drawn(cfg, [160], False, torch.float32)
+        memory = Memory(*(x.to(DEVICE) for x in be.init_memory(cfg, seed=1)))
+        plan = windows.plan(cfg, 0, 160, 1, True)
+        assert fast.lays_over(cfg, plan, 1, memory.values, False) is overlaid
+        assert fast.lays_over(cfg, plan, 1, memory.values, True)
+        expected, received = (be.apply(cfg, memory, *inputs, implementation=x)[0] for x in ("eager", "triton"))
+        assert error(received, expected) < BOUNDS["float32"].forward
+
+
+def test_tables_of_inference_mode_are_read_with_gradients() -> None:
+    cfg = FwPKMConfig(**SMALL)
+    inputs, _ = drawn(cfg, [6, 6], False, torch.float32)
+    with torch.inference_mode():
+        memory = Memory(*(x.to(DEVICE) for x in be.init_memory(cfg)))
+    found = []
+    for implementation in ("eager", "triton"):
+        query = inputs[0].clone().requires_grad_()
+        output, _, _ = be.apply(cfg, memory, query, *inputs[1:], implementation=implementation)
+        found.append(torch.autograd.grad(output.nansum(), query)[0])
+    assert error(*found) < BOUNDS["float32"].gradient
 
 
 def test_a_table_that_is_overwritten_before_the_backward_is_an_error() -> None:
@@ -195,3 +223,24 @@ def test_groups_give_what_one_call_gives(addressing_weight: float, monkeypatch: 
     for a, b in zip((*received, *gradients), (*expected, *derived), strict=True):
         assert a.shape == b.shape
         assert error(a, b) < BOUNDS["float32"].gradient
+
+
+def test_where_a_group_alone_is_not_served_the_call_is_refused_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """11 sequences of one chunk, the longest of 8 tokens and the others of 1, are padded to 4.9 times their tokens."""
+    monkeypatch.setattr(groups, "_WINDOW", 1)
+    cfg, lengths = FwPKMConfig(**SMALL | {"chunk_size": 8}), [20, 8, *[1] * 10]
+    with pytest.raises(ValueError, match="12 sequences of up to 20 tokens, 38 in all"):
+        reading(cfg, "triton", lengths, True, False)
+
+
+def test_sequences_without_a_token_are_a_group_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(groups, "_WINDOW", 1)
+    cfg = FwPKMConfig(**SMALL)
+    inputs = [x[:, :9] for x in drawn(cfg, [9], False, torch.float32)[0]]
+    memory = Memory(*(x.to(DEVICE) for x in be.init_memory(cfg)))
+    ends = torch.tensor([0, 9, 9], dtype=torch.int32)
+    assert groups.groups_of(cfg, ends.tolist()) == [[0], [1]]
+    found = [be.apply(cfg, memory, *inputs, cu_seqlens=ends, implementation=x) for x in ("eager", "triton")]
+    (expected, _, told), (received, _, trace) = found
+    assert error(received, expected) < BOUNDS["float32"].forward
+    assert trace.writes.tolist() == told.writes.tolist()

@@ -50,9 +50,9 @@ def why_unsupported(cfg: FwPKMConfig, memory: Memory, query: Array, cu_seqlens: 
 
 
 def _of_arrays(cfg: FwPKMConfig, memory: Memory, query: Array) -> str | None:
-    if query.dtype not in _DTYPES:
+    if jax.dtypes.canonicalize_dtype(query.dtype) not in _DTYPES:  # as a call takes NumPy's
         return f"query must be float32, bfloat16 or float16. Received: {query.dtype}"
-    if any(table.dtype != jnp.float32 for table in memory):
+    if any(jax.dtypes.canonicalize_dtype(table.dtype) != jnp.float32 for table in memory):
         return f"tables must be float32. Received: keys {memory.keys.dtype}, values {memory.values.dtype}"
     rows = (-(-query.shape[1] // cfg.chunk_size) + 1) * len(memory.keys) * cfg.num_slots
     if rows > 2**31 - 1:
@@ -73,8 +73,8 @@ def _why_here(query: Array) -> str | None:
     if INTERPRETED:
         missing = importlib.util.find_spec("torch") is None
         return "Triton's interpreter needs torch: pip install 'fwpkm[torch]'" if missing else None
-    traced = isinstance(query, jax.core.Tracer)
-    device = jax.devices()[0] if traced else next(iter(query.devices()))
+    placed = isinstance(query, Array) and not isinstance(query, jax.core.Tracer)
+    device = next(iter(query.devices())) if placed else jax.devices()[0]
     if device.platform != "gpu" or "rocm" in device.client.platform_version.lower():
         return (
             "query must be on an NVIDIA GPU; to try the kernels without one, set TRITON_INTERPRET=1 before triton is "
@@ -91,5 +91,6 @@ def _of_packing(cu_seqlens: Any, length: int) -> str | None:
     from fwpkm.kernels.served import why_unsupported_packing
 
     if isinstance(cu_seqlens, jax.core.Tracer):  # each may have all tokens
-        return why_unsupported_packing([*[0] * (len(cu_seqlens) - 1), length], length)
+        reason = why_unsupported_packing([*[0] * (len(cu_seqlens) - 1), length], length)
+        return reason and f"{reason}, as each may have all of them where cu_seqlens is traced: pass it as it is"
     return why_unsupported_packing(np.asarray(cu_seqlens).tolist())

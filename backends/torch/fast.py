@@ -174,6 +174,16 @@ class Settings(NamedTuple):
     """Whether what is written is laid over one table of all memories, and not returned."""
 
 
+def lays_over(cfg: FwPKMConfig, plan: Any, memories: int, initial: Tensor, derived: bool) -> bool:
+    """Whether to lay what is written over the one table, where that takes less memory than a table for each memory.
+
+    A gradient needs the rows that were written in any case; but it cannot keep an inference tensor.
+    """
+    if derived:
+        return not initial.is_inference()
+    return plan.windows[-1].first * cfg.slots_per_token < memories * cfg.num_slots
+
+
 def run(
     cfg: FwPKMConfig, plan: Any, memory: Memory, stream: Tokens, pair: Tensor | None, owned: bool, columns: int,
     dtype: torch.dtype, uses: Tensor | None = None, initial: Tensor | None = None,
@@ -181,9 +191,11 @@ def run(
     """One call: output in ``dtype``, and a trace of so many columns; ``uses`` [M, N] are those before it.
 
     ``initial`` [1, N, Dv] is the one table that all memories begin from, where nothing that they write is asked for.
-    The result then has the tables of before.
+    The result then has the tables of before, or ones that nobody asks for.
     """
-    overlaid = initial is not None
+    inputs = (*memory, *stream) if initial is None else (memory.keys, initial, *stream)
+    derived = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    overlaid = initial is not None and lays_over(cfg, plan, memory.keys.shape[0], initial, derived)
     memory = memory._replace(values=initial) if overlaid else memory
     dealt, whole, before = Columns.of(memory.values), memory, uses
     if dealt is not None:
@@ -193,7 +205,7 @@ def run(
         keys, values = keys[:1], values if overlaid else values[:1]  # rows that share a table read it where it is
     stream, pair, settings = stream.map(plain), plain(pair), Settings(cfg, plan, owned, dtype, dealt, overlaid)
     uses = own_uses(uses, torch.float32, owned) if plan.num_writes else None
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (keys, values, *stream)):
+    if derived:
         flat_inputs = (keys, values, pair, *flatten(stream), uses)
         results = unflatten(Results, _Call.apply(settings, *flat_inputs))
     else:

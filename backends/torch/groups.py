@@ -34,16 +34,21 @@ def groups_of(cfg: FwPKMConfig, ends: list[int]) -> list[list[int]]:
     for i, length in enumerate(lengths):
         by_windows[max(1, schedule.max_writes(cfg, length))].append(i)
     numbers = sorted(by_windows, reverse=True)
-    best: list[tuple[int, list[list[int]]]] = [(0, [])]  # of the first so many: what they cost, and their groups
+    longest = [max(lengths[i] for i in by_windows[number]) for number in numbers]
+    before = [*itertools.accumulate((len(by_windows[number]) for number in numbers), initial=0)]
+    best = [(0, 0, 0)]  # of the first so many numbers: what they cost, in how many groups, where the last one begins
     for stop in range(1, len(numbers) + 1):
         found = []
-        for start in range(stop):
-            group = sorted(i for number in numbers[start:stop] for i in by_windows[number])
-            cost, groups = best[start]
-            cost += len(group) * max(lengths[i] for i in group) + numbers[start] * _WINDOW
-            found.append((cost, [*groups, group]))
-        best.append(min(found, key=lambda x: (x[0], len(x[1]))))
-    return best[-1][1]
+        for start, (cost, groups, _) in enumerate(best):
+            cost += (before[stop] - before[start]) * longest[start] + numbers[start] * _WINDOW
+            found.append((cost, groups + 1, start))
+        best.append(min(found))
+    result, stop = [], len(numbers)
+    while stop:
+        start = best[stop][2]
+        result.append(sorted(i for number in numbers[start:stop] for i in by_windows[number]))
+        stop = start
+    return result[::-1]
 
 
 def read_groups(
@@ -73,6 +78,7 @@ def read_groups(
         return torch.cat(parts, 1).index_select(1, back)
 
     def of_sequences(parts: list[Tensor]) -> Tensor:
+        parts = [x.to(here.device) for x in parts]  # without a token no kernel runs, and ``writes`` lies on the CPU
         whole = torch.cat([F.pad(x, (0, columns - x.shape[1])) if x.ndim == 2 else x for x in parts])
         return whole.index_select(0, row.to(whole.device, non_blocking=True))
 

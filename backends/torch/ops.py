@@ -143,7 +143,8 @@ def _groups(
     ends = cu_seqlens.tolist()
     validation.check_cu_seqlens(ends, inputs.length)
     apart = groups.groups_of(cfg, ends)
-    return apart if len(apart) > 1 else []
+    served = (engine.serves_packing([ends[i + 1] - ends[i] for i in group]) for group in apart)
+    return apart if len(apart) > 1 and all(served) else []
 
 
 @engine.outside_graphs

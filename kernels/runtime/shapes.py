@@ -180,6 +180,7 @@ def shapes(cfg: FwPKMConfig, query: Any) -> SimpleNamespace:
             "LISTED": triton.next_power_of_2(subkeys),
             "HEAD_BLOCK": head_block,
             "DEPTH": max(16, min(width, 4096 // (head_block * choices))),
+            "VERSIONS": 1 + keys_move(cfg),
             "num_warps": 4,
         },
         stage={**pending, "SUBKEYS": subkeys, "HALF": half, "BLOCK": half_block, "ZERO_BLOCK": 1024},
