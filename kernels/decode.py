@@ -145,7 +145,7 @@ def stage_kernel(
             return
         d = tl.arange(0, BLOCK)
         key = tl.load(keys + row.to(tl.int64) * HALF + d, mask=d < HALF, other=0.0)
-        store_key(key, keys, norms, largest, keys_hi_lo, 0, 0, group * 0 + GROUPS, group, subkey, d, SUBKEYS, HALF)
+        store_key(key, keys, norms, largest, keys_hi_lo, 0, 0, group, subkey, d, SUBKEYS, HALF)
     else:
         memory = tl.arange(0, MEMORY_BLOCK)
         if tl.max(tl.load(due + memory, mask=memory < GROUPS // (2 * HEADS), other=0), 0) == 0:

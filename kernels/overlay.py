@@ -10,7 +10,6 @@ import triton
 import triton.language as tl
 
 from fwpkm.kernels.runtime.launch import Launches
-from fwpkm.kernels.runtime.shapes import blocks_of
 from fwpkm.kernels.runtime.windows import Call
 
 EQUATIONS = ()
@@ -21,25 +20,6 @@ def row_of(table, new_rows, source, slot, WIDTH: tl.constexpr):
     """Where rows lie: as the segments ``source`` left them, or in the one table where that is -1."""
     written = new_rows + source.to(tl.int64) * WIDTH
     return tl.where(source >= 0, written, table + slot.to(tl.int64) * WIDTH)
-
-
-@triton.jit(do_not_specialize=["memories", "total"])
-def last_windows_kernel(
-    table_rows, last_windows, memories, total, SLOTS: tl.constexpr, ENTRIES: tl.constexpr, BLOCK: tl.constexpr
-):
-    """The last window that reads each row of each memory; rows that none reads keep what they have."""
-    e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = e < total.to(tl.int64) * ENTRIES
-    row = tl.load(table_rows + e, mask=inside, other=0).to(tl.int64)
-    rows = memories.to(tl.int64) * SLOTS
-    tl.atomic_max(last_windows + row % rows, (row // rows).to(tl.int32), mask=inside, sem="relaxed")
-
-
-def add_last_windows(launches: Launches, call: Call) -> None:
-    """Add which rows no later window reads, of all windows."""
-    constants, total = call.shapes.last_windows, call.plan.total
-    grid = (blocks_of(total * call.cfg.slots_per_token, constants["BLOCK"]),)
-    launches.add(last_windows_kernel, grid, {"memories": call.memories, "total": total}, constants)
 
 
 @triton.jit(do_not_specialize=["memories"])

@@ -97,14 +97,15 @@ def kernels_of(cfg: FwPKMConfig, dtype: torch.dtype, masked: bool) -> dict:
         call.forward(cfg, plan, *memory, stream, None, save=False, dtype=dtype, uses=uses)
         residuals = call.forward(cfg, plan, *memory, stream, None, save=True, dtype=dtype, uses=uses).residuals
         d_output = empty(batch, length, cfg.value_dim, dtype=dtype)
-        call.backward(cfg, plan, stream, residuals, d_output, memory.keys, memory.values, memory.values.shape)
+        d_memory = memory.keys, memory.values, memory.values.shape
+        call.backward(cfg, plan, stream, residuals, memories, d_output, *d_memory)
         one = memory.values[:1]  # of which calls without a state write no row
         for save in (False, True):
             residuals = call.forward(
                 cfg, plan, memory.keys, one, stream, None, save, dtype, uses, overlaid=True
             ).residuals  # fmt: skip
         for table in (None, one.shape):
-            call.backward(cfg, plan, stream, residuals, d_output, None, None, table, initial=one)
+            call.backward(cfg, plan, stream, residuals, memories, d_output, None, None, table, initial=one)
         before = Tokens(
             empty(batch, pending, width), empty(batch, pending, cfg.value_dim), empty(batch, pending),
             empty(batch, pending, dtype=torch.bool),

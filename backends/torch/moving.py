@@ -17,9 +17,9 @@ from fwpkm.config import FwPKMConfig
 
 def left_align(
     cfg: FwPKMConfig, query: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, num_pending: Tensor | None,
-    pending_mask: Tensor | None, batch: int, longest: int,
+    pending_mask: Tensor | None, batch: int, longest: int, *ragged: Tensor,
 ) -> Any:  # fmt: skip
-    """The places of a call's tokens."""
+    """The places of a call's tokens; ``ragged`` are ``order`` and ``begins``, for which no operator asks."""
     if torch.compiler.is_compiling():
         from fwpkm.kernels.places import Places
 
@@ -28,7 +28,7 @@ def left_align(
     from fwpkm.kernels import left_align
 
     with fast.on_device_of(query):
-        return left_align.left_align(cfg, query, mask, cu_seqlens, num_pending, pending_mask, batch, longest)
+        return left_align.left_align(cfg, query, mask, cu_seqlens, num_pending, pending_mask, batch, longest, *ragged)
 
 
 def left_over(cfg: FwPKMConfig, places: Any, flags: Tensor) -> tuple[Tensor, Tensor, Tensor]:

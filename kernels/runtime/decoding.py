@@ -64,7 +64,7 @@ def decode_launches(call: Call) -> Launches:
 def _layouts(call: Call) -> tuple[Layout, ...]:
     """Of what a step needs."""
     cfg, batch, num_tokens = call.cfg, call.batch, call.plan.num_tokens
-    residuals = residuals_layout(cfg, least(call.plan, batch), call.memories, batch, False, False)
+    residuals = residuals_layout(cfg, least(call.plan, call.rows), call.memories, batch, False, False)
     chunk = token_specs(cfg, batch, ("n", num_tokens))
     own = {
         "token_ranks": ((batch, cfg.num_heads, 2, cfg.num_subkeys), "float32"),

@@ -149,7 +149,6 @@ def shapes(cfg: FwPKMConfig, query: Any) -> SimpleNamespace:
         },
         piece_backward=of_piece,
         rows_backward={**table, **rate, **few},
-        last_windows={"SLOTS": cfg.num_slots, "ENTRIES": entries, "BLOCK": 1024, "num_warps": 4},
         initial_backward={
             "SLOTS": cfg.num_slots,
             "WIDTH": cfg.value_dim,
