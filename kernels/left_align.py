@@ -194,44 +194,31 @@ def rows_launches(places: int, widths: tuple[int, ...]) -> Launches:
     return launches
 
 
-def left_align(
-    cfg: FwPKMConfig,
-    query: "Tensor",
-    mask: "Tensor | None",
-    cu_seqlens: "Tensor | None",
-    num_pending: "Tensor | None",
-    pending_mask: "Tensor | None",
-    batch: int,
-    longest: int,
-    order: "Tensor | None" = None,
-    begins: "Tensor | None" = None,
-) -> Places:
+def left_align(cfg: FwPKMConfig, query: "Tensor", batch: int, longest: int, **told: "Tensor | None") -> Places:
     """The places of a call's tokens; all tensors lie where ``query`` does.
 
     Args:
         cfg: the configuration.
         query: ``[B, T, H*Dk]``, or packed ``[1, T, H*Dk]``; its shape alone is looked at.
-        mask: bool ``[B, T]``, or packed ``[1, T]``; None is all True.
-        cu_seqlens: ``[B+1]`` integers, or None for B rows; others than legal ones would write outside of the places.
-        num_pending: ``[B]`` integers: the pending tokens of each row; None is none.
-        pending_mask: bool ``[B, P]``; None where nothing is pending.
         batch: B.
         longest: Q, at least the length of every stream; or of streams that lie end to end, ``[1, Q]``, of all.
-        order: ``[T]`` int32: which token stands at each place of a packed row; None is its own.
-        begins: ``[B+1]`` int64: where each stream begins, if they lie end to end, and where the last one ends.
+        told: what there is of ``token_mask``, bool ``[B, T]`` or ``[1, T]``; ``cu_seqlens`` ``[B+1]``, of which others
+            than legal ones would write outside of the places; ``num_pending`` ``[B]`` and ``pending_mask``, bool
+            ``[B, P]``; ``order`` ``[T]`` int32, the tokens of a packed row in another order; and ``begins`` ``[B+1]``
+            int64, where each stream begins, and the last one ends, that lie end to end.
     """
     import torch  # here, so that who only lists launches needs none
 
     rows, length = query.shape[:2]
     new = functools.partial(query.new_empty, dtype=torch.int32)
     flags = functools.partial(query.new_empty, dtype=torch.bool)
-    shape = (batch if begins is None else 1), longest
+    told = {name: None if (x := told.get(name)) is None else x.contiguous() for name in _TOLD}
+    shape = (batch if told["begins"] is None else 1), longest
     places = Places(
-        new(math.prod(shape)), new(rows * length), new(0 if num_pending is None else batch * cfg.capacity),
+        new(math.prod(shape)), new(rows * length), new(0 if told["num_pending"] is None else batch * cfg.capacity),
         flags(shape), flags(shape), new(batch), new(batch),
     )  # fmt: skip
-    told = (None if x is None else x.contiguous() for x in (mask, cu_seqlens, num_pending, pending_mask, order, begins))
-    inputs = dict(zip(_TOLD, told)) | places._asdict()
+    inputs = told | places._asdict()
     left_align_launches(cfg, batch, length, longest, rows * length).run(inputs)
     return places
 

@@ -23,29 +23,35 @@ def row_of(table, new_rows, source, slot, WIDTH: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["memories"])
-def initial_backward_kernel(
+def table_backward_kernel(
     latest, gradients, d_table, memories,
     SLOTS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, MEMORIES: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of a row of the one table: the sum over memories of what the first window that read it found."""
+    """The gradient of a row of the table before the call, where the call touched it.
+
+    Of a table that so many memories begin from: the sum of what the first window of each that read the row found.
+    """
     slot = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK)
     gradient = tl.zeros([BLOCK], tl.float32)
+    touched = memories < 0
     for first in range(0, memories, MEMORIES):
         memory = first + tl.arange(0, MEMORIES)
         segment = tl.load(latest + memory.to(tl.int64) * SLOTS + slot, mask=memory < memories, other=-1)
         # One memory after the other, of the few that read the row.
         memory = tl.where(segment >= 0, memory, memories)
         next_memory = tl.min(memory, 0)
+        touched = touched | (next_memory < memories)
         while next_memory < memories:
             at = tl.max(tl.where(memory == next_memory, segment, -1), 0).to(tl.int64)
             gradient += tl.load(gradients + at * WIDTH + d, mask=d < WIDTH, other=0.0)
             memory = tl.where(memory == next_memory, memories, memory)
             next_memory = tl.min(memory, 0)
-    tl.store(d_table + slot * WIDTH + d, gradient, mask=d < WIDTH)
+    tl.store(d_table + slot * WIDTH + d, gradient, mask=touched & (d < WIDTH))
 
 
-def add_initial_backward(launches: Launches, call: Call) -> None:
-    """Add the gradient of the one table."""
-    constants = call.shapes.initial_backward
-    launches.add(initial_backward_kernel, (call.cfg.num_slots,), {"memories": call.memories}, constants)
+def add_table_backward(launches: Launches, call: Call) -> None:
+    """Add the gradient of the table, or of each memory's, before the first window."""
+    tables, memories = (1, call.memories) if call.overlaid else (call.memories, 1)
+    constants = call.shapes.table_backward | {"MEMORIES": 32 if call.overlaid else 1}
+    launches.add(table_backward_kernel, (tables * call.cfg.num_slots,), {"memories": memories}, constants)

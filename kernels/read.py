@@ -7,7 +7,7 @@ from fwpkm.kernels.losses import memorization_loss
 from fwpkm.kernels.overlay import row_of
 from fwpkm.kernels.runtime.launch import Launches
 from fwpkm.kernels.runtime.windows import Call
-from fwpkm.kernels.tokens import DEAD, GONE, INF, LIVE, VARYING, begin_of, gate_of, not_due, pairs
+from fwpkm.kernels.tokens import DEAD, GONE, INF, LIVE, VARYING, gate_of, not_due, pairs, token_of
 
 EQUATIONS = ("read", "pairs", "memorization_loss", "write_scale")
 _VARYING = [*VARYING, "first_new", "num_pending"]
@@ -54,8 +54,10 @@ def read_kernel(
     where they are masked.
     """
     r = tl.program_id(0)
-    b, t = r // length, r % length
-    memory = (b // rows).to(tl.int64)
+    b = r // length
+    memory = b // rows
+    stream, t = token_of(r - memory * rows * length, memory, start, length, num_tokens, rows, begins)
+    memory = memory.to(tl.int64)
     if not_due(due, memory):
         return
     here = (first + r).to(tl.int64)
@@ -64,7 +66,6 @@ def read_kernel(
     d = tl.arange(0, BLOCK)
     read = tl.zeros([BLOCK], tl.float32)
     power = 0.0
-    stream = begin_of(b, num_tokens, begins) + start + t
     for at in range(0, ENTRIES, ENTRY_BLOCK):
         e = at + tl.arange(0, ENTRY_BLOCK)
         row = memory * SLOTS + tl.load(slots + here * ENTRIES + e, mask=e < ENTRIES, other=0)
@@ -124,17 +125,14 @@ def read_backward_kernel(
     """Through the write into v̂, u, κ g; then through the read into w."""
     r = tl.program_id(0)
     here = (first + r).to(tl.int64)
-    b, t = r // length, r % length
+    b = r // length
+    memory = b // rows
+    stream, t = token_of(r - memory * rows * length, memory, start, length, num_tokens, rows, begins)
+    memory = memory.to(tl.int64)
     flag = tl.load(window_flags + here).to(tl.int32)
-    memory = (b // rows).to(tl.int64)
     d = tl.arange(0, BLOCK)
     toward = tl.zeros([BLOCK], tl.float32)
     power = 0.0
-    stream = begin_of(b, num_tokens, begins) + start + t
-    for at in range(0, ENTRIES, ENTRY_BLOCK):
-        e = at + tl.arange(0, ENTRY_BLOCK)
-        w = tl.load(weights + here * ENTRIES + e, mask=e < ENTRIES, other=0.0)
-        power += tl.sum(w * w, 0)
     d_power = 0.0
     if WRITES:
         c = tl.load(strength + here)
@@ -157,6 +155,7 @@ def read_backward_kernel(
             d_coefficient = -step_size * tl.sum(after * miss[None, :], 1)
             d_coefficient = tl.where(d_coefficient == d_coefficient, d_coefficient, 0.0)
             d_strength += tl.sum(w * d_coefficient, 0)
+            power += tl.sum(w * w, 0)
             tl.store(d_weights + here * ENTRIES + e, c * d_coefficient, mask=known)
         tl.debug_barrier()  # other threads of this program load them below
         pair = pairs(window_flags, here, t, length, t < CHUNK, LOOKAHEAD) & ((flag & LIVE) != 0)

@@ -56,9 +56,8 @@ def in_order(rank, chosen, choice, K: tl.constexpr):
 
 @triton.jit(do_not_specialize=["first_memory", "words", *VARYING, "first_new", "num_pending"])
 def select_slots_kernel(
-    ids, ranks, flags, window_flags, slots, weights, table_rows, last_windows, probability_sums, counts, maps,
-    new_slots, new_weights, due, begins, first_memory, words, start, length, first, num_tokens, rows, first_new,
-    num_pending,
+    ids, ranks, flags, window_flags, slots, weights, table_rows, last_windows, probability_sums, counts, maps, due,
+    new_slots, new_weights, begins, first_memory, words, start, length, first, num_tokens, rows, first_new, num_pending,
     HEADS: tl.constexpr, SUBKEYS: tl.constexpr, K: tl.constexpr, SCORE: tl.constexpr,
     TEMPERATURE: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK: tl.constexpr, HEAD_BLOCK: tl.constexpr, CHOICES: tl.constexpr, WRITES: tl.constexpr, MAPS: tl.constexpr,

@@ -48,21 +48,13 @@ def takes_position(there, SCOPE: tl.constexpr):
 
 
 @triton.jit
-def begin_of(sequence, num_tokens, begins):
-    """Where a sequence's stream begins."""
-    begin = sequence.to(tl.int64) * num_tokens
-    if begins is not None:
-        begin = tl.load(begins + sequence)
-    return begin
-
-
-@triton.jit
 def token_of(r, memory, start, length, num_tokens, rows, begins):
     """Where token r of a memory's window lies in the stream, as (stream index, time within the window)."""
-    sequence = memory
-    if begins is None:  # else each has a memory of its own
-        sequence = memory * rows + r // length
-    return begin_of(sequence, num_tokens, begins) + start + r % length, r % length
+    if begins is None:  # noqa: SIM108
+        begin = (memory * rows + r // length).to(tl.int64) * num_tokens
+    else:  # every sequence has a memory of its own
+        begin = tl.load(begins + memory)
+    return begin + start + r % length, r % length
 
 
 @triton.jit

@@ -355,19 +355,3 @@ def add_values_backward(launches: Launches, call: Call, integers: dict[str, int]
     constants = call.shapes.piece_backward
     launches.add(piece_backward_kernel, (blocks_of(entries, constants["PIECE"]),), integers, constants)
     launches.add(rows_backward_kernel, (entries,), integers, call.shapes.rows_backward)
-
-
-@triton.jit
-def table_backward_kernel(latest, gradients, d_table, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """The gradient of the table before the call, where the call touched it."""
-    row = tl.program_id(0).to(tl.int64)
-    at = tl.load(latest + row).to(tl.int64)
-    if at >= 0:
-        d = tl.arange(0, BLOCK)
-        gradient = tl.load(gradients + at * WIDTH + d, mask=d < WIDTH, other=0.0)
-        tl.store(d_table + row * WIDTH + d, gradient, mask=d < WIDTH)
-
-
-def add_table_backward(launches: Launches, call: Call) -> None:
-    """Add the gradient of the table before the first window."""
-    launches.add(table_backward_kernel, (call.memories * call.cfg.num_slots,), {}, call.shapes.table_backward)

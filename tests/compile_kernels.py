@@ -110,11 +110,14 @@ def kernels_of(cfg: FwPKMConfig, dtype: torch.dtype, masked: bool) -> dict:
             empty(batch, pending, width), empty(batch, pending, cfg.value_dim), empty(batch, pending),
             empty(batch, pending, dtype=torch.bool),
         )  # fmt: skip
-        places = stream.query, stream.mask
-        left_align(cfg, *places, None, None, None, batch, length)
-        clock = empty(batch, dtype=torch.int32)
-        left_align(cfg, *places, None, clock, before.mask, batch, length + pending)
-        left_align(cfg, *places, empty(batch + 1, dtype=torch.int32), clock, before.mask, batch, length + pending)
+        clock, mask = empty(batch, dtype=torch.int32), {"token_mask": stream.mask}
+        left_align(cfg, stream.query, batch, length, **mask)
+        told = {**mask, "num_pending": clock, "pending_mask": before.mask}
+        left_align(cfg, stream.query, batch, length + pending, **told)
+        ends, begins = empty(batch + 1, dtype=torch.int32), empty(batch + 1, dtype=torch.int64)
+        left_align(cfg, stream.query, batch, length + pending, cu_seqlens=ends, **told)
+        order = empty(length, dtype=torch.int32)
+        left_align(cfg, stream.query, batch, length, cu_seqlens=ends, begins=begins, order=order, **mask)
         decoding.decode(cfg, State.of(memory, before, empty(batch, dtype=torch.int32), uses), tokens(1))
     finally:
         launch.Launches.run = run

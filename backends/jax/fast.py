@@ -125,7 +125,7 @@ def _lists(settings: Settings, tokens: Tokens, memories: int, save: bool, table:
     from fwpkm.kernels.runtime import call as lists
     from fwpkm.kernels.runtime.windows import Call
 
-    one = Call(settings.cfg, settings.plan, tokens.query.dtype, len(tokens.query), memories, save)
+    one = Call(settings.cfg, settings.plan, tokens.query.dtype, memories, save)
     launches = lists.forward_launches(one, None)
     if table is None:
         return launches
@@ -448,7 +448,7 @@ def decode(cfg: FwPKMConfig, state: State, tokens: Tokens) -> tuple[Array, State
     from fwpkm.kernels.runtime import decoding, windows
 
     batch, length, memories = len(state.position), cfg.chunk_size + schedule.lag(cfg), len(state.memory.keys)
-    one = windows.Call(cfg, windows.write(length, batch), "float32", batch, memories, False)
+    one = windows.Call(cfg, windows.write(length, batch), "float32", memories, False)
     arrays = {
         **state._asdict(), **{f"token_{name}": x for name, x in tokens._asdict().items()}, "keys": state.memory.keys,
         "table": state.memory.values, "uses": state.maybe_uses,

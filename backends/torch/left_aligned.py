@@ -109,7 +109,7 @@ def left_align(
     cu_seqlens: Array,
     batch: int,
     longest: int,
-    *ragged: Tensor,
+    **ragged: Tensor | None,
 ) -> LeftAligned:
     """Move the streams of a call to the left.
 
@@ -124,8 +124,9 @@ def left_align(
         ragged: ``order`` and ``begins`` of kernels/left_align.py, where streams lie end to end, ``[1, Q]``.
     """
     num_pending = None if num_pending is None else num_pending.to(inputs.query.device)
-    told = inputs.mask, cu_seqlens, num_pending, None if pending is None else pending.mask
-    places = moving.left_align(cfg, inputs.query, *told, batch, longest, *ragged)
+    told = {"token_mask": inputs.mask, "cu_seqlens": cu_seqlens, "num_pending": num_pending}
+    told["pending_mask"] = None if pending is None else pending.mask
+    places = moving.left_align(cfg, inputs.query, batch, longest, **told, **ragged)
     num_new, before = places.lengths, []
     if pending is not None and num_pending is not None:
         num_new = num_new - num_pending

@@ -65,10 +65,11 @@ def apply(
     """``ops.begin`` of a packed row on the kernels, whose ``cu_seqlens`` lie on the CPU; no state is kept."""
     ends, length, device = cu_seqlens.tolist(), inputs.length, inputs.query.device
     writers, others, row_ends, plan = rows_of(cfg, ends, update)
-    batch, num_losses, written = plan.batch, plan.rows(plan.num_writes), plan.windows[: plan.num_writes]
+    batch, written = plan.batch, plan.windows[: plan.num_writes]
     rows = dict(zip(writers, range(batch)))
     row_of = [rows.get(i, batch) for i in range(len(ends) - 1)]
-    loss_of = [w.first_row + row if row < w.batch else num_losses for row in row_of for w in written]
+    first = [*itertools.accumulate((w.batch for w in written), initial=0)]
+    loss_of = [first[i] + row if row < w.batch else first[-1] for row in row_of for i, w in enumerate(written)]
     starts = [*(ends[i] for i in (*writers, *others)), ends[-1]]  # and of what is behind the last sequence
     lengths = [*(ends[i + 1] - ends[i] for i in (*writers, *others)), length - ends[-1]]
     shifts = [start - before for start, before in zip(starts, itertools.accumulate(lengths, initial=0))]
@@ -78,12 +79,12 @@ def apply(
     )
     order = torch.arange(length, device=device) + shifts.repeat_interleave(lengths, output_size=length)
     here = inputs._replace(mask=None if inputs.mask is None else inputs.mask.to(device))
-    ragged = order.int(), begins if plan.begins else None
-    streams = left_align(cfg, None, None, here, row_ends, batch, plan.num_tokens, *ragged)
+    ragged = {"order": order.int(), "begins": begins if plan.begins else None}
+    streams = left_align(cfg, None, None, here, row_ends, batch, plan.num_tokens, **ragged)
     started = Memory(*map(by_columns(lambda x: x.expand(batch, *x.shape[1:])), memory))
     uses = memory.keys.new_zeros(batch, cfg.num_slots) if cfg.usage_weight else None
     pair, dtype = streams.places.pair if written else None, inputs.query.dtype
-    done = fast.run(cfg, plan, started, streams.tokens, pair, False, num_losses + 1, dtype, uses, memory.values)
+    done = fast.run(cfg, plan, started, streams.tokens, pair, False, first[-1] + 1, dtype, uses, memory.values)
     output, slots, weights = streams.of_call(done.output, done.trace.slots, done.trace.weights)
     columns = schedule.max_writes(cfg, length)
     losses = (

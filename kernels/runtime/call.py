@@ -80,7 +80,7 @@ def forward(
     import torch  # here, so that who only lists launches needs none
 
     inputs = {**tokens._asdict(), "pair": pair, "initial_keys": keys, "table": values, "uses": uses, "due": None}
-    call = Call(cfg, plan, tokens.query.dtype, plan.batch, keys.shape[0], save, overlaid)
+    call = Call(cfg, plan, tokens.query.dtype, keys.shape[0], save, overlaid)
     launches = forward_launches(call, most)
     residuals = Workspace.empty(launches.residuals, keys)
     launches.prepare.run(inputs, residuals)  # which an idle GPU does while the rest is made ready
@@ -123,7 +123,7 @@ class Forward(NamedTuple):
 def forward_launches(call: Call, most: Bounds | None) -> Forward:
     """Those of a call whose residuals have space for ``most``, or for its own windows."""
     most = most or least(call.plan, call.rows)
-    residuals = residuals_layout(call.cfg, most, call.memories, call.batch, call.save, overlaid=call.overlaid)
+    residuals = residuals_layout(call.cfg, most, call.memories, call.plan.batch, call.save, overlaid=call.overlaid)
     workspace = forward_layout(call, residuals.spec("sorted_rows").dtype)
     inputs = *_INPUTS, "initial_keys", "table", "uses", "new_slots", "new_weights", "output", "addressing"
     prepare, address, write = (
@@ -202,9 +202,7 @@ def backward(
     if d_keys is not None:
         both[len(plan.windows) % 2] = d_keys.view_as(both[0])
     d_table = None
-    if table is not None and initial is not None:
-        d_table = new(table)
-    elif table is not None:
+    if table is not None:
         d_table = new(table).zero_() if d_values is None else d_values.clone()
     numbers, wider = [name for name in tokens.present() if name in NUMBERS], {"query": torch.float32} if overlap else {}
     d_tokens = Tokens(**{x: torch.zeros_like(getattr(tokens, x), dtype=wider.get(x)) for x in numbers})
@@ -214,7 +212,7 @@ def backward(
         "needed_by": residuals["sources"] if initial is not None and table is None else None,
         **{f"d_{name}": x for name, x in d_tokens._asdict().items()},
     }  # fmt: skip
-    call = Call(cfg, plan, query.dtype, plan.batch, memories, True, initial is not None)
+    call = Call(cfg, plan, query.dtype, memories, True, initial is not None)
     launches = backward_launches(call, overlap, table is not None, residuals.layout)
     workspace = Workspace.empty(launches.workspace, query)
     launches.through_values.run(inputs, residuals, workspace)
@@ -258,10 +256,8 @@ def _add_values_backward(launches: Launches, call: Call, table: bool) -> None:
         read.add_read_backward(launches, call, integers)
         if i > 0 or table:
             values.add_values_backward(launches, call, integers)
-    if table and call.overlaid:
-        overlay.add_initial_backward(launches, call)
-    elif table:
-        values.add_table_backward(launches, call)
+    if table:
+        overlay.add_table_backward(launches, call)
 
 
 def _add_keys_backward(launches: Launches, call: Call, overlap: bool) -> None:

@@ -90,7 +90,7 @@ def forward_layout(call: Call, row: str) -> Layout:
     cfg, plan, size = call.cfg, call.plan, call.shapes
     half, subkeys, entries, writes = cfg.key_dim // 2, cfg.num_subkeys, cfg.slots_per_token, plan.num_writes > 0
     moving, by_token = writes and keys_move(cfg), (call.most_at_once, cfg.num_heads, 2)
-    pieces = blocks_of(call.batch * plan.longest * entries, size.piece["PIECE"]) * writes
+    pieces = blocks_of(plan.batch * plan.longest * entries, size.piece["PIECE"]) * writes
     by_row = ((call.memories * cfg.num_slots,), _INT) if call.overlaid else None
     layout = Layout.of(
         {
@@ -118,7 +118,7 @@ def forward_layout(call: Call, row: str) -> Layout:
 def backward_layout(call: Call, table: bool) -> Layout:
     """Of what the backward needs besides; whether the gradient of the ``table`` is asked for."""
     cfg, plan, entries, width = call.cfg, call.plan, call.cfg.slots_per_token, call.cfg.value_dim
-    longest, choices = call.batch * plan.longest, ((plan.total, cfg.num_heads, 2, cfg.top_k), _FLOAT)
+    longest, choices = plan.batch * plan.longest, ((plan.total, cfg.num_heads, 2, cfg.top_k), _FLOAT)
     return Layout.of(
         {
             # By segment; nobody asks for those of the first window's rows but the table.
@@ -134,12 +134,7 @@ def backward_layout(call: Call, table: bool) -> Layout:
 
 def _sums_specs(call: Call) -> Specs:
     """Of the sums over each sub-key's tokens of a run of windows, in pieces."""
-    most = 0
-    for run in call.runs:
-        integers = call.integers(*run)
-        rows, rounds = (
-            integers["groups"] * call.cfg.num_subkeys,
-            call.blocks(integers, 32 * call.shapes.key_sums["WORDS"]),
-        )
-        most = max(most, rows * most_pieces(rounds, rows))
+    words, runs = 32 * call.shapes.key_sums["WORDS"], [call.integers(*run) for run in call.runs]
+    sizes = [(call.blocks(x, words), x["groups"] * call.cfg.num_subkeys) for x in runs]
+    most = max(most_pieces(rounds, rows) * rows for rounds, rows in sizes)
     return {"sums": ((most, call.cfg.key_dim // 2), _FLOAT), "totals": ((most,), _FLOAT)}

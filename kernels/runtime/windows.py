@@ -24,8 +24,6 @@ class Window(NamedTuple):
     """Where in the stream the tokens begin that no window before has read."""
     batch: int
     """The sequences that read it: the first so many of all."""
-    first_row: int
-    """Sequences of all windows before."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -87,14 +85,14 @@ def plan(cfg: FwPKMConfig, position: int, length: int, batch: int, update: bool)
 @functools.lru_cache(1024)
 def write(length: int, batch: int, shifted: bool = False) -> Plan:
     """The one window of pending tokens, to be written."""
-    return Plan((Window(0, length, True, 0, length, batch, 0),), length, length, length, shifted)
+    return Plan((Window(0, length, True, 0, length, batch),), length, length, length, shifted)
 
 
 @functools.lru_cache(1024)
 def _plan(cfg: FwPKMConfig, num_pending: int | None, length: int, batch: int) -> Plan:
     """The plan where so many tokens are pending, on which alone it depends; None only reads."""
     if num_pending is None:
-        return Plan((Window(0, length, False, 0, 0, batch, 0),), 0, length, 0)
+        return Plan((Window(0, length, False, 0, 0, batch),), 0, length, 0)
     windows = _windows(cfg, num_pending, length, itertools.repeat(batch))
     return Plan(windows, num_pending, num_pending + length, sum(w.writes for w in windows) * cfg.chunk_size)
 
@@ -114,12 +112,12 @@ def ragged(cfg: FwPKMConfig, length: int, batches: tuple[int, ...]) -> Plan:
 
 def _windows(cfg: FwPKMConfig, num_pending: int, length: int, batches: Iterable[int]) -> tuple[Window, ...]:
     """Those of a stream with so many pending tokens and ``length`` new ones, which so many sequences read."""
-    windows, start, first, first_row, first_new = [], 0, 0, 0, num_pending
+    windows, start, first, first_new = [], 0, 0, num_pending
     for (begin, end, writes), batch in zip(schedule.windows(cfg, num_pending, length), batches):
         begin, end = begin + num_pending, end + num_pending
         begin = start if writes else begin  # a write reads its whole chunk again; else what is pending stays unread
-        windows.append(Window(begin, end - begin, writes, first, first_new, batch, first_row))
-        first, first_row, first_new = first + batch * (end - begin), first_row + batch, end
+        windows.append(Window(begin, end - begin, writes, first, first_new, batch))
+        first, first_new = first + batch * (end - begin), end
         start += cfg.chunk_size * writes
     return tuple(windows)
 
@@ -131,8 +129,6 @@ class Call(NamedTuple):
     plan: Plan
     dtype: Any
     """Of the queries, as their framework has it."""
-    batch: int
-    """B"""
     memories: int
     """M"""
     save: bool
@@ -148,7 +144,7 @@ class Call(NamedTuple):
     @property
     def rows(self) -> int:
         """The sequences that share a memory."""
-        return self.batch // self.memories
+        return self.plan.batch // self.memories
 
     @property
     def groups(self) -> int:
@@ -183,10 +179,10 @@ class Call(NamedTuple):
 
     def integers(self, number: int, windows: int = 1) -> dict[str, int]:
         """What kernels ask of a window, and of so many from it on, by the names that they have for it."""
-        plan, window, moving = self.plan, self.plan.windows[number], keys_move(self.cfg)
-        first_memory, memories = window.first_row // self.rows, window.batch // self.rows
-        # Those of a version of the keys are as many as the window before it has, so that this one can write it.
-        moves = self.memories + plan.windows[number - 1].first_row // self.rows if number and moving else 0
+        plan, window = self.plan, self.plan.windows[number]
+        first_memory, memories = plan.rows(number) // self.rows, window.batch // self.rows
+        # A version of the keys has as many as the window before it, which writes it.
+        moves = self.memories + plan.rows(number - 1) // self.rows if number and keys_move(self.cfg) else 0
         after = self.memories + first_memory
         return {
             "window": number, "windows": windows, "memories": memories, "first_memory": first_memory,
