@@ -117,7 +117,7 @@ def begin(
     else:  # what writes makes the copy, if any
         memories = memories_for(cfg, batch)
         shared = Memory(*map(by_columns(lambda x: x.expand(memories, *x.shape[1:])), memory))
-        state = start_state(cfg, shared, batch, position_device)
+        state = start_state(cfg, shared, batch, position_device, keep)
     after: State[Tensor] | None
     if exported:
         output, after, trace = exporting.apply(cfg, state, inputs, cu_seqlens, update)
