@@ -106,6 +106,15 @@ def kernels_of(cfg: FwPKMConfig, dtype: torch.dtype, masked: bool) -> dict:
             ).residuals  # fmt: skip
         for table in (None, one.shape):
             call.backward(cfg, plan, stream, residuals, memories, d_output, None, None, table, initial=one)
+        if memories == batch:  # streams end to end, of which one ends with the first window
+            ragged = windows.ragged(cfg, length, (batch, *[1] * (len(plan.windows) - 1)))
+            row = tokens(ragged.num_tokens).map(lambda x: x[:1])
+            for save in (False, True):
+                residuals = call.forward(
+                    cfg, ragged, memory.keys, one, row, None, save, dtype, uses, overlaid=True
+                ).residuals  # fmt: skip
+            d_row = empty(1, ragged.num_tokens, cfg.value_dim, dtype=dtype)
+            call.backward(cfg, ragged, row, residuals, memories, d_row, None, None, one.shape, initial=one)
         before = Tokens(
             empty(batch, pending, width), empty(batch, pending, cfg.value_dim), empty(batch, pending),
             empty(batch, pending, dtype=torch.bool),
