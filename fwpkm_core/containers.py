@@ -57,6 +57,8 @@ class State(NamedTuple, Generic[A]):
     """``[B, P]``"""
     pending_mask: A
     """``[B, P]`` bool"""
+    pending_forget: A
+    """``[B, P]``"""
     position: A
     """``[B]`` int32: the tokens that each row has read since it began, was reset or flushed; equal in batch scope."""
     uses: A | tuple[()] = ()

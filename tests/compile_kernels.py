@@ -84,7 +84,7 @@ def kernels_of(cfg: FwPKMConfig, dtype: torch.dtype, masked: bool) -> dict:
     def tokens(n: int) -> Tokens:
         mask = empty(batch, n, dtype=torch.bool) if masked else None
         query, value = (empty(batch, n, w, dtype=dtype) for w in (width, cfg.value_dim))
-        return Tokens(query, value, empty(batch, n, dtype=dtype), mask)
+        return Tokens(query, value, empty(batch, n, dtype=dtype), mask, empty(batch, n) if masked else None)
 
     memory = Memory(
         empty(memories, cfg.num_heads, 2, cfg.num_subkeys, cfg.key_dim // 2),
@@ -107,7 +107,7 @@ def kernels_of(cfg: FwPKMConfig, dtype: torch.dtype, masked: bool) -> dict:
             call.backward(cfg, plan, stream, residuals, d_output, None, None, table, initial=one)
         before = Tokens(
             empty(batch, pending, width), empty(batch, pending, cfg.value_dim), empty(batch, pending),
-            empty(batch, pending, dtype=torch.bool),
+            empty(batch, pending, dtype=torch.bool), empty(batch, pending),
         )  # fmt: skip
         places = stream.query, stream.mask
         left_align(cfg, *places, None, None, None, batch, length)

@@ -44,6 +44,7 @@ def decode(
     mask: Tensor | None = None,
     *,
     implementation: str | None = None,
+    forget: Tensor | None = None,
 ) -> Tensor:
     """Read one token of each sequence and write the chunk that it completes; ``state`` is overwritten. No gradient.
 
@@ -58,6 +59,7 @@ def decode(
         gate: ``[B, 1]`` in [0, 1], or None for 1.
         mask: ``[B, 1]`` bool, False for rows that rest, or None for True.
         implementation: as in :func:`fwpkm.backends.torch.apply`.
+        forget: ``[B, 1]`` in [0, 1], or None for 0.
 
     Returns:
         output ``[B, 1, Dv]`` in the query's dtype.
@@ -66,7 +68,7 @@ def decode(
         ValueError: an argument does not fit; names it, what was expected and what was received.
         RuntimeError: inside of torch.export.
     """
-    return decode_tokens(cfg, state, Tokens(query, value, gate, mask), implementation)
+    return decode_tokens(cfg, state, Tokens(query, value, gate, mask, forget), implementation)
 
 
 def decode_tokens(

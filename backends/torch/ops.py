@@ -51,18 +51,20 @@ def apply(
     *,
     inplace: bool = False,
     implementation: str | None = None,
+    forget: Tensor | None = None,
 ) -> tuple[Tensor, State[Tensor] | None, Trace]:
     """Read T tokens and write every chunk that they complete.
 
     With ``inplace`` the state's value table may be overwritten, which saves one copy of it; torch.compile then runs the
     call between its graphs. ``implementation`` is None for the fastest that can serve the call, "triton" for the
     kernels (kernels/), or "eager" for plain PyTorch. torch.compile keeps a call that the kernels serve in its graph.
+    ``forget`` [B, T] in [0, 1] is f of each token: a write takes from a row the mean of f over its reads in the chunk.
 
     Raises:
         ValueError: an argument does not fit, or ``implementation`` cannot serve the call.
         RuntimeError: ``inplace`` on a table that autograd still needs.
     """
-    return read_on(cfg, state, Tokens(query, value, gate, mask), cu_seqlens, update, inplace, implementation)
+    return read_on(cfg, state, Tokens(query, value, gate, mask, forget), cu_seqlens, update, inplace, implementation)
 
 
 @through_checkpoints

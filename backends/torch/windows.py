@@ -13,7 +13,7 @@ from fwpkm import schedule
 from fwpkm.backends.torch.addressing import Selection, select_slots, write_keys
 from fwpkm.backends.torch.column_parallel import Columns
 from fwpkm.backends.torch.streams import Streams
-from fwpkm.backends.torch.tokens import NAME, ahead, by_memory, finite, finite_rows, halves, without
+from fwpkm.backends.torch.tokens import NAME, ahead, by_memory, finite, finite_rows, halves, maybe_any, without
 from fwpkm.backends.torch.values import read_and_write
 from fwpkm.config import FwPKMConfig
 from fwpkm.containers import Memory, Trace
@@ -27,6 +27,7 @@ SELF = Implementation.of(
     """
     key_dim value_dim num_heads num_subkeys top_k chunk_size lookahead boundary score score_eps temperature
     learning_rate write_scale weight_decay grad_clip addressing_weight memory_scope usage_weight query value gate mask
+    forget
     """,
 )
 """The fields of a configuration and of a token that this backend computes with."""
@@ -144,16 +145,21 @@ def apply_values(
         shapes.append(shape)
         first = first_row.expand(shape[0]) if w.rows is None else first_row[w.rows]
         strength = torch.where(w.pair, write_scale(torch, cfg, w.weights) * w.tokens.gate, 0)
-        entries.append((w.slots + first[:, None, None], w.weights, strength, w.target, w.counted))
+        forget = torch.where(w.counted, w.tokens.forget, 0)
+        entries.append((w.slots + first[:, None, None], w.weights, strength, w.target, w.counted, forget))
         active.append(w.active if w.rows is None else w.active.new_zeros(memories).index_copy(0, w.rows, w.active))
-    slots, weights, strength, target, counted = (
+    slots, weights, strength, target, counted, forget = (
         torch.cat([x.flatten(0, 1) for x in of_all]) for of_all in zip(*entries)
     )
+    forgets = forget.requires_grad or maybe_any(forget != 0)
     if columns is not None:
+        if forgets:
+            raise ValueError("forget must be None where a table lies in columns. Received: numbers other than 0")
         slots, weights, strength, target = columns.enter(slots, weights, strength, target)
     reads, written, squared = read_and_write(
-        cfg, table, spans, slots, weights, strength, target, counted, torch.stack(active), uses, owned, columns
-    )
+        cfg, table, spans, slots, weights, strength, target, forget if forgets else None, counted, torch.stack(active),
+        uses, owned, columns,
+    )  # fmt: skip
     if columns is not None:
         reads, squared = columns.leave(reads, squared)
     losses = [

@@ -68,7 +68,8 @@ def layout_of_residuals(
         "coefficient_sums": ((moving, groups, subkeys), _FLOAT),  # Σ c
         "segment_start": ((entries,), _INT),  # where each entry's segment begins in the order
         "step_sizes": ((entries,), _FLOAT),  # by segment: η/N of a row that moved, else 0
-        "decays": ((entries,), _FLOAT) if cfg.usage_weight and cfg.weight_decay else None,  # by segment: η λ
+        "fractions": ((entries,), _FLOAT),  # by segment: 1/N of a row that moved, else 0
+        "decays": ((entries,), _FLOAT),  # by segment: η λ + F of a row that moved, else 0
         # By segment: the table row before the write; or the segment that left it, -1 for the one table.
         "old_rows": None if overlaid else ((entries, width), _FLOAT),
         "sources": ((entries,), _INT) if overlaid else None,
@@ -106,6 +107,8 @@ def forward_layout(call: Call, row: str) -> Layout:
             **(_sums_specs(call) if moving else {}),
             "partial": ((pieces, cfg.value_dim), _FLOAT),  # sums over the entries of a row that has many
             "partial_counts": ((pieces,), _INT),  # how many of those count
+            "partial_forgotten": ((pieces,), _FLOAT),  # Σ f over those that count
+            "forgets": ((plan.total * writes,), _FLOAT),  # f of the tokens that count, else 0
             "squared": ((plan.total,), _FLOAT),  # ½ g ‖v̂ - u‖²
         }
     )

@@ -148,7 +148,7 @@ def shapes(cfg: FwPKMConfig, query: Any) -> SimpleNamespace:
             "num_warps": 4,
         },
         piece_backward=of_piece,
-        rows_backward={**table, **rate, **few},
+        rows_backward={**table, **few},
         last_windows={"SLOTS": cfg.num_slots, "ENTRIES": entries, "BLOCK": 1024, "num_warps": 4},
         initial_backward={
             "SLOTS": cfg.num_slots,
