@@ -22,7 +22,7 @@ CHOICES = {
 """The values of the fields that name a rule. Whatever computes by one names every value and refuses any other."""
 _POSITIVE_INTEGERS = ("key_dim", "value_dim", "num_heads", "num_subkeys", "top_k", "chunk_size")
 _POSITIVE_NUMBERS = ("score_eps", "temperature", "grad_clip")
-_NON_NEGATIVE_NUMBERS = ("learning_rate", "weight_decay", "addressing_weight", "usage_weight")
+_NON_NEGATIVE_NUMBERS = ("learning_rate", "weight_decay", "addressing_weight", "usage_weight", "initial_decay")
 
 
 def check_arguments(taker: str, received: Iterable[str], known: Sequence[str]) -> None:
@@ -68,6 +68,7 @@ class FwPKMConfig(_Text):
         addressing_weight: α, weight of the addressing loss (§4).
         memory_scope: "sequence" gives each row of a batch its own tables, "batch" one table to all (§1).
         usage_weight: β: a slot that earlier chunks have used much takes smaller steps; 0 is the plain rule (§4).
+        initial_decay: by how much of what it differs from its initial row a written row goes back, times η.
 
     Raises:
         ValueError: a field breaks its rule; names the field, the rule and the value.
@@ -93,6 +94,7 @@ class FwPKMConfig(_Text):
     addressing_weight: float = 1.0
     memory_scope: str = "sequence"
     usage_weight: float = 0.0
+    initial_decay: float = 0.0
 
     def __post_init__(self) -> None:
         """Check every field and store plain ints and floats, so that configs compare and serialise alike."""

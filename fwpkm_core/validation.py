@@ -224,6 +224,11 @@ def check_chunk(cfg: FwPKMConfig, memory: Any, chunk: Tokens, pair: Any, impleme
             "usage_weight must be 0 here: it weighs what earlier chunks used, which a state keeps and tables alone do "
             f"not; apply writes by it. Received: usage_weight={cfg.usage_weight!r}"
         )
+    if cfg.initial_decay:
+        raise ValueError(
+            "initial_decay must be 0 here: chunk_update is told of no initial table; apply writes by it. "
+            f"Received: initial_decay={cfg.initial_decay!r}"
+        )
     if pair is not None:
         axes = [("B", chunk.query.shape[0]), ("n", chunk.query.shape[1])]
         check_array("pair", pair, axes, "bool", implementation.arrays)

@@ -140,22 +140,23 @@ def learning_rates(reads, before, RATE: tl.constexpr, USAGE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["window", "memories", "length", "first", "total"])
 def values_kernel(
-    table, latest, last_windows, new_rows, uses, sorted_rows, order, weights, strength, error, forget, forgets,
-    window_flags, active, partial, partial_counts, partial_forgotten, segment_start, step_sizes, fractions, decays,
-    old_rows, sources, values_unclipped,
+    table, initial_values, latest, last_windows, new_rows, uses, sorted_rows, order, weights, strength, error, forget,
+    forgets, window_flags, active, partial, partial_counts, partial_forgotten, segment_start, step_sizes, fractions,
+    decays, old_rows, sources, values_unclipped,
     window, memories, length, first, total,
     SLOTS: tl.constexpr, WIDTH: tl.constexpr, ENTRIES: tl.constexpr, CHUNK: tl.constexpr,
-    RATE: tl.constexpr, DECAY: tl.constexpr, CLIP: tl.constexpr, USAGE: tl.constexpr, BLOCK: tl.constexpr,
-    PIECE: tl.constexpr, ENTRY_BLOCK: tl.constexpr, WRITES: tl.constexpr,
+    RATE: tl.constexpr, DECAY: tl.constexpr, CLIP: tl.constexpr, USAGE: tl.constexpr, INITIAL: tl.constexpr,
+    BLOCK: tl.constexpr, PIECE: tl.constexpr, ENTRY_BLOCK: tl.constexpr, WRITES: tl.constexpr,
 ):  # fmt: skip
     """values_i ← (1 - F_i) values_i - η_i (clip(G_i) + λ values_i), of the N_i entries of slot i that count.
 
     G_i = (1/N_i) Σ κ w g (v̂ - u), and F_i = (1/N_i) Σ f, 0 where nothing forgets. Then U_i ← U_i + N_i. Where nothing
-    weighs them there are no ``uses``, and η_i = η.
+    weighs them there are no ``uses``, and η_i = η. Where there are ``initial_values``, rows decay to them too, by λ⁰.
 
     All entries of the call lie sorted by window, table row and token. Those of one row and window are a segment, and
     the program of its first entry owns the row; the sums of the pieces behind its own are there already. It
-    keeps what a backward needs, where one comes, by segment: the row, the step size η_i/N_i, 1/N_i and η_i λ + F_i; and
+    keeps what a backward needs, where one comes, by segment: the row, the step size η_i/N_i, 1/N_i and
+    η_i (λ + λ⁰) + F_i; and
     for each entry, its segment. Laid over the one table (overlay.py), it keeps the segment that left the row in place
     of the row, and does nothing that no later window reads.
     """
@@ -187,6 +188,9 @@ def values_kernel(
                 tl.store(decays + segment, 0.0)
             return
         old = tl.load(row_of(table, new_rows, source, row_index % SLOTS, WIDTH) + d, mask=d < WIDTH, other=0.0)
+    pulled = None
+    if WRITES and initial_values is not None:
+        pulled = INITIAL * (old - tl.load(initial_values + (row_index % SLOTS) * WIDTH + d, mask=d < WIDTH, other=0.0))
     # Most rows have few entries: the first alone needs few registers.
     gradient = tl.zeros([BLOCK], tl.float32)
     count = 0
@@ -247,9 +251,9 @@ def values_kernel(
             rate = RATE
         forgotten = forgotten * fraction
         if forget is None:
-            new, finite = step(old, gradient, d < WIDTH, rate, DECAY, CLIP)
+            new, finite = step(old, gradient, d < WIDTH, rate, DECAY, CLIP, None, pulled)
         else:
-            new, finite = step(old, gradient, d < WIDTH, rate, DECAY, CLIP, forgotten)
+            new, finite = step(old, gradient, d < WIDTH, rate, DECAY, CLIP, forgotten, pulled)
         moves = (count > 0) & lives & finite
         if moves:
             if latest is None:
@@ -260,7 +264,7 @@ def values_kernel(
         if step_sizes is not None:
             tl.store(step_sizes + segment, tl.where(moves, rate * fraction, 0.0))
             tl.store(fractions + segment, tl.where(moves, fraction, 0.0))
-            tl.store(decays + segment, tl.where(moves, rate * DECAY + forgotten, 0.0))
+            tl.store(decays + segment, tl.where(moves, rate * (DECAY + INITIAL) + forgotten, 0.0))
     elif step_sizes is not None:
         tl.store(step_sizes + segment, 0.0)
         tl.store(fractions + segment, 0.0)

@@ -1,9 +1,14 @@
 """The memory's equations and the experimental rules written plainly, in torch, for autograd to derive (float64)."""
 
 import torch
+from interpreter import DEVICE
 from torch import Tensor
 
+import fwpkm
 from fwpkm import FwPKMConfig, Memory
+from fwpkm.agreement import relative_error
+
+TORCH = fwpkm.get_backend("torch")
 
 
 def select(cfg: FwPKMConfig, keys: Tensor, query: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -31,7 +36,7 @@ def clipped(cfg: FwPKMConfig, x: Tensor) -> Tensor:
     return x if cfg.grad_clip is None else x.clamp(-cfg.grad_clip, cfg.grad_clip)
 
 
-def write(cfg, keys, values, query, value, gate, forget):
+def write(cfg, keys, values, initial, query, value, gate, forget):
     """The tables after one chunk of n tokens, of which the first C count; the others are targets alone."""
     slots, weights, ids, chosen = select(cfg, keys, query)
     read = (weights[..., None] * values[slots]).sum(1)
@@ -51,7 +56,8 @@ def write(cfg, keys, values, query, value, gate, forget):
     step = clipped(cfg, torch.zeros_like(values).index_add(0, slots.flatten(), each) / count)
     forgotten = torch.where(counted, forget, 0)[:, None].expand_as(slots).flatten()
     forgotten = torch.zeros_like(reads).index_add(0, slots.flatten(), forgotten)[:, None] / count
-    after = (1 - forgotten) * values - cfg.learning_rate * (step + cfg.weight_decay * values)
+    decay = cfg.weight_decay * values + cfg.initial_decay * (values - initial)
+    after = (1 - forgotten) * values - cfg.learning_rate * (step + decay)
     probability = torch.zeros(*chosen.shape[:3], cfg.num_subkeys, dtype=values.dtype).scatter(
         3, ids, chosen.softmax(-1)
     )
@@ -68,6 +74,7 @@ def run(cfg: FwPKMConfig, memory: Memory, query, value, gate, forget) -> tuple[T
     lag = cfg.lookahead if cfg.boundary == "wait" else 0
     for b in range(len(query)):
         keys, values = (x[b % len(x)] for x in memory)
+        initial = memory.values[0].detach()
         q = query[b].unflatten(-1, (cfg.num_heads, 2, -1))
         tokens = q, value[b], gate[b], forget[b]
         length, begin, done = len(q), 0, 0
@@ -80,10 +87,61 @@ def run(cfg: FwPKMConfig, memory: Memory, query, value, gate, forget) -> tuple[T
             end = begin + cfg.chunk_size + lag
             read_to(end, keys, values, done)
             done = end
-            keys, values = write(cfg, keys, values, *(x[begin:end] for x in tokens))
+            keys, values = write(cfg, keys, values, initial, *(x[begin:end] for x in tokens))
             begin += cfg.chunk_size
         read_to(length, keys, values, done)
         if begin < length:
-            keys, values = write(cfg, keys, values, *(x[begin:] for x in tokens))
+            keys, values = write(cfg, keys, values, initial, *(x[begin:] for x in tokens))
         tables.append((keys, values))
     return torch.cat(outputs).unflatten(0, (len(query), -1)), Memory(*map(torch.stack, zip(*tables)))
+
+
+def drawn(cfg, dtype, batch=2, length=10):
+    """Tokens and tables that need gradients."""
+    draw = torch.Generator().manual_seed(0)
+    widths = (cfg.num_heads * cfg.key_dim,), (cfg.value_dim,), (), ()
+    tokens = [torch.rand(batch, length, *width, generator=draw, dtype=torch.float64) for width in widths]
+    memory = [x.double() for x in TORCH.init_memory(cfg, memories=batch, seed=1)]
+    tokens[3] = tokens[3] * 0.6
+    return ([x.to(DEVICE, dtype).requires_grad_() for x in of] for of in (tokens, memory))
+
+
+def summed(live):
+    return sum(
+        x.double().flatten() @ torch.linspace(-1, 1, x.numel(), dtype=torch.float64, device=x.device) for x in live
+    )
+
+
+def expected(cfg, forgets):
+    """Output, tables and gradients of the rule as it stands here."""
+    (*tokens, forget), memory = drawn(cfg, torch.float64)
+    output, after = run(cfg, Memory(*memory), *tokens, forget if forgets else forget.detach() * 0)
+    inputs = [*tokens, *memory, *([forget] if forgets else [])]
+    return [output, *after, *torch.autograd.grad(summed([output, *after]), inputs)]
+
+
+def received(cfg, cuts, implementation, dtype, forgets):
+    """The same of calls up to each of ``cuts``, and a flush."""
+    (*tokens, forget), memory = drawn(cfg, dtype)
+    state, outputs, start = TORCH.init_state(cfg, Memory(*memory), 2), [], 0
+    options = {"implementation": implementation}
+    options |= {"initial_values": memory[1][:1].detach()} if cfg.initial_decay else {}
+    for stop in cuts:
+        here = slice(start, stop)
+        output, state, _ = TORCH.apply(
+            cfg, state, *(x[:, here] for x in tokens), forget=forget[:, here] if forgets else None, **options
+        )
+        outputs.append(output)
+        start = stop
+    state, _ = TORCH.flush(cfg, state, **options)
+    live = [torch.cat(outputs, 1), *state.memory]
+    return [*live, *torch.autograd.grad(summed(live), [*tokens, *memory, *([forget] if forgets else [])])]
+
+
+def worst(cfg, cuts, implementation, dtype, forgets=True):
+    """The largest relative error of outputs and tables, and of gradients."""
+    errors = [
+        relative_error(*(z.detach().double().cpu().numpy() for z in pair))
+        for pair in zip(received(cfg, cuts, implementation, dtype, forgets), expected(cfg, forgets), strict=True)
+    ]
+    return max(errors[:3]), max(errors[3:])

@@ -1,13 +1,12 @@
 """A forget gate: a write takes from a row the mean of f over its reads (docs/retention.md); torch and the kernels."""
 
-import plain_rule
 import pytest
 import torch
 from interpreter import DEVICE, SMALL, same_or_close
+from plain_rule import drawn, summed, worst
 
 import fwpkm
 from fwpkm import FwPKMConfig, Memory
-from fwpkm.agreement import relative_error
 
 TORCH = fwpkm.get_backend("torch")
 FIELDS = [
@@ -22,52 +21,6 @@ pytestmark = pytest.mark.filterwarnings(  # what torch's own compiler uses, and 
     "ignore:.*autograd.function.Function.* should not be instantiated:DeprecationWarning",
 )
 CUTS = [[10], [2, 9, 10], [4, 8, 10]]
-
-
-def drawn(cfg, dtype, batch=2, length=10):
-    """Tokens and tables that need gradients."""
-    draw = torch.Generator().manual_seed(0)
-    widths = (cfg.num_heads * cfg.key_dim,), (cfg.value_dim,), (), ()
-    tokens = [torch.rand(batch, length, *width, generator=draw, dtype=torch.float64) for width in widths]
-    memory = [x.double() for x in TORCH.init_memory(cfg, memories=batch, seed=1)]
-    tokens[3] = tokens[3] * 0.6
-    return ([x.to(DEVICE, dtype).requires_grad_() for x in of] for of in (tokens, memory))
-
-
-def summed(live):
-    return sum(
-        x.double().flatten() @ torch.linspace(-1, 1, x.numel(), dtype=torch.float64, device=x.device) for x in live
-    )
-
-
-def expected(cfg):
-    """Output, tables and gradients of the plain rule."""
-    tokens, memory = drawn(cfg, torch.float64)
-    output, after = plain_rule.run(cfg, Memory(*memory), *tokens)
-    return [output, *after, *torch.autograd.grad(summed([output, *after]), [*tokens, *memory], allow_unused=True)]
-
-
-def received(cfg, cuts, implementation, dtype, **options):
-    tokens, memory = drawn(cfg, dtype)
-    state, outputs, start = TORCH.init_state(cfg, Memory(*memory), 2), [], 0
-    for stop in cuts:
-        query, value, gate, forget = (x[:, start:stop] for x in tokens)
-        output, state, _ = TORCH.apply(
-            cfg, state, query, value, gate, forget=forget, implementation=implementation, **options
-        )
-        outputs.append(output)
-        start = stop
-    state, _ = TORCH.flush(cfg, state, implementation=implementation)
-    live = [torch.cat(outputs, 1), *state.memory]
-    return [*live, *torch.autograd.grad(summed(live), [*tokens, *memory])]
-
-
-def worst(cfg, cuts, implementation, dtype):
-    errors = []
-    for x, y in zip(received(cfg, cuts, implementation, dtype), expected(cfg), strict=True):
-        y = torch.zeros_like(x) if y is None else y
-        errors.append(relative_error(x.detach().double().cpu().numpy(), y.detach().double().cpu().numpy()))
-    return max(errors[:3]), max(errors[3:])
 
 
 @pytest.mark.parametrize("cuts", CUTS)

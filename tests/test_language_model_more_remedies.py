@@ -17,8 +17,7 @@ from examples.language_model.needle import MEMORIES
 from examples.language_model.settings import Experiment, ModelSettings
 from examples.language_model.snapshots import Snapshots
 
-RULES = {"forget-gate": {"forget": True}}
-PLACES = {"forget-gate": "examples/language_model/experiments.toml/remedies/forget-gate"}
+RULES = {"forget-gate": {"forget": True}, "decay-to-initial": {"memory": {"initial_decay": 0.01}}}
 
 
 def settings(rule, **fields):

@@ -85,7 +85,9 @@ def decode_tokens(
         )
     traced = torch.compiler.is_compiling()
     traced = traced and engine.choose_engine(implementation, cfg, state.memory, tokens.query) == "compiled"
-    if not traced:
+    if traced:
+        ops.refuse_graph(cfg, True)
+    else:
         ranks.told(state, _check_decode, cfg, state, tokens)
     in_columns = isinstance(state, State) and is_sharded(state.memory.values)
     if traced or not (in_columns or engine.choose_engine(implementation, cfg, state.memory, tokens.query) == "eager"):
@@ -106,6 +108,11 @@ def decode_tokens(
 
 def _check_decode(cfg: FwPKMConfig, state: State, tokens: Tokens) -> None:
     validation.check_apply(cfg, state, tokens, None, True, SELF)
+    if cfg.initial_decay:
+        raise ValueError(
+            "initial_decay must be 0 here: decode is told of no initial table; apply reads one token too. "
+            f"Received: initial_decay={cfg.initial_decay!r}"
+        )
     check_device(tokens.query, **tokens.present())
     check_state_device(tokens.query, state)
     fast.check_decoding(state, tokens.query)

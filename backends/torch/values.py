@@ -100,6 +100,7 @@ def read_and_write(
     counted: Tensor,
     active: Tensor,
     uses: Tensor | None,
+    initial_values: Tensor | None,
     owned: bool,
     columns: Columns | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -118,6 +119,7 @@ def read_and_write(
         active: ``[len(spans), M]`` bool: the memories in which a window's chunk has a pair.
         uses: ``[M, N]``, contiguous: U of each slot, overwritten with what the writes make of it; None where they do
             not weigh it.
+        initial_values: ``[1, N, Dv]`` that rows decay to; None where they do not.
         owned: the table may be overwritten.
         columns: of which these are one rank's, where the table does not lie whole.
 
@@ -126,8 +128,9 @@ def read_and_write(
         the written windows, without gradient.
     """
     reads, squared, written = _Table.apply(
-        cfg, spans, values, weights, strength, target, forget, slots, counted, active, uses, owned, columns
-    )
+        cfg, spans, values, weights, strength, target, forget, slots, counted, active, uses, initial_values, owned,
+        columns,
+    )  # fmt: skip
     return reads, values if written is None else written, squared
 
 
@@ -146,7 +149,7 @@ class _Residuals(NamedTuple):
     rate: Array
     """``[P]``: η_i / N_i of the rows that moved, else 0."""
     decay: Array
-    """``[P]``: η_i λ + F_i of the rows that moved, else 0; None where nothing decays or is forgotten."""
+    """``[P]``: η_i (λ + λ⁰) + F_i of the rows that moved, else 0; None where nothing decays or is forgotten."""
     unclipped: Array
     """``[P, Dv]``: which elements were not clipped, None where none can be."""
     fraction: Array
@@ -163,8 +166,9 @@ class _Table(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, cfg, spans, values, weights, strength, target, forget, slots, counted, active, uses, owned, columns
-    ):
+        ctx, cfg, spans, values, weights, strength, target, forget, slots, counted, active, uses, initial_values,
+        owned, columns,
+    ):  # fmt: skip
         _, num_slots, width = values.shape
         writes = any(span.writes for span in spans)
         if writes and owned and values.is_contiguous():
@@ -188,8 +192,9 @@ class _Table(torch.autograd.Function):
                 moves = active[i].index_select(0, rows // num_slots) & (count > 0)
                 rates = None if uses is None else _use(cfg, uses, rows, count, moves)
                 f = None if forget is None else forget[start:stop]
+                initial = None if initial_values is None else initial_values[0].index_select(0, rows % num_slots)
                 after, error, rate, decay, unclipped, fraction = _write(
-                    cfg, entries, before, error, c[:, None] * w, f, count, moves, rates, columns
+                    cfg, entries, before, initial, error, c[:, None] * w, f, count, moves, rates, columns
                 )
                 table.index_copy_(0, rows, after)
             if keep:
@@ -206,7 +211,7 @@ class _Table(torch.autograd.Function):
     @first_only
     def backward(ctx, d_reads, _, d_values):
         if d_reads is None and d_values is None:
-            return (None,) * 13
+            return (None,) * 14
         weights, strength, counted, *saved = ctx.saved_tensors
         residuals = [_Residuals(*fields) for fields in zip(*[iter(saved)] * len(_Residuals._fields))]
         dense = ctx.needs_input_grad[2]
@@ -236,7 +241,7 @@ class _Table(torch.autograd.Function):
                     _add(gradient, at, window.entries.scatter_add(d_read, w), decay, dense)
             d_weights[start:stop] = d_w
         d_table = gradient.view(ctx.shape) if ctx.needs_input_grad[2] else None
-        return None, None, d_table, d_weights, d_strength, d_target, d_forget, None, None, None, None, None, None
+        return None, None, d_table, d_weights, d_strength, d_target, d_forget, *[None] * 7
 
 
 def value_gradient(entries: Entries, error: Tensor, coefficient: Tensor, inverse_count: Tensor) -> Tensor:
@@ -266,6 +271,7 @@ def _write(
     cfg: FwPKMConfig,
     entries: Entries,
     before: Tensor,
+    initial: Tensor | None,
     error: Tensor,
     coefficient: Tensor,
     forget: Tensor | None,
@@ -276,14 +282,14 @@ def _write(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """The rows after a write ``[P, Dv]``, then error, rate, decay, unclipped and fraction of ``_Residuals``.
 
-    ``before`` [P, Dv] are the rows, ``forget`` [T] is f of the tokens that count or None, ``count`` [P] is N_i,
-    ``rates`` [P] are η_i or None where all are η, and ``moves`` [P] tells the rows that a counted token reads in a
-    memory where the chunk has a pair; ``value_gradient`` explains the rest.
+    ``before`` [P, Dv] are the rows, ``initial`` those that they decay to or None, ``forget`` [T] is f of the tokens
+    that count or None, ``count`` [P] is N_i, ``rates`` [P] are η_i or None where all are η, and ``moves`` [P] tells the
+    rows that a counted token reads in a memory where the chunk has a pair; ``value_gradient`` explains the rest.
     """
     inverse_count = count.clamp(min=1).to(before.dtype).reciprocal_()
     gradient = value_gradient(entries, error, coefficient, inverse_count)
     unclipped = None if cfg.grad_clip is None else gradient.abs() <= cfg.grad_clip
-    after = _step_in_place(cfg, before, gradient, rates)
+    after = _step_in_place(cfg, before, initial, gradient, rates)
     forgotten = None
     if forget is not None:  # F_i, the mean of f over the reads that count
         forgotten = entries.total(forget[:, None].expand_as(coefficient)) * inverse_count
@@ -298,20 +304,27 @@ def _write(
     fraction = None if forget is None else inverse_count.masked_fill(~moves, 0)
     rate = inverse_count.mul_(cfg.learning_rate if rates is None else rates).masked_fill_(~moves, 0)
     decay = None
-    if cfg.weight_decay:
-        decay = rate.new_full((), cfg.learning_rate * cfg.weight_decay) if rates is None else rates * cfg.weight_decay
-        decay = decay * moves
+    if cfg.weight_decay + cfg.initial_decay:
+        decay = rate.new_full((), cfg.learning_rate) if rates is None else rates
+        decay = decay * (cfg.weight_decay + cfg.initial_decay) * moves
     if forgotten is not None:
         decay = forgotten * moves if decay is None else decay + forgotten * moves
     return after, error, rate, decay, unclipped, fraction
 
 
-def _step_in_place(cfg: FwPKMConfig, rows: Tensor, gradient: Tensor, rates: Tensor | None) -> Tensor:
-    """``fwpkm.rules.step``, overwriting the gradient: a third of the time, since a chunk touches many rows."""
+def _step_in_place(
+    cfg: FwPKMConfig, rows: Tensor, initial: Tensor | None, gradient: Tensor, rates: Tensor | None
+) -> Tensor:
+    """``fwpkm.rules.step``, and the decay to ``initial`` rows, overwriting the gradient.
+
+    A third of the time, since a chunk touches many rows.
+    """
     if cfg.grad_clip is not None:
         gradient = gradient.clamp_(-cfg.grad_clip, cfg.grad_clip)
     if cfg.weight_decay:
         gradient = gradient.add_(rows, alpha=cfg.weight_decay)
+    if initial is not None:
+        gradient = gradient.add_(rows - initial, alpha=cfg.initial_decay)
     return gradient.mul_(-cfg.learning_rate if rates is None else -rates[:, None]).add_(rows)
 
 

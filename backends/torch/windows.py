@@ -26,8 +26,8 @@ SELF = Implementation.of(
     Tensor,
     """
     key_dim value_dim num_heads num_subkeys top_k chunk_size lookahead boundary score score_eps temperature
-    learning_rate write_scale weight_decay grad_clip addressing_weight memory_scope usage_weight query value gate mask
-    forget
+    learning_rate write_scale weight_decay grad_clip addressing_weight memory_scope usage_weight initial_decay
+    query value gate mask forget
     """,
 )
 """The fields of a configuration and of a token that this backend computes with."""
@@ -117,7 +117,12 @@ def write_chunk(cfg: FwPKMConfig, keys: Tensor, chunk: Tokens, pair: Tensor | No
 
 
 def apply_values(
-    cfg: FwPKMConfig, values: Tensor, walked: list[Window], owned: bool, uses: Tensor | None = None
+    cfg: FwPKMConfig,
+    values: Tensor,
+    walked: list[Window],
+    owned: bool,
+    uses: Tensor | None = None,
+    initial_values: Tensor | None = None,
 ) -> tuple[list[Tensor], Tensor, list[Tensor]]:
     """Read the values of every window, writing the chunks between them.
 
@@ -127,6 +132,7 @@ def apply_values(
         walked: the windows in order.
         owned: the table may be overwritten.
         uses: ``[M, N]``, contiguous, overwritten where a window writes; or None.
+        initial_values: ``[1, N, Dv]`` that rows decay to, or None.
 
     Returns:
         reads ``[r, n, Dv]`` of each window, the table afterwards, and the memorization loss ``[M]`` of each write.
@@ -158,7 +164,7 @@ def apply_values(
         slots, weights, strength, target = columns.enter(slots, weights, strength, target)
     reads, written, squared = read_and_write(
         cfg, table, spans, slots, weights, strength, target, forget if forgets else None, counted, torch.stack(active),
-        uses, owned, columns,
+        uses, initial_values, owned, columns,
     )  # fmt: skip
     if columns is not None:
         reads, squared = columns.leave(reads, squared)

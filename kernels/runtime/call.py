@@ -59,6 +59,7 @@ class Gradients(NamedTuple):
 def forward(
     cfg: FwPKMConfig, plan: Plan, keys: Tensor, values: Tensor, tokens: Tokens, pair: Tensor | None, save: bool,
     dtype: torch.dtype, uses: Tensor | None = None, most: Bounds | None = None, overlaid: bool = False,
+    initial_values: Tensor | None = None,
 ) -> Result:  # fmt: skip
     """Read and write all windows; ``values`` [M, N, Dv] and ``uses`` [M, N] are overwritten, ``keys`` is not.
 
@@ -76,10 +77,12 @@ def forward(
         uses: ``[M, N]`` float32, contiguous: U of each slot; None where no write weighs it.
         most: what to make space for, so that the shapes of residuals do not depend on the position.
         overlaid: every memory begins from one table, and the written ones are not asked for.
+        initial_values: ``[1, N, Dv]`` float32, contiguous, that rows decay to; None where they do not.
     """
     import torch  # here, so that who only lists launches needs none
 
     inputs = {**tokens._asdict(), "pair": pair, "initial_keys": keys, "table": values, "uses": uses, "due": None}
+    inputs["initial_values"] = initial_values
     batch = tokens.query.shape[0]
     call = Call(cfg, plan, tokens.query.dtype, batch, keys.shape[0], save, overlaid)
     launches = forward_launches(call, most)
@@ -120,7 +123,17 @@ def forward_launches(call: Call, most: Bounds | None) -> Forward:
     most = most or least(call.plan, call.batch)
     residuals = residuals_layout(call.cfg, most, call.memories, call.batch, call.save, overlaid=call.overlaid)
     workspace = forward_layout(call, residuals.spec("sorted_rows").dtype)
-    inputs = *_INPUTS, "initial_keys", "table", "uses", "new_slots", "new_weights", "output", "addressing"
+    inputs = (
+        *_INPUTS,
+        "initial_keys",
+        "initial_values",
+        "table",
+        "uses",
+        "new_slots",
+        "new_weights",
+        "output",
+        "addressing",
+    )
     prepare, address, write = (
         Launches(residuals, inputs=_INPUTS),
         *(Launches(residuals, workspace, inputs=inputs) for _ in range(2)),

@@ -69,7 +69,7 @@ def layout_of_residuals(
         "segment_start": ((entries,), _INT),  # where each entry's segment begins in the order
         "step_sizes": ((entries,), _FLOAT),  # by segment: η/N of a row that moved, else 0
         "fractions": ((entries,), _FLOAT),  # by segment: 1/N of a row that moved, else 0
-        "decays": ((entries,), _FLOAT),  # by segment: η λ + F of a row that moved, else 0
+        "decays": ((entries,), _FLOAT),  # by segment: η (λ + λ⁰) + F of a row that moved, else 0
         # By segment: the table row before the write; or the segment that left it, -1 for the one table.
         "old_rows": None if overlaid else ((entries, width), _FLOAT),
         "sources": ((entries,), _INT) if overlaid else None,

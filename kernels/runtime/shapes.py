@@ -138,6 +138,7 @@ def shapes(cfg: FwPKMConfig, query: Any) -> SimpleNamespace:
             **rate,
             "CLIP": cfg.grad_clip,
             "USAGE": cfg.usage_weight,
+            "INITIAL": cfg.initial_decay,
             **few,
         },
         read_backward={
