@@ -210,6 +210,11 @@ def check_initial(cfg: FwPKMConfig, memory: Any, batch_size: Any, implementation
 def check_lookup(cfg: FwPKMConfig, memory: Any, query: Any, implementation: Implementation) -> None:
     """Raise unless ``query`` [B, n, H*Dk] can read these tables."""
     check_served(cfg, implementation)
+    if cfg.recent_penalty:
+        raise ValueError(
+            "recent_penalty must be 0 here: a state counts the uses of sub-keys, and tables alone do not. "
+            f"Received: recent_penalty={cfg.recent_penalty!r}"
+        )
     _check_query(cfg, query, "n", implementation.arrays)
     check_memory(cfg, memory, memories_for(cfg, query.shape[0]), implementation)
 

@@ -30,7 +30,7 @@ def scan_kernel(
     subkey = tl.program_id(0) * CHOICES + tl.arange(0, CHOICES)
     group = (b // rows) * 2 * HEADS + half
     rank = exact_ranks(
-        token_query + tl.program_id(1).to(tl.int64) * HALF, keys + group.to(tl.int64) * SUBKEYS * HALF,
+        token_query + tl.program_id(1).to(tl.int64) * HALF, keys + group.to(tl.int64) * SUBKEYS * HALF, None,
         subkey, subkey < SUBKEYS, True, HALF, SCORE, CHOICES, DEPTH,
     )  # fmt: skip
     tl.store(token_ranks + tl.program_id(1) * SUBKEYS + subkey, rank, mask=subkey < SUBKEYS)

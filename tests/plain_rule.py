@@ -11,12 +11,12 @@ from fwpkm.agreement import relative_error
 TORCH = fwpkm.get_backend("torch")
 
 
-def select(cfg: FwPKMConfig, keys: Tensor, query: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def select(cfg: FwPKMConfig, keys: Tensor, recent: Tensor, query: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Slots and weights [n, H*k] of queries [n, H, 2, d], and the chosen sub-keys and their scores [n, H, 2, k]."""
     scores = -torch.log(cfg.score_eps + (query[:, :, :, None] - keys).square().sum(-1))
     if cfg.score == "dot_product":
         scores = (query[:, :, :, None] * keys).sum(-1)
-    chosen, ids = scores.topk(cfg.top_k)
+    chosen, ids = (scores - cfg.recent_penalty * torch.log(1 + recent)).topk(cfg.top_k)
     sums = chosen[:, :, 0, :, None] + chosen[:, :, 1, None, :]
     slots = ids[:, :, 0, :, None] * cfg.num_subkeys + ids[:, :, 1, None, :]
     best, at = sums.flatten(2).topk(cfg.top_k)
@@ -36,14 +36,14 @@ def clipped(cfg: FwPKMConfig, x: Tensor) -> Tensor:
     return x if cfg.grad_clip is None else x.clamp(-cfg.grad_clip, cfg.grad_clip)
 
 
-def write(cfg, keys, values, initial, query, value, gate, forget):
-    """The tables after one chunk of n tokens, of which the first C count; the others are targets alone."""
-    slots, weights, ids, chosen = select(cfg, keys, query)
+def write(cfg, keys, values, recent, initial, query, value, gate, forget):
+    """The tables, and V, after one chunk of n tokens, of which the first C count; the others are targets alone."""
+    slots, weights, ids, chosen = select(cfg, keys, recent, query)
     read = (weights[..., None] * values[slots]).sum(1)
     counted = torch.arange(len(query)) < cfg.chunk_size
     pair = counted & (torch.arange(len(query)) + cfg.lookahead < len(query))
     if not pair.any():
-        return keys, values
+        return keys, values, recent
     target = torch.cat([value[cfg.lookahead :], torch.zeros_like(value[: cfg.lookahead])])
     strength = torch.where(pair, write_scale(cfg, weights) * gate, 0)
     error = torch.where(pair[:, None], read - target, 0)
@@ -65,7 +65,9 @@ def write(cfg, keys, values, initial, query, value, gate, forget):
     loss = (mean * torch.log(mean + 1e-8)).sum()
     (slope,) = torch.autograd.grad(loss, keys, create_graph=True)
     slope = clipped(cfg, cfg.addressing_weight * slope)
-    return keys - cfg.learning_rate * (slope + cfg.weight_decay * keys), torch.where(touched, after, values)
+    uses = torch.zeros_like(probability).scatter(3, ids, 1.0)[counted].sum(0)
+    keys = keys - cfg.learning_rate * (slope + cfg.weight_decay * keys)
+    return keys, torch.where(touched, after, values), (recent + uses) / 2
 
 
 def run(cfg: FwPKMConfig, memory: Memory, query, value, gate, forget) -> tuple[Tensor, Memory]:
@@ -75,23 +77,24 @@ def run(cfg: FwPKMConfig, memory: Memory, query, value, gate, forget) -> tuple[T
     for b in range(len(query)):
         keys, values = (x[b % len(x)] for x in memory)
         initial = memory.values[0].detach()
+        recent = torch.zeros(keys.shape[:3], dtype=keys.dtype)
         q = query[b].unflatten(-1, (cfg.num_heads, 2, -1))
         tokens = q, value[b], gate[b], forget[b]
         length, begin, done = len(q), 0, 0
 
-        def read_to(end, keys, values, done, q=q):
-            slots, weights, _, _ = select(cfg, keys, q[done:end])
+        def read_to(end, keys, values, recent, done, q=q):
+            slots, weights, _, _ = select(cfg, keys, recent, q[done:end])
             outputs.append((weights[..., None] * values[slots]).sum(1))
 
         while begin + cfg.chunk_size + lag <= length:
             end = begin + cfg.chunk_size + lag
-            read_to(end, keys, values, done)
+            read_to(end, keys, values, recent, done)
             done = end
-            keys, values = write(cfg, keys, values, initial, *(x[begin:end] for x in tokens))
+            keys, values, recent = write(cfg, keys, values, recent, initial, *(x[begin:end] for x in tokens))
             begin += cfg.chunk_size
-        read_to(length, keys, values, done)
+        read_to(length, keys, values, recent, done)
         if begin < length:
-            keys, values = write(cfg, keys, values, initial, *(x[begin:] for x in tokens))
+            keys, values, recent = write(cfg, keys, values, recent, initial, *(x[begin:] for x in tokens))
         tables.append((keys, values))
     return torch.cat(outputs).unflatten(0, (len(query), -1)), Memory(*map(torch.stack, zip(*tables)))
 

@@ -66,7 +66,7 @@ def test_a_memory_in_place_of_a_state_is_what_its_rows_decay_to(implementation):
 
 @pytest.mark.parametrize("implementation", ["eager", "triton"])
 def test_a_row_that_is_written_nothing_else_goes_back(implementation):
-    """Gate 0: what is touched stands λ nearer to its initial row after each chunk, to the initial table itself in it."""
+    """Gate 0: what a chunk touches stands λ nearer to its initial row after it."""
     cfg = config(initial_decay=0.25)
     (query, value, gate, _), memory = drawn(cfg, torch.float32, length=4)
     initial = memory[1][:1].detach()

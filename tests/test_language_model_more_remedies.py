@@ -18,6 +18,7 @@ from examples.language_model.settings import Experiment, ModelSettings
 from examples.language_model.snapshots import Snapshots
 
 RULES = {"forget-gate": {"forget": True}, "decay-to-initial": {"memory": {"initial_decay": 0.01}}}
+RULES["not-lately"] = {"memory": {"recent_penalty": 0.5}}
 
 
 def settings(rule, **fields):

@@ -108,11 +108,12 @@ def decode_tokens(
 
 def _check_decode(cfg: FwPKMConfig, state: State, tokens: Tokens) -> None:
     validation.check_apply(cfg, state, tokens, None, True, SELF)
-    if cfg.initial_decay:
-        raise ValueError(
-            "initial_decay must be 0 here: decode is told of no initial table; apply reads one token too. "
-            f"Received: initial_decay={cfg.initial_decay!r}"
-        )
+    for name in ("initial_decay", "recent_penalty"):
+        if getattr(cfg, name):
+            raise ValueError(
+                f"{name} must be 0 here: decode does not know it; apply reads one token too. "
+                f"Received: {name}={getattr(cfg, name)!r}"
+            )
     check_device(tokens.query, **tokens.present())
     check_state_device(tokens.query, state)
     fast.check_decoding(state, tokens.query)

@@ -16,7 +16,7 @@ from fwpkm import schedule, validation
 from fwpkm.backends.torch.column_parallel import Columns
 from fwpkm.backends.torch.derivatives import first_only
 from fwpkm.backends.torch.flat import flat, flatten, unflatten
-from fwpkm.backends.torch.rows import own_uses
+from fwpkm.backends.torch.rows import joined_uses, own_uses, split_uses
 from fwpkm.backends.torch.tokens import filled, join, pad, without
 from fwpkm.config import FwPKMConfig
 from fwpkm.containers import Lookup, Losses, Memory, State, Trace
@@ -194,10 +194,14 @@ def run(
     if dealt is not None:
         cfg, memory, stream = dealt.narrowed(cfg, memory, stream)
     keys, values = as_tables(memory)
-    if not plan.num_writes and keys.stride(0) == 0 == values.stride(0) * (not overlaid):
+    alike = not (plan.num_writes or cfg.recent_penalty)  # else each row has a V of its own
+    if alike and keys.stride(0) == 0 == values.stride(0) * (not overlaid):
         keys, values = keys[:1], values if overlaid else values[:1]  # rows that share a table read it where it is
     stream, pair, settings = stream.map(plain), plain(pair), Settings(cfg, plan, owned, dtype, dealt, overlaid)
-    uses = own_uses(uses, torch.float32, owned) if plan.num_writes else None
+    if plan.num_writes:
+        uses = own_uses(uses, torch.float32, owned)
+    else:  # V is read all the same
+        uses = uses.float() if uses is not None and cfg.recent_penalty else None
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (keys, values, *stream)):
         flat_inputs = (keys, values, pair, *flatten(stream), uses, initial_values)
         results = unflatten(Results, _Call.apply(settings, *flat_inputs))
@@ -206,7 +210,7 @@ def run(
         results = results_of(*forwarded)
     if dealt is not None:
         results = _of_all_columns(dealt, results)
-    return done_with(results, whole, columns, before if uses is None else uses)
+    return done_with(results, whole, columns, uses if plan.num_writes else before)
 
 
 def _of_all_columns(dealt: Columns, results: "Results") -> "Results":
@@ -261,10 +265,14 @@ def forward(
     else:
         # Autograd must see what the kernels overwrite, or a backward that kept the table would take the new one.
         torch.autograd.graph.increment_version(values)
+    of_slots, recent = split_uses(cfg, uses)
     with on_device_of(values):
         result = call.forward(
-            cfg, plan, keys.contiguous(), values, stream, pair, save, dtype, uses, most, overlaid, initial_values
-        )
+            cfg, plan, keys.contiguous(), values, stream, pair, save, dtype, of_slots, most, overlaid, initial_values,
+            recent,
+        )  # fmt: skip
+    if recent is not None and uses is not None and plan.num_writes:
+        uses.copy_(joined_uses(cfg, of_slots, result.recent))
     return result, values
 
 

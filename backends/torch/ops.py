@@ -14,7 +14,7 @@ from fwpkm.backends.torch import engine, exporting, fast, groups, left_aligned, 
 from fwpkm.backends.torch.checks import check_apply, check_device, check_inplace, check_state_device
 from fwpkm.backends.torch.column_parallel import by_columns, is_sharded, refuse_columns, refuse_uses
 from fwpkm.backends.torch.context import through_checkpoints
-from fwpkm.backends.torch.rows import init_state, mask_of, own_uses, start_state
+from fwpkm.backends.torch.rows import init_state, joined_uses, mask_of, own_uses, split_uses, start_state
 from fwpkm.backends.torch.streams import Streams, pending_of, streams_of, together
 from fwpkm.backends.torch.tokens import filled, maybe_any, without
 from fwpkm.backends.torch.windows import (
@@ -101,7 +101,12 @@ def read_on(
 
 
 def refuse_graph(cfg: FwPKMConfig, update: bool) -> None:
-    """Raise a ValueError where a graph would have to hold the initial table that written rows decay to."""
+    """Raise a ValueError where a graph would have to hold the initial table that written rows decay to, or V."""
+    if cfg.recent_penalty:
+        raise ValueError(
+            "recent_penalty must be 0 in a graph of torch.compile or torch.export: call with inplace=True, outside of "
+            f"graphs, or without. Received: recent_penalty={cfg.recent_penalty!r}"
+        )
     if cfg.initial_decay and update:
         raise ValueError(
             "initial_decay must be 0 in a graph of torch.compile or torch.export: call with inplace=True, outside of "
@@ -275,12 +280,16 @@ def _run_eagerly(
     """In plain PyTorch: the output, the tables and uses if they were written, and the trace."""
     columns = schedule.max_writes(cfg, tokens.length)
     with _full_precision(tokens.query):
-        walked, keys = windows(cfg, memory.keys, streams)
+        recent = split_uses(cfg, uses)[1]
+        recent = None if recent is None else recent.to(memory.keys.dtype)
+        walked, keys, recent = windows(cfg, memory.keys, streams, recent)
         if not walked:
             return _nothing_read(memory, tokens), None, empty_trace(cfg, memory, tokens.mask.shape, columns)
         if any(w.addressing is not None for w in walked):  # else nothing is written
             uses = own_uses(uses, memory.keys.dtype, owned)
-        reads, values, losses = apply_values(cfg, memory.values, walked, owned, uses, decayed_to)
+        slot_uses = split_uses(cfg, uses)[0]
+        reads, values, losses = apply_values(cfg, memory.values, walked, owned, slot_uses, decayed_to)
+        uses = joined_uses(cfg, slot_uses, recent)
         output, dead = streams.of_call(reads), streams.of_call([w.dead for w in walked])
         if maybe_any(dead):
             output = output.masked_fill(dead[..., None], torch.nan)
@@ -362,8 +371,11 @@ def _write_pending(
     if len(due) < memories:
         rows = due
     with _full_precision(memory.keys):
-        window, keys = write_part(cfg, memory.keys, pending_of(cfg, pending, counts, rows), rows)
-        _, values, (memorization,) = apply_values(cfg, memory.values, [window], owned, uses, decayed_to)
+        slot_uses, recent = split_uses(cfg, uses)
+        window, keys = write_part(cfg, memory.keys, pending_of(cfg, pending, counts, rows), rows, recent)
+        _, values, (memorization,) = apply_values(cfg, memory.values, [window], owned, slot_uses, decayed_to)
+        if recent is not None and uses is not None:
+            uses.copy_(joined_uses(cfg, slot_uses, window.recent))
     none = memory.keys.new_zeros(memories)
     losses = (none.index_copy(0, due, x.detach())[:, None] for x in (memorization, window.addressing))
     return Memory(keys, values), Losses(*losses)

@@ -42,6 +42,8 @@ def layout_of_residuals(
         # A bit for each token of the window, set where it chose the sub-key.
         "maps": ((windows, groups, subkeys, words_for(longest * batch // memories)), _INT),
         "counts": ((windows, memories), _INT),  # n
+        # How many of the n tokens chose the sub-key.
+        "subkey_counts": ((windows, groups, subkeys), _INT) if cfg.recent_penalty else None,
         "active": ((windows, memories), _INT),  # whether any token has a pair
         # The largest ‖K‖² before each window, as the integer that has its bits; behind what else begins as zeros.
         "largest": ((moving + 1, groups), _INT),
@@ -50,7 +52,8 @@ def layout_of_residuals(
         "flags": ((batch * num_tokens,), _BYTE),
         "window_flags": ((total,), _BYTE),  # the flags as the window found them
         "ids": (choices, _INT),  # sub-keys, in any order
-        "ranks": (choices, _FLOAT),  # -‖q - K‖², or q·K
+        "ranks": (choices, _FLOAT),  # -‖q - K‖², or q·K; with V as of exact_ranks
+        "recents": ((windows + 1, groups, subkeys), _FLOAT) if cfg.recent_penalty else None,  # V before each window
         "slots": ((total, cfg.slots_per_token), _INT),
         "weights": ((total, cfg.slots_per_token), _FLOAT),
         "strength": ((total,), _FLOAT),  # κ g of the tokens that have a pair, else 0
