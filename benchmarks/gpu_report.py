@@ -25,7 +25,7 @@ _TARGETS: tuple[tuple[str, str, str, float, tuple[float | None, ...]], ...] = (
     (_BATCH + ", one table: extra GiB, {text}", "shared-512/extra: {step}", "", 2**-30, (1.5, 1.5)),
     ("B=8 T=4096, N=1024² / N=256²: {text}", "shared-1024/{step}", "shared-256/{step}", 1, (1.5, 1.5)),
     (
-        "the same without scoring, device time: {text} (the least traffic grows by 1.23)",
+        "the same without scoring, device time (the least traffic grows by 1.23): {text}",
         *("kernels: shared-1024/" + _UNSCORED, "kernels: shared-256/" + _UNSCORED, 1, (1.08 * 1.23, 1.08 * 1.23)),
     ),
     (
