@@ -71,10 +71,10 @@ def source_of(given: tuple, kernel: Any, out_shape: list, constants: dict) -> AS
 
     It takes every array to be aligned to 16 bytes, and an integer for a constant where it equals 1.
     """
-    kinds = ["i32" if isinstance(x, int) else f"*{_TYPES[x.dtype.name]}" for x in (*given, *out_shape)]
-    signature = dict(zip(kernel.arg_names, kinds))
+    types = ["i32" if isinstance(x, int) else f"*{_TYPES[x.dtype.name]}" for x in (*given, *out_shape)]
+    signature = dict(zip(kernel.arg_names, types))
     fixed = constants | {kernel.arg_names[i]: 1 for i, x in enumerate(given) if isinstance(x, int) and x == 1}
-    attrs = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(kinds) if kind[0] == "*"}
+    attrs = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(types) if name[0] == "*"}
     return ASTSource(kernel, {**signature, **dict.fromkeys(fixed, "constexpr")}, fixed, attrs)
 
 

@@ -223,8 +223,8 @@ def _moved(
     ways: tuple[Array, Array, Array | None], sources: Any, pending: Any, wide: bool, shape: tuple[int, int]
 ) -> tuple[Array, ...]:
     """``_bring`` by the first of the ways; gradients take the others back, to the sources and to what was pending."""
-    kinds = (tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in group) for group in (sources, pending))
-    return _move(_Move(wide, shape, *kinds), ways, tuple(sources), tuple(pending))
+    specs = (tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in group) for group in (sources, pending))
+    return _move(_Move(wide, shape, *specs), ways, tuple(sources), tuple(pending))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -238,11 +238,11 @@ def _move_forward(move: _Move, ways: Any, sources: Any, pending: Any) -> tuple[t
 
 def _move_backward(move: _Move, back: Any, d: Any) -> tuple[Any, ...]:
     given, found = [_given(x) for x in d], []
-    for way, kinds in zip(back, (move.sources, move.pending)):
-        asked = {i: given[i] for i in range(len(kinds)) if given[i] is not None}
-        brought = _bring(way, [*asked.values()], [], False, kinds[0].shape[:2]) if asked else ()
-        of = {i: x.astype(kinds[i].dtype) for i, x in zip(asked, brought)}
-        found.append(tuple(of.get(i) for i in range(len(kinds))))
+    for way, specs in zip(back, (move.sources, move.pending)):
+        asked = {i: given[i] for i in range(len(specs)) if given[i] is not None}
+        brought = _bring(way, [*asked.values()], [], False, specs[0].shape[:2]) if asked else ()
+        of = {i: x.astype(specs[i].dtype) for i, x in zip(asked, brought)}
+        found.append(tuple(of.get(i) for i in range(len(specs))))
     return None, *found
 
 
