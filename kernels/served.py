@@ -24,6 +24,8 @@ be at its default."""
 _MOST = {"num_heads": 4, "top_k": 32, "num_subkeys": 2048, "key_dim": 1024, "value_dim": 1024}
 MOST_PADDING = 4
 """Packed sequences are padded to the longest, but to no more than so many times their tokens."""
+_MOST_CODEBOOKS = 65_535
+"""A launch has a row of programs for each codebook, and CUDA no more rows than that."""
 
 
 def why_unsupported_config(cfg: FwPKMConfig) -> str | None:
@@ -46,6 +48,14 @@ def why_unsupported_config(cfg: FwPKMConfig) -> str | None:
         if getattr(cfg, name) % 16:
             return f"{name} must be a multiple of 16. Received: {name}={getattr(cfg, name)}"
     return None
+
+
+def why_unsupported_tables(memories: int, heads: int) -> str | None:
+    """The reason that lies in how many memories a call reads."""
+    most = _MOST_CODEBOOKS // (2 * heads)
+    if memories <= most:
+        return None
+    return f"memories of {heads} heads must be at most {most} in a call. Received: {memories}"
 
 
 def why_unsupported_packing(ends: list[int], longest: int | None = None) -> str | None:

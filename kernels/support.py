@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fwpkm.config import FwPKMConfig
 from fwpkm.containers import Memory
-from fwpkm.kernels.served import why_no_triton, why_unsupported_config, why_unsupported_packing
+from fwpkm.kernels.served import why_no_triton, why_unsupported_config, why_unsupported_packing, why_unsupported_tables
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -30,14 +30,14 @@ _of_config = functools.lru_cache(why_unsupported_config)
 
 
 def why_unsupported_tensors(memory: Memory, query: Tensor) -> str | None:
-    """The reason that lies in dtypes, or in a device that no kernel was tried on; can be traced."""
+    """The reason that lies in dtypes, numbers of memories, or a device that no kernel was tried on; can be traced."""
     if torch.version.hip and query.device.type == "cuda":  # so torch names AMD's GPUs too
         return "the kernels serve NVIDIA GPUs, and this torch is built for AMD's (ROCm)"
     if query.dtype not in _DTYPES:
         return f"query must be float32, bfloat16 or float16. Received: {query.dtype}"
     if any(table.dtype not in _DTYPES for table in memory):
         return f"tables must be float32. Received: keys {memory.keys.dtype}, values {memory.values.dtype}"
-    return None
+    return why_unsupported_tables(*memory.keys.shape[:2])
 
 
 @functools.lru_cache

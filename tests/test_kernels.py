@@ -228,6 +228,17 @@ def test_what_the_kernels_do_not_serve_says_why(fields: dict, dtype: torch.dtype
     assert be.lookup(cfg, memory, query).output.shape == (1, 2, 16)
 
 
+def test_more_memories_than_a_launch_has_rows_are_read_eagerly() -> None:
+    """CUDA's grids have 65,535 rows at most, and a launch one for each codebook: 16,383 memories of two heads."""
+    cfg = FwPKMConfig(**SMALL | {"num_heads": 2, "num_subkeys": 2, "top_k": 1})
+    memory = Memory(*(x.to(DEVICE).expand(16384, *x.shape[1:]) for x in be.init_memory(cfg)))
+    query = torch.zeros(16384, 1, 32, device=DEVICE)
+    assert kernels.why_unsupported(cfg, Memory(*(x[:16383] for x in memory)), query[:16383]) is None
+    with pytest.raises(ValueError, match=r"memories of 2 heads must be at most 16383 in a call\. Received: 16384"):
+        be.lookup(cfg, memory, query, implementation="triton")
+    assert be.lookup(cfg, memory, query).output.shape == (16384, 1, 16)
+
+
 def test_a_field_that_the_kernels_do_not_know_is_refused() -> None:
     cfg, query = WiderConfig(**SMALL), torch.zeros(1, 2, 16, device=DEVICE)
     memory = Memory(*(x.to(DEVICE) for x in be.init_memory(cfg)))

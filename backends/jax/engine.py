@@ -45,7 +45,8 @@ def why_unsupported(cfg: FwPKMConfig, memory: Memory, query: Array, cu_seqlens: 
     from fwpkm.kernels import served
 
     reason = served.why_no_triton("jax-triton") or served.why_unsupported_config(cfg)
-    reason = reason or _of_arrays(cfg, memory, query) or _why_here(query)
+    reason = reason or _of_arrays(cfg, memory, query) or served.why_unsupported_tables(*memory.keys.shape[:2])
+    reason = reason or _why_here(query)
     return reason or (None if cu_seqlens is None else _of_packing(cu_seqlens, query.shape[1]))
 
 
