@@ -83,6 +83,8 @@ def test_tokens_that_were_read_are_not_read_again(model):
     asked, states = torch.cat([ids, prompt(4, 5)], dim=1), cache.named_states()
     with pytest.raises(ValueError, match=r"the new tokens alone.*begin at \[0\], a cache of \[24\] tokens"):
         model.generate(asked, **{cache_name(model): cache}, prompt_lookup_num_tokens=5, **plain)
+    with pytest.raises(ValueError, match=r"the new tokens alone.*begin at \[0\], a cache of \[24\] tokens"):
+        read(model, asked, cache, attention_mask=torch.ones_like(asked), position_ids=torch.arange(34)[None])
     positions = torch.arange(2, 6).expand(3, -1)
     batch = left_padded(PROMPTS)
     _, of_three = read(model, batch["input_ids"], attention_mask=batch["attention_mask"])

@@ -228,9 +228,10 @@ def _before_decoder(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
             cache = with_states(DynamicCache(config=decoder.config), decoder)
         if cu_seqlens is not None:  # with a cache attention would look across the sequences
             inputs["use_cache"] = False
-    inputs[_CALL] = Call(_mask(mask, batch, length, cache), cu_seqlens, cache)
+    positions = inputs.get("position_ids")
+    inputs[_CALL] = Call(_mask(mask, batch, length, cache, positions), cu_seqlens, cache)
     if cache is not None and length > 1:  # a step of generate needs no wait for the device
-        _check_goes_on(inputs.get("position_ids"), cache, mask)
+        _check_goes_on(positions, cache, mask)
     for name in _CACHES:
         inputs.pop(name, None)
     inputs["cache" if "cache" in names else "past_key_values"] = cache
@@ -248,10 +249,12 @@ def _uses_cache(decoder: Any, inputs: dict[str, Any]) -> bool:
     return bool(use_cache) and not _checkpoints(decoder)
 
 
-def _mask(mask: Any, batch: int, length: int, cache: MemoryCache | None) -> Tensor | None:
+def _mask(mask: Any, batch: int, length: int, cache: MemoryCache | None, positions: Any) -> Tensor | None:
     """``[B, T]`` bool of the call's own tokens; with a cache on the host, None where all are there."""
     past = 0 if cache is None else cache.get_seq_length()
     if mask is not None and (not isinstance(mask, Tensor) or mask.shape != (batch, past + length)):
+        if cache is not None:  # generate with drafts makes one of the whole prompt, in transformers 5.17
+            _check_goes_on(positions, cache, None)
         received = f"shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(
             f"attention_mask must be 2-D, [{batch}, {past + length}] with the {past} tokens of the cache, because the "
