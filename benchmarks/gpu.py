@@ -13,6 +13,7 @@ import secrets
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,7 +23,7 @@ from benchmarks import compare, gpu_agreement, gpu_layer, gpu_report, gpu_speed,
 from benchmarks.findings import Report, equal
 from benchmarks.worker import Outcome, Task, run_all
 from benchmarks.workloads import WORKLOADS, Workload
-from fwpkm import vectors
+from fwpkm import FwPKMConfig, vectors
 
 _LEGEND = (
     "medians with their quartiles, by CUDA events around single calls, read in turn from three sets of bfloat16 inputs",
@@ -55,8 +56,15 @@ _AT_REST = dataclasses.replace(
     _OVERLAID, name="at-rest-256", config=dataclasses.replace(_OVERLAID.config, addressing_weight=0.0)
 )
 """The same where no write moves the keys: one launch addresses all windows."""
+_FAR = Workload("far-1024", WORKLOADS["train-1024"].config, batch=5, length=1300)
+"""Whose last numbers lie 2.7e9 behind the first, more than 32 bits count."""
+_MANY = FwPKMConfig(16, 16, 1, 16, 4, 4, memory_scope="batch")
+_SHARED_BY_MANY = Workload("many-rows", _MANY, batch=70_000, length=5)
+_MANY_TABLES = Workload("many-tables", dataclasses.replace(_MANY, num_subkeys=4, memory_scope="sequence"), 32_767, 5)
+"""As many rows as a grid's first number counts and others do not; and as many tables as a call may have."""
 _STEP = Workload("step-256", WORKLOADS["shared-256"].config, batch=2, length=1300)
 _DECODED = Workload("decode-512", WORKLOADS["decode-512"].config, batch=1, length=1100)
+_DECODED_ROWS = dataclasses.replace(_DECODED, name="decode-512-rows", batch=32)
 _CONFORM_SHAPES = 10
 
 
@@ -70,9 +78,9 @@ def checks(seed: int) -> list[Task]:
     def small(name: str) -> Task:
         return Task("agreement", f"float64 at small shapes: {name}", gpu_agreement.drawn, (name, seed))
 
-    def streams(numbers: range) -> Task:
-        name = f"ragged streams, against eager: {numbers.start} to {numbers.stop - 1}"
-        return Task("agreement rows", name, gpu_agreement.streams, (numbers,))
+    def streams(numbers: range, both: bool = False) -> Task:
+        name = f"ragged streams, against eager: {numbers.start} to {numbers.stop - 1}{', a mask beside' * both}"
+        return Task("agreement rows", name, gpu_agreement.streams, (numbers, 120, both))
 
     def stateless(workload: Workload, dtype: str, packed: bool, learned: bool) -> Task:
         name = f"from a memory, against eager: {workload.name}, {dtype}{', packed' * packed}{', learned' * learned}"
@@ -86,11 +94,21 @@ def checks(seed: int) -> list[Task]:
         *(stateless(_OVERLAID, dtype, True, True) for dtype in ("float32", "bfloat16")),
         *(stateless(_AT_REST, DTYPE, packed, True) for packed in (False, True)),
         *(streams(range(first, first + 10)) for first in range(0, 40, 10)),
+        streams(range(40, 50), both=True),
         # Each of conform's shapes compiles, so they do it side by side before the whole run.
         *(Task("conform", f"fwpkm conform: case {n}", conform, ("--case", str(n))) for n in range(_CONFORM_SHAPES)),
         Task("graphs", "torch.compile(fullgraph=True) of the layer", gpu_agreement.compiled, (seed,)),
-        Task("decode graphs", "decode in a CUDA graph, against eager", gpu_agreement.decoded, (_DECODED, DTYPE, seed)),
+        *(
+            Task(
+                "decode graphs",
+                f"decode in a CUDA graph, against eager: B={x.batch}",
+                gpu_agreement.decoded,
+                (x, DTYPE, seed),
+            )
+            for x in (_DECODED_ROWS, _DECODED)
+        ),
         *(eager("agreement", _TAIL, dtype, True, True) for dtype in ("float32", "bfloat16", "float16")),
+        *(eager("agreement", workload, "float32") for workload in (_FAR, _SHARED_BY_MANY, _MANY_TABLES)),
         *map(small, gpu_agreement.SHAPES),
         *(Task("bits", f"bits: process {number}", gpu_agreement.repeatable, bits) for number in (1, 2)),
         Task("graphs", "a training step: no wait, CUDA graph", gpu_agreement.training, (_STEP, DTYPE, seed)),
@@ -104,6 +122,7 @@ def checks(seed: int) -> list[Task]:
         Task("jax", "jax beside torch: as it is timed", in_jax, (WORKLOADS[_JAX], DTYPE, "agree", seed)),
         Task("jax", "jax beside torch: a ragged end", in_jax, (_TAIL, "float32", "agree", seed)),
         Task("jax", "jax beside torch: decode", in_jax, (_DECODED, DTYPE, "decoded", seed)),
+        *(Task("jax", f"bits in JAX: process {number}", in_jax, (*bits[:2], "repeatable", seed)) for number in (1, 2)),
         *(Task("jax", f"jax: conform: case {n}", conform_jax, ("--case", str(n))) for n in range(_CONFORM_SHAPES)),
         *(Task("agreement", f"vectors: {name}", gpu_agreement.vector, (name,)) for name in vectors.names()),
     ]
@@ -122,7 +141,7 @@ def timings() -> list[Task]:
     return [
         Task("speed", "copy bandwidth", gpu_speed.bandwidth),
         *map(task, ("shared-512", "train-512", "shared-256", "shared-1024", "shared-2048")),
-        task("decode-512", gpu_speed.decoding, "decode: ", "decode"),
+        *(task(name, gpu_speed.decoding, "decode: ", "decode") for name in ("decode-512", "decode-512-rows")),
         Task("rows", "rows: mask", gpu_speed.masked, (WORKLOADS[_ROWS], DTYPE)),
         Task("rows", "rows: 32", gpu_speed.ragged, (WORKLOADS[_ROWS], DTYPE, 32)),
         *(
@@ -217,10 +236,12 @@ def _check(tasks: list[Task], workers: int) -> list[Outcome]:
     crowded = [outcome.task for outcome in outcomes.values() if "OutOfMemoryError" in outcome.error]
     outcomes |= {outcome.task.name: outcome for outcome in _run(crowded, 1, CHECK_LIMIT)}
     ordered = [outcomes[task.name] for task in tasks]
-    digests = [x.result.notes for x in ordered if x.task.section == "bits" and x.result]
-    if len(digests) == 2:
-        same = Report([equal("sha256 in two processes", digests[0] == digests[1])])
-        ordered.append(Outcome(Task("bits", "bits: between processes", set), same, "", 0.0))
+    digests = defaultdict(list)
+    for task, result in [(x.task, x.result) for x in ordered if "process" in x.task.name and x.result]:
+        digests[task.section, task.name.partition(":")[0]].append(result.notes)
+    for (section, name), (first, *others) in digests.items():
+        same = Report([equal("sha256 in two processes", others == [first])])
+        ordered.append(Outcome(Task(section, f"{name}: between processes", set), same, "", 0.0))
         _say(gpu_report.line(ordered[-1]))
     return ordered
 

@@ -9,7 +9,7 @@ by chunk, along the tables that the eager backend writes in float64; then all to
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from importlib import resources
 from typing import Any
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from benchmarks.findings import Finding, Report, compared, differing_rows, digest, equal, same_bits, twice
 from benchmarks.measure import DEVICE
-from benchmarks.workloads import Decoder, Inputs, Workload, capture, make_inputs, make_memory
+from benchmarks.workloads import Decoder, Inputs, Workload, capture, make_inputs, make_memory, staggered
 from fwpkm import FwPKMConfig, Memory, agreement, schedule
 from fwpkm.agreement import GAP
 from fwpkm.backends import torch as be
@@ -282,21 +282,21 @@ def from_memory(workload: Workload, dtype: str, seed: int, packed: bool, learned
 # --- Rows that are not alike ---
 
 
-def streams(numbers: range, longest: int = 120) -> Report:
+def streams(numbers: range, longest: int = 120, both: bool = False) -> Report:
     """Ragged streams of three calls each, beside eager float32: outputs, traces, states, and gradients through all.
 
     Every number draws one shape and its inputs, the same in every run: so none has choices that hang on rounding. A row
-    has up to ``longest`` tokens in a call.
+    has up to ``longest`` tokens in a call. ``both``, packed calls have a mask beside ``cu_seqlens``.
     """
     findings = []
     for number in numbers:
-        cfg, memory, calls = _drawn(number, longest)
+        cfg, memory, calls = _drawn(number, longest, both)
         received, bits = twice(partial(_read, cfg, memory, calls, "triton", number))
         findings += [bits, *compared(received, _read(cfg, memory, calls, "eager", number))]
     return Report(findings)
 
 
-def _drawn(number: int, longest: int) -> tuple[FwPKMConfig, Memory, list[dict[str, Tensor]]]:
+def _drawn(number: int, longest: int, both: bool) -> tuple[FwPKMConfig, Memory, list[dict[str, Tensor]]]:
     """A configuration, its tables, and the arguments of each call; masks and cu_seqlens lie on either device."""
     draw = torch.Generator().manual_seed(number)
 
@@ -320,6 +320,8 @@ def _drawn(number: int, longest: int) -> tuple[FwPKMConfig, Memory, list[dict[st
             ends = [*itertools.accumulate((integer(0, longest * 3 // 4) for _ in range(batch)), initial=0)]
             rows, length = 1, ends[-1] + 2
             given["cu_seqlens"] = torch.tensor(ends, dtype=torch.int32).to(choice("cpu", DEVICE))
+            if both:
+                given["mask"] = (torch.rand(rows, length, generator=draw) < 0.7).to(choice("cpu", DEVICE))
         shapes = {"query": (rows, length, 32 * cfg.num_heads), "value": (rows, length, 32), "gate": (rows, length)}
         drawn = {name: torch.rand(shape, generator=draw).to(DEVICE) for name, shape in shapes.items()}
         calls.append({**drawn, **given, "query": drawn["query"] - 0.5, "value": drawn["value"] - 0.5})
@@ -356,10 +358,15 @@ def _read(
 def repeatable(workload: Workload, dtype: str, seed: int, runs: int = 20) -> Report:
     """The same bits in every run of a training step; the note is to be compared with another process's."""
     inputs = make_inputs(workload, seed=seed, device=DEVICE, dtype=dtype)
-    first = compute(workload, inputs, "triton", seed)
-    repeated = all(same_bits(compute(workload, inputs, "triton", seed), first) for _ in range(runs - 1))
+    return repeated(lambda: compute(workload, inputs, "triton", seed), runs)
+
+
+def repeated(step: Callable[[], dict[str, Tensor]], runs: int) -> Report:
+    """Whether a step gives the same bits in so many runs; the note is their digest."""
+    first = step()
+    same = all(same_bits(step(), first) for _ in range(runs - 1))
     finite = all(bool(x.isfinite().all()) for x in first.values())
-    findings = [equal(f"bits over {runs} runs", repeated), equal("outputs, tables and gradients finite", finite)]
+    findings = [equal(f"bits over {runs} runs", same), equal("outputs, tables and gradients finite", finite)]
     return Report(findings, [f"sha256 of outputs, tables and gradients: {digest(first)}"])
 
 
@@ -406,11 +413,14 @@ def training(workload: Workload, dtype: str, seed: int, stateless: bool = False)
 
 
 def decoded(workload: Workload, dtype: str, seed: int) -> Report:
-    """Every token of a workload by one captured ``decode``, replayed, beside the eager backend token by token."""
-    cfg, length = workload.config, workload.length
+    """Every token of a workload by one captured ``decode``, replayed, beside the eager backend token by token.
+
+    Several rows stand at positions that differ (``staggered``).
+    """
+    cfg = workload.config
     tokens = [x.detach() for x in untied_inputs(workload, dtype, seed).tokens]
-    state = be.init_state(cfg, draw_memory(workload, seed=seed), batch_size=workload.batch)
-    decoder = Decoder(cfg, state, tokens)
+    state, tokens = staggered(cfg, draw_memory(workload, seed=seed), tokens, "eager")
+    length, decoder = tokens[0].shape[1], Decoder(cfg, state, tokens)
     outputs = torch.cat([decoder(t).clone() for t in range(length)], dim=1)
     expected = []
     with torch.no_grad():

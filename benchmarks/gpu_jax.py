@@ -39,6 +39,13 @@ def agree(workload: Workload, dtype: str, seed: int) -> Report:
     return Report(findings)
 
 
+def repeatable(workload: Workload, dtype: str, seed: int, runs: int = 20) -> Report:
+    """The same bits in every run of a training step; the note is to be compared with another process's."""
+    inputs = make_inputs(workload, seed=seed, device=DEVICE, dtype=dtype)
+    train = _jitted(workload, "train", True)
+    return gpu_agreement.repeated(lambda: _compute(train, workload, inputs, seed), runs)
+
+
 def decoded(workload: Workload, dtype: str, seed: int) -> Report:
     """Tokens one by one, in a ``lax.scan`` over a donated state, beside torch's."""
     cfg, inputs = workload.config, make_inputs(workload, seed=seed, device=DEVICE, dtype=dtype)

@@ -33,6 +33,7 @@ _TARGETS: tuple[tuple[str, str, str, float, tuple[float | None, ...]], ...] = (
         *("read-128k-512/{step}", "attention: B=1 T=131072/{step}", 1, (1, None)),
     ),
     ("B=1 T=131072 N=512²: {text}, ms", "read-128k-512/{step}", "", 1e3, (12, 24)),
+    ("B=1 T=131072 N=512², from a CUDA graph: {text}, ms", "read-128k-512/captured {step}", "", 1e3, (None, None)),
     ("B=1 N=512², a token at T=131072 / 32768", "read-128k-512/forward", "read-32k-512/forward", 1 / 4, (1.1,)),
     (
         _BATCH + ", one table: {text}, JAX / torch from a CUDA graph",
@@ -43,8 +44,8 @@ _TARGETS: tuple[tuple[str, str, str, float, tuple[float | None, ...]], ...] = (
         *("jax: anywhere shared-512/{step}", "jax: shared-512/torch captured {step}", 1, (None, None)),
     ),
     (
-        _BATCH + ", a table a sequence, masked (4 of 5 tokens there) / not: {text}",
-        *("rows: mask/masked {step}", "rows: mask/alike {step}", 1, (None, 1.2)),
+        "B=8 T=6144 with a third masked / T=4096, N=512², a table a sequence: {text}",
+        *("rows: mask/masked {step}", "rows: mask/full {step}", 1, (1.2, 1.2)),
     ),
     (
         "32 rows of 100 to 4096 tokens under a mask / 32 of 4096, N=512²: {text}",
@@ -63,11 +64,16 @@ _TARGETS: tuple[tuple[str, str, str, float, tuple[float | None, ...]], ...] = (
         *("stateless: 20/even {step}", "stateless: 20/in place {step}", 1, (1.2, 1.2)),
     ),
     (
+        "20 of lengths that are drawn, up to 4096 / the same: {text}",
+        *("stateless: 20/drawn {step}", "stateless: 20/in place {step}", 1, (1.2, 1.2)),
+    ),
+    (
         "20 of 100 tokens up / the same: {text}",
         *("stateless: 20/uneven {step}", "stateless: 20/in place {step}", 1, (1.2, 1.2)),
     ),
     ("64 packed sequences without a state: extra GiB, {text}", "stateless: 64/extra: even {step}", "", 2**-30, (4, 4)),
     ("64 of 100 tokens up: extra GiB, {text}", "stateless: 64/extra: uneven {step}", "", 2**-30, (4, 4)),
+    ("64 of lengths that are drawn: extra GiB, {text}", "stateless: 64/extra: drawn {step}", "", 2**-30, (4, 4)),
     ("a layer of width 512, compiled, B=8 T=4096: {text}, ms", "layer: ours/{step}", "", 1e3, (None, None)),
     ("the layer from a CUDA graph: {text}, ms", "layer: ours/captured {step}", "", 1e3, (1.7, 4)),
     (
@@ -75,6 +81,10 @@ _TARGETS: tuple[tuple[str, str, str, float, tuple[float | None, ...]], ...] = (
         *("layer: ours/captured {step}", "layer: Gated DeltaNet/captured {step}", 1, (None, None)),
     ),
     ("decode B=1 in a CUDA graph, µs a token", "decode: decode-512/graph", "", 1e6, (28,)),
+    (
+        "decode B=32 in a CUDA graph, rows at positions that differ, µs a token of each",
+        *("decode: decode-512-rows/graph", "", 1e6, (60,)),
+    ),
 )
 """What the kernels are to reach on one H200."""
 

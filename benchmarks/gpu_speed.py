@@ -19,7 +19,7 @@ from torch import Tensor
 
 from benchmarks import measure
 from benchmarks.measure import DEVICE
-from benchmarks.workloads import Decoder, Inputs, TorchSteps, Workload, capture, make_inputs, make_memory
+from benchmarks.workloads import Decoder, Inputs, TorchSteps, Workload, capture, make_inputs, make_memory, staggered
 from fwpkm import Memory, State
 from fwpkm.backends import torch as be
 
@@ -29,6 +29,8 @@ _LONG, _FEW = 65536, 8
 """Calls of so many tokens are sampled less often."""
 _EAGER_TOO = ("read-32k-512",)
 """Calls of more than 8 chunks that the eager backend, which takes tens of milliseconds for each, reads all the same."""
+_CAPTURED_TOO = ("read-128k-512",)
+"""Those that are replayed from a CUDA graph too: what the host's launches cost of their time."""
 SETS = 3
 """Sets of inputs that are read in turn, so that none stays in the cache."""
 _HEADS = 8
@@ -51,16 +53,17 @@ def speed(workload: Workload, dtype: str, samples: int = SAMPLES) -> Samples:
     """
     sets, short = _inputs(workload, dtype), workload.chunks <= 8
     number = min(samples, _FEW) if workload.length >= _LONG else samples
+    captured = DEVICE == "cuda" and (short or workload.name in _CAPTURED_TOO)
     steps, found = TorchSteps(workload, DEVICE, implementation="triton"), {}
     for step in STEPS:
         function = getattr(steps, step)
         function(sets[0])
         found[f"extra: {step}"] = _extra_bytes(function, sets[1])
         found[step] = sample(function, sets, number)
-        if short and DEVICE == "cuda":  # what is left of the time where the host need not launch anything
+        if captured:  # what is left of the time where the host need not launch anything
             graph, results = capture(partial(function, sets[0]))
             graph.replay()
-            found[f"captured {step}"] = [measure.device_timed(graph.replay)[0] for _ in range(samples)]
+            found[f"captured {step}"] = [measure.device_timed(graph.replay)[0] for _ in range(number)]
             del graph, results
     # What the last forward read follows from tables that many calls have written, as in a long sequence.
     (output,) = steps.forward(sets[2])
@@ -175,13 +178,13 @@ def decoding(workload: Workload, dtype: str) -> Samples:
     """Seconds a token at B sequences, averaged over whole chunks with their writes.
 
     "graph": a captured ``decode``, replayed after a copy of the next token into its buffers. "graph, one token":
-    replayed alone, so that all tokens are the same. "triton" and "eager": ``apply`` of one token, without a graph.
+    replayed alone, so that all tokens are the same. "triton" and "eager": ``apply`` of one token, without a graph; of
+    one sequence. Several stand at positions that differ, over the whole of a chunk.
     """
     cfg, chunk = workload.config, workload.config.chunk_size
     stream = Workload("stream", cfg, workload.batch, 2 * chunk)
     tokens = [x.detach() for x in make_inputs(stream, seed=1, device=DEVICE, dtype=dtype).tokens]
-    state = be.init_state(cfg, make_memory(workload, device=DEVICE), batch_size=workload.batch)
-    decoder = Decoder(cfg, state, tokens)
+    decoder = Decoder(cfg, *staggered(cfg, make_memory(workload, device=DEVICE), tokens, "triton"))
 
     def per_token(run: Callable[[int], Any], number: int, samples: int = 5) -> list[float]:
         run(number)
@@ -191,7 +194,7 @@ def decoding(workload: Workload, dtype: str) -> Samples:
         "graph": per_token(lambda number: [decoder(t) for t in range(number)], 2 * chunk),
         "graph, one token": per_token(lambda number: [decoder.step() for _ in range(number)], 2 * chunk),
     }
-    for implementation in ("triton", "eager"):
+    for implementation in ("triton", "eager") if workload.batch == 1 else ():
         steps = TorchSteps(workload, DEVICE, implementation=implementation)
         found[implementation] = per_token(partial(steps.by_token, tokens), chunk, samples=1)
     return found
@@ -225,10 +228,11 @@ def _extra_bytes(function: Callable[[Inputs], tuple[Tensor, ...]], inputs: Input
 
 
 def masked(workload: Workload, dtype: str, samples: int = SAMPLES) -> Samples:
-    """Seconds of "masked", where four of five tokens are there, and of "alike", where all are, by step."""
-    mask = torch.rand(workload.batch, workload.length, device=DEVICE) < 0.8
-    inputs = make_inputs(workload, seed=1, device=DEVICE, dtype=dtype)
-    return _in_turn(workload, {"alike": (inputs, {}), "masked": (inputs, {"mask": mask})}, samples)
+    """Seconds of "full" rows, and of half as many tokens more, a third of which is "masked" at random, by step."""
+    longer = dataclasses.replace(workload, length=workload.length * 3 // 2)
+    mask = torch.rand(longer.batch, longer.length, device=DEVICE) >= 1 / 3
+    full, masked = (make_inputs(x, seed=1, device=DEVICE, dtype=dtype) for x in (workload, longer))
+    return _in_turn(workload, {"full": (full, {}), "masked": (masked, {"mask": mask})}, samples)
 
 
 def ragged(workload: Workload, dtype: str, batch: int, samples: int = SAMPLES) -> Samples:
@@ -251,15 +255,21 @@ def ragged(workload: Workload, dtype: str, batch: int, samples: int = SAMPLES) -
 def stateless(workload: Workload, dtype: str, sequences: int, samples: int = SAMPLES) -> Samples:
     """Seconds of calls from a memory without a state, by step, beside "in place", rows that rewrite their own tables.
 
-    "rows" are the same rows; "even" are ``sequences`` packed ones of nearly one length, and "uneven" of 100 tokens up,
-    each of as many tokens in all. Bytes: "extra: even train" and so on, the peak beyond inputs and outputs.
+    "rows" are the same rows. Of ``sequences`` packed ones of as many tokens in all, "even" ones have nearly one length,
+    "uneven" ones 100 tokens up, and "drawn" ones up to T (``drawn_lengths``). Bytes: "extra: even train" and so on, the
+    peak beyond inputs and outputs.
     """
     rows = make_inputs(workload, seed=1, device=DEVICE, dtype=dtype)
     packed = Inputs(*(x.detach().flatten(0, 1)[None].requires_grad_(x.requires_grad) for x in rows))
     tokens = workload.batch * workload.length
     calls: dict[str, tuple[Inputs, dict[str, Tensor]]] = {"in place": (rows, {}), "rows": (rows, {})}
-    for name, fewest in (("even", tokens // sequences), ("uneven", min(_FEWEST, tokens // sequences))):
-        calls[name] = packed, {"cu_seqlens": _ends(tokens, sequences, fewest)}
+    few, mean = min(_FEWEST, tokens // sequences), tokens // sequences
+    lengths = {
+        "even": torch.linspace(mean, mean + 1, sequences),
+        "uneven": torch.linspace(few, 2 * mean - few, sequences),
+        "drawn": drawn_lengths(tokens, sequences, workload.length),
+    }
+    calls |= {name: (packed, {"cu_seqlens": _ends(tokens, x)}) for name, x in lengths.items()}
     memory = make_memory(workload, device=DEVICE)
     memory = Memory(*(table[:1].clone() for table in memory))
     measure.free_device_memory()
@@ -273,11 +283,18 @@ def stateless(workload: Workload, dtype: str, sequences: int, samples: int = SAM
     return found
 
 
-def _ends(tokens: int, sequences: int, fewest: int) -> Tensor:
-    """``cu_seqlens`` of so many sequences, from ``fewest`` tokens up in even steps, that have all tokens."""
-    most = 2 * tokens // sequences - fewest
-    lengths = torch.linspace(fewest, most, sequences, dtype=torch.float64).cumsum(0)
-    ends = (lengths * tokens / lengths[-1]).round()
+def drawn_lengths(tokens: int, sequences: int, most: int) -> Tensor:
+    """Lengths that differ as those of documents do, drawn with seed 0: exponentials, of ``most`` tokens at most."""
+    lengths = torch.empty(sequences, dtype=torch.float64).exponential_(generator=torch.Generator().manual_seed(0))
+    for _ in range(sequences):  # what is cut off one goes to all, until none is too long
+        lengths = (lengths * tokens / lengths.sum()).clamp(max=most)
+    return lengths
+
+
+def _ends(tokens: int, lengths: Tensor) -> Tensor:
+    """``cu_seqlens`` of sequences whose lengths are as these, that have all tokens."""
+    ends = lengths.double().cumsum(0)
+    ends = (ends * tokens / ends[-1]).round()
     return torch.cat([ends.new_zeros(1), ends]).int()
 
 

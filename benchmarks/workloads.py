@@ -68,7 +68,7 @@ _LIST = (
     # One sequence, from short to long; with one sequence both scopes have one table.
     *(_paper(f"read-{k}k-{s}", 1, 1024 * k, s, "batch") for k in (4, 32, 128) for s in (256, 512, 1024, 2048)),
     _paper("single-512", 1, 4096, 512),
-    _paper("decode-512", 1, 1, 512),
+    *(_paper(name, batch, 1, 512) for name, batch in (("decode-512", 1), ("decode-512-rows", 32))),
     # Milliseconds: for tests of the benchmarks themselves.
     *(Workload(name, FwPKMConfig(16, 16, 1, s, 4, 32), 1, 128) for name, s in (("tiny", 16), ("tiny-wide", 128))),
     Workload("tiny-kernels", FwPKMConfig(16, 16, 1, 4, 2, 2, memory_scope="batch"), 1, 3),
@@ -171,6 +171,24 @@ class TorchSteps:
             token: Any = [x[:, t : t + 1] for x in tokens]
             output, self.state, _ = be.apply(self.config, self.state, *token, inplace=True, **self.options)
         return output
+
+
+def staggered(
+    cfg: FwPKMConfig, memory: Memory, tokens: Sequence[Tensor], implementation: str
+) -> tuple[State, list[Tensor]]:
+    """A state of rows at positions that differ, over the whole of a chunk, and the tokens that each has yet to read.
+
+    ``tokens`` are query, value and gate, ``[B, T, ...]``. Row b of the B has read the first b·C/B of its own.
+    """
+    batch, length = tokens[0].shape[:2]
+    read, state = torch.arange(batch) * cfg.chunk_size // batch, be.init_state(cfg, memory, batch_size=batch)
+    if batch > 1:
+        longest, mask = int(read[-1]), torch.arange(int(read[-1])) < read[:, None]
+        begun: Any = [x[:, :longest] for x in tokens]
+        with torch.no_grad():
+            state = be.apply(cfg, state, *begun, mask=mask, implementation=implementation)[1]
+    left = [torch.stack([row[n : length - int(read[-1]) + n] for row, n in zip(x, read.tolist())]) for x in tokens]
+    return state, left
 
 
 class Decoder:

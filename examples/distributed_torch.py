@@ -135,6 +135,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=8)
     options = parser.parse_args()
+    if "RANK" not in os.environ:
+        parser.error("start it with torchrun, which tells each process its rank: --help shows how")
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))

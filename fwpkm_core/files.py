@@ -249,8 +249,7 @@ def _fields(cfg: FwPKMConfig) -> dict[str, Any]:
 
 def _tensors(path: PathLike, argument: str, state: Any, cfg: FwPKMConfig) -> Tensors:
     """The arrays of a state, once they fit its config."""
-    if not isinstance(state, State):
-        raise ValueError(f"{argument} must be a fwpkm.State. Received: {type(state).__name__}")
+    validation.check_is_state(state, argument)
     to_numpy = registry.backend_of(state.memory.values).to_numpy
     tensors = {name: np.asarray(to_numpy(array)) for name, array in state.arrays().items()}
     forms, advice = forms_of(tensors), f"Pass {argument} as apply or flush returned it"

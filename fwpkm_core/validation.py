@@ -302,10 +302,14 @@ def check_cu_seqlens(cu_seqlens: list[int], length: int) -> None:
         )
 
 
-def check_is_state(state: Any) -> None:
+def check_is_state(state: Any, name: str = "state") -> None:
     """Raise unless ``state`` is one."""
     if not isinstance(state, State):
-        raise ValueError(f"state must be a fwpkm.State, as init_state returns. Received: {type(state).__name__}")
+        listed = type(state) in (list, tuple)
+        a_list = "; fwpkm.backends.keras.as_state makes one of the list that a Keras layer returns" * listed
+        raise ValueError(
+            f"{name} must be a fwpkm.State, as init_state returns{a_list}. Received: {type(state).__name__}"
+        )
 
 
 def check_not_rounded(state: Any, dtype: str) -> None:

@@ -303,6 +303,10 @@ def test_conclusion_names_the_figures_and_a_larger_table(small):
     assert f"{rounds[1].memory.recall:.2%} of its contexts" in report.meaning(rounds)
     assert "once" in report.meaning(rounds)
     assert "--passes 2" in report.meaning(rounds[:1])
+    as_good = rounds[1]._replace(frozen=rounds[1].memory)
+    said = report.meaning([rounds[0], as_good])
+    assert "this text does not show what writes store" in said
+    assert said.count(f"{as_good.memory.recall:.2%}") == 2
     assert rounds[1].memory.recall < 0.9
     assert "--num-subkeys 64" in report.larger_table(small, cfg, rounds)
     assert report.larger_table(small, recall.config(64, 50), rounds) == ""

@@ -108,7 +108,7 @@ def test_what_does_not_fit_is_said(folder):
 
 def test_the_page_shows_commands_that_are_taken():
     page = (ROOT / "docs/retention.md").read_text().replace("\\\n", " ")
-    lines = re.findall(r"^\$LM (.+)$", page, re.MULTILINE)
+    lines = re.findall(r"^lm (.+)$", page, re.MULTILINE)
     assert {line.split()[0] for line in lines} >= {"domains", "retention", "retained", "run", "choices"}
     for line in lines:
         assert commands._parser().parse_args(shlex.split(line)).run

@@ -7,9 +7,14 @@ from fwpkm.backends.keras import native
 from fwpkm.backends.keras.layout import as_state
 
 
-def check_call(layer: Any, x: Any, segment_ids: Any, initial_state: Any, return_trace: Any) -> None:
+def check_call(layer: Any, x: Any, mask: Any, segment_ids: Any, initial_state: Any, return_trace: Any) -> None:
     """Raise unless the arguments of ``layer.call`` fit each other and the layer."""
     validation.check_flag("return_trace", return_trace)
+    if isinstance(mask, list | tuple):
+        raise ValueError(
+            "mask, the second argument, must be an array [B, T]; a state is passed by name, initial_state=... "
+            f"Received: {type(mask).__name__}"
+        )
     native.check_sizes(x)
     validation.check_x(x, None, layer.hidden_size, object)
     check_state(layer, initial_state)

@@ -203,7 +203,7 @@ class FwPKM(keras.layers.Layer):
             ValueError: an argument does not fit; names it, what was expected and what was received.
         """
         validation.check_flag("update", update)
-        checks.check_call(self, x, segment_ids, initial_state, return_trace)
+        checks.check_call(self, x, mask, segment_ids, initial_state, return_trace)
         mask = segments.flags(
             x, x_mask if mask is None else mask
         )  # Keras fills in mask where x is the only array, else x_mask
@@ -306,7 +306,7 @@ class FwPKM(keras.layers.Layer):
         return_trace: bool = False,
     ) -> Any:
         """What ``call`` returns for symbolic inputs; no operation runs."""
-        checks.check_call(self, x, segment_ids, initial_state, return_trace)
+        checks.check_call(self, x, mask, segment_ids, initial_state, return_trace)
         outputs: list[Any] = [KerasTensor(x.shape, dtype=self.compute_dtype)]
         dtype = self._table_dtype if initial_state is None else as_state(initial_state).memory.keys.dtype
         if self.return_state:

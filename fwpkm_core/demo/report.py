@@ -116,6 +116,13 @@ def meaning(rounds: Sequence[Round]) -> str:
             "the memory is asked about what it has read."
         )
     before = {2: "once", 3: "twice"}.get(len(rounds), f"{len(rounds) - 1} times")
+    control = max(last.frozen.recall, last.shuffled.recall)
+    if last.memory.recall <= control:
+        return (
+            f"Having read the text {before}, the memory gave the right next token for {last.memory.recall:.2%}\n"
+            f"of its contexts, a control without writing, or with shuffled targets, for {control:.2%}:\n"
+            "this text does not show what writes store. Try a longer one, of more words."
+        )
     return (
         f"Having read the text {before}, with no training, the memory gave the right next\n"
         f"token for {last.memory.recall:.2%} of its contexts; without writing it gave {last.frozen.recall:.2%}, "

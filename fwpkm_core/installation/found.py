@@ -64,7 +64,7 @@ def other_status() -> tuple[Status, ...]:
             found[name] = found[name]._replace(reason=reason)
     kernels = found["jax-triton"]
     if kernels.reason:
-        found["jax-triton"] = kernels._replace(reason=f"{kernels.reason}; without it XLA runs the jax backend")
+        found["jax-triton"] = kernels._replace(reason=f"{kernels.reason}; XLA runs the jax backend without it")
     else:
         note = 'for implementation="triton" of the jax backend; XLA runs what does not ask for it'
         found["jax-triton"] = kernels._replace(note=note)

@@ -323,6 +323,18 @@ def test_wrong_inputs():
         layer(inputs(), mask=np.ones((4, 10), bool))
 
 
+def test_a_state_is_passed_by_name_and_a_list_is_no_state():
+    layer, x = make(return_state=True), inputs()
+    state = layer(x)[1:]
+    for passed in (state, as_state(state)):
+        with pytest.raises(
+            ValueError, match=r"mask, the second argument, .*initial_state=\.\.\. Received: (list|State)"
+        ):
+            layer(x, passed)
+    with pytest.raises(ValueError, match=r"as_state makes one of the list that a Keras layer returns\. Received: list"):
+        fwpkm.get_backend("keras").flush(layer.config, state)
+
+
 # stateful
 
 
