@@ -26,14 +26,14 @@ test-oldest: $(OLD)/.done
 	$(OLD)/bin/pip install --quiet transformers==5.17.0
 	OMP_NUM_THREADS=1 $(OLD)/bin/pytest -n auto -W ignore::DeprecationWarning tests/test_transformers_cache.py tests/test_transformers_states.py \
 		tests/test_transformers_turns.py
-	$(OLD)/bin/pip install --quiet flax==0.12.1 jax==0.8.1 jaxlib==0.8.1 'numpy<2.1'
+	$(OLD)/bin/pip install --quiet flax==0.12.1 equinox==0.13.0 jax==0.8.1 jaxlib==0.8.1 'numpy<2.1'
 	OMP_NUM_THREADS=1 $(OLD)/bin/pytest -n auto -W ignore::DeprecationWarning tests/test_nnx_and_equinox.py
 	rm $(OLD)/.done
 
 $(OLD)/.done: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv --clear $(OLD)
 	$(OLD)/bin/pip install --quiet --constraint constraints-oldest.txt --editable '.[torch,jax,keras,triton,demo,conform]' \
-		equinox optax orbax-checkpoint pytest pytest-timeout pytest-xdist tensorflow-cpu
+		equinox flax optax orbax-checkpoint pytest pytest-timeout pytest-xdist tensorflow-cpu
 	touch $@
 
 # The quick tests with the newest version of every package, whatever constraints.txt says. JAX after 0.10 needs Python 3.12:

@@ -34,8 +34,8 @@ class Selection(NamedTuple):
 
 def sub_scores(cfg: FwPKMConfig, query: Array, keys: Array) -> Array:
     """s = -log(ε + |q - K|²) or q·K: query [n, d], keys [S, d] -> [n, S]."""
-    if cfg.score == "dot_product":
-        return query @ keys.T
+    if cfg.score == "dot_product":  # no product of matrices, which rounds by column: equal sub-keys tie
+        return np.stack([(query * key).sum(-1) for key in keys], axis=-1)
     if cfg.score == "idw":
         squared_distance = np.stack([np.square(query - key).sum(-1) for key in keys], axis=-1)
         return -np.log(query.dtype.type(cfg.score_eps) + squared_distance)
@@ -43,8 +43,8 @@ def sub_scores(cfg: FwPKMConfig, query: Array, keys: Array) -> Array:
 
 
 def top_k(scores: Array, k: int) -> Array:
-    """Positions of the k largest of the last axis, best first; ties go to the lower position."""
-    return np.argsort(-scores, axis=-1, kind="stable")[..., :k]
+    """Positions of the k largest of the last axis, best first; NaN is the largest, ties go to the lower position."""
+    return np.argsort(np.where(np.isnan(scores), -np.inf, -scores), axis=-1, kind="stable")[..., :k]
 
 
 def softmax(scores: Array) -> Array:

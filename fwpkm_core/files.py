@@ -17,6 +17,7 @@ from fwpkm import registry, validation
 from fwpkm.config import FwPKMConfig
 from fwpkm.containers import Memory, State, state_specs
 from fwpkm.tensor_files import DAMAGED, FLOATS, Form, Forms, PathLike, Tensors, bad, check_forms, forms_of, read, write
+from fwpkm.tokens import Tokens
 
 
 class Layer(Protocol):
@@ -334,10 +335,13 @@ def _is_own(layer: Any, name: str) -> bool:
 
 
 def check_counts(path: PathLike, prefix: str, cfg: FwPKMConfig, tensors: Tensors, advice: str) -> None:
-    """Raise unless rows can stand at the positions that a file holds, and have used slots as often."""
+    """Raise unless rows can stand at the positions that a file holds, with such tokens pending and such uses."""
     position, shared = tensors["position"], cfg.memory_scope != "sequence"  # one clock
     if position.min() < 0 or (shared and position.min() != position.max()):
         expected = "numbers of at least 0" + ", equal in all rows" * shared
         raise bad(path, f"bad {prefix}position", expected, position.tolist(), advice)
+    pending = Tokens(*(tensors[f"pending_{name}"] for name in Tokens._fields))
+    if problem := validation.wrong_pending(pending):
+        raise bad(path, f"bad {prefix}{problem[0]}", validation.RIGHT_PENDING, problem[1], advice)
     if wrong := validation.wrong_uses(tensors.get("uses")):
         raise bad(path, f"bad {prefix}uses", validation.RIGHT_USES, wrong, advice)

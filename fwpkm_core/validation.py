@@ -385,6 +385,22 @@ def wrong_uses(uses: np.ndarray | None) -> str | None:
     return f"{len(wrong)} of {uses.size} are not, the first {wrong[0]}"
 
 
+RIGHT_PENDING = "finite numbers where pending_mask is True"
+
+
+def wrong_pending(pending: Tokens) -> tuple[str, str] | None:
+    """Which field of pending tokens on the host is not finite where one is there, and how; None where all is well.
+
+    A token that is not finite waits as zeros, with mask False (§5).
+    """
+    there = np.asarray(pending.mask, bool)
+    for name, x in pending._asdict().items():
+        wrong = int((~np.isfinite(np.asarray(x)[there])).sum())
+        if wrong:
+            return f"pending_{name}", f"{wrong} that are not"
+    return None
+
+
 def dtype_name(array: Any) -> str:
     """The name that all frameworks share: torch's dtypes have a prefix, TensorFlow's a description."""
     return (getattr(array.dtype, "name", None) or str(array.dtype)).removeprefix("torch.")

@@ -271,6 +271,27 @@ def test_bad_positions(tmp_path: Path, scope: str, position: list[int]) -> None:
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize("name", ["query", "value", "gate"])
+def test_a_pending_token_that_is_there_is_finite(tmp_path: Path, name: str) -> None:
+    """§5: one that is not waits as zeros with mask False; each backend would read another number from it."""
+    state, be = half_read_state(), fwpkm.get_backend("numpy")
+    wrong = getattr(state, f"pending_{name}").copy()
+    wrong[1, 0] = np.nan
+    assert state.pending_mask[1, 0]
+    fwpkm.save_state(tmp_path / "state", state, CFG)
+    edit(tmp_path / "state", lambda tensors, _: tensors.update({f"pending_{name}": wrong}))
+    refused_state(tmp_path / "state", f"pending_{name}", "finite numbers where pending_mask is True", cfg=CFG)
+    broken = state._replace(**{f"pending_{name}": wrong})
+    with pytest.raises(ValueError, match=f"bad pending_{name}"):
+        fwpkm.save_state(tmp_path / "new", broken, CFG)
+    memory = be.init_memory(CFG)
+    with pytest.raises(ValueError, match=rf"pending_{name} must hold finite numbers"):
+        be.unpack(CFG, be.pack(CFG, broken, memory), memory)
+    hidden = state.pending_mask.copy()
+    hidden[1, 0] = False
+    fwpkm.save_state(tmp_path / "new", broken._replace(pending_mask=hidden), CFG)
+
+
 def test_a_config_that_was_changed_in_the_file_is_refused(layer_file, state_file, tmp_path):
     def change(_: Tensors, metadata: Metadata) -> None:
         metadata["config"] = metadata["config"].replace('"learning_rate": 1.0', '"learning_rate": 3.0')

@@ -96,6 +96,51 @@ def test_all_equal_keys_give_the_first_slots(be, score, dtype, top_k):
     np.testing.assert_array_equal(look.slots, np.broadcast_to(np.tile(np.arange(top_k), 2), (1, 5, 2 * top_k)))
 
 
+@pytest.mark.parametrize("score", ["idw", "dot_product"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_equal_keys_tie_wherever_they_stand(be, score, dtype):
+    """In a product of matrices, and where an array's end is no whole register, equal numbers can round apart."""
+    rng = RNG(0)
+    for num_subkeys, top_k, key_dim in ((31, 1, 16), (7, 7, 4), (33, 8, 34)):
+        cfg = FwPKMConfig(key_dim, 1, 1, num_subkeys, top_k, score=score)
+        for length in [1, 3] * 10:
+            keys = np.repeat(rng.normal(size=(1, 1, 2, 1, key_dim // 2)), num_subkeys, -2).astype(dtype)
+            memory = Memory(keys, np.ones((1, cfg.num_slots, 1), dtype))
+            query = rng.normal(size=(1, length, key_dim)).astype(dtype)
+            slots = be.to_numpy(be.lookup(cfg, native(be, memory), native(be, query)).slots)
+            np.testing.assert_array_equal(slots, np.broadcast_to(np.arange(top_k), slots.shape))
+
+
+@pytest.mark.parametrize("score", ["idw", "dot_product"])
+@pytest.mark.parametrize("num_subkeys", [8, 300])
+@pytest.mark.parametrize("nan", [np.nan, -np.nan])
+def test_a_score_that_is_no_number_ranks_first_so_its_tokens_are_dead(be, score, num_subkeys, nan):
+    """§2. Of two memories one has a sub-key with a NaN; among few and among many, of which a backend searches some."""
+    cfg = FwPKMConfig(4, 2, 1, num_subkeys, 2, score=score)
+    keys = RNG(0).uniform(-1, 1, (2, 1, 2, num_subkeys, 2)).astype("float32")
+    keys[0, 0, 1, 5, 1] = nan
+    memory = Memory(keys, np.ones((2, cfg.num_slots, 2), "float32"))
+    query = RNG(1).uniform(-1, 1, (2, 20, 4)).astype("float32")
+    look = as_numpy(be, be.lookup(cfg, native(be, memory), native(be, query)))
+    assert np.isnan(look.output[0]).all()
+    assert np.isnan(look.weights[0]).all()
+    assert (look.slots[0] >= 0).all()
+    assert (look.slots[0] < cfg.num_slots).all()
+    np.testing.assert_allclose(look.output[1], 1.0, rtol=1e-6)
+
+
+@pytest.mark.parametrize("length", [1, 3])
+def test_products_that_overflow_kill_a_token_in_any_company(be, length):
+    cfg = FwPKMConfig(8, 1, 1, 8, 1, score="dot_product")
+    keys = RNG(0).uniform(-1, 1, (1, 1, 2, 8, 4)).astype("float32")
+    keys[0, 0, 0, 3] = [1e30, -1e30, 1e30, -1e30]
+    query = np.ones((1, length, 8), "float32")
+    query[0, 0, :4] = 1e30
+    memory = Memory(keys, np.ones((1, 64, 1), "float32"))
+    look = as_numpy(be, be.lookup(cfg, native(be, memory), native(be, query)))
+    np.testing.assert_array_equal(np.isnan(look.output[0, :, 0]), np.arange(length) == 0)
+
+
 def test_heads_share_one_softmax(be):
     """A head whose keys are far away gets almost no weight: each head alone would get a half."""
     cfg = FwPKMConfig(key_dim=2, value_dim=1, num_heads=2, num_subkeys=2, top_k=2)

@@ -99,6 +99,22 @@ def test_a_file_of_another_layer_changes_nothing(library, tmp_path):
 
 
 @both
+def test_a_file_in_float64_is_refused_where_tables_are_float32(library, tmp_path):
+    """In JAX's 64-bit mode too, in which all tests run: it rounds nothing, but tables that are narrower would."""
+    twin = FwPKM(HIDDEN, **SMALL)
+    wide = jax.tree.map(lambda x: x.astype("float64"), twin.init(jax.random.key(0)))
+    fwpkm.save(tmp_path / "wide", twin, wide)
+    layer = made(library)
+    before = layer.variables()
+    with pytest.raises(ValueError, match="would lose digits"):
+        fwpkm.load(tmp_path / "wide", layer)
+    assert_same(layer.variables(), before)
+    layer = jax.tree.map(lambda x: x.astype("float64"), layer)
+    layer = fwpkm.load(tmp_path / "wide", layer) or layer
+    assert_same(layer.variables(), wide)
+
+
+@both
 def test_a_state_returns_from_a_file_to_where_it_stood(library, tmp_path):
     layer = made(library)
     _, state = layer(X, layer.init_state(2), MASK)

@@ -131,7 +131,11 @@ def _key_vjp(cfg: FwPKMConfig, query: Array, keys: Array, ids: Array, d_scores: 
 
 
 def top_k(x: Array, k: int) -> tuple[Array, Array]:
-    """The k largest of the last axis, best first, and their positions; ties go to the lower one."""
+    """The k largest of the last axis, best first, and their positions; ties go to the lower one.
+
+    NaN is the largest (§2), and comes back as inf, since JAX's own orders it by its sign.
+    """
+    x = jnp.where(jnp.isnan(x), jnp.inf, x)
     # Without the barrier XLA cannot tell a top-k from a sort that is sliced twice, and sorts everything.
     # One round both would end the process where rows are dealt to several devices.
     return tuple(map(lax.optimization_barrier, lax.top_k(x, k)))
@@ -257,6 +261,7 @@ def _proposed(cfg: FwPKMConfig, query: Array, keys: Array) -> tuple[Array, Array
     best, ids = top_k(rough, min(k + 1, cfg.num_subkeys))
     next_best, ids = best[..., k:] - origin, ids[..., :k]
     ranks = _ranks_at(cfg, query, keys, ids)
+    ranks = jnp.where(jnp.isnan(ranks), jnp.inf, ranks)
     if k < cfg.num_subkeys:
         error = jnp.abs(best[..., :k] - origin - ranks).max(-1, keepdims=True) / scale
         error = jnp.nan_to_num(error, nan=0, posinf=0).max()

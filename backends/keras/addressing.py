@@ -12,6 +12,9 @@ from fwpkm.config import FwPKMConfig
 from fwpkm.rules import addressing_loss, addressing_slope, step
 from fwpkm.tokens import Array
 
+_REGISTER = 64
+"""At least the numbers that a processor computes at a time."""
+
 
 class Selection(NamedTuple):
     """What R tokens of each memory picked. Tokens that are not finite have query and sub-keys of zero."""
@@ -52,9 +55,11 @@ def score_gradient(cfg: FwPKMConfig, query: Array, keys: Array) -> Array:
 
 
 def top_k(scores: Array, k: int) -> tuple[Array, Array]:
-    """The k largest of the last axis, best first, and their positions; ties go to the lower one."""
-    # Keras' own has no order for NaN.
-    return ops.top_k(ops.where(ops.isnan(scores), ops.cast(-float("inf"), scores.dtype), scores), k)
+    """The k largest of the last axis, best first, and their positions; ties go to the lower one.
+
+    NaN is the largest (§2), and comes back as inf, since Keras' own has no order for it.
+    """
+    return ops.top_k(ops.where(ops.isnan(scores), ops.cast(float("inf"), scores.dtype), scores), k)
 
 
 def select_slots(cfg: FwPKMConfig, query: Array, keys: Array) -> Selection:
@@ -137,11 +142,13 @@ def _ranks(cfg: FwPKMConfig, query: Array, keys: Array) -> Array:
 
 
 def _scores_of_ranks(cfg: FwPKMConfig, ranks: Array) -> Array:
-    """The sub-scores that ranks stand for."""
+    """The sub-scores that ranks stand for; equal where they are."""
     if cfg.score == "dot_product":
         return ranks
     if cfg.score == "idw":
-        return -ops.log(cfg.score_eps - ranks)
+        # tensorflow's log rounds the last few numbers of an array, which fill no register, otherwise than the others
+        padded = ops.pad(ops.reshape(ranks, (-1,)), (0, _REGISTER))
+        return ops.reshape(-ops.log(cfg.score_eps - padded)[:-_REGISTER], ops.shape(ranks))
     return cfg.refuse("score", NAME)
 
 

@@ -227,8 +227,9 @@ class FwPKM(nnx.Module):
         return self.layer.tensor_shapes()
 
     def table_dtype(self) -> str:
-        """The widest that initial tables can have here: "float64" in JAX's 64-bit mode, else "float32"."""
-        return self.layer.table_dtype()
+        """The widest that a file may hold for them: "float64" where weights and initial tables are, else "float32"."""
+        wide = all(x.dtype == "float64" for x in jax.tree.leaves(self.variables()))
+        return "float64" if wide else "float32"
 
     def export_tensors(self, variables: None = None) -> dict[str, np.ndarray]:
         """Weights and initial tables by canonical name; bfloat16 and float16 as float32."""
