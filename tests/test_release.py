@@ -41,8 +41,8 @@ def test_oldest_versions_are_the_lowest_that_are_taken():
     bounds, oldest = lowest(), pins("constraints-oldest.txt")
     # They check or build, whatever their version.
     tools = {"build", "mypy", "ruff", "twine", "tensorflow", "mkdocs-material", "mkdocstrings-python"}
-    # It asks for a newer safetensors, and make test-oldest installs it later, without what its tests take besides; these
-    # three ask for a newer JAX, and two of them it installs last.
+    # It asks for a newer safetensors; make test-oldest installs it later, without what its tests take besides. These
+    # three ask for a newer JAX; two of them it installs last.
     apart = {"transformers", "accelerate", "peft", "cloudpickle", "flax", "equinox", "jax-triton"}
     assert oldest.keys() - {"jaxlib"} == bounds.keys() - tools - apart
     for name, version in oldest.items():
