@@ -342,6 +342,7 @@ def check_counts(path: PathLike, prefix: str, cfg: FwPKMConfig, tensors: Tensors
         raise bad(path, f"bad {prefix}position", expected, position.tolist(), advice)
     pending = Tokens(*(tensors[f"pending_{name}"] for name in Tokens._fields))
     if problem := validation.wrong_pending(pending):
-        raise bad(path, f"bad {prefix}{problem[0]}", validation.RIGHT_PENDING, problem[1], advice)
+        field, received = problem
+        raise bad(path, f"bad {prefix}{field}", validation.RIGHT_PENDING, received, advice)
     if wrong := validation.wrong_uses(tensors.get("uses")):
         raise bad(path, f"bad {prefix}uses", validation.RIGHT_USES, wrong, advice)

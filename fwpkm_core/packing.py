@@ -319,8 +319,9 @@ def problem_of(packed: PackedState) -> tuple[str, str, str] | None:
     if len(slots) and (slots.min() < 0 or slots.max() >= cfg.num_slots or not ((np.diff(slots) > 0) | first[1:]).all()):
         wanted = f"ids in [0, {cfg.num_slots}), rising in each memory"
         return "slots", wanted, f"{slots[:8].tolist()} and so on, from {slots.min()} to {slots.max()}"
-    if pending := validation.wrong_pending(packed.pending):
-        return pending[0], validation.RIGHT_PENDING, pending[1]
+    if problem := validation.wrong_pending(packed.pending):
+        field, received = problem
+        return field, validation.RIGHT_PENDING, received
     wrong = validation.wrong_uses(packed.uses)
     return ("uses", validation.RIGHT_USES, wrong) if wrong else None
 
