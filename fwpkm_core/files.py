@@ -309,7 +309,8 @@ def check_width(path: PathLike, layer: Layer, tensors: Tensors) -> None:
             f"{', '.join(wide)} would lose digits",
             "float32, as the layer holds",
             "float64",
-            "Make the layer in float64 (torch and Keras: dtype, JAX: jax_enable_x64), or save it from one in float32.",
+            "Make the layer in float64 (torch, Keras, Equinox: dtype; Flax: param_dtype; JAX: jax_enable_x64), or save "
+            "it from one in float32.",
         )
 
 

@@ -22,6 +22,35 @@ CLEAR = 100 * agreement.DIFFERENCE_STEP / 1e-3**0.5
 """A step of a difference moves no score by more than a hundredth of this: an idw score's slope is at most 1/√ε."""
 
 
+@pytest.mark.parametrize("score", ["idw", "dot_product"])
+@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("name", ["torch", "jax"])
+def test_no_gradient_passes_through_a_dead_token(name, number, score):
+    """§5. The first of two memories has a key that is not finite: some tokens select it, or all, and are dead."""
+    be = fwpkm.get_backend(name)
+    top_k = {"idw": 3, "dot_product": 2}[score]
+    cfg = FwPKMConfig(2, 1, 1, 3, top_k, chunk_size=2, lookahead=1, boundary="wait", score=score)
+    rng = np.random.default_rng(3)
+    keys, values = rng.normal(size=(2, 1, 2, 3, 1)), rng.normal(size=(2, 9, 1))
+    keys[0, 0, 0, 2] = number
+    query, value = rng.normal(size=(2, 7, 2)), rng.normal(size=(2, 7, 1))
+    arrays = [be.asarray(x, "float64") for x in (keys, values, query, value)]
+
+    def read(keys, values, query, value):
+        output, state, _ = be.apply(cfg, be.init_state(cfg, Memory(keys, values), 2), query, value)
+        return output, state.memory.values
+
+    output = be.to_numpy(read(*arrays)[0])
+    dead = np.isnan(output[..., 0])
+    assert dead[0].any()
+    assert not dead[1].any()
+    cotangents = [np.where(np.isnan(output), 0, 1.0), rng.normal(size=values.shape)]
+    found = [be.to_numpy(x) for x in be.vjp(read, arrays, [be.asarray(x, "float64") for x in cotangents])]
+    assert all(np.isfinite(x).all() for x in found)
+    assert not found[2][dead].any()
+    assert found[2][1].any()
+
+
 def objective(case, weights):
     """Σ outputs · weights by the float64 reference, as a function of the arrays that follow."""
     function = lambda *arrays: sum((a * b).sum() for a, b in zip(forward(reference, case, arrays), weights))  # noqa: E731

@@ -129,6 +129,27 @@ def test_a_score_that_is_no_number_ranks_first_so_its_tokens_are_dead(be, score,
     np.testing.assert_allclose(look.output[1], 1.0, rtol=1e-6)
 
 
+@pytest.mark.parametrize("score", ["idw", "dot_product"])
+@pytest.mark.parametrize("feature", [0, 1])
+@pytest.mark.parametrize("number", [np.inf, -np.inf, 3e38])
+def test_a_key_that_no_token_selects_harms_none(be, score, feature, number):
+    cfg = FwPKMConfig(4, 1, 1, 4, 2, score=score)
+    keys = RNG(0).uniform(0.5, 1, (1, 1, 2, 4, 2)).astype("float32")
+    keys[0, 0, 1, 2, feature] = number
+    query = np.float32(-np.sign(number)) * RNG(1).uniform(0.5, 1, (1, 3, 4)).astype("float32")
+    look = as_numpy(be, be.lookup(cfg, native(be, Memory(keys, np.ones((1, 16, 1), "float32"))), native(be, query)))
+    np.testing.assert_allclose(look.output, 1.0, rtol=1e-6)
+    assert not (look.slots % 4 == 2).any()
+
+
+def test_zeros_of_either_sign_tie(be):
+    cfg = FwPKMConfig(2, 1, 1, 4, 2, score="dot_product")
+    keys = np.array([-0.5, 0.5, -1, 1], "float32").reshape(1, 1, 1, 4, 1).repeat(2, 2)
+    memory = Memory(keys, np.ones((1, 16, 1), "float32"))
+    slots = be.lookup(cfg, native(be, memory), native(be, np.zeros((1, 1, 2), "float32"))).slots
+    assert be.to_numpy(slots).tolist() == [[[0, 1]]]
+
+
 @pytest.mark.parametrize("length", [1, 3])
 def test_products_that_overflow_kill_a_token_in_any_company(be, length):
     cfg = FwPKMConfig(8, 1, 1, 8, 1, score="dot_product")

@@ -133,9 +133,9 @@ def _key_vjp(cfg: FwPKMConfig, query: Array, keys: Array, ids: Array, d_scores: 
 def top_k(x: Array, k: int) -> tuple[Array, Array]:
     """The k largest of the last axis, best first, and their positions; ties go to the lower one.
 
-    NaN is the largest (§2), and comes back as inf, since JAX's own orders it by its sign.
+    NaN is the largest (§2), and comes back as inf, since JAX's own orders it by its sign, as it does zeros.
     """
-    x = jnp.where(jnp.isnan(x), jnp.inf, x)
+    x = jnp.where(jnp.isnan(x), jnp.inf, jnp.where(x == 0, 0, x))
     # Without the barrier XLA cannot tell a top-k from a sort that is sliced twice, and sorts everything.
     # One round both would end the process where rows are dealt to several devices.
     return tuple(map(lax.optimization_barrier, lax.top_k(x, k)))
@@ -162,7 +162,11 @@ def address(cfg: FwPKMConfig, query: Array, keys: Array, selection: Selection, f
 
     Differentiable, unless what ``select_slots`` found is given and need not be computed again.
     """
-    ranks = _ranks_at(cfg, query, keys, selection.subkeys) if found is None else found.ranks
+    if found is None:
+        ranks = _ranks_at(cfg, query, _readable(keys), selection.subkeys)
+        ranks = jnp.where(selection.finite[:, None, None, :, None], ranks, 0)
+    else:
+        ranks = found.ranks
     scores = sub_scores(cfg, ranks)
     if found is None:
         first, second = (gather(jnp.asarray(axis), selection.cells) for axis in _grid(cfg.top_k))
@@ -200,7 +204,7 @@ def key_gradient(
     loss = addressing_loss(jnp, mean).sum((1, 2, 3))
     a = gather(addressing_slope(jnp, mean).ravel(), _row_index(subkeys, cfg.num_subkeys))
     d_scores = cfg.addressing_weight * fraction * (a - (p * a).sum(-1, keepdims=True))
-    return _key_vjp(cfg, query, keys, subkeys, d_scores, score_slope(cfg, at.ranks)), loss
+    return _key_vjp(cfg, query, _readable(keys), subkeys, d_scores, score_slope(cfg, at.ranks)), loss
 
 
 def write_keys(
@@ -233,6 +237,11 @@ def write_keys(
     if moves is None:
         moves = active[:, None, None, None, None] & finite_rows(new)[..., None]
     return jnp.where(moves, new, keys), moves, loss
+
+
+def _readable(keys: Array) -> Array:
+    """Keys with 0 for numbers that are not finite: only dead tokens have selected those, and 0 times one is NaN."""
+    return jnp.where(jnp.isfinite(keys), keys, 0)
 
 
 # --- Searching the codebooks ---

@@ -3,6 +3,8 @@
 M memories, R tokens a memory, d = Dk/2: query [M, H, 2, R, d], keys [M, H, 2, S, d].
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 from keras import ops
@@ -40,7 +42,7 @@ def sub_scores(cfg: FwPKMConfig, query: Array, keys: Array) -> Array:
     if cfg.score == "dot_product":
         return ops.sum(query * keys, axis=-1)
     if cfg.score == "idw":
-        return -ops.log(cfg.score_eps + ops.sum(ops.square(query - keys), axis=-1))
+        return -_evenly(ops.log, cfg.score_eps + ops.sum(ops.square(query - keys), axis=-1))
     return cfg.refuse("score", NAME)
 
 
@@ -104,7 +106,7 @@ def mean_probabilities(keys: Array, p: Array, row_index: Array, fraction: Array)
 
 def key_gradient(cfg: FwPKMConfig, keys: Array, selection: Selection, p: Array, mean: Array, fraction: Array) -> Array:
     """∇_keys L_addr ``[M, H, 2, S, d]``, the closed form of §4."""
-    slope = ops.take(addressing_slope(ops, mean), selection.row_index, axis=0)
+    slope = ops.take(_evenly(partial(addressing_slope, ops), mean), selection.row_index, axis=0)
     d_score = fraction * p * (slope - ops.sum(p * slope, axis=-1, keepdims=True))
     d_rows = d_score[..., None] * score_gradient(cfg, selection.query, selection.subkeys)
     flat, entries = ops.reshape(d_rows, (-1, keys.shape[-1])), ops.reshape(selection.row_index, (-1,))
@@ -138,7 +140,8 @@ def _ranks(cfg: FwPKMConfig, query: Array, keys: Array) -> Array:
             return total - ops.square(q - key)
         return cfg.refuse("score", NAME)
 
-    return ops.fori_loop(0, cfg.key_dim // 2, add, query[..., :1] * 0 + keys[..., None, :, 0] * 0)
+    nothing = ops.zeros_like(query[..., :1]) + ops.zeros_like(keys[..., None, :, 0])
+    return ops.fori_loop(0, cfg.key_dim // 2, add, nothing)
 
 
 def _scores_of_ranks(cfg: FwPKMConfig, ranks: Array) -> Array:
@@ -146,10 +149,14 @@ def _scores_of_ranks(cfg: FwPKMConfig, ranks: Array) -> Array:
     if cfg.score == "dot_product":
         return ranks
     if cfg.score == "idw":
-        # tensorflow's log rounds the last few numbers of an array, which fill no register, otherwise than the others
-        padded = ops.pad(ops.reshape(ranks, (-1,)), (0, _REGISTER))
-        return ops.reshape(-ops.log(cfg.score_eps - padded)[:-_REGISTER], ops.shape(ranks))
+        return -_evenly(ops.log, cfg.score_eps - ranks)
     return cfg.refuse("score", NAME)
+
+
+def _evenly(function: Callable[[Array], Array], x: Array) -> Array:
+    """A function of each number, equal where they are; tensorflow rounds the last few of an array otherwise."""
+    padded = ops.pad(ops.reshape(x, (-1,)), (0, _REGISTER), constant_values=1)
+    return ops.reshape(function(padded)[:-_REGISTER], ops.shape(x))
 
 
 def _blank_tokens(x: Array, finite: Array) -> Array:
@@ -162,7 +169,7 @@ def _softmax(scores: Array) -> Array:
 
     Not exp(s - log Σ exp s): large scores leave few digits to a logarithm, and the weights would not sum to 1.
     """
-    parts = ops.exp(scores - ops.stop_gradient(ops.max(scores, axis=-1, keepdims=True)))
+    parts = _evenly(ops.exp, scores - ops.stop_gradient(ops.max(scores, axis=-1, keepdims=True)))
     return parts / ops.sum(parts, axis=-1, keepdims=True)
 
 
