@@ -1,0 +1,103 @@
+"""Packed sequences that begin and keep no state, as streams of unequal length end to end (SPEC.md §5).
+
+A sequence that completes no chunk reads the one initial table and nothing else, so it makes no difference where it
+ends: such sequences share rows of less than a chunk, one behind the other. Every other has a row of its own, the
+longest first, up to the last window that it reads. So as many launches are made as the longest asks for, and about as
+many tokens are read as there are.
+"""
+
+import itertools
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from fwpkm import schedule
+from fwpkm.backends.torch import fast
+from fwpkm.backends.torch.column_parallel import by_columns
+from fwpkm.backends.torch.left_aligned import left_align, rounded
+from fwpkm.config import FwPKMConfig
+from fwpkm.containers import Memory, Trace
+from fwpkm.tokens import Tokens
+
+_PARTS = 8
+"""Of a chunk, up to a multiple of which the last window is rounded: so more calls have one plan."""
+
+
+class Rows(NamedTuple):
+    """The rows as which packed sequences are read."""
+
+    writers: list[int]
+    """The sequences that have a row each."""
+    others: list[int]
+    """Those that share the rows behind."""
+    ends: list[int]
+    """``cu_seqlens`` of the rows, of tokens in the order of these sequences."""
+    plan: Any
+
+
+def rows_of(cfg: FwPKMConfig, ends: list[int], update: bool) -> Rows:
+    """The rows of sequences that end at ``ends``."""
+    from fwpkm.kernels.runtime import windows
+
+    chunk, lag = cfg.chunk_size, schedule.lag(cfg)
+    lengths = [stop - start for start, stop in itertools.pairwise(ends)]
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    num_writers = sum(length >= chunk + lag for length in lengths) if update else 0
+    writers, others = order[:num_writers], order[num_writers:]
+    if not writers:
+        return Rows([], others, [0, ends[-1]], windows.plan(cfg, 0, rounded(ends[-1]), 1, False))
+    row_ends = [*itertools.accumulate((lengths[i] for i in writers), initial=0)]
+    if row_ends[-1] < ends[-1]:
+        row_ends = [*row_ends[:-1], *range(row_ends[-1], ends[-1], chunk + lag - 1), ends[-1]]
+    longest = lengths[writers[0]]
+    tail = (longest - lag) % chunk
+    longest += min(-tail % -(-chunk // _PARTS), chunk - 1 - tail)
+    firsts = [window.start for window in schedule.windows(cfg, 0, longest)]
+    batches = [len(row_ends) - 1, *(sum(lengths[i] > first for i in writers) for first in firsts[1:])]
+    return Rows(writers, others, row_ends, windows.ragged(cfg, longest, tuple(batches)))
+
+
+def apply(
+    cfg: FwPKMConfig, memory: Memory, inputs: Tokens, cu_seqlens: Tensor, update: bool
+) -> tuple[Tensor, None, Trace]:
+    """``ops.begin`` of a packed row on the kernels, whose ``cu_seqlens`` lie on the CPU; no state is kept."""
+    ends, length, device = cu_seqlens.tolist(), inputs.length, inputs.query.device
+    writers, others, row_ends, plan = rows_of(cfg, ends, update)
+    batch, written = plan.batch, plan.windows[: plan.num_writes]
+    rows = dict(zip(writers, range(batch)))
+    row_of = [rows.get(i, batch) for i in range(len(ends) - 1)]
+    first = [*itertools.accumulate((w.batch for w in written), initial=0)]
+    loss_of = [first[i] + row if row < w.batch else first[-1] for row in row_of for i, w in enumerate(written)]
+    starts = [*(ends[i] for i in (*writers, *others)), ends[-1]]  # and of what is behind the last sequence
+    lengths = [*(ends[i + 1] - ends[i] for i in (*writers, *others)), length - ends[-1]]
+    shifts = [start - before for start, before in zip(starts, itertools.accumulate(lengths, initial=0))]
+    begins = plan.begins or ()
+    shifts, lengths, row_ends, begins, row_of, loss_of = _sent(
+        device, shifts, lengths, row_ends, begins, row_of, loss_of
+    )
+    order = torch.arange(length, device=device) + shifts.repeat_interleave(lengths, output_size=length)
+    here = inputs._replace(mask=None if inputs.mask is None else inputs.mask.to(device))
+    ragged = {"order": order.int(), "begins": begins if plan.begins else None}
+    streams = left_align(cfg, None, None, here, row_ends, batch, plan.num_tokens, **ragged)
+    started = Memory(*map(by_columns(lambda x: x.expand(batch, *x.shape[1:])), memory))
+    uses = memory.keys.new_zeros(batch, cfg.num_slots) if cfg.usage_weight else None
+    pair, dtype = streams.places.pair if written else None, inputs.query.dtype
+    done = fast.run(cfg, plan, started, streams.tokens, pair, False, first[-1] + 1, dtype, uses, memory.values)
+    output, slots, weights = streams.of_call(done.output, done.trace.slots, done.trace.weights)
+    columns = schedule.max_writes(cfg, length)
+    losses = (
+        F.pad(x[0][loss_of].view(len(row_of), len(written)), (0, columns - len(written)))  # behind them all is a 0
+        for x in (done.trace.memorization, done.trace.addressing)
+    )
+    writes = F.pad(streams.places.due * bool(written), (0, 1))[row_of]
+    return output, None, Trace(slots, weights, *losses, writes=writes)
+
+
+def _sent(device: torch.device, *parts: Any) -> list[Tensor]:
+    """Lists of integers on a device, each at 16 bytes, as which kernels are compiled. The host waits for nothing."""
+    sizes = [len(part) + len(part) % 2 for part in parts]
+    numbers = [x for part in parts for x in (*part, *[0] * (len(part) % 2))]
+    sent = torch.tensor(numbers, pin_memory=device.type == "cuda").to(device, non_blocking=True).split(sizes)
+    return [x[: len(part)] for x, part in zip(sent, parts)]
