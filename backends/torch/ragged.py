@@ -18,7 +18,7 @@ from fwpkm.backends.torch import fast
 from fwpkm.backends.torch.column_parallel import by_columns
 from fwpkm.backends.torch.left_aligned import left_align, rounded
 from fwpkm.config import FwPKMConfig
-from fwpkm.containers import Memory, Trace
+from fwpkm.containers import Losses, Memory, Trace
 from fwpkm.tokens import Tokens
 
 _PARTS = 8
@@ -70,29 +70,26 @@ def apply(
     row_of = [rows.get(i, batch) for i in range(len(ends) - 1)]
     first = [*itertools.accumulate((w.batch for w in written), initial=0)]
     loss_of = [first[i] + row if row < w.batch else first[-1] for row in row_of for i, w in enumerate(written)]
-    starts = [*(ends[i] for i in (*writers, *others)), ends[-1]]  # and of what is behind the last sequence
-    lengths = [*(ends[i + 1] - ends[i] for i in (*writers, *others)), length - ends[-1]]
-    shifts = [start - before for start, before in zip(starts, itertools.accumulate(lengths, initial=0))]
-    begins = plan.begins or ()
-    shifts, lengths, row_ends, begins, row_of, loss_of = _sent(
-        device, shifts, lengths, row_ends, begins, row_of, loss_of
-    )
-    order = torch.arange(length, device=device) + shifts.repeat_interleave(lengths, output_size=length)
+    spans = [*((ends[i], ends[i + 1]) for i in (*writers, *others)), (ends[-1], length)]  # and what is behind the last
+    lengths = [stop - start for start, stop in spans]
+    shifts = [start - before for (start, _), before in zip(spans, itertools.accumulate(lengths, initial=0))]
+    sent = _sent(device, shifts, lengths, row_ends, plan.begins or (), row_of, loss_of)
+    shift, number, row_end, begin, row, loss = sent
+    order = torch.arange(length, device=device) + shift.repeat_interleave(number, output_size=length)
     here = inputs._replace(mask=None if inputs.mask is None else inputs.mask.to(device))
-    ragged = {"order": order.int(), "begins": begins if plan.begins else None}
-    streams = left_align(cfg, None, None, here, row_ends, batch, plan.num_tokens, **ragged)
+    ragged = {"order": order.int(), "begins": begin if plan.begins else None}
+    streams = left_align(cfg, None, None, here, row_end, batch, plan.num_tokens, **ragged)
     started = Memory(*map(by_columns(lambda x: x.expand(batch, *x.shape[1:])), memory))
     uses = memory.keys.new_zeros(batch, cfg.num_slots) if cfg.usage_weight else None
     pair, dtype = streams.places.pair if written else None, inputs.query.dtype
     done = fast.run(cfg, plan, started, streams.tokens, pair, False, first[-1] + 1, dtype, uses, memory.values)
     output, slots, weights = streams.of_call(done.output, done.trace.slots, done.trace.weights)
     columns = schedule.max_writes(cfg, length)
-    losses = (
-        F.pad(x[0][loss_of].view(len(row_of), len(written)), (0, columns - len(written)))  # behind them all is a 0
-        for x in (done.trace.memorization, done.trace.addressing)
-    )
-    writes = F.pad(streams.places.due * bool(written), (0, 1))[row_of]
-    return output, None, Trace(slots, weights, *losses, writes=writes)
+    losses = {  # behind them all is a 0
+        name: F.pad(getattr(done.trace, name)[0][loss].view(len(row_of), len(written)), (0, columns - len(written)))
+        for name in Losses._fields
+    }
+    return output, None, Trace(slots, weights, **losses, writes=F.pad(streams.places.due, (0, 1))[row])
 
 
 def _sent(device: torch.device, *parts: Any) -> list[Tensor]:
