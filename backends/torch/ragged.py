@@ -6,11 +6,11 @@ longest first, up to the last window that it reads. So as many launches are made
 many tokens are read as there are.
 """
 
+import bisect
 import itertools
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from fwpkm import schedule
@@ -55,8 +55,8 @@ def rows_of(cfg: FwPKMConfig, ends: list[int], update: bool) -> Rows:
     tail = (longest - lag) % chunk
     longest += min(-tail % -(-chunk // _PARTS), chunk - 1 - tail)
     firsts = [window.start for window in schedule.windows(cfg, 0, longest)]
-    batches = [len(row_ends) - 1, *(sum(lengths[i] > first for i in writers) for first in firsts[1:])]
-    return Rows(writers, others, row_ends, windows.ragged(cfg, longest, tuple(batches)))
+    reached = (bisect.bisect_left(writers, -first, key=lambda i: -lengths[i]) for first in firsts[1:])
+    return Rows(writers, others, row_ends, windows.ragged(cfg, longest, (len(row_ends) - 1, *reached)))
 
 
 def apply(
@@ -66,15 +66,18 @@ def apply(
     ends, length, device = cu_seqlens.tolist(), inputs.length, inputs.query.device
     writers, others, row_ends, plan = rows_of(cfg, ends, update)
     batch, written = plan.batch, plan.windows[: plan.num_writes]
-    rows = dict(zip(writers, range(batch)))
-    row_of = [rows.get(i, batch) for i in range(len(ends) - 1)]
-    first = [*itertools.accumulate((w.batch for w in written), initial=0)]
-    loss_of = [first[i] + row if row < w.batch else first[-1] for row in row_of for i, w in enumerate(written)]
+    columns, sequences = schedule.max_writes(cfg, length), len(ends) - 1
+    # Where the trace has the losses of each window's rows; those of the rows that sequences share are 0, and left out.
+    cells = [
+        writers[row] * columns + i if row < len(writers) else sequences * columns
+        for i, w in enumerate(written)
+        for row in range(w.batch)
+    ]
     spans = [*((ends[i], ends[i + 1]) for i in (*writers, *others)), (ends[-1], length)]  # and what is behind the last
     lengths = [stop - start for start, stop in spans]
     shifts = [start - before for (start, _), before in zip(spans, itertools.accumulate(lengths, initial=0))]
-    sent = _sent(device, shifts, lengths, row_ends, plan.begins or (), row_of, loss_of)
-    shift, number, row_end, begin, row, loss = sent
+    sent = _sent(device, shifts, lengths, row_ends, plan.begins or (), writers, cells)
+    shift, number, row_end, begin, writer, cell = sent
     order = torch.arange(length, device=device) + shift.repeat_interleave(number, output_size=length)
     here = inputs._replace(mask=None if inputs.mask is None else inputs.mask.to(device))
     ragged = {"order": order.int(), "begins": begin if plan.begins else None}
@@ -82,14 +85,16 @@ def apply(
     started = Memory(*map(by_columns(lambda x: x.expand(batch, *x.shape[1:])), memory))
     uses = memory.keys.new_zeros(batch, cfg.num_slots) if cfg.usage_weight else None
     pair, dtype = streams.places.pair if written else None, inputs.query.dtype
-    done = fast.run(cfg, plan, started, streams.tokens, pair, False, first[-1] + 1, dtype, uses, memory.values)
+    done = fast.run(cfg, plan, started, streams.tokens, pair, False, len(cells), dtype, uses, memory.values)
     output, slots, weights = streams.of_call(done.output, done.trace.slots, done.trace.weights)
-    columns = schedule.max_writes(cfg, length)
-    losses = {  # behind them all is a 0
-        name: F.pad(getattr(done.trace, name)[0][loss].view(len(row_of), len(written)), (0, columns - len(written)))
+    zeros = done.trace.memorization.new_zeros(sequences * columns + 1)
+    losses = {
+        name: zeros.index_copy(0, cell, getattr(done.trace, name)[0])[:-1].view(sequences, columns)
         for name in Losses._fields
     }
-    return output, None, Trace(slots, weights, **losses, writes=F.pad(streams.places.due, (0, 1))[row])
+    due = streams.places.due[: len(writers)]
+    writes = due.new_zeros(sequences).index_copy(0, writer, due)
+    return output, None, Trace(slots, weights, **losses, writes=writes)
 
 
 def _sent(device: torch.device, *parts: Any) -> list[Tensor]:

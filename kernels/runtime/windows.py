@@ -105,7 +105,9 @@ def ragged(cfg: FwPKMConfig, length: int, batches: tuple[int, ...]) -> Plan:
     the last window that its sequence reads.
     """
     windows = _windows(cfg, 0, length, batches)
-    lengths = [max(w.start + w.length for w in windows if b < w.batch) for b in range(batches[0])]
+    lengths: list[int] = []
+    for window in reversed(windows):
+        lengths += [window.start + window.length] * (window.batch - len(lengths))
     begins = tuple(itertools.accumulate(lengths, initial=0))
     return Plan(windows, 0, begins[-1], begins[-1], begins=begins)
 
