@@ -50,9 +50,8 @@ def takes_position(there, SCOPE: tl.constexpr):
 @triton.jit
 def token_of(r, memory, start, length, num_tokens, rows, begins):
     """Where token r of a memory's window lies in the stream, as (stream index, time within the window)."""
-    if begins is None:  # noqa: SIM108
-        begin = (memory * rows + r // length).to(tl.int64) * num_tokens
-    else:  # every sequence has a memory of its own
+    begin = (memory * rows + r // length).to(tl.int64) * num_tokens
+    if begins is not None:  # every sequence has a memory of its own
         begin = tl.load(begins + memory)
     return begin + start + r % length, r % length
 
