@@ -54,9 +54,8 @@ def read_kernel(
     where they are masked.
     """
     r = tl.program_id(0)
-    b = r // length
-    memory = b // rows
-    stream, t = token_of(r - memory * rows * length, memory, start, length, num_tokens, rows, begins)
+    b, memory = r // length, r // (rows * length)
+    stream, t = token_of(r % (rows * length), memory, start, length, num_tokens, rows, begins)
     memory = memory.to(tl.int64)
     if not_due(due, memory):
         return
@@ -95,7 +94,7 @@ def read_kernel(
 def add_read(launches: Launches, call: Call, integers: dict[str, int]) -> None:
     """Add the reads of a window, and what it will write."""
     constants = call.shapes.read | {"WRITES": call.plan.windows[integers["window"]].writes}
-    launches.add(read_kernel, (call.tokens(integers),), integers, constants)
+    launches.add(read_kernel, (integers["tokens"],), integers, constants)
 
 
 @triton.jit
@@ -125,9 +124,8 @@ def read_backward_kernel(
     """Through the write into v̂, u, κ g; then through the read into w."""
     r = tl.program_id(0)
     here = (first + r).to(tl.int64)
-    b = r // length
-    memory = b // rows
-    stream, t = token_of(r - memory * rows * length, memory, start, length, num_tokens, rows, begins)
+    b, memory = r // length, r // (rows * length)
+    stream, t = token_of(r % (rows * length), memory, start, length, num_tokens, rows, begins)
     memory = memory.to(tl.int64)
     flag = tl.load(window_flags + here).to(tl.int32)
     d = tl.arange(0, BLOCK)
@@ -193,4 +191,4 @@ def read_backward_kernel(
 def add_read_backward(launches: Launches, call: Call, integers: dict[str, int]) -> None:
     """Add the gradients of a window's weights, and of the values and gates that it wrote."""
     constants = call.shapes.read_backward | {"WRITES": call.keeps(integers["window"])}
-    launches.add(read_backward_kernel, (call.tokens(integers),), integers, constants)
+    launches.add(read_backward_kernel, (integers["tokens"],), integers, constants)

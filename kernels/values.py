@@ -244,7 +244,7 @@ def values_kernel(
 
 def add_values(launches: Launches, call: Call, integers: dict[str, int]) -> None:
     """Add the write of a window's rows, and what its backward needs of them."""
-    writes, entries = call.keeps(integers["window"]), call.tokens(integers) * call.cfg.slots_per_token
+    writes, entries = call.keeps(integers["window"]), integers["tokens"] * call.cfg.slots_per_token
     if writes:
         constants = call.shapes.piece
         launches.add(piece_kernel, (blocks_of(entries, constants["PIECE"]),), integers, constants)
@@ -351,7 +351,7 @@ def rows_backward_kernel(
 
 def add_values_backward(launches: Launches, call: Call, integers: dict[str, int]) -> None:
     """Add the gradients of the rows that a window found."""
-    entries = call.tokens(integers) * call.cfg.slots_per_token
+    entries = integers["tokens"] * call.cfg.slots_per_token
     constants = call.shapes.piece_backward
     launches.add(piece_backward_kernel, (blocks_of(entries, constants["PIECE"]),), integers, constants)
     launches.add(rows_backward_kernel, (entries,), integers, call.shapes.rows_backward)

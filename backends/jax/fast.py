@@ -103,8 +103,7 @@ def _forward(
     after: dict[str, Any] = dict.fromkeys(("keys", "values", "uses"))
     losses = Losses(*jnp.zeros((2, memories, 0), jnp.float32))
     if writes:
-        version = writes * save * keys_move(cfg) * memories
-        keys = arrays["keys"][version : version + memories].reshape(memory.keys.shape)
+        keys = arrays["keys"].reshape(-1, *memory.keys.shape)[writes * save * keys_move(cfg)]
         after = {"keys": keys, "values": arrays["table"], "uses": arrays["uses"]}
         written = arrays["squared"][: writes * batch * plan.windows[0].length]
         losses = Losses(written.reshape(writes, memories, -1).sum(2).T, arrays["addressing"].T)

@@ -102,10 +102,8 @@ def forward(
     launches.write.run(inputs, residuals, workspace)
     length = plan.windows[0].length
     memorization = workspace["squared"][: rows * length].view(-1, call.rows * length).sum(1).view(by_window)
-    last = None
-    if not (overlaid or plan.begins):
-        version = slice(writes * save * keys_move(cfg) * call.memories, None)
-        last = residuals["keys"][version][: call.memories].view(keys.shape).clone()
+    version = writes * save * keys_move(cfg)
+    last = None if overlaid or plan.begins else residuals["keys"].view(-1, *keys.shape)[version].clone()
     return Result(output, slots, weights, last, memorization, addressing, residuals)
 
 

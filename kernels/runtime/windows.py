@@ -105,10 +105,8 @@ def ragged(cfg: FwPKMConfig, length: int, batches: tuple[int, ...]) -> Plan:
     the last window that its sequence reads.
     """
     windows = _windows(cfg, 0, length, batches)
-    lengths: list[int] = []
-    for window in reversed(windows):
-        lengths += [window.start + window.length] * (window.batch - len(lengths))
-    begins = tuple(itertools.accumulate(lengths, initial=0))
+    lengths = [w.start + w.length for w, after in zip(windows, (*batches[1:], 0)) for _ in range(w.batch - after)]
+    begins = tuple(itertools.accumulate(reversed(lengths), initial=0))
     return Plan(windows, 0, begins[-1], begins[-1], begins=begins)
 
 
@@ -171,10 +169,6 @@ class Call(NamedTuple):
         """How many tokens the largest run has."""
         return max(sum(w.batch * w.length for w in self.plan.windows[i : i + n]) for i, n in self.runs)
 
-    def tokens(self, integers: dict[str, int]) -> int:
-        """How many tokens a window has."""
-        return integers["memories"] * self.rows * integers["length"]
-
     def blocks(self, integers: dict[str, int], block: int) -> int:
         """How many blocks of a memory's tokens cover the windows of a launch; each is of one window (``window_of``)."""
         return integers["windows"] * blocks_of(self.rows * integers["length"], block)
@@ -193,6 +187,7 @@ class Call(NamedTuple):
             "d_after": (number + windows) % 2 * self.memories, "start": window.start, "length": window.length,
             "first": window.first, "first_new": window.first_new, "num_tokens": plan.num_tokens,
             "num_pending": plan.num_pending, "total": plan.total, "rows": self.rows,
+            "tokens": window.batch * window.length,
         }  # fmt: skip
 
 
