@@ -83,7 +83,7 @@ def apply(
     ragged = {"order": order.int(), "begins": begin if plan.begins else None}
     streams = left_align(cfg, None, None, here, row_end, batch, plan.num_tokens, **ragged)
     started = Memory(*map(by_columns(lambda x: x.expand(batch, *x.shape[1:])), memory))
-    uses = memory.keys.new_zeros(batch, cfg.num_slots) if cfg.usage_weight else None
+    uses = memory.keys.new_zeros(1, cfg.num_slots).expand(batch, -1) if cfg.usage_weight else None  # copied by a write
     pair, dtype = streams.places.pair if written else None, inputs.query.dtype
     done = fast.run(cfg, plan, started, streams.tokens, pair, False, len(cells), dtype, uses, memory.values)
     output, slots, weights = streams.of_call(done.output, done.trace.slots, done.trace.weights)

@@ -41,7 +41,8 @@ def start_state(
     device = "cpu" if position_device is None else position_device
     position = torch.full((batch_size,), 0, dtype=torch.int32, device=device)
     refuse_uses(cfg, memory.values)
-    uses = memory.values.new_zeros(memory.values.shape[:2]) if cfg.usage_weight else None
+    memories, slots = memory.values.shape[:2]
+    uses = memory.values.new_zeros(memories if kept else 1, slots).expand(memories, -1) if cfg.usage_weight else None
     nothing = no_tokens(cfg, memory.keys, batch_size if kept else 1)
     return State.of(memory, nothing.map(lambda x: x.expand(batch_size, *x.shape[1:])), position, uses)
 
