@@ -101,5 +101,7 @@ def _sent(device: torch.device, *parts: Any) -> list[Tensor]:
     """Lists of integers on a device, each at 16 bytes, as which kernels are compiled. The host waits for nothing."""
     sizes = [len(part) + len(part) % 2 for part in parts]
     numbers = [x for part in parts for x in (*part, *[0] * (len(part) % 2))]
-    sent = torch.tensor(numbers, pin_memory=device.type == "cuda").to(device, non_blocking=True).split(sizes)
+    # A graph would read pinned memory again when it is replayed, which is others' by then: so torch refuses the copy.
+    pinned = device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
+    sent = torch.tensor(numbers, pin_memory=pinned).to(device, non_blocking=True).split(sizes)
     return [x[: len(part)] for x, part in zip(sent, parts)]
