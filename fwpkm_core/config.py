@@ -22,7 +22,7 @@ CHOICES = {
 """The values of the fields that name a rule. Whatever computes by one names every value and refuses any other."""
 _POSITIVE_INTEGERS = ("key_dim", "value_dim", "num_heads", "num_subkeys", "top_k", "chunk_size")
 _POSITIVE_NUMBERS = ("score_eps", "temperature", "grad_clip")
-_NON_NEGATIVE_NUMBERS = ("learning_rate", "weight_decay", "addressing_weight", "usage_weight")
+_NON_NEGATIVE_NUMBERS = ("learning_rate", "weight_decay", "addressing_weight", "usage_weight", "initial_decay", "recent_penalty")
 
 
 def check_arguments(taker: str, received: Iterable[str], known: Sequence[str]) -> None:
@@ -68,6 +68,8 @@ class FwPKMConfig(_Text):
         addressing_weight: α, weight of the addressing loss (§4).
         memory_scope: "sequence" gives each row of a batch its own tables, "batch" one table to all (§1).
         usage_weight: β: a slot that earlier chunks have used much takes smaller steps; 0 is the plain rule (§4).
+        initial_decay: by how much of what it differs from its initial row a written row goes back, times η.
+        recent_penalty: γ: sub-scores less γ log(1 + V), V the uses of a sub-key, halved after each chunk; only "idw".
 
     Raises:
         ValueError: a field breaks its rule; names the field, the rule and the value.
@@ -93,6 +95,8 @@ class FwPKMConfig(_Text):
     addressing_weight: float = 1.0
     memory_scope: str = "sequence"
     usage_weight: float = 0.0
+    initial_decay: float = 0.0
+    recent_penalty: float = 0.0
 
     def __post_init__(self) -> None:
         """Check every field and store plain ints and floats, so that configs compare and serialise alike."""
@@ -116,6 +120,11 @@ class FwPKMConfig(_Text):
         if self.top_k > self.num_subkeys:
             raise ValueError(
                 f"top_k must be at most num_subkeys. Received: top_k={self.top_k}, num_subkeys={self.num_subkeys}"
+            )
+        if self.recent_penalty and self.score != "idw":
+            raise ValueError(
+                f"recent_penalty must be 0 where the score is not 'idw'. Received: "
+                f"recent_penalty={self.recent_penalty!r}, score={self.score!r}"
             )
         if self.lookahead >= self.chunk_size:
             raise ValueError(
@@ -161,6 +170,12 @@ class FwPKMConfig(_Text):
     def slots_per_token(self) -> int:
         """H·k, the entries that one token reads."""
         return self.num_heads * self.top_k
+
+    @property
+    def counts(self) -> int:
+        """The numbers that a state counts for each memory: N of slots (U) and 2·H·S of sub-keys (V), where on."""
+        subkeys = 2 * self.num_heads * self.num_subkeys
+        return self.num_slots * bool(self.usage_weight) + subkeys * bool(self.recent_penalty)
 
     @property
     def capacity(self) -> int:

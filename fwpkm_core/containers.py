@@ -57,11 +57,16 @@ class State(NamedTuple, Generic[A]):
     """``[B, P]``"""
     pending_mask: A
     """``[B, P]`` bool"""
+    pending_forget: A
+    """``[B, P]``"""
     position: A
     """``[B]`` int32: the tokens that each row has read since it began, was reset or flushed; equal in batch scope."""
     uses: A | tuple[()] = ()
     """``[M, N]`` in the tables' dtype: how often the chunks written since a row began or was reset have selected each
-    slot (SPEC.md §4); ``()`` where ``usage_weight`` is 0, no leaf to any framework, as None would be."""
+    slot (SPEC.md §4); ``()`` where ``usage_weight`` is 0, no leaf to any framework, as None would be.
+
+    With ``recent_penalty`` V [H, 2, S] of the sub-keys lies behind U, or alone: ``[M, cfg.counts]``.
+    """
 
     @classmethod
     def of(cls, memory: Memory, pending: Tokens, position: Array, uses: Array | None = None) -> Self:
@@ -219,5 +224,5 @@ def state_specs(cfg: FwPKMConfig, batch: int | None) -> State:
     """What the arrays of a state of B rows must be, as ``ArraySpec``."""
     memory = memory_specs(cfg, memories_for(cfg, batch))
     pending = token_specs(cfg, batch, ("P", cfg.capacity))
-    uses = ArraySpec(memory.values.axes[:2], "float") if cfg.usage_weight else None
+    uses = ArraySpec((memory.values.axes[0], ("N", cfg.counts)), "float") if cfg.counts else None
     return State.of(memory, pending, ArraySpec((("B", batch),), "int32"), uses)

@@ -44,6 +44,7 @@ TOKEN_FIELDS = (
     TokenField("value", "float", lambda cfg: ("Dv", cfg.value_dim), None),
     TokenField("gate", "float", None, 1.0),
     TokenField("mask", "bool", None, True),
+    TokenField("forget", "float", None, 0.0),
 )
 """In the order of ``Tokens``, and of ``State``'s pending fields."""
 NUMBERS = tuple(field.name for field in TOKEN_FIELDS if field.kind == "float")
@@ -63,6 +64,8 @@ class Tokens(NamedTuple):
     """``[B, n]`` in [0, 1]; None is 1."""
     mask: Array = None
     """``[B, n]`` bool, False for tokens that are not there; None is True."""
+    forget: Array = None
+    """``[B, n]`` in [0, 1]: f, what a write takes from the rows that the token read; None is 0."""
 
     @property
     def length(self) -> int:

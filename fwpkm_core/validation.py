@@ -210,6 +210,11 @@ def check_initial(cfg: FwPKMConfig, memory: Any, batch_size: Any, implementation
 def check_lookup(cfg: FwPKMConfig, memory: Any, query: Any, implementation: Implementation) -> None:
     """Raise unless ``query`` [B, n, H*Dk] can read these tables."""
     check_served(cfg, implementation)
+    if cfg.recent_penalty:
+        raise ValueError(
+            "recent_penalty must be 0 here: a state counts the uses of sub-keys, and tables alone do not. "
+            f"Received: recent_penalty={cfg.recent_penalty!r}"
+        )
     _check_query(cfg, query, "n", implementation.arrays)
     check_memory(cfg, memory, memories_for(cfg, query.shape[0]), implementation)
 
@@ -223,6 +228,11 @@ def check_chunk(cfg: FwPKMConfig, memory: Any, chunk: Tokens, pair: Any, impleme
         raise ValueError(
             "usage_weight must be 0 here: it weighs what earlier chunks used, which a state keeps and tables alone do "
             f"not; apply writes by it. Received: usage_weight={cfg.usage_weight!r}"
+        )
+    if cfg.initial_decay:
+        raise ValueError(
+            "initial_decay must be 0 here: chunk_update is told of no initial table; apply writes by it. "
+            f"Received: initial_decay={cfg.initial_decay!r}"
         )
     if pair is not None:
         axes = [("B", chunk.query.shape[0]), ("n", chunk.query.shape[1])]

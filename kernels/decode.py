@@ -14,7 +14,7 @@ from fwpkm.kernels.runtime.shapes import blocks_of
 from fwpkm.kernels.runtime.windows import Call
 from fwpkm.kernels.scores import bounded_scores, exact_ranks
 from fwpkm.kernels.slots import best_sums, softmax_over_heads
-from fwpkm.kernels.tokens import DEAD, GONE, INF, LIVE, flag_of, gate_of, not_due, takes_position
+from fwpkm.kernels.tokens import DEAD, GONE, INF, LIVE, flag_of, forget_of, gate_of, not_due, takes_position
 
 EQUATIONS = ("sub_scores", "top_k", "select_slots", "read", "windows")
 
@@ -30,7 +30,7 @@ def scan_kernel(
     subkey = tl.program_id(0) * CHOICES + tl.arange(0, CHOICES)
     group = (b // rows) * 2 * HEADS + half
     rank = exact_ranks(
-        token_query + tl.program_id(1).to(tl.int64) * HALF, keys + group.to(tl.int64) * SUBKEYS * HALF,
+        token_query + tl.program_id(1).to(tl.int64) * HALF, keys + group.to(tl.int64) * SUBKEYS * HALF, None,
         subkey, subkey < SUBKEYS, True, HALF, SCORE, CHOICES, DEPTH,
     )  # fmt: skip
     tl.store(token_ranks + tl.program_id(1) * SUBKEYS + subkey, rank, mask=subkey < SUBKEYS)
@@ -38,8 +38,8 @@ def scan_kernel(
 
 @triton.jit(do_not_specialize=["rows"])
 def token_kernel(
-    position, token_query, token_value, token_gate, token_mask, token_ranks, table, largest, token_flags, due,
-    pending_index, output, rows,
+    position, token_query, token_value, token_gate, token_mask, token_forget, token_ranks, table, largest, token_flags,
+    due, pending_index, output, rows,
     QUERY: tl.constexpr, VALUE: tl.constexpr, QUERY_BLOCK: tl.constexpr, VALUE_BLOCK: tl.constexpr,
     CHUNK: tl.constexpr, LAG: tl.constexpr, SCOPE: tl.constexpr,
     HEADS: tl.constexpr, SUBKEYS: tl.constexpr, K: tl.constexpr, SCORE: tl.constexpr,
@@ -53,7 +53,7 @@ def token_kernel(
     """
     b = tl.program_id(0)
     flag = flag_of(
-        token_query, token_value, token_gate, token_mask, None, b.to(tl.int64),
+        token_query, token_value, token_gate, token_mask, token_forget, None, b.to(tl.int64),
         QUERY, VALUE, QUERY_BLOCK, VALUE_BLOCK, False,
     )  # fmt: skip
     at = tl.load(position + b)
@@ -107,8 +107,8 @@ def move(source, into, width: tl.constexpr, blank, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["rows"])
 def stage_kernel(
-    pending_query, pending_value, pending_gate, pending_mask, token_query, token_value, token_gate, token_flags,
-    query, value, gate, flags, keys, norms, largest, keys_hi_lo, counters, due, rows,
+    pending_query, pending_value, pending_gate, pending_mask, pending_forget, token_query, token_value, token_gate,
+    token_forget, token_flags, query, value, gate, forget, flags, keys, norms, largest, keys_hi_lo, counters, due, rows,
     STAGED: tl.constexpr, TOKENS: tl.constexpr, CAPACITY: tl.constexpr, QUERY: tl.constexpr, VALUE: tl.constexpr,
     QUERY_BLOCK: tl.constexpr, VALUE_BLOCK: tl.constexpr, GROUPS: tl.constexpr,
     HEADS: tl.constexpr, SUBKEYS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, ZEROS: tl.constexpr,
@@ -128,8 +128,9 @@ def stage_kernel(
             move(pending_query + old * QUERY, query + into * QUERY, QUERY, False, QUERY_BLOCK)
             move(pending_value + old * VALUE, value + into * VALUE, VALUE, False, VALUE_BLOCK)
             tl.store(gate + into, tl.load(pending_gate + old).to(gate.dtype.element_ty))
+            tl.store(forget + into, tl.load(pending_forget + old))
             flag = flag_of(
-                pending_query, pending_value, pending_gate, pending_mask, None, old,
+                pending_query, pending_value, pending_gate, pending_mask, pending_forget, None, old,
                 QUERY, VALUE, QUERY_BLOCK, VALUE_BLOCK, False,
             )  # fmt: skip
             tl.store(flags + into, flag.to(tl.int8))
@@ -137,6 +138,7 @@ def stage_kernel(
             move(token_query + b * QUERY, query + into * QUERY, QUERY, False, QUERY_BLOCK)
             move(token_value + b * VALUE, value + into * VALUE, VALUE, False, VALUE_BLOCK)
             tl.store(gate + into, gate_of(token_gate, b))
+            tl.store(forget + into, forget_of(token_forget, b))
             tl.store(flags + into, tl.load(token_flags + b))
     elif i < STAGED + GROUPS * SUBKEYS:
         row = i - STAGED
@@ -179,8 +181,8 @@ def sort_kernel(table_rows, sorted_rows, order, due, count, BLOCK: tl.constexpr)
 
 @triton.jit(do_not_specialize=["rows"])
 def store_pending_kernel(
-    pending_query, pending_value, pending_gate, pending_mask, token_query, token_value, token_gate, token_flags,
-    query, value, gate, flags, due, pending_index, rows,
+    pending_query, pending_value, pending_gate, pending_mask, pending_forget, token_query, token_value, token_gate,
+    token_forget, token_flags, query, value, gate, forget, flags, due, pending_index, rows,
     TOKENS: tl.constexpr, CAPACITY: tl.constexpr, LAG: tl.constexpr, QUERY: tl.constexpr, VALUE: tl.constexpr,
     QUERY_BLOCK: tl.constexpr, VALUE_BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -194,6 +196,7 @@ def store_pending_kernel(
         move(query + old * QUERY, pending_query + into * QUERY, QUERY, blank, QUERY_BLOCK)
         move(value + old * VALUE, pending_value + into * VALUE, VALUE, blank, VALUE_BLOCK)
         tl.store(pending_gate + into, tl.load(gate + old, mask=blank == 0, other=0.0))
+        tl.store(pending_forget + into, tl.load(forget + old, mask=blank == 0, other=0.0))
         tl.store(pending_mask + into, (flag & LIVE) != 0)
     elif j == tl.load(pending_index + b):
         flag = tl.load(token_flags + b).to(tl.int32)
@@ -201,6 +204,7 @@ def store_pending_kernel(
         move(token_query + b * QUERY, pending_query + into * QUERY, QUERY, blank, QUERY_BLOCK)
         move(token_value + b * VALUE, pending_value + into * VALUE, VALUE, blank, VALUE_BLOCK)
         tl.store(pending_gate + into, tl.where(blank, 0.0, gate_of(token_gate, b)))
+        tl.store(pending_forget + into, tl.where(blank, 0.0, forget_of(token_forget, b)))
         tl.store(pending_mask + into, (flag & LIVE) != 0)
 
 

@@ -15,6 +15,7 @@ from fwpkm.kernels.scores import (
     add_factor_vjp,
     factor_of,
     key_direction,
+    multiple_of,
     query_direction,
     query_direction_vjp,
     sub_scores,
@@ -25,14 +26,23 @@ EQUATIONS = ("sub_scores", "sub_key_probabilities", "mean_probabilities", "key_g
 
 
 @triton.jit
+def multiples_of(recents, chosen, use, group, SUBKEYS: tl.constexpr, SCORE: tl.constexpr):
+    """(1 + V)^γ of chosen sub-keys [E, CHOICES] of a codebook; 1 where nothing counts V."""
+    multiple = 1.0
+    if recents is not None:
+        multiple = multiple_of(recents, group.to(tl.int64) * SUBKEYS + chosen, use, SCORE)
+    return multiple
+
+
+@triton.jit
 def coefficients_of(
-    ids, ranks, probability_sums, at, known, counted, group, count,
+    ids, ranks, recents, probability_sums, at, known, counted, group, count,
     SUBKEYS: tl.constexpr, K: tl.constexpr, SCORE: tl.constexpr, WEIGHT: tl.constexpr,
     CHOICES: tl.constexpr,
 ):  # fmt: skip
     """Of the tokens whose choices begin at ``at`` [E]: the sub-keys chosen, their scores s, p, a, and c (§4).
 
-    All [E, CHOICES]; c is the factor of (q - K), or of q, in α ∇L_addr.
+    All [E, CHOICES]; c is the factor of (q - K), or of q, in α ∇L_addr. Then what ``multiples_of`` gives.
     """
     choice = tl.arange(0, CHOICES)
     picked = (choice < K)[None, :]
@@ -44,12 +54,13 @@ def coefficients_of(
     a = addressing_slope(mean_probabilities(total, count))
     mean = tl.sum(tl.where(picked, p * a, 0.0), 1)
     d_score = tl.where(use & counted[:, None], WEIGHT / count * p * (a - mean[:, None]), 0.0)
-    return chosen, score, p, a, factor_of(d_score, score, SCORE)
+    multiple = multiples_of(recents, chosen, use, group, SUBKEYS, SCORE)
+    return chosen, score, p, a, factor_of(d_score, score, multiple, SCORE), multiple
 
 
 @triton.jit(do_not_specialize=["window", *VARYING])
 def coefficients_kernel(
-    ids, ranks, window_flags, probability_sums, counts, active, coefficients, due,
+    ids, ranks, recents, window_flags, probability_sums, counts, active, coefficients, due,
     window, start, length, first, num_tokens, rows,
     HEADS: tl.constexpr, SUBKEYS: tl.constexpr, K: tl.constexpr, SCORE: tl.constexpr,
     CHUNK: tl.constexpr, LOOKAHEAD: tl.constexpr, WEIGHT: tl.constexpr, BLOCK: tl.constexpr, CHOICES: tl.constexpr,
@@ -73,9 +84,11 @@ def coefficients_kernel(
     if WEIGHT > 0:
         count = count_of(counts, window, memory, memories)
         probability_sums += rows_before(window, tl.num_programs(1), SUBKEYS)
+        if recents is not None:
+            recents += rows_before(window, tl.num_programs(1), SUBKEYS)
         at = (here * 2 * HEADS + half) * K
-        _, _, _, _, c = coefficients_of(
-            ids, ranks, probability_sums, at, live, live, group, count, SUBKEYS, K, SCORE, WEIGHT, CHOICES
+        _, _, _, _, c, _ = coefficients_of(
+            ids, ranks, recents, probability_sums, at, live, live, group, count, SUBKEYS, K, SCORE, WEIGHT, CHOICES
         )
         choice = tl.arange(0, CHOICES)
         out = ((memory * rows * length + r).to(tl.int64) * 2 * HEADS + half) * K
@@ -92,7 +105,7 @@ def add_coefficients(launches: Launches, call: Call, integers: dict[str, int]) -
 
 @triton.jit(do_not_specialize=["window", *VARYING])
 def coefficients_backward_kernel(
-    query, keys, d_keys, ids, ranks, window_flags, probability_sums, counts, moved, keys_unclipped,
+    query, keys, d_keys, ids, ranks, recents, window_flags, probability_sums, counts, moved, keys_unclipped,
     d_coefficients, d_slopes, window, start, length, first, num_tokens, rows,
     HEADS: tl.constexpr, SUBKEYS: tl.constexpr, HALF: tl.constexpr, K: tl.constexpr, SCORE: tl.constexpr,
     CHUNK: tl.constexpr, RATE: tl.constexpr, WEIGHT: tl.constexpr,
@@ -112,9 +125,11 @@ def coefficients_backward_kernel(
     d_keys = key_gradients_after(d_keys, window, groups, SUBKEYS, HALF)
     keys += before * HALF
     probability_sums += before
+    if recents is not None:
+        recents += before
     at = (here * 2 * HEADS + half) * K
-    chosen, score, p, _, _ = coefficients_of(
-        ids, ranks, probability_sums, at, live, live, group, count, SUBKEYS, K, SCORE, WEIGHT, CHOICES
+    chosen, score, p, _, _, multiple = coefficients_of(
+        ids, ranks, recents, probability_sums, at, live, live, group, count, SUBKEYS, K, SCORE, WEIGHT, CHOICES
     )
     choice = tl.arange(0, CHOICES)
     use = live[:, None] & (choice < K)[None, :]
@@ -134,7 +149,7 @@ def coefficients_backward_kernel(
         )
         after = key_gradients(d_keys, moved, keys_unclipped, before, row, use, d, HALF, RATE)
         d_coefficient += tl.sum(key_direction(q, key, SCORE) * after, 2)
-    slope = tl.where(use, factor_of(d_coefficient, score, SCORE), 0.0)
+    slope = tl.where(use, factor_of(d_coefficient, score, multiple, SCORE), 0.0)
     mean = tl.sum(tl.where(use, p * slope, 0.0), 1)
     inside = (r < rows * length)[:, None] & (choice < K)[None, :]
     tl.store(d_coefficients + at[:, None] + choice[None, :], tl.where(use, d_coefficient, 0.0), mask=inside)
@@ -144,7 +159,7 @@ def coefficients_backward_kernel(
 
 @triton.jit(do_not_specialize=["window", "version", "pieces", *VARYING])
 def scores_backward_kernel(
-    query, keys, d_keys, ids, ranks, window_flags, probability_sums, counts, moved, keys_unclipped,
+    query, keys, d_keys, ids, ranks, recents, window_flags, probability_sums, counts, moved, keys_unclipped,
     d_coefficients, totals, d_scores, d_ranks, d_query,
     window, version, pieces, start, length, first, num_tokens, rows,
     HEADS: tl.constexpr, SUBKEYS: tl.constexpr, HALF: tl.constexpr, K: tl.constexpr, SCORE: tl.constexpr,
@@ -172,17 +187,19 @@ def scores_backward_kernel(
     d_keys = key_gradients_after(d_keys, window, groups, SUBKEYS, HALF)
     keys += rows_before(version, groups, SUBKEYS) * HALF
     probability_sums += before
+    if recents is not None:
+        recents += before
     choice = tl.arange(0, CHOICES)
     use = alive[:, None] & (choice < K)[None, :]
     at = (here * 2 * HEADS + half) * K
     choices = at[:, None] + choice[None, :]
     d_score = tl.load(d_scores + choices, mask=use, other=0.0)
     if WRITES:
-        chosen, score, p, a, c = coefficients_of(
-            ids, ranks, probability_sums, at, alive, live, group, count, SUBKEYS, K, SCORE, WEIGHT, CHOICES
+        chosen, score, p, a, c, multiple = coefficients_of(
+            ids, ranks, recents, probability_sums, at, alive, live, group, count, SUBKEYS, K, SCORE, WEIGHT, CHOICES
         )
         d_coefficient = tl.load(d_coefficients + choices, mask=use, other=0.0)
-        slope = factor_of(d_coefficient, score, SCORE)
+        slope = factor_of(d_coefficient, score, multiple, SCORE)
         d_score = add_factor_vjp(d_score, c, d_coefficient, SCORE)
         counted = live[:, None] & (choice < K)[None, :]
         mean_a = tl.sum(tl.where(counted, p * a, 0.0), 1)
@@ -200,7 +217,8 @@ def scores_backward_kernel(
         chosen = tl.load(ids + choices, mask=use, other=0)
         score = sub_scores(tl.load(ranks + choices, mask=use, other=0.0), SCORE)
         c = tl.zeros([BLOCK, CHOICES], tl.float32)
-    d_rank = tl.where(use, factor_of(tl.where(use, d_score, 0.0), score, SCORE), 0.0)
+        multiple = multiples_of(recents, chosen, use, group, SUBKEYS, SCORE)
+    d_rank = tl.where(use, factor_of(tl.where(use, d_score, 0.0), score, multiple, SCORE), 0.0)
     tl.store(d_ranks + choices, d_rank, mask=inside[:, None] & (choice < K)[None, :])
     row = group * SUBKEYS + chosen
     for d0 in range(0, HALF, DEPTH):

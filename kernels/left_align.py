@@ -28,7 +28,7 @@ PENDING = tl.constexpr(-2)
 _BLOCK = 2048
 _AT_ONCE = 8
 """Places of one program: 32 numbers of a row for each of its threads."""
-_MOST_TENSORS = 3
+_MOST_TENSORS = 4
 """That one launch brings."""
 
 
@@ -127,11 +127,12 @@ def bring(source, pending, into, place, row, known, width: tl.constexpr, BLOCK: 
 
 @triton.jit(do_not_specialize=["places"])
 def rows_kernel(
-    index, source0, source1, source2, pending0, pending1, pending2, into0, into1, into2, places,
-    WIDTH0: tl.constexpr, WIDTH1: tl.constexpr, WIDTH2: tl.constexpr,
-    BLOCK0: tl.constexpr, BLOCK1: tl.constexpr, BLOCK2: tl.constexpr, ROWS: tl.constexpr,
+    index, source0, source1, source2, source3, pending0, pending1, pending2, pending3, into0, into1, into2, into3,
+    places,
+    WIDTH0: tl.constexpr, WIDTH1: tl.constexpr, WIDTH2: tl.constexpr, WIDTH3: tl.constexpr,
+    BLOCK0: tl.constexpr, BLOCK1: tl.constexpr, BLOCK2: tl.constexpr, BLOCK3: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """The rows of up to three tensors at ROWS places of the index."""
+    """The rows of up to four tensors at ROWS places of the index."""
     place, tensor = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1)
     known = place < places
     row = tl.load(index + place, mask=known, other=NOTHING)
@@ -143,6 +144,9 @@ def rows_kernel(
     if into2 is not None:
         if tensor == 2:
             bring(source2, pending2, into2, place, row, known, WIDTH2, BLOCK2)
+    if into3 is not None:
+        if tensor == 3:
+            bring(source3, pending3, into3, place, row, known, WIDTH3, BLOCK3)
 
 
 _TOLD = ("token_mask", "cu_seqlens", "num_pending", "pending_mask")

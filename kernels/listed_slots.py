@@ -64,7 +64,8 @@ def best_sums(s1, s2, id1, id2, SUBKEYS: tl.constexpr, K: tl.constexpr):
 
 @triton.jit(do_not_specialize=["window", "memories", "words", *VARYING, "first_new", "num_pending", "num_new"])
 def listed_select_slots_kernel(
-    ids, ranks, flags, window_flags, slots, weights, table_rows, probability_sums, counts, maps, new_slots, new_weights,
+    ids, ranks, flags, window_flags, slots, weights, table_rows, probability_sums, counts, subkey_counts, maps,
+    new_slots, new_weights,
     due, window, memories, words, start, length, first, num_tokens, rows, first_new, num_pending, num_new,
     HEADS: tl.constexpr, SUBKEYS: tl.constexpr, K: tl.constexpr, SCORE: tl.constexpr,
     TEMPERATURE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, WRITES: tl.constexpr, MAPS: tl.constexpr,
@@ -125,3 +126,6 @@ def listed_select_slots_kernel(
                 for j in tl.static_range(K):
                     share = (p[j] * PROBABILITY_UNIT).to(tl.int64)
                     tl.atomic_add(probability_sums + row + chosen[half][j], share, mask=counted, sem="relaxed")
+                    if subkey_counts is not None:
+                        one = tl.zeros_like(chosen[half][j]) + 1
+                        tl.atomic_add(subkey_counts + row + chosen[half][j], one, mask=counted, sem="relaxed")

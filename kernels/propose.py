@@ -71,9 +71,10 @@ def add_begin_keys(launches: Launches, call: Call) -> None:
     launches.add(begin_keys_kernel, (call.cfg.num_subkeys, call.groups), {}, call.shapes.begin_keys)
 
 
-@triton.jit(do_not_specialize=["moves", *VARYING])
+@triton.jit(do_not_specialize=["window", "moves", *VARYING])
 def propose_kernel(
-    query, flags, norms, largest, keys_hi_lo, proposals, scales, due, moves, start, length, num_tokens, rows,
+    query, flags, norms, largest, keys_hi_lo, recents, proposals, scales, due,
+    window, moves, start, length, num_tokens, rows,
     HEADS: tl.constexpr, SUBKEYS: tl.constexpr, HALF: tl.constexpr, SCORE: tl.constexpr,
     TILES: tl.constexpr, PROPOSED: tl.constexpr, BITS: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, EXACT: tl.constexpr,
@@ -127,7 +128,9 @@ def propose_kernel(
         if not EXACT:
             product = dot_hi_lo(lo_of(q.to(tl.float32), q_hi).to(tl.bfloat16), k_hi, product, UPCAST)
     longest = tl.sqrt(tl.load(largest + moves * tl.num_programs(1) + group).to(tl.float32, bitcast=True))
-    product, scale = proposed_ranks(product, square, norms + group * SUBKEYS, longest, column, SUBKEYS, SCORE)
+    if recents is not None:
+        recents += (window * tl.num_programs(1) + group).to(tl.int64) * SUBKEYS
+    product, scale = proposed_ranks(product, square, norms + group * SUBKEYS, longest, recents, column, SUBKEYS, SCORE)
     unit: tl.constexpr = 2 ** (31 - BITS)
     level = product * (unit / tl.maximum(scale, 1e-30))[:, None]
     level = tl.where(level > 1 - unit, level, 1 - unit)  # also what is not a number

@@ -39,7 +39,7 @@ def merged(rank, chosen, more_rank, more, choice):
 
 @triton.jit
 def top_k_proposed(
-    query, keys, proposals, scale, alive,
+    query, keys, recents, proposals, scale, alive,
     SUBKEYS: tl.constexpr, HALF: tl.constexpr, K: tl.constexpr, SCORE: tl.constexpr,
     TILES: tl.constexpr, PROPOSED: tl.constexpr, LISTED: tl.constexpr, BITS: tl.constexpr, EXACT: tl.constexpr,
     CHOICES: tl.constexpr, DEPTH: tl.constexpr,
@@ -66,7 +66,7 @@ def top_k_proposed(
     mask: tl.constexpr = 2**BITS - 1
     wanted, possible = choice < K, spare != NOTHING
     chosen = tl.where(wanted, mask - (mine & mask), SUBKEYS + choice)
-    rank = exact_ranks(query, keys, chosen, wanted, alive, HALF, SCORE, CHOICES, DEPTH)
+    rank = exact_ranks(query, keys, recents, chosen, wanted, alive, HALF, SCORE, CHOICES, DEPTH)
     if PROPOSED > K:
         worst = tl.min(tl.where(wanted, rank, INF), 0)
         # A level is rounded by less than one; the scale is not finite where products are not.
@@ -75,7 +75,7 @@ def top_k_proposed(
         unsure = alive & ~((tl.max(tl.where(possible, bound, -INF), 0) < worst) & (scale < INF))
         if unsure:
             more = tl.where(possible, mask - (spare & mask), SUBKEYS + CHOICES + choice)
-            more_rank = exact_ranks(query, keys, more, possible, alive, HALF, SCORE, CHOICES, DEPTH)
+            more_rank = exact_ranks(query, keys, recents, more, possible, alive, HALF, SCORE, CHOICES, DEPTH)
             rank, chosen = merged(rank, chosen, more_rank, more, choice)
             if PROPOSED < SUBKEYS:
                 worst = tl.min(tl.where(wanted, rank, INF), 0)
@@ -85,7 +85,7 @@ def top_k_proposed(
                         more = at + choice
                         known = tl.max((more[:, None] == chosen[None, :]).to(tl.int32), 1) > 0
                         unknown = (more < SUBKEYS) & ~known
-                        more_rank = exact_ranks(query, keys, more, unknown, alive, HALF, SCORE, CHOICES, DEPTH)
+                        more_rank = exact_ranks(query, keys, recents, more, unknown, alive, HALF, SCORE, CHOICES, DEPTH)
                         more = tl.where(unknown, more, SUBKEYS + 2 * CHOICES + more)
                         rank, chosen = merged(rank, chosen, more_rank, more, choice)
     return rank, chosen
@@ -108,9 +108,10 @@ def top_k(ranks, SUBKEYS: tl.constexpr, K: tl.constexpr, CHOICES: tl.constexpr, 
     return rank, chosen
 
 
-@triton.jit(do_not_specialize=["version", *VARYING])
+@triton.jit(do_not_specialize=["window", "version", *VARYING])
 def rank_kernel(
-    query, keys, proposals, scales, flags, ids, ranks, due, version, start, length, first, num_tokens, rows,
+    query, keys, recents, proposals, scales, flags, ids, ranks, due,
+    window, version, start, length, first, num_tokens, rows,
     HEADS: tl.constexpr, SUBKEYS: tl.constexpr, HALF: tl.constexpr, K: tl.constexpr, SCORE: tl.constexpr,
     TILES: tl.constexpr, PROPOSED: tl.constexpr, BITS: tl.constexpr,
     LISTED: tl.constexpr, EXACT: tl.constexpr, CHOICES: tl.constexpr, DEPTH: tl.constexpr, CHUNK: tl.constexpr,
@@ -125,9 +126,12 @@ def rank_kernel(
     local = (before + memory * rows * length + r).to(tl.int64)
     row_index = local * 2 * HEADS + half
     alive = (tl.load(flags + token).to(tl.int32) & DEAD) == 0
+    if recents is not None:
+        recents += (window * tl.num_programs(1) + group).to(tl.int64) * SUBKEYS
     rank, chosen = top_k_proposed(
         query + token * (2 * HEADS * HALF) + half * HALF,
         keys + (version * tl.num_programs(1) + group).to(tl.int64) * SUBKEYS * HALF,
+        recents,
         proposals + row_index * TILES * PROPOSED, tl.load(scales + row_index), alive,
         SUBKEYS, HALF, K, SCORE, TILES, PROPOSED, LISTED, BITS, EXACT, CHOICES, DEPTH,
     )  # fmt: skip

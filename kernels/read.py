@@ -7,7 +7,7 @@ from fwpkm.kernels.losses import memorization_loss
 from fwpkm.kernels.overlay import row_of
 from fwpkm.kernels.runtime.launch import Launches
 from fwpkm.kernels.runtime.windows import Call
-from fwpkm.kernels.tokens import DEAD, GONE, INF, LIVE, VARYING, gate_of, not_due, pairs
+from fwpkm.kernels.tokens import DEAD, GONE, INF, LIVE, VARYING, forget_of, gate_of, not_due, pairs
 
 EQUATIONS = ("read", "pairs", "memorization_loss", "write_scale")
 _VARYING = [*VARYING, "first_new", "num_pending", "num_new"]
@@ -43,12 +43,15 @@ def write_scale_vjp(d_strength, g, power, WRITE_SCALE: tl.constexpr):
 
 @triton.jit(do_not_specialize=_VARYING)
 def read_kernel(
-    table, latest, new_rows, slots, weights, window_flags, value, gate, output, error, strength, squared, due,
+    table, latest, new_rows, slots, weights, window_flags, value, gate, forget, output, error, strength, forgets,
+    squared, due,
     start, length, first, num_tokens, rows, first_new, num_pending, num_new,
     SLOTS: tl.constexpr, WIDTH: tl.constexpr, ENTRIES: tl.constexpr, CHUNK: tl.constexpr, LOOKAHEAD: tl.constexpr,
     WRITE_SCALE: tl.constexpr, BLOCK: tl.constexpr, ENTRY_BLOCK: tl.constexpr, WRITES: tl.constexpr,
 ):  # fmt: skip
     """v̂ = Σ w · values[slot]; before a write also v̂ - u, κ g and ½ g ‖v̂ - u‖² of the tokens that have a pair.
+
+    And f of those that count.
 
     The stream's tokens from ``first_new`` on have not been read before: they are output, NaN where they are dead, or 0
     where they are masked.
@@ -89,6 +92,9 @@ def read_kernel(
         tl.store(error + here * WIDTH + d, miss, mask=d < WIDTH)
         tl.store(strength + here, tl.where(pair, scale * g, 0.0))
         tl.store(squared + here, tl.where(pair, memorization_loss(miss, g), 0.0))
+        if forget is not None:
+            counted = (t < CHUNK) & ((flag & LIVE) != 0)
+            tl.store(forgets + here, tl.where(counted, forget_of(forget, stream), 0.0))
 
 
 def add_read(launches: Launches, call: Call, integers: dict[str, int]) -> None:
@@ -98,8 +104,8 @@ def add_read(launches: Launches, call: Call, integers: dict[str, int]) -> None:
 
 
 @triton.jit
-def gradient_after(gradients, d_values, values_unclipped, next_segment, segment, row, known, d, WIDTH: tl.constexpr):
-    """Gradients [E, D] of rows as a window left them; those that clipping passes."""
+def gradient_after(gradients, d_values, next_segment, row, known, d, WIDTH: tl.constexpr):
+    """Gradients [E, D] of rows as a window left them."""
     inside = (d < WIDTH)[None, :]
     later = known & (next_segment >= 0)
     at = next_segment.to(tl.int64)[:, None] * WIDTH + d[None, :]
@@ -107,21 +113,30 @@ def gradient_after(gradients, d_values, values_unclipped, next_segment, segment,
     if d_values is not None:
         at = row.to(tl.int64)[:, None] * WIDTH + d[None, :]
         after += tl.load(d_values + at, mask=(known & (next_segment < 0))[:, None] & inside, other=0.0)
-    if values_unclipped is not None:
-        at = segment.to(tl.int64)[:, None] * WIDTH + d[None, :]
-        after = after * tl.load(values_unclipped + at, mask=known[:, None] & inside, other=0).to(tl.float32)
     return after
+
+
+@triton.jit
+def rows_before(old_rows, table, new_rows, sources, segment, slots, entry, known, d, WIDTH: tl.constexpr):
+    """Rows [E, D] as a window found them."""
+    if sources is None:
+        place = old_rows + segment.to(tl.int64)[:, None] * WIDTH
+    else:
+        source = tl.load(sources + segment, mask=known, other=-1)
+        place = row_of(table, new_rows, source, tl.load(slots + entry, mask=known, other=0), WIDTH)[:, None]
+    return tl.load(place + d[None, :], mask=known[:, None] & (d < WIDTH)[None, :], other=0.0)
 
 
 @triton.jit(do_not_specialize=_VARYING)
 def read_backward_kernel(
-    slots, weights, window_flags, gate, error, strength, segment_start, step_sizes, latest, old_rows, table, new_rows,
-    sources, values_unclipped, gradients, d_values, d_output, d_weights, d_read, d_value, d_gate,
+    slots, weights, window_flags, gate, forget, error, strength, segment_start, step_sizes, fractions, latest, old_rows,
+    table, new_rows, sources, values_unclipped, gradients, d_values, d_output, d_weights, d_read, d_value, d_gate,
+    d_forget,
     start, length, first, num_tokens, rows, first_new, num_pending, num_new,
     SLOTS: tl.constexpr, WIDTH: tl.constexpr, ENTRIES: tl.constexpr, CHUNK: tl.constexpr, LOOKAHEAD: tl.constexpr,
     WRITE_SCALE: tl.constexpr, BLOCK: tl.constexpr, ENTRY_BLOCK: tl.constexpr, WRITES: tl.constexpr,
 ):  # fmt: skip
-    """Through the write into v̂, u, κ g; then through the read into w."""
+    """Through the write into v̂, u, κ g and f; then through the read into w."""
     r = tl.program_id(0)
     here = (first + r).to(tl.int64)
     b, t = r // length, r % length
@@ -141,17 +156,29 @@ def read_backward_kernel(
         nonfinite = tl.max((~(tl.abs(miss) < INF)).to(tl.int32), 0) != 0
         miss = tl.where(nonfinite, 0.0, miss)
         d_strength = 0.0
+        d_forgotten = 0.0
         for at in range(0, ENTRIES, ENTRY_BLOCK):
             e = at + tl.arange(0, ENTRY_BLOCK)
             known = e < ENTRIES
             w = tl.load(weights + here * ENTRIES + e, mask=known, other=0.0)
             segment = tl.load(segment_start + here * ENTRIES + e, mask=known, other=0)
             step_size = tl.load(step_sizes + segment, mask=known, other=0.0)
+            moved = known & (step_size != 0)
+            if forget is not None:
+                fraction = tl.load(fractions + segment, mask=known, other=0.0)
+                moved = known & (fraction != 0)
             row = memory * SLOTS + tl.load(slots + here * ENTRIES + e, mask=known, other=0)
             next_segment = tl.load(latest + row, mask=known, other=-1)
-            after = gradient_after(
-                gradients, d_values, values_unclipped, next_segment, segment, row, known & (step_size != 0), d, WIDTH
-            )
+            after = gradient_after(gradients, d_values, next_segment, row, moved, d, WIDTH)
+            if forget is not None:
+                before = rows_before(
+                    old_rows, table, new_rows, sources, segment, slots, here * ENTRIES + e, moved, d, WIDTH
+                )
+                d_forgotten -= tl.sum(fraction * tl.sum(after * before, 1), 0)
+            if values_unclipped is not None:
+                at_row = segment.to(tl.int64)[:, None] * WIDTH + d[None, :]
+                passes = tl.load(values_unclipped + at_row, mask=moved[:, None] & (d < WIDTH)[None, :], other=0)
+                after = after * passes.to(tl.float32)
             toward -= tl.sum((c * w * step_size)[:, None] * after, 0)
             d_coefficient = -step_size * tl.sum(after * miss[None, :], 1)
             d_coefficient = tl.where(d_coefficient == d_coefficient, d_coefficient, 0.0)
@@ -160,6 +187,9 @@ def read_backward_kernel(
         tl.debug_barrier()  # other threads of this program load them below
         pair = pairs(window_flags, here, t, length, t < CHUNK, LOOKAHEAD) & ((flag & LIVE) != 0)
         stream = b.to(tl.int64) * num_tokens + start + t
+        if forget is not None:
+            if (t < CHUNK) & ((flag & LIVE) != 0):
+                tl.store(d_forget + stream, d_forgotten)
         if pair:
             tl.store(d_value + (stream + LOOKAHEAD) * WIDTH + d, (-toward).to(d_value.dtype.element_ty), mask=d < WIDTH)
             if gate is not None:
@@ -178,13 +208,9 @@ def read_backward_kernel(
         known = e < ENTRIES
         w = tl.load(weights + here * ENTRIES + e, mask=known, other=0.0)
         segment = tl.load(segment_start + here * ENTRIES + e, mask=known, other=0).to(tl.int64)
-        if sources is None:
-            place = old_rows + segment[:, None] * WIDTH
-        else:
-            source = tl.load(sources + segment, mask=known, other=-1)
-            slot = tl.load(slots + here * ENTRIES + e, mask=known, other=0)
-            place = row_of(table, new_rows, source, slot, WIDTH)[:, None]
-        row = tl.load(place + d[None, :], mask=(alive & known)[:, None] & (d < WIDTH)[None, :], other=0.0)
+        row = rows_before(
+            old_rows, table, new_rows, sources, segment, slots, here * ENTRIES + e, alive & known, d, WIDTH
+        )
         d_w = tl.sum(row * toward[None, :], 1) + d_power * w
         if WRITES:
             d_w += tl.load(d_weights + here * ENTRIES + e, mask=known, other=0.0)

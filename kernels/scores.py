@@ -17,14 +17,30 @@ SCORES = ("idw", "dot_product")
 
 
 @triton.jit
+def multiple_of(recents, at, known, SCORE: tl.constexpr):
+    """(1 + V)^γ of sub-keys, by which ε + ‖q - K‖² counts more: so their scores are less by γ log(1 + V)."""
+    return tl.exp(SCORE.penalty * tl.log(1 + tl.load(recents + at, mask=known, other=0.0)))
+
+
+@triton.jit
+def penalised(rank, multiple, SCORE: tl.constexpr):
+    """The rank whose score is that of ``rank`` less γ log(1 + V): ε less it is (ε - rank) (1 + V)^γ."""
+    if SCORE.name == "idw":
+        rank = rank * multiple - SCORE.epsilon * (multiple - 1)
+    else:
+        tl.static_assert(False, "the kernels know recent uses of no such SCORE")
+    return rank
+
+
+@triton.jit
 def exact_ranks(
-    query, keys, chosen, wanted, alive,
+    query, keys, recents, chosen, wanted, alive,
     HALF: tl.constexpr, SCORE: tl.constexpr, CHOICES: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """-‖q - K‖² from differences, or q·K, of the ``chosen`` [CHOICES]; -inf where not ``wanted``.
 
-    What is no number is +inf, which is first, and kills the token (§2). The sum of each has the same order wherever it
-    stands, so equal sub-keys tie.
+    ``penalised`` where V of the codebook's sub-keys is in ``recents``. What is no number is +inf, which is first, and
+    kills the token (§2). The sum of each has the same order wherever it stands, so equal sub-keys tie.
     """
     # Line by line of 128 bytes, whose sums are added last: so a warp loads four sub-keys at once, and adds across eight
     # lanes, once. Each lane loads the numbers of the query that it needs: broadcast ones would cross lanes.
@@ -43,14 +59,17 @@ def exact_ranks(
             else:
                 tl.static_assert(False, "the kernels do not know this SCORE")
     rank = tl.sum(total, 1)
+    if recents is not None:
+        rank = penalised(rank, multiple_of(recents, chosen, wanted, SCORE), SCORE)
     return tl.where(wanted, tl.where(rank == rank, rank, INF), -INF)
 
 
 @triton.jit
-def proposed_ranks(product, square, norms, longest, column, SUBKEYS: tl.constexpr, SCORE: tl.constexpr):
+def proposed_ranks(product, square, norms, longest, recents, column, SUBKEYS: tl.constexpr, SCORE: tl.constexpr):
     """Ranks [R, N] from the products q·K, and their unit [R], which none exceeds: (‖q‖ + max ‖K‖)² or ‖q‖ max ‖K‖.
 
-    ``square`` [R] is ‖q‖², ``norms`` hold ‖K‖² of the codebook, ``longest`` is its largest ‖K‖.
+    ``square`` [R] is ‖q‖², ``norms`` hold ‖K‖² of the codebook, ``longest`` is its largest ‖K‖. With V in ``recents``
+    ranks are ``penalised``, and their unit and error are as many times larger as those of the sub-key used most.
     """
     if SCORE.name == "idw":
         norm = tl.load(norms + column, mask=column < SUBKEYS, other=0.0)
@@ -61,6 +80,14 @@ def proposed_ranks(product, square, norms, longest, column, SUBKEYS: tl.constexp
         unit = tl.sqrt(square) * longest
     else:
         tl.static_assert(False, "the kernels do not know this SCORE")
+    if recents is not None:
+        multiple = multiple_of(recents, column, column < SUBKEYS, SCORE)
+        product = penalised(product, multiple[None, :], SCORE)
+        largest = tl.max(multiple, 0)
+        for at in range(0, SUBKEYS, 64):
+            every = at + tl.arange(0, 64)
+            largest = tl.maximum(largest, tl.max(multiple_of(recents, every, every < SUBKEYS, SCORE), 0))
+        unit = (unit + SCORE.epsilon) * largest
     return product, unit
 
 
@@ -98,10 +125,10 @@ def bounded_scores(rank, choice, K: tl.constexpr, SCORE: tl.constexpr):
 
 
 @triton.jit
-def factor_of(d_score, score, SCORE: tl.constexpr):
-    """What a score's gradient makes of the directions of its key and its query."""
+def factor_of(d_score, score, multiple, SCORE: tl.constexpr):
+    """What a score's gradient makes of the directions of its key and its query; ``multiple`` is (1 + V)^γ, or 1."""
     if SCORE.name == "idw":
-        factor = 2 * d_score * tl.exp(score)
+        factor = 2 * d_score * tl.exp(score) * multiple
     elif SCORE.name == "dot_product":
         factor = d_score
     else:

@@ -17,7 +17,7 @@ SERVED_CHOICES = {
 SERVED_FIELDS = {
     "key_dim", "value_dim", "num_heads", "num_subkeys", "top_k", "chunk_size", "lookahead", "boundary", "score",
     "score_eps", "temperature", "learning_rate", "write_scale", "weight_decay", "grad_clip", "addressing_weight",
-    "memory_scope", "usage_weight", "query", "value", "gate", "mask",
+    "memory_scope", "usage_weight", "initial_decay", "recent_penalty", "query", "value", "gate", "mask", "forget",
 }  # fmt: skip
 """The fields of a configuration and of a token that the kernels serve; one of a configuration that is not listed must
 be at its default."""

@@ -56,7 +56,8 @@ def in_order(rank, chosen, choice, K: tl.constexpr):
 
 @triton.jit(do_not_specialize=["window", "memories", "words", *VARYING, "first_new", "num_pending", "num_new"])
 def select_slots_kernel(
-    ids, ranks, flags, window_flags, slots, weights, table_rows, probability_sums, counts, maps, new_slots, new_weights,
+    ids, ranks, flags, window_flags, slots, weights, table_rows, probability_sums, counts, subkey_counts, maps,
+    new_slots, new_weights,
     due, window, memories, words, start, length, first, num_tokens, rows, first_new, num_pending, num_new,
     HEADS: tl.constexpr, SUBKEYS: tl.constexpr, K: tl.constexpr, SCORE: tl.constexpr,
     TEMPERATURE: tl.constexpr, CHUNK: tl.constexpr,
@@ -134,6 +135,9 @@ def select_slots_kernel(
                 p = sub_key_probabilities(score, picked[None, :])
                 p = (p * PROBABILITY_UNIT).to(tl.int64)
                 tl.atomic_add(probability_sums + row, p, mask=asked & counted[:, None], sem="relaxed")
+                if subkey_counts is not None:
+                    one = tl.zeros_like(subkey) + 1
+                    tl.atomic_add(subkey_counts + row, one, mask=asked & counted[:, None], sem="relaxed")
 
 
 def add_select_slots(launches: Launches, call: Call, integers: dict[str, int]) -> None:

@@ -82,12 +82,21 @@ def gate_of(gate, token):
 
 
 @triton.jit
+def forget_of(forget, token):
+    """f of a token, 0 where there is none."""
+    f = 0.0
+    if forget is not None:
+        f = tl.load(forget + token).to(tl.float32)
+    return f
+
+
+@triton.jit
 def flag_of(
-    query, value, gate, mask, pair, token,
+    query, value, gate, mask, forget, pair, token,
     QUERY: tl.constexpr, VALUE: tl.constexpr, QUERY_BLOCK: tl.constexpr, VALUE_BLOCK: tl.constexpr,
     SHIFTED: tl.constexpr,
 ):  # fmt: skip
-    """The flag of a token (§5): it is dead where its query, value or gate is not finite, or where it is masked."""
+    """The flag of a token (§5): dead where its query, value, gate or forget is not finite, or where it is masked."""
     columns = tl.arange(0, QUERY_BLOCK)
     x = tl.load(query + token * QUERY + columns, mask=columns < QUERY, other=0.0).to(tl.float32)
     alive = tl.min((tl.abs(x) < INF).to(tl.int32), 0)
@@ -96,6 +105,8 @@ def flag_of(
     target = tl.min((tl.abs(x) < INF).to(tl.int32), 0)
     if gate is not None:
         alive = alive * (tl.abs(tl.load(gate + token).to(tl.float32)) < INF).to(tl.int32)
+    if forget is not None:
+        alive = alive * (tl.abs(tl.load(forget + token).to(tl.float32)) < INF).to(tl.int32)
     if not SHIFTED:
         alive = alive * target
     there = 1
@@ -109,7 +120,7 @@ def flag_of(
 
 @triton.jit(do_not_specialize=["num_flags", "num_zeros"])
 def prepare_kernel(
-    query, value, gate, mask, pair, flags, zeros, num_flags, num_zeros,
+    query, value, gate, mask, forget, pair, flags, zeros, num_flags, num_zeros,
     QUERY: tl.constexpr, VALUE: tl.constexpr, QUERY_BLOCK: tl.constexpr, VALUE_BLOCK: tl.constexpr,
     SHIFTED: tl.constexpr, ZEROS: tl.constexpr,
 ):  # fmt: skip
@@ -119,7 +130,7 @@ def prepare_kernel(
     """
     token = tl.program_id(0).to(tl.int64)
     if token < num_flags:
-        flag = flag_of(query, value, gate, mask, pair, token, QUERY, VALUE, QUERY_BLOCK, VALUE_BLOCK, SHIFTED)
+        flag = flag_of(query, value, gate, mask, forget, pair, token, QUERY, VALUE, QUERY_BLOCK, VALUE_BLOCK, SHIFTED)
         tl.store(flags + token, flag.to(tl.int8))
     else:
         at = (token - num_flags) * ZEROS + tl.arange(0, ZEROS)

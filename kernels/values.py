@@ -21,11 +21,12 @@ EQUATIONS = ("value_gradient", "step", "learning_rates")
 
 @triton.jit
 def entries_of(
-    at, end, row, sorted_rows, order, weights, strength, error, window_flags, segment_start, segment, length, first, d,
+    at, end, row, sorted_rows, order, weights, strength, error, forget, forgets, window_flags, segment_start, segment,
+    length, first, d,
     WIDTH: tl.constexpr, ENTRIES: tl.constexpr, CHUNK: tl.constexpr, ENTRY_BLOCK: tl.constexpr,
     WRITES: tl.constexpr,
 ):  # fmt: skip
-    """Of a row's next entries, as many as ENTRY_BLOCK: Σ κ w g (v̂ - u), how many count, and how many there are.
+    """Of a row's next entries, as many as ENTRY_BLOCK: Σ κ w g (v̂ - u), Σ f, how many count, and how many there are.
 
     None from ``end`` on.
     """
@@ -35,6 +36,7 @@ def entries_of(
     entry = tl.load(order + e, mask=inside, other=0).to(tl.int64)
     gradient = tl.zeros_like(d).to(tl.float32)
     count = 0
+    forgotten = 0.0
     if segment_start is not None:
         tl.store(segment_start + entry, segment.to(tl.int32) + tl.zeros_like(e).to(tl.int32), mask=same)
     if WRITES:
@@ -47,7 +49,9 @@ def entries_of(
             error + token[:, None] * WIDTH + d[None, :], mask=same[:, None] & (d < WIDTH)[None, :], other=0.0
         )
         gradient += tl.sum(tl.where((counted & (coefficient != 0))[:, None], coefficient[:, None] * miss, 0.0), 0)
-    return gradient, count, tl.sum(same.to(tl.int32), 0)
+        if forget is not None:
+            forgotten += tl.sum(tl.load(forgets + token, mask=counted, other=0.0), 0)
+    return gradient, forgotten, count, tl.sum(same.to(tl.int32), 0)
 
 
 @triton.jit
@@ -92,11 +96,12 @@ def goes_on(sorted_rows, begin, at, PIECE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["length", "first", "total"])
 def piece_kernel(
-    sorted_rows, order, weights, strength, error, window_flags, partial, partial_counts, length, first, total,
+    sorted_rows, order, weights, strength, error, forget, forgets, window_flags, partial, partial_counts,
+    partial_forgotten, length, first, total,
     WIDTH: tl.constexpr, ENTRIES: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, PIECE: tl.constexpr,
     ENTRY_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Σ κ w g (v̂ - u) of a row's entries in one piece of the window's, unless they are its own program's.
+    """Σ κ w g (v̂ - u) and Σ f of a row's entries in one piece of the window's, unless they are its own program's.
 
     Few rows have so many entries; but a token that all read alike would keep the program of its row busy alone.
     """
@@ -109,18 +114,22 @@ def piece_kernel(
     end = tl.minimum(piece_start + PIECE, total.to(tl.int64) * ENTRIES)
     gradient = tl.zeros([BLOCK], tl.float32)
     count = 0
+    forgotten = 0.0
     at = piece_start
     found = ENTRY_BLOCK
     while (found == ENTRY_BLOCK) & (at < end):
-        more, counted, found = entries_of(
-            at, end, row, sorted_rows, order, weights, strength, error, window_flags, None, piece_start, length, first,
-            d, WIDTH, ENTRIES, CHUNK, ENTRY_BLOCK, True,
+        more, lost, counted, found = entries_of(
+            at, end, row, sorted_rows, order, weights, strength, error, forget, forgets, window_flags, None,
+            piece_start, length, first, d, WIDTH, ENTRIES, CHUNK, ENTRY_BLOCK, True,
         )  # fmt: skip
         gradient += more
+        forgotten += lost
         count += counted
         at += ENTRY_BLOCK
     tl.store(partial + tl.program_id(0).to(tl.int64) * WIDTH + d, gradient, mask=d < WIDTH)
     tl.store(partial_counts + tl.program_id(0), count)
+    if forget is not None:
+        tl.store(partial_forgotten + tl.program_id(0), forgotten)
 
 
 @triton.jit
@@ -131,22 +140,25 @@ def learning_rates(reads, before, RATE: tl.constexpr, USAGE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["window", "memories", "length", "first", "total"])
 def values_kernel(
-    table, latest, last_windows, new_rows, uses, sorted_rows, order, weights, strength, error, window_flags, active,
-    partial, partial_counts, segment_start, step_sizes, decays, old_rows, sources, values_unclipped,
+    table, initial_values, latest, last_windows, new_rows, uses, sorted_rows, order, weights, strength, error, forget,
+    forgets, window_flags, active, partial, partial_counts, partial_forgotten, segment_start, step_sizes, fractions,
+    decays, old_rows, sources, values_unclipped,
     window, memories, length, first, total,
     SLOTS: tl.constexpr, WIDTH: tl.constexpr, ENTRIES: tl.constexpr, CHUNK: tl.constexpr,
-    RATE: tl.constexpr, DECAY: tl.constexpr, CLIP: tl.constexpr, USAGE: tl.constexpr, BLOCK: tl.constexpr,
-    PIECE: tl.constexpr, ENTRY_BLOCK: tl.constexpr, WRITES: tl.constexpr,
+    RATE: tl.constexpr, DECAY: tl.constexpr, CLIP: tl.constexpr, USAGE: tl.constexpr, INITIAL: tl.constexpr,
+    BLOCK: tl.constexpr, PIECE: tl.constexpr, ENTRY_BLOCK: tl.constexpr, WRITES: tl.constexpr,
 ):  # fmt: skip
-    """values_i ← values_i - η_i (clip(G_i) + λ values_i), G_i = (1/N_i) Σ κ w g (v̂ - u) over the entries of slot i.
+    """values_i ← (1 - F_i) values_i - η_i (clip(G_i) + λ values_i), of the N_i entries of slot i that count.
 
-    Then U_i ← U_i + N_i. Where nothing weighs them there are no ``uses``, and η_i = η.
+    G_i = (1/N_i) Σ κ w g (v̂ - u), and F_i = (1/N_i) Σ f, 0 where nothing forgets. Then U_i ← U_i + N_i. Where nothing
+    weighs them there are no ``uses``, and η_i = η. Where there are ``initial_values``, rows decay to them too, by λ⁰.
 
     All entries of the call lie sorted by window, table row and token. Those of one row and window are a segment, and
     the program of its first entry owns the row; the sums of the pieces behind its own are there already. It
-    keeps what a backward needs, where one comes, by segment: the row, the step size η_i/N_i and, where that is not one
-    number for all, η_i λ; and for each entry, its segment. Laid over the one table (overlay.py), it keeps the segment
-    that left the row in place of the row, and does nothing that no later window reads.
+    keeps what a backward needs, where one comes, by segment: the row, the step size η_i/N_i, 1/N_i and
+    η_i (λ + λ⁰) + F_i; and
+    for each entry, its segment. Laid over the one table (overlay.py), it keeps the segment that left the row in place
+    of the row, and does nothing that no later window reads.
     """
     begin = (first * ENTRIES).to(tl.int64)
     segment = begin + tl.program_id(0)
@@ -172,11 +184,17 @@ def values_kernel(
             if sources is not None:
                 note_segment(segment, row, sorted_rows, order, segment_start, last, PIECE)
                 tl.store(step_sizes + segment, 0.0)
+                tl.store(fractions + segment, 0.0)
+                tl.store(decays + segment, 0.0)
             return
         old = tl.load(row_of(table, new_rows, source, row_index % SLOTS, WIDTH) + d, mask=d < WIDTH, other=0.0)
+    pulled = None
+    if WRITES and initial_values is not None:
+        pulled = INITIAL * (old - tl.load(initial_values + (row_index % SLOTS) * WIDTH + d, mask=d < WIDTH, other=0.0))
     # Most rows have few entries: the first alone needs few registers.
     gradient = tl.zeros([BLOCK], tl.float32)
     count = 0
+    forgotten = 0.0
     lives = False
     if WRITES:
         if uses is not None:
@@ -188,16 +206,19 @@ def values_kernel(
         counts_too = ((token - first) % length < CHUNK) & ((tl.load(window_flags + token) & LIVE) != 0)
         gradient = tl.where(counts_too & (coefficient != 0), coefficient * miss, 0.0)
         count += counts_too.to(tl.int32)
+        if forget is not None:
+            forgotten += tl.load(forgets + token, mask=counts_too, other=0.0)
     if segment_start is not None:
         tl.store(segment_start + first_entry, segment.to(tl.int32))
     at = segment + 1
     found = follows.to(tl.int32) * ENTRY_BLOCK
     while found == ENTRY_BLOCK:
-        more, counted, found = entries_of(
-            at, end, row, sorted_rows, order, weights, strength, error, window_flags, segment_start, segment, length,
-            first, d, WIDTH, ENTRIES, CHUNK, ENTRY_BLOCK, WRITES,
+        more, lost, counted, found = entries_of(
+            at, end, row, sorted_rows, order, weights, strength, error, forget, forgets, window_flags, segment_start,
+            segment, length, first, d, WIDTH, ENTRIES, CHUNK, ENTRY_BLOCK, WRITES,
         )  # fmt: skip
         gradient += more
+        forgotten += lost
         count += counted
         at += ENTRY_BLOCK
     while going_on:
@@ -205,6 +226,8 @@ def values_kernel(
             piece = (end - begin) // PIECE
             gradient += tl.load(partial + piece * WIDTH + d, mask=d < WIDTH, other=0.0)
             count += tl.load(partial_counts + piece)
+            if forget is not None:
+                forgotten += tl.load(partial_forgotten + piece)
         if segment_start is not None:
             e = end + tl.arange(0, PIECE)
             same = tl.load(sorted_rows + e, mask=e < last, other=-1) == row
@@ -226,7 +249,11 @@ def values_kernel(
                 tl.store(uses + row_index, before + reads)
         else:
             rate = RATE
-        new, finite = step(old, gradient, d < WIDTH, rate, DECAY, CLIP)
+        forgotten = forgotten * fraction
+        if forget is None:
+            new, finite = step(old, gradient, d < WIDTH, rate, DECAY, CLIP, None, pulled)
+        else:
+            new, finite = step(old, gradient, d < WIDTH, rate, DECAY, CLIP, forgotten, pulled)
         moves = (count > 0) & lives & finite
         if moves:
             if latest is None:
@@ -236,10 +263,12 @@ def values_kernel(
                 tl.store(latest + row_index, segment.to(tl.int32))
         if step_sizes is not None:
             tl.store(step_sizes + segment, tl.where(moves, rate * fraction, 0.0))
-        if decays is not None:
-            tl.store(decays + segment, rate * DECAY)
+            tl.store(fractions + segment, tl.where(moves, fraction, 0.0))
+            tl.store(decays + segment, tl.where(moves, rate * (DECAY + INITIAL) + forgotten, 0.0))
     elif step_sizes is not None:
         tl.store(step_sizes + segment, 0.0)
+        tl.store(fractions + segment, 0.0)
+        tl.store(decays + segment, 0.0)
 
 
 def add_values(launches: Launches, call: Call, integers: dict[str, int]) -> None:
@@ -297,10 +326,10 @@ def piece_backward_kernel(
 
 @triton.jit(do_not_specialize=["window", "memories", "first", "total"])
 def rows_backward_kernel(
-    sorted_rows, order, weights, step_sizes, decays, needed_by, latest, gradients, d_values, d_read, partial,
+    sorted_rows, order, weights, decays, needed_by, latest, gradients, d_values, d_read, partial,
     window, memories, first, total,
-    SLOTS: tl.constexpr, WIDTH: tl.constexpr, ENTRIES: tl.constexpr, RATE: tl.constexpr, DECAY: tl.constexpr,
-    BLOCK: tl.constexpr, PIECE: tl.constexpr, ENTRY_BLOCK: tl.constexpr,
+    SLOTS: tl.constexpr, WIDTH: tl.constexpr, ENTRIES: tl.constexpr, BLOCK: tl.constexpr, PIECE: tl.constexpr,
+    ENTRY_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The gradient of each row as the window found it: what decay leaves of that after, and Σ w d v̂.
 
@@ -320,10 +349,7 @@ def rows_backward_kernel(
     d = tl.arange(0, BLOCK)
     row_index = row.to(tl.int64) - window * memories.to(tl.int64) * SLOTS
     next_segment = tl.load(latest + row_index).to(tl.int64)
-    left = 1 - RATE * DECAY
-    if decays is not None:
-        left = 1 - tl.load(decays + segment)
-    left = tl.where(tl.load(step_sizes + segment) != 0, left, 1.0)
+    left = 1 - tl.load(decays + segment)
     # Most rows have few entries: the first alone needs few registers.
     toward = tl.load(d_read + (entry // ENTRIES - first) * WIDTH + d, mask=d < WIDTH, other=0.0)
     toward = tl.load(weights + entry) * toward

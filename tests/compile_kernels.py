@@ -33,6 +33,10 @@ CONFIGS = {
         FwPKMConfig(key_dim=512, value_dim=512, num_subkeys=512, addressing_weight=0.0, boundary="wait"),
         torch.bfloat16, False,
     ),
+    "lately": (
+        FwPKMConfig(key_dim=256, value_dim=256, num_subkeys=512, recent_penalty=0.5, initial_decay=0.01),
+        torch.bfloat16, True,
+    ),
     "largest": (
         FwPKMConfig(key_dim=1024, value_dim=1024, num_subkeys=2048, num_heads=4, top_k=32), torch.float32, True,
     ),
@@ -84,7 +88,7 @@ def kernels_of(cfg: FwPKMConfig, dtype: torch.dtype, masked: bool) -> dict:
     def tokens(n: int) -> Tokens:
         mask = empty(batch, n, dtype=torch.bool) if masked else None
         query, value = (empty(batch, n, w, dtype=dtype) for w in (width, cfg.value_dim))
-        return Tokens(query, value, empty(batch, n, dtype=dtype), mask)
+        return Tokens(query, value, empty(batch, n, dtype=dtype), mask, empty(batch, n) if masked else None)
 
     memory = Memory(
         empty(memories, cfg.num_heads, 2, cfg.num_subkeys, cfg.key_dim // 2),
@@ -94,27 +98,31 @@ def kernels_of(cfg: FwPKMConfig, dtype: torch.dtype, masked: bool) -> dict:
     run, launch.Launches.run = launch.Launches.run, record
     try:
         plan, stream = windows.plan(cfg, 0, length, batch, True), tokens(length)
-        call.forward(cfg, plan, *memory, stream, None, save=False, dtype=dtype, uses=uses)
-        residuals = call.forward(cfg, plan, *memory, stream, None, save=True, dtype=dtype, uses=uses).residuals
+        of = {"uses": uses, "initial_values": memory.values[:1] if cfg.initial_decay else None}
+        if cfg.recent_penalty:
+            of["recent"] = empty(memories, cfg.num_heads, 2, cfg.num_subkeys)
+        call.forward(cfg, plan, *memory, stream, None, save=False, dtype=dtype, **of)
+        residuals = call.forward(cfg, plan, *memory, stream, None, save=True, dtype=dtype, **of).residuals
         d_output = empty(batch, length, cfg.value_dim, dtype=dtype)
         call.backward(cfg, plan, stream, residuals, d_output, memory.keys, memory.values, memory.values.shape)
         one = memory.values[:1]  # of which calls without a state write no row
         for save in (False, True):
             residuals = call.forward(
-                cfg, plan, memory.keys, one, stream, None, save, dtype, uses, overlaid=True
+                cfg, plan, memory.keys, one, stream, None, save, dtype, overlaid=True, **of
             ).residuals  # fmt: skip
         for table in (None, one.shape):
             call.backward(cfg, plan, stream, residuals, d_output, None, None, table, initial=one)
         before = Tokens(
             empty(batch, pending, width), empty(batch, pending, cfg.value_dim), empty(batch, pending),
-            empty(batch, pending, dtype=torch.bool),
+            empty(batch, pending, dtype=torch.bool), empty(batch, pending),
         )  # fmt: skip
         places = stream.query, stream.mask
         left_align(cfg, *places, None, None, None, batch, length)
         clock = empty(batch, dtype=torch.int32)
         left_align(cfg, *places, None, clock, before.mask, batch, length + pending)
         left_align(cfg, *places, empty(batch + 1, dtype=torch.int32), clock, before.mask, batch, length + pending)
-        decoding.decode(cfg, State.of(memory, before, empty(batch, dtype=torch.int32), uses), tokens(1))
+        if not cfg.recent_penalty:
+            decoding.decode(cfg, State.of(memory, before, empty(batch, dtype=torch.int32), uses), tokens(1))
     finally:
         launch.Launches.run = run
     return found

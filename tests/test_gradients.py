@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 import fwpkm
 from fwpkm import FwPKMConfig, Memory, agreement, reference
 from fwpkm.conformance.running import INPUTS, as_numpy, draw_cotangents, forward, gradients, native
-from fwpkm.conformance.strategies import LAYOUTS, PADDED, UNMASKED, cases, floating, unmasked, untied_case
-from fwpkm.tokens import NUMBERS
+from fwpkm.conformance.strategies import LAYOUTS, NUMBERS, PADDED, UNMASKED, cases, floating, unmasked, untied_case
 
 TORCH = fwpkm.get_backend("torch")
 CLEAR = 100 * agreement.DIFFERENCE_STEP / 1e-3**0.5

@@ -47,6 +47,8 @@ class Selection(NamedTuple):
     """``[M, R, H*k]``"""
     finite: Tensor
     """``[M, R]`` whether the query and all its selected scores are finite."""
+    penalties: Tensor | None = None
+    """``[M, H, 2, R, k]``: γ log(1 + V), what sub-scores count less; None where nothing is recent."""
 
 
 # --- §2 Lookup ---
@@ -67,12 +69,19 @@ def top_k(scores: Tensor, k: int) -> Tensor:
     return scores.detach().sort(dim=-1, descending=True, stable=True).indices[..., :k]
 
 
-def select_slots(cfg: FwPKMConfig, query: Tensor, keys: Tensor) -> Selection:
+def select_slots(cfg: FwPKMConfig, query: Tensor, keys: Tensor, recent: Tensor | None = None) -> Selection:
     """Top-k of both codebooks, top-k of the k² sums, one softmax across all heads.
 
+    ``recent`` [M, H, 2, S] is V, by which sub-keys that were used lately score less, or None.
     Tokens that are not finite come back as if their query were zero.
     """
-    subkeys, ranks, differences = select_subkeys(cfg, query, keys)
+    penalties = None
+    if recent is None:
+        subkeys, ranks, differences = select_subkeys(cfg, query, keys)
+    else:
+        of_all = cfg.recent_penalty * recent.log1p()[..., None, :]
+        subkeys, ranks, differences = select_penalised(cfg, query, keys, of_all)
+        penalties = of_all.expand(*subkeys.shape[:-1], cfg.num_subkeys).gather(-1, subkeys)
     # A query that is not finite has no finite rank. Both are blanked before autograd sees them: a gradient of 0
     # through an infinity is NaN.
     finite = ranks.isfinite().all(-1).all(1).all(1)
@@ -84,12 +93,29 @@ def select_slots(cfg: FwPKMConfig, query: Tensor, keys: Tensor) -> Selection:
     entries = Entries.of((subkeys + codebook * cfg.num_subkeys).flatten(0, -2), keys.shape[:4].numel())
     chosen = ChosenKeys(entries, ranks.flatten(0, -2), None if differences is None else differences.flatten(0, 3))
     scores = sub_scores(cfg, query.flatten(0, -2), keys.flatten(0, -2), chosen).view_as(ranks)
-    best = top_k(ranks, cfg.top_k)  # ids ascend, so ties stay with the lower one
-    slots, sums = _combine(cfg, subkeys.gather(-1, best), scores.gather(-1, best))
+    counted, order = (scores, ranks) if penalties is None else (scores - penalties, scores - penalties)
+    best = top_k(order, cfg.top_k)  # ids ascend, so ties stay with the lower one
+    slots, sums = _combine(cfg, subkeys.gather(-1, best), counted.gather(-1, best))
     logits = sums.transpose(1, 2).flatten(2) / cfg.temperature
     finite = finite & logits.isfinite().all(-1)
     weights = logits.masked_fill(~finite[..., None], 0).softmax(-1)
-    return Selection(query, chosen, scores, slots.transpose(1, 2).flatten(2), weights, finite)
+    return Selection(query, chosen, scores, slots.transpose(1, 2).flatten(2), weights, finite, penalties)
+
+
+@torch.no_grad()
+def select_penalised(
+    cfg: FwPKMConfig, query: Tensor, keys: Tensor, penalties: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """``select_subkeys`` where scores count ``penalties`` [M, H, 2, 1, S] less: all S distances, from differences."""
+    shape = query.shape[:-1]
+    query, keys, penalties = (x.flatten(0, 2) for x in (query, keys, penalties))
+    distance = torch.cdist(query, keys, compute_mode="donot_use_mm_for_euclid_dist").square()
+    ids = top_k(-torch.log(cfg.score_eps + distance) - penalties, cfg.top_k).sort(-1).values
+    first = cfg.num_subkeys * torch.arange(len(keys), device=keys.device)[:, None, None]
+    rows = keys.flatten(0, 1).index_select(0, (ids + first).flatten()).view(*ids.shape, -1)
+    ranks, differences = _rank(cfg, query[:, :, None], rows)
+    differences = None if differences is None else differences.view(*shape, cfg.top_k, -1)
+    return ids.view(*shape, -1), ranks.view(*shape, -1), differences
 
 
 @torch.no_grad()
@@ -186,7 +212,9 @@ def _combine(cfg: FwPKMConfig, subkeys: Tensor, scores: Tensor) -> tuple[Tensor,
 
 def sub_key_probabilities(selection: Selection) -> Tensor:
     """p over the k selected sub-scores of each head and codebook, no temperature: [M, H, 2, R, k]."""
-    return selection.sub_scores.softmax(-1)
+    if selection.penalties is None:
+        return selection.sub_scores.softmax(-1)
+    return (selection.sub_scores - selection.penalties).softmax(-1)
 
 
 def mean_probabilities(selection: Selection, p: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
@@ -244,3 +272,13 @@ def write_keys(
     new = step(torch, cfg, keys, key_gradient(cfg, keys, selection, p, mean, terms))
     finite = finite_rows(new.flatten(0, -2)).view(*keys.shape[:-1], 1)
     return torch.where(active[:, None, None, None, None] & finite, new, keys), loss
+
+
+def recent_after(recent: Tensor, selection: Selection, counted: Tensor, active: Tensor) -> Tensor:
+    """V ``[M, H, 2, S]`` after a chunk: half of what it was and how often ``counted`` tokens [M, R] chose a sub-key.
+
+    Where the chunk has no pair (``active`` [M] is False) it stays.
+    """
+    tokens = counted[:, None, None, :].expand(*selection.sub_scores.shape[:-1]).flatten()
+    uses = selection.chosen.entries.count(tokens).view(recent.shape).to(recent.dtype)
+    return torch.where(active[:, None, None, None], (recent + uses) / 2, recent)

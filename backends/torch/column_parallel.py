@@ -200,6 +200,12 @@ def refuse_uses(cfg: FwPKMConfig, values: Tensor) -> None:
             "usage_weight must be 0 where a table lies in columns, whose ranks do not count uses. "
             f"Received: usage_weight={cfg.usage_weight!r}, and columns over {values.device_mesh}"
         )
+    for name in ("initial_decay", "recent_penalty"):
+        if getattr(cfg, name) and is_sharded(values):
+            raise ValueError(
+                f"{name} must be 0 where a table lies in columns. "
+                f"Received: {name}={getattr(cfg, name)!r}, and columns over {values.device_mesh}"
+            )
 
 
 def like(whole: "DTensor", columns: Tensor) -> "DTensor":

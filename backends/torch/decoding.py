@@ -44,6 +44,7 @@ def decode(
     mask: Tensor | None = None,
     *,
     implementation: str | None = None,
+    forget: Tensor | None = None,
 ) -> Tensor:
     """Read one token of each sequence and write the chunk that it completes; ``state`` is overwritten. No gradient.
 
@@ -58,6 +59,7 @@ def decode(
         gate: ``[B, 1]`` in [0, 1], or None for 1.
         mask: ``[B, 1]`` bool, False for rows that rest, or None for True.
         implementation: as in :func:`fwpkm.backends.torch.apply`.
+        forget: ``[B, 1]`` in [0, 1], or None for 0.
 
     Returns:
         output ``[B, 1, Dv]`` in the query's dtype.
@@ -66,7 +68,7 @@ def decode(
         ValueError: an argument does not fit; names it, what was expected and what was received.
         RuntimeError: inside of torch.export.
     """
-    return decode_tokens(cfg, state, Tokens(query, value, gate, mask), implementation)
+    return decode_tokens(cfg, state, Tokens(query, value, gate, mask, forget), implementation)
 
 
 def decode_tokens(
@@ -83,7 +85,9 @@ def decode_tokens(
         )
     traced = torch.compiler.is_compiling()
     traced = traced and engine.choose_engine(implementation, cfg, state.memory, tokens.query) == "compiled"
-    if not traced:
+    if traced:
+        ops.refuse_graph(cfg, True)
+    else:
         ranks.told(state, _check_decode, cfg, state, tokens)
     in_columns = isinstance(state, State) and is_sharded(state.memory.values)
     if traced or not (in_columns or engine.choose_engine(implementation, cfg, state.memory, tokens.query) == "eager"):
@@ -104,6 +108,12 @@ def decode_tokens(
 
 def _check_decode(cfg: FwPKMConfig, state: State, tokens: Tokens) -> None:
     validation.check_apply(cfg, state, tokens, None, True, SELF)
+    for name in ("initial_decay", "recent_penalty"):
+        if getattr(cfg, name):
+            raise ValueError(
+                f"{name} must be 0 here: decode does not know it; apply reads one token too. "
+                f"Received: {name}={getattr(cfg, name)!r}"
+            )
     check_device(tokens.query, **tokens.present())
     check_state_device(tokens.query, state)
     fast.check_decoding(state, tokens.query)

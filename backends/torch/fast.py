@@ -16,7 +16,7 @@ from fwpkm import schedule, validation
 from fwpkm.backends.torch.column_parallel import Columns
 from fwpkm.backends.torch.derivatives import first_only
 from fwpkm.backends.torch.flat import flat, flatten, unflatten
-from fwpkm.backends.torch.rows import own_uses
+from fwpkm.backends.torch.rows import joined_uses, own_uses, split_uses
 from fwpkm.backends.torch.tokens import filled, join, pad, without
 from fwpkm.config import FwPKMConfig
 from fwpkm.containers import Lookup, Losses, Memory, State, Trace
@@ -80,7 +80,7 @@ def unwritten(stream: Tokens, first: int, flags: Tensor) -> Tokens:
 
 def apply(
     cfg: FwPKMConfig, state: State, position: int, new_tokens: Tokens, update: bool, owned: bool,
-    initial: Tensor | None = None,
+    initial: Tensor | None = None, initial_values: Tensor | None = None,
 ) -> tuple[Tensor, Memory, Tensor | None, Tokens, Trace]:  # fmt: skip
     """Read T tokens and write every chunk that they complete.
 
@@ -92,6 +92,7 @@ def apply(
         update: False only reads.
         owned: the value table may be overwritten.
         initial: that of ``run``; what is pending then and the tables are those from before the call.
+        initial_values: that of ``run``.
 
     Returns:
         output, tables, uses, what is pending then, and the trace.
@@ -103,7 +104,7 @@ def apply(
     pending = state.pending
     stream = stream_of(pending, plan.num_pending, new_tokens)
     columns, dtype = schedule.max_writes(cfg, length), new_tokens.query.dtype
-    done = run(cfg, plan, state.memory, stream, None, owned, columns, dtype, state.maybe_uses, initial)
+    done = run(cfg, plan, state.memory, stream, None, owned, columns, dtype, state.maybe_uses, initial, initial_values)
     if initial is None and (
         plan.num_pending or plan.first_unwritten < plan.num_tokens
     ):  # else there are zeros before and after
@@ -113,13 +114,15 @@ def apply(
 
 
 def flush(
-    cfg: FwPKMConfig, memory: Memory, pending: Tokens, owned: bool, uses: Tensor | None
-) -> tuple[Memory, Tensor | None, Losses]:
+    cfg: FwPKMConfig, memory: Memory, pending: Tokens, owned: bool, uses: Tensor | None,
+    initial_values: Tensor | None = None,
+) -> tuple[Memory, Tensor | None, Losses]:  # fmt: skip
     """Write the pending tokens: the tables, the uses, and the losses ``[M, 1]``."""
     from fwpkm.kernels.runtime import windows
 
     plan = windows.write(pending.length, pending.query.shape[0])
-    done = run(cfg, plan, memory, pending, None, owned, 1, pending.query.dtype, uses)
+    dtype = pending.query.dtype
+    done = run(cfg, plan, memory, pending, None, owned, 1, dtype, uses, initial_values=initial_values)
     return done.memory, done.uses, Losses(done.trace.memorization, done.trace.addressing)
 
 
@@ -187,9 +190,11 @@ def lays_over(cfg: FwPKMConfig, plan: Any, memories: int, initial: Tensor, deriv
 def run(
     cfg: FwPKMConfig, plan: Any, memory: Memory, stream: Tokens, pair: Tensor | None, owned: bool, columns: int,
     dtype: torch.dtype, uses: Tensor | None = None, initial: Tensor | None = None,
+    initial_values: Tensor | None = None,
 ) -> Done:  # fmt: skip
     """One call: output in ``dtype``, and a trace of so many columns; ``uses`` [M, N] are those before it.
 
+    Rows decay to ``initial_values`` [1, N, Dv], where that is asked for.
     ``initial`` [1, N, Dv] is the one table that all memories begin from, where nothing that they write is asked for.
     The result then has the tables of before, or ones that nobody asks for.
     """
@@ -201,18 +206,23 @@ def run(
     if dealt is not None:
         cfg, memory, stream = dealt.narrowed(cfg, memory, stream)
     keys, values = as_tables(memory)
-    if not plan.num_writes and keys.stride(0) == 0 == values.stride(0) * (not overlaid):
+    alike = not (plan.num_writes or cfg.recent_penalty)  # else each row has a V of its own
+    if alike and keys.stride(0) == 0 == values.stride(0) * (not overlaid):
         keys, values = keys[:1], values if overlaid else values[:1]  # rows that share a table read it where it is
     stream, pair, settings = stream.map(plain), plain(pair), Settings(cfg, plan, owned, dtype, dealt, overlaid)
-    uses = own_uses(uses, torch.float32, owned) if plan.num_writes else None
+    if plan.num_writes:
+        uses = own_uses(uses, torch.float32, owned)
+    else:  # V is read all the same
+        uses = uses.float() if uses is not None and cfg.recent_penalty else None
     if derived:
-        flat_inputs = (keys, values, pair, *flatten(stream), uses)
+        flat_inputs = (keys, values, pair, *flatten(stream), uses, initial_values)
         results = unflatten(Results, _Call.apply(settings, *flat_inputs))
     else:
-        results = results_of(*forward(settings, keys, values, stream, pair, False, uses))
+        forwarded = forward(settings, keys, values, stream, pair, False, uses, initial_values=initial_values)
+        results = results_of(*forwarded)
     if dealt is not None:
         results = _of_all_columns(dealt, results)
-    return done_with(results, whole, columns, before if uses is None else uses)
+    return done_with(results, whole, columns, uses if plan.num_writes else before)
 
 
 def _of_all_columns(dealt: Columns, results: "Results") -> "Results":
@@ -251,7 +261,7 @@ def done_with(results: "Results", memory: Memory, columns: int, uses: Tensor | N
 
 def forward(
     settings: Settings, keys: Tensor, values: Tensor, stream: Tokens, pair: Tensor | None, save: bool,
-    uses: Tensor | None, most: Any = None,
+    uses: Tensor | None, most: Any = None, initial_values: Tensor | None = None,
 ) -> tuple[Any, Tensor]:  # fmt: skip
     """The result, and the table that was written: that of the caller if it is ``owned``, else a copy.
 
@@ -267,8 +277,14 @@ def forward(
     else:
         # Autograd must see what the kernels overwrite, or a backward that kept the table would take the new one.
         torch.autograd.graph.increment_version(values)
+    of_slots, recent = split_uses(cfg, uses)
     with on_device_of(values):
-        result = call.forward(cfg, plan, keys.contiguous(), values, stream, pair, save, dtype, uses, most, overlaid)
+        result = call.forward(
+            cfg, plan, keys.contiguous(), values, stream, pair, save, dtype, of_slots, most, overlaid, initial_values,
+            recent,
+        )  # fmt: skip
+    if recent is not None and uses is not None and plan.num_writes:
+        uses.copy_(joined_uses(cfg, of_slots, result.recent))
     return result, values
 
 
@@ -293,6 +309,8 @@ class _Inputs(NamedTuple):
     tokens: Tokens
     uses: Tensor | None
     """Overwritten; a count, without gradient."""
+    initial_values: Tensor | None
+    """``[1, N, Dv]``, without gradient."""
 
 
 @flat
@@ -333,9 +351,9 @@ class _Call(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *inputs):
-        settings, keys, values, pair, tokens, uses = unflatten(_Inputs, inputs)
+        settings, keys, values, pair, tokens, uses, initial_values = unflatten(_Inputs, inputs)
         save = any(ctx.needs_input_grad)
-        result, written = forward(settings, keys, values, tokens, pair, save, uses)
+        result, written = forward(settings, keys, values, tokens, pair, save, uses, None, initial_values)
         results = results_of(result, written)
         if results.values is values:
             ctx.mark_dirty(values)
@@ -370,4 +388,4 @@ class _Call(torch.autograd.Function):
                 None if dealt is None else dealt.summed, saved.initial,
             )  # fmt: skip
         of_tokens = gradients.tokens._replace(query=gradients.tokens.query.to(tokens.query.dtype))
-        return tuple(flatten(_Inputs(None, gradients.keys, gradients.values, None, of_tokens, None)))
+        return tuple(flatten(_Inputs(None, gradients.keys, gradients.values, None, of_tokens, None, None)))

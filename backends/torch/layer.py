@@ -173,7 +173,10 @@ class FwPKM(nn.Module):
                 self.config, self.memory(), tokens, cu_seqlens, update, return_state, device, layer=self
             )
         else:
-            read, state, trace = ops.read_on(self.config, state, tokens, cu_seqlens, update, inplace, layer=self)
+            initial = self.memory().values if self.config.initial_decay else None
+            read, state, trace = ops.read_on(
+                self.config, state, tokens, cu_seqlens, update, inplace, layer=self, initial_values=initial
+            )
         y, state = self._output(read, tokens, dtype), state if return_state else None
         if not return_trace:
             return y, state

@@ -24,7 +24,7 @@ from fwpkm.tokens import NUMBERS, SCALARS, Array, Tokens
 
 def apply(
     cfg: FwPKMConfig, state: State, inputs: Tokens, cu_seqlens: Tensor | None, update: bool, owned: bool, fresh: bool,
-    initial: Tensor | None = None,
+    initial: Tensor | None = None, initial_values: Tensor | None = None,
 ) -> tuple[Tensor, State | None, Trace]:  # fmt: skip
     """``ops.apply`` of such rows on the kernels: the output, the next state and the trace.
 
@@ -37,6 +37,7 @@ def apply(
         owned: the value table may be overwritten, unless the call is compiled.
         fresh: nothing is pending.
         initial: the one table of a call that keeps no state, as of ``fast.run``; the next state is then None.
+        initial_values: as of ``fast.run``.
     """
     device, batch, compiled = inputs.query.device, state.position.shape[0], torch.compiler.is_compiling()
     num_pending = None if fresh or not update else _num_pending(cfg, state.position)
@@ -59,7 +60,19 @@ def apply(
         from fwpkm.kernels.runtime import windows
 
         plan = windows.plan(cfg, 0, longest, batch, update)
-        done = fast.run(cfg, plan, state.memory, rows.tokens, pair, owned, columns, inputs.query.dtype, uses, initial)
+        done = fast.run(
+            cfg,
+            plan,
+            state.memory,
+            rows.tokens,
+            pair,
+            owned,
+            columns,
+            inputs.query.dtype,
+            uses,
+            initial,
+            initial_values,
+        )
     writes = (rows.places.due if update else rows.places.due * 0).view(state.memory.keys.shape[0], -1)[:, 0]
     output, slots, weights = rows.of_call(done.output, done.trace.slots, done.trace.weights)
     if wrong is not None:

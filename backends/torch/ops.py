@@ -14,7 +14,7 @@ from fwpkm.backends.torch import engine, exporting, fast, groups, left_aligned, 
 from fwpkm.backends.torch.checks import check_apply, check_device, check_inplace, check_state_device
 from fwpkm.backends.torch.column_parallel import by_columns, is_sharded, refuse_columns, refuse_uses
 from fwpkm.backends.torch.context import through_checkpoints
-from fwpkm.backends.torch.rows import init_state, mask_of, own_uses, start_state
+from fwpkm.backends.torch.rows import init_state, joined_uses, mask_of, own_uses, split_uses, start_state
 from fwpkm.backends.torch.streams import Streams, pending_of, streams_of, together
 from fwpkm.backends.torch.tokens import filled, maybe_any, without
 from fwpkm.backends.torch.windows import (
@@ -51,18 +51,23 @@ def apply(
     *,
     inplace: bool = False,
     implementation: str | None = None,
+    forget: Tensor | None = None,
+    initial_values: Tensor | None = None,
 ) -> tuple[Tensor, State[Tensor] | None, Trace]:
     """Read T tokens and write every chunk that they complete.
 
     With ``inplace`` the state's value table may be overwritten, which saves one copy of it; torch.compile then runs the
     call between its graphs. ``implementation`` is None for the fastest that can serve the call, "triton" for the
     kernels (kernels/), or "eager" for plain PyTorch. torch.compile keeps a call that the kernels serve in its graph.
+    ``forget`` [B, T] in [0, 1] is f of each token: a write takes from a row the mean of f over its reads in the chunk.
+    With ``initial_decay`` rows go back to ``initial_values`` [1, N, Dv], which a Memory in place of a state is itself.
 
     Raises:
         ValueError: an argument does not fit, or ``implementation`` cannot serve the call.
         RuntimeError: ``inplace`` on a table that autograd still needs.
     """
-    return read_on(cfg, state, Tokens(query, value, gate, mask), cu_seqlens, update, inplace, implementation)
+    tokens = Tokens(query, value, gate, mask, forget)
+    return read_on(cfg, state, tokens, cu_seqlens, update, inplace, implementation, initial_values=initial_values)
 
 
 @through_checkpoints
@@ -75,19 +80,55 @@ def read_on(
     inplace: bool,
     implementation: str | None = None,
     layer: nn.Module | None = None,
+    initial_values: Tensor | None = None,
 ) -> tuple[Tensor, State[Tensor] | None, Trace]:
     """``apply`` of tokens; ``layer`` is the module that calls, whose weights ranks with tables in columns compare."""
     if isinstance(state, Memory):
         return begin(cfg, state, inputs, cu_seqlens, update, False, implementation=implementation)
     if exporting.is_exporting():
+        refuse_graph(cfg, update)
         validation.check_apply(cfg, state, inputs, cu_seqlens, update, SELF)
         return exporting.apply(cfg, state, inputs, cu_seqlens, update)
     # The operator is functional, as autograd demands: a call that overwrites stays out of the graph.
     if torch.compiler.is_compiling() and not inplace:
         validation.check_apply(cfg, state, inputs, cu_seqlens, update, SELF)
         if engine.choose_engine(implementation, cfg, state.memory, inputs.query, cu_seqlens) == "compiled":
+            refuse_graph(cfg, update)
             return left_aligned.apply(cfg, state, inputs, cu_seqlens, update, False, False)
-    return _apply(cfg, state, inputs, cu_seqlens, update, inplace, implementation, layer=layer)
+    return _apply(
+        cfg, state, inputs, cu_seqlens, update, inplace, implementation, layer=layer, initial_values=initial_values
+    )
+
+
+def refuse_graph(cfg: FwPKMConfig, update: bool) -> None:
+    """Raise a ValueError where a graph would have to hold the initial table that written rows decay to, or V."""
+    if cfg.recent_penalty:
+        raise ValueError(
+            "recent_penalty must be 0 in a graph of torch.compile or torch.export: call with inplace=True, outside of "
+            f"graphs, or without. Received: recent_penalty={cfg.recent_penalty!r}"
+        )
+    if cfg.initial_decay and update:
+        raise ValueError(
+            "initial_decay must be 0 in a graph of torch.compile or torch.export: call with inplace=True, outside of "
+            f"graphs, or without. Received: initial_decay={cfg.initial_decay!r}"
+        )
+
+
+def _decayed_to(cfg: FwPKMConfig, initial_values: Tensor | None, values: Tensor) -> Tensor | None:
+    """The table ``[1, N, Dv]`` that written rows decay to, or None where they do not."""
+    if not cfg.initial_decay:
+        return None
+    if initial_values is None:
+        raise ValueError(
+            "initial_values must be the initial memory's values [1, N, Dv], since rows decay to them. Received: None, "
+            f"with initial_decay={cfg.initial_decay!r}"
+        )
+    axes = [("1", 1), ("N", cfg.num_slots), ("Dv", cfg.value_dim)]
+    validation.check_array("initial_values", initial_values, axes, "float", Tensor)
+    check_device(values, initial_values=initial_values)
+    if initial_values.requires_grad:
+        raise ValueError("initial_values must not require a gradient: none is passed to what rows decay to")
+    return initial_values
 
 
 @through_checkpoints
@@ -108,7 +149,9 @@ def begin(
     compiled = torch.compiler.is_compiling() and not exported
     if compiled:
         compiled = engine.choose_engine(implementation, cfg, memory, inputs.query, cu_seqlens) == "compiled"
-    elif cu_seqlens is not None and not exported:
+    if compiled or exported:
+        refuse_graph(cfg, update)
+    elif cu_seqlens is not None:
         check_device(inputs.query, cu_seqlens=cu_seqlens)
         cu_seqlens = cu_seqlens.cpu()  # before the copies of the tables, behind which it would wait
         if update and not keep and (apart := _groups(cfg, memory, inputs, cu_seqlens, implementation)):
@@ -129,7 +172,7 @@ def begin(
         output, after, trace = left_aligned.apply(cfg, state, inputs, cu_seqlens, update, False, True, initial)
     else:
         output, after, trace = _apply(
-            cfg, state, inputs, cu_seqlens, update, owned, implementation, True, layer, initial
+            cfg, state, inputs, cu_seqlens, update, owned, implementation, True, layer, initial, memory.values
         )
     return output, after if keep else None, trace
 
@@ -159,6 +202,7 @@ def _apply(
     fresh: bool = False,
     layer: nn.Module | None = None,
     initial: Tensor | None = None,
+    initial_values: Tensor | None = None,
 ) -> tuple[Tensor, State | None, Trace]:
     """``fresh``: the state is one at position 0, with nothing pending.
 
@@ -170,6 +214,7 @@ def _apply(
         check_apply(cfg, state, inputs, cu_seqlens, update)
         refuse_uses(cfg, state.memory.values)
         check_inplace(inplace, *state.memory, state.maybe_uses)
+        decayed_to = _decayed_to(cfg, initial_values, state.memory.values) if update else None
         if cu_seqlens is not None:
             cu_seqlens = cu_seqlens.cpu()
             validation.check_cu_seqlens(cu_seqlens.tolist(), inputs.length)
@@ -184,10 +229,12 @@ def _apply(
     device = inputs.query.device
     alike = together(cfg, positions, inputs.mask, cu_seqlens)
     if on_kernels and not (alike and positions):
-        return left_aligned.apply(cfg, state, inputs, cu_seqlens, update, inplace, fresh, initial)
+        return left_aligned.apply(cfg, state, inputs, cu_seqlens, update, inplace, fresh, initial, _plain(decayed_to))
     inputs = inputs._replace(mask=None if inputs.mask is None else inputs.mask.to(device))
     if on_kernels and positions:
-        output, memory, uses, left, trace = fast.apply(cfg, state, positions[0], inputs, update, inplace, initial)
+        output, memory, uses, left, trace = fast.apply(
+            cfg, state, positions[0], inputs, update, inplace, initial, _plain(decayed_to)
+        )
         if initial is not None:
             return output, None, trace
         if update:
@@ -199,12 +246,17 @@ def _apply(
     tokens, ends = filled(dtype, inputs), None if cu_seqlens is None else cu_seqlens.to(device)
     streams = streams_of(cfg, state, tokens, inputs.mask, ends, update, dtype)
     uses = state.maybe_uses
-    output, written, trace = _run_eagerly(cfg, memory, streams, tokens, inputs.mask, inplace, uses)
+    output, written, trace = _run_eagerly(cfg, memory, streams, tokens, inputs.mask, inplace, uses, decayed_to)
     if update:
         # Tables that are wider than what a call computed in stay so until a write.
         memory, uses = (state.memory, uses) if written is None else written
         state = State.of(memory, filled(memory.keys.dtype, streams.left()), streams.position(state.position), uses)
     return output.to(inputs.query.dtype), state, trace
+
+
+def _plain(initial_values: Tensor | None) -> Tensor | None:
+    """As kernels read it."""
+    return None if initial_values is None else initial_values.detach().float().contiguous()
 
 
 def _beside_tables(state: Any, fresh: bool = False) -> dict[str, Any]:
@@ -217,17 +269,28 @@ def _beside_tables(state: Any, fresh: bool = False) -> dict[str, Any]:
 
 
 def _run_eagerly(
-    cfg: FwPKMConfig, memory: Memory, streams: Streams, tokens: Tokens, mask: Tensor | None, owned: bool, uses: Array
+    cfg: FwPKMConfig,
+    memory: Memory,
+    streams: Streams,
+    tokens: Tokens,
+    mask: Tensor | None,
+    owned: bool,
+    uses: Array,
+    decayed_to: Tensor | None,
 ) -> tuple[Tensor, tuple[Memory, Array] | None, Trace]:
     """In plain PyTorch: the output, the tables and uses if they were written, and the trace."""
     columns = schedule.max_writes(cfg, tokens.length)
     with _full_precision(tokens.query):
-        walked, keys = windows(cfg, memory.keys, streams)
+        recent = split_uses(cfg, uses)[1]
+        recent = None if recent is None else recent.to(memory.keys.dtype)
+        walked, keys, recent = windows(cfg, memory.keys, streams, recent)
         if not walked:
             return _nothing_read(memory, tokens), None, empty_trace(cfg, memory, tokens.mask.shape, columns)
         if any(w.addressing is not None for w in walked):  # else nothing is written
             uses = own_uses(uses, memory.keys.dtype, owned)
-        reads, values, losses = apply_values(cfg, memory.values, walked, owned, uses)
+        slot_uses = split_uses(cfg, uses)[0]
+        reads, values, losses = apply_values(cfg, memory.values, walked, owned, slot_uses, decayed_to)
+        uses = joined_uses(cfg, slot_uses, recent)
         output, dead = streams.of_call(reads), streams.of_call([w.dead for w in walked])
         if maybe_any(dead):
             output = output.masked_fill(dead[..., None], torch.nan)
@@ -251,8 +314,9 @@ def flush(
     *,
     inplace: bool = False,
     implementation: str | None = None,
+    initial_values: Tensor | None = None,
 ) -> tuple[State[Tensor], Trace]:
-    """Write the pending chunk and restart the count; ``inplace`` and ``implementation`` are those of ``apply``.
+    """Write the pending chunk and restart the count; other options are those of ``apply``.
 
     Raises:
         ValueError: the state does not fit ``cfg``, or ``rows`` not the state.
@@ -265,6 +329,7 @@ def flush(
         refuse_uses(cfg, state.memory.values)
         validation.check_positions(cfg, state.position.tolist())
         check_inplace(inplace, *state.memory, state.maybe_uses)
+        decayed_to = _decayed_to(cfg, initial_values, state.memory.values)
         chosen = mask_of(cfg, rows, batch)
         memory = _as_tables(state.memory, state.pending_query)
         chosen_engine = engine.choose_engine(implementation, cfg, memory, state.pending_query)
@@ -277,10 +342,11 @@ def flush(
     if (of_memory > cfg.lookahead).any():  # else no token has a pair
         pending = filled(memory.keys.dtype, state.pending)
         if chosen_engine == "triton":
-            tables, uses, losses = fast.flush(cfg, memory, pending_of(cfg, pending, counts, None), inplace, uses)
+            alike = pending_of(cfg, pending, counts, None)
+            tables, uses, losses = fast.flush(cfg, memory, alike, inplace, uses, _plain(decayed_to))
         else:
             uses = own_uses(uses, memory.keys.dtype, inplace)
-            tables, losses = _write_pending(cfg, memory, pending, counts, inplace, uses)
+            tables, losses = _write_pending(cfg, memory, pending, counts, inplace, uses, decayed_to)
         trace = trace._replace(**losses._asdict())
     gone = chosen.to(state.pending_mask.device)
     left = without(state.pending, gone[:, None].expand_as(state.pending_mask))
@@ -289,7 +355,13 @@ def flush(
 
 
 def _write_pending(
-    cfg: FwPKMConfig, memory: Memory, pending: Tokens, counts: Tensor, owned: bool, uses: Array
+    cfg: FwPKMConfig,
+    memory: Memory,
+    pending: Tokens,
+    counts: Tensor,
+    owned: bool,
+    uses: Array,
+    decayed_to: Tensor | None,
 ) -> tuple[Memory, Losses]:
     """Write the first ``counts`` [B] pending tokens of each row: the tables, and the losses ``[M, 1]``.
 
@@ -300,8 +372,11 @@ def _write_pending(
     if len(due) < memories:
         rows = due
     with _full_precision(memory.keys):
-        window, keys = write_part(cfg, memory.keys, pending_of(cfg, pending, counts, rows), rows)
-        _, values, (memorization,) = apply_values(cfg, memory.values, [window], owned, uses)
+        slot_uses, recent = split_uses(cfg, uses)
+        window, keys = write_part(cfg, memory.keys, pending_of(cfg, pending, counts, rows), rows, recent)
+        _, values, (memorization,) = apply_values(cfg, memory.values, [window], owned, slot_uses, decayed_to)
+        if recent is not None and uses is not None:
+            uses.copy_(joined_uses(cfg, slot_uses, window.recent))
     none = memory.keys.new_zeros(memories)
     losses = (none.index_copy(0, due, x.detach())[:, None] for x in (memorization, window.addressing))
     return Memory(keys, values), Losses(*losses)

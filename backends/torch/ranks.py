@@ -17,7 +17,7 @@ from fwpkm.backends.torch.column_parallel import Columns, is_sharded
 _REFUSED, _CALL, _FIRST_TENSOR = 0, 1, 2
 _NUMBERS = 3
 """That sum a tensor up (``_summary``)."""
-_LENGTH = _FIRST_TENSOR + 13 * _NUMBERS
+_LENGTH = _FIRST_TENSOR + 15 * _NUMBERS
 _ALIKE = 1e-3
 """How much a number that sums a tensor up may differ between ranks, of its norm: sums in another order may, other
 tokens differ by about 1."""

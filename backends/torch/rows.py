@@ -41,8 +41,23 @@ def start_state(
     device = "cpu" if position_device is None else position_device
     position = torch.full((batch_size,), 0, dtype=torch.int32, device=device)
     refuse_uses(cfg, memory.values)
-    uses = memory.values.new_zeros(memory.values.shape[:2]) if cfg.usage_weight else None
+    uses = memory.values.new_zeros(memory.values.shape[0], cfg.counts) if cfg.counts else None
     return State.of(memory, no_tokens(cfg, memory.keys, batch_size), position, uses)
+
+
+def split_uses(cfg: FwPKMConfig, uses: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """U ``[M, N]``, contiguous, and V ``[M, H, 2, S]`` of a state's uses; each None where the rule is off."""
+    if uses is None or not cfg.recent_penalty:
+        return uses, None
+    recent = uses[:, -2 * cfg.num_heads * cfg.num_subkeys :].unflatten(1, (cfg.num_heads, 2, cfg.num_subkeys))
+    return uses[:, : cfg.num_slots].contiguous() if cfg.usage_weight else None, recent
+
+
+def joined_uses(cfg: FwPKMConfig, uses: Tensor | None, recent: Tensor | None) -> Tensor | None:
+    """The inverse of ``split_uses``."""
+    if recent is None:
+        return uses
+    return torch.cat([*([] if uses is None else [uses]), recent.flatten(1)], 1)
 
 
 def own_uses(uses: Tensor | None, dtype: torch.dtype, owned: bool) -> Tensor | None:

@@ -96,9 +96,11 @@ def read_and_write(
     weights: Tensor,
     strength: Tensor,
     target: Tensor,
+    forget: Tensor | None,
     counted: Tensor,
     active: Tensor,
     uses: Tensor | None,
+    initial_values: Tensor | None,
     owned: bool,
     columns: Columns | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -112,10 +114,12 @@ def read_and_write(
         weights: ``[T, K]``.
         strength: ``[T]``: κ g of the tokens that have a pair, else 0.
         target: ``[T, Dv]``: u of the tokens that have a pair.
+        forget: ``[T]``: f of the tokens that count, else 0; None where no row is forgotten.
         counted: ``[T]`` bool: the tokens whose reads count in N_i.
         active: ``[len(spans), M]`` bool: the memories in which a window's chunk has a pair.
         uses: ``[M, N]``, contiguous: U of each slot, overwritten with what the writes make of it; None where they do
             not weigh it.
+        initial_values: ``[1, N, Dv]`` that rows decay to; None where they do not.
         owned: the table may be overwritten.
         columns: of which these are one rank's, where the table does not lie whole.
 
@@ -124,13 +128,14 @@ def read_and_write(
         the written windows, without gradient.
     """
     reads, squared, written = _Table.apply(
-        cfg, spans, values, weights, strength, target, slots, counted, active, uses, owned, columns
-    )
+        cfg, spans, values, weights, strength, target, forget, slots, counted, active, uses, initial_values, owned,
+        columns,
+    )  # fmt: skip
     return reads, values if written is None else written, squared
 
 
 class _Residuals(NamedTuple):
-    """What the backward of one window needs; the last four are None where nothing is written."""
+    """What the backward of one window needs; the last five are None where nothing is written."""
 
     rows: Tensor
     """``[P]`` ids of the rows that it touched."""
@@ -144,9 +149,11 @@ class _Residuals(NamedTuple):
     rate: Array
     """``[P]``: η_i / N_i of the rows that moved, else 0."""
     decay: Array
-    """``[P]``: η_i λ of the rows that moved, else 0; None where nothing decays."""
+    """``[P]``: η_i (λ + λ⁰) + F_i of the rows that moved, else 0; None where nothing decays or is forgotten."""
     unclipped: Array
     """``[P, Dv]``: which elements were not clipped, None where none can be."""
+    fraction: Array
+    """``[P]``: 1 / N_i of the rows that moved, else 0; None where no row is forgotten."""
 
     @property
     def entries(self) -> Entries:
@@ -155,10 +162,13 @@ class _Residuals(NamedTuple):
 
 
 class _Table(torch.autograd.Function):
-    """``read_and_write``; its gradients are those of values, weights, strength and target."""
+    """``read_and_write``; its gradients are those of values, weights, strength, target and forget."""
 
     @staticmethod
-    def forward(ctx, cfg, spans, values, weights, strength, target, slots, counted, active, uses, owned, columns):
+    def forward(
+        ctx, cfg, spans, values, weights, strength, target, forget, slots, counted, active, uses, initial_values,
+        owned, columns,
+    ):  # fmt: skip
         _, num_slots, width = values.shape
         writes = any(span.writes for span in spans)
         if writes and owned and values.is_contiguous():
@@ -173,7 +183,7 @@ class _Table(torch.autograd.Function):
             w, c, u, n = (x[start:stop] for x in (weights, strength, target, counted))
             before = table.index_select(0, rows)
             read = entries.read(before, w)
-            error = rate = decay = unclipped = None
+            error = rate = decay = unclipped = fraction = None
             reads[start:stop] = read
             if write:
                 error = read - u
@@ -181,13 +191,17 @@ class _Table(torch.autograd.Function):
                 count = entries.count(n)
                 moves = active[i].index_select(0, rows // num_slots) & (count > 0)
                 rates = None if uses is None else _use(cfg, uses, rows, count, moves)
-                after, error, rate, decay, unclipped = _write(
-                    cfg, entries, before, error, c[:, None] * w, count, moves, rates, columns
+                f = None if forget is None else forget[start:stop]
+                initial = None if initial_values is None else initial_values[0].index_select(0, rows % num_slots)
+                after, error, rate, decay, unclipped, fraction = _write(
+                    cfg, entries, before, initial, error, c[:, None] * w, f, count, moves, rates, columns
                 )
                 table.index_copy_(0, rows, after)
             if keep:
-                residuals.append(_Residuals(rows, before, *entries, error, rate, decay, unclipped))
-        ctx.save_for_backward(*(residuals and (weights, strength)), *(x for window in residuals for x in window))
+                residuals.append(_Residuals(rows, before, *entries, error, rate, decay, unclipped, fraction))
+        ctx.save_for_backward(
+            *(residuals and (weights, strength, counted)), *(x for window in residuals for x in window)
+        )
         ctx.cfg, ctx.spans, ctx.shape = cfg, spans, values.shape
         ctx.mark_non_differentiable(squared)
         ctx.set_materialize_grads(False)
@@ -197,13 +211,15 @@ class _Table(torch.autograd.Function):
     @first_only
     def backward(ctx, d_reads, _, d_values):
         if d_reads is None and d_values is None:
-            return (None,) * 12
-        weights, strength, *saved = ctx.saved_tensors
+            return (None,) * 14
+        weights, strength, counted, *saved = ctx.saved_tensors
         residuals = [_Residuals(*fields) for fields in zip(*[iter(saved)] * len(_Residuals._fields))]
         dense = ctx.needs_input_grad[2]
         gradient, locate = _gradient_rows(weights, [window.rows for window in residuals], d_values, ctx.shape, dense)
         d_weights, d_strength = torch.zeros_like(weights), torch.zeros_like(strength)
-        d_target = weights.new_zeros(len(weights), ctx.shape[-1])
+        d_target, d_forget = weights.new_zeros(len(weights), ctx.shape[-1]), None
+        if ctx.needs_input_grad[6]:
+            d_forget = torch.zeros_like(strength)
         reached = d_values is not None  # whether anything later has read the rows: until then their gradient is 0
         for (start, stop, write), window in zip(reversed(ctx.spans), reversed(residuals)):
             w, c = (x[start:stop] for x in (weights, strength))
@@ -214,6 +230,9 @@ class _Table(torch.autograd.Function):
                 d_w += c[:, None] * d_coefficient
                 d_strength[start:stop] = (w * d_coefficient).sum(-1)
                 d_target[start:stop] = d_error.neg()
+                if d_forget is not None:
+                    d_forgotten = (gradient.index_select(0, at) * window.before).sum(-1) * -window.fraction
+                    d_forget[start:stop] = d_forgotten[window.row_index].sum(-1).masked_fill(~counted[start:stop], 0)
                 d_read = d_error if d_read is None else d_read + d_error
             if d_read is not None:
                 d_w += window.entries.dot(window.before, d_read)
@@ -222,7 +241,7 @@ class _Table(torch.autograd.Function):
                     _add(gradient, at, window.entries.scatter_add(d_read, w), decay, dense)
             d_weights[start:stop] = d_w
         d_table = gradient.view(ctx.shape) if ctx.needs_input_grad[2] else None
-        return None, None, d_table, d_weights, d_strength, d_target, None, None, None, None, None, None
+        return None, None, d_table, d_weights, d_strength, d_target, d_forget, *[None] * 7
 
 
 def value_gradient(entries: Entries, error: Tensor, coefficient: Tensor, inverse_count: Tensor) -> Tensor:
@@ -252,23 +271,29 @@ def _write(
     cfg: FwPKMConfig,
     entries: Entries,
     before: Tensor,
+    initial: Tensor | None,
     error: Tensor,
     coefficient: Tensor,
+    forget: Tensor | None,
     count: Tensor,
     moves: Tensor,
     rates: Tensor | None,
     columns: Columns | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """The rows after a write ``[P, Dv]``, then error, rate, decay and unclipped of ``_Residuals``.
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """The rows after a write ``[P, Dv]``, then error, rate, decay, unclipped and fraction of ``_Residuals``.
 
-    ``before`` [P, Dv] are the rows, ``count`` [P] is N_i, ``rates`` [P] are η_i or None where all are η, and ``moves``
-    [P] tells the rows that a counted token reads in a memory where the chunk has a pair; ``value_gradient`` explains
-    the rest.
+    ``before`` [P, Dv] are the rows, ``initial`` those that they decay to or None, ``forget`` [T] is f of the tokens
+    that count or None, ``count`` [P] is N_i, ``rates`` [P] are η_i or None where all are η, and ``moves`` [P] tells the
+    rows that a counted token reads in a memory where the chunk has a pair; ``value_gradient`` explains the rest.
     """
     inverse_count = count.clamp(min=1).to(before.dtype).reciprocal_()
     gradient = value_gradient(entries, error, coefficient, inverse_count)
     unclipped = None if cfg.grad_clip is None else gradient.abs() <= cfg.grad_clip
-    after = _step_in_place(cfg, before, gradient, rates)
+    after = _step_in_place(cfg, before, initial, gradient, rates)
+    forgotten = None
+    if forget is not None:  # F_i, the mean of f over the reads that count
+        forgotten = entries.total(forget[:, None].expand_as(coefficient)) * inverse_count
+        after = after.addcmul_(forgotten[:, None], before, value=-1)
     finite = finite_rows(after)
     moves = moves & (finite if columns is None else columns.on_all(finite))
     if not moves.is_meta and maybe_any(~moves):
@@ -276,20 +301,30 @@ def _write(
     nonfinite = ~finite_rows(error)
     if maybe_any(nonfinite):
         error = error.masked_fill(nonfinite[:, None], 0)
+    fraction = None if forget is None else inverse_count.masked_fill(~moves, 0)
     rate = inverse_count.mul_(cfg.learning_rate if rates is None else rates).masked_fill_(~moves, 0)
     decay = None
-    if cfg.weight_decay:
-        decay = rate.new_full((), cfg.learning_rate * cfg.weight_decay) if rates is None else rates * cfg.weight_decay
-        decay = decay * moves
-    return after, error, rate, decay, unclipped
+    if cfg.weight_decay + cfg.initial_decay:
+        decay = rate.new_full((), cfg.learning_rate) if rates is None else rates
+        decay = decay * (cfg.weight_decay + cfg.initial_decay) * moves
+    if forgotten is not None:
+        decay = forgotten * moves if decay is None else decay + forgotten * moves
+    return after, error, rate, decay, unclipped, fraction
 
 
-def _step_in_place(cfg: FwPKMConfig, rows: Tensor, gradient: Tensor, rates: Tensor | None) -> Tensor:
-    """``fwpkm.rules.step``, overwriting the gradient: a third of the time, since a chunk touches many rows."""
+def _step_in_place(
+    cfg: FwPKMConfig, rows: Tensor, initial: Tensor | None, gradient: Tensor, rates: Tensor | None
+) -> Tensor:
+    """``fwpkm.rules.step``, and the decay to ``initial`` rows, overwriting the gradient.
+
+    A third of the time, since a chunk touches many rows.
+    """
     if cfg.grad_clip is not None:
         gradient = gradient.clamp_(-cfg.grad_clip, cfg.grad_clip)
     if cfg.weight_decay:
         gradient = gradient.add_(rows, alpha=cfg.weight_decay)
+    if initial is not None:
+        gradient = gradient.add_(rows - initial, alpha=cfg.initial_decay)
     return gradient.mul_(-cfg.learning_rate if rates is None else -rates[:, None]).add_(rows)
 
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from fwpkm import schedule
-from fwpkm.backends.torch.addressing import Selection, select_slots, write_keys
+from fwpkm.backends.torch.addressing import Selection, recent_after, select_slots, write_keys
 from fwpkm.backends.torch.column_parallel import Columns
 from fwpkm.backends.torch.streams import Streams
-from fwpkm.backends.torch.tokens import NAME, ahead, by_memory, finite, finite_rows, halves, without
+from fwpkm.backends.torch.tokens import NAME, ahead, by_memory, finite, finite_rows, halves, maybe_any, without
 from fwpkm.backends.torch.values import read_and_write
 from fwpkm.config import FwPKMConfig
 from fwpkm.containers import Memory, Trace
@@ -26,7 +26,8 @@ SELF = Implementation.of(
     Tensor,
     """
     key_dim value_dim num_heads num_subkeys top_k chunk_size lookahead boundary score score_eps temperature
-    learning_rate write_scale weight_decay grad_clip addressing_weight memory_scope usage_weight query value gate mask
+    learning_rate write_scale weight_decay grad_clip addressing_weight memory_scope usage_weight initial_decay
+    recent_penalty query value gate mask forget
     """,
 )
 """The fields of a configuration and of a token that this backend computes with."""
@@ -55,31 +56,44 @@ class Window(NamedTuple):
     """``[M]`` loss, None where nothing is written."""
     rows: Array = None
     """``[r]`` ids of the rows; None is all."""
+    recent: Array = None
+    """``[M, H, 2, S]``: V after what is written; None where sub-keys used lately lose nothing."""
 
 
-def windows(cfg: FwPKMConfig, keys: Tensor, streams: Streams) -> tuple[list[Window], Tensor]:
+def windows(
+    cfg: FwPKMConfig, keys: Tensor, streams: Streams, recent: Tensor | None = None
+) -> tuple[list[Window], Tensor, Tensor | None]:
     """Walk the windows of a call (§5): which tokens read one memory, and what is written after them.
 
     Returns:
-        the windows in order, and the keys afterwards.
+        the windows in order, the keys afterwards, and V ``[M, H, 2, S]``, where ``recent`` is V before.
     """
     walked = []
     for part in streams:
         if part.writes:
-            window, keys = write_part(cfg, keys, part.tokens, part.rows)
+            window, keys = write_part(cfg, keys, part.tokens, part.rows, recent)
+            recent = window.recent
         else:
-            own = keys if part.rows is None else keys.index_select(0, part.rows)
-            window = select_window(cfg, own, part.tokens)._replace(rows=part.rows)
+            own, lately = keys, recent
+            if part.rows is not None:
+                own = keys.index_select(0, part.rows)
+                lately = None if recent is None else recent.index_select(0, part.rows)
+            window = select_window(cfg, own, part.tokens, lately)._replace(rows=part.rows)
         streams.note(part, window.tokens, window.dead)
         walked.append(window)
-    return walked, keys
+    return walked, keys, recent
 
 
-def write_part(cfg: FwPKMConfig, keys: Tensor, tokens: Tokens, rows: Tensor | None) -> tuple[Window, Tensor]:
-    """``write_window`` of some rows ``[r]``, or of all, and the keys of all rows afterwards."""
+def write_part(
+    cfg: FwPKMConfig, keys: Tensor, tokens: Tokens, rows: Tensor | None, recent: Tensor | None = None
+) -> tuple[Window, Tensor]:
+    """``write_window`` of some rows ``[r]``, or of all, and the keys (and V) of all rows afterwards."""
     if rows is None:
-        return write_window(cfg, keys, tokens)
-    window, own = write_window(cfg, keys.index_select(0, rows), tokens)
+        return write_window(cfg, keys, tokens, recent)
+    lately = None if recent is None else recent.index_select(0, rows)
+    window, own = write_window(cfg, keys.index_select(0, rows), tokens, lately)
+    if recent is not None:
+        window = window._replace(recent=recent.index_copy(0, rows, window.recent))
     return window._replace(rows=rows), keys.index_copy(0, rows, own)
 
 
@@ -88,21 +102,27 @@ def pairs(cfg: FwPKMConfig, counted: Tensor, live: Tensor) -> Tensor:
     return counted & ahead(live, cfg.lookahead)
 
 
-def select_window(cfg: FwPKMConfig, keys: Tensor, tokens: Tokens) -> Window:
+def select_window(cfg: FwPKMConfig, keys: Tensor, tokens: Tokens, recent: Tensor | None = None) -> Window:
     """What a window's tokens read; nothing is written after it."""
-    _, window = _select(cfg, keys, tokens)
+    _, window = _select(cfg, keys, tokens, recent)
     never = torch.zeros_like(window.dead)
     target, active = torch.zeros_like(window.tokens.value), never.new_zeros(keys.shape[0])
     return window._replace(target=target, pair=never, counted=never, active=active)
 
 
-def write_window(cfg: FwPKMConfig, keys: Tensor, tokens: Tokens) -> tuple[Window, Tensor]:
+def write_window(
+    cfg: FwPKMConfig, keys: Tensor, tokens: Tokens, recent: Tensor | None = None
+) -> tuple[Window, Tensor]:
     """What a window's tokens read, and the keys after its first C are written; those after serve only as targets."""
-    selection, window = _select(cfg, keys, tokens)
+    selection, window = _select(cfg, keys, tokens, recent)
     live, value = window.tokens.mask, window.tokens.value
     counted = live & (torch.arange(tokens.length, device=live.device) < cfg.chunk_size)
     pair = pairs(cfg, counted, live)
-    return _write(cfg, keys, selection, window, ahead(value, cfg.lookahead), pair, counted)
+    window, after = _write(cfg, keys, selection, window, ahead(value, cfg.lookahead), pair, counted)
+    if recent is not None:
+        lately = recent_after(recent, selection, by_memory(counted, keys.shape[0]), window.active)
+        window = window._replace(recent=lately)
+    return window, after
 
 
 def write_chunk(cfg: FwPKMConfig, keys: Tensor, chunk: Tokens, pair: Tensor | None) -> tuple[Window, Tensor]:
@@ -116,7 +136,12 @@ def write_chunk(cfg: FwPKMConfig, keys: Tensor, chunk: Tokens, pair: Tensor | No
 
 
 def apply_values(
-    cfg: FwPKMConfig, values: Tensor, walked: list[Window], owned: bool, uses: Tensor | None = None
+    cfg: FwPKMConfig,
+    values: Tensor,
+    walked: list[Window],
+    owned: bool,
+    uses: Tensor | None = None,
+    initial_values: Tensor | None = None,
 ) -> tuple[list[Tensor], Tensor, list[Tensor]]:
     """Read the values of every window, writing the chunks between them.
 
@@ -126,6 +151,7 @@ def apply_values(
         walked: the windows in order.
         owned: the table may be overwritten.
         uses: ``[M, N]``, contiguous, overwritten where a window writes; or None.
+        initial_values: ``[1, N, Dv]`` that rows decay to, or None.
 
     Returns:
         reads ``[r, n, Dv]`` of each window, the table afterwards, and the memorization loss ``[M]`` of each write.
@@ -144,16 +170,21 @@ def apply_values(
         shapes.append(shape)
         first = first_row.expand(shape[0]) if w.rows is None else first_row[w.rows]
         strength = torch.where(w.pair, write_scale(torch, cfg, w.weights) * w.tokens.gate, 0)
-        entries.append((w.slots + first[:, None, None], w.weights, strength, w.target, w.counted))
+        forget = torch.where(w.counted, w.tokens.forget, 0)
+        entries.append((w.slots + first[:, None, None], w.weights, strength, w.target, w.counted, forget))
         active.append(w.active if w.rows is None else w.active.new_zeros(memories).index_copy(0, w.rows, w.active))
-    slots, weights, strength, target, counted = (
+    slots, weights, strength, target, counted, forget = (
         torch.cat([x.flatten(0, 1) for x in of_all]) for of_all in zip(*entries)
     )
+    forgets = forget.requires_grad or maybe_any(forget != 0)
     if columns is not None:
+        if forgets:
+            raise ValueError("forget must be None where a table lies in columns. Received: numbers other than 0")
         slots, weights, strength, target = columns.enter(slots, weights, strength, target)
     reads, written, squared = read_and_write(
-        cfg, table, spans, slots, weights, strength, target, counted, torch.stack(active), uses, owned, columns
-    )
+        cfg, table, spans, slots, weights, strength, target, forget if forgets else None, counted, torch.stack(active),
+        uses, initial_values, owned, columns,
+    )  # fmt: skip
     if columns is not None:
         reads, squared = columns.leave(reads, squared)
     losses = [
@@ -202,9 +233,11 @@ def empty_trace(cfg: FwPKMConfig, memory: Memory, shape: tuple[int, ...], column
     return Trace(entries.long(), entries, nothing, nothing.clone(), writes)
 
 
-def _select(cfg: FwPKMConfig, keys: Tensor, tokens: Tokens) -> tuple[Selection, Window]:
+def _select(
+    cfg: FwPKMConfig, keys: Tensor, tokens: Tokens, recent: Tensor | None = None
+) -> tuple[Selection, Window]:
     """What tokens select; of the window, what it reads."""
-    selection, shape = select_slots(cfg, halves(cfg, tokens.query, keys.shape[0]), keys), tokens.mask.shape
+    selection, shape = select_slots(cfg, halves(cfg, tokens.query, keys.shape[0]), keys, recent), tokens.mask.shape
     dead = ~(selection.finite.view(shape) & finite(tokens))
     slots, weights = (x.view(*shape, -1) for x in (selection.slots, selection.weights))
     return selection, Window(slots, weights, without(tokens, dead), dead)

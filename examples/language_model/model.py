@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
@@ -13,6 +14,7 @@ from examples.language_model.attention import Attention
 from examples.language_model.settings import ModelSettings
 from fwpkm import FwPKMConfig, State
 from fwpkm.backends.torch import FwPKM, nbytes
+from fwpkm.tokens import Tokens
 
 VOCABULARY = 256  # bytes
 
@@ -94,6 +96,25 @@ class Block(nn.Module):
         return x + self.project_out(F.silu(gate) * up)
 
 
+class ForgettingMemory(FwPKM):
+    """A memory with a forget gate: a write takes from a row the mean, over its reads, of f = sigmoid(w·norm(x) + b).
+
+    w begins as 0, so that nothing else is drawn otherwise than without the gate, and f is the same everywhere at first.
+    """
+
+    def __init__(self, settings: ModelSettings, config: FwPKMConfig):
+        """Build the memory and its gate; f begins at sigmoid(``settings.forget_bias``)."""
+        super().__init__(settings.width, config, gated=settings.gated)
+        self.forget_norm = nn.RMSNorm(settings.width, eps=1e-5)
+        self.forget_weight = nn.Parameter(torch.zeros(1, settings.width))
+        self.forget_bias = nn.Parameter(torch.full((1,), settings.forget_bias))
+
+    def _project(self, x: Tensor, *others: Any) -> tuple[Tokens, torch.dtype]:
+        tokens, dtype = super()._project(x, *others)
+        logit = F.linear(self.forget_norm(x), self.forget_weight, self.forget_bias)
+        return tokens._replace(forget=logit.squeeze(-1).float().sigmoid()), dtype
+
+
 def mixer(settings: ModelSettings, config: FwPKMConfig) -> nn.Module:
     """What stands before a layer of ``settings.memories``: a memory, or a baseline in its place.
 
@@ -101,6 +122,8 @@ def mixer(settings: ModelSettings, config: FwPKMConfig) -> nn.Module:
     """
     match settings.mixer:
         case "fwpkm":
+            if settings.forget:
+                return ForgettingMemory(settings, config)
             return FwPKM(settings.width, config, gated=settings.gated)
         case "static":
             return baselines.StaticMemory(settings.width, config)

@@ -7,11 +7,11 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 
 from fwpkm.config import FwPKMConfig
-from fwpkm.conformance.strategies import PACKED, PADDED, UNMASKED, Case, floating, unmasked
+from fwpkm.conformance.strategies import NUMBERS, PACKED, PADDED, UNMASKED, Case, floating, unmasked
 from fwpkm.containers import Memory, State, Trace, memories_for
 from fwpkm.protocol import Backend, DifferentiableBackend
 from fwpkm.schedule import max_writes
-from fwpkm.tokens import NUMBERS, Tokens
+from fwpkm.tokens import Tokens
 
 INPUTS = (*NUMBERS, *Memory._fields)
 """What gradients are taken with respect to, in this order."""

@@ -16,7 +16,7 @@ from fwpkm import reference
 from fwpkm.agreement import GAP, comparable_tokens, deciding_gap
 from fwpkm.config import CHOICES, FwPKMConfig
 from fwpkm.containers import Memory, memories_for
-from fwpkm.tokens import NUMBERS, TOKEN_FIELDS, Array, Tokens
+from fwpkm.tokens import TOKEN_FIELDS, Array, Tokens
 
 TWISTS = ("at_keys", "repeats", "masked_row", "masked_chunk", "padded", "twins")
 """Queries exactly at keys; one query repeated; a row, or a chunk, without unmasked tokens; rows padded at both ends,
@@ -31,7 +31,10 @@ LAYOUTS = PADDED, PACKED, UNMASKED = "padded", "packed", "packed without a mask"
 """How the tokens of a case are handed over (SPEC.md §5)."""
 
 ROWS = st.integers(1, 3)
-OPTIONAL = tuple(field.name for field in TOKEN_FIELDS if field.default is not None)
+_SERVED = [field for field in TOKEN_FIELDS if field.name in reference.SELF.fields]
+NUMBERS = tuple(field.name for field in _SERVED if field.kind == "float")
+"""What of a token has a gradient, of the fields that the reference serves."""
+OPTIONAL = tuple(field.name for field in _SERVED if field.default is not None)
 LEFT_OUT = st.frozensets(st.sampled_from(OPTIONAL))
 """Any of the fields of a token that a call may leave out."""
 MOST_SEEDS = 500

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 from fwpkm.config import FwPKMConfig
-from fwpkm.kernels import key_gradient, keys, overlay, propose, ranks, read, slots, tokens, values
+from fwpkm.kernels import key_gradient, keys, overlay, propose, ranks, read, recents, slots, tokens, values
 from fwpkm.kernels.runtime.launch import Launches
 from fwpkm.kernels.runtime.layouts import backward_layout, forward_layout, residuals_layout
 from fwpkm.kernels.runtime.shapes import keys_move
@@ -45,6 +45,8 @@ class Result(NamedTuple):
     """``[windows, M]``"""
     residuals: Workspace
     """Of ``residuals_layout``."""
+    recent: Tensor | None = None
+    """``[M, H, 2, S]``: V afterwards, where it counts."""
 
 
 class Gradients(NamedTuple):
@@ -59,6 +61,7 @@ class Gradients(NamedTuple):
 def forward(
     cfg: FwPKMConfig, plan: Plan, keys: Tensor, values: Tensor, tokens: Tokens, pair: Tensor | None, save: bool,
     dtype: torch.dtype, uses: Tensor | None = None, most: Bounds | None = None, overlaid: bool = False,
+    initial_values: Tensor | None = None, recent: Tensor | None = None,
 ) -> Result:  # fmt: skip
     """Read and write all windows; ``values`` [M, N, Dv] and ``uses`` [M, N] are overwritten, ``keys`` is not.
 
@@ -76,10 +79,13 @@ def forward(
         uses: ``[M, N]`` float32, contiguous: U of each slot; None where no write weighs it.
         most: what to make space for, so that the shapes of residuals do not depend on the position.
         overlaid: every memory begins from one table, and the written ones are not asked for.
+        initial_values: ``[1, N, Dv]`` float32, contiguous, that rows decay to; None where they do not.
+        recent: ``[M, H, 2, S]`` float32: V of each sub-key; None where it does not count.
     """
     import torch  # here, so that who only lists launches needs none
 
     inputs = {**tokens._asdict(), "pair": pair, "initial_keys": keys, "table": values, "uses": uses, "due": None}
+    inputs["initial_values"] = initial_values
     batch = tokens.query.shape[0]
     call = Call(cfg, plan, tokens.query.dtype, batch, keys.shape[0], save, overlaid)
     launches = forward_launches(call, most)
@@ -91,6 +97,8 @@ def forward(
     output = values.new_empty(batch, plan.num_new, cfg.value_dim, dtype=dtype)
     addressing = keys.new_empty(plan.num_writes, call.memories)
     inputs |= {"new_slots": slots, "new_weights": weights, "output": output, "addressing": addressing}
+    if recent is not None:
+        residuals["recents"][0].copy_(recent.reshape(call.groups, cfg.num_subkeys))
     launches.address.run(inputs, residuals, workspace)
     used = slice(plan.total * entries)
     torch.sort(workspace["table_rows"], stable=True, out=(residuals["sorted_rows"][used], residuals["order"][used]))
@@ -101,7 +109,9 @@ def forward(
     written = workspace["squared"][: writes * batch * plan.windows[0].length]
     memorization = written.view(writes, call.memories, -1).sum(2) if writes else keys.new_zeros(0, call.memories)
     last = None if overlaid else residuals["keys"][writes * save * keys_move(cfg)].view(keys.shape).clone()
-    return Result(output, slots, weights, last, memorization, addressing, residuals)
+    if recent is not None:
+        recent = residuals["recents"][writes].view(recent.shape)
+    return Result(output, slots, weights, last, memorization, addressing, residuals, recent)
 
 
 class Forward(NamedTuple):
@@ -120,7 +130,17 @@ def forward_launches(call: Call, most: Bounds | None) -> Forward:
     most = most or least(call.plan, call.batch)
     residuals = residuals_layout(call.cfg, most, call.memories, call.batch, call.save, overlaid=call.overlaid)
     workspace = forward_layout(call, residuals.spec("sorted_rows").dtype)
-    inputs = *_INPUTS, "initial_keys", "table", "uses", "new_slots", "new_weights", "output", "addressing"
+    inputs = (
+        *_INPUTS,
+        "initial_keys",
+        "initial_values",
+        "table",
+        "uses",
+        "new_slots",
+        "new_weights",
+        "output",
+        "addressing",
+    )
     prepare, address, write = (
         Launches(residuals, inputs=_INPUTS),
         *(Launches(residuals, workspace, inputs=inputs) for _ in range(2)),
@@ -145,6 +165,8 @@ def add_address(launches: Launches, call: Call) -> None:
         slots.add_select_slots(launches, call, integers)
         if call.plan.windows[window].writes:
             key_gradient.add_coefficients(launches, call, integers)
+            if call.cfg.recent_penalty:
+                recents.add_recents(launches, call, integers)
             if keys_move(call.cfg):
                 keys.add_keys(launches, call, integers)
 

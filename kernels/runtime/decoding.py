@@ -38,7 +38,7 @@ def decode(cfg: FwPKMConfig, state: State, tokens: Tokens) -> Tensor:
     output = tokens.query.new_empty(batch, 1, cfg.value_dim)
     inputs = {
         **state._asdict(), **dict(zip(_TOKEN, tokens)), "uses": state.maybe_uses, "keys": keys, "table": values,
-        "output": output,
+        "initial_values": None, "output": output,
     }  # fmt: skip
     # Queries are float32 once they are pending; what reads the token itself does not depend on their dtype.
     call = Call(cfg, write(num_tokens, batch), "float32", batch, keys.shape[0], False)
@@ -50,7 +50,7 @@ def decode(cfg: FwPKMConfig, state: State, tokens: Tokens) -> Tensor:
 @of_call
 def decode_launches(call: Call) -> Launches:
     """The launches of a step, those of the write among them."""
-    inputs = *_PENDING, *_TOKEN, "keys", "table", "uses", "position", "output"
+    inputs = *_PENDING, *_TOKEN, "keys", "initial_values", "table", "uses", "position", "output"
     launches = Launches(*_layouts(call), inputs=inputs)
     kernels.add_read_token(launches, call)
     kernels.add_stage(launches, call)

@@ -42,6 +42,8 @@ def layout_of_residuals(
         # A bit for each token of the window, set where it chose the sub-key.
         "maps": ((windows, groups, subkeys, words_for(longest * batch // memories)), _INT),
         "counts": ((windows, memories), _INT),  # n
+        # How many of the n tokens chose the sub-key.
+        "subkey_counts": ((windows, groups, subkeys), _INT) if cfg.recent_penalty else None,
         "active": ((windows, memories), _INT),  # whether any token has a pair
         # The largest ‖K‖² before each window, as the integer that has its bits; behind what else begins as zeros.
         "largest": ((moving + 1, groups), _INT),
@@ -50,7 +52,8 @@ def layout_of_residuals(
         "flags": ((batch * num_tokens,), _BYTE),
         "window_flags": ((total,), _BYTE),  # the flags as the window found them
         "ids": (choices, _INT),  # sub-keys, in any order
-        "ranks": (choices, _FLOAT),  # -‖q - K‖², or q·K
+        "ranks": (choices, _FLOAT),  # -‖q - K‖², or q·K; with V as of exact_ranks
+        "recents": ((windows + 1, groups, subkeys), _FLOAT) if cfg.recent_penalty else None,  # V before each window
         "slots": ((total, cfg.slots_per_token), _INT),
         "weights": ((total, cfg.slots_per_token), _FLOAT),
         "strength": ((total,), _FLOAT),  # κ g of the tokens that have a pair, else 0
@@ -68,7 +71,8 @@ def layout_of_residuals(
         "coefficient_sums": ((moving, groups, subkeys), _FLOAT),  # Σ c
         "segment_start": ((entries,), _INT),  # where each entry's segment begins in the order
         "step_sizes": ((entries,), _FLOAT),  # by segment: η/N of a row that moved, else 0
-        "decays": ((entries,), _FLOAT) if cfg.usage_weight and cfg.weight_decay else None,  # by segment: η λ
+        "fractions": ((entries,), _FLOAT),  # by segment: 1/N of a row that moved, else 0
+        "decays": ((entries,), _FLOAT),  # by segment: η (λ + λ⁰) + F of a row that moved, else 0
         # By segment: the table row before the write; or the segment that left it, -1 for the one table.
         "old_rows": None if overlaid else ((entries, width), _FLOAT),
         "sources": ((entries,), _INT) if overlaid else None,
@@ -106,6 +110,8 @@ def forward_layout(call: Call, row: str) -> Layout:
             **(_sums_specs(call) if moving else {}),
             "partial": ((pieces, cfg.value_dim), _FLOAT),  # sums over the entries of a row that has many
             "partial_counts": ((pieces,), _INT),  # how many of those count
+            "partial_forgotten": ((pieces,), _FLOAT),  # Σ f over those that count
+            "forgets": ((plan.total * writes,), _FLOAT),  # f of the tokens that count, else 0
             "squared": ((plan.total,), _FLOAT),  # ½ g ‖v̂ - u‖²
         }
     )

@@ -19,6 +19,7 @@ class Score(NamedTuple):
 
     name: str
     epsilon: float
+    penalty: float
 
 
 def keys_move(cfg: FwPKMConfig) -> bool:
@@ -36,7 +37,7 @@ def shapes(cfg: FwPKMConfig, query: Any) -> SimpleNamespace:
     head_block = triton.next_power_of_2(heads)
     entries = heads * k
     names = {"HEADS": heads, "SUBKEYS": subkeys}
-    score = {"SCORE": Score(cfg.score, cfg.score_eps)}
+    score = {"SCORE": Score(cfg.score, cfg.score_eps, cfg.recent_penalty)}
     ranked, scored = names | {"HALF": half} | score, names | {"K": k} | score
     chosen = scored | {"CHUNK": cfg.chunk_size}
     table = {"SLOTS": cfg.num_slots, "WIDTH": cfg.value_dim, "ENTRIES": entries}
@@ -123,6 +124,7 @@ def shapes(cfg: FwPKMConfig, query: Any) -> SimpleNamespace:
             "num_warps": 1,
         },
         addressing_loss={"ROWS": 2 * heads * subkeys, "BLOCK": 1024, "num_warps": 4},
+        recents={"HEADS": heads, "SUBKEYS": subkeys, "BLOCK": 128, "num_warps": 4},
         keys={**rate, "CLIP": cfg.grad_clip},  # beside those of key_sums
         read={
             **table,
@@ -138,6 +140,7 @@ def shapes(cfg: FwPKMConfig, query: Any) -> SimpleNamespace:
             **rate,
             "CLIP": cfg.grad_clip,
             "USAGE": cfg.usage_weight,
+            "INITIAL": cfg.initial_decay,
             **few,
         },
         read_backward={
@@ -148,7 +151,7 @@ def shapes(cfg: FwPKMConfig, query: Any) -> SimpleNamespace:
             "num_warps": 4,
         },
         piece_backward=of_piece,
-        rows_backward={**table, **rate, **few},
+        rows_backward={**table, **few},
         last_windows={"SLOTS": cfg.num_slots, "ENTRIES": entries, "BLOCK": 1024, "num_warps": 4},
         initial_backward={
             "SLOTS": cfg.num_slots,

@@ -127,7 +127,7 @@ class Call(NamedTuple):
         that moves them, so where keys are at rest all that write, and what is left.
         """
         number, writes = len(self.plan.windows), self.plan.num_writes
-        if keys_move(self.cfg):
+        if keys_move(self.cfg) or self.cfg.recent_penalty:
             return [(i, 1) for i in range(number)]
         return [run for run in ((0, writes), (writes, number - writes)) if run[1]]
 
