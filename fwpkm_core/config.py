@@ -22,7 +22,9 @@ CHOICES = {
 """The values of the fields that name a rule. Whatever computes by one names every value and refuses any other."""
 _POSITIVE_INTEGERS = ("key_dim", "value_dim", "num_heads", "num_subkeys", "top_k", "chunk_size")
 _POSITIVE_NUMBERS = ("score_eps", "temperature", "grad_clip")
-_NON_NEGATIVE_NUMBERS = ("learning_rate", "weight_decay", "addressing_weight", "usage_weight", "initial_decay", "recent_penalty")
+_NON_NEGATIVE_NUMBERS = (
+    "learning_rate", "weight_decay", "addressing_weight", "usage_weight", "initial_decay", "recent_penalty"
+)  # fmt: skip
 
 
 def check_arguments(taker: str, received: Iterable[str], known: Sequence[str]) -> None:

@@ -110,9 +110,7 @@ def select_window(cfg: FwPKMConfig, keys: Tensor, tokens: Tokens, recent: Tensor
     return window._replace(target=target, pair=never, counted=never, active=active)
 
 
-def write_window(
-    cfg: FwPKMConfig, keys: Tensor, tokens: Tokens, recent: Tensor | None = None
-) -> tuple[Window, Tensor]:
+def write_window(cfg: FwPKMConfig, keys: Tensor, tokens: Tokens, recent: Tensor | None = None) -> tuple[Window, Tensor]:
     """What a window's tokens read, and the keys after its first C are written; those after serve only as targets."""
     selection, window = _select(cfg, keys, tokens, recent)
     live, value = window.tokens.mask, window.tokens.value
@@ -233,9 +231,7 @@ def empty_trace(cfg: FwPKMConfig, memory: Memory, shape: tuple[int, ...], column
     return Trace(entries.long(), entries, nothing, nothing.clone(), writes)
 
 
-def _select(
-    cfg: FwPKMConfig, keys: Tensor, tokens: Tokens, recent: Tensor | None = None
-) -> tuple[Selection, Window]:
+def _select(cfg: FwPKMConfig, keys: Tensor, tokens: Tokens, recent: Tensor | None = None) -> tuple[Selection, Window]:
     """What tokens select; of the window, what it reads."""
     selection, shape = select_slots(cfg, halves(cfg, tokens.query, keys.shape[0]), keys, recent), tokens.mask.shape
     dead = ~(selection.finite.view(shape) & finite(tokens))
