@@ -81,12 +81,27 @@ def test_a_row_that_is_written_nothing_else_goes_back(implementation):
     assert torch.equal(found[~touched], before[~touched])
 
 
+@pytest.mark.parametrize("implementation", ["eager", "triton"])
+def test_it_is_the_plain_rule_at_zero(implementation):
+    """So small a decay changes no bit."""
+    results = []
+    for decay in (0.0, 1e-30):
+        cfg = config(initial_decay=decay)
+        (*tokens, _), memory = drawn(cfg, torch.float32)
+        options = {"implementation": implementation, "initial_values": memory[1][:1].detach()}
+        output, state, _ = TORCH.apply(cfg, TORCH.init_state(cfg, Memory(*memory), 2), *tokens, **options)
+        live = [output, *state.memory]
+        results.append([*live, *torch.autograd.grad(summed(live), [*tokens, *memory])])
+    for plain, zero in zip(*results, strict=True):
+        assert torch.equal(plain, zero)
+
+
 def test_a_layer_passes_its_own_table():
     layers = []
     for decay in (0.0, 0.3):
         torch.manual_seed(0)
         layers.append(FwPKM(16, FwPKMConfig(**SMALL, initial_decay=decay)))
-    x = torch.randn(2, 12, 16)
+    x = torch.randn(2, 24, 16)  # so long that chunks write rows again
     layer = layers[1]
     whole, _ = layer(x)
     first, state = layer(x[:, :5])
@@ -102,7 +117,7 @@ def test_what_it_lacks_it_asks_for():
     state = TORCH.init_state(cfg, memory, 2)
     with pytest.raises(ValueError, match=r"initial_values must be the initial memory's values \[1, N, Dv\]"):
         TORCH.apply(cfg, state, *tokens)
-    with pytest.raises(ValueError, match=r"initial_values must have shape \[1, N=25, Dv=16\]"):
+    with pytest.raises(ValueError, match=r"initial_values must have shape \[1=1, N=25, Dv=16\]"):
         TORCH.apply(cfg, state, *tokens, initial_values=memory.values)
     with pytest.raises(ValueError, match="initial_values must not require a gradient"):
         TORCH.apply(cfg, state, *tokens, initial_values=memory.values[:1].clone().requires_grad_())

@@ -36,6 +36,40 @@ def test_kernels_are_the_rule(fields):
     assert backward < 1e-4
 
 
+@pytest.mark.parametrize("implementation", ["eager", "triton"])
+def test_it_is_the_plain_rule_at_zero(implementation):
+    results = []
+    for penalty in (0.0, 1e-30):
+        cfg = config(recent_penalty=penalty)
+        (*tokens, _), memory = drawn(cfg, torch.float32)
+        output, state, _ = TORCH.apply(
+            cfg, TORCH.init_state(cfg, Memory(*memory), 2), *tokens, implementation=implementation
+        )
+        live = [output, *state.memory]
+        results.append([*live, *torch.autograd.grad(summed(live), [*tokens, *memory])])
+    for plain, zero in zip(*results, strict=True):
+        same_or_close(zero, plain)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "triton"])
+def test_a_backward_knows_v_of_before_it_was_overwritten(implementation):
+    """A call in place, of a state whose V counts, as a training that goes on."""
+    cfg, results = config(), []
+    for inplace in (False, True):
+        (*tokens, _), memory = drawn(cfg, torch.float32)
+        memory = Memory(*(x.detach() for x in memory))
+        state = TORCH.init_state(cfg, memory, 2)
+        uses = 5 * torch.rand(state.uses.shape, generator=torch.Generator().manual_seed(4)).to(DEVICE)
+        state = state._replace(uses=uses)
+        options = {"inplace": inplace, "implementation": implementation}
+        output, after, _ = TORCH.apply(cfg, state, *(x[:, :8] for x in tokens), **options)
+        assert (after.uses.data_ptr() == uses.data_ptr()) == (inplace and implementation == "triton")
+        live = [output, *after.memory]
+        results.append([*live, after.uses, *torch.autograd.grad(summed(live), tokens)])
+    for wanted, found in zip(*results, strict=True):
+        same_or_close(found, wanted)
+
+
 def test_a_penalty_that_outweighs_all_makes_tokens_choose_others():
     """What the first chunk chose, the second does not."""
     cfg = config(recent_penalty=50.0, num_subkeys=8, top_k=2, chunk_size=2)

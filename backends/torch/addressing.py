@@ -48,7 +48,7 @@ class Selection(NamedTuple):
     finite: Tensor
     """``[M, R]`` whether the query and all its selected scores are finite."""
     penalties: Tensor | None = None
-    """``[M, H, 2, R, k]``: what sub-scores count less, recent_penalty × log(1 + V); None where nothing is recent."""
+    """``[M, H, 2, R, k]``: what sub-scores count less, recent_penalty * log(1 + V); None where nothing is recent."""
 
 
 # --- §2 Lookup ---

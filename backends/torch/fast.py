@@ -283,8 +283,9 @@ def forward(
             cfg, plan, keys.contiguous(), values, stream, pair, save, dtype, of_slots, most, overlaid, initial_values,
             recent,
         )  # fmt: skip
-    if recent is not None and uses is not None and plan.num_writes:
-        uses.copy_(joined_uses(cfg, of_slots, result.recent))
+    after = joined_uses(cfg, of_slots, result.recent)
+    if recent is not None and uses is not None and after is not None and plan.num_writes:
+        uses.copy_(after)
     return result, values
 
 
