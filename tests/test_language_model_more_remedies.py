@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 from sources import ROOT
+from test_language_model_retention import DOMAINS, OTHER, SIZE, TEXTS
 from test_language_model_training import CPU, experiment
 from tiny_experiments import CORPUS, config, drawn
 
-from examples.language_model import checkpoint, training
+from examples.language_model import checkpoint, retention, training
 from examples.language_model.commands import main
 from examples.language_model.model import LanguageModel
 from examples.language_model.needle import MEMORIES
@@ -72,6 +73,20 @@ def test_reading_on_in_parts_freezing_forking_and_packing(rule, tmp_path):
     model, _ = checkpoint.load(tmp_path, CPU, **MEMORIES)
     with torch.no_grad():
         check_reading(model)
+
+
+@pytest.mark.parametrize("snapshots", [False, True])
+@pytest.mark.parametrize("rule", RULES)
+def test_what_it_keeps_is_measured(rule, snapshots, tmp_path):
+    training.train(Experiment(settings(rule), experiment(steps=3, length=192).training), CORPUS, tmp_path, CPU)
+    path, told = tmp_path / "small-0.retention.json", []
+    options = {"size": SIZE, "other": OTHER, "texts": TEXTS, "snapshots": snapshots, "tell": told.append}
+    retention.measure(tmp_path, DOMAINS, path, CPU, **options)
+    rows = json.loads(path.read_text())["rows"]
+    for row in rows:
+        for kind in ("episodes", "domain"):
+            assert row[kind].keys() == {"unread", "filler", "others", "kept", "last"}
+            assert all(np.isfinite(x).all() for x in row[kind].values())
 
 
 def check_reading(model):
