@@ -33,10 +33,12 @@ DEFAULTS = {
     "addressing_weight": 1.0,
     "memory_scope": "sequence",
     "usage_weight": 0.0,
+    "initial_decay": 0.0,
+    "recent_penalty": 0.0,
 }
 MINIMA = {"key_dim": 1, "value_dim": 1, "num_heads": 1, "num_subkeys": 1, "top_k": 1, "chunk_size": 1, "lookahead": 0}
 POSITIVE = ["score_eps", "temperature", "grad_clip"]
-NON_NEGATIVE = ["learning_rate", "weight_decay", "addressing_weight", "usage_weight"]
+NON_NEGATIVE = ["learning_rate", "weight_decay", "addressing_weight", "usage_weight", "initial_decay", "recent_penalty"]
 CHOICES = {
     "boundary": ["drop", "wait"],
     "score": ["idw", "dot_product"],
@@ -204,9 +206,9 @@ configs = st.builds(
     score_eps=positive,
     temperature=positive,
     grad_clip=st.none() | positive,
-    **{name: st.floats(min_value=0, max_value=1e308) for name in NON_NEGATIVE},
+    **{name: st.floats(min_value=0, max_value=1e308) for name in NON_NEGATIVE if name != "recent_penalty"},
     **{name: st.sampled_from(choices) for name, choices in CHOICES.items()},
-)
+)  # recent_penalty is not drawn: a score of "dot_product" refuses it
 
 
 @given(cfg=configs)
