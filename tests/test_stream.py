@@ -90,8 +90,8 @@ def test_padding_is_invisible_wherever_it_stands(be, case, more, data):
     padding = draw_tokens(np.random.default_rng(data.draw(OTHERS)), case.cfg, case.batch, length)
     padded = padding._replace(mask=np.zeros((case.batch, length), bool))
     gate = np.ones((case.batch, case.length)) if case.tokens.gate is None else case.tokens.gate
-    for array, own in zip(padded, case.tokens._replace(gate=gate, mask=unmasked(case.tokens))):
-        array[rows, at] = own
+    for name, own in case.tokens._replace(gate=gate, mask=unmasked(case.tokens)).present().items():
+        getattr(padded, name)[rows, at] = own
     expected, state = stream(be, case.cfg, start(be, case), case.tokens)
     received, after = stream(be, case.cfg, start(be, case), padded)
     tokens = {name: getattr(received, name)[rows, at] for name in ("output", "slots", "weights")}
@@ -108,7 +108,8 @@ def test_trailing_padding_is_invisible(be, case, more, seed):
     padding = padding._replace(mask=np.zeros((case.batch, more), bool))
     gate = np.ones((case.batch, case.length)) if tokens.gate is None else tokens.gate
     full = tokens._replace(gate=gate, mask=unmasked(tokens))
-    padded = Tokens(*(np.concatenate(pair, axis=1) for pair in zip(full, padding)))
+    parts = full.present().items()
+    padded = Tokens(**{name: np.concatenate([x, getattr(padding, name)], axis=1) for name, x in parts})
     expected = read(be, case)
     received = read(be, dataclasses.replace(case, tokens=padded, length=case.length + more))
     writes = expected.memorization.shape[1]

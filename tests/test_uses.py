@@ -69,8 +69,7 @@ def by_hand(cfg, memory, query, value, gate):
 
 def test_the_reference_is_the_rule():
     case = drawn(USED, 1, 12, left_out=["mask"])
-    query, value, gate, _ = (None if x is None else x[0] for x in case.tokens)
-    values, uses = by_hand(case.cfg, case.memory, query, value, gate)
+    values, uses = by_hand(case.cfg, case.memory, *(x[0] for x in case.tokens.present().values()))
     _, state = read(reference, case, begun(reference, case))
     assert_close(state.memory.values[0], values, "float64")
     np.testing.assert_array_equal(state.uses[0], uses)
