@@ -90,6 +90,7 @@ def _forward(
     launches, entries, new = _lists(settings, tokens, memories, save), cfg.slots_per_token, (batch, plan.num_new)
     arrays = {
         **tokens._asdict(), "pair": pair, "initial_keys": memory.keys, "table": memory.values, "uses": uses,
+        "initial_values": None,
         "new_slots": jax.ShapeDtypeStruct((*new, entries), jnp.int32),
         "new_weights": jax.ShapeDtypeStruct((*new, entries), jnp.float32),
         "output": jax.ShapeDtypeStruct((*new, cfg.value_dim), dtype), "due": None,
@@ -449,7 +450,7 @@ def decode(cfg: FwPKMConfig, state: State, tokens: Tokens) -> tuple[Array, State
     one = windows.Call(cfg, windows.write(length, batch), "float32", batch, memories, False)
     arrays = {
         **state._asdict(), **{f"token_{name}": x for name, x in tokens._asdict().items()}, "keys": state.memory.keys,
-        "table": state.memory.values, "uses": state.maybe_uses,
+        "table": state.memory.values, "uses": state.maybe_uses, "initial_values": None,
         "output": jax.ShapeDtypeStruct((batch, 1, cfg.value_dim), tokens.query.dtype),
     }  # fmt: skip
     arrays = run(decoding.decode_launches(one), arrays, "token_query")
