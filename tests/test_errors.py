@@ -332,7 +332,7 @@ def test_files_of_what_is_no_layer_and_no_state(be, tmp_path, call):
     arguments, message = {
         "save": ((state,), "layer must be an FwPKM layer"),
         "load": ((None,), "layer must be an FwPKM layer"),
-        "save_state": ((state.memory, cfg), "state must be a fwpkm.State. Received: Memory"),
+        "save_state": ((state.memory, cfg), "state must be a fwpkm.State, as init_state returns. Received: Memory"),
         "load_state": ((None, be), "cfg must be an FwPKMConfig. Received: NoneType"),
     }[call]
     with pytest.raises(ValueError, match=message):
