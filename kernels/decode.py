@@ -145,7 +145,7 @@ def stage_kernel(
             return
         d = tl.arange(0, BLOCK)
         key = tl.load(keys + row.to(tl.int64) * HALF + d, mask=d < HALF, other=0.0)
-        store_key(key, keys, norms, largest, keys_hi_lo, 0, 0, group * 0 + GROUPS, group, subkey, d, SUBKEYS, HALF)
+        store_key(key, keys, norms, largest, keys_hi_lo, 0, 0, group, subkey, d, SUBKEYS, HALF)
     else:
         memory = tl.arange(0, MEMORY_BLOCK)
         if tl.max(tl.load(due + memory, mask=memory < GROUPS // (2 * HEADS), other=0), 0) == 0:
@@ -207,15 +207,15 @@ def store_pending_kernel(
 def add_read_token(launches: Launches, call: Call) -> None:
     """Add the read of one token of each sequence."""
     cfg, size = call.cfg, call.shapes
-    grid = blocks_of(cfg.num_subkeys, size.scan["CHOICES"]), call.batch * cfg.num_heads * 2
+    grid = blocks_of(cfg.num_subkeys, size.scan["CHOICES"]), call.plan.batch * cfg.num_heads * 2
     launches.add(scan_kernel, grid, {"rows": call.rows}, size.scan)
-    launches.add(token_kernel, (call.batch,), {"rows": call.rows}, size.token | {"SCOPE": cfg.memory_scope})
+    launches.add(token_kernel, (call.plan.batch,), {"rows": call.rows}, size.token | {"SCOPE": cfg.memory_scope})
 
 
 def add_stage(launches: Launches, call: Call) -> None:
     """Add what the write of a complete chunk begins with."""
     (zeros,), size = launches.spec("counters").shape, call.shapes.stage
-    staged, keys = call.batch * size["TOKENS"], call.groups * call.cfg.num_subkeys
+    staged, keys = call.plan.batch * size["TOKENS"], call.groups * call.cfg.num_subkeys
     block = triton.next_power_of_2(call.memories)
     heads = {"HEADS": call.cfg.num_heads, "GROUPS": call.groups, "MEMORY_BLOCK": block}
     constants = size | heads | {"STAGED": staged, "ZEROS": zeros}
@@ -232,5 +232,5 @@ def add_sort(launches: Launches, call: Call) -> None:
 
 def add_store_pending(launches: Launches, call: Call) -> None:
     """Add what is pending after the step."""
-    grid = call.batch, call.cfg.capacity
+    grid = call.plan.batch, call.cfg.capacity
     launches.add(store_pending_kernel, grid, {"rows": call.rows}, call.shapes.store_pending)

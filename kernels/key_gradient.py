@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from fwpkm.kernels.key_sums import add_key_sums, integers_of_sums
-from fwpkm.kernels.keys import count_of, key_gradients, key_gradients_after, rows_before
+from fwpkm.kernels.keys import count_of, key_gradients, rows_before
 from fwpkm.kernels.losses import addressing_curvature, addressing_slope, mean_probabilities, sub_key_probabilities
 from fwpkm.kernels.runtime.launch import Launches
 from fwpkm.kernels.runtime.windows import Call
@@ -47,10 +47,10 @@ def coefficients_of(
     return chosen, score, p, a, factor_of(d_score, score, SCORE)
 
 
-@triton.jit(do_not_specialize=["window", *VARYING])
+@triton.jit(do_not_specialize=["first_memory", *VARYING])
 def coefficients_kernel(
     ids, ranks, window_flags, probability_sums, counts, active, coefficients, due,
-    window, start, length, first, num_tokens, rows,
+    first_memory, start, length, first, num_tokens, rows,
     HEADS: tl.constexpr, SUBKEYS: tl.constexpr, K: tl.constexpr, SCORE: tl.constexpr,
     CHUNK: tl.constexpr, LOOKAHEAD: tl.constexpr, WEIGHT: tl.constexpr, BLOCK: tl.constexpr, CHOICES: tl.constexpr,
 ):  # fmt: skip
@@ -61,7 +61,7 @@ def coefficients_kernel(
         return
     memories = tl.num_programs(1) // (2 * HEADS)
     number, block, before = window_of(tl.program_id(0), length, rows, memories, BLOCK)
-    window, first = window + number, first + before
+    first_memory, first = first_memory + number * memories, first + before
     r = block * BLOCK + tl.arange(0, BLOCK)
     here = (first + memory * rows * length + r).to(tl.int64)
     t = r % length
@@ -69,10 +69,10 @@ def coefficients_kernel(
     live = live & ((tl.load(window_flags + here, mask=live, other=0) & LIVE) != 0)
     if half == 0:
         pair = pairs(window_flags, here, t, length, live, LOOKAHEAD)
-        tl.atomic_or(active + window * memories + memory, tl.max(pair.to(tl.int32), 0), sem="relaxed")
+        tl.atomic_or(active + first_memory + memory, tl.max(pair.to(tl.int32), 0), sem="relaxed")
     if WEIGHT > 0:
-        count = count_of(counts, window, memory, memories)
-        probability_sums += rows_before(window, tl.num_programs(1), SUBKEYS)
+        count = count_of(counts, first_memory + memory)
+        probability_sums += rows_before(first_memory, HEADS, SUBKEYS)
         at = (here * 2 * HEADS + half) * K
         _, _, _, _, c = coefficients_of(
             ids, ranks, probability_sums, at, live, live, group, count, SUBKEYS, K, SCORE, WEIGHT, CHOICES
@@ -86,14 +86,14 @@ def coefficients_kernel(
 def add_coefficients(launches: Launches, call: Call, integers: dict[str, int]) -> None:
     """Add the coefficients of windows that are written."""
     constants = call.shapes.coefficients
-    grid = call.blocks(integers, constants["BLOCK"]), call.groups
+    grid = call.blocks(integers, constants["BLOCK"]), integers["groups"]
     launches.add(coefficients_kernel, grid, integers, constants)
 
 
-@triton.jit(do_not_specialize=["window", *VARYING])
+@triton.jit(do_not_specialize=["first_memory", "version", "d_after", *VARYING])
 def coefficients_backward_kernel(
     query, keys, d_keys, ids, ranks, window_flags, probability_sums, counts, moved, keys_unclipped,
-    d_coefficients, d_slopes, window, start, length, first, num_tokens, rows,
+    d_coefficients, d_slopes, begins, first_memory, version, d_after, start, length, first, num_tokens, rows,
     HEADS: tl.constexpr, SUBKEYS: tl.constexpr, HALF: tl.constexpr, K: tl.constexpr, SCORE: tl.constexpr,
     CHUNK: tl.constexpr, RATE: tl.constexpr, WEIGHT: tl.constexpr,
     BLOCK: tl.constexpr, CHOICES: tl.constexpr, DEPTH: tl.constexpr,
@@ -102,15 +102,14 @@ def coefficients_backward_kernel(
     group = tl.program_id(1)
     memory, half = group // (2 * HEADS), group % (2 * HEADS)
     r = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    token, t = token_of(r, memory, start, length, num_tokens, rows)
+    token, t = token_of(r, memory, start, length, num_tokens, rows, begins)
     here = (first + memory * rows * length + r).to(tl.int64)
     live = (r < rows * length) & (t < CHUNK)
     live = live & ((tl.load(window_flags + here, mask=live, other=0) & LIVE) != 0)
-    groups = tl.num_programs(1)
-    before = rows_before(window, groups, SUBKEYS)
-    count = count_of(counts, window, memory, groups // (2 * HEADS))
-    d_keys = key_gradients_after(d_keys, window, groups, SUBKEYS, HALF)
-    keys += before * HALF
+    before = rows_before(first_memory, HEADS, SUBKEYS)
+    count = count_of(counts, first_memory + memory)
+    d_keys += rows_before(d_after, HEADS, SUBKEYS) * HALF
+    keys += rows_before(version, HEADS, SUBKEYS) * HALF
     probability_sums += before
     at = (here * 2 * HEADS + half) * K
     chosen, score, p, _, _ = coefficients_of(
@@ -142,11 +141,11 @@ def coefficients_backward_kernel(
     tl.store(d_slopes + at[:, None] + choice[None, :], d_slope, mask=inside)
 
 
-@triton.jit(do_not_specialize=["window", "version", "pieces", *VARYING])
+@triton.jit(do_not_specialize=["first_memory", "version", "d_after", "pieces", *VARYING])
 def scores_backward_kernel(
     query, keys, d_keys, ids, ranks, window_flags, probability_sums, counts, moved, keys_unclipped,
-    d_coefficients, totals, d_scores, d_ranks, d_query,
-    window, version, pieces, start, length, first, num_tokens, rows,
+    d_coefficients, totals, d_scores, d_ranks, d_query, begins,
+    first_memory, version, d_after, pieces, start, length, first, num_tokens, rows,
     HEADS: tl.constexpr, SUBKEYS: tl.constexpr, HALF: tl.constexpr, K: tl.constexpr, SCORE: tl.constexpr,
     CHUNK: tl.constexpr, RATE: tl.constexpr, WEIGHT: tl.constexpr,
     BLOCK: tl.constexpr, CHOICES: tl.constexpr, DEPTH: tl.constexpr, WRITES: tl.constexpr, ADD: tl.constexpr,
@@ -157,20 +156,20 @@ def scores_backward_kernel(
     """
     group = tl.program_id(1)
     memory, half = group // (2 * HEADS), group % (2 * HEADS)
-    number, block, earlier = window_of(tl.program_id(0), length, rows, tl.num_programs(1) // (2 * HEADS), BLOCK)
-    window, start, first = window + number, start + number * CHUNK, first + earlier
+    memories = tl.num_programs(1) // (2 * HEADS)
+    number, block, earlier = window_of(tl.program_id(0), length, rows, memories, BLOCK)
+    first_memory, start, first = first_memory + number * memories, start + number * CHUNK, first + earlier
     r = block * BLOCK + tl.arange(0, BLOCK)
     inside = r < rows * length
-    token, t = token_of(r, memory, start, length, num_tokens, rows)
+    token, t = token_of(r, memory, start, length, num_tokens, rows, begins)
     here = (first + memory * rows * length + r).to(tl.int64)
     flag = tl.load(window_flags + here, mask=inside, other=DEAD).to(tl.int32)
     alive = inside & ((flag & DEAD) == 0)
     live = alive & (t < CHUNK) & ((flag & LIVE) != 0)
-    groups = tl.num_programs(1)
-    before = rows_before(window, groups, SUBKEYS)
-    count = count_of(counts, window, memory, groups // (2 * HEADS))
-    d_keys = key_gradients_after(d_keys, window, groups, SUBKEYS, HALF)
-    keys += rows_before(version, groups, SUBKEYS) * HALF
+    before = rows_before(first_memory, HEADS, SUBKEYS)
+    count = count_of(counts, first_memory + memory)
+    d_keys += rows_before(d_after, HEADS, SUBKEYS) * HALF
+    keys += rows_before(version, HEADS, SUBKEYS) * HALF
     probability_sums += before
     choice = tl.arange(0, CHOICES)
     use = alive[:, None] & (choice < K)[None, :]
@@ -227,7 +226,7 @@ def add_scores_backward(launches: Launches, call: Call, integers: dict[str, int]
     """Add the gradients of ranks and queries of windows, the latter to float32 that is there where ``add``."""
     constants, integers = call.shapes.by_token, integers | {"pieces": 0}
     writes = call.plan.windows[integers["window"]].writes and call.cfg.addressing_weight > 0  # nothing to pass on else
-    grid = call.blocks(integers, constants["BLOCK"]), call.groups
+    grid = call.blocks(integers, constants["BLOCK"]), integers["groups"]
     if writes:
         launches.add(coefficients_backward_kernel, grid, integers, constants)
         integers = integers_of_sums(launches, call, integers)

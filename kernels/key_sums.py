@@ -24,9 +24,9 @@ def words_for(tokens: int) -> int:
 
 
 @triton.jit
-def rows_before(window, groups, SUBKEYS: tl.constexpr):
-    """How many sub-keys lie before a window's own where each window has them all."""
-    return window * groups.to(tl.int64) * SUBKEYS
+def rows_before(memories, HEADS: tl.constexpr, SUBKEYS: tl.constexpr):
+    """How many sub-keys so many memories have."""
+    return memories.to(tl.int64) * 2 * HEADS * SUBKEYS
 
 
 @triton.jit
@@ -38,7 +38,7 @@ def lowest_bit(word):
 
 @triton.jit
 def sums_over_tokens(
-    query, ids, maps, factors, key, group, subkey, window, begin, end, offset, words,
+    query, ids, maps, factors, key, group, subkey, begins, first_memory, begin, end, offset, words,
     start, length, first, num_tokens, rows,
     HEADS: tl.constexpr, SUBKEYS: tl.constexpr, HALF: tl.constexpr, K: tl.constexpr, SCORE: tl.constexpr,
     CHUNK: tl.constexpr, AT_REST: tl.constexpr, QUERIES: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr,
@@ -49,8 +49,8 @@ def sums_over_tokens(
     Each round takes one token of each word of a map, the first that is left. ``factors`` [., H, 2, k] begin ``offset``
     tokens before the windows'.
     """
-    memory, half, groups = group // (2 * HEADS), group % (2 * HEADS), tl.num_programs(1)
-    memories, of_window = groups // (2 * HEADS), tl.cdiv(rows * length, 32 * WORDS)
+    memory, half, memories = group // (2 * HEADS), group % (2 * HEADS), tl.num_programs(1) // (2 * HEADS)
+    of_window = tl.cdiv(rows * length, 32 * WORDS)
     d, choice = tl.arange(0, BLOCK), tl.arange(0, CHOICES)
     result = tl.zeros([BLOCK], tl.float32)
     total = tl.zeros([WORDS], tl.float32)
@@ -59,7 +59,7 @@ def sums_over_tokens(
         if AT_REST:  # else there is one window, and its number would cost registers
             number = at_round // of_window
         index = (at_round - number * of_window) * WORDS + tl.arange(0, WORDS)
-        row = rows_before(window + number, groups, SUBKEYS) + group.to(tl.int64) * SUBKEYS + subkey
+        row = rows_before(first_memory + number * memories, HEADS, SUBKEYS) + group.to(tl.int64) * SUBKEYS + subkey
         word = tl.load(maps + row * words + index)
         while tl.max((word != 0).to(tl.int32), 0) > 0:
             known = word != 0
@@ -73,7 +73,7 @@ def sums_over_tokens(
             f = tl.sum(tl.where(chosen == subkey, f, 0.0), 1)
             total += f
             if QUERIES:
-                token, _ = token_of(r, memory, start + number * CHUNK, length, num_tokens, rows)
+                token, _ = token_of(r, memory, start + number * CHUNK, length, num_tokens, rows, begins)
                 q = tl.load(
                     query + token[:, None] * (2 * HEADS * HALF) + half * HALF + d[None, :],
                     mask=known[:, None] & (d < HALF)[None, :],
@@ -90,10 +90,10 @@ def rounds_over(windows, length, rows, WORDS: tl.constexpr):
     return windows * tl.cdiv(rows * length, 32 * WORDS)
 
 
-@triton.jit(do_not_specialize=["window", "windows", "version", "offset", "words", "pieces", "rounds", *VARYING])
+@triton.jit(do_not_specialize=["first_memory", "windows", "version", "offset", "words", "pieces", "rounds", *VARYING])
 def key_sums_kernel(
-    query, keys, ids, maps, factors, sums, totals, due,
-    window, windows, version, offset, words, pieces, rounds, start, length, first, num_tokens, rows,
+    query, keys, ids, maps, factors, sums, totals, due, begins,
+    first_memory, windows, version, offset, words, pieces, rounds, start, length, first, num_tokens, rows,
     HEADS: tl.constexpr, SUBKEYS: tl.constexpr, HALF: tl.constexpr, K: tl.constexpr, SCORE: tl.constexpr,
     CHUNK: tl.constexpr, AT_REST: tl.constexpr, QUERIES: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr,
     CHOICES: tl.constexpr,
@@ -107,14 +107,14 @@ def key_sums_kernel(
     d = tl.arange(0, BLOCK)
     key = tl.zeros([BLOCK], tl.float32)
     if QUERIES:
-        key = tl.load(keys + (rows_before(version, groups, SUBKEYS) + row) * HALF + d, mask=d < HALF, other=0.0)
+        key = tl.load(keys + (rows_before(version, HEADS, SUBKEYS) + row) * HALF + d, mask=d < HALF, other=0.0)
     end = tl.minimum(piece * rounds + rounds, rounds_over(windows, length, rows, WORDS))
     result, total = sums_over_tokens(
-        query, ids, maps, factors, key, group, subkey, window, piece * rounds, end, offset, words,
+        query, ids, maps, factors, key, group, subkey, begins, first_memory, piece * rounds, end, offset, words,
         start, length, first, num_tokens, rows,
         HEADS, SUBKEYS, HALF, K, SCORE, CHUNK, AT_REST, QUERIES, WORDS, BLOCK, CHOICES,
     )  # fmt: skip
-    row += rows_before(piece, groups, SUBKEYS)
+    row += piece * groups.to(tl.int64) * SUBKEYS
     if QUERIES:
         tl.store(sums + row * HALF + d, result, mask=d < HALF)
     tl.store(totals + row, total)
@@ -130,7 +130,7 @@ def integers_of_sums(launches: Launches, call: Call, integers: dict[str, int], o
         offset: how many tokens before the windows' own the factors begin.
     """
     rounds = call.blocks(integers, 32 * call.shapes.key_sums["WORDS"])
-    pieces, rounds = pieces_of(rounds, call.groups * call.cfg.num_subkeys)
+    pieces, rounds = pieces_of(rounds, integers["groups"] * call.cfg.num_subkeys)
     words = launches.spec("maps").shape[-1]
     return integers | {"offset": offset, "words": words, "pieces": pieces, "rounds": rounds}
 
@@ -146,7 +146,7 @@ def add_key_sums(launches: Launches, call: Call, integers: dict[str, int], facto
         queries: whether Σ f (q - K), or Σ f q, is asked for, beside Σ f.
     """
     constants = call.shapes.key_sums | {"QUERIES": queries}
-    grid = call.cfg.num_subkeys * integers["pieces"], call.groups
+    grid = call.cfg.num_subkeys * integers["pieces"], integers["groups"]
     launches.add(key_sums_kernel, grid, integers, constants, factors=factors)
 
 

@@ -26,17 +26,17 @@ EQUATIONS = ("mean_probabilities", "addressing_loss", "key_gradient", "step")
 
 
 @triton.jit
-def count_of(counts, window, memory, memories):
+def count_of(counts, at):
     """n of a window and memory, at least 1."""
-    return tl.maximum(tl.load(counts + window * memories + memory), 1).to(tl.float32)
+    return tl.maximum(tl.load(counts + at), 1).to(tl.float32)
 
 
-_OF_SUMS = ["window", "windows", "version", "offset", "words", "pieces", *VARYING]
+_OF_SUMS = ["first_memory", "windows", "version", "offset", "words", "pieces", *VARYING]
 
 
 @triton.jit
 def summed(
-    query, ids, maps, factors, sums, totals, key, group, subkey, window, windows, offset, words, pieces,
+    query, ids, maps, factors, sums, totals, key, group, subkey, begins, first_memory, windows, offset, words, pieces,
     start, length, first, num_tokens, rows,
     HEADS: tl.constexpr, SUBKEYS: tl.constexpr, HALF: tl.constexpr, K: tl.constexpr, SCORE: tl.constexpr,
     CHUNK: tl.constexpr, AT_REST: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr, CHOICES: tl.constexpr,
@@ -45,8 +45,8 @@ def summed(
     """Σ f (q - K), or Σ f q, and Σ f of a sub-key: made here where they are WHOLE, of one piece; else its pieces'."""
     if WHOLE:
         result, total = sums_over_tokens(
-            query, ids, maps, factors, key, group, subkey, window, 0, rounds_over(windows, length, rows, WORDS),
-            offset, words, start, length, first, num_tokens, rows,
+            query, ids, maps, factors, key, group, subkey, begins, first_memory, 0,
+            rounds_over(windows, length, rows, WORDS), offset, words, start, length, first, num_tokens, rows,
             HEADS, SUBKEYS, HALF, K, SCORE, CHUNK, AT_REST, True, WORDS, BLOCK, CHOICES,
         )  # fmt: skip
     else:
@@ -55,29 +55,28 @@ def summed(
     return result, total
 
 
-@triton.jit(do_not_specialize=["after", *_OF_SUMS])
+@triton.jit(do_not_specialize=["moves_after", "version_after", *_OF_SUMS])
 def keys_kernel(
     query, ids, maps, factors, keys, norms, largest, keys_hi_lo, sums, totals, active, moved, coefficient_sums,
-    keys_unclipped, due,
-    after, window, windows, version, offset, words, pieces, start, length, first, num_tokens, rows,
+    keys_unclipped, due, begins, moves_after, version_after,
+    first_memory, windows, version, offset, words, pieces, start, length, first, num_tokens, rows,
     HEADS: tl.constexpr, SUBKEYS: tl.constexpr, HALF: tl.constexpr, K: tl.constexpr, SCORE: tl.constexpr,
     CHUNK: tl.constexpr, AT_REST: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr, CHOICES: tl.constexpr,
     WHOLE: tl.constexpr, RATE: tl.constexpr, DECAY: tl.constexpr, CLIP: tl.constexpr,
 ):  # fmt: skip
     """keys ← keys - η (clip(α ∇L_addr) + λ keys), ∇ = Σ c (q - K), or Σ c q; ``factors`` are the coefficients c."""
     subkey, group = tl.program_id(0), tl.program_id(1)
-    groups = tl.num_programs(1)
-    memory, memories = group // (2 * HEADS), groups // (2 * HEADS)
+    memory = group // (2 * HEADS)
     if not_due(due, memory):
         return
     row = group.to(tl.int64) * SUBKEYS + subkey
-    here = rows_before(window, groups, SUBKEYS) + row
+    here = rows_before(first_memory, HEADS, SUBKEYS) + row
     d = tl.arange(0, BLOCK)
-    key = tl.load(keys + (rows_before(version, groups, SUBKEYS) + row) * HALF + d, mask=d < HALF, other=0.0)
-    lives = tl.load(active + window * memories + memory) != 0
+    key = tl.load(keys + (rows_before(version, HEADS, SUBKEYS) + row) * HALF + d, mask=d < HALF, other=0.0)
+    lives = tl.load(active + first_memory + memory) != 0
     gradient, total = summed(
-        query, ids, maps, factors, sums, totals, key, group, subkey, window, windows, offset, words, pieces,
-        start, length, first, num_tokens, rows,
+        query, ids, maps, factors, sums, totals, key, group, subkey, begins, first_memory, windows, offset, words,
+        pieces, start, length, first, num_tokens, rows,
         HEADS, SUBKEYS, HALF, K, SCORE, CHUNK, AT_REST, WORDS, BLOCK, CHOICES, WHOLE,
     )  # fmt: skip
     if keys_unclipped is not None:
@@ -85,7 +84,8 @@ def keys_kernel(
     new, finite = step(key, gradient, d < HALF, RATE, DECAY, CLIP)
     moves = lives & finite
     new = tl.where(moves, new, key)
-    store_key(new, keys, norms, largest, keys_hi_lo, after, window + 1, groups, group, subkey, d, SUBKEYS, HALF)
+    version_after, moves_after = version_after * 2 * HEADS, moves_after * 2 * HEADS
+    store_key(new, keys, norms, largest, keys_hi_lo, version_after, moves_after, group, subkey, d, SUBKEYS, HALF)
     if moved is not None:
         tl.store(moved + here, moves.to(tl.int8))
         tl.store(coefficient_sums + here, total)
@@ -94,7 +94,6 @@ def keys_kernel(
 def add_keys(launches: Launches, call: Call, integers: dict[str, int]) -> None:
     """Add the write of the keys after a window, from ``version`` to the next, where each is kept; they must move."""
     integers = integers_of_sums(launches, call, integers, offset=integers["first"])
-    integers = integers | {"after": integers["version"] + call.save}
     if not call.cfg.addressing_weight:
         integers["pieces"] = 0  # all coefficients are 0
     add_with_sums(launches, call, integers, keys_kernel, call.shapes.keys, "coefficients")
@@ -107,7 +106,7 @@ def add_with_sums(
     if integers["pieces"] > 1:
         add_key_sums(launches, call, integers, factors)
     constants = call.shapes.key_sums | constants | {"WHOLE": integers["pieces"] == 1}
-    launches.add(kernel, (call.cfg.num_subkeys, call.groups), integers, constants, factors=factors)
+    launches.add(kernel, (call.cfg.num_subkeys, integers["groups"]), integers, constants, factors=factors)
 
 
 @triton.jit
@@ -116,7 +115,7 @@ def addressing_loss_kernel(
 ):  # fmt: skip
     """L_addr of a window and memory (§3): Σ p̄ log(p̄ + 1e-8) over its ROWS sub-keys; 0 where no token has a pair."""
     at = tl.program_id(0)
-    count = count_of(counts, at, 0, 1)
+    count = count_of(counts, at)
     total = tl.zeros([BLOCK], tl.float32)
     for begin in range(0, ROWS, BLOCK):
         row = begin + tl.arange(0, BLOCK)
@@ -127,8 +126,8 @@ def addressing_loss_kernel(
 
 def add_addressing_loss(launches: Launches, call: Call) -> None:
     """Add the addressing losses of all windows that are written."""
-    if call.plan.num_writes:
-        launches.add(addressing_loss_kernel, (call.plan.num_writes * call.memories,), {}, call.shapes.addressing_loss)
+    if memories := call.plan.rows(call.plan.num_writes) // call.rows:
+        launches.add(addressing_loss_kernel, (memories,), {}, call.shapes.addressing_loss)
 
 
 @triton.jit
@@ -146,32 +145,27 @@ def key_gradients(d_keys, moved, keys_unclipped, before, row, known, d, HALF: tl
     return gradient
 
 
-@triton.jit
-def key_gradients_after(d_keys, window, groups, SUBKEYS: tl.constexpr, HALF: tl.constexpr):
-    """Where the gradients of the keys after a window begin: the buffer holds those before it and after it in turns."""
-    return d_keys + ((window + 1) % 2) * groups.to(tl.int64) * SUBKEYS * HALF
-
-
-@triton.jit(do_not_specialize=_OF_SUMS)
+@triton.jit(do_not_specialize=["d_before", "d_after", *_OF_SUMS])
 def keys_backward_kernel(
-    query, ids, maps, factors, keys, d_keys, sums, totals, moved, coefficient_sums, keys_unclipped,
-    window, windows, version, offset, words, pieces, start, length, first, num_tokens, rows,
+    query, ids, maps, factors, keys, d_keys, sums, totals, moved, coefficient_sums, keys_unclipped, begins,
+    d_before, d_after, first_memory, windows, version, offset, words, pieces, start, length, first, num_tokens, rows,
     HEADS: tl.constexpr, SUBKEYS: tl.constexpr, HALF: tl.constexpr, K: tl.constexpr, SCORE: tl.constexpr,
     CHUNK: tl.constexpr, AT_REST: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr, CHOICES: tl.constexpr,
     WHOLE: tl.constexpr, RATE: tl.constexpr, DECAY: tl.constexpr, WRITES: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of each sub-key as the windows found it, from Σ f (q - K), or Σ f q, of its ranks' gradients f."""
+    """The gradient of each sub-key as the windows found it, from Σ f (q - K), or Σ f q, of its ranks' gradients f.
+
+    ``d_keys`` has those of the keys before windows and after them in turns.
+    """
     subkey, group = tl.program_id(0), tl.program_id(1)
-    groups = tl.num_programs(1)
-    before = rows_before(window, groups, SUBKEYS)
-    after = key_gradients_after(d_keys, window + windows - 1, groups, SUBKEYS, HALF)
+    before = rows_before(first_memory, HEADS, SUBKEYS)
     row = group.to(tl.int64) * SUBKEYS + subkey
     d = tl.arange(0, BLOCK)
-    gradient = tl.load(after + row * HALF + d, mask=d < HALF, other=0.0)
-    key = tl.load(keys + (rows_before(version, groups, SUBKEYS) + row) * HALF + d, mask=d < HALF, other=0.0)
+    gradient = tl.load(d_keys + (rows_before(d_after, HEADS, SUBKEYS) + row) * HALF + d, mask=d < HALF, other=0.0)
+    key = tl.load(keys + (rows_before(version, HEADS, SUBKEYS) + row) * HALF + d, mask=d < HALF, other=0.0)
     toward, _ = summed(
-        query, ids, maps, factors, sums, totals, key, group, subkey, window, windows, offset, words, pieces,
-        start, length, first, num_tokens, rows,
+        query, ids, maps, factors, sums, totals, key, group, subkey, begins, first_memory, windows, offset, words,
+        pieces, start, length, first, num_tokens, rows,
         HEADS, SUBKEYS, HALF, K, SCORE, CHUNK, AT_REST, WORDS, BLOCK, CHOICES, WHOLE,
     )  # fmt: skip
     if WRITES:
@@ -181,8 +175,8 @@ def keys_backward_kernel(
             passed *= tl.load(keys_unclipped + (before + row) * HALF + d, mask=d < HALF, other=0).to(tl.float32)
         gradient = gradient * (1 - RATE * DECAY * moves)
         gradient = add_direction_vjp(gradient, tl.load(coefficient_sums + before + row), passed, SCORE)
-    into = key_gradients_after(d_keys, window + 1, groups, SUBKEYS, HALF)
-    tl.store(into + row * HALF + d, gradient + toward, mask=d < HALF)
+    row += rows_before(d_before, HEADS, SUBKEYS)
+    tl.store(d_keys + row * HALF + d, gradient + toward, mask=d < HALF)
 
 
 def add_keys_backward(launches: Launches, call: Call, integers: dict[str, int]) -> None:

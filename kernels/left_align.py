@@ -34,13 +34,19 @@ _MOST_TENSORS = 3
 
 @triton.jit(do_not_specialize=["length", "longest", "num_tokens"])
 def left_align_kernel(
-    token_mask, cu_seqlens, num_pending, pending_mask, cells, entries, pending_entries, mask, pair, lengths, due,
-    length, longest, num_tokens,
+    token_mask, cu_seqlens, num_pending, pending_mask, order, begins, cells, entries, pending_entries, mask, pair,
+    lengths, due, length, longest, num_tokens,
     CHUNK: tl.constexpr, LAG: tl.constexpr, SCOPE: tl.constexpr, CAPACITY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The places of one row's tokens: padded, ``length`` of them, or packed from one of ``cu_seqlens`` to the next."""
+    """The places of one row's tokens: padded, ``length`` of them, or packed from one of ``cu_seqlens`` to the next.
+
+    The packed ones may have another ``order``; and streams end where the next of ``begins`` is.
+    """
     row, column = tl.program_id(0), tl.arange(0, BLOCK)
     first = row.to(tl.int64) * longest
+    if begins is not None:
+        first = tl.load(begins + row)
+        longest = (tl.load(begins + row + 1) - first).to(tl.int32)
     begin, end = row * length, (row + 1) * length
     if cu_seqlens is not None:
         begin, end = tl.load(cu_seqlens + row).to(tl.int32), tl.load(cu_seqlens + row + 1).to(tl.int32)
@@ -59,6 +65,8 @@ def left_align_kernel(
     for start in range(begin, end, BLOCK):
         token = start + column
         inside = token < end
+        if order is not None:
+            token = tl.load(order + token, mask=inside, other=0)
         there = inside
         if token_mask is not None:
             there = tl.load(token_mask + token, mask=inside, other=0).to(tl.int32) != 0
@@ -81,7 +89,10 @@ def left_align_kernel(
         if row == tl.num_programs(0) - 1:
             for start in range(end, num_tokens, BLOCK):  # behind the last sequence
                 token = start + column
-                tl.store(entries + token, tl.zeros([BLOCK], tl.int32) + NOTHING, mask=token < num_tokens)
+                behind = token < num_tokens
+                if order is not None:
+                    token = tl.load(order + token, mask=behind, other=0)
+                tl.store(entries + token, tl.zeros([BLOCK], tl.int32) + NOTHING, mask=behind)
 
 
 @triton.jit(do_not_specialize=["longest"])
@@ -145,7 +156,7 @@ def rows_kernel(
             bring(source2, pending2, into2, place, row, known, WIDTH2, BLOCK2)
 
 
-_TOLD = ("token_mask", "cu_seqlens", "num_pending", "pending_mask")
+_TOLD = ("token_mask", "cu_seqlens", "num_pending", "pending_mask", "order", "begins")
 _SOURCES, _PENDING, _TARGETS = ([f"{name}{i}" for i in range(_MOST_TENSORS)] for name in ("source", "pending", "into"))
 _NO_ROWS: "dict[str, Tensor | None]" = dict.fromkeys((*_SOURCES, *_PENDING, *_TARGETS))
 
@@ -183,39 +194,31 @@ def rows_launches(places: int, widths: tuple[int, ...]) -> Launches:
     return launches
 
 
-def left_align(
-    cfg: FwPKMConfig,
-    query: "Tensor",
-    mask: "Tensor | None",
-    cu_seqlens: "Tensor | None",
-    num_pending: "Tensor | None",
-    pending_mask: "Tensor | None",
-    batch: int,
-    longest: int,
-) -> Places:
+def left_align(cfg: FwPKMConfig, query: "Tensor", batch: int, longest: int, **told: "Tensor | None") -> Places:
     """The places of a call's tokens; all tensors lie where ``query`` does.
 
     Args:
         cfg: the configuration.
         query: ``[B, T, H*Dk]``, or packed ``[1, T, H*Dk]``; its shape alone is looked at.
-        mask: bool ``[B, T]``, or packed ``[1, T]``; None is all True.
-        cu_seqlens: ``[B+1]`` integers, or None for B rows; others than legal ones would write outside of the places.
-        num_pending: ``[B]`` integers: the pending tokens of each row; None is none.
-        pending_mask: bool ``[B, P]``; None where nothing is pending.
         batch: B.
-        longest: Q, at least the length of every stream.
+        longest: Q, at least the length of every stream; or of streams that lie end to end, ``[1, Q]``, of all.
+        told: what there is of ``token_mask``, bool ``[B, T]`` or ``[1, T]``; ``cu_seqlens`` ``[B+1]``, of which others
+            than legal ones would write outside of the places; ``num_pending`` ``[B]`` and ``pending_mask``, bool
+            ``[B, P]``; ``order`` ``[T]`` int32, the tokens of a packed row in another order; and ``begins`` ``[B+1]``
+            int64, where each stream begins, and the last one ends, that lie end to end.
     """
     import torch  # here, so that who only lists launches needs none
 
     rows, length = query.shape[:2]
     new = functools.partial(query.new_empty, dtype=torch.int32)
     flags = functools.partial(query.new_empty, dtype=torch.bool)
+    told = {name: None if (x := told.get(name)) is None else x.contiguous() for name in _TOLD}
+    shape = (batch if told["begins"] is None else 1), longest
     places = Places(
-        new(batch * longest), new(rows * length), new(0 if num_pending is None else batch * cfg.capacity),
-        flags(batch, longest), flags(batch, longest), new(batch), new(batch),
+        new(math.prod(shape)), new(rows * length), new(0 if told["num_pending"] is None else batch * cfg.capacity),
+        flags(shape), flags(shape), new(batch), new(batch),
     )  # fmt: skip
-    told = (None if x is None else x.contiguous() for x in (mask, cu_seqlens, num_pending, pending_mask))
-    inputs = dict(zip(_TOLD, told)) | places._asdict()
+    inputs = told | places._asdict()
     left_align_launches(cfg, batch, length, longest, rows * length).run(inputs)
     return places
 

@@ -62,10 +62,10 @@ def best_sums(s1, s2, id1, id2, SUBKEYS: tl.constexpr, K: tl.constexpr):
     return numbers_of(best), indices_of(best)
 
 
-@triton.jit(do_not_specialize=["window", "memories", "words", *VARYING, "first_new", "num_pending", "num_new"])
+@triton.jit(do_not_specialize=["first_memory", "words", *VARYING, "first_new", "num_pending"])
 def listed_select_slots_kernel(
-    ids, ranks, flags, window_flags, slots, weights, table_rows, probability_sums, counts, maps, new_slots, new_weights,
-    due, window, memories, words, start, length, first, num_tokens, rows, first_new, num_pending, num_new,
+    ids, ranks, flags, window_flags, slots, weights, table_rows, last_windows, probability_sums, counts, maps, due,
+    new_slots, new_weights, begins, first_memory, words, start, length, first, num_tokens, rows, first_new, num_pending,
     HEADS: tl.constexpr, SUBKEYS: tl.constexpr, K: tl.constexpr, SCORE: tl.constexpr,
     TEMPERATURE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, WRITES: tl.constexpr, MAPS: tl.constexpr,
 ):  # fmt: skip
@@ -73,16 +73,17 @@ def listed_select_slots_kernel(
     memory = tl.program_id(1)
     if not_due(due, memory):
         return
-    number, block, before = window_of(tl.program_id(0), length, rows, memories, BLOCK)
-    window, start, first = window + number, start + number * CHUNK, first + before
+    number, block, before = window_of(tl.program_id(0), length, rows, tl.num_programs(1), BLOCK)
+    first_memory += number * tl.num_programs(1)
+    start, first = start + number * CHUNK, first + before
     r = block * BLOCK + tl.arange(0, BLOCK)
     inside = r < rows * length
-    token, t = token_of(r, memory, start, length, num_tokens, rows)
+    token, t = token_of(r, memory, start, length, num_tokens, rows, begins)
     flag = tl.load(flags + token, mask=inside, other=DEAD).to(tl.int32)
     here = (first + memory * rows * length + r).to(tl.int64)
-    out = ((token // num_tokens) * num_new + start + t - num_pending) * HEADS * K
+    out = (token - (token // num_tokens + 1) * num_pending) * HEADS * K
     shown = inside & (start + t >= first_new)
-    table = (window * memories + memory).to(tl.int64) * SUBKEYS * SUBKEYS
+    table = (first_memory + memory).to(tl.int64) * SUBKEYS * SUBKEYS
     gone, alive = (flag & GONE) != 0, (flag & DEAD) == 0
     chosen, scores, logits = (), (), ()
     for half in tl.static_range(2 * HEADS):
@@ -97,6 +98,9 @@ def listed_select_slots_kernel(
             entry = here * HEADS * K + (h * K + j)
             tl.store(slots + entry, slot[j], mask=inside)
             tl.store(table_rows + entry, (table + slot[j]).to(table_rows.dtype.element_ty), mask=inside)
+            if last_windows is not None:
+                row = memory.to(tl.int64) * SUBKEYS * SUBKEYS + slot[j]
+                tl.atomic_max(last_windows + row, tl.zeros_like(slot[j]) + first_memory, mask=inside, sem="relaxed")
             tl.store(new_slots + out + (h * K + j), tl.where(gone, 0, slot[j]).to(tl.int64), mask=shown)
             logits = logits + (sums[j] / TEMPERATURE,)
     logits, bounded = finite_numbers(logits)
@@ -114,10 +118,10 @@ def listed_select_slots_kernel(
         asked = inside & alive
         counted = asked & ((flag & LIVE) != 0) & (t < CHUNK)
         if WRITES:
-            tl.atomic_add(counts + window * memories + memory, tl.sum(counted.to(tl.int32), 0), sem="relaxed")
+            tl.atomic_add(counts + first_memory + memory, tl.sum(counted.to(tl.int32), 0), sem="relaxed")
         bit = (tl.zeros_like(r) + 1) << (r % 32)
         for half in tl.static_range(2 * HEADS):
-            row = ((window * memories + memory) * 2 * HEADS + half).to(tl.int64) * SUBKEYS
+            row = ((first_memory + memory) * 2 * HEADS + half).to(tl.int64) * SUBKEYS
             for j in tl.static_range(K if MAPS else 0):
                 tl.atomic_or(maps + (row + chosen[half][j]) * words + r // 32, bit, mask=asked, sem="relaxed")
             if WRITES:

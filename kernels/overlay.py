@@ -10,7 +10,6 @@ import triton
 import triton.language as tl
 
 from fwpkm.kernels.runtime.launch import Launches
-from fwpkm.kernels.runtime.shapes import blocks_of
 from fwpkm.kernels.runtime.windows import Call
 
 EQUATIONS = ()
@@ -23,49 +22,36 @@ def row_of(table, new_rows, source, slot, WIDTH: tl.constexpr):
     return tl.where(source >= 0, written, table + slot.to(tl.int64) * WIDTH)
 
 
-@triton.jit(do_not_specialize=["memories", "total"])
-def last_windows_kernel(
-    table_rows, last_windows, memories, total, SLOTS: tl.constexpr, ENTRIES: tl.constexpr, BLOCK: tl.constexpr
-):
-    """The last window that reads each row of each memory; rows that none reads keep what they have."""
-    e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = e < total.to(tl.int64) * ENTRIES
-    row = tl.load(table_rows + e, mask=inside, other=0).to(tl.int64)
-    rows = memories.to(tl.int64) * SLOTS
-    tl.atomic_max(last_windows + row % rows, (row // rows).to(tl.int32), mask=inside, sem="relaxed")
-
-
-def add_last_windows(launches: Launches, call: Call) -> None:
-    """Add which rows no later window reads, of all windows."""
-    constants, total = call.shapes.last_windows, call.plan.total
-    grid = (blocks_of(total * call.cfg.slots_per_token, constants["BLOCK"]),)
-    launches.add(last_windows_kernel, grid, {"memories": call.memories, "total": total}, constants)
-
-
 @triton.jit(do_not_specialize=["memories"])
-def initial_backward_kernel(
+def table_backward_kernel(
     latest, gradients, d_table, memories,
     SLOTS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, MEMORIES: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of a row of the one table: the sum over memories of what the first window that read it found."""
+    """The gradient of a row of the table before the call, where the call touched it.
+
+    Of a table that so many memories begin from: the sum of what the first window of each that read the row found.
+    """
     slot = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK)
     gradient = tl.zeros([BLOCK], tl.float32)
+    touched = memories < 0
     for first in range(0, memories, MEMORIES):
         memory = first + tl.arange(0, MEMORIES)
         segment = tl.load(latest + memory.to(tl.int64) * SLOTS + slot, mask=memory < memories, other=-1)
         # One memory after the other, of the few that read the row.
         memory = tl.where(segment >= 0, memory, memories)
         next_memory = tl.min(memory, 0)
+        touched = touched | (next_memory < memories)
         while next_memory < memories:
             at = tl.max(tl.where(memory == next_memory, segment, -1), 0).to(tl.int64)
             gradient += tl.load(gradients + at * WIDTH + d, mask=d < WIDTH, other=0.0)
             memory = tl.where(memory == next_memory, memories, memory)
             next_memory = tl.min(memory, 0)
-    tl.store(d_table + slot * WIDTH + d, gradient, mask=d < WIDTH)
+    tl.store(d_table + slot * WIDTH + d, gradient, mask=touched & (d < WIDTH))
 
 
-def add_initial_backward(launches: Launches, call: Call) -> None:
-    """Add the gradient of the one table."""
-    constants = call.shapes.initial_backward
-    launches.add(initial_backward_kernel, (call.cfg.num_slots,), {"memories": call.memories}, constants)
+def add_table_backward(launches: Launches, call: Call) -> None:
+    """Add the gradient of the table, or of each memory's, before the first window."""
+    tables, memories = (1, call.memories) if call.overlaid else (call.memories, 1)
+    constants = call.shapes.table_backward | {"MEMORIES": 32 if call.overlaid else 1}
+    launches.add(table_backward_kernel, (tables * call.cfg.num_slots,), {"memories": memories}, constants)

@@ -35,20 +35,18 @@ def lo_of(x, hi):
 
 @triton.jit
 def store_key(
-    key, keys, norms, largest, keys_hi_lo, version, moves, groups, group, subkey, d,
-    SUBKEYS: tl.constexpr, HALF: tl.constexpr,
-):  # fmt: skip
+    key, keys, norms, largest, keys_hi_lo, version, moves, group, subkey, d, SUBKEYS: tl.constexpr, HALF: tl.constexpr
+):
     """A sub-key; and for ``propose_kernel`` its square, the largest square of its codebook, and hi and lo.
 
     hi + lo is the sub-key up to 2^-17. ``largest`` is found as an integer, as which positive floats have the same
-    order.
+    order. So many codebooks lie before those of its ``version``, and of its ``moves`` among the largest.
     """
-    row = group.to(tl.int64) * SUBKEYS + subkey
-    at = version * groups.to(tl.int64) * SUBKEYS + row
+    at = (version + group).to(tl.int64) * SUBKEYS + subkey
     tl.store(keys + at * HALF + d, key, mask=d < HALF)
     square = tl.sum(key * key, 0)
-    tl.store(norms + row, square)
-    tl.atomic_max(largest + moves * groups + group, square.to(tl.int32, bitcast=True), sem="relaxed")
+    tl.store(norms + group.to(tl.int64) * SUBKEYS + subkey, square)
+    tl.atomic_max(largest + moves + group, square.to(tl.int32, bitcast=True), sem="relaxed")
     hi = key.to(tl.bfloat16)
     base = keys_hi_lo + ((2 * group).to(tl.int64) * SUBKEYS + subkey) * HALF + d
     tl.store(base, hi, mask=d < HALF)
@@ -63,7 +61,7 @@ def begin_keys_kernel(
     subkey, group = tl.program_id(0), tl.program_id(1)
     d = tl.arange(0, BLOCK)
     key = tl.load(initial_keys + (group.to(tl.int64) * SUBKEYS + subkey) * HALF + d, mask=d < HALF, other=0.0)
-    store_key(key, keys, norms, largest, keys_hi_lo, 0, 0, tl.num_programs(1), group, subkey, d, SUBKEYS, HALF)
+    store_key(key, keys, norms, largest, keys_hi_lo, 0, 0, group, subkey, d, SUBKEYS, HALF)
 
 
 def add_begin_keys(launches: Launches, call: Call) -> None:
@@ -73,7 +71,7 @@ def add_begin_keys(launches: Launches, call: Call) -> None:
 
 @triton.jit(do_not_specialize=["moves", *VARYING])
 def propose_kernel(
-    query, flags, norms, largest, keys_hi_lo, proposals, scales, due, moves, start, length, num_tokens, rows,
+    query, flags, norms, largest, keys_hi_lo, proposals, scales, due, begins, moves, start, length, num_tokens, rows,
     HEADS: tl.constexpr, SUBKEYS: tl.constexpr, HALF: tl.constexpr, SCORE: tl.constexpr,
     TILES: tl.constexpr, PROPOSED: tl.constexpr, BITS: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, EXACT: tl.constexpr,
@@ -91,7 +89,7 @@ def propose_kernel(
         return
     number, block, before = window_of(tl.program_id(0), length, rows, tl.num_programs(1) // (2 * HEADS), BLOCK)
     r = block * BLOCK + tl.arange(0, BLOCK)
-    token, _ = token_of(r, memory, start + number * CHUNK, length, num_tokens, rows)
+    token, _ = token_of(r, memory, start + number * CHUNK, length, num_tokens, rows, begins)
     inside = r < rows * length
     live = inside & ((tl.load(flags + token, mask=inside, other=DEAD) & DEAD) == 0)
     query += half * HALF
@@ -126,7 +124,7 @@ def propose_kernel(
         product = dot_hi_lo(q_hi, k_lo, product, UPCAST)
         if not EXACT:
             product = dot_hi_lo(lo_of(q.to(tl.float32), q_hi).to(tl.bfloat16), k_hi, product, UPCAST)
-    longest = tl.sqrt(tl.load(largest + moves * tl.num_programs(1) + group).to(tl.float32, bitcast=True))
+    longest = tl.sqrt(tl.load(largest + moves * 2 * HEADS + group).to(tl.float32, bitcast=True))
     product, scale = proposed_ranks(product, square, norms + group * SUBKEYS, longest, column, SUBKEYS, SCORE)
     unit: tl.constexpr = 2 ** (31 - BITS)
     level = product * (unit / tl.maximum(scale, 1e-30))[:, None]
@@ -153,5 +151,5 @@ def propose_kernel(
 def add_propose(launches: Launches, call: Call, integers: dict[str, int]) -> None:
     """Add the proposals of windows, from the keys after so many ``moves``."""
     constants = call.shapes.propose
-    grid = call.blocks(integers, constants["BLOCK"]), call.groups, constants["TILES"]
+    grid = call.blocks(integers, constants["BLOCK"]), integers["groups"], constants["TILES"]
     launches.add(propose_kernel, grid, integers, constants)

@@ -110,7 +110,7 @@ def top_k(ranks, SUBKEYS: tl.constexpr, K: tl.constexpr, CHOICES: tl.constexpr, 
 
 @triton.jit(do_not_specialize=["version", *VARYING])
 def rank_kernel(
-    query, keys, proposals, scales, flags, ids, ranks, due, version, start, length, first, num_tokens, rows,
+    query, keys, proposals, scales, flags, ids, ranks, due, begins, version, start, length, first, num_tokens, rows,
     HEADS: tl.constexpr, SUBKEYS: tl.constexpr, HALF: tl.constexpr, K: tl.constexpr, SCORE: tl.constexpr,
     TILES: tl.constexpr, PROPOSED: tl.constexpr, BITS: tl.constexpr,
     LISTED: tl.constexpr, EXACT: tl.constexpr, CHOICES: tl.constexpr, DEPTH: tl.constexpr, CHUNK: tl.constexpr,
@@ -121,13 +121,13 @@ def rank_kernel(
     if not_due(due, memory):
         return
     number, r, before = window_of(tl.program_id(0), length, rows, tl.num_programs(1) // (2 * HEADS), 1)
-    token, _ = token_of(r, memory, start + number * CHUNK, length, num_tokens, rows)
+    token, _ = token_of(r, memory, start + number * CHUNK, length, num_tokens, rows, begins)
     local = (before + memory * rows * length + r).to(tl.int64)
     row_index = local * 2 * HEADS + half
     alive = (tl.load(flags + token).to(tl.int32) & DEAD) == 0
     rank, chosen = top_k_proposed(
         query + token * (2 * HEADS * HALF) + half * HALF,
-        keys + (version * tl.num_programs(1) + group).to(tl.int64) * SUBKEYS * HALF,
+        keys + (version * 2 * HEADS + group).to(tl.int64) * SUBKEYS * HALF,
         proposals + row_index * TILES * PROPOSED, tl.load(scales + row_index), alive,
         SUBKEYS, HALF, K, SCORE, TILES, PROPOSED, LISTED, BITS, EXACT, CHOICES, DEPTH,
     )  # fmt: skip
@@ -139,4 +139,4 @@ def rank_kernel(
 
 def add_rank(launches: Launches, call: Call, integers: dict[str, int]) -> None:
     """Add the top-k of the proposals of windows, ranked by ``version`` of the keys."""
-    launches.add(rank_kernel, (call.blocks(integers, 1), call.groups), integers, call.shapes.rank)
+    launches.add(rank_kernel, (call.blocks(integers, 1), integers["groups"]), integers, call.shapes.rank)

@@ -7,10 +7,10 @@ from fwpkm.kernels.losses import memorization_loss
 from fwpkm.kernels.overlay import row_of
 from fwpkm.kernels.runtime.launch import Launches
 from fwpkm.kernels.runtime.windows import Call
-from fwpkm.kernels.tokens import DEAD, GONE, INF, LIVE, VARYING, gate_of, not_due, pairs
+from fwpkm.kernels.tokens import DEAD, GONE, INF, LIVE, VARYING, gate_of, not_due, pairs, token_of
 
 EQUATIONS = ("read", "pairs", "memorization_loss", "write_scale")
-_VARYING = [*VARYING, "first_new", "num_pending", "num_new"]
+_VARYING = [*VARYING, "first_new", "num_pending"]
 
 
 @triton.jit
@@ -44,7 +44,7 @@ def write_scale_vjp(d_strength, g, power, WRITE_SCALE: tl.constexpr):
 @triton.jit(do_not_specialize=_VARYING)
 def read_kernel(
     table, latest, new_rows, slots, weights, window_flags, value, gate, output, error, strength, squared, due,
-    start, length, first, num_tokens, rows, first_new, num_pending, num_new,
+    begins, start, length, first, num_tokens, rows, first_new, num_pending,
     SLOTS: tl.constexpr, WIDTH: tl.constexpr, ENTRIES: tl.constexpr, CHUNK: tl.constexpr, LOOKAHEAD: tl.constexpr,
     WRITE_SCALE: tl.constexpr, BLOCK: tl.constexpr, ENTRY_BLOCK: tl.constexpr, WRITES: tl.constexpr,
 ):  # fmt: skip
@@ -54,8 +54,9 @@ def read_kernel(
     where they are masked.
     """
     r = tl.program_id(0)
-    b, t = r // length, r % length
-    memory = (b // rows).to(tl.int64)
+    b, memory = r // length, r // (rows * length)
+    stream, t = token_of(r % (rows * length), memory, start, length, num_tokens, rows, begins)
+    memory = memory.to(tl.int64)
     if not_due(due, memory):
         return
     here = (first + r).to(tl.int64)
@@ -76,12 +77,11 @@ def read_kernel(
         read += tl.sum(w[:, None] * tl.load(place + d[None, :], mask=known, other=0.0), 0)
         power += tl.sum(w * w, 0)
     if start + t >= first_new:
-        out = b.to(tl.int64) * num_new + start + t - num_pending
+        out = stream - (b + 1) * num_pending
         shown = tl.where(alive | ((flag & GONE) != 0), read, float("nan"))
         tl.store(output + out * WIDTH + d, shown.to(output.dtype.element_ty), mask=d < WIDTH)
     if WRITES:
         pair = ((flag & LIVE) != 0) & pairs(window_flags, here, t, length, t < CHUNK, LOOKAHEAD)
-        stream = b.to(tl.int64) * num_tokens + start + t
         u = tl.load(value + (stream + LOOKAHEAD) * WIDTH + d, mask=pair & (d < WIDTH), other=0.0).to(tl.float32)
         miss = tl.where(pair & (d < WIDTH), read - u, 0.0)
         g = gate_of(gate, stream)
@@ -94,7 +94,7 @@ def read_kernel(
 def add_read(launches: Launches, call: Call, integers: dict[str, int]) -> None:
     """Add the reads of a window, and what it will write."""
     constants = call.shapes.read | {"WRITES": call.plan.windows[integers["window"]].writes}
-    launches.add(read_kernel, (call.batch * integers["length"],), integers, constants)
+    launches.add(read_kernel, (integers["tokens"],), integers, constants)
 
 
 @triton.jit
@@ -117,23 +117,20 @@ def gradient_after(gradients, d_values, values_unclipped, next_segment, segment,
 def read_backward_kernel(
     slots, weights, window_flags, gate, error, strength, segment_start, step_sizes, latest, old_rows, table, new_rows,
     sources, values_unclipped, gradients, d_values, d_output, d_weights, d_read, d_value, d_gate,
-    start, length, first, num_tokens, rows, first_new, num_pending, num_new,
+    begins, start, length, first, num_tokens, rows, first_new, num_pending,
     SLOTS: tl.constexpr, WIDTH: tl.constexpr, ENTRIES: tl.constexpr, CHUNK: tl.constexpr, LOOKAHEAD: tl.constexpr,
     WRITE_SCALE: tl.constexpr, BLOCK: tl.constexpr, ENTRY_BLOCK: tl.constexpr, WRITES: tl.constexpr,
 ):  # fmt: skip
     """Through the write into v̂, u, κ g; then through the read into w."""
     r = tl.program_id(0)
     here = (first + r).to(tl.int64)
-    b, t = r // length, r % length
+    b, memory = r // length, r // (rows * length)
+    stream, t = token_of(r % (rows * length), memory, start, length, num_tokens, rows, begins)
+    memory = memory.to(tl.int64)
     flag = tl.load(window_flags + here).to(tl.int32)
-    memory = (b // rows).to(tl.int64)
     d = tl.arange(0, BLOCK)
     toward = tl.zeros([BLOCK], tl.float32)
     power = 0.0
-    for at in range(0, ENTRIES, ENTRY_BLOCK):
-        e = at + tl.arange(0, ENTRY_BLOCK)
-        w = tl.load(weights + here * ENTRIES + e, mask=e < ENTRIES, other=0.0)
-        power += tl.sum(w * w, 0)
     d_power = 0.0
     if WRITES:
         c = tl.load(strength + here)
@@ -156,10 +153,10 @@ def read_backward_kernel(
             d_coefficient = -step_size * tl.sum(after * miss[None, :], 1)
             d_coefficient = tl.where(d_coefficient == d_coefficient, d_coefficient, 0.0)
             d_strength += tl.sum(w * d_coefficient, 0)
+            power += tl.sum(w * w, 0)
             tl.store(d_weights + here * ENTRIES + e, c * d_coefficient, mask=known)
         tl.debug_barrier()  # other threads of this program load them below
         pair = pairs(window_flags, here, t, length, t < CHUNK, LOOKAHEAD) & ((flag & LIVE) != 0)
-        stream = b.to(tl.int64) * num_tokens + start + t
         if pair:
             tl.store(d_value + (stream + LOOKAHEAD) * WIDTH + d, (-toward).to(d_value.dtype.element_ty), mask=d < WIDTH)
             if gate is not None:
@@ -168,7 +165,7 @@ def read_backward_kernel(
             d_power = write_scale_vjp(d_strength, gate_of(gate, stream), power, WRITE_SCALE)
     if d_output is not None:
         if start + t >= first_new:
-            out = b.to(tl.int64) * num_new + start + t - num_pending
+            out = stream - (b + 1) * num_pending
             toward += tl.load(d_output + out * WIDTH + d, mask=d < WIDTH, other=0.0).to(tl.float32)
     alive = (flag & DEAD) == 0
     toward = tl.where(alive, toward, 0.0)
@@ -194,4 +191,4 @@ def read_backward_kernel(
 def add_read_backward(launches: Launches, call: Call, integers: dict[str, int]) -> None:
     """Add the gradients of a window's weights, and of the values and gates that it wrote."""
     constants = call.shapes.read_backward | {"WRITES": call.keeps(integers["window"])}
-    launches.add(read_backward_kernel, (call.batch * integers["length"],), integers, constants)
+    launches.add(read_backward_kernel, (integers["tokens"],), integers, constants)

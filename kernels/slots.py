@@ -54,33 +54,34 @@ def in_order(rank, chosen, choice, K: tl.constexpr):
     return tl.sum(tl.where(here, rank[:, :, None], 0.0), 1), tl.sum(tl.where(here, chosen[:, :, None], 0), 1)
 
 
-@triton.jit(do_not_specialize=["window", "memories", "words", *VARYING, "first_new", "num_pending", "num_new"])
+@triton.jit(do_not_specialize=["first_memory", "words", *VARYING, "first_new", "num_pending"])
 def select_slots_kernel(
-    ids, ranks, flags, window_flags, slots, weights, table_rows, probability_sums, counts, maps, new_slots, new_weights,
-    due, window, memories, words, start, length, first, num_tokens, rows, first_new, num_pending, num_new,
+    ids, ranks, flags, window_flags, slots, weights, table_rows, last_windows, probability_sums, counts, maps, due,
+    new_slots, new_weights, begins, first_memory, words, start, length, first, num_tokens, rows, first_new, num_pending,
     HEADS: tl.constexpr, SUBKEYS: tl.constexpr, K: tl.constexpr, SCORE: tl.constexpr,
     TEMPERATURE: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK: tl.constexpr, HEAD_BLOCK: tl.constexpr, CHOICES: tl.constexpr, WRITES: tl.constexpr, MAPS: tl.constexpr,
 ):  # fmt: skip
     """Sort the sub-keys; the k best of the k² sums of each head, and one softmax over all heads' (§2).
 
-    ``table_rows`` numbers the rows of all memories window by window, for the sort. And what the write asks of each
-    token (§3): its probability of each sub-key, to be summed for p̄, and one in n; with MAPS, its bit in the map of
-    each, unless it is dead.
+    ``table_rows`` numbers the rows of all memories window by window, for the sort; ``last_windows`` is the largest
+    ``first_memory`` of those that read each row. And what the write asks of each token (§3): its probability of each
+    sub-key, to be summed for p̄, and one in n; with MAPS, its bit in the map of each, unless it is dead.
     """
     memory = tl.program_id(1)
     if not_due(due, memory):
         return
-    number, block, before = window_of(tl.program_id(0), length, rows, memories, BLOCK)
-    window, start, first = window + number, start + number * CHUNK, first + before
+    number, block, before = window_of(tl.program_id(0), length, rows, tl.num_programs(1), BLOCK)
+    first_memory += number * tl.num_programs(1)
+    start, first = start + number * CHUNK, first + before
     r = block * BLOCK + tl.arange(0, BLOCK)
     inside = r < rows * length
-    token, t = token_of(r, memory, start, length, num_tokens, rows)
+    token, t = token_of(r, memory, start, length, num_tokens, rows, begins)
     flag = tl.load(flags + token, mask=inside, other=DEAD).to(tl.int32)
     here = (first + memory * rows * length + r).to(tl.int64)
-    out = ((token // num_tokens) * num_new + start + t - num_pending) * HEADS * K
+    out = (token - (token // num_tokens + 1) * num_pending) * HEADS * K
     shown = inside & (start + t >= first_new)
-    table = (window * memories + memory).to(tl.int64) * SUBKEYS * SUBKEYS
+    table = (first_memory + memory).to(tl.int64) * SUBKEYS * SUBKEYS
     choice, head = tl.arange(0, CHOICES), tl.arange(0, HEAD_BLOCK)
     picked = choice < K
     known = inside[:, None] & picked[None, :]
@@ -103,6 +104,9 @@ def select_slots_kernel(
         entry = (here * HEADS * K + h * K)[:, None] + choice[None, :]
         tl.store(slots + entry, slot, mask=known)
         tl.store(table_rows + entry, (table + slot).to(table_rows.dtype.element_ty), mask=known)
+        if last_windows is not None:
+            row = memory.to(tl.int64) * SUBKEYS * SUBKEYS + slot
+            tl.atomic_max(last_windows + row, tl.zeros_like(slot) + first_memory, mask=known, sem="relaxed")
         slot = tl.where(((flag & GONE) == 0)[:, None], slot, 0).to(tl.int64)
         tl.store(new_slots + out[:, None] + h * K + choice[None, :], slot, mask=known & shown[:, None])
         logits = tl.where((head == h)[None, :, None], (sums / TEMPERATURE)[:, None, :], logits)
@@ -120,12 +124,12 @@ def select_slots_kernel(
         tl.debug_barrier()  # other threads of this program have stored the sorted choices
         counted = inside & ((flag & LIVE) != 0) & (t < CHUNK)
         if WRITES:
-            tl.atomic_add(counts + window * memories + memory, tl.sum(counted.to(tl.int32), 0), sem="relaxed")
+            tl.atomic_add(counts + first_memory + memory, tl.sum(counted.to(tl.int32), 0), sem="relaxed")
         for half in tl.static_range(2 * HEADS):
             at = ((here * 2 * HEADS + half) * K)[:, None] + choice[None, :]
             asked = (inside & alive)[:, None] & picked[None, :]
             subkey = tl.load(ids + at, mask=asked, other=0)
-            row = ((window * memories + memory) * 2 * HEADS + half).to(tl.int64) * SUBKEYS + subkey
+            row = ((first_memory + memory) * 2 * HEADS + half).to(tl.int64) * SUBKEYS + subkey
             if MAPS:
                 bit = (tl.zeros_like(subkey) + 1) << (r % 32)[:, None]
                 tl.atomic_or(maps + row * words + (r // 32)[:, None], bit, mask=asked, sem="relaxed")
@@ -144,7 +148,7 @@ def add_select_slots(launches: Launches, call: Call, integers: dict[str, int]) -
         kernel, constants = listed_select_slots_kernel, call.shapes.listed_select_slots
     launches.add(
         kernel,
-        (call.blocks(integers, constants["BLOCK"]), call.memories),
+        (call.blocks(integers, constants["BLOCK"]), integers["memories"]),
         integers | {"words": launches.spec("maps").shape[-1]},
         constants | {"WRITES": writes, "MAPS": call.save or (writes and call.cfg.addressing_weight > 0)},
     )

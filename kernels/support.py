@@ -19,8 +19,7 @@ def why_unsupported(cfg: FwPKMConfig, memory: Memory, query: Tensor, cu_seqlens:
         cfg: the configuration.
         memory: the tables.
         query: ``[B, T, H*Dk]``, or packed ``[1, T, H*Dk]``.
-        cu_seqlens: ``[B+1]`` of packed sequences that are read together, or None; on a device, it is waited for.
-            Without a state sequences of unlike lengths are not: such a call may be served all the same.
+        cu_seqlens: ``[B+1]`` of packed sequences with a state, or None; on a device, it is waited for.
     """
     reason = why_no_triton() or _of_config(cfg) or why_unsupported_tensors(memory, query) or _why_here(query)
     return reason or (None if cu_seqlens is None else why_unsupported_packing(cu_seqlens.tolist()))

@@ -48,9 +48,12 @@ def takes_position(there, SCOPE: tl.constexpr):
 
 
 @triton.jit
-def token_of(r, memory, start, length, num_tokens, rows):
+def token_of(r, memory, start, length, num_tokens, rows, begins):
     """Where token r of a memory's window lies in the stream, as (stream index, time within the window)."""
-    return (memory * rows + r // length).to(tl.int64) * num_tokens + start + r % length, r % length
+    begin = (memory * rows + r // length).to(tl.int64) * num_tokens
+    if begins is not None:  # every sequence has a memory of its own
+        begin = tl.load(begins + memory)
+    return begin + start + r % length, r % length
 
 
 @triton.jit
@@ -129,6 +132,6 @@ def prepare_kernel(
 def add_prepare(launches: Launches, call: Call) -> None:
     """Add the flags of the stream, and the zeros that the residuals begin with."""
     constants = call.shapes.prepare | {"SHIFTED": call.plan.shifted}
-    (zeros,), flags = launches.spec("zeros").shape, call.batch * call.plan.num_tokens
+    (zeros,), flags = launches.spec("zeros").shape, call.plan.num_streamed
     grid = (flags + blocks_of(zeros, constants["ZEROS"]),)
     launches.add(prepare_kernel, grid, {"num_flags": flags, "num_zeros": zeros}, constants)

@@ -129,11 +129,11 @@ def learning_rates(reads, before, RATE: tl.constexpr, USAGE: tl.constexpr):
     return RATE * reads / (reads + USAGE * before)
 
 
-@triton.jit(do_not_specialize=["window", "memories", "length", "first", "total"])
+@triton.jit(do_not_specialize=["first_memory", "length", "first", "total"])
 def values_kernel(
     table, latest, last_windows, new_rows, uses, sorted_rows, order, weights, strength, error, window_flags, active,
     partial, partial_counts, segment_start, step_sizes, decays, old_rows, sources, values_unclipped,
-    window, memories, length, first, total,
+    first_memory, length, first, total,
     SLOTS: tl.constexpr, WIDTH: tl.constexpr, ENTRIES: tl.constexpr, CHUNK: tl.constexpr,
     RATE: tl.constexpr, DECAY: tl.constexpr, CLIP: tl.constexpr, USAGE: tl.constexpr, BLOCK: tl.constexpr,
     PIECE: tl.constexpr, ENTRY_BLOCK: tl.constexpr, WRITES: tl.constexpr,
@@ -160,7 +160,7 @@ def values_kernel(
     if not new_row:
         return
     d = tl.arange(0, BLOCK)
-    row_index = row.to(tl.int64) - window * memories.to(tl.int64) * SLOTS
+    row_index = row.to(tl.int64) - first_memory.to(tl.int64) * SLOTS
     offset = row_index * WIDTH
     if latest is None:
         old = tl.load(table + offset + d, mask=d < WIDTH, other=0.0)
@@ -168,7 +168,7 @@ def values_kernel(
         source, last_window = tl.load(latest + row_index), tl.load(last_windows + row_index)
         if sources is not None:
             tl.store(sources + segment, source)
-        if last_window == window:
+        if last_window == first_memory:
             if sources is not None:
                 note_segment(segment, row, sorted_rows, order, segment_start, last, PIECE)
                 tl.store(step_sizes + segment, 0.0)
@@ -184,7 +184,7 @@ def values_kernel(
         token = first_entry // ENTRIES
         miss = tl.load(error + token * WIDTH + d, mask=d < WIDTH, other=0.0)
         coefficient = tl.load(strength + token) * tl.load(weights + first_entry)
-        lives = tl.load(active + window * memories + row_index // SLOTS) != 0
+        lives = tl.load(active + first_memory + row_index // SLOTS) != 0
         counts_too = ((token - first) % length < CHUNK) & ((tl.load(window_flags + token) & LIVE) != 0)
         gradient = tl.where(counts_too & (coefficient != 0), coefficient * miss, 0.0)
         count += counts_too.to(tl.int32)
@@ -244,7 +244,7 @@ def values_kernel(
 
 def add_values(launches: Launches, call: Call, integers: dict[str, int]) -> None:
     """Add the write of a window's rows, and what its backward needs of them."""
-    writes, entries = call.keeps(integers["window"]), call.batch * integers["length"] * call.cfg.slots_per_token
+    writes, entries = call.keeps(integers["window"]), integers["tokens"] * call.cfg.slots_per_token
     if writes:
         constants = call.shapes.piece
         launches.add(piece_kernel, (blocks_of(entries, constants["PIECE"]),), integers, constants)
@@ -295,10 +295,10 @@ def piece_backward_kernel(
     tl.store(partial + tl.program_id(0).to(tl.int64) * WIDTH + d, gradient, mask=d < WIDTH)
 
 
-@triton.jit(do_not_specialize=["window", "memories", "first", "total"])
+@triton.jit(do_not_specialize=["first_memory", "first", "total"])
 def rows_backward_kernel(
     sorted_rows, order, weights, step_sizes, decays, needed_by, latest, gradients, d_values, d_read, partial,
-    window, memories, first, total,
+    first_memory, first, total,
     SLOTS: tl.constexpr, WIDTH: tl.constexpr, ENTRIES: tl.constexpr, RATE: tl.constexpr, DECAY: tl.constexpr,
     BLOCK: tl.constexpr, PIECE: tl.constexpr, ENTRY_BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -318,7 +318,7 @@ def rows_backward_kernel(
     if not new_row:
         return
     d = tl.arange(0, BLOCK)
-    row_index = row.to(tl.int64) - window * memories.to(tl.int64) * SLOTS
+    row_index = row.to(tl.int64) - first_memory.to(tl.int64) * SLOTS
     next_segment = tl.load(latest + row_index).to(tl.int64)
     left = 1 - RATE * DECAY
     if decays is not None:
@@ -351,23 +351,7 @@ def rows_backward_kernel(
 
 def add_values_backward(launches: Launches, call: Call, integers: dict[str, int]) -> None:
     """Add the gradients of the rows that a window found."""
-    entries = call.batch * integers["length"] * call.cfg.slots_per_token
+    entries = integers["tokens"] * call.cfg.slots_per_token
     constants = call.shapes.piece_backward
     launches.add(piece_backward_kernel, (blocks_of(entries, constants["PIECE"]),), integers, constants)
     launches.add(rows_backward_kernel, (entries,), integers, call.shapes.rows_backward)
-
-
-@triton.jit
-def table_backward_kernel(latest, gradients, d_table, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """The gradient of the table before the call, where the call touched it."""
-    row = tl.program_id(0).to(tl.int64)
-    at = tl.load(latest + row).to(tl.int64)
-    if at >= 0:
-        d = tl.arange(0, BLOCK)
-        gradient = tl.load(gradients + at * WIDTH + d, mask=d < WIDTH, other=0.0)
-        tl.store(d_table + row * WIDTH + d, gradient, mask=d < WIDTH)
-
-
-def add_table_backward(launches: Launches, call: Call) -> None:
-    """Add the gradient of the table before the first window."""
-    launches.add(table_backward_kernel, (call.memories * call.cfg.num_slots,), {}, call.shapes.table_backward)

@@ -97,23 +97,36 @@ def kernels_of(cfg: FwPKMConfig, dtype: torch.dtype, masked: bool) -> dict:
         call.forward(cfg, plan, *memory, stream, None, save=False, dtype=dtype, uses=uses)
         residuals = call.forward(cfg, plan, *memory, stream, None, save=True, dtype=dtype, uses=uses).residuals
         d_output = empty(batch, length, cfg.value_dim, dtype=dtype)
-        call.backward(cfg, plan, stream, residuals, d_output, memory.keys, memory.values, memory.values.shape)
+        d_memory = memory.keys, memory.values, memory.values.shape
+        call.backward(cfg, plan, stream, residuals, memories, d_output, *d_memory)
         one = memory.values[:1]  # of which calls without a state write no row
         for save in (False, True):
             residuals = call.forward(
                 cfg, plan, memory.keys, one, stream, None, save, dtype, uses, overlaid=True
             ).residuals  # fmt: skip
         for table in (None, one.shape):
-            call.backward(cfg, plan, stream, residuals, d_output, None, None, table, initial=one)
+            call.backward(cfg, plan, stream, residuals, memories, d_output, None, None, table, initial=one)
+        if memories == batch:  # streams end to end, of which one ends with the first window
+            ragged = windows.ragged(cfg, length, (batch, *[1] * (len(plan.windows) - 1)))
+            row = tokens(ragged.num_tokens).map(lambda x: x[:1])
+            for save in (False, True):
+                residuals = call.forward(
+                    cfg, ragged, memory.keys, one, row, None, save, dtype, uses, overlaid=True
+                ).residuals  # fmt: skip
+            d_row = empty(1, ragged.num_tokens, cfg.value_dim, dtype=dtype)
+            call.backward(cfg, ragged, row, residuals, memories, d_row, None, None, one.shape, initial=one)
         before = Tokens(
             empty(batch, pending, width), empty(batch, pending, cfg.value_dim), empty(batch, pending),
             empty(batch, pending, dtype=torch.bool),
         )  # fmt: skip
-        places = stream.query, stream.mask
-        left_align(cfg, *places, None, None, None, batch, length)
-        clock = empty(batch, dtype=torch.int32)
-        left_align(cfg, *places, None, clock, before.mask, batch, length + pending)
-        left_align(cfg, *places, empty(batch + 1, dtype=torch.int32), clock, before.mask, batch, length + pending)
+        clock, mask = empty(batch, dtype=torch.int32), {"token_mask": stream.mask}
+        left_align(cfg, stream.query, batch, length, **mask)
+        told = {**mask, "num_pending": clock, "pending_mask": before.mask}
+        left_align(cfg, stream.query, batch, length + pending, **told)
+        ends, begins = empty(batch + 1, dtype=torch.int32), empty(batch + 1, dtype=torch.int64)
+        left_align(cfg, stream.query, batch, length + pending, cu_seqlens=ends, **told)
+        order = empty(length, dtype=torch.int32)
+        left_align(cfg, stream.query, batch, length, cu_seqlens=ends, begins=begins, order=order, **mask)
         decoding.decode(cfg, State.of(memory, before, empty(batch, dtype=torch.int32), uses), tokens(1))
     finally:
         launch.Launches.run = run

@@ -120,17 +120,19 @@ def test_ragged_rows_are_read_as_eagerly(kind: str, name: str, where: str) -> No
 
 
 def test_what_is_padded_too_far_is_read_eagerly() -> None:
-    """One long sequence beside many short ones: the reason names both."""
+    """One long sequence beside many short ones, with a state: the reason names both. Without one nothing is padded."""
     cfg = FwPKMConfig(**SMALL)
     memory = Memory(*(x.to(DEVICE) for x in be.init_memory(cfg)))
     query, value, _ = tokens_of(cfg, 15, 1)
     ends = torch.tensor([0, 9, *range(10, 16)], dtype=torch.int32)
     assert kernels.why_unsupported(cfg, memory, query, ends[:3]) is None
     assert "7 sequences of up to 9 tokens, 15 in all" in str(kernels.why_unsupported(cfg, memory, query, ends))
+    state = be.init_state(cfg, memory, 7)
     with pytest.raises(ValueError, match="at most 4 times their tokens"):
-        be.apply(cfg, memory, query, value, cu_seqlens=ends, implementation="triton")
-    output, state, _ = be.apply(cfg, memory, query, value, cu_seqlens=ends)
-    assert output.isfinite().all()
+        be.apply(cfg, state, query, value, cu_seqlens=ends, implementation="triton")
+    expected, _, _ = be.apply(cfg, state, query, value, cu_seqlens=ends)
+    output, state, _ = be.apply(cfg, memory, query, value, cu_seqlens=ends, implementation="triton")
+    same_or_close(output, expected)
     assert state is None
 
 

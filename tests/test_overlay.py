@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from interpreter import DEVICE, SMALL
@@ -11,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fwpkm import FwPKMConfig
 from fwpkm.agreement import BOUNDS, relative_error
 from fwpkm.backends import torch as be
-from fwpkm.backends.torch import engine, fast, groups
+from fwpkm.backends.torch import engine, fast, ragged
 from fwpkm.containers import Memory
 from fwpkm.kernels.runtime import windows
 
@@ -198,48 +199,77 @@ def test_a_layer_that_returns_no_state(compiled: bool, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize(
-    ("lengths", "expected"),
+    ("lengths", "batches", "tokens"),
     [
-        ([1600] * 20, [[*range(20)]]),
-        ([32768], [[0]]),
-        ([500, 9000, 30, 0, 9100, 512], [[1, 4], [0, 2, 3, 5]]),
-        ([700, 600, 500], [[0, 1, 2]]),  # the padding of one costs less than another window
-        ([2000] + [3] * 1000, [[0], [*range(1, 1001)]]),
+        ([1600] * 20, [20, 20, 20, 20], 20 * 1600),
+        ([32768], [1] * 64, 32768),
+        ([500, 9000, 30, 0, 9100, 512], [5, *[2] * 17], 5 * 512 + 2 * (16 * 512 + 448)),
+        ([1300, 1024, 1500], [3, 3, 2], 2 * 3 * 512 + 2 * 511),  # 476 are rounded up to a chunk less one
+        ([2000] + [3] * 1000, [7, 1, 1, 1], 7 * 512 + 2 * 512 + 511),  # others share six rows of 511
+        ([3, 500, 400], [1], 912),  # nothing is written: one row, of a length that more calls have
     ],
 )
-def test_sequences_are_read_with_others_of_like_length(lengths: list[int], expected: list[list[int]]) -> None:
-    assert groups.groups_of(FwPKMConfig(chunk_size=512), [*itertools.accumulate(lengths, initial=0)]) == expected
+def test_each_window_is_read_by_the_first_so_many(lengths: list[int], batches: list[int], tokens: int) -> None:
+    found = ragged.rows_of(FwPKMConfig(chunk_size=512), [*itertools.accumulate(lengths, initial=0)], True)
+    assert [w.batch for w in found.plan.windows] == batches
+    assert found.plan.total == tokens
+    assert sorted(found.writers + found.others) == [*range(len(lengths))]
+    assert found.ends[-1] == sum(lengths)
 
 
-@pytest.mark.parametrize("addressing_weight", [1.0, 0.0])
-def test_groups_give_what_one_call_gives(addressing_weight: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One long sequence between short ones: more padding than the kernels take in one rectangle."""
-    cfg, lengths = FwPKMConfig(**SMALL, addressing_weight=addressing_weight), [1, 2, 17, 0, 5, 1, 1]
-    expected, derived = reading(cfg, "eager", lengths, True, True, torch.float64)
-    with pytest.raises(ValueError, match="at most 4 times their tokens"):
-        reading(cfg, "triton", lengths, True, True)
-    monkeypatch.setattr(groups, "_WINDOW", 1)
-    received, gradients = reading(cfg, "triton", lengths, True, True)
-    for a, b in zip((*received, *gradients), (*expected, *derived), strict=True):
-        assert a.shape == b.shape
-        assert error(a, b) < BOUNDS["float32"].gradient
+UNLIKE = [1, 2, 17, 0, 5, 1, 1]
+"""One long sequence between short ones: more padding than the kernels take in one rectangle."""
 
 
-def test_where_a_group_alone_is_not_served_the_call_is_refused_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """11 sequences of one chunk, the longest of 8 tokens and the others of 1, are padded to 4.9 times their tokens."""
-    monkeypatch.setattr(groups, "_WINDOW", 1)
-    cfg, lengths = FwPKMConfig(**SMALL | {"chunk_size": 8}), [20, 8, *[1] * 10]
-    with pytest.raises(ValueError, match="12 sequences of up to 20 tokens, 38 in all"):
-        reading(cfg, "triton", lengths, True, False)
+def agrees(name: str, lengths: list[int]) -> bool:
+    cfg = FwPKMConfig(**SMALL | CONFIGS[name])
+    expected, received = (
+        reading(cfg, "eager", lengths, True, True, torch.float64),
+        reading(cfg, "triton", lengths, True, True),
+    )
+    pairs = [*zip(itertools.chain(*received), itertools.chain(*expected), strict=True)]
+    assert all(a.shape == b.shape for a, b in pairs)
+    return all(error(a, b) < BOUNDS["float32"].forward for a, b in pairs)
 
 
-def test_sequences_without_a_token_are_a_group_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(groups, "_WINDOW", 1)
+@pytest.mark.parametrize("seed", range(6))
+def test_sequences_of_any_lengths_are_read_as_if_alone(seed: int) -> None:
+    """Drawn ones: up to four windows, of several sequences or one; many have no chunk, or none but whole ones."""
+    draw = np.random.default_rng(seed)
+    lengths = draw.choice([0, 1, 3, 4, 5, 6, 8, 9, 12, 14], draw.integers(3, 7)).tolist()
+    assert agrees([*CONFIGS][seed % 5], [6, *lengths])
+
+
+def test_one_long_sequence_between_short_ones() -> None:
+    assert agrees("plain", UNLIKE)
+
+
+def test_a_window_that_a_sequence_misses_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = windows.ragged
+    assert agrees("plain", [12, 12, 1])
+    monkeypatch.setattr(windows, "ragged", lambda cfg, length, batches: real(cfg, length, (3, 2, batches[2] - 1)))
+    assert not agrees("plain", [12, 12, 1])
+
+
+def test_reading_alone_pads_nothing() -> None:
+    """Of sequences that a rectangle would pad beyond what the kernels take."""
+    cfg = FwPKMConfig(**SMALL)
+    inputs, options = drawn(cfg, UNLIKE, True, torch.float32)
+    memory = Memory(*(x.to(DEVICE) for x in be.init_memory(cfg, seed=1)))
+    found = []
+    for implementation in ("eager", "triton"):
+        output, _, trace = be.apply(cfg, memory, *inputs, **options, update=False, implementation=implementation)
+        found.append((output, *trace._replace(slots=trace.slots.masked_fill(trace.weights.isnan(), 0))))
+    for expected, received in zip(*found, strict=True):
+        assert received.shape == expected.shape
+        assert error(received, expected) < BOUNDS["float32"].forward
+
+
+def test_a_sequence_without_a_token_stands_behind_the_others() -> None:
     cfg = FwPKMConfig(**SMALL)
     inputs = [x[:, :9] for x in drawn(cfg, [9], False, torch.float32)[0]]
     memory = Memory(*(x.to(DEVICE) for x in be.init_memory(cfg)))
     ends = torch.tensor([0, 9, 9], dtype=torch.int32)
-    assert groups.groups_of(cfg, ends.tolist()) == [[0], [1]]
     found = [be.apply(cfg, memory, *inputs, cu_seqlens=ends, implementation=x) for x in ("eager", "triton")]
     (expected, _, told), (received, _, trace) = found
     assert error(received, expected) < BOUNDS["float32"].forward

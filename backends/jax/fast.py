@@ -103,7 +103,7 @@ def _forward(
     after: dict[str, Any] = dict.fromkeys(("keys", "values", "uses"))
     losses = Losses(*jnp.zeros((2, memories, 0), jnp.float32))
     if writes:
-        keys = arrays["keys"][writes * save * keys_move(cfg)].reshape(memory.keys.shape)
+        keys = arrays["keys"].reshape(-1, *memory.keys.shape)[writes * save * keys_move(cfg)]
         after = {"keys": keys, "values": arrays["table"], "uses": arrays["uses"]}
         written = arrays["squared"][: writes * batch * plan.windows[0].length]
         losses = Losses(written.reshape(writes, memories, -1).sum(2).T, arrays["addressing"].T)
@@ -124,7 +124,7 @@ def _lists(settings: Settings, tokens: Tokens, memories: int, save: bool, table:
     from fwpkm.kernels.runtime import call as lists
     from fwpkm.kernels.runtime.windows import Call
 
-    one = Call(settings.cfg, settings.plan, tokens.query.dtype, len(tokens.query), memories, save)
+    one = Call(settings.cfg, settings.plan, tokens.query.dtype, memories, save)
     launches = lists.forward_launches(one, None)
     if table is None:
         return launches
@@ -145,9 +145,9 @@ def _call_forward(settings: Settings, *given: Any) -> tuple[Results, _Saved]:
 
 def _call_backward(settings: Settings, saved: _Saved, d: Results) -> tuple[Any, ...]:
     (cfg, plan, _), tokens, residuals = settings, saved.tokens, saved.residuals
-    memories = residuals["counts"].shape[1]
+    memories = residuals["counts"].shape[0] // len(plan.windows)
     d_output, d_keys, d_values, d_weights = (_given(x) for x in (d.output, d.keys, d.values, d.weights))
-    shape = residuals["keys"].shape[1:]
+    shape = memories, *residuals["keys"].shape[1:]
     both = [jnp.zeros(shape, jnp.float32)] * 2  # after a window and before it, in turns
     if d_keys is not None:
         both[len(plan.windows) % 2] = d_keys.reshape(shape)
@@ -168,7 +168,7 @@ def _call_backward(settings: Settings, saved: _Saved, d: Results) -> tuple[Any, 
     if d_weights is not None:
         arrays["d_weights"] += _by_window(plan, d_weights)
     arrays = run(launches.through_keys, arrays, "d_weights")
-    keys = arrays["d_keys"][0].reshape(memories, cfg.num_heads, 2, *shape[1:])
+    keys = arrays["d_keys"][0].reshape(memories, cfg.num_heads, 2, *shape[2:])
     of_tokens = {name: arrays[f"d_{name}"].astype(x.dtype) for name, x in numbers.items()}
     return Memory(keys, arrays["d_table"]), None, Tokens(**dict.fromkeys(Tokens._fields) | of_tokens), None
 
@@ -184,9 +184,9 @@ def _given(d: Any) -> Array | None:
 def _by_window(plan: Any, d: Array) -> Array:
     """Gradients of the tokens that a call outputs, ``[B, T, ...]``, as ``[w, ...]`` of its windows."""
     parts = []
-    for start, length, _, _, first_new in plan.windows:
-        new = d[:, first_new - plan.num_pending : start + length - plan.num_pending]
-        new = jnp.pad(new, ((0, 0), (first_new - start, 0), (0, 0)))
+    for w in plan.windows:
+        new = d[:, w.first_new - plan.num_pending : w.start + w.length - plan.num_pending]
+        new = jnp.pad(new, ((0, 0), (w.first_new - w.start, 0), (0, 0)))
         parts.append(new.reshape(-1, d.shape[2]))
     return jnp.concatenate(parts)
 
@@ -265,6 +265,7 @@ def _left_align(
         flags, flags, made((batch,)), made((batch,)),
     )  # fmt: skip
     told = {"token_mask": tokens.mask, "cu_seqlens": ends, "num_pending": num_pending, "pending_mask": pending_mask}
+    told |= dict.fromkeys(("order", "begins"))
     arrays = {**told, **places._asdict(), "query": lax.stop_gradient(tokens.query)}
     arrays = run(left_align_launches(cfg, batch, length, longest, rows * length), arrays, "query")
     return Places(*(arrays[name] for name in Places._fields))
@@ -446,7 +447,7 @@ def decode(cfg: FwPKMConfig, state: State, tokens: Tokens) -> tuple[Array, State
     from fwpkm.kernels.runtime import decoding, windows
 
     batch, length, memories = len(state.position), cfg.chunk_size + schedule.lag(cfg), len(state.memory.keys)
-    one = windows.Call(cfg, windows.write(length, batch), "float32", batch, memories, False)
+    one = windows.Call(cfg, windows.write(length, batch), "float32", memories, False)
     arrays = {
         **state._asdict(), **{f"token_{name}": x for name, x in tokens._asdict().items()}, "keys": state.memory.keys,
         "table": state.memory.values, "uses": state.maybe_uses,

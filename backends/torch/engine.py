@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import itertools
 from collections.abc import Callable
 from typing import Literal, ParamSpec, TypeVar
 
@@ -51,13 +50,6 @@ def choose_engine(
     if implementation == "triton" and reason is not None:
         raise ValueError(f'implementation="triton" cannot serve this call: {reason}')
     return engine if reason is None else "eager"
-
-
-def serves_packing(lengths: list[int]) -> bool:
-    """Whether the kernels read packed sequences of such lengths."""
-    from fwpkm.kernels.served import why_unsupported_packing
-
-    return why_unsupported_packing([*itertools.accumulate(lengths, initial=0)]) is None
 
 
 def outside_graphs(fn: Callable[_P, _R]) -> Callable[_P, _R]:

@@ -275,9 +275,10 @@ def forward(
 def _by_window(plan: Any, batch: int, d: Tensor) -> Tensor:
     """Gradients of the tokens that a call outputs, ``[B, T, ...]``, as ``[w, ...]`` of its windows."""
     by_window = d.new_zeros(plan.total, *d.shape[2:])
-    for start, length, _, first, first_new in plan.windows:
-        window = by_window[first : first + batch * length].view(batch, length, *d.shape[2:])
-        window[:, first_new - start :] = d[:, first_new - plan.num_pending : start + length - plan.num_pending]
+    for w in plan.windows:
+        window = by_window[w.first : w.first + batch * w.length].view(batch, w.length, *d.shape[2:])
+        new = slice(w.first_new - plan.num_pending, w.start + w.length - plan.num_pending)
+        window[:, w.first_new - w.start :] = d[:, new]
     return by_window
 
 
@@ -343,6 +344,7 @@ class _Call(torch.autograd.Function):
             saved = _Saved(tokens, result.residuals.buffer, written if settings.overlaid else None)
             ctx.save_for_backward(*flatten(saved))
             ctx.settings, ctx.shape, ctx.layout = settings, written.shape, result.residuals.layout
+            ctx.memories = keys.shape[0]
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(results.slots, results.memorization, results.addressing, results.flags)
         return tuple(results)
@@ -366,7 +368,7 @@ class _Call(torch.autograd.Function):
         dealt = ctx.settings.dealt
         with on_device_of(tokens.query):
             gradients = call.backward(
-                ctx.settings.cfg, plan, tokens, residuals, d_output, d_keys, d_values, table, d_weights,
+                ctx.settings.cfg, plan, tokens, residuals, ctx.memories, d_output, d_keys, d_values, table, d_weights,
                 None if dealt is None else dealt.summed, saved.initial,
             )  # fmt: skip
         of_tokens = gradients.tokens._replace(query=gradients.tokens.query.to(tokens.query.dtype))

@@ -109,6 +109,7 @@ def left_align(
     cu_seqlens: Array,
     batch: int,
     longest: int,
+    **ragged: Tensor | None,
 ) -> LeftAligned:
     """Move the streams of a call to the left.
 
@@ -120,10 +121,12 @@ def left_align(
         cu_seqlens: ``[B+1]`` where the tokens lie, or None.
         batch: B.
         longest: Q, at least the length of every stream.
+        ragged: ``order`` and ``begins`` of kernels/left_align.py, where streams lie end to end, ``[1, Q]``.
     """
     num_pending = None if num_pending is None else num_pending.to(inputs.query.device)
-    told = inputs.mask, cu_seqlens, num_pending, None if pending is None else pending.mask
-    places = moving.left_align(cfg, inputs.query, *told, batch, longest)
+    told = {"token_mask": inputs.mask, "cu_seqlens": cu_seqlens, "num_pending": num_pending}
+    told["pending_mask"] = None if pending is None else pending.mask
+    places = moving.left_align(cfg, inputs.query, batch, longest, **told, **ragged)
     num_new, before = places.lengths, []
     if pending is not None and num_pending is not None:
         num_new = num_new - num_pending
@@ -132,7 +135,8 @@ def left_align(
         before = _numbers(pending)[1]
     names, numbers = _numbers(inputs)
     ways = places.cells, places.entries, places.pending_entries
-    found = _Rows.apply(*ways, pending is not None, (batch, longest), len(numbers), *numbers, *before)
+    shape = places.mask.shape
+    found = _Rows.apply(*ways, pending is not None, shape, len(numbers), *numbers, *before)
     return LeftAligned(Tokens(**dict(zip(names, found)), mask=places.mask), places, num_new, inputs.query.shape[:2])
 
 

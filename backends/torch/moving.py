@@ -15,20 +15,16 @@ from fwpkm.backends.torch.operators import unpacked
 from fwpkm.config import FwPKMConfig
 
 
-def left_align(
-    cfg: FwPKMConfig, query: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, num_pending: Tensor | None,
-    pending_mask: Tensor | None, batch: int, longest: int,
-) -> Any:  # fmt: skip
-    """The places of a call's tokens."""
+def left_align(cfg: FwPKMConfig, query: Tensor, batch: int, longest: int, **told: Tensor | None) -> Any:
+    """The places of a call's tokens; an operator takes nothing ragged."""
     if torch.compiler.is_compiling():
         from fwpkm.kernels.places import Places
 
-        told = cfg.to_json(), query, mask, cu_seqlens, num_pending, pending_mask, batch, longest
-        return Places(*torch.ops.fwpkm.left_align(*told))
+        return Places(*torch.ops.fwpkm.left_align(cfg.to_json(), query, batch, longest, **told))
     from fwpkm.kernels import left_align
 
     with fast.on_device_of(query):
-        return left_align.left_align(cfg, query, mask, cu_seqlens, num_pending, pending_mask, batch, longest)
+        return left_align.left_align(cfg, query, batch, longest, **told)
 
 
 def left_over(cfg: FwPKMConfig, places: Any, flags: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -57,15 +53,17 @@ def rows(
 @torch.library.custom_op(
     "fwpkm::left_align",
     mutates_args=(),
-    schema="(str config, Tensor query, Tensor? mask, Tensor? cu_seqlens, Tensor? num_pending, Tensor? pending_mask, "
-    "SymInt batch, SymInt longest) -> Tensor[]",
+    schema="(str config, Tensor query, SymInt batch, SymInt longest, Tensor? token_mask, Tensor? cu_seqlens, "
+    "Tensor? num_pending, Tensor? pending_mask) -> Tensor[]",
 )
-def _left_align(config, query, *told):
-    return list(left_align(unpacked(config), query, *told))
+def _left_align(config, query, batch, longest, token_mask, cu_seqlens, num_pending, pending_mask):
+    told = {"token_mask": token_mask, "cu_seqlens": cu_seqlens}
+    told |= {"num_pending": num_pending, "pending_mask": pending_mask}
+    return list(left_align(unpacked(config), query, batch, longest, **told))
 
 
 @_left_align.register_fake
-def _(config, query, mask, cu_seqlens, num_pending, pending_mask, batch, longest):
+def _(config, query, batch, longest, token_mask, cu_seqlens, num_pending, pending_mask):
     new = functools.partial(query.new_empty, dtype=torch.int32)
     tokens, pending = query.shape[0] * query.shape[1], 0 if num_pending is None else batch * unpacked(config).capacity
     flags = [query.new_empty(batch, longest, dtype=torch.bool) for _ in range(2)]

@@ -109,8 +109,8 @@ def _residuals_of(cfg: FwPKMConfig, query: Tensor, update: bool, overlaid: bool)
     from fwpkm.kernels.runtime import windows
 
     batch, length = query.shape[:2]
-    most, memories = windows.bounds(cfg, length, batch, update), validation.memories_for(cfg, batch)
-    return cfg, most, memories, batch, True, True, overlaid
+    memories = validation.memories_for(cfg, batch)
+    return cfg, windows.bounds(cfg, length, batch, memories, update), memories, batch, True, True, overlaid
 
 
 @torch.library.custom_op("fwpkm::apply", mutates_args=(), schema=f"({schema(_Apply)}) -> Tensor[]")
@@ -197,8 +197,9 @@ def _apply_backward(*arguments: Any) -> list[Tensor]:
     shape = torch.Size(_table_shape(cfg, query, overlaid)) if table else None
     d_output, d_keys, d_values, initial = (fast.plain(x) for x in (d_output, *d_memory, initial))
     plan, stream = _plan(cfg, query, update), tokens.map(fast.plain)
+    gradients, memories = (d_output, d_keys, d_values), validation.memories_for(cfg, plan.batch)
     with fast.on_device_of(query):
-        found = call.backward(cfg, plan, stream, residuals, d_output, d_keys, d_values, shape, initial=initial)
+        found = call.backward(cfg, plan, stream, residuals, memories, *gradients, shape, initial=initial)
     of_tokens = found.tokens._replace(query=found.tokens.query.to(query.dtype))
     # What lies in a buffer with more is no result of an operator.
     return present(query, _Gradients(Memory(found.keys.clone(), found.values), of_tokens))

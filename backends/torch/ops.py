@@ -1,7 +1,6 @@
 """The PyTorch backend's functions (SPEC.md §8): pure, sparse, differentiable."""
 
 import contextlib
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fwpkm import schedule, validation
-from fwpkm.backends.torch import engine, exporting, fast, groups, left_aligned, ranks
+from fwpkm.backends.torch import engine, exporting, fast, left_aligned, ragged, ranks
 from fwpkm.backends.torch.checks import check_apply, check_device, check_inplace, check_state_device
 from fwpkm.backends.torch.column_parallel import by_columns, is_sharded, refuse_columns, refuse_uses
 from fwpkm.backends.torch.context import through_checkpoints
@@ -111,40 +110,25 @@ def begin(
     elif cu_seqlens is not None and not exported:
         check_device(inputs.query, cu_seqlens=cu_seqlens)
         cu_seqlens = cu_seqlens.cpu()  # before the copies of the tables, behind which it would wait
-        if update and not keep and (apart := _groups(cfg, memory, inputs, cu_seqlens, implementation)):
-            part = functools.partial(begin, cfg, memory, update=True, keep=False, implementation=implementation)
-            return groups.read_groups(cfg, inputs, cu_seqlens.tolist(), apart, part)
     owned = keep and not (compiled or memory.values.requires_grad)
-    initial = None if keep else memory.values  # on which the kernels lay what rows write
+    initial = None if keep else memory  # on whose values the kernels lay what rows write
     if keep and not (compiled or exported):
         state = init_state(cfg, memory, batch, position_device)
     else:  # what writes makes the copy, if any
         memories = memories_for(cfg, batch)
         shared = Memory(*map(by_columns(lambda x: x.expand(memories, *x.shape[1:])), memory))
-        state = start_state(cfg, shared, batch, position_device)
+        state = start_state(cfg, shared, batch, position_device, keep)
     after: State[Tensor] | None
     if exported:
         output, after, trace = exporting.apply(cfg, state, inputs, cu_seqlens, update)
     elif compiled:
-        output, after, trace = left_aligned.apply(cfg, state, inputs, cu_seqlens, update, False, True, initial)
+        table = None if keep else memory.values
+        output, after, trace = left_aligned.apply(cfg, state, inputs, cu_seqlens, update, False, True, table)
     else:
         output, after, trace = _apply(
             cfg, state, inputs, cu_seqlens, update, owned, implementation, True, layer, initial
         )
     return output, after if keep else None, trace
-
-
-def _groups(
-    cfg: FwPKMConfig, memory: Memory, inputs: Tokens, cu_seqlens: Tensor, implementation: str | None
-) -> list[list[int]]:
-    """Those in which the kernels read packed sequences that keep no state; empty where it is one, or not theirs."""
-    if is_sharded(memory.values) or engine.choose_engine(implementation, cfg, memory, inputs.query) != "triton":
-        return []
-    ends = cu_seqlens.tolist()
-    validation.check_cu_seqlens(ends, inputs.length)
-    apart = groups.groups_of(cfg, ends)
-    served = (engine.serves_packing([ends[i + 1] - ends[i] for i in group]) for group in apart)
-    return apart if len(apart) > 1 and all(served) else []
 
 
 @engine.outside_graphs
@@ -158,11 +142,11 @@ def _apply(
     implementation: str | None,
     fresh: bool = False,
     layer: nn.Module | None = None,
-    initial: Tensor | None = None,
+    initial: Memory | None = None,
 ) -> tuple[Tensor, State | None, Trace]:
     """``fresh``: the state is one at position 0, with nothing pending.
 
-    ``initial`` is the one value table that its rows begin from, where no state is asked for: the kernels return none.
+    ``initial`` is the one memory that its rows begin from, where no state is asked for: the kernels return none.
     """
     same = {**inputs._asdict(), "cu_seqlens": cu_seqlens, **_beside_tables(state, fresh)}
     memory = getattr(state, "memory", None)
@@ -175,7 +159,8 @@ def _apply(
             validation.check_cu_seqlens(cu_seqlens.tolist(), inputs.length)
         if inputs.mask is not None and inputs.mask.device.type == "cpu" and inputs.mask.all():
             inputs = inputs._replace(mask=None)
-        chosen = engine.choose_engine(implementation, cfg, state.memory, inputs.query, cu_seqlens)
+        padded = cu_seqlens if initial is None else None
+        chosen = engine.choose_engine(implementation, cfg, state.memory, inputs.query, padded)
         on_kernels = chosen == "triton" and inputs.length > 0
         positions = [0] if fresh else None
         if not fresh and (state.position.device.type == "cpu" or not on_kernels):
@@ -183,11 +168,14 @@ def _apply(
             validation.check_positions(cfg, positions)
     device = inputs.query.device
     alike = together(cfg, positions, inputs.mask, cu_seqlens)
+    if on_kernels and initial is not None and cu_seqlens is not None:
+        return ragged.apply(cfg, initial, inputs, cu_seqlens, update)
+    table = None if initial is None else initial.values
     if on_kernels and not (alike and positions):
-        return left_aligned.apply(cfg, state, inputs, cu_seqlens, update, inplace, fresh, initial)
+        return left_aligned.apply(cfg, state, inputs, cu_seqlens, update, inplace, fresh, table)
     inputs = inputs._replace(mask=None if inputs.mask is None else inputs.mask.to(device))
     if on_kernels and positions:
-        output, memory, uses, left, trace = fast.apply(cfg, state, positions[0], inputs, update, inplace, initial)
+        output, memory, uses, left, trace = fast.apply(cfg, state, positions[0], inputs, update, inplace, table)
         if initial is not None:
             return output, None, trace
         if update:

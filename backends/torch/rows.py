@@ -35,14 +35,16 @@ def init_state(cfg: FwPKMConfig, memory: Memory[Tensor], batch_size: int, positi
 
 
 def start_state(
-    cfg: FwPKMConfig, memory: Memory[Tensor], batch_size: int, position_device: Any = None
+    cfg: FwPKMConfig, memory: Memory[Tensor], batch_size: int, position_device: Any = None, kept: bool = True
 ) -> State[Tensor]:
-    """A state at position 0 of these tables."""
+    """A state at position 0 of these tables; one that is not ``kept`` holds the zeros of one row."""
     device = "cpu" if position_device is None else position_device
     position = torch.full((batch_size,), 0, dtype=torch.int32, device=device)
     refuse_uses(cfg, memory.values)
-    uses = memory.values.new_zeros(memory.values.shape[:2]) if cfg.usage_weight else None
-    return State.of(memory, no_tokens(cfg, memory.keys, batch_size), position, uses)
+    memories, slots = memory.values.shape[:2]
+    uses = memory.values.new_zeros(memories if kept else 1, slots).expand(memories, -1) if cfg.usage_weight else None
+    nothing = no_tokens(cfg, memory.keys, batch_size if kept else 1)
+    return State.of(memory, nothing.map(lambda x: x.expand(batch_size, *x.shape[1:])), position, uses)
 
 
 def own_uses(uses: Tensor | None, dtype: torch.dtype, owned: bool) -> Tensor | None:

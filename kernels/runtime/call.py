@@ -38,11 +38,11 @@ class Result(NamedTuple):
     weights: Tensor
     """``[B, T, H*k]``: NaN for dead tokens."""
     keys: Tensor | None
-    """None of an overlaid call."""
+    """None of an overlaid or ragged call."""
     memorization: Tensor
-    """``[windows, M]``"""
+    """``[windows, M]``; of a ragged plan ``[w, 1]``, of all windows' memories."""
     addressing: Tensor
-    """``[windows, M]``"""
+    """The same."""
     residuals: Workspace
     """Of ``residuals_layout``."""
 
@@ -80,27 +80,30 @@ def forward(
     import torch  # here, so that who only lists launches needs none
 
     inputs = {**tokens._asdict(), "pair": pair, "initial_keys": keys, "table": values, "uses": uses, "due": None}
-    batch = tokens.query.shape[0]
-    call = Call(cfg, plan, tokens.query.dtype, batch, keys.shape[0], save, overlaid)
+    call = Call(cfg, plan, tokens.query.dtype, keys.shape[0], save, overlaid)
     launches = forward_launches(call, most)
     residuals = Workspace.empty(launches.residuals, keys)
     launches.prepare.run(inputs, residuals)  # which an idle GPU does while the rest is made ready
+    if plan.begins is not None:
+        residuals["begins"].copy_(torch.tensor(plan.begins, pin_memory=keys.is_cuda), non_blocking=True)
     workspace, entries = Workspace.empty(launches.workspace, keys), cfg.slots_per_token
-    slots = keys.new_empty(batch, plan.num_new, entries, dtype=torch.int64)
-    weights = keys.new_empty(batch, plan.num_new, entries)
-    output = values.new_empty(batch, plan.num_new, cfg.value_dim, dtype=dtype)
-    addressing = keys.new_empty(plan.num_writes, call.memories)
+    new, by_window = (len(tokens.query), plan.num_new), (-1, call.memories if plan.begins is None else 1)
+    slots = keys.new_empty(*new, entries, dtype=torch.int64)
+    weights = keys.new_empty(*new, entries)
+    output = values.new_empty(*new, cfg.value_dim, dtype=dtype)
+    writes, rows = plan.num_writes, plan.rows(plan.num_writes)
+    addressing = keys.new_empty(rows // call.rows).view(by_window)
     inputs |= {"new_slots": slots, "new_weights": weights, "output": output, "addressing": addressing}
+    if overlaid:
+        workspace["by_row"].fill_(-1)
     launches.address.run(inputs, residuals, workspace)
     used = slice(plan.total * entries)
     torch.sort(workspace["table_rows"], stable=True, out=(residuals["sorted_rows"][used], residuals["order"][used]))
-    if overlaid:
-        workspace["by_row"].fill_(-1)
     launches.write.run(inputs, residuals, workspace)
-    writes = plan.num_writes
-    written = workspace["squared"][: writes * batch * plan.windows[0].length]
-    memorization = written.view(writes, call.memories, -1).sum(2) if writes else keys.new_zeros(0, call.memories)
-    last = None if overlaid else residuals["keys"][writes * save * keys_move(cfg)].view(keys.shape).clone()
+    length = plan.windows[0].length
+    memorization = workspace["squared"][: rows * length].view(-1, call.rows * length).sum(1).view(by_window)
+    version = writes * save * keys_move(cfg)
+    last = None if overlaid or plan.begins else residuals["keys"].view(-1, *keys.shape)[version].clone()
     return Result(output, slots, weights, last, memorization, addressing, residuals)
 
 
@@ -117,8 +120,8 @@ class Forward(NamedTuple):
 @of_call
 def forward_launches(call: Call, most: Bounds | None) -> Forward:
     """Those of a call whose residuals have space for ``most``, or for its own windows."""
-    most = most or least(call.plan, call.batch)
-    residuals = residuals_layout(call.cfg, most, call.memories, call.batch, call.save, overlaid=call.overlaid)
+    most = most or least(call.plan, call.rows)
+    residuals = residuals_layout(call.cfg, most, call.memories, call.plan.batch, call.save, overlaid=call.overlaid)
     workspace = forward_layout(call, residuals.spec("sorted_rows").dtype)
     inputs = *_INPUTS, "initial_keys", "table", "uses", "new_slots", "new_weights", "output", "addressing"
     prepare, address, write = (
@@ -151,8 +154,6 @@ def add_address(launches: Launches, call: Call) -> None:
 
 def add_write(launches: Launches, call: Call) -> None:
     """Add the reads of all windows and the writes of their chunks."""
-    if call.overlaid:
-        overlay.add_last_windows(launches, call)
     for i in range(len(call.plan.windows)):
         integers = call.integers(i)
         read.add_read(launches, call, integers)
@@ -164,6 +165,7 @@ def backward(
     plan: Plan,
     tokens: Tokens,
     residuals: Workspace,
+    memories: int,
     d_output: Tensor | None,
     d_keys: Tensor | None,
     d_values: Tensor | None,
@@ -179,6 +181,7 @@ def backward(
         plan: the windows.
         tokens: the stream.
         residuals: of the forward.
+        memories: M.
         d_output: ``[B, T, Dv]``, contiguous.
         d_keys: ``[M, H, 2, S, Dk/2]`` float32, contiguous.
         d_values: ``[M, N, Dv]`` float32, contiguous.
@@ -189,16 +192,15 @@ def backward(
     """
     import torch
 
-    query, memories = tokens.query, residuals.layout.spec("counts").shape[1]
+    query, keys = tokens.query, residuals.layout.spec("keys").shape[1:]
     new = functools.partial(torch.empty, dtype=torch.float32, device=query.device)
     overlap = any(a.start + a.length > b.start for a, b in zip(plan.windows, plan.windows[1:]))
-    both = new(2, *residuals.layout.spec("keys").shape[1:])  # after a window and before it, in turns
-    after = both[len(plan.windows) % 2]
-    after.zero_() if d_keys is None else after.copy_(d_keys.view_as(after))
+    # After a window and before it, in turns; what no later window reads has no gradient but that of the final keys.
+    both = new(2, memories, *keys).zero_()
+    if d_keys is not None:
+        both[len(plan.windows) % 2] = d_keys.view_as(both[0])
     d_table = None
-    if table is not None and initial is not None:
-        d_table = new(table)
-    elif table is not None:
+    if table is not None:
         d_table = new(table).zero_() if d_values is None else d_values.clone()
     numbers, wider = [name for name in tokens.present() if name in NUMBERS], {"query": torch.float32} if overlap else {}
     d_tokens = Tokens(**{x: torch.zeros_like(getattr(tokens, x), dtype=wider.get(x)) for x in numbers})
@@ -208,7 +210,7 @@ def backward(
         "needed_by": residuals["sources"] if initial is not None and table is None else None,
         **{f"d_{name}": x for name, x in d_tokens._asdict().items()},
     }  # fmt: skip
-    call = Call(cfg, plan, query.dtype, query.shape[0], memories, True, initial is not None)
+    call = Call(cfg, plan, query.dtype, memories, True, initial is not None)
     launches = backward_launches(call, overlap, table is not None, residuals.layout)
     workspace = Workspace.empty(launches.workspace, query)
     launches.through_values.run(inputs, residuals, workspace)
@@ -219,8 +221,7 @@ def backward(
     if d_weights is not None:
         workspace["d_weights"].add_(d_weights)
     launches.through_keys.run(inputs, residuals, workspace)
-    keys = both[0].unflatten(0, (memories, cfg.num_heads, 2))
-    return Gradients(keys, d_table, d_tokens)
+    return Gradients(both[0].unflatten(1, (cfg.num_heads, 2)), d_table, d_tokens)
 
 
 class Backward(NamedTuple):
@@ -253,10 +254,8 @@ def _add_values_backward(launches: Launches, call: Call, table: bool) -> None:
         read.add_read_backward(launches, call, integers)
         if i > 0 or table:
             values.add_values_backward(launches, call, integers)
-    if table and call.overlaid:
-        overlay.add_initial_backward(launches, call)
-    elif table:
-        values.add_table_backward(launches, call)
+    if table:
+        overlay.add_table_backward(launches, call)
 
 
 def _add_keys_backward(launches: Launches, call: Call, overlap: bool) -> None:

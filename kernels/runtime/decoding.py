@@ -41,7 +41,7 @@ def decode(cfg: FwPKMConfig, state: State, tokens: Tokens) -> Tensor:
         "output": output,
     }  # fmt: skip
     # Queries are float32 once they are pending; what reads the token itself does not depend on their dtype.
-    call = Call(cfg, write(num_tokens, batch), "float32", batch, keys.shape[0], False)
+    call = Call(cfg, write(num_tokens, batch), "float32", keys.shape[0], False)
     launches = decode_launches(call)
     launches.run(inputs, *(Workspace.empty(layout, keys) for layout in launches.layouts))
     return output
@@ -63,8 +63,8 @@ def decode_launches(call: Call) -> Launches:
 
 def _layouts(call: Call) -> tuple[Layout, ...]:
     """Of what a step needs."""
-    cfg, batch, num_tokens = call.cfg, call.batch, call.plan.num_tokens
-    residuals = residuals_layout(cfg, least(call.plan, batch), call.memories, batch, False, False)
+    cfg, batch, num_tokens = call.cfg, call.plan.batch, call.plan.num_tokens
+    residuals = residuals_layout(cfg, least(call.plan, call.rows), call.memories, batch, False, False)
     chunk = token_specs(cfg, batch, ("n", num_tokens))
     own = {
         "token_ranks": ((batch, cfg.num_heads, 2, cfg.num_subkeys), "float32"),

@@ -1,11 +1,10 @@
 """What a call computes, and where that lies.
 
-By window: token w of all windows, entry e = w·H·k + j, group g of [M, H, 2]. There may be space for more windows and
-tokens.
+By window: token w of all windows, entry e = w·H·k + j, memory m of all windows, group g of [M, H, 2]. There may be
+space for more of them.
 """
 
 import functools
-import math
 
 from fwpkm.config import FwPKMConfig
 from fwpkm.kernels.key_sums import most_pieces, words_for
@@ -32,22 +31,22 @@ def layout_of_residuals(
         keys: whether the keys are among it.
         overlaid: whether what is written is laid over one table.
     """
-    windows, total, num_tokens, longest, followed = most
-    moving = windows if keys_move(cfg) else 0
-    groups, half, subkeys = 2 * memories * cfg.num_heads, cfg.key_dim // 2, cfg.num_subkeys
+    visits, total, num_streamed, longest, followed, ragged = most
+    moving, codebooks, half, subkeys = visits * keys_move(cfg), 2 * cfg.num_heads, cfg.key_dim // 2, cfg.num_subkeys
     entries, width = total * cfg.slots_per_token, cfg.value_dim
     choices, clipped = (total, cfg.num_heads, 2, cfg.top_k), cfg.grad_clip is not None
     counters: Specs = {
-        "probability_sums": ((windows, groups, subkeys), _LONG),  # Σ p over the chunk
+        "probability_sums": ((visits, codebooks, subkeys), _LONG),  # Σ p over the chunk
         # A bit for each token of the window, set where it chose the sub-key.
-        "maps": ((windows, groups, subkeys, words_for(longest * batch // memories)), _INT),
-        "counts": ((windows, memories), _INT),  # n
-        "active": ((windows, memories), _INT),  # whether any token has a pair
+        "maps": ((visits, codebooks, subkeys, words_for(longest * batch // memories)), _INT),
+        "counts": ((visits,), _INT),  # n
+        "active": ((visits,), _INT),  # whether any token has a pair
         # The largest ‖K‖² before each window, as the integer that has its bits; behind what else begins as zeros.
-        "largest": ((moving + 1, groups), _INT),
+        "largest": ((memories + moving, codebooks), _INT),
     }
     computed: dict = {
-        "flags": ((batch * num_tokens,), _BYTE),
+        "begins": ((memories + 1,), _LONG) if ragged else None,  # of each memory's stream
+        "flags": ((num_streamed,), _BYTE),
         "window_flags": ((total,), _BYTE),  # the flags as the window found them
         "ids": (choices, _INT),  # sub-keys, in any order
         "ranks": (choices, _FLOAT),  # -‖q - K‖², or q·K
@@ -57,22 +56,22 @@ def layout_of_residuals(
         "error": ((total, width), _FLOAT),  # v̂ - u of those, else 0
         "order": ((entries,), _LONG),  # the entries by window, table row and token
         # Their table rows, those of the next window's tables behind those of this one's.
-        "sorted_rows": ((entries,), _LONG if windows * memories * cfg.num_slots > 2**31 - 1 else _INT),
+        "sorted_rows": ((entries,), _LONG if visits * cfg.num_slots > 2**31 - 1 else _INT),
     }
     # By segment: the table row after the write.
     computed["new_rows"] = ((followed * cfg.slots_per_token, width), _FLOAT) if overlaid else None
     if keys:  # before each window, and after the last, where they move; or only the last
-        computed["keys"] = (moving * save + 1, groups, subkeys, half), _FLOAT
+        computed["keys"] = (memories + moving * save, codebooks, subkeys, half), _FLOAT
     saved: Specs = {
-        "moved": ((moving, groups, subkeys), _BYTE),  # whether the sub-key moved
-        "coefficient_sums": ((moving, groups, subkeys), _FLOAT),  # Σ c
+        "moved": ((moving, codebooks, subkeys), _BYTE),  # whether the sub-key moved
+        "coefficient_sums": ((moving, codebooks, subkeys), _FLOAT),  # Σ c
         "segment_start": ((entries,), _INT),  # where each entry's segment begins in the order
         "step_sizes": ((entries,), _FLOAT),  # by segment: η/N of a row that moved, else 0
         "decays": ((entries,), _FLOAT) if cfg.usage_weight and cfg.weight_decay else None,  # by segment: η λ
         # By segment: the table row before the write; or the segment that left it, -1 for the one table.
         "old_rows": None if overlaid else ((entries, width), _FLOAT),
         "sources": ((entries,), _INT) if overlaid else None,
-        "keys_unclipped": ((moving, groups, subkeys, half), _BYTE) if clipped else None,
+        "keys_unclipped": ((moving, codebooks, subkeys, half), _BYTE) if clipped else None,
         "values_unclipped": ((entries, width), _BYTE) if clipped else None,
     }
     layout = Layout.of({**counters, **computed, **(saved if save else dict.fromkeys(saved))})
@@ -90,13 +89,13 @@ def forward_layout(call: Call, row: str) -> Layout:
     """Of what the forward needs besides; ``row`` holds the number of any table row."""
     cfg, plan, size = call.cfg, call.plan, call.shapes
     half, subkeys, entries, writes = cfg.key_dim // 2, cfg.num_subkeys, cfg.slots_per_token, plan.num_writes > 0
-    moving, by_token = writes and keys_move(cfg), (call.batch * plan.longest * call.most_windows, cfg.num_heads, 2)
-    pieces = blocks_of(call.batch * plan.longest * entries, size.piece["PIECE"]) * writes
+    moving, by_token = writes and keys_move(cfg), (call.most_at_once, cfg.num_heads, 2)
+    pieces = blocks_of(plan.batch * plan.longest * entries, size.piece["PIECE"]) * writes
     by_row = ((call.memories * cfg.num_slots,), _INT) if call.overlaid else None
     layout = Layout.of(
         {
             "latest": by_row,  # of each memory's: the segment that wrote it last, or -1
-            "last_windows": by_row,  # the last window that reads it, or -1
+            "last_windows": by_row,  # of the last window that reads it: how many memories those before have; or -1
             "norms": ((call.groups, subkeys), _FLOAT),  # ‖K‖²
             "keys_hi_lo": ((call.groups, 2, subkeys, half), "bfloat16"),  # each sub-key as a sum of two
             "proposals": ((*by_token, size.propose["TILES"] * size.propose["PROPOSED"]), _INT),  # (propose_kernel)
@@ -119,7 +118,7 @@ def forward_layout(call: Call, row: str) -> Layout:
 def backward_layout(call: Call, table: bool) -> Layout:
     """Of what the backward needs besides; whether the gradient of the ``table`` is asked for."""
     cfg, plan, entries, width = call.cfg, call.plan, call.cfg.slots_per_token, call.cfg.value_dim
-    longest, choices = call.batch * plan.longest, ((plan.total, cfg.num_heads, 2, cfg.top_k), _FLOAT)
+    longest, choices = plan.batch * plan.longest, ((plan.total, cfg.num_heads, 2, cfg.top_k), _FLOAT)
     return Layout.of(
         {
             # By segment; nobody asks for those of the first window's rows but the table.
@@ -135,7 +134,7 @@ def backward_layout(call: Call, table: bool) -> Layout:
 
 def _sums_specs(call: Call) -> Specs:
     """Of the sums over each sub-key's tokens of a run of windows, in pieces."""
-    rows = call.groups, call.cfg.num_subkeys
-    rounds = call.most_windows * blocks_of(call.rows * call.plan.longest, 32 * call.shapes.key_sums["WORDS"])
-    pieces = most_pieces(rounds, math.prod(rows))
-    return {"sums": ((pieces, *rows, call.cfg.key_dim // 2), _FLOAT), "totals": ((pieces, *rows), _FLOAT)}
+    words, runs = 32 * call.shapes.key_sums["WORDS"], [call.integers(*run) for run in call.runs]
+    sizes = [(call.blocks(x, words), x["groups"] * call.cfg.num_subkeys) for x in runs]
+    most = max(most_pieces(rounds, rows) * rows for rounds, rows in sizes)
+    return {"sums": ((most, call.cfg.key_dim // 2), _FLOAT), "totals": ((most,), _FLOAT)}

@@ -149,15 +149,7 @@ def shapes(cfg: FwPKMConfig, query: Any) -> SimpleNamespace:
         },
         piece_backward=of_piece,
         rows_backward={**table, **rate, **few},
-        last_windows={"SLOTS": cfg.num_slots, "ENTRIES": entries, "BLOCK": 1024, "num_warps": 4},
-        initial_backward={
-            "SLOTS": cfg.num_slots,
-            "WIDTH": cfg.value_dim,
-            "BLOCK": width,
-            "MEMORIES": 32,
-            "num_warps": 4,
-        },
-        table_backward={"WIDTH": cfg.value_dim, "BLOCK": width, "num_warps": 4},
+        table_backward={"SLOTS": cfg.num_slots, "WIDTH": cfg.value_dim, "BLOCK": width, "num_warps": 4},
         select_slots_backward={**names, "K": k, "TEMPERATURE": cfg.temperature, **by_warp},
         by_token={  # coefficients_backward and scores_backward
             **chosen,

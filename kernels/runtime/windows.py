@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterable
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -21,6 +22,8 @@ class Window(NamedTuple):
     """Tokens of all sequences in the windows before."""
     first_new: int
     """Where in the stream the tokens begin that no window before has read."""
+    batch: int
+    """The sequences that read it: the first so many of all."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -31,31 +34,47 @@ class Plan:
     num_pending: int
     """Tokens at the beginning of the stream that were pending: their reads have been output before."""
     num_tokens: int
-    """n, tokens of the stream: pending ones, then new ones."""
+    """n, tokens of the stream: pending ones, then new ones; or of all streams, where they have ``begins``."""
     first_unwritten: int
     """Where in the stream the tokens begin that no write has consumed."""
-    total: int
-    """Tokens of all windows, of all sequences."""
-    longest: int
-    """Tokens of a sequence in the longest window."""
-    num_writes: int
-    """How many windows write: all, or all but the last; those are of one length."""
     shifted: bool = False
     """Whether values are targets already, of their own tokens (``chunk_update``)."""
+    begins: tuple[int, ...] | None = None
+    """Where each sequence's stream begins, and the last one ends, if they lie end to end; each has a memory."""
 
-    @classmethod
-    def of(
-        cls, windows: Iterable[Window], num_pending: int, num_tokens: int, first_unwritten: int, total: int
-    ) -> "Plan":
-        """With what follows from the windows."""
-        windows = tuple(windows)
-        longest, writes = max(w.length for w in windows), sum(w.writes for w in windows)
-        return cls(windows, num_pending, num_tokens, first_unwritten, total, longest, writes)
+    @property
+    def batch(self) -> int:
+        """B: all read the first window."""
+        return self.windows[0].batch
 
     @property
     def num_new(self) -> int:
         """T, tokens of the stream that are output."""
         return self.num_tokens - self.num_pending
+
+    @property
+    def num_streamed(self) -> int:
+        """Tokens of all streams."""
+        return self.num_tokens * (1 if self.begins else self.batch)
+
+    @functools.cached_property
+    def total(self) -> int:
+        """Tokens of all windows, of all sequences."""
+        return sum(w.batch * w.length for w in self.windows)
+
+    @functools.cached_property
+    def longest(self) -> int:
+        """Tokens of a sequence in the longest window."""
+        return max(w.length for w in self.windows)
+
+    @functools.cached_property
+    def num_writes(self) -> int:
+        """How many windows write: all, or all but the last; those are of one length."""
+        return sum(w.writes for w in self.windows)
+
+    def rows(self, windows: int) -> int:
+        """Sequences of the first so many windows."""
+        return sum(w.batch for w in self.windows[:windows])
 
 
 def plan(cfg: FwPKMConfig, position: int, length: int, batch: int, update: bool) -> Plan:
@@ -66,24 +85,41 @@ def plan(cfg: FwPKMConfig, position: int, length: int, batch: int, update: bool)
 @functools.lru_cache(1024)
 def write(length: int, batch: int, shifted: bool = False) -> Plan:
     """The one window of pending tokens, to be written."""
-    plan = Plan.of([Window(0, length, True, 0, length)], length, length, length, batch * length)
-    return dataclasses.replace(plan, shifted=shifted)
+    return Plan((Window(0, length, True, 0, length, batch),), length, length, length, shifted)
 
 
 @functools.lru_cache(1024)
 def _plan(cfg: FwPKMConfig, num_pending: int | None, length: int, batch: int) -> Plan:
     """The plan where so many tokens are pending, on which alone it depends; None only reads."""
     if num_pending is None:
-        return Plan.of([Window(0, length, False, 0, 0)], 0, length, 0, batch * length)
-    windows, start, first = [], 0, 0
-    first_new = num_pending
-    for begin, end, writes in schedule.windows(cfg, num_pending, length):
+        return Plan((Window(0, length, False, 0, 0, batch),), 0, length, 0)
+    windows = _windows(cfg, num_pending, length, itertools.repeat(batch))
+    return Plan(windows, num_pending, num_pending + length, sum(w.writes for w in windows) * cfg.chunk_size)
+
+
+@functools.lru_cache(1024)
+def ragged(cfg: FwPKMConfig, length: int, batches: tuple[int, ...]) -> Plan:
+    """The windows of a call of up to ``length`` tokens of sequences that begin, those with most windows first.
+
+    As many read each window as ``batches`` says, so the launches are those of one sequence. A stream has all tokens of
+    the last window that its sequence reads.
+    """
+    windows = _windows(cfg, 0, length, batches)
+    lengths = [w.start + w.length for w, after in zip(windows, (*batches[1:], 0)) for _ in range(w.batch - after)]
+    begins = tuple(itertools.accumulate(reversed(lengths), initial=0))
+    return Plan(windows, 0, begins[-1], begins[-1], begins=begins)
+
+
+def _windows(cfg: FwPKMConfig, num_pending: int, length: int, batches: Iterable[int]) -> tuple[Window, ...]:
+    """Those of a stream with so many pending tokens and ``length`` new ones, which so many sequences read."""
+    windows, start, first, first_new = [], 0, 0, num_pending
+    for (begin, end, writes), batch in zip(schedule.windows(cfg, num_pending, length), batches):
         begin, end = begin + num_pending, end + num_pending
         begin = start if writes else begin  # a write reads its whole chunk again; else what is pending stays unread
-        windows.append(Window(begin, end - begin, writes, first, first_new))
+        windows.append(Window(begin, end - begin, writes, first, first_new, batch))
         first, first_new = first + batch * (end - begin), end
         start += cfg.chunk_size * writes
-    return Plan.of(windows, num_pending, first_new, start, first)
+    return tuple(windows)
 
 
 class Call(NamedTuple):
@@ -93,8 +129,6 @@ class Call(NamedTuple):
     plan: Plan
     dtype: Any
     """Of the queries, as their framework has it."""
-    batch: int
-    """B"""
     memories: int
     """M"""
     save: bool
@@ -110,7 +144,7 @@ class Call(NamedTuple):
     @property
     def rows(self) -> int:
         """The sequences that share a memory."""
-        return self.batch // self.memories
+        return self.plan.batch // self.memories
 
     @property
     def groups(self) -> int:
@@ -123,18 +157,17 @@ class Call(NamedTuple):
 
     @property
     def runs(self) -> list[tuple[int, int]]:
-        """Windows of one length that read the same keys, as (the first one's number, how many): none before a write
-        that moves them, so where keys are at rest all that write, and what is left.
+        """Windows of one size that read the same keys, as (the first one's number, how many): none before a write
+        that moves them, so where keys are at rest all that write and are of as many sequences, and what is left.
         """
-        number, writes = len(self.plan.windows), self.plan.num_writes
-        if keys_move(self.cfg):
-            return [(i, 1) for i in range(number)]
-        return [run for run in ((0, writes), (writes, number - writes)) if run[1]]
+        alike = [(i * keys_move(self.cfg), w.writes, w.batch) for i, w in enumerate(self.plan.windows)]
+        sizes = [len([*run]) for _, run in itertools.groupby(alike)]
+        return [*zip(itertools.accumulate(sizes, initial=0), sizes)]
 
     @property
-    def most_windows(self) -> int:
-        """How many windows the longest run has."""
-        return max(windows for _, windows in self.runs)
+    def most_at_once(self) -> int:
+        """How many tokens the largest run has."""
+        return max(sum(w.batch * w.length for w in self.plan.windows[i : i + n]) for i, n in self.runs)
 
     def blocks(self, integers: dict[str, int], block: int) -> int:
         """How many blocks of a memory's tokens cover the windows of a launch; each is of one window (``window_of``)."""
@@ -143,12 +176,18 @@ class Call(NamedTuple):
     def integers(self, number: int, windows: int = 1) -> dict[str, int]:
         """What kernels ask of a window, and of so many from it on, by the names that they have for it."""
         plan, window = self.plan, self.plan.windows[number]
-        moves = number * keys_move(self.cfg)  # each window before has written
+        first_memory, memories = plan.rows(number) // self.rows, window.batch // self.rows
+        # A version of the keys has as many as the window before it, which writes it.
+        moves = self.memories + plan.rows(number - 1) // self.rows if number and keys_move(self.cfg) else 0
+        after = self.memories + first_memory
         return {
-            "window": number, "windows": windows, "moves": moves, "version": moves * self.save,
-            "start": window.start, "length": window.length, "first": window.first,
-            "first_new": window.first_new, "num_tokens": plan.num_tokens, "num_pending": plan.num_pending,
-            "num_new": plan.num_new, "total": plan.total, "rows": self.rows, "memories": self.memories,
+            "window": number, "windows": windows, "memories": memories, "first_memory": first_memory,
+            "groups": memories * self.cfg.num_heads * 2, "moves": moves, "version": moves * self.save,
+            "moves_after": after, "version_after": after * self.save, "d_before": number % 2 * self.memories,
+            "d_after": (number + windows) % 2 * self.memories, "start": window.start, "length": window.length,
+            "first": window.first, "first_new": window.first_new, "num_tokens": plan.num_tokens,
+            "num_pending": plan.num_pending, "total": plan.total, "rows": self.rows,
+            "tokens": window.batch * window.length,
         }  # fmt: skip
 
 
@@ -168,25 +207,30 @@ def of_call(make: Callable[..., Any]) -> Callable[..., Any]:
 class Bounds(NamedTuple):
     """What a call needs at most."""
 
-    windows: int
+    memories: int
+    """Memories of all windows, each counted in all that it reads."""
     total: int
     """Tokens of all windows, of all sequences."""
-    num_tokens: int
+    num_streamed: int
+    """Tokens of all streams."""
     longest: int
     """Tokens of a sequence in the longest window."""
     followed: int
     """Tokens of all windows that another follows, of all sequences."""
+    ragged: bool
+    """Whether streams are of unequal length."""
 
 
-def bounds(cfg: FwPKMConfig, length: int, batch: int, update: bool) -> Bounds:
+def bounds(cfg: FwPKMConfig, length: int, batch: int, memories: int, update: bool) -> Bounds:
     """The bounds of ``plan`` at position 0, of plain integers or of symbols."""
     if not update:
-        return Bounds(1, batch * length, length, length, 0)
+        return Bounds(memories, batch * length, batch * length, length, 0, False)
     windows, lag = schedule.max_writes(cfg, length), schedule.lag(cfg)
     total = batch * (length + lag * windows)
-    return Bounds(windows, total, length, cfg.chunk_size + lag, total)
+    return Bounds(windows * memories, total, batch * length, cfg.chunk_size + lag, total, False)
 
 
-def least(plan: Plan, batch: int) -> Bounds:
-    """What one plan needs."""
-    return Bounds(len(plan.windows), plan.total, plan.num_tokens, plan.longest, plan.windows[-1].first)
+def least(plan: Plan, rows: int) -> Bounds:
+    """What one plan needs, of whose sequences so many share a memory."""
+    memories, followed = plan.rows(len(plan.windows)) // rows, plan.windows[-1].first
+    return Bounds(memories, plan.total, plan.num_streamed, plan.longest, followed, plan.begins is not None)
