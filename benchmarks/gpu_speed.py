@@ -275,6 +275,7 @@ def stateless(workload: Workload, dtype: str, sequences: int, samples: int = SAM
     measure.free_device_memory()
     found = _in_turn(workload, calls, samples, {name: memory for name in calls if name != "in place"})
     steps = TorchSteps(dataclasses.replace(workload, batch=1), DEVICE)
+    steps.state = None  # or the first call would free it while its memory is measured
     for name, step in itertools.product(calls, STEPS):
         if name != "in place":
             inputs, options = calls[name]

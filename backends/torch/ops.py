@@ -107,28 +107,54 @@ def begin(
     compiled = torch.compiler.is_compiling() and not exported
     if compiled:
         compiled = engine.choose_engine(implementation, cfg, memory, inputs.query, cu_seqlens) == "compiled"
-    elif cu_seqlens is not None and not exported:
-        check_device(inputs.query, cu_seqlens=cu_seqlens)
-        cu_seqlens = cu_seqlens.cpu()  # before the copies of the tables, behind which it would wait
-    owned = keep and not (compiled or memory.values.requires_grad)
-    initial = None if keep else memory  # on whose values the kernels lay what rows write
-    if keep and not (compiled or exported):
-        state = init_state(cfg, memory, batch, position_device)
-    else:  # what writes makes the copy, if any
-        memories = memories_for(cfg, batch)
-        shared = Memory(*map(by_columns(lambda x: x.expand(memories, *x.shape[1:])), memory))
-        state = start_state(cfg, shared, batch, position_device, keep)
-    after: State[Tensor] | None
+    if not (exported or compiled):
+        if not keep:
+            return _without_state(cfg, memory, inputs, cu_seqlens, update, implementation, layer, batch)
+        if cu_seqlens is not None:
+            check_device(inputs.query, cu_seqlens=cu_seqlens)
+            cu_seqlens = cu_seqlens.cpu()  # before the copies of the tables, behind which it would wait
+        state, owned = init_state(cfg, memory, batch, position_device), not memory.values.requires_grad
+        return _apply(cfg, state, inputs, cu_seqlens, update, owned, implementation, True, layer)
+    state, after = _sharing(cfg, memory, batch, position_device, keep), None
     if exported:
         output, after, trace = exporting.apply(cfg, state, inputs, cu_seqlens, update)
-    elif compiled:
+    else:
         table = None if keep else memory.values
         output, after, trace = left_aligned.apply(cfg, state, inputs, cu_seqlens, update, False, True, table)
-    else:
-        output, after, trace = _apply(
-            cfg, state, inputs, cu_seqlens, update, owned, implementation, True, layer, initial
-        )
     return output, after if keep else None, trace
+
+
+def _sharing(cfg: FwPKMConfig, memory: Memory, batch: int, position_device: Any = None, kept: bool = True) -> State:
+    """A state whose rows share the tables of one memory; what writes makes the copy, if any."""
+    memories = memories_for(cfg, batch)
+    shared = Memory(*map(by_columns(lambda x: x.expand(memories, *x.shape[1:])), memory))
+    return start_state(cfg, shared, batch, position_device, kept)
+
+
+@engine.outside_graphs
+def _without_state(
+    cfg: FwPKMConfig,
+    memory: Memory,
+    inputs: Tokens,
+    cu_seqlens: Tensor | None,
+    update: bool,
+    implementation: str | None,
+    layer: nn.Module | None,
+    batch: int,
+) -> tuple[Tensor, None, Trace]:
+    """``begin`` where no state is kept: what rows write the kernels lay over the one table."""
+    chosen = ranks.told(memory, engine.choose_engine, implementation, cfg, memory, inputs.query)
+    if cu_seqlens is None or chosen != "triton" or inputs.length == 0:
+        state = _sharing(cfg, memory, batch, kept=False)
+        output, _, trace = _apply(cfg, state, inputs, cu_seqlens, update, False, implementation, True, layer, memory)
+        return output, None, trace
+    same = {**inputs._asdict(), "cu_seqlens": cu_seqlens}
+    with ranks.agreed("apply", memory, cfg, update, implementation, layer=layer, **same):
+        check_device(inputs.query, memory=memory, **same)
+        refuse_uses(cfg, memory.values)
+        ends = cu_seqlens.cpu()
+        validation.check_cu_seqlens(ends.tolist(), inputs.length)
+    return ragged.apply(cfg, memory, _unmasked(inputs), ends, update)
 
 
 @engine.outside_graphs
@@ -157,34 +183,35 @@ def _apply(
         if cu_seqlens is not None:
             cu_seqlens = cu_seqlens.cpu()
             validation.check_cu_seqlens(cu_seqlens.tolist(), inputs.length)
-        if inputs.mask is not None and inputs.mask.device.type == "cpu" and inputs.mask.all():
-            inputs = inputs._replace(mask=None)
-        padded = cu_seqlens if initial is None else None
-        chosen = engine.choose_engine(implementation, cfg, state.memory, inputs.query, padded)
+        inputs = _unmasked(inputs)
+        chosen = engine.choose_engine(implementation, cfg, state.memory, inputs.query, cu_seqlens)
         on_kernels = chosen == "triton" and inputs.length > 0
         positions = [0] if fresh else None
         if not fresh and (state.position.device.type == "cpu" or not on_kernels):
             positions = state.position.tolist()
             validation.check_positions(cfg, positions)
-    device = inputs.query.device
-    alike = together(cfg, positions, inputs.mask, cu_seqlens)
-    if on_kernels and initial is not None and cu_seqlens is not None:
-        return ragged.apply(cfg, initial, inputs, cu_seqlens, update)
+    if not on_kernels:
+        return _in_torch(cfg, state, inputs, cu_seqlens, update, inplace)
     table = None if initial is None else initial.values
-    if on_kernels and not (alike and positions):
+    if not positions or not together(cfg, positions, inputs.mask, cu_seqlens):
         return left_aligned.apply(cfg, state, inputs, cu_seqlens, update, inplace, fresh, table)
-    inputs = inputs._replace(mask=None if inputs.mask is None else inputs.mask.to(device))
-    if on_kernels and positions:
-        output, memory, uses, left, trace = fast.apply(cfg, state, positions[0], inputs, update, inplace, table)
-        if initial is not None:
-            return output, None, trace
-        if update:
-            left = filled(memory.keys.dtype, left)
-            state = State.of(memory, left, schedule.reduced(cfg, state.position) + inputs.length, uses)
-        return output, state, trace
-    memory = _as_tables(state.memory, inputs.query)
+    inputs = _mask_moved(inputs)
+    output, memory, uses, left, trace = fast.apply(cfg, state, positions[0], inputs, update, inplace, table)
+    if initial is not None:
+        return output, None, trace
+    if update:
+        left = filled(memory.keys.dtype, left)
+        state = State.of(memory, left, schedule.reduced(cfg, state.position) + inputs.length, uses)
+    return output, state, trace
+
+
+def _in_torch(
+    cfg: FwPKMConfig, state: State, inputs: Tokens, cu_seqlens: Tensor | None, update: bool, inplace: bool
+) -> tuple[Tensor, State, Trace]:
+    """``_apply`` in plain PyTorch, of arguments that were checked."""
+    inputs, memory = _mask_moved(inputs), _as_tables(state.memory, inputs.query)
     dtype = memory.keys.dtype
-    tokens, ends = filled(dtype, inputs), None if cu_seqlens is None else cu_seqlens.to(device)
+    tokens, ends = filled(dtype, inputs), None if cu_seqlens is None else cu_seqlens.to(inputs.query.device)
     streams = streams_of(cfg, state, tokens, inputs.mask, ends, update, dtype)
     uses = state.maybe_uses
     output, written, trace = _run_eagerly(cfg, memory, streams, tokens, inputs.mask, inplace, uses)
@@ -193,6 +220,17 @@ def _apply(
         memory, uses = (state.memory, uses) if written is None else written
         state = State.of(memory, filled(memory.keys.dtype, streams.left()), streams.position(state.position), uses)
     return output.to(inputs.query.dtype), state, trace
+
+
+def _unmasked(inputs: Tokens) -> Tokens:
+    """Without a mask that, as the host can tell, masks nothing."""
+    mask = inputs.mask
+    return inputs._replace(mask=None) if mask is not None and mask.device.type == "cpu" and mask.all() else inputs
+
+
+def _mask_moved(inputs: Tokens) -> Tokens:
+    """With the mask where the queries are."""
+    return inputs._replace(mask=None if inputs.mask is None else inputs.mask.to(inputs.query.device))
 
 
 def _beside_tables(state: Any, fresh: bool = False) -> dict[str, Any]:

@@ -26,7 +26,7 @@ STYLES: dict[str, dict[str, Any]] = {
     MEMORY: {"color": "#0072b2", "linestyle": "-", "marker": "o"},
     "attention": {"color": "#009e73", "linestyle": "--", "marker": "s"},
     "gated delta rule": {"color": "#cc79a7", "linestyle": "-.", "marker": "^"},
-    "memory never written": {"color": "#e69f00", "linestyle": (0, (4, 1, 1, 1, 1, 1)), "marker": "D"},
+    "static memory": {"color": "#e69f00", "linestyle": (0, (4, 1, 1, 1, 1, 1)), "marker": "D"},
     NO_MEMORY: {"color": "#d55e00", "linestyle": ":", "marker": "v"},
 }
 LONGER = {"color": "#000000", "linestyle": (0, (1, 1)), "marker": ""}
@@ -164,7 +164,7 @@ def capacity(runs: Sequence[Run]) -> Figure | None:
     right.set_ylim(-0.2, 2 * max(1, right.dataLim.y1))
     right.xaxis.set_major_formatter(FuncFormatter(lambda x, _: amount(round(x))))
     right.yaxis.set_major_formatter("{x:,.0f}")
-    right.set(xlabel="state of one sequence", ylabel="most facts found in one context")
+    right.set(xlabel="state of one sequence", ylabel="facts found in one context")
     for axis in (left.xaxis, right.xaxis):
         axis.set_minor_locator(NullLocator())
     return _finish(figure, [left, right])
@@ -186,16 +186,21 @@ def _thin(runs: Iterable[Run], kind: str) -> dict[str, Any]:
 def bits(runs: Sequence[Run]) -> Figure | None:
     """Bits per byte by position, and how far every seed is from the best model without memory at equal steps."""
     measured = [r for r in runs if r.bits]
-    own, plain = comparing.memories(measured), comparing.best(comparing.equal_steps(measured))
+    as_many, as_long = comparing.equal_steps(measured), comparing.equal_time(measured)
+    own, plain, longer = comparing.memories(measured), comparing.best(as_many), comparing.best(as_long)
     if not own or plain is None:
         return None
-    longer = comparing.best(comparing.equal_time(measured))
-    seeds = f"{len(own)} seed{'s'[: len(own) > 1]}"
+    seeds = _seeds(own, MEMORY)
     lines: list[tuple[str, list[Run], str, dict[str, Any]]] = [
         (f"memory, {seeds}", own, "reset", STYLES[MEMORY]),
         (f"memory, frozen, {seeds}", own, "frozen", FROZEN),
-        ("no memory, equal steps", [plain], NO_MEMORY, STYLES[NO_MEMORY]),
-        ("no memory, equal time", [longer] if longer and longer is not plain else [], NO_MEMORY, LONGER),
+        (f"no memory, equal steps, best of {_seeds(as_many, NO_MEMORY)}", [plain], NO_MEMORY, STYLES[NO_MEMORY]),
+        (
+            f"no memory, equal time, best of {_seeds(as_long, NO_MEMORY)}",
+            [longer] if longer and longer is not plain else [],
+            NO_MEMORY,
+            LONGER,
+        ),
     ]
     figure = _figure(4.6)
     left, right = figure.subplots(1, 2)

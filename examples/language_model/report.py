@@ -87,9 +87,10 @@ def _baselines(own: Sequence[Run], others: Sequence[Run], how: str) -> str:
     head = ["model", "seed", "time", "steps/s", *(f"near, {size(n)}" for n in lengths)]
     return table(
         f"Other models, {how}",
-        "Time: of training, as a share of the memory's. Near: answered exactly after one reading. Facts: the most "
-        "found in one context. Last, how many per cent more or less bits per byte the memory's worst seed takes than "
-        "this model, with the 95% interval over writers; below 0 the memory is better.",
+        "Time: of training, as a share of the memory's. Near: answered exactly after one reading. Facts: found in one "
+        "context, in the mean, of the number of which most are found. Last, how many per cent more or less bits per "
+        "byte the memory's worst seed takes than this model, with the 95% interval over writers; below 0 the memory "
+        "is better.",
         [*head, "facts", "state", "bits per byte", "memory against it"],
         [row(run) for run in [*own, *others]] if others else [],
         texts=2,
