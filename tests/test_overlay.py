@@ -1,5 +1,6 @@
 """Calls from a Memory without a state: the kernels lay what rows write over its one table (SPEC.md §5)."""
 
+import functools
 import itertools
 
 import numpy as np
@@ -178,6 +179,30 @@ def test_a_table_that_is_overwritten_before_the_backward_is_an_error() -> None:
     "ignore:.torch.jit.script_method. is deprecated:DeprecationWarning",
     "ignore:.*autograd.function.Function.* should not be instantiated:DeprecationWarning",
 )
+@pytest.mark.parametrize("kept", [False, True], ids=["from a memory", "from a state"])
+@pytest.mark.parametrize("packed", [False, True], ids=["masked", "packed"])
+def test_no_gradient_passes_through_the_trace(packed: bool, kept: bool) -> None:
+    cfg = FwPKMConfig(**SMALL)
+    (query, value, gate), options = drawn(cfg, PACKED, packed, torch.float32)
+    memory = Memory(*(x.to(DEVICE) for x in be.init_memory(cfg, seed=1)))
+    start = be.init_state(cfg, memory, len(PACKED)) if kept else memory
+    for implementation in ("triton", "eager"):
+        call = functools.partial(be.apply, cfg, start, query.requires_grad_(), value, gate, **options)
+        output, _, trace = call(implementation=implementation)
+        assert output.requires_grad
+        assert not any(x.requires_grad for x in trace)
+
+
+def test_packed_calls_do_not_follow_the_default_device() -> None:
+    cfg = FwPKMConfig(**SMALL)
+    inputs, options = drawn(cfg, PACKED, True, torch.float32)
+    memory = Memory(*(x.to(DEVICE) for x in be.init_memory(cfg, seed=1)))
+    expected, *_ = be.apply(cfg, memory, *inputs, **options, implementation="triton")
+    with torch.device("meta"):
+        output, *_ = be.apply(cfg, memory, *inputs, **options, implementation="triton")
+    assert torch.equal(output.nan_to_num(9), expected.nan_to_num(9))
+
+
 @pytest.mark.parametrize("compiled", [False, True], ids=["called", "compiled"])
 def test_a_layer_that_returns_no_state(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     cfg, choose = FwPKMConfig(**SMALL), engine.choose_engine

@@ -65,6 +65,7 @@ def apply(
     if wrong is not None:
         output, weights = (x.masked_fill(wrong, torch.nan) for x in (output, weights))
     losses = {"memorization": done.trace.memorization, "addressing": done.trace.addressing}
+    weights = weights.detach()
     trace = Trace(slots, weights, **losses, writes=writes)  # torch 2.11 compiles no ``_replace`` of what is returned
     if initial is not None:
         return output, None, trace

@@ -94,7 +94,7 @@ def apply(
     }
     due = streams.places.due[: len(writers)]
     writes = due.new_zeros(sequences).index_copy(0, writer, due)
-    return output, None, Trace(slots, weights, **losses, writes=writes)
+    return output, None, Trace(slots, weights.detach(), **losses, writes=writes)
 
 
 def _sent(device: torch.device, *parts: Any) -> list[Tensor]:
@@ -103,5 +103,5 @@ def _sent(device: torch.device, *parts: Any) -> list[Tensor]:
     numbers = [x for part in parts for x in (*part, *[0] * (len(part) % 2))]
     # A graph would read pinned memory again when it is replayed, which is others' by then: so torch refuses the copy.
     pinned = device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
-    sent = torch.tensor(numbers, pin_memory=pinned).to(device, non_blocking=True).split(sizes)
+    sent = torch.tensor(numbers, device="cpu", pin_memory=pinned).to(device, non_blocking=True).split(sizes)
     return [x[: len(part)] for x, part in zip(sent, parts)]

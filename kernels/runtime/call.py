@@ -85,7 +85,7 @@ def forward(
     residuals = Workspace.empty(launches.residuals, keys)
     launches.prepare.run(inputs, residuals)  # which an idle GPU does while the rest is made ready
     if plan.begins is not None:
-        residuals["begins"].copy_(torch.tensor(plan.begins, pin_memory=keys.is_cuda), non_blocking=True)
+        residuals["begins"].copy_(torch.tensor(plan.begins, device="cpu", pin_memory=keys.is_cuda), non_blocking=True)
     workspace, entries = Workspace.empty(launches.workspace, keys), cfg.slots_per_token
     new, by_window = (len(tokens.query), plan.num_new), (-1, call.memories if plan.begins is None else 1)
     slots = keys.new_empty(*new, entries, dtype=torch.int64)
