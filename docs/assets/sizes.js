@@ -32,12 +32,12 @@ const fwpkmSizes = {
     { device: "H200, JAX without kernels", page: "benchmarks.md", section: "On a GPU", table: "step-512", row: "jax", rows: 1, tokens: 2048, subkeys: 512, forward: 1.9, train: 2.7 },
     { device: "H200, JAX without kernels", page: "benchmarks.md", section: "On a GPU", table: "shared-512", row: "jax", rows: 8, tokens: 4096, subkeys: 512, forward: 7.6, train: 11.5 },
     { device: "H200, JAX without kernels", page: "benchmarks.md", section: "On a GPU", table: "train-512", row: "jax", rows: 8, tokens: 4096, subkeys: 512, forward: 7.9, train: 12.3 },
-    { device: "2 CPU cores, PyTorch", page: "benchmarks.md", section: "On the CPU", table: "step-128", row: "torch", rows: 1, tokens: 2048, subkeys: 128, forward: 106.0, train: 212.5 },
-    { device: "2 CPU cores, PyTorch", page: "benchmarks.md", section: "On the CPU", table: "step-512", row: "torch", rows: 1, tokens: 2048, subkeys: 512, forward: 129.5, train: 215.0 },
-    { device: "2 CPU cores, PyTorch", page: "benchmarks.md", section: "On the CPU", table: "step-1024", row: "torch", rows: 1, tokens: 2048, subkeys: 1024, forward: 146.5, train: 236.3 },
-    { device: "2 CPU cores, JAX", page: "benchmarks.md", section: "On the CPU", table: "step-128", row: "jax", rows: 1, tokens: 2048, subkeys: 128, forward: 149.4, train: 315.3 },
-    { device: "2 CPU cores, JAX", page: "benchmarks.md", section: "On the CPU", table: "step-512", row: "jax", rows: 1, tokens: 2048, subkeys: 512, forward: 154.7, train: 347.6 },
-    { device: "2 CPU cores, JAX", page: "benchmarks.md", section: "On the CPU", table: "step-1024", row: "jax", rows: 1, tokens: 2048, subkeys: 1024, forward: 187.4, train: 353.5 },
+    { device: "2 CPU cores, PyTorch", page: "benchmarks.md", section: "On the CPU", table: "step-128", row: "torch", rows: 1, tokens: 2048, subkeys: 128, forward: 47.5, train: 91.1 },
+    { device: "2 CPU cores, PyTorch", page: "benchmarks.md", section: "On the CPU", table: "step-512", row: "torch", rows: 1, tokens: 2048, subkeys: 512, forward: 61.2, train: 99.9 },
+    { device: "2 CPU cores, PyTorch", page: "benchmarks.md", section: "On the CPU", table: "step-1024", row: "torch", rows: 1, tokens: 2048, subkeys: 1024, forward: 75.9, train: 121.1 },
+    { device: "2 CPU cores, JAX", page: "benchmarks.md", section: "On the CPU", table: "step-128", row: "jax", rows: 1, tokens: 2048, subkeys: 128, forward: 64.3, train: 128.2 },
+    { device: "2 CPU cores, JAX", page: "benchmarks.md", section: "On the CPU", table: "step-512", row: "jax", rows: 1, tokens: 2048, subkeys: 512, forward: 82.5, train: 143.6 },
+    { device: "2 CPU cores, JAX", page: "benchmarks.md", section: "On the CPU", table: "step-1024", row: "jax", rows: 1, tokens: 2048, subkeys: 1024, forward: 98.0, train: 166.3 },
   ],
 
   // Bytes of float32 tables and states; `packed` is the most that a row can take after `tokens` tokens.
