@@ -1,6 +1,5 @@
 """Calls from a Memory without a state: the kernels lay what rows write over its one table (SPEC.md §5)."""
 
-import functools
 import itertools
 
 import numpy as np
@@ -175,10 +174,6 @@ def test_a_table_that_is_overwritten_before_the_backward_is_an_error() -> None:
         output.nansum().backward()
 
 
-@pytest.mark.filterwarnings(
-    "ignore:.torch.jit.script_method. is deprecated:DeprecationWarning",
-    "ignore:.*autograd.function.Function.* should not be instantiated:DeprecationWarning",
-)
 @pytest.mark.parametrize("kept", [False, True], ids=["from a memory", "from a state"])
 @pytest.mark.parametrize("packed", [False, True], ids=["masked", "packed"])
 def test_no_gradient_passes_through_the_trace(packed: bool, kept: bool) -> None:
@@ -187,8 +182,8 @@ def test_no_gradient_passes_through_the_trace(packed: bool, kept: bool) -> None:
     memory = Memory(*(x.to(DEVICE) for x in be.init_memory(cfg, seed=1)))
     start = be.init_state(cfg, memory, len(PACKED)) if kept else memory
     for implementation in ("triton", "eager"):
-        call = functools.partial(be.apply, cfg, start, query.requires_grad_(), value, gate, **options)
-        output, _, trace = call(implementation=implementation)
+        tokens = query.requires_grad_(), value, gate
+        output, _, trace = be.apply(cfg, start, *tokens, **options, implementation=implementation)
         assert output.requires_grad
         assert not any(x.requires_grad for x in trace)
 
@@ -203,6 +198,10 @@ def test_packed_calls_do_not_follow_the_default_device() -> None:
     assert torch.equal(output.nan_to_num(9), expected.nan_to_num(9))
 
 
+@pytest.mark.filterwarnings(
+    "ignore:.torch.jit.script_method. is deprecated:DeprecationWarning",
+    "ignore:.*autograd.function.Function.* should not be instantiated:DeprecationWarning",
+)
 @pytest.mark.parametrize("compiled", [False, True], ids=["called", "compiled"])
 def test_a_layer_that_returns_no_state(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     cfg, choose = FwPKMConfig(**SMALL), engine.choose_engine
