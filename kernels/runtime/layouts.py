@@ -31,16 +31,16 @@ def layout_of_residuals(
         keys: whether the keys are among it.
         overlaid: whether what is written is laid over one table.
     """
-    visits, total, num_streamed, longest, followed, ragged = most
-    moving, codebooks, half, subkeys = visits * keys_move(cfg), 2 * cfg.num_heads, cfg.key_dim // 2, cfg.num_subkeys
-    entries, width = total * cfg.slots_per_token, cfg.value_dim
+    window_memories, total, num_streamed, longest, followed, ragged = most
+    moving, codebooks = window_memories * keys_move(cfg), 2 * cfg.num_heads
+    entries, width, half, subkeys = total * cfg.slots_per_token, cfg.value_dim, cfg.key_dim // 2, cfg.num_subkeys
     choices, clipped = (total, cfg.num_heads, 2, cfg.top_k), cfg.grad_clip is not None
     counters: Specs = {
-        "probability_sums": ((visits, codebooks, subkeys), _LONG),  # Σ p over the chunk
+        "probability_sums": ((window_memories, codebooks, subkeys), _LONG),  # Σ p over the chunk
         # A bit for each token of the window, set where it chose the sub-key.
-        "maps": ((visits, codebooks, subkeys, words_for(longest * batch // memories)), _INT),
-        "counts": ((visits,), _INT),  # n
-        "active": ((visits,), _INT),  # whether any token has a pair
+        "maps": ((window_memories, codebooks, subkeys, words_for(longest * batch // memories)), _INT),
+        "counts": ((window_memories,), _INT),  # n
+        "active": ((window_memories,), _INT),  # whether any token has a pair
         # The largest ‖K‖² before each window, as the integer that has its bits; behind what else begins as zeros.
         "largest": ((memories + moving, codebooks), _INT),
     }
@@ -56,7 +56,7 @@ def layout_of_residuals(
         "error": ((total, width), _FLOAT),  # v̂ - u of those, else 0
         "order": ((entries,), _LONG),  # the entries by window, table row and token
         # Their table rows, those of the next window's tables behind those of this one's.
-        "sorted_rows": ((entries,), _LONG if visits * cfg.num_slots > 2**31 - 1 else _INT),
+        "sorted_rows": ((entries,), _LONG if window_memories * cfg.num_slots > 2**31 - 1 else _INT),
     }
     # By segment: the table row after the write.
     computed["new_rows"] = ((followed * cfg.slots_per_token, width), _FLOAT) if overlaid else None
