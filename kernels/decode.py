@@ -14,7 +14,7 @@ from fwpkm.kernels.runtime.shapes import blocks_of
 from fwpkm.kernels.runtime.windows import Call
 from fwpkm.kernels.scores import bounded_scores, exact_ranks
 from fwpkm.kernels.slots import best_sums, softmax_over_heads
-from fwpkm.kernels.tokens import DEAD, GONE, INF, LIVE, flag_of, gate_of, not_due, takes_position
+from fwpkm.kernels.tokens import DEAD, GONE, INF, LIVE, flag_of, gate_of, not_due, takes_position, turns_of
 
 EQUATIONS = ("sub_scores", "top_k", "select_slots", "read", "windows")
 
@@ -109,8 +109,8 @@ def move(source, into, width: tl.constexpr, blank, BLOCK: tl.constexpr):
 def stage_kernel(
     pending_query, pending_value, pending_gate, pending_mask, token_query, token_value, token_gate, token_flags,
     query, value, gate, flags, keys, norms, largest, keys_hi_lo, counters, due, rows,
-    STAGED: tl.constexpr, TOKENS: tl.constexpr, CAPACITY: tl.constexpr, QUERY: tl.constexpr, VALUE: tl.constexpr,
-    QUERY_BLOCK: tl.constexpr, VALUE_BLOCK: tl.constexpr, GROUPS: tl.constexpr,
+    TOKENS: tl.constexpr, CAPACITY: tl.constexpr, QUERY: tl.constexpr, VALUE: tl.constexpr,
+    QUERY_BLOCK: tl.constexpr, VALUE_BLOCK: tl.constexpr,
     HEADS: tl.constexpr, SUBKEYS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, ZEROS: tl.constexpr,
     ZERO_BLOCK: tl.constexpr, MEMORY_BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -118,11 +118,11 @@ def stage_kernel(
 
     Its tokens end to end, the pending ones and the new one, with their flags; the keys as hi and lo; zeros.
     """
-    i = tl.program_id(0)
-    if i < STAGED:
-        b, j, into = (i // TOKENS).to(tl.int64), i % TOKENS, i.to(tl.int64)
-        if not_due(due, b // rows):
-            return
+    part, parts, memory = tl.program_id(0), tl.num_programs(0), tl.program_id(1)
+    for turn in range(turns_of(due, memory, rows * TOKENS)):
+        i = part + turn * parts
+        b, j = (memory * rows + i // TOKENS).to(tl.int64), i % TOKENS
+        into = b * TOKENS + j
         if j < TOKENS - 1:
             old = b * CAPACITY + j
             move(pending_query + old * QUERY, query + into * QUERY, QUERY, False, QUERY_BLOCK)
@@ -138,19 +138,18 @@ def stage_kernel(
             move(token_value + b * VALUE, value + into * VALUE, VALUE, False, VALUE_BLOCK)
             tl.store(gate + into, gate_of(token_gate, b))
             tl.store(flags + into, tl.load(token_flags + b))
-    elif i < STAGED + GROUPS * SUBKEYS:
-        row = i - STAGED
-        group, subkey = row // SUBKEYS, row % SUBKEYS
-        if not_due(due, group // (2 * HEADS)):
-            return
-        d = tl.arange(0, BLOCK)
-        key = tl.load(keys + row.to(tl.int64) * HALF + d, mask=d < HALF, other=0.0)
+    d = tl.arange(0, BLOCK)
+    for turn in range(turns_of(due, memory, 2 * HEADS * SUBKEYS)):
+        i = part + turn * parts
+        group, subkey = memory * 2 * HEADS + i // SUBKEYS, i % SUBKEYS
+        at = group.to(tl.int64) * SUBKEYS + subkey
+        key = tl.load(keys + at * HALF + d, mask=d < HALF, other=0.0)
         store_key(key, keys, norms, largest, keys_hi_lo, 0, 0, group, subkey, d, SUBKEYS, HALF)
-    else:
-        memory = tl.arange(0, MEMORY_BLOCK)
-        if tl.max(tl.load(due + memory, mask=memory < GROUPS // (2 * HEADS), other=0), 0) == 0:
-            return
-        at = (i - STAGED - GROUPS * SUBKEYS).to(tl.int64) * ZERO_BLOCK + tl.arange(0, ZERO_BLOCK)
+    others = tl.arange(0, MEMORY_BLOCK)
+    any_due = tl.max(tl.load(due + others, mask=others < tl.num_programs(1), other=0), 0)
+    first = (memory * parts + part).to(tl.int64)
+    for i in range(first, any_due * tl.cdiv(ZEROS, ZERO_BLOCK), parts * tl.num_programs(1)):
+        at = i * ZERO_BLOCK + tl.arange(0, ZERO_BLOCK)
         tl.store(counters + at, tl.zeros([ZERO_BLOCK], tl.int32), mask=at < ZEROS)
 
 
@@ -158,12 +157,11 @@ def stage_kernel(
 def sort_kernel(table_rows, sorted_rows, order, due, count, BLOCK: tl.constexpr):
     """A stable sort of few numbers: the index of each is how many are smaller, or equal and before it.
 
-    Those of each memory, ``count``, are consecutive and below those of the next; -1, no row, where none is due.
+    Those of each memory, ``count``, are consecutive and below those of the next.
     """
     begin = tl.program_id(1).to(tl.int64) * count
     mine = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     if not_due(due, tl.program_id(1)):
-        tl.store(sorted_rows + begin + mine, mine * 0 - 1, mask=mine < count)
         return
     row = tl.load(table_rows + begin + mine, mask=mine < count, other=0)
     index = tl.zeros([BLOCK], tl.int32)
@@ -185,23 +183,27 @@ def store_pending_kernel(
     QUERY_BLOCK: tl.constexpr, VALUE_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """What is pending after the step: the token too; or after a write the chunk's last LAG tokens, and zeros."""
-    b, j = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    into = b * CAPACITY + j
-    if tl.load(due + b // rows) != 0:
-        old = b * TOKENS + TOKENS - LAG + j
-        flag = tl.load(flags + old, mask=j < LAG, other=DEAD).to(tl.int32)
-        blank = (flag & DEAD) != 0
-        move(query + old * QUERY, pending_query + into * QUERY, QUERY, blank, QUERY_BLOCK)
-        move(value + old * VALUE, pending_value + into * VALUE, VALUE, blank, VALUE_BLOCK)
-        tl.store(pending_gate + into, tl.load(gate + old, mask=blank == 0, other=0.0))
-        tl.store(pending_mask + into, (flag & LIVE) != 0)
-    elif j == tl.load(pending_index + b):
-        flag = tl.load(token_flags + b).to(tl.int32)
-        blank = (flag & DEAD) != 0
-        move(token_query + b * QUERY, pending_query + into * QUERY, QUERY, blank, QUERY_BLOCK)
-        move(token_value + b * VALUE, pending_value + into * VALUE, VALUE, blank, VALUE_BLOCK)
-        tl.store(pending_gate + into, tl.where(blank, 0.0, gate_of(token_gate, b)))
-        tl.store(pending_mask + into, (flag & LIVE) != 0)
+    b = tl.program_id(0).to(tl.int64)
+    index, moves = tl.load(pending_index + b), tl.load(due + b // rows) != 0
+    # After a write every token; else at most the new one.
+    first, end = tl.where(moves, 0, index), tl.where(moves, CAPACITY, index + 1)
+    for j in range(tl.maximum(first, 0) + tl.program_id(1), end, tl.num_programs(1)):
+        into = b * CAPACITY + j
+        if moves:
+            old = b * TOKENS + TOKENS - LAG + j
+            flag = tl.load(flags + old, mask=j < LAG, other=DEAD).to(tl.int32)
+            blank = (flag & DEAD) != 0
+            move(query + old * QUERY, pending_query + into * QUERY, QUERY, blank, QUERY_BLOCK)
+            move(value + old * VALUE, pending_value + into * VALUE, VALUE, blank, VALUE_BLOCK)
+            tl.store(pending_gate + into, tl.load(gate + old, mask=blank == 0, other=0.0))
+            tl.store(pending_mask + into, (flag & LIVE) != 0)
+        else:
+            flag = tl.load(token_flags + b).to(tl.int32)
+            blank = (flag & DEAD) != 0
+            move(token_query + b * QUERY, pending_query + into * QUERY, QUERY, blank, QUERY_BLOCK)
+            move(token_value + b * VALUE, pending_value + into * VALUE, VALUE, blank, VALUE_BLOCK)
+            tl.store(pending_gate + into, tl.where(blank, 0.0, gate_of(token_gate, b)))
+            tl.store(pending_mask + into, (flag & LIVE) != 0)
 
 
 def add_read_token(launches: Launches, call: Call) -> None:
@@ -215,12 +217,9 @@ def add_read_token(launches: Launches, call: Call) -> None:
 def add_stage(launches: Launches, call: Call) -> None:
     """Add what the write of a complete chunk begins with."""
     (zeros,), size = launches.spec("counters").shape, call.shapes.stage
-    staged, keys = call.plan.batch * size["TOKENS"], call.groups * call.cfg.num_subkeys
     block = triton.next_power_of_2(call.memories)
-    heads = {"HEADS": call.cfg.num_heads, "GROUPS": call.groups, "MEMORY_BLOCK": block}
-    constants = size | heads | {"STAGED": staged, "ZEROS": zeros}
-    grid = staged + keys + blocks_of(zeros, size["ZERO_BLOCK"])
-    launches.add(stage_kernel, (grid,), {"rows": call.rows}, constants)
+    constants = size | {"HEADS": call.cfg.num_heads, "MEMORY_BLOCK": block, "ZEROS": zeros}
+    launches.add(stage_kernel, call.turns(call.plan.batch * size["TOKENS"]), {"rows": call.rows}, constants)
 
 
 def add_sort(launches: Launches, call: Call) -> None:
@@ -232,5 +231,5 @@ def add_sort(launches: Launches, call: Call) -> None:
 
 def add_store_pending(launches: Launches, call: Call) -> None:
     """Add what is pending after the step."""
-    grid = call.plan.batch, call.cfg.capacity
+    grid = call.plan.batch, call.programs(call.cfg.capacity, call.plan.batch)
     launches.add(store_pending_kernel, grid, {"rows": call.rows}, call.shapes.store_pending)

@@ -20,7 +20,7 @@ from fwpkm.kernels.runtime.shapes import keys_move
 from fwpkm.kernels.runtime.windows import Call
 from fwpkm.kernels.scores import add_direction_vjp
 from fwpkm.kernels.step import step
-from fwpkm.kernels.tokens import VARYING, not_due
+from fwpkm.kernels.tokens import VARYING, turns_of
 
 EQUATIONS = ("mean_probabilities", "addressing_loss", "key_gradient", "step")
 
@@ -65,30 +65,30 @@ def keys_kernel(
     WHOLE: tl.constexpr, RATE: tl.constexpr, DECAY: tl.constexpr, CLIP: tl.constexpr,
 ):  # fmt: skip
     """keys ← keys - η (clip(α ∇L_addr) + λ keys), ∇ = Σ c (q - K), or Σ c q; ``factors`` are the coefficients c."""
-    subkey, group = tl.program_id(0), tl.program_id(1)
+    group = tl.program_id(1)
     memory = group // (2 * HEADS)
-    if not_due(due, memory):
-        return
-    row = group.to(tl.int64) * SUBKEYS + subkey
-    here = rows_before(first_memory, HEADS, SUBKEYS) + row
-    d = tl.arange(0, BLOCK)
-    key = tl.load(keys + (rows_before(version, HEADS, SUBKEYS) + row) * HALF + d, mask=d < HALF, other=0.0)
-    lives = tl.load(active + first_memory + memory) != 0
-    gradient, total = summed(
-        query, ids, maps, factors, sums, totals, key, group, subkey, begins, first_memory, windows, offset, words,
-        pieces, start, length, first, num_tokens, rows,
-        HEADS, SUBKEYS, HALF, K, SCORE, CHUNK, AT_REST, WORDS, BLOCK, CHOICES, WHOLE,
-    )  # fmt: skip
-    if keys_unclipped is not None:
-        tl.store(keys_unclipped + here * HALF + d, (tl.abs(gradient) <= CLIP).to(tl.int8), mask=d < HALF)
-    new, finite = step(key, gradient, d < HALF, RATE, DECAY, CLIP)
-    moves = lives & finite
-    new = tl.where(moves, new, key)
     version_after, moves_after = version_after * 2 * HEADS, moves_after * 2 * HEADS
-    store_key(new, keys, norms, largest, keys_hi_lo, version_after, moves_after, group, subkey, d, SUBKEYS, HALF)
-    if moved is not None:
-        tl.store(moved + here, moves.to(tl.int8))
-        tl.store(coefficient_sums + here, total)
+    for turn in range(turns_of(due, memory, SUBKEYS)):
+        subkey = tl.program_id(0) + turn * tl.num_programs(0)
+        row = group.to(tl.int64) * SUBKEYS + subkey
+        here = rows_before(first_memory, HEADS, SUBKEYS) + row
+        d = tl.arange(0, BLOCK)
+        key = tl.load(keys + (rows_before(version, HEADS, SUBKEYS) + row) * HALF + d, mask=d < HALF, other=0.0)
+        lives = tl.load(active + first_memory + memory) != 0
+        gradient, total = summed(
+            query, ids, maps, factors, sums, totals, key, group, subkey, begins, first_memory, windows, offset, words,
+            pieces, start, length, first, num_tokens, rows,
+            HEADS, SUBKEYS, HALF, K, SCORE, CHUNK, AT_REST, WORDS, BLOCK, CHOICES, WHOLE,
+        )  # fmt: skip
+        if keys_unclipped is not None:
+            tl.store(keys_unclipped + here * HALF + d, (tl.abs(gradient) <= CLIP).to(tl.int8), mask=d < HALF)
+        new, finite = step(key, gradient, d < HALF, RATE, DECAY, CLIP)
+        moves = lives & finite
+        new = tl.where(moves, new, key)
+        store_key(new, keys, norms, largest, keys_hi_lo, version_after, moves_after, group, subkey, d, SUBKEYS, HALF)
+        if moved is not None:
+            tl.store(moved + here, moves.to(tl.int8))
+            tl.store(coefficient_sums + here, total)
 
 
 def add_keys(launches: Launches, call: Call, integers: dict[str, int]) -> None:
@@ -106,7 +106,8 @@ def add_with_sums(
     if integers["pieces"] > 1:
         add_key_sums(launches, call, integers, factors)
     constants = call.shapes.key_sums | constants | {"WHOLE": integers["pieces"] == 1}
-    launches.add(kernel, (call.cfg.num_subkeys, integers["groups"]), integers, constants, factors=factors)
+    grid = call.programs(call.cfg.num_subkeys, integers["groups"]), integers["groups"]
+    launches.add(kernel, grid, integers, constants, factors=factors)
 
 
 @triton.jit

@@ -7,7 +7,7 @@ from fwpkm.kernels.propose import NOTHING
 from fwpkm.kernels.runtime.launch import Launches
 from fwpkm.kernels.runtime.windows import Call
 from fwpkm.kernels.scores import exact_ranks, proposal_error
-from fwpkm.kernels.tokens import DEAD, INF, VARYING, not_due, token_of, window_of
+from fwpkm.kernels.tokens import DEAD, INF, VARYING, token_of, turns_of, window_of
 
 EQUATIONS = ("top_k",)
 
@@ -118,25 +118,26 @@ def rank_kernel(
     """The k best sub-keys of one token and codebook, in any order, and their ranks, of float32 quality."""
     group = tl.program_id(1)
     memory, half = group // (2 * HEADS), group % (2 * HEADS)
-    if not_due(due, memory):
-        return
-    number, r, before = window_of(tl.program_id(0), length, rows, tl.num_programs(1) // (2 * HEADS), 1)
-    token, _ = token_of(r, memory, start + number * CHUNK, length, num_tokens, rows, begins)
-    local = (before + memory * rows * length + r).to(tl.int64)
-    row_index = local * 2 * HEADS + half
-    alive = (tl.load(flags + token).to(tl.int32) & DEAD) == 0
-    rank, chosen = top_k_proposed(
-        query + token * (2 * HEADS * HALF) + half * HALF,
-        keys + (version * 2 * HEADS + group).to(tl.int64) * SUBKEYS * HALF,
-        proposals + row_index * TILES * PROPOSED, tl.load(scales + row_index), alive,
-        SUBKEYS, HALF, K, SCORE, TILES, PROPOSED, LISTED, BITS, EXACT, CHOICES, DEPTH,
-    )  # fmt: skip
-    choice = tl.arange(0, CHOICES)
-    at = ((first + local) * 2 * HEADS + half) * K + choice
-    tl.store(ids + at, chosen, mask=choice < K)
-    tl.store(ranks + at, rank, mask=choice < K)
+    for turn in range(turns_of(due, memory, rows * length)):
+        index = tl.program_id(0) + turn * tl.num_programs(0)
+        number, r, before = window_of(index, length, rows, tl.num_programs(1) // (2 * HEADS), 1)
+        token, _ = token_of(r, memory, start + number * CHUNK, length, num_tokens, rows, begins)
+        local = (before + memory * rows * length + r).to(tl.int64)
+        row_index = local * 2 * HEADS + half
+        alive = (tl.load(flags + token).to(tl.int32) & DEAD) == 0
+        rank, chosen = top_k_proposed(
+            query + token * (2 * HEADS * HALF) + half * HALF,
+            keys + (version * 2 * HEADS + group).to(tl.int64) * SUBKEYS * HALF,
+            proposals + row_index * TILES * PROPOSED, tl.load(scales + row_index), alive,
+            SUBKEYS, HALF, K, SCORE, TILES, PROPOSED, LISTED, BITS, EXACT, CHOICES, DEPTH,
+        )  # fmt: skip
+        choice = tl.arange(0, CHOICES)
+        at = ((first + local) * 2 * HEADS + half) * K + choice
+        tl.store(ids + at, chosen, mask=choice < K)
+        tl.store(ranks + at, rank, mask=choice < K)
 
 
 def add_rank(launches: Launches, call: Call, integers: dict[str, int]) -> None:
     """Add the top-k of the proposals of windows, ranked by ``version`` of the keys."""
-    launches.add(rank_kernel, (call.blocks(integers, 1), integers["groups"]), integers, call.shapes.rank)
+    grid = call.programs(call.blocks(integers, 1), integers["groups"]), integers["groups"]
+    launches.add(rank_kernel, grid, integers, call.shapes.rank)

@@ -7,7 +7,7 @@ from fwpkm.kernels.losses import memorization_loss
 from fwpkm.kernels.overlay import row_of
 from fwpkm.kernels.runtime.launch import Launches
 from fwpkm.kernels.runtime.windows import Call
-from fwpkm.kernels.tokens import DEAD, GONE, INF, LIVE, VARYING, gate_of, not_due, pairs, token_of
+from fwpkm.kernels.tokens import DEAD, GONE, INF, LIVE, VARYING, gate_of, pairs, token_of, turns_of
 
 EQUATIONS = ("read", "pairs", "memorization_loss", "write_scale")
 _VARYING = [*VARYING, "first_new", "num_pending"]
@@ -53,48 +53,47 @@ def read_kernel(
     The stream's tokens from ``first_new`` on have not been read before: they are output, NaN where they are dead, or 0
     where they are masked.
     """
-    r = tl.program_id(0)
-    b, memory = r // length, r // (rows * length)
-    stream, t = token_of(r % (rows * length), memory, start, length, num_tokens, rows, begins)
-    memory = memory.to(tl.int64)
-    if not_due(due, memory):
-        return
-    here = (first + r).to(tl.int64)
-    flag = tl.load(window_flags + here).to(tl.int32)
-    alive = (flag & DEAD) == 0
-    d = tl.arange(0, BLOCK)
-    read = tl.zeros([BLOCK], tl.float32)
-    power = 0.0
-    for at in range(0, ENTRIES, ENTRY_BLOCK):
-        e = at + tl.arange(0, ENTRY_BLOCK)
-        row = memory * SLOTS + tl.load(slots + here * ENTRIES + e, mask=e < ENTRIES, other=0)
-        w = tl.load(weights + here * ENTRIES + e, mask=e < ENTRIES, other=0.0)
-        known = (alive & (e < ENTRIES))[:, None] & (d < WIDTH)[None, :]
-        place = table + row[:, None] * WIDTH
-        if latest is not None:
-            source = tl.load(latest + row, mask=e < ENTRIES, other=-1)
-            place = row_of(table, new_rows, source, row - memory * SLOTS, WIDTH)[:, None]
-        read += tl.sum(w[:, None] * tl.load(place + d[None, :], mask=known, other=0.0), 0)
-        power += tl.sum(w * w, 0)
-    if start + t >= first_new:
-        out = stream - (b + 1) * num_pending
-        shown = tl.where(alive | ((flag & GONE) != 0), read, float("nan"))
-        tl.store(output + out * WIDTH + d, shown.to(output.dtype.element_ty), mask=d < WIDTH)
-    if WRITES:
-        pair = ((flag & LIVE) != 0) & pairs(window_flags, here, t, length, t < CHUNK, LOOKAHEAD)
-        u = tl.load(value + (stream + LOOKAHEAD) * WIDTH + d, mask=pair & (d < WIDTH), other=0.0).to(tl.float32)
-        miss = tl.where(pair & (d < WIDTH), read - u, 0.0)
-        g = gate_of(gate, stream)
-        scale = write_scale(power, ENTRIES, WRITE_SCALE)
-        tl.store(error + here * WIDTH + d, miss, mask=d < WIDTH)
-        tl.store(strength + here, tl.where(pair, scale * g, 0.0))
-        tl.store(squared + here, tl.where(pair, memorization_loss(miss, g), 0.0))
+    for turn in range(turns_of(due, tl.program_id(1), rows * length)):
+        r = tl.program_id(1) * rows * length + tl.program_id(0) + turn * tl.num_programs(0)
+        b, memory = r // length, r // (rows * length)
+        stream, t = token_of(r % (rows * length), memory, start, length, num_tokens, rows, begins)
+        memory = memory.to(tl.int64)
+        here = (first + r).to(tl.int64)
+        flag = tl.load(window_flags + here).to(tl.int32)
+        alive = (flag & DEAD) == 0
+        d = tl.arange(0, BLOCK)
+        read = tl.zeros([BLOCK], tl.float32)
+        power = 0.0
+        for at in range(0, ENTRIES, ENTRY_BLOCK):
+            e = at + tl.arange(0, ENTRY_BLOCK)
+            row = memory * SLOTS + tl.load(slots + here * ENTRIES + e, mask=e < ENTRIES, other=0)
+            w = tl.load(weights + here * ENTRIES + e, mask=e < ENTRIES, other=0.0)
+            known = (alive & (e < ENTRIES))[:, None] & (d < WIDTH)[None, :]
+            place = table + row[:, None] * WIDTH
+            if latest is not None:
+                source = tl.load(latest + row, mask=e < ENTRIES, other=-1)
+                place = row_of(table, new_rows, source, row - memory * SLOTS, WIDTH)[:, None]
+            read += tl.sum(w[:, None] * tl.load(place + d[None, :], mask=known, other=0.0), 0)
+            power += tl.sum(w * w, 0)
+        if start + t >= first_new:
+            out = stream - (b + 1) * num_pending
+            shown = tl.where(alive | ((flag & GONE) != 0), read, float("nan"))
+            tl.store(output + out * WIDTH + d, shown.to(output.dtype.element_ty), mask=d < WIDTH)
+        if WRITES:
+            pair = ((flag & LIVE) != 0) & pairs(window_flags, here, t, length, t < CHUNK, LOOKAHEAD)
+            u = tl.load(value + (stream + LOOKAHEAD) * WIDTH + d, mask=pair & (d < WIDTH), other=0.0).to(tl.float32)
+            miss = tl.where(pair & (d < WIDTH), read - u, 0.0)
+            g = gate_of(gate, stream)
+            scale = write_scale(power, ENTRIES, WRITE_SCALE)
+            tl.store(error + here * WIDTH + d, miss, mask=d < WIDTH)
+            tl.store(strength + here, tl.where(pair, scale * g, 0.0))
+            tl.store(squared + here, tl.where(pair, memorization_loss(miss, g), 0.0))
 
 
 def add_read(launches: Launches, call: Call, integers: dict[str, int]) -> None:
     """Add the reads of a window, and what it will write."""
     constants = call.shapes.read | {"WRITES": call.plan.windows[integers["window"]].writes}
-    launches.add(read_kernel, (integers["tokens"],), integers, constants)
+    launches.add(read_kernel, call.turns(integers["tokens"]), integers, constants)
 
 
 @triton.jit

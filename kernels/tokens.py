@@ -36,6 +36,18 @@ def not_due(due, memory):
 
 
 @triton.jit
+def turns_of(due, memory, number):
+    """How many of a memory's ``number`` items a program takes in turns: one where ``due`` is None, none where not due.
+
+    A loop of so many is none for the compiler where it is one.
+    """
+    turns = 1
+    if due is not None:
+        turns = tl.load(due + memory) * tl.cdiv(number - tl.program_id(0), tl.num_programs(0))
+    return turns
+
+
+@triton.jit
 def takes_position(there, SCOPE: tl.constexpr):
     """Whether the clock of a row's memory goes on (§5): in batch scope with any token, else if it is ``there``."""
     if SCOPE == "sequence":

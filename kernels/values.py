@@ -14,7 +14,7 @@ from fwpkm.kernels.runtime.launch import Launches
 from fwpkm.kernels.runtime.shapes import blocks_of
 from fwpkm.kernels.runtime.windows import Call
 from fwpkm.kernels.step import step
-from fwpkm.kernels.tokens import LIVE
+from fwpkm.kernels.tokens import LIVE, turns_of
 
 EQUATIONS = ("value_gradient", "step", "learning_rates")
 
@@ -66,9 +66,9 @@ def note_segment(segment, row, sorted_rows, order, segment_start, last, BLOCK: t
 
 @triton.jit
 def begins_row(sorted_rows, begin, at):
-    """The row of an entry, and whether it is the first of that row's; -1 is no row."""
+    """The row of an entry, and whether it is the first of that row's."""
     row = tl.load(sorted_rows + at)
-    return row, (row >= 0) & (row != tl.load(sorted_rows + at - 1, mask=at > begin, other=-1))
+    return row, row != tl.load(sorted_rows + at - 1, mask=at > begin, other=-1)
 
 
 @triton.jit
@@ -82,17 +82,14 @@ def own_end(begin, at, last, PIECE: tl.constexpr):
 
 @triton.jit
 def goes_on(sorted_rows, begin, at, PIECE: tl.constexpr):
-    """The row of the entry that a piece begins with, and whether the piece before it begins with that row too.
-
-    Entries of no row, -1, are nobody's.
-    """
+    """The row of the entry that a piece begins with, and whether the piece before it begins with that row too."""
     row = tl.load(sorted_rows + at)
-    return row, (row >= 0) & (row == tl.load(sorted_rows + at - PIECE, mask=at > begin, other=-1))
+    return row, row == tl.load(sorted_rows + at - PIECE, mask=at > begin, other=-1)
 
 
-@triton.jit(do_not_specialize=["length", "first", "total"])
+@triton.jit(do_not_specialize=["length", "first", "through"])
 def piece_kernel(
-    sorted_rows, order, weights, strength, error, window_flags, partial, partial_counts, length, first, total,
+    sorted_rows, order, weights, strength, error, window_flags, partial, partial_counts, length, first, through,
     WIDTH: tl.constexpr, ENTRIES: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, PIECE: tl.constexpr,
     ENTRY_BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -106,7 +103,7 @@ def piece_kernel(
     if not others:
         return
     d = tl.arange(0, BLOCK)
-    end = tl.minimum(piece_start + PIECE, total.to(tl.int64) * ENTRIES)
+    end = tl.minimum(piece_start + PIECE, through.to(tl.int64) * ENTRIES)
     gradient = tl.zeros([BLOCK], tl.float32)
     count = 0
     at = piece_start
@@ -129,11 +126,107 @@ def learning_rates(reads, before, RATE: tl.constexpr, USAGE: tl.constexpr):
     return RATE * reads / (reads + USAGE * before)
 
 
-@triton.jit(do_not_specialize=["first_memory", "length", "first", "total"])
-def values_kernel(
+@triton.jit
+def write_row(
+    row, segment, begin, end, last, first_entry, follows, going_on,
     table, latest, last_windows, new_rows, uses, sorted_rows, order, weights, strength, error, window_flags, active,
     partial, partial_counts, segment_start, step_sizes, decays, old_rows, sources, values_unclipped,
-    first_memory, length, first, total,
+    first_memory, length, first,
+    SLOTS: tl.constexpr, WIDTH: tl.constexpr, ENTRIES: tl.constexpr, CHUNK: tl.constexpr,
+    RATE: tl.constexpr, DECAY: tl.constexpr, CLIP: tl.constexpr, USAGE: tl.constexpr, BLOCK: tl.constexpr,
+    PIECE: tl.constexpr, ENTRY_BLOCK: tl.constexpr, WRITES: tl.constexpr,
+):  # fmt: skip
+    """What ``values_kernel`` does with the row whose entries begin at ``segment``; ``end`` is of ``own_end``."""
+    d = tl.arange(0, BLOCK)
+    row_index = row.to(tl.int64) - first_memory.to(tl.int64) * SLOTS
+    offset = row_index * WIDTH
+    asked = True
+    if latest is None:
+        old = tl.load(table + offset + d, mask=d < WIDTH, other=0.0)
+    else:
+        source, last_window = tl.load(latest + row_index), tl.load(last_windows + row_index)
+        asked = last_window != first_memory
+        if sources is not None:
+            tl.store(sources + segment, source)
+    if asked:
+        if latest is not None:
+            old = tl.load(row_of(table, new_rows, source, row_index % SLOTS, WIDTH) + d, mask=d < WIDTH, other=0.0)
+        # Most rows have few entries: the first alone needs few registers.
+        gradient = tl.zeros([BLOCK], tl.float32)
+        count = 0
+        lives = False
+        if WRITES:
+            if uses is not None:
+                before = tl.load(uses + row_index)
+            token = first_entry // ENTRIES
+            miss = tl.load(error + token * WIDTH + d, mask=d < WIDTH, other=0.0)
+            coefficient = tl.load(strength + token) * tl.load(weights + first_entry)
+            lives = tl.load(active + first_memory + row_index // SLOTS) != 0
+            counts_too = ((token - first) % length < CHUNK) & ((tl.load(window_flags + token) & LIVE) != 0)
+            gradient = tl.where(counts_too & (coefficient != 0), coefficient * miss, 0.0)
+            count += counts_too.to(tl.int32)
+        if segment_start is not None:
+            tl.store(segment_start + first_entry, segment.to(tl.int32))
+        at = segment + 1
+        found = follows.to(tl.int32) * ENTRY_BLOCK
+        while found == ENTRY_BLOCK:
+            more, counted, found = entries_of(
+                at, end, row, sorted_rows, order, weights, strength, error, window_flags, segment_start, segment,
+                length, first, d, WIDTH, ENTRIES, CHUNK, ENTRY_BLOCK, WRITES,
+            )  # fmt: skip
+            gradient += more
+            count += counted
+            at += ENTRY_BLOCK
+        while going_on:
+            if WRITES:
+                piece = (end - begin) // PIECE
+                gradient += tl.load(partial + piece * WIDTH + d, mask=d < WIDTH, other=0.0)
+                count += tl.load(partial_counts + piece)
+            if segment_start is not None:
+                e = end + tl.arange(0, PIECE)
+                same = tl.load(sorted_rows + e, mask=e < last, other=-1) == row
+                entry = tl.load(order + e, mask=same, other=0).to(tl.int64)
+                tl.store(segment_start + entry, segment.to(tl.int32) + tl.zeros_like(e).to(tl.int32), mask=same)
+            end += PIECE
+            going_on = tl.load(sorted_rows + end, mask=end < last, other=-1) == row
+        if old_rows is not None:
+            tl.store(old_rows + segment * WIDTH + d, old, mask=d < WIDTH)
+        if WRITES:
+            reads = tl.maximum(count, 1).to(tl.float32)
+            fraction = 1.0 / reads
+            gradient = gradient * fraction
+            if values_unclipped is not None:
+                tl.store(values_unclipped + segment * WIDTH + d, (tl.abs(gradient) <= CLIP).to(tl.int8), mask=d < WIDTH)
+            if uses is not None:
+                rate = learning_rates(reads, before, RATE, USAGE)
+                if (count > 0) & lives:  # though the row may not be finite
+                    tl.store(uses + row_index, before + reads)
+            else:
+                rate = RATE
+            new, finite = step(old, gradient, d < WIDTH, rate, DECAY, CLIP)
+            moves = (count > 0) & lives & finite
+            if moves:
+                if latest is None:
+                    tl.store(table + offset + d, new, mask=d < WIDTH)
+                else:
+                    tl.store(new_rows + segment * WIDTH + d, new, mask=d < WIDTH)
+                    tl.store(latest + row_index, segment.to(tl.int32))
+            if step_sizes is not None:
+                tl.store(step_sizes + segment, tl.where(moves, rate * fraction, 0.0))
+            if decays is not None:
+                tl.store(decays + segment, rate * DECAY)
+        elif step_sizes is not None:
+            tl.store(step_sizes + segment, 0.0)
+    elif sources is not None:
+        note_segment(segment, row, sorted_rows, order, segment_start, last, PIECE)
+        tl.store(step_sizes + segment, 0.0)
+
+
+@triton.jit(do_not_specialize=["first_memory", "length", "first", "through", "rows"])
+def values_kernel(
+    table, latest, last_windows, new_rows, uses, sorted_rows, order, weights, strength, error, window_flags, active,
+    partial, partial_counts, segment_start, step_sizes, decays, old_rows, sources, values_unclipped, due,
+    first_memory, length, first, through, rows,
     SLOTS: tl.constexpr, WIDTH: tl.constexpr, ENTRIES: tl.constexpr, CHUNK: tl.constexpr,
     RATE: tl.constexpr, DECAY: tl.constexpr, CLIP: tl.constexpr, USAGE: tl.constexpr, BLOCK: tl.constexpr,
     PIECE: tl.constexpr, ENTRY_BLOCK: tl.constexpr, WRITES: tl.constexpr,
@@ -149,107 +242,40 @@ def values_kernel(
     that left the row in place of the row, and does nothing that no later window reads.
     """
     begin = (first * ENTRIES).to(tl.int64)
-    segment = begin + tl.program_id(0)
-    last = total.to(tl.int64) * ENTRIES
-    end = own_end(begin, segment, last, PIECE)
-    # Loads before each branch go out together: a row is a few of them in a chain, and programs wait for little else.
-    row, new_row = begins_row(sorted_rows, begin, segment)
-    follows = tl.load(sorted_rows + segment + 1, mask=segment + 1 < end, other=-1) == row
-    going_on = tl.load(sorted_rows + end, mask=end < last, other=-1) == row
-    first_entry = tl.load(order + segment).to(tl.int64)
-    if not new_row:
-        return
-    d = tl.arange(0, BLOCK)
-    row_index = row.to(tl.int64) - first_memory.to(tl.int64) * SLOTS
-    offset = row_index * WIDTH
-    if latest is None:
-        old = tl.load(table + offset + d, mask=d < WIDTH, other=0.0)
-    else:
-        source, last_window = tl.load(latest + row_index), tl.load(last_windows + row_index)
-        if sources is not None:
-            tl.store(sources + segment, source)
-        if last_window == first_memory:
-            if sources is not None:
-                note_segment(segment, row, sorted_rows, order, segment_start, last, PIECE)
-                tl.store(step_sizes + segment, 0.0)
-            return
-        old = tl.load(row_of(table, new_rows, source, row_index % SLOTS, WIDTH) + d, mask=d < WIDTH, other=0.0)
-    # Most rows have few entries: the first alone needs few registers.
-    gradient = tl.zeros([BLOCK], tl.float32)
-    count = 0
-    lives = False
-    if WRITES:
-        if uses is not None:
-            before = tl.load(uses + row_index)
-        token = first_entry // ENTRIES
-        miss = tl.load(error + token * WIDTH + d, mask=d < WIDTH, other=0.0)
-        coefficient = tl.load(strength + token) * tl.load(weights + first_entry)
-        lives = tl.load(active + first_memory + row_index // SLOTS) != 0
-        counts_too = ((token - first) % length < CHUNK) & ((tl.load(window_flags + token) & LIVE) != 0)
-        gradient = tl.where(counts_too & (coefficient != 0), coefficient * miss, 0.0)
-        count += counts_too.to(tl.int32)
-    if segment_start is not None:
-        tl.store(segment_start + first_entry, segment.to(tl.int32))
-    at = segment + 1
-    found = follows.to(tl.int32) * ENTRY_BLOCK
-    while found == ENTRY_BLOCK:
-        more, counted, found = entries_of(
-            at, end, row, sorted_rows, order, weights, strength, error, window_flags, segment_start, segment, length,
-            first, d, WIDTH, ENTRIES, CHUNK, ENTRY_BLOCK, WRITES,
-        )  # fmt: skip
-        gradient += more
-        count += counted
-        at += ENTRY_BLOCK
-    while going_on:
-        if WRITES:
-            piece = (end - begin) // PIECE
-            gradient += tl.load(partial + piece * WIDTH + d, mask=d < WIDTH, other=0.0)
-            count += tl.load(partial_counts + piece)
-        if segment_start is not None:
-            e = end + tl.arange(0, PIECE)
-            same = tl.load(sorted_rows + e, mask=e < last, other=-1) == row
-            entry = tl.load(order + e, mask=same, other=0).to(tl.int64)
-            tl.store(segment_start + entry, segment.to(tl.int32) + tl.zeros_like(e).to(tl.int32), mask=same)
-        end += PIECE
+    last = through.to(tl.int64) * ENTRIES
+    entries = rows * length * ENTRIES
+    if due is not None:  # a memory's entries alone: others may not have been sorted
+        begin += tl.program_id(1) * entries.to(tl.int64)
+        last = begin + entries
+    for turn in range(turns_of(due, tl.program_id(1), entries)):
+        segment = begin + tl.program_id(0) + turn * tl.num_programs(0)
+        end = own_end(begin, segment, last, PIECE)
+        # Loads before each branch go out together: a row is a few in a chain, and programs wait for little else.
+        row, new_row = begins_row(sorted_rows, begin, segment)
+        follows = tl.load(sorted_rows + segment + 1, mask=segment + 1 < end, other=-1) == row
         going_on = tl.load(sorted_rows + end, mask=end < last, other=-1) == row
-    if old_rows is not None:
-        tl.store(old_rows + segment * WIDTH + d, old, mask=d < WIDTH)
-    if WRITES:
-        reads = tl.maximum(count, 1).to(tl.float32)
-        fraction = 1.0 / reads
-        gradient = gradient * fraction
-        if values_unclipped is not None:
-            tl.store(values_unclipped + segment * WIDTH + d, (tl.abs(gradient) <= CLIP).to(tl.int8), mask=d < WIDTH)
-        if uses is not None:
-            rate = learning_rates(reads, before, RATE, USAGE)
-            if (count > 0) & lives:  # though the row may not be finite
-                tl.store(uses + row_index, before + reads)
-        else:
-            rate = RATE
-        new, finite = step(old, gradient, d < WIDTH, rate, DECAY, CLIP)
-        moves = (count > 0) & lives & finite
-        if moves:
-            if latest is None:
-                tl.store(table + offset + d, new, mask=d < WIDTH)
-            else:
-                tl.store(new_rows + segment * WIDTH + d, new, mask=d < WIDTH)
-                tl.store(latest + row_index, segment.to(tl.int32))
-        if step_sizes is not None:
-            tl.store(step_sizes + segment, tl.where(moves, rate * fraction, 0.0))
-        if decays is not None:
-            tl.store(decays + segment, rate * DECAY)
-    elif step_sizes is not None:
-        tl.store(step_sizes + segment, 0.0)
+        first_entry = tl.load(order + segment).to(tl.int64)
+        if new_row:
+            write_row(
+                row, segment, begin, end, last, first_entry, follows, going_on,
+                table, latest, last_windows, new_rows, uses, sorted_rows, order, weights, strength, error, window_flags,
+                active, partial, partial_counts, segment_start, step_sizes, decays, old_rows, sources, values_unclipped,
+                first_memory, length, first,
+                SLOTS, WIDTH, ENTRIES, CHUNK, RATE, DECAY, CLIP, USAGE, BLOCK, PIECE, ENTRY_BLOCK, WRITES,
+            )  # fmt: skip
 
 
 def add_values(launches: Launches, call: Call, integers: dict[str, int]) -> None:
     """Add the write of a window's rows, and what its backward needs of them."""
     writes, entries = call.keeps(integers["window"]), integers["tokens"] * call.cfg.slots_per_token
-    if writes:
-        constants = call.shapes.piece
-        launches.add(piece_kernel, (blocks_of(entries, constants["PIECE"]),), integers, constants)
+    constants = call.shapes.values | {"WRITES": writes}
+    if call.decided:  # the program of a row sums all: a launch at each step would cost more
+        constants |= {"PIECE": 2**30, "ENTRY_BLOCK": call.shapes.piece["ENTRY_BLOCK"]}
+    elif writes:
+        piece = call.shapes.piece
+        launches.add(piece_kernel, (blocks_of(entries, piece["PIECE"]),), integers, piece)
     if writes or call.save:
-        launches.add(values_kernel, (entries,), integers, call.shapes.values | {"WRITES": writes})
+        launches.add(values_kernel, call.turns(entries), integers, constants)
 
 
 @triton.jit
@@ -270,9 +296,9 @@ def toward_of(
     return tl.sum(w[:, None] * towards, 0), tl.sum(same.to(tl.int32), 0)
 
 
-@triton.jit(do_not_specialize=["first", "total"])
+@triton.jit(do_not_specialize=["first", "through"])
 def piece_backward_kernel(
-    sorted_rows, order, weights, d_read, partial, first, total,
+    sorted_rows, order, weights, d_read, partial, first, through,
     WIDTH: tl.constexpr, ENTRIES: tl.constexpr, BLOCK: tl.constexpr, PIECE: tl.constexpr, ENTRY_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Σ w d v̂ of a row's entries in one piece of the window's, unless they are its own program's."""
@@ -282,7 +308,7 @@ def piece_backward_kernel(
     if not others:
         return
     d = tl.arange(0, BLOCK)
-    end = tl.minimum(piece_start + PIECE, total.to(tl.int64) * ENTRIES)
+    end = tl.minimum(piece_start + PIECE, through.to(tl.int64) * ENTRIES)
     gradient = tl.zeros([BLOCK], tl.float32)
     at = piece_start
     found = ENTRY_BLOCK
@@ -295,10 +321,10 @@ def piece_backward_kernel(
     tl.store(partial + tl.program_id(0).to(tl.int64) * WIDTH + d, gradient, mask=d < WIDTH)
 
 
-@triton.jit(do_not_specialize=["first_memory", "first", "total"])
+@triton.jit(do_not_specialize=["first_memory", "first", "through"])
 def rows_backward_kernel(
     sorted_rows, order, weights, step_sizes, decays, needed_by, latest, gradients, d_values, d_read, partial,
-    first_memory, first, total,
+    first_memory, first, through,
     SLOTS: tl.constexpr, WIDTH: tl.constexpr, ENTRIES: tl.constexpr, RATE: tl.constexpr, DECAY: tl.constexpr,
     BLOCK: tl.constexpr, PIECE: tl.constexpr, ENTRY_BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -308,7 +334,7 @@ def rows_backward_kernel(
     """
     begin = (first * ENTRIES).to(tl.int64)
     segment = begin + tl.program_id(0)
-    last = total.to(tl.int64) * ENTRIES
+    last = through.to(tl.int64) * ENTRIES
     end = own_end(begin, segment, last, PIECE)
     row, new_row = begins_row(sorted_rows, begin, segment)  # loads go out together, as in values_kernel
     follows = tl.load(sorted_rows + segment + 1, mask=segment + 1 < end, other=-1) == row

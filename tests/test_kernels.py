@@ -12,6 +12,7 @@ from fwpkm import FwPKMConfig, config, kernels
 from fwpkm.agreement import BOUNDS, relative_error
 from fwpkm.backends import torch as be
 from fwpkm.containers import Memory
+from fwpkm.kernels.runtime import call, windows
 from fwpkm.kernels.runtime.shapes import shapes
 
 CONFIGS = {
@@ -77,6 +78,29 @@ def test_kernels_give_what_eager_gives(name: str, cuts: list[int], with_holes: b
         same_or_close(a, b)
 
 
+@pytest.mark.parametrize("name", ["wait, one table", "dot product, clipped", "unit, every sub-key"])
+def test_windows_in_parts_give_what_eager_gives(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part is read and written once it is addressed, as in a CUDA graph of a long sequence."""
+    alone = property(lambda made: [slice(i, i + 1) for i in range(len(made.plan.windows))])
+    monkeypatch.setattr(windows.Call, "parts", alone)
+    monkeypatch.setattr(call, "captured", lambda x: True)
+    cfg = FwPKMConfig(**SMALL | CONFIGS[name], learning_rate=0.875)  # lists of launches are remembered
+    expected = reading(cfg, "eager", [2, 14], True)
+    received = reading(cfg, "triton", [2, 14], True)
+    for a, b in zip(received, expected, strict=True):
+        same_or_close(a, b)
+
+
+def test_long_sequences_have_several_parts() -> None:
+    cfg = FwPKMConfig(**SMALL)
+    made = [windows.Call(cfg, windows.plan(cfg, 0, 4 * n, 2, True), torch.float32, 2, True) for n in (16, 17, 400)]
+    assert [len(x.parts) for x in made] == [1, 2, 8]
+    assert [len(x._replace(overlaid=True).forward_parts) for x in made] == [1, 1, 1]
+    assert [part.start for part in made[2].parts[1:]] == [part.stop for part in made[2].parts[:-1]]
+    at_rest = FwPKMConfig(**SMALL, addressing_weight=0.0)
+    assert len(made[2]._replace(cfg=at_rest).parts) == 1
+
+
 def test_of_windows_that_are_addressed_at_once_one_has_no_pair() -> None:
     """Keys are at rest. A token alone in its chunk has none, so the chunk has no loss and counts no uses (§4)."""
     cfg = FwPKMConfig(**SMALL, addressing_weight=0.0, usage_weight=0.5)
@@ -126,6 +150,30 @@ def test_a_score_that_is_no_number_kills_its_token(score: str, number: float) ->
         found.append([output, alone])
     for expected, received in zip(*found, strict=True):
         assert torch.equal(received.isnan(), expected.isnan())
+        same_or_close(received, expected)
+
+
+@pytest.mark.parametrize("turns", [1, 3])
+@pytest.mark.parametrize("name", ["wait, one table", "dot product, clipped", "unit, every sub-key"])
+def test_programs_of_a_step_take_turns(name: str, turns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three rows at positions of their own, whose writes are each due alone, and of more than one."""
+    monkeypatch.setattr(
+        windows.Call, "programs", lambda made, number, _: min(number, turns) if made.decided else number
+    )
+    cfg = FwPKMConfig(**SMALL | CONFIGS[name], learning_rate=0.5 + turns / 8)  # lists of launches are remembered
+    draw = torch.Generator().manual_seed(0)
+    query, value = (torch.rand(3, 24, n, generator=draw).to(DEVICE) - 0.5 for n in (16 * cfg.num_heads, 16))
+    gate, mask = torch.rand(3, 24, generator=draw).to(DEVICE), torch.ones(3, 24, dtype=torch.bool, device=DEVICE)
+    mask[1, :3] = mask[2, 5:7] = False
+    memory = Memory(*(x.to(DEVICE) for x in be.init_memory(cfg, seed=1)))
+    found = []
+    for implementation in ("eager", "triton"):
+        state = be.start_decoding(be.init_state(cfg, memory, batch_size=3))
+        tokens = (tuple(x[:, t : t + 1] for x in (query, value, gate, mask)) for t in range(24))
+        outputs = [be.decode(cfg, state, *token, implementation=implementation) for token in tokens]
+        found.append([torch.cat(outputs, 1), *state.memory, *state.pending, state.position])
+    assert found[0][-1].tolist() == [24, 21, 22] or cfg.memory_scope == "batch"
+    for expected, received in zip(*found, strict=True):
         same_or_close(received, expected)
 
 

@@ -444,10 +444,10 @@ def write(
 
 def decode(cfg: FwPKMConfig, state: State, tokens: Tokens) -> tuple[Array, State]:
     """Read one token of each row and write the chunks that they complete, in place where the state is donated."""
-    from fwpkm.kernels.runtime import decoding, windows
+    from fwpkm.kernels.runtime import decoding
 
-    batch, length, memories = len(state.position), cfg.chunk_size + schedule.lag(cfg), len(state.memory.keys)
-    one = windows.Call(cfg, windows.write(length, batch), "float32", memories, False)
+    batch = len(state.position)
+    one = decoding.call_of(cfg, batch, len(state.memory.keys))
     arrays = {
         **state._asdict(), **{f"token_{name}": x for name, x in tokens._asdict().items()}, "keys": state.memory.keys,
         "table": state.memory.values, "uses": state.maybe_uses,

@@ -16,6 +16,7 @@ from fwpkm.backends.torch import FwPKM
 
 HEAD = 128  # width of a head of the delta rule, whose state is [HEAD, HEAD]
 CHUNK = 128  # tokens that the delta rule takes together
+TAPS = 4  # tokens that its convolution sees, the present one included
 
 
 class Carried(NamedTuple):
@@ -64,13 +65,13 @@ class LongAttention(nn.Module):
 
 
 class GatedDelta(nn.Module):
-    """The gated delta rule (Yang et al., arXiv:2412.06464) between projections; no residual inside.
+    """Gated DeltaNet (Yang et al., arXiv:2412.06464) behind a norm; no residual inside.
 
-    Without its short convolution and output gate, which the memories do not have either: before and after it stand
-    layers of attention. In plain torch, since flash-linear-attention refuses triton 3.6 on Hopper GPUs.
+    Queries, keys and values pass a short convolution and SiLU, what is read an output gate. In plain torch, since
+    flash-linear-attention refuses triton 3.6 on Hopper GPUs.
 
     Args:
-        width: of x and y; heads are ``HEAD`` wide, or ``width`` if that is less.
+        width: of the queries, keys, values, x and y; heads are ``HEAD`` wide, or ``width`` if that is less.
     """
 
     def __init__(self, width: int):
@@ -81,7 +82,9 @@ class GatedDelta(nn.Module):
             raise ValueError(f"width must be a multiple of {HEAD}, or less. Received: {width}")
         self.norm = nn.RMSNorm(width)
         self.project_in = nn.Linear(width, 3 * width, bias=False)
+        self.convolution = nn.Conv1d(3 * width, 3 * width, TAPS, groups=3 * width, bias=False)
         self.gates = nn.Linear(width, 2 * self.heads)
+        self.output_gate = nn.Linear(width, width, bias=False)
         self.output_norm = nn.RMSNorm(width // self.heads)
         self.project_out = nn.Linear(width, width, bias=False)
         _draw(self)
@@ -94,20 +97,24 @@ class GatedDelta(nn.Module):
         return (self.norm.weight.new_zeros(1, self.heads, head, head, dtype=torch.float32),)
 
     def init_state(self, batch: int) -> Carried:
-        """The initial state for each row."""
-        return Carried(tuple(x.repeat(batch, 1, 1, 1) for x in self.memory()))
+        """The initial state for each row, and no token before for the convolution."""
+        nothing = self.norm.weight.new_zeros(batch, TAPS - 1, self.project_in.out_features)
+        return Carried(tuple(x.repeat(batch, 1, 1, 1) for x in self.memory()), (nothing,))
 
     def forward(self, x: Tensor, state: Carried, *, update: bool, inplace: bool) -> tuple[Tensor, Carried]:
         """``[B, T, width]`` -> the same, and the state T tokens later; no switch changes anything."""
         x = self.norm(x)
-        query, key, value = (z.unflatten(-1, (self.heads, -1)) for z in self.project_in(x).chunk(3, -1))
+        new, (past,) = self.project_in(x), state.window
+        seen = torch.cat([past.to(new.dtype), new], 1)
+        mixed = F.silu(self.convolution(seen.mT).mT)
+        query, key, value = (z.unflatten(-1, (self.heads, -1)) for z in mixed.chunk(3, -1))
         kept, rate = self.gates(x).float().chunk(2, -1)
         query, key = (F.normalize(z.float(), dim=-1) for z in (query, key))
         # Under autocast the products would be of bfloat16, in which a state forgets what it adds up.
         with torch.autocast(x.device.type, enabled=False):
             out, memory = gated_delta(query, key, value.float(), F.logsigmoid(kept), rate.sigmoid(), state.memory[0])
-        out = self.output_norm(out.to(self.output_norm.weight.dtype))
-        return self.project_out(out.flatten(2)), Carried((memory,))
+        out = self.output_norm(out.to(self.output_norm.weight.dtype)).flatten(2)
+        return self.project_out(out * F.silu(self.output_gate(x))), Carried((memory,), (seen[:, 1 - TAPS :],))
 
 
 def gated_delta(

@@ -34,17 +34,21 @@ def decode(cfg: FwPKMConfig, state: State, tokens: Tokens) -> Tensor:
         output ``[B, 1, Dv]`` in the query's dtype.
     """
     keys, values = state.memory.keys, state.memory.values
-    batch, num_tokens = tokens.query.shape[0], cfg.chunk_size + schedule.lag(cfg)
+    batch = tokens.query.shape[0]
     output = tokens.query.new_empty(batch, 1, cfg.value_dim)
     inputs = {
         **state._asdict(), **dict(zip(_TOKEN, tokens)), "uses": state.maybe_uses, "keys": keys, "table": values,
         "output": output,
     }  # fmt: skip
-    # Queries are float32 once they are pending; what reads the token itself does not depend on their dtype.
-    call = Call(cfg, write(num_tokens, batch), "float32", keys.shape[0], False)
-    launches = decode_launches(call)
+    launches = decode_launches(call_of(cfg, batch, keys.shape[0]))
     launches.run(inputs, *(Workspace.empty(layout, keys) for layout in launches.layouts))
     return output
+
+
+def call_of(cfg: FwPKMConfig, batch: int, memories: int) -> Call:
+    """The write of what is pending and a token, of each of so many memories where it is due."""
+    # Queries are float32 once they are pending; what reads the token itself does not depend on their dtype.
+    return Call(cfg, write(cfg.chunk_size + schedule.lag(cfg), batch), "float32", memories, False, decided=True)
 
 
 @of_call
