@@ -23,7 +23,7 @@ from examples.language_model.training import autocast, device_name
 from fwpkm import State
 
 SEGMENT = 4096  # tokens read by one call
-AT_ONCE = 256  # questions of one context
+AT_ONCE = 512  # questions of all contexts, each of which has a copy of what attention sees
 MEMORIES = {"memory_scope": "sequence", "boundary": "wait"}
 """How memories are measured: each context has its own, and no pair is left out at a chunk's end."""
 
@@ -101,7 +101,8 @@ def answers(model: LanguageModel, asked: Tensor, value: Tensor, reading: Reading
         ``[B, Q, 6]`` bool.
     """
     found = []
-    for these, begins in zip(asked.split(AT_ONCE, 1), value.split(AT_ONCE, 1)):
+    at_once = max(1, AT_ONCE // len(asked))
+    for these, begins in zip(asked.split(at_once, 1), value.split(at_once, 1)):
         tokens, number = these.flatten(0, 1).long(), these.shape[1]
         with autocast(asked.device):
             hidden, _ = model(tokens, reading.fork(number), update=False)
