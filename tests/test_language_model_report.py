@@ -283,7 +283,7 @@ def test_other_models(folder):
     ]  # fmt: skip
     assert [r[:4] for r in rows] == [
         ["memory, 100 steps", "0", "1.00", "10.0"], ["memory, 100 steps", "4", "1.00", "10.0"],
-        ["gated delta rule, 100 steps", "0", "2.00", "5.0"],
+        ["Gated DeltaNet, 100 steps", "0", "2.00", "5.0"],
         ["no memory, 100 steps", "0", "0.62", "16.0"], ["no memory, 100 steps", "1", "0.62", "16.0"],
     ]  # fmt: skip
     assert [r[6] for r in rows] == ["25 of 50", "25 of 50", "-", "0 of 5", "0 of 5"]
@@ -298,7 +298,7 @@ def test_training(folder):
     assert [r[:8] for r in rows] == [
         ["memory", "0", "100", "10.0", "10,200", "10", "0.62", "25"],
         ["memory", "4", "100", "10.0", "10,200", "10", "0.62", "25"],
-        ["gated delta rule", "0", "100", "5.0", "5,120", "20", "0.31", "-"],
+        ["Gated DeltaNet", "0", "100", "5.0", "5,120", "20", "0.31", "-"],
         ["no memory", "0", "100", "16.0", "16,400", "6", "1.00", "-"],
         ["no memory", "1", "100", "16.0", "16,400", "6", "1.00", "-"],
         ["no memory", "0", "160", "16.0", "16,400", "10", "1.00", "-"],
@@ -314,7 +314,7 @@ def test_times_of_trainings_that_shared_a_device_are_not_compared(folder):
     _, *rows = section(text, "Other models, equal steps")
     assert [r[:4] for r in rows[:3]] == [
         ["memory, 100 steps", "0", "-", "-"], ["memory, 100 steps", "4", "1.00", "10.0"],
-        ["gated delta rule, 100 steps", "0", "2.00", "5.0"],
+        ["Gated DeltaNet, 100 steps", "0", "2.00", "5.0"],
     ]  # fmt: skip
     _, *rows = section(text, "Training")
     assert [r[6] for r in rows[:2]] == ["-", "0.62"]

@@ -25,7 +25,7 @@ FONTS: Any = {"font.size": 12, "axes.titlesize": 12, "axes.titlelocation": "left
 STYLES: dict[str, dict[str, Any]] = {
     MEMORY: {"color": "#0072b2", "linestyle": "-", "marker": "o"},
     "attention": {"color": "#009e73", "linestyle": "--", "marker": "s"},
-    "gated delta rule": {"color": "#cc79a7", "linestyle": "-.", "marker": "^"},
+    "Gated DeltaNet": {"color": "#cc79a7", "linestyle": "-.", "marker": "^"},
     "static memory": {"color": "#e69f00", "linestyle": (0, (4, 1, 1, 1, 1, 1)), "marker": "D"},
     NO_MEMORY: {"color": "#d55e00", "linestyle": ":", "marker": "v"},
 }

@@ -18,7 +18,7 @@ from examples.language_model.settings import Experiment
 
 FILES = re.compile(r"(.+)\.(needle[^.]*\.json|capacity\.json|names\.json|bits\.json|record\.jsonl)")
 MEMORY, NO_MEMORY = "memory", "no memory"
-KINDS = {"fwpkm": MEMORY, "attention": "attention", "delta": "gated delta rule", "static": "static memory"}
+KINDS = {"fwpkm": MEMORY, "attention": "attention", "delta": "Gated DeltaNet", "static": "static memory"}
 """What models are called, by their mixers."""
 
 _NUMBER = (int, float)

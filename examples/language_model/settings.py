@@ -41,7 +41,7 @@ class ModelSettings:
         hidden: width of SwiGLU.
         memories: before which layers a mixer stands, counted from 0; empty for none.
         mixer: what stands there: "fwpkm", a memory; or, to compare with (baselines.py), "attention" to ``context``
-            tokens, "delta", a gated delta rule, or "static", a memory that is trained and never written.
+            tokens, "delta", a Gated DeltaNet, or "static", a memory that is trained and never written.
         context: how many tokens the mixer "attention" sees, the present one included.
         gated: whether memories have a gate.
         memory: fields of FwPKMConfig that differ from its defaults; key_dim and value_dim are ``width`` if absent.
