@@ -1,8 +1,10 @@
 """Launches that are listed once: what they pass on when they are made again. Kernels here are stand-ins."""
 
+import ctypes
 import dataclasses
 import importlib
 import pkgutil
+import threading
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,7 +20,7 @@ from fwpkm import FwPKMConfig
 from fwpkm import kernels as package
 from fwpkm.kernels import left_align
 from fwpkm.kernels.key_sums import most_pieces, pieces_of
-from fwpkm.kernels.runtime import call, decoding, launch, windows
+from fwpkm.kernels.runtime import call, decoding, direct, launch, windows
 from fwpkm.kernels.runtime.launch import Launches
 from fwpkm.kernels.runtime.workspace import Layout, Workspace
 
@@ -48,7 +50,14 @@ class Kernel:
 
     def warmup(self, *arguments: Any, grid: tuple, **constants: Any) -> SimpleNamespace:
         self.compiled.append(arguments)
-        return SimpleNamespace(run=lambda *passed: self.launched.append(passed), function="f", packed_metadata="m")
+        *tensors, _ = arguments
+        kinds = {f"tensor {i}": "constexpr" if x is None else "*fp32" for i, x in enumerate(tensors)}
+        entry = ".visible .entry k(" + ", ".join([".param"] * (3 + len(kinds) - tensors.count(None))) + ") { .param }"
+        return SimpleNamespace(
+            run=lambda *passed: self.launched.append(passed), function="f", packed_metadata="m", asm={"ptx": entry},
+            src=SimpleNamespace(signature={**kinds, "count": "i32", "BLOCK": "constexpr"}),
+            metadata=SimpleNamespace(num_warps=2, shared=48, num_ctas=1, launch_pdl=False),
+        )  # fmt: skip
 
 
 @pytest.fixture
@@ -56,6 +65,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
     """One that nothing has compiled yet."""
     monkeypatch.setattr(launch, "JITFunction", Kernel)
     monkeypatch.setattr(launch, "_COMPILED", {})
+    monkeypatch.setattr(launch, "driver", lambda: None)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: STREAM, raising=False)
     return Kernel()
 
@@ -91,6 +101,67 @@ def test_parts_are_launched_when_they_are_asked_for(kernel: Kernel) -> None:
     for apart, expected in ((True, [2, 3]), (False, [3])):
         kernel.launched.clear()
         assert [len(kernel.launched) for _ in launches.parts(tensors, workspace, apart=apart)] == expected
+
+
+class Driver:
+    """Stands for CUDA's: notes what it is to launch, as the memory has it that is named."""
+
+    def __init__(self) -> None:
+        self.launched: list[tuple] = []
+        self.status = 0
+
+    def cuLaunchKernel(self, *given: Any) -> int:  # noqa: N802  as CUDA names it
+        *head, arguments, extra = given
+        kinds = ctypes.c_uint64, ctypes.c_uint64, ctypes.c_int32, ctypes.c_uint64, ctypes.c_uint64
+        self.launched.append((*head, *(k.from_address(x).value for k, x in zip(kinds, arguments, strict=True)), extra))
+        return self.status
+
+
+def test_from_the_second_call_on_cuda_launches_what_lies_ready(kernel: Kernel, monkeypatch) -> None:
+    """In every thread: the first call is Triton's launcher's, which makes the GPU known to the thread."""
+    cuda = Driver()
+    monkeypatch.setattr(launch, "driver", lambda: cuda)
+    monkeypatch.setattr(direct, "driver", lambda: cuda)
+    layout = Layout.of({"mine": ((2, 2), "float32")})
+    launches = launches_of(kernel, layout)
+    launches.ends.append(1)
+    workspace, x = Workspace.empty(layout, torch.zeros(1)), torch.zeros(8)
+    tensors = {"passed": x, "never": None}
+    launches.run(tensors, workspace)
+    assert (len(kernel.launched), cuda.launched) == (2, [])
+    found = [list(cuda.launched) for _ in launches.parts(tensors, workspace, apart=True)]
+    threads = 64, 1, 1, 48, STREAM  # two warps, and so many bytes of shared memory
+    addresses = workspace["mine"].data_ptr(), x.data_ptr()
+    first = "f", 5, 1, 1, *threads, *addresses, 1, 0, 0, None
+    second = "f", 6, 2, 1, *threads, *addresses, 2**30, 0, 0, None
+    assert found == [[first], [first, second]]
+    another = {**tensors, "passed": torch.zeros(8)}
+    launches.run(another, workspace)
+    assert [launched[10] for launched in cuda.launched[2:]] == [another["passed"].data_ptr()] * 2
+    thread = threading.Thread(target=launches.run, args=(tensors, workspace))
+    thread.start()
+    thread.join()
+    assert (len(kernel.launched), len(cuda.launched)) == (4, 4)
+    cuda.status = 700
+    with pytest.raises(RuntimeError, match="could not launch a kernel: error 700"):
+        launches.run(tensors, workspace)
+
+
+def test_a_kernel_that_takes_what_is_not_known_is_left_to_triton(kernel: Kernel, monkeypatch) -> None:
+    cuda = Driver()
+    monkeypatch.setattr(launch, "driver", lambda: cuda)
+    warmup = kernel.warmup
+
+    def with_one_more(*arguments: Any, grid: tuple, **constants: Any) -> SimpleNamespace:
+        compiled = warmup(*arguments, grid=grid, **constants)
+        return SimpleNamespace(**vars(compiled) | {"asm": {"ptx": compiled.asm["ptx"].replace("k(", "k(.param, ")}})
+
+    monkeypatch.setattr(kernel, "warmup", with_one_more)
+    layout = Layout.of({"mine": ((2, 2), "float32")})
+    launches, workspace = launches_of(kernel, layout), Workspace.empty(layout, torch.zeros(1))
+    for _ in range(3):
+        launches.run({"passed": torch.zeros(8), "never": None}, workspace)
+    assert (len(kernel.launched), cuda.launched) == (6, [])
 
 
 def test_another_kind_of_tensors_is_compiled_anew(kernel: Kernel) -> None:

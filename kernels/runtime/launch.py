@@ -5,6 +5,7 @@ The list needs no framework; ``run`` is torch's way to make the launches.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -12,6 +13,7 @@ import triton
 import triton.language as tl
 from triton.runtime import JITFunction
 
+from fwpkm.kernels.runtime.direct import Direct, driver, takes
 from fwpkm.kernels.runtime.interpreting import keep_truths
 from fwpkm.kernels.runtime.workspace import Layout, TensorSpec, Workspace
 
@@ -48,6 +50,13 @@ class Bound(NamedTuple):
     constants: dict[str, Any]
 
 
+class _Ready(threading.local):
+    """What launches tensors of one kind, of one thread."""
+
+    def __init__(self) -> None:
+        self.of_thread: dict[tuple, tuple[list[tuple], Direct | None]] = {}
+
+
 class Launches:
     """Launches of kernels in their order, with tensors that are named, and integers that are not specialized.
 
@@ -70,7 +79,7 @@ class Launches:
         self.launches: list[tuple[int, tuple[int, int, int], tuple[int, ...]]] = []
         self.ends: list[int] = []
         """Where parts end, but the last."""
-        self._ready: dict[tuple, tuple[Any, list[tuple]]] = {}
+        self._ready = _Ready()
         self._bound: dict[tuple, int] = {}
 
     def add(
@@ -167,29 +176,39 @@ class Launches:
             else:
                 addresses.append(x.data_ptr())
                 signature += x.dtype, addresses[-1] % 16  # type: ignore[operator]
-        key = tuple(signature)
-        if key not in self._ready:
+        key, direct = tuple(signature), None
+        if key in self._ready.of_thread:
+            compiled, direct = self._ready.of_thread[key]
+        else:  # Triton's launcher makes the first ones of a thread, and with them the GPU known to it
             tensors = self.tensors(inputs, *workspaces)
             if not isinstance(self.kernels[0].kernel, JITFunction):  # the interpreter compiles nothing
                 for part in self._parts(apart):
                     self.interpret(tensors, part)
                     yield
                 return
-            import torch
-
             compiled = [self._compiled(number, tensors, device) for number in range(len(self.kernels))]
-            self._ready[key] = torch._C._cuda_getCurrentRawStream, compiled
-        stream_of, compiled = self._ready[key]
-        bound = [
-            (run, (*function, *[addresses[i] for i in indices]), constants)
-            for (run, function, constants), (_, indices, _, _) in zip(compiled, self.kernels)
-        ]
+            self._ready.of_thread[key] = compiled, self._direct([x for x, *_ in compiled], addresses)
+        import torch
+
         for part in self._parts(apart):
-            stream = stream_of(device.index)
-            for number, grid, integers in self.launches[part]:
-                run, head, constants = bound[number]
-                run(*grid, stream, *head, *integers, *constants)
+            stream = torch._C._cuda_getCurrentRawStream(device.index)
+            if direct is not None:
+                direct.launch(addresses, part, stream)
+            else:
+                for number, grid, integers in self.launches[part]:
+                    made, function, constants = compiled[number]
+                    given = [addresses[i] for i in self.kernels[number].tensors]
+                    made.run(*grid, stream, *function, *given, *integers, *constants)
             yield
+
+    def _direct(self, compiled: list[Any], addresses: list[int | None]) -> Direct | None:
+        """The same launches without Triton's launcher, where CUDA runs them and their kernels take what they should."""
+        indices = [[i for i in kernel.tensors if addresses[i] is not None] for kernel in self.kernels]
+        known = zip(compiled, indices, self.kernels)
+        if driver() is None or not all(takes(x, len(given), len(kernel.integers)) for x, given, kernel in known):
+            return None
+        launches = [(compiled[i], grid, indices[i], integers) for i, grid, integers in self.launches]
+        return Direct(launches, len(addresses))
 
     def _parts(self, apart: bool) -> list[slice]:
         ends = self.ends if apart else []
@@ -201,7 +220,7 @@ class Launches:
         return [workspaces[i][name] if i >= 0 else absent[i](name) for name, i, _ in self.sources]
 
     def _compiled(self, number: int, all_tensors: list[Tensor | None], device: torch.device) -> tuple:
-        """Of a kernel: what launches it, what it wants before the tensors, and what after the integers."""
+        """Of a kernel: what Triton compiled, and what its launcher wants before the tensors and after the integers."""
         kernel, indices, _, constants = self.kernels[number]
         tensors = [all_tensors[i] for i in indices]
         signature = (None if x is None else (x.dtype, x.data_ptr() % 16) for x in tensors)
@@ -211,7 +230,8 @@ class Launches:
             compiled = kernel.warmup(*tensors, *integers, grid=grid, **constants)
             values = [constants[name] for name in kernel.arg_names if name in constants]
             no_hooks = None, None, None
-            _COMPILED[key] = compiled.run, (compiled.function, compiled.packed_metadata, *no_hooks), values
+            compiled.run  # noqa: B018  which loads the function
+            _COMPILED[key] = compiled, (compiled.function, compiled.packed_metadata, *no_hooks), values
         return _COMPILED[key]
 
     def interpret(self, tensors: list[Tensor | None], part: slice = slice(None)) -> None:
