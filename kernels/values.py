@@ -87,9 +87,24 @@ def goes_on(sorted_rows, begin, at, PIECE: tl.constexpr):
     return row, row == tl.load(sorted_rows + at - PIECE, mask=at > begin, other=-1)
 
 
-@triton.jit(do_not_specialize=["length", "first", "through"])
+@triton.jit
+def entries_to_sort(due, first, through, rows, length, ENTRIES: tl.constexpr, PIECE: tl.constexpr):
+    """Where the entries of a window begin and end, and how many pieces are before; where memories are ``due`` apart,
+    those of a memory alone, as others may not have been sorted.
+    """
+    begin, last, earlier = (first * ENTRIES).to(tl.int64), through.to(tl.int64) * ENTRIES, 0
+    if due is not None:
+        entries = (rows * length * ENTRIES).to(tl.int64)
+        begin += tl.program_id(1) * entries
+        last = begin + entries
+        earlier = tl.program_id(1) * tl.cdiv(entries, PIECE)
+    return begin, last, earlier
+
+
+@triton.jit(do_not_specialize=["length", "first", "through", "rows"])
 def piece_kernel(
-    sorted_rows, order, weights, strength, error, window_flags, partial, partial_counts, length, first, through,
+    sorted_rows, order, weights, strength, error, window_flags, partial, partial_counts, due,
+    length, first, through, rows,
     WIDTH: tl.constexpr, ENTRIES: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, PIECE: tl.constexpr,
     ENTRY_BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -97,27 +112,28 @@ def piece_kernel(
 
     Few rows have so many entries; but a token that all read alike would keep the program of its row busy alone.
     """
-    begin = (first * ENTRIES).to(tl.int64)
-    piece_start = begin + tl.program_id(0) * PIECE
-    row, others = goes_on(sorted_rows, begin, piece_start, PIECE)
-    if not others:
-        return
-    d = tl.arange(0, BLOCK)
-    end = tl.minimum(piece_start + PIECE, through.to(tl.int64) * ENTRIES)
-    gradient = tl.zeros([BLOCK], tl.float32)
-    count = 0
-    at = piece_start
-    found = ENTRY_BLOCK
-    while (found == ENTRY_BLOCK) & (at < end):
-        more, counted, found = entries_of(
-            at, end, row, sorted_rows, order, weights, strength, error, window_flags, None, piece_start, length, first,
-            d, WIDTH, ENTRIES, CHUNK, ENTRY_BLOCK, True,
-        )  # fmt: skip
-        gradient += more
-        count += counted
-        at += ENTRY_BLOCK
-    tl.store(partial + tl.program_id(0).to(tl.int64) * WIDTH + d, gradient, mask=d < WIDTH)
-    tl.store(partial_counts + tl.program_id(0), count)
+    begin, last, earlier = entries_to_sort(due, first, through, rows, length, ENTRIES, PIECE)
+    for turn in range(turns_of(due, tl.program_id(1), tl.cdiv(rows * length * ENTRIES, PIECE))):
+        number = (tl.program_id(0) + turn * tl.num_programs(0)).to(tl.int64)
+        piece_start = begin + number * PIECE
+        row, others = goes_on(sorted_rows, begin, piece_start, PIECE)
+        if others:
+            d = tl.arange(0, BLOCK)
+            end = tl.minimum(piece_start + PIECE, last)
+            gradient = tl.zeros([BLOCK], tl.float32)
+            count = 0
+            at = piece_start
+            found = ENTRY_BLOCK
+            while (found == ENTRY_BLOCK) & (at < end):
+                more, counted, found = entries_of(
+                    at, end, row, sorted_rows, order, weights, strength, error, window_flags, None, piece_start,
+                    length, first, d, WIDTH, ENTRIES, CHUNK, ENTRY_BLOCK, True,
+                )  # fmt: skip
+                gradient += more
+                count += counted
+                at += ENTRY_BLOCK
+            tl.store(partial + (earlier + number) * WIDTH + d, gradient, mask=d < WIDTH)
+            tl.store(partial_counts + earlier + number, count)
 
 
 @triton.jit
@@ -241,13 +257,11 @@ def values_kernel(
     number for all, η_i λ; and for each entry, its segment. Laid over the one table (overlay.py), it keeps the segment
     that left the row in place of the row, and does nothing that no later window reads.
     """
-    begin = (first * ENTRIES).to(tl.int64)
-    last = through.to(tl.int64) * ENTRIES
-    entries = rows * length * ENTRIES
-    if due is not None:  # a memory's entries alone: others may not have been sorted
-        begin += tl.program_id(1) * entries.to(tl.int64)
-        last = begin + entries
-    for turn in range(turns_of(due, tl.program_id(1), entries)):
+    begin, last, earlier = entries_to_sort(due, first, through, rows, length, ENTRIES, PIECE)
+    if due is not None:
+        partial += earlier * WIDTH
+        partial_counts += earlier
+    for turn in range(turns_of(due, tl.program_id(1), rows * length * ENTRIES)):
         segment = begin + tl.program_id(0) + turn * tl.num_programs(0)
         end = own_end(begin, segment, last, PIECE)
         # Loads before each branch go out together: a row is a few in a chain, and programs wait for little else.
@@ -269,11 +283,14 @@ def add_values(launches: Launches, call: Call, integers: dict[str, int]) -> None
     """Add the write of a window's rows, and what its backward needs of them."""
     writes, entries = call.keeps(integers["window"]), integers["tokens"] * call.cfg.slots_per_token
     constants = call.shapes.values | {"WRITES": writes}
-    if call.decided:  # the program of a row sums all: a launch at each step would cost more
-        constants |= {"PIECE": 2**30, "ENTRY_BLOCK": call.shapes.piece["ENTRY_BLOCK"]}
+    piece = call.shapes.piece
+    if call.decided and call.plan.batch == 1:  # the program of a row sums all: a launch at each step would cost more
+        constants |= {"PIECE": 2**30, "ENTRY_BLOCK": piece["ENTRY_BLOCK"]}
     elif writes:
-        piece = call.shapes.piece
-        launches.add(piece_kernel, (blocks_of(entries, piece["PIECE"]),), integers, piece)
+        pieces = call.memories * blocks_of(entries // call.memories, piece["PIECE"])
+        launches.add(
+            piece_kernel, call.turns(pieces if call.decided else blocks_of(entries, piece["PIECE"])), integers, piece
+        )
     if writes or call.save:
         launches.add(values_kernel, call.turns(entries), integers, constants)
 

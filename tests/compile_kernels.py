@@ -68,13 +68,15 @@ def kernels_of(cfg: FwPKMConfig, dtype: torch.dtype, masked: bool) -> dict:
     """Each kernel with its signature and constants, as a training step and a decode step launch them."""
     found: dict = {}
 
-    def record(self: launch.Launches, inputs: dict, *workspaces: workspace.Workspace) -> Iterator[None]:
+    def record(
+        self: launch.Launches, inputs: dict, *workspaces: workspace.Workspace, apart: bool = False
+    ) -> Iterator[None]:
         all_of_them = self.tensors(inputs, *workspaces)
         for kernel, indices, integers, constants in self.kernels:
             tensors = dict(zip(kernel.arg_names, [all_of_them[i] for i in indices]))
             source, options = source_of(kernel, tensors, integers, constants)
             found[kernel.__name__, str(sorted(source.signature.items())), str(source.constants)] = source, options
-        return iter([None] * (1 + len(self.ends)))
+        return iter([None] * len(self._parts(apart)))
 
     batch, length = 2, cfg.chunk_size * 2 + 7
     memories = batch if cfg.memory_scope == "sequence" else 1

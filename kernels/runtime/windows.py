@@ -195,7 +195,7 @@ class Call(NamedTuple):
 
         Where nothing is due at most steps, a few that take turns: a program that only begins takes time too.
         """
-        return min(number, max(32, min(256, 1024 // memories))) if self.decided else number
+        return min(number, max(32, min(256, 2048 // memories))) if self.decided else number
 
     def turns(self, number: int) -> tuple[int, int]:
         """The grid of ``number`` items of all memories: where each may be due apart, those of each stand alone."""
