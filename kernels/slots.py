@@ -154,15 +154,15 @@ def add_select_slots(launches: Launches, call: Call, integers: dict[str, int]) -
     )
 
 
-@triton.jit(do_not_specialize=["first", "through"])
+@triton.jit(do_not_specialize=["total"])
 def select_slots_backward_kernel(
-    ids, slots, weights, window_flags, d_weights, d_scores, first, through,
+    ids, slots, weights, window_flags, d_weights, d_scores, total,
     HEADS: tl.constexpr, SUBKEYS: tl.constexpr, K: tl.constexpr, TEMPERATURE: tl.constexpr,
     BLOCK: tl.constexpr, HEAD_BLOCK: tl.constexpr, CHOICES: tl.constexpr,
 ):  # fmt: skip
     """From the weights through the softmax and the sums to the sub-scores."""
-    here = (first + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
-    inside = here < through
+    here = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+    inside = here < total
     alive = inside & ((tl.load(window_flags + here, mask=inside, other=DEAD) & DEAD) == 0)
     choice, head = tl.arange(0, CHOICES), tl.arange(0, HEAD_BLOCK)
     use = alive[:, None, None] & (head < HEADS)[None, :, None] & (choice < K)[None, None, :]
@@ -183,9 +183,7 @@ def select_slots_backward_kernel(
             tl.store(d_scores + base + codebook * K, tl.sum(tl.where(hit, d_sum[:, None, :], 0.0), 2), mask=known)
 
 
-def add_select_slots_backward(launches: Launches, call: Call, part: slice) -> None:
-    """Add the gradients of the sub-scores of a part's windows from those of their weights."""
-    constants, tokens = call.shapes.select_slots_backward, call.tokens(part)
-    integers = {"first": tokens.start, "through": tokens.stop}
-    grid = (blocks_of(tokens.stop - tokens.start, constants["BLOCK"]),)
-    launches.add(select_slots_backward_kernel, grid, integers, constants)
+def add_select_slots_backward(launches: Launches, call: Call) -> None:
+    """Add the gradients of all windows' sub-scores from those of their weights."""
+    constants, total = call.shapes.select_slots_backward, call.plan.total
+    launches.add(select_slots_backward_kernel, (blocks_of(total, constants["BLOCK"]),), {"total": total}, constants)

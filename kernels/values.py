@@ -87,9 +87,9 @@ def goes_on(sorted_rows, begin, at, PIECE: tl.constexpr):
     return row, row == tl.load(sorted_rows + at - PIECE, mask=at > begin, other=-1)
 
 
-@triton.jit(do_not_specialize=["length", "first", "through"])
+@triton.jit(do_not_specialize=["length", "first", "total"])
 def piece_kernel(
-    sorted_rows, order, weights, strength, error, window_flags, partial, partial_counts, length, first, through,
+    sorted_rows, order, weights, strength, error, window_flags, partial, partial_counts, length, first, total,
     WIDTH: tl.constexpr, ENTRIES: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, PIECE: tl.constexpr,
     ENTRY_BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -103,7 +103,7 @@ def piece_kernel(
     if not others:
         return
     d = tl.arange(0, BLOCK)
-    end = tl.minimum(piece_start + PIECE, through.to(tl.int64) * ENTRIES)
+    end = tl.minimum(piece_start + PIECE, total.to(tl.int64) * ENTRIES)
     gradient = tl.zeros([BLOCK], tl.float32)
     count = 0
     at = piece_start
@@ -222,11 +222,11 @@ def write_row(
         tl.store(step_sizes + segment, 0.0)
 
 
-@triton.jit(do_not_specialize=["first_memory", "length", "first", "through", "rows"])
+@triton.jit(do_not_specialize=["first_memory", "length", "first", "total", "rows"])
 def values_kernel(
     table, latest, last_windows, new_rows, uses, sorted_rows, order, weights, strength, error, window_flags, active,
     partial, partial_counts, segment_start, step_sizes, decays, old_rows, sources, values_unclipped, due,
-    first_memory, length, first, through, rows,
+    first_memory, length, first, total, rows,
     SLOTS: tl.constexpr, WIDTH: tl.constexpr, ENTRIES: tl.constexpr, CHUNK: tl.constexpr,
     RATE: tl.constexpr, DECAY: tl.constexpr, CLIP: tl.constexpr, USAGE: tl.constexpr, BLOCK: tl.constexpr,
     PIECE: tl.constexpr, ENTRY_BLOCK: tl.constexpr, WRITES: tl.constexpr,
@@ -242,7 +242,7 @@ def values_kernel(
     that left the row in place of the row, and does nothing that no later window reads.
     """
     begin = (first * ENTRIES).to(tl.int64)
-    last = through.to(tl.int64) * ENTRIES
+    last = total.to(tl.int64) * ENTRIES
     entries = rows * length * ENTRIES
     if due is not None:  # a memory's entries alone: others may not have been sorted
         begin += tl.program_id(1) * entries.to(tl.int64)
@@ -296,9 +296,9 @@ def toward_of(
     return tl.sum(w[:, None] * towards, 0), tl.sum(same.to(tl.int32), 0)
 
 
-@triton.jit(do_not_specialize=["first", "through"])
+@triton.jit(do_not_specialize=["first", "total"])
 def piece_backward_kernel(
-    sorted_rows, order, weights, d_read, partial, first, through,
+    sorted_rows, order, weights, d_read, partial, first, total,
     WIDTH: tl.constexpr, ENTRIES: tl.constexpr, BLOCK: tl.constexpr, PIECE: tl.constexpr, ENTRY_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Σ w d v̂ of a row's entries in one piece of the window's, unless they are its own program's."""
@@ -308,7 +308,7 @@ def piece_backward_kernel(
     if not others:
         return
     d = tl.arange(0, BLOCK)
-    end = tl.minimum(piece_start + PIECE, through.to(tl.int64) * ENTRIES)
+    end = tl.minimum(piece_start + PIECE, total.to(tl.int64) * ENTRIES)
     gradient = tl.zeros([BLOCK], tl.float32)
     at = piece_start
     found = ENTRY_BLOCK
@@ -321,10 +321,10 @@ def piece_backward_kernel(
     tl.store(partial + tl.program_id(0).to(tl.int64) * WIDTH + d, gradient, mask=d < WIDTH)
 
 
-@triton.jit(do_not_specialize=["first_memory", "first", "through"])
+@triton.jit(do_not_specialize=["first_memory", "first", "total"])
 def rows_backward_kernel(
     sorted_rows, order, weights, step_sizes, decays, needed_by, latest, gradients, d_values, d_read, partial,
-    first_memory, first, through,
+    first_memory, first, total,
     SLOTS: tl.constexpr, WIDTH: tl.constexpr, ENTRIES: tl.constexpr, RATE: tl.constexpr, DECAY: tl.constexpr,
     BLOCK: tl.constexpr, PIECE: tl.constexpr, ENTRY_BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -334,7 +334,7 @@ def rows_backward_kernel(
     """
     begin = (first * ENTRIES).to(tl.int64)
     segment = begin + tl.program_id(0)
-    last = through.to(tl.int64) * ENTRIES
+    last = total.to(tl.int64) * ENTRIES
     end = own_end(begin, segment, last, PIECE)
     row, new_row = begins_row(sorted_rows, begin, segment)  # loads go out together, as in values_kernel
     follows = tl.load(sorted_rows + segment + 1, mask=segment + 1 < end, other=-1) == row

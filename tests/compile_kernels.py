@@ -7,7 +7,6 @@ memory than the GPU has, raises. Tensors hold no data, and what would be launche
 
 import re
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -68,15 +67,12 @@ def kernels_of(cfg: FwPKMConfig, dtype: torch.dtype, masked: bool) -> dict:
     """Each kernel with its signature and constants, as a training step and a decode step launch them."""
     found: dict = {}
 
-    def record(
-        self: launch.Launches, inputs: dict, *workspaces: workspace.Workspace, apart: bool = False
-    ) -> Iterator[None]:
+    def record(self: launch.Launches, inputs: dict, *workspaces: workspace.Workspace) -> None:
         all_of_them = self.tensors(inputs, *workspaces)
         for kernel, indices, integers, constants in self.kernels:
             tensors = dict(zip(kernel.arg_names, [all_of_them[i] for i in indices]))
             source, options = source_of(kernel, tensors, integers, constants)
             found[kernel.__name__, str(sorted(source.signature.items())), str(source.constants)] = source, options
-        return iter([None] * len(self._parts(apart)))
 
     batch, length = 2, cfg.chunk_size * 2 + 7
     memories = batch if cfg.memory_scope == "sequence" else 1
@@ -95,7 +91,7 @@ def kernels_of(cfg: FwPKMConfig, dtype: torch.dtype, masked: bool) -> dict:
         empty(memories, cfg.num_slots, cfg.value_dim),
     )
     uses = empty(memories, cfg.num_slots) if cfg.usage_weight else None
-    parts, launch.Launches.parts = launch.Launches.parts, record
+    run, launch.Launches.run = launch.Launches.run, record
     try:
         plan, stream = windows.plan(cfg, 0, length, batch, True), tokens(length)
         call.forward(cfg, plan, *memory, stream, None, save=False, dtype=dtype, uses=uses)
@@ -133,7 +129,7 @@ def kernels_of(cfg: FwPKMConfig, dtype: torch.dtype, masked: bool) -> dict:
         left_align(cfg, stream.query, batch, length, cu_seqlens=ends, begins=begins, order=order, **mask)
         decoding.decode(cfg, State.of(memory, before, empty(batch, dtype=torch.int32), uses), tokens(1))
     finally:
-        launch.Launches.parts = parts
+        launch.Launches.run = run
     return found
 
 

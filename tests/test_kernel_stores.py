@@ -27,10 +27,10 @@ _BETWEEN, _MARK = 1024, 0x5A
 """Bytes on either side of a tensor."""
 
 
-def guarded(launches: launch.Launches, tensors: list[Tensor | None], part: slice) -> list[str]:
-    """Make a part's launches, each on copies of its tensors that lie apart; what was found stored elsewhere."""
+def guarded(launches: launch.Launches, tensors: list[Tensor | None]) -> list[str]:
+    """Make launches one by one, each on copies of its tensors that lie apart; what was found stored elsewhere."""
     found = []
-    for number, grid, integers in launches.launches[part]:
+    for number, grid, integers in launches.launches:
         kernel, indices, _, constants = launches.kernels[number]
         apart = {}
         for i in indices:

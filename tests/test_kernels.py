@@ -12,7 +12,7 @@ from fwpkm import FwPKMConfig, config, kernels
 from fwpkm.agreement import BOUNDS, relative_error
 from fwpkm.backends import torch as be
 from fwpkm.containers import Memory
-from fwpkm.kernels.runtime import call, windows
+from fwpkm.kernels.runtime import windows
 from fwpkm.kernels.runtime.shapes import shapes
 
 CONFIGS = {
@@ -76,29 +76,6 @@ def test_kernels_give_what_eager_gives(name: str, cuts: list[int], with_holes: b
     received = reading(cfg, "triton", cuts, with_holes)
     for a, b in zip(received, expected, strict=True):
         same_or_close(a, b)
-
-
-@pytest.mark.parametrize("name", ["wait, one table", "dot product, clipped", "unit, every sub-key"])
-def test_windows_in_parts_give_what_eager_gives(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A part is read and written once it is addressed, as in a CUDA graph of a long sequence."""
-    alone = property(lambda made: [slice(i, i + 1) for i in range(len(made.plan.windows))])
-    monkeypatch.setattr(windows.Call, "parts", alone)
-    monkeypatch.setattr(call, "captured", lambda x: True)
-    cfg = FwPKMConfig(**SMALL | CONFIGS[name], learning_rate=0.875)  # lists of launches are remembered
-    expected = reading(cfg, "eager", [2, 14], True)
-    received = reading(cfg, "triton", [2, 14], True)
-    for a, b in zip(received, expected, strict=True):
-        same_or_close(a, b)
-
-
-def test_long_sequences_have_several_parts() -> None:
-    cfg = FwPKMConfig(**SMALL)
-    made = [windows.Call(cfg, windows.plan(cfg, 0, 4 * n, 2, True), torch.float32, 2, True) for n in (16, 17, 400)]
-    assert [len(x.parts) for x in made] == [1, 2, 8]
-    assert [len(x._replace(overlaid=True).forward_parts) for x in made] == [1, 1, 1]
-    assert [part.start for part in made[2].parts[1:]] == [part.stop for part in made[2].parts[:-1]]
-    at_rest = FwPKMConfig(**SMALL, addressing_weight=0.0)
-    assert len(made[2]._replace(cfg=at_rest).parts) == 1
 
 
 def test_of_windows_that_are_addressed_at_once_one_has_no_pair() -> None:

@@ -82,17 +82,6 @@ def test_addresses_are_those_of_the_call(kernel: Kernel) -> None:
     assert workspace["mine"].data_ptr() == workspace.buffer.data_ptr() + 256
 
 
-def test_parts_are_launched_when_they_are_asked_for(kernel: Kernel) -> None:
-    layout = Layout.of({"mine": ((2, 2), "float32")})
-    launches = launches_of(kernel, layout)
-    launches.end_part()
-    launches.add(kernel, (7,), {"count": 3}, {"BLOCK": 64, "num_warps": 2})
-    workspace, tensors = Workspace.empty(layout, torch.zeros(1)), {"passed": torch.zeros(8), "never": None}
-    for apart, expected in ((True, [2, 3]), (False, [3])):
-        kernel.launched.clear()
-        assert [len(kernel.launched) for _ in launches.parts(tensors, workspace, apart=apart)] == expected
-
-
 def test_another_kind_of_tensors_is_compiled_anew(kernel: Kernel) -> None:
     layout = Layout.of({"mine": ((4,), "float32")})
     launches, workspace, x = launches_of(kernel, layout), Workspace.empty(layout, torch.zeros(1)), torch.zeros(8)

@@ -9,8 +9,8 @@ keys.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
 
 from fwpkm.config import FwPKMConfig
 from fwpkm.kernels import key_gradient, keys, overlay, propose, ranks, read, slots, tokens, values
@@ -96,63 +96,15 @@ def forward(
     inputs |= {"new_slots": slots, "new_weights": weights, "output": output, "addressing": addressing}
     if overlaid:
         workspace["by_row"].fill_(-1)
-    parts = call.forward_parts if captured(keys) else [slice(0, len(plan.windows))]
-    both = launches.address, launches.write
-    address, write = (x.parts(inputs, residuals, workspace, apart=len(parts) > 1) for x in both)
-
-    def sort_and_write(part: slice) -> None:
-        used = slice(*(entries * x for x in (call.tokens(part).start, call.tokens(part).stop)))
-        order = residuals["order"][used]
-        torch.sort(workspace["table_rows"][used], stable=True, out=(residuals["sorted_rows"][used], order))
-        if used.start:
-            order.add_(used.start)
-        next(write)
-
-    each_after(address, sort_and_write, parts, keys.device)
+    launches.address.run(inputs, residuals, workspace)
+    used = slice(plan.total * entries)
+    torch.sort(workspace["table_rows"], stable=True, out=(residuals["sorted_rows"][used], residuals["order"][used]))
+    launches.write.run(inputs, residuals, workspace)
     length = plan.windows[0].length
     memorization = workspace["squared"][: rows * length].view(-1, call.rows * length).sum(1).view(by_window)
     version = writes * save * keys_move(cfg)
     last = None if overlaid or plan.begins else residuals["keys"].view(-1, *keys.shape)[version].clone()
     return Result(output, slots, weights, last, memorization, addressing, residuals)
-
-
-def each_after(first: Iterator[Any], second: Callable[[slice], Any], parts: list[slice], device: torch.device) -> None:
-    """Do ``second`` of each part once ``first`` has given it; on a GPU beside what ``first`` gives next.
-
-    So of a long sequence, whose windows are small, a kernel that waits does not leave the GPU idle.
-    """
-    import torch
-
-    if device.type != "cuda" or len(parts) == 1:
-        for part in parts:
-            next(first)
-            second(part)
-        return
-    stream = torch.cuda.current_stream(device)
-    beside = _stream_beside(stream)
-    try:
-        for part in parts:
-            next(first)
-            beside.wait_stream(stream)
-            with torch.cuda.stream(beside):
-                second(part)
-    finally:  # nothing is given back while the other stream uses it
-        stream.wait_stream(beside)
-
-
-def captured(x: Tensor) -> bool:
-    """Whether a CUDA graph is made of the call. Else launches on two streams cost the host more than the GPU gains."""
-    import torch
-
-    return x.is_cuda and torch.cuda.is_current_stream_capturing()
-
-
-@functools.lru_cache(64)
-def _stream_beside(stream: torch.cuda.Stream) -> torch.cuda.Stream:
-    """One for each stream, since a stream that is captured must not meet others."""
-    import torch
-
-    return torch.cuda.Stream(stream.device)
 
 
 class Forward(NamedTuple):
@@ -190,8 +142,6 @@ def add_address(launches: Launches, call: Call) -> None:
     Where the tensor ``due`` is not None but int32 on the GPU, the launches do nothing for memories of which it is 0.
     """
     for window, windows in call.runs:
-        if window in [part.start for part in call.forward_parts[1:]]:
-            launches.end_part()
         integers = call.integers(window, windows)
         propose.add_propose(launches, call, integers)
         ranks.add_rank(launches, call, integers)
@@ -204,13 +154,10 @@ def add_address(launches: Launches, call: Call) -> None:
 
 def add_write(launches: Launches, call: Call) -> None:
     """Add the reads of all windows and the writes of their chunks."""
-    for part in call.forward_parts:
-        if part.start:
-            launches.end_part()
-        for i in range(part.start, part.stop):
-            integers = call.integers(i)
-            read.add_read(launches, call, integers)
-            values.add_values(launches, call, integers)
+    for i in range(len(call.plan.windows)):
+        integers = call.integers(i)
+        read.add_read(launches, call, integers)
+        values.add_values(launches, call, integers)
 
 
 def backward(
@@ -266,21 +213,14 @@ def backward(
     call = Call(cfg, plan, query.dtype, memories, True, initial is not None)
     launches = backward_launches(call, overlap, table is not None, residuals.layout)
     workspace = Workspace.empty(launches.workspace, query)
-    # What is summed or added is so of all windows at once.
-    parts = call.parts[::-1] if summed is None and d_weights is None and captured(query) else call.parts[:1]
-    both_ways = launches.through_values, launches.through_keys
-    through_values, through_keys = (x.parts(inputs, residuals, workspace, apart=len(parts) > 1) for x in both_ways)
-
-    def then_keys(part: slice) -> None:
-        if summed is not None:
-            for x in (workspace["d_weights"], *(getattr(d_tokens, name) for name in SCALARS)):
-                if x is not None:
-                    summed(x)
-        if d_weights is not None:
-            workspace["d_weights"].add_(d_weights)
-        next(through_keys)
-
-    each_after(through_values, then_keys, parts, query.device)
+    launches.through_values.run(inputs, residuals, workspace)
+    if summed is not None:
+        for x in (workspace["d_weights"], *(getattr(d_tokens, name) for name in SCALARS)):
+            if x is not None:
+                summed(x)
+    if d_weights is not None:
+        workspace["d_weights"].add_(d_weights)
+    launches.through_keys.run(inputs, residuals, workspace)
     return Gradients(both[0].unflatten(1, (cfg.num_heads, 2)), d_table, d_tokens)
 
 
@@ -302,31 +242,25 @@ def backward_launches(call: Call, overlap: bool, table: bool, residuals: Layout)
     )  # fmt: skip
     through_values, through_keys = (Launches(residuals, workspace, inputs=inputs) for _ in range(2))
     _add_values_backward(through_values, call, table)
+    slots.add_select_slots_backward(through_keys, call)
     _add_keys_backward(through_keys, call, overlap)
     return Backward(workspace, through_values, through_keys)
 
 
 def _add_values_backward(launches: Launches, call: Call, table: bool) -> None:
     """Add what gives the gradients of weights, of rows, and of the stream but its queries."""
-    for part in reversed(call.parts):
-        for i in reversed(range(part.start, part.stop)):
-            integers = call.integers(i)
-            read.add_read_backward(launches, call, integers)
-            if i > 0 or table:
-                values.add_values_backward(launches, call, integers)
-        if part.start:
-            launches.end_part()
+    for i in reversed(range(len(call.plan.windows))):
+        integers = call.integers(i)
+        read.add_read_backward(launches, call, integers)
+        if i > 0 or table:
+            values.add_values_backward(launches, call, integers)
     if table:
         overlay.add_table_backward(launches, call)
 
 
 def _add_keys_backward(launches: Launches, call: Call, overlap: bool) -> None:
     """Add what gives the gradients of the keys before each run, and of the stream's queries."""
-    for part in reversed(call.parts):
-        slots.add_select_slots_backward(launches, call, part)
-        for run in reversed([run for run in call.runs if part.start <= run[0] < part.stop]):
-            integers = call.integers(*run)
-            key_gradient.add_scores_backward(launches, call, integers, overlap)
-            keys.add_keys_backward(launches, call, integers)
-        if part.start:
-            launches.end_part()
+    for run in reversed(call.runs):
+        integers = call.integers(*run)
+        key_gradient.add_scores_backward(launches, call, integers, overlap)
+        keys.add_keys_backward(launches, call, integers)

@@ -5,7 +5,7 @@ The list needs no framework; ``run`` is torch's way to make the launches.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import triton
@@ -68,8 +68,6 @@ class Launches:
         """By tensor: its name, and a workspace with an offset, or where else it is."""
         self.kernels: list[Bound] = []
         self.launches: list[tuple[int, tuple[int, int, int], tuple[int, ...]]] = []
-        self.ends: list[int] = []
-        """Where parts end, but the last."""
         self._ready: dict[tuple, tuple[Any, list[tuple]]] = {}
         self._bound: dict[tuple, int] = {}
 
@@ -100,10 +98,6 @@ class Launches:
         number = self._bound[key]
         x, y, z = (*grid, 1, 1)[:3]
         self.launches.append((number, (x, y, z), tuple([integers[name] for name in self.kernels[number].integers])))
-
-    def end_part(self) -> None:
-        """What is added from here on is of another part."""
-        self.ends.append(len(self.launches))
 
     def spec(self, name: str) -> TensorSpec:
         """Where a tensor lies in its workspace."""
@@ -140,17 +134,11 @@ class Launches:
         return self.names[name]
 
     def run(self, inputs: Mapping[str, Tensor | None], *workspaces: Workspace) -> None:
-        """Launch all on the current stream; arguments as of ``parts``."""
-        for _ in self.parts(inputs, *workspaces):
-            pass
-
-    def parts(self, inputs: Mapping[str, Tensor | None], *workspaces: Workspace, apart: bool = False) -> Iterator[None]:
-        """Launch each part when it is asked for, on the stream that is current then; the device must be the tensors'.
+        """Launch all on the current stream; the current device must be the tensors'.
 
         Args:
             inputs: all that are in no layout; one that is absent is None.
             workspaces: of the layouts.
-            apart: else all parts are one.
         """
         device = next(x.device for x in (*(w.buffer for w in workspaces), *inputs.values()) if x is not None)
         bases = [workspace.buffer.data_ptr() for workspace in workspaces]
@@ -171,29 +159,20 @@ class Launches:
         if key not in self._ready:
             tensors = self.tensors(inputs, *workspaces)
             if not isinstance(self.kernels[0].kernel, JITFunction):  # the interpreter compiles nothing
-                for part in self._parts(apart):
-                    self.interpret(tensors, part)
-                    yield
-                return
+                return self.interpret(tensors)
             import torch
 
             compiled = [self._compiled(number, tensors, device) for number in range(len(self.kernels))]
             self._ready[key] = torch._C._cuda_getCurrentRawStream, compiled
         stream_of, compiled = self._ready[key]
+        stream = stream_of(device.index)
         bound = [
-            (run, (*function, *[addresses[i] for i in indices]), constants)
+            (run, (stream, *function, *[addresses[i] for i in indices]), constants)
             for (run, function, constants), (_, indices, _, _) in zip(compiled, self.kernels)
         ]
-        for part in self._parts(apart):
-            stream = stream_of(device.index)
-            for number, grid, integers in self.launches[part]:
-                run, head, constants = bound[number]
-                run(*grid, stream, *head, *integers, *constants)
-            yield
-
-    def _parts(self, apart: bool) -> list[slice]:
-        ends = self.ends if apart else []
-        return [slice(*pair) for pair in zip([0, *ends], [*ends, len(self.launches)])]
+        for number, grid, integers in self.launches:
+            run, head, constants = bound[number]
+            run(*grid, *head, *integers, *constants)
 
     def tensors(self, inputs: Mapping[str, Tensor | None], *workspaces: Workspace) -> list[Tensor | None]:
         """All that are named, by number; arguments as of ``run``."""
@@ -214,8 +193,8 @@ class Launches:
             _COMPILED[key] = compiled.run, (compiled.function, compiled.packed_metadata, *no_hooks), values
         return _COMPILED[key]
 
-    def interpret(self, tensors: list[Tensor | None], part: slice = slice(None)) -> None:
-        """Make the launches of a part in Triton's interpreter; the tensors by number."""
-        for number, grid, integers in self.launches[part]:
+    def interpret(self, tensors: list[Tensor | None]) -> None:
+        """Make all launches in Triton's interpreter; the tensors by number."""
+        for number, grid, integers in self.launches:
             kernel, indices, _, constants = self.kernels[number]
             kernel[grid](*(tensors[i] for i in indices), *integers, **constants)

@@ -171,25 +171,6 @@ class Call(NamedTuple):
         """How many tokens the largest run has."""
         return max(sum(w.batch * w.length for w in self.plan.windows[i : i + n]) for i, n in self.runs)
 
-    @property
-    def parts(self) -> list[slice]:
-        """The windows in a few parts: one is read and written while the next is addressed, as keys do not depend on
-        values; or all, where keys are at rest, so that all are addressed at once.
-        """
-        number = len(self.plan.windows)
-        step = max(16, blocks_of(number, 8)) if keys_move(self.cfg) else number
-        return [slice(i, min(i + step, number)) for i in range(0, number, step)]
-
-    @property
-    def forward_parts(self) -> list[slice]:
-        """``parts`` of a forward: one where which window reads a row last must be known before any is written."""
-        return [slice(0, len(self.plan.windows))] if self.overlaid else self.parts
-
-    def tokens(self, part: slice) -> slice:
-        """The tokens of a part's windows, of all sequences."""
-        windows = self.plan.windows[part]
-        return slice(windows[0].first, windows[-1].first + windows[-1].batch * windows[-1].length)
-
     def programs(self, number: int, memories: int) -> int:
         """How many programs take the ``number`` items of each of so many memories, or codebooks: one each.
 
@@ -209,7 +190,6 @@ class Call(NamedTuple):
     def integers(self, number: int, windows: int = 1) -> dict[str, int]:
         """What kernels ask of a window, and of so many from it on, by the names that they have for it."""
         plan, window = self.plan, self.plan.windows[number]
-        tokens = window.batch * window.length
         first_memory, memories = plan.rows(number) // self.rows, window.batch // self.rows
         # A version of the keys has as many as the window before it, which writes it.
         moves = self.memories + plan.rows(number - 1) // self.rows if number and keys_move(self.cfg) else 0
@@ -220,8 +200,8 @@ class Call(NamedTuple):
             "moves_after": after, "version_after": after * self.save, "d_before": number % 2 * self.memories,
             "d_after": (number + windows) % 2 * self.memories, "start": window.start, "length": window.length,
             "first": window.first, "first_new": window.first_new, "num_tokens": plan.num_tokens,
-            "num_pending": plan.num_pending, "through": window.first + tokens, "rows": self.rows,
-            "tokens": tokens,
+            "num_pending": plan.num_pending, "total": plan.total, "rows": self.rows,
+            "tokens": window.batch * window.length,
         }  # fmt: skip
 
 
