@@ -63,6 +63,7 @@ _SHARED_BY_MANY = Workload("many-rows", _MANY, batch=70_000, length=5)
 _MANY_TABLES = Workload("many-tables", dataclasses.replace(_MANY, num_subkeys=4, memory_scope="sequence"), 32_767, 5)
 """As many rows as a grid's first number counts and others do not; and as many tables as a call may have."""
 _STEP = Workload("step-256", WORKLOADS["shared-256"].config, batch=2, length=1300)
+_LONG_STEP = dataclasses.replace(_STEP, name="step-long", batch=1, length=20 * _STEP.config.chunk_size)
 _DECODED = Workload("decode-512", WORKLOADS["decode-512"].config, batch=1, length=1100)
 _DECODED_ROWS = dataclasses.replace(_DECODED, name="decode-512-rows", batch=32)
 _CONFORM_SHAPES = 10
@@ -112,6 +113,7 @@ def checks(seed: int) -> list[Task]:
         *map(small, gpu_agreement.SHAPES),
         *(Task("bits", f"bits: process {number}", gpu_agreement.repeatable, bits) for number in (1, 2)),
         Task("graphs", "a training step: no wait, CUDA graph", gpu_agreement.training, (_STEP, DTYPE, seed)),
+        Task("graphs", "a training step of 20 chunks: CUDA graph", gpu_agreement.training, (_LONG_STEP, DTYPE, seed)),
         Task(
             "graphs stateless",
             "a training step from a memory: no wait, CUDA graph",
