@@ -53,7 +53,7 @@ def call_of(cfg: FwPKMConfig, batch: int, memories: int) -> Call:
 
 @of_call
 def decode_launches(call: Call) -> Launches:
-    """The launches of a step, those of the write among them."""
+    """The launches of a step, those of the write among them; the call is that of ``call_of``."""
     inputs = *_PENDING, *_TOKEN, "keys", "table", "uses", "position", "output"
     launches = Launches(*_layouts(call), inputs=inputs)
     kernels.add_read_token(launches, call)
