@@ -68,7 +68,7 @@ class GatedDelta(nn.Module):
     """Gated DeltaNet (Yang et al., arXiv:2412.06464) behind a norm; no residual inside.
 
     Queries, keys and values pass a short convolution and SiLU, what is read an output gate. In plain torch, since
-    flash-linear-attention refuses triton 3.6 on Hopper GPUs.
+    flash-linear-attention refuses the backward with triton 3.6 on Hopper GPUs.
 
     Args:
         width: of the queries, keys, values, x and y; heads are ``HEAD`` wide, or ``width`` if that is less.
