@@ -242,7 +242,7 @@ from fwpkm.kernels import left_align, served
 from fwpkm.kernels.runtime import call, decoding, windows
 cfg = fwpkm.FwPKMConfig(num_subkeys=8, top_k=2, chunk_size=4)
 one = windows.Call(cfg, windows.plan(cfg, 0, 9, 1, True), "float32", 1, True)
-step = decoding.call_of(cfg, 1, 1)
+step = decoding.decode_call(cfg, 1, 1)
 lists = *call.forward_launches(one, None)[2:], decoding.decode_launches(step), left_align.left_over_launches(cfg, 1, 9)
 print(served.why_unsupported_config(cfg), all(part.launches for part in lists))
 """

@@ -160,7 +160,7 @@ def test_every_tensor_of_every_kernel_is_bound_by_its_own_name(scope: str, clip:
         lists += backward.through_values, backward.through_keys
     many = dataclasses.replace(cfg, num_heads=3)  # more slots a token than a thread takes
     lists.append(call.forward_launches(windows.Call(many, plan, torch.float32, memories, True), None).address)
-    step = decoding.call_of(cfg, 2, memories)
+    step = decoding.decode_call(cfg, 2, memories)
     lists.append(decoding.decode_launches(step))
     lists += (
         left_align.left_align_launches(cfg, 2, 11, 11, 22),

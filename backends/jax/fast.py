@@ -447,7 +447,7 @@ def decode(cfg: FwPKMConfig, state: State, tokens: Tokens) -> tuple[Array, State
     from fwpkm.kernels.runtime import decoding
 
     batch = len(state.position)
-    one = decoding.call_of(cfg, batch, len(state.memory.keys))
+    one = decoding.decode_call(cfg, batch, len(state.memory.keys))
     arrays = {
         **state._asdict(), **{f"token_{name}": x for name, x in tokens._asdict().items()}, "keys": state.memory.keys,
         "table": state.memory.values, "uses": state.maybe_uses,

@@ -40,12 +40,12 @@ def decode(cfg: FwPKMConfig, state: State, tokens: Tokens) -> Tensor:
         **state._asdict(), **dict(zip(_TOKEN, tokens)), "uses": state.maybe_uses, "keys": keys, "table": values,
         "output": output,
     }  # fmt: skip
-    launches = decode_launches(call_of(cfg, batch, keys.shape[0]))
+    launches = decode_launches(decode_call(cfg, batch, keys.shape[0]))
     launches.run(inputs, *(Workspace.empty(layout, keys) for layout in launches.layouts))
     return output
 
 
-def call_of(cfg: FwPKMConfig, batch: int, memories: int) -> Call:
+def decode_call(cfg: FwPKMConfig, batch: int, memories: int) -> Call:
     """The write of what is pending and a token, of each of so many memories where it is due."""
     # Queries are float32 once they are pending; what reads the token itself does not depend on their dtype.
     return Call(cfg, write(cfg.chunk_size + schedule.lag(cfg), batch), "float32", memories, False, decided=True)
@@ -53,7 +53,7 @@ def call_of(cfg: FwPKMConfig, batch: int, memories: int) -> Call:
 
 @of_call
 def decode_launches(call: Call) -> Launches:
-    """The launches of a step, those of the write among them; the call is that of ``call_of``."""
+    """The launches of a step, those of the write among them; the call is that of ``decode_call``."""
     inputs = *_PENDING, *_TOKEN, "keys", "table", "uses", "position", "output"
     launches = Launches(*_layouts(call), inputs=inputs)
     kernels.add_read_token(launches, call)

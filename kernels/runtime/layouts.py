@@ -90,7 +90,7 @@ def forward_layout(call: Call, row: str) -> Layout:
     cfg, plan, size = call.cfg, call.plan, call.shapes
     half, subkeys, entries, writes = cfg.key_dim // 2, cfg.num_subkeys, cfg.slots_per_token, plan.num_writes > 0
     moving, by_token = writes and keys_move(cfg), (call.most_at_once, cfg.num_heads, 2)
-    pieces = blocks_of(plan.batch * plan.longest * entries, size.piece["PIECE"]) * writes
+    pieces = blocks_of(plan.batch * plan.longest * entries, size.piece["PIECE"]) * (writes and not call.decided)
     by_row = ((call.memories * cfg.num_slots,), _INT) if call.overlaid else None
     layout = Layout.of(
         {
